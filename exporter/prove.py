@@ -1,0 +1,261 @@
+"""The proof by running: on the staged file, before it gets its name. Each check says how much it compared.
+
+1. Closed gate (or zero strength): every original output, prefill and decode, equals the unguarded model's bit for bit.
+2. Guarded hidden states equal the numpy reference, with the gates as the inputs set them and with every gate forced open.
+3. Tokens that are not to be edited are untouched, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from ..graphs.package import ModelPackage, graph_bytes, load_graph
+from ..graphs.plan import COORDINATES_OUTPUT, GuardPlan
+from ..graphs.reference import LISTEN, LayerGuard, guard, last_token
+from ..graphs.rewrite import GuardReport
+from ..graphs.scribe import PREFIX
+from ..graphs.static_proof import Check, exact
+from ..graphs.taps import tap_guard
+from ..runtime.decoder import DecoderSession, PromptBatch
+from ..runtime.runners import open_runner
+from ..runtime.vlm import Request, VisionLanguageModel
+
+DECODE_STEPS = 4
+# Largest deviation from the float64 reference, relative to the largest state compared.
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+# A threshold that no score passes, and one that all do; finite, so that nothing becomes NaN.
+_NEVER, _ALWAYS = 3.0e38, -3.0e38
+
+
+@dataclass(frozen=True)
+class ProofInputs:
+    """What the proof runs on.
+
+    Attributes:
+        batches: prompts, ready for the decoder.
+        texts: text-only versions of the same rows (for `supervise`), or the same batches.
+        origin: where they come from, for the record.
+    """
+
+    batches: tuple[PromptBatch, ...]
+    texts: tuple[PromptBatch, ...]
+    origin: str
+
+
+def proof_inputs(model: VisionLanguageModel, requests: Sequence[Request]) -> ProofInputs:
+    """Real prompts as proof inputs, batched with padding where the decoder can be padded."""
+    groups = [[requests[index] for index in indices] for indices in model.groups(requests, 8)]
+    batches = tuple(model.batch(group) for group in groups)
+    texts = tuple(model.batch([Request(request.prompt) for request in group]) for group in groups)
+    return ProofInputs(batches, texts, f"{len(requests)} real prompts")
+
+
+def random_inputs(session: DecoderSession, width: int, vocabulary: int, pads: bool) -> ProofInputs:
+    """Seeded random inputs, for a graph that comes without a tokenizer."""
+    random = np.random.default_rng(0)
+    batch, length = 2, 12
+    ids = random.integers(0, vocabulary, (batch, length))
+    mask = np.ones_like(ids)
+    if pads:
+        mask[0, :3] = 0
+    embeds = random.normal(0, 0.5, (batch, length, width)).astype(np.float32) if session.takes_embeds else None
+    one = PromptBatch(ids, mask, embeds)
+    return ProofInputs((one,), (one,), "seeded random inputs (the model has no tokenizer)")
+
+
+def prove_by_running(
+    package: ModelPackage, staged: Path, plan: GuardPlan, report: GuardReport, inputs: ProofInputs
+) -> tuple[Check, ...]:
+    """All dynamic checks of a staged guarded decoder.
+
+    Args:
+        package: the unguarded model.
+        staged: the guarded decoder's file, as it will ship.
+        plan, report: what was planned and done.
+        inputs: what to run on.
+    """
+    return (
+        _closed_equals_source(package, staged, plan, inputs),
+        *_states_equal_reference(staged, plan, report, inputs),
+    )
+
+
+# 1. The closed gate
+
+
+def _closed_equals_source(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs) -> Check:
+    """Bit for bit as apps run it; where the runtime's own rounding moves, exact without its optimiser, and bounded."""
+    name = "closed gate equals the original bit for bit"
+    closed = load_graph(staged)
+    force_gates(closed, plan, is_open=False)
+    content = graph_bytes(closed)
+    compared, differing, worst = _compare_runs(package.decoder, content, staged.parent, plan, inputs, optimize=True)
+    if not differing:
+        return exact(name, compared, [], f"{compared} numbers, prefill and {DECODE_STEPS} decode steps, {inputs.origin}")
+    limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
+    plain, plain_differing, _ = _compare_runs(package.decoder, content, staged.parent, plan, inputs, optimize=False)
+    note = (
+        f"exact in {plain} numbers without the runtime's optimiser; with it, {differing} of {compared} differ by its own "
+        f"rounding (casts and fusions around the guard)"
+    )
+    if plain_differing:
+        note = f"{plain_differing} of {plain} numbers differ even without the runtime's optimiser; worst {worst:.1e}"
+    return Check(name, compared, worst, limit, not plain_differing and worst <= limit, note)
+
+
+def _compare_runs(
+    source: Path, guarded: bytes, folder: Path, plan: GuardPlan, inputs: ProofInputs, optimize: bool
+) -> tuple[int, int, float]:
+    """`(numbers compared, numbers that differ, worst relative difference)` over prefill and decode."""
+    a = DecoderSession(open_runner(source, source.parent, optimize=optimize))
+    b = DecoderSession(open_runner(guarded, folder, optimize=optimize))
+    compared, differing, worst = 0, 0, 0.0
+    for batch in inputs.batches:
+        left = _roll(a, batch, None)
+        right = _roll(b, batch, listen(plan, batch.size))
+        for before, after in zip(left, right, strict=True):
+            for key, value in before.items():
+                other = after[key]
+                compared += value.size
+                differing += int((value != other).sum())
+                worst = max(worst, _relative(value, other))
+    return compared, differing, worst
+
+
+def _roll(session: DecoderSession, batch: PromptBatch, supervisor: np.ndarray | None) -> list[dict[str, np.ndarray]]:
+    """Outputs of prefill and a few decode steps on fixed tokens: rows of the prompt again, so that runs stay alike."""
+    outputs, state = session.prefill(batch, supervisor)
+    rolled = [outputs]
+    for step in range(1, DECODE_STEPS + 1):
+        at = -1 - step % batch.ids.shape[1]
+        embeds = None if batch.embeds is None else batch.embeds[:, at][:, None]
+        rolled.append(session.step(state, batch.ids[:, at][:, None], embeds))
+    return rolled
+
+
+def listen(plan: GuardPlan, batch: int) -> np.ndarray | None:
+    """Supervisor coordinates of a text-only pass; `None` for modes that take none."""
+    if plan.mode != "supervise":
+        return None
+    return np.full((batch, len(plan.sites), plan.sites[0].guard.rank), LISTEN, np.float32)
+
+
+def force_gates(model: ir.Model, plan: GuardPlan, is_open: bool) -> None:
+    """Set a guarded graph's gates open or closed for good; `project` has no gate, so closed means zero strength."""
+    for name, value in model.graph.initializers.items():
+        part = name.rpartition("/")[2]
+        if not name.startswith(f"{PREFIX}layer_") or value.const_value is None:
+            continue
+        array = value.const_value.numpy()
+        if part == "tau":
+            _replace(value, np.full_like(array, _ALWAYS if is_open else _NEVER))
+        elif plan.mode == "project" and not is_open and part in {"ssd", "projection_minus_identity"}:
+            _replace(value, np.zeros_like(array))
+        elif plan.mode == "project" and not is_open and part == "projection":
+            _replace(value, np.eye(array.shape[0]).astype(array.dtype))
+
+
+def _replace(value: ir.Value, array: np.ndarray) -> None:
+    value.const_value = ir.Tensor(array, name=value.name)
+
+
+# 2. and 3. The reference
+
+
+def _states_equal_reference(
+    staged: Path, plan: GuardPlan, report: GuardReport, inputs: ProofInputs
+) -> tuple[Check, ...]:
+    """Raw states through the numpy reference against the graph's guarded states, prefill and decode."""
+    checks = []
+    opened = [False, True] if plan.mode != "project" else [False]
+    for forced in opened:
+        graph = load_graph(staged)
+        if forced:
+            force_gates(graph, plan, is_open=True)
+        names = tap_guard(graph, plan, report)
+        session = DecoderSession(open_runner(graph_bytes(graph), staged.parent))
+        checks.append(_against_reference(session, plan, names, inputs, forced))
+    checks.append(_unedited_tokens(staged, plan, report, inputs))
+    return tuple(checks)
+
+
+def _against_reference(
+    session: DecoderSession, plan: GuardPlan, names: list[tuple[str, str]], inputs: ProofInputs, forced: bool
+) -> Check:
+    limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
+    compared, moved, states, worst = 0, 0, 0, 0.0
+    for batch, text in zip(inputs.batches, inputs.texts, strict=True):
+        supervisor = _supervisor(session, plan, text)
+        for number, outputs in enumerate(_roll(session, batch, supervisor)):
+            # a cached decode step is one token long; without a cache the whole sequence comes again
+            mask = np.pad(batch.mask, ((0, 0), (0, number)), constant_values=1)[:, -_length(outputs, names) :]
+            selected = last_token(mask) if plan.positions == "last" else None
+            for row, (site, (raw_name, guarded_name)) in enumerate(zip(plan.sites, names, strict=True)):
+                raw, found = outputs[raw_name].astype(np.float64), outputs[guarded_name].astype(np.float64)
+                layer = _forced(site.guard) if forced else site.guard
+                a = None if supervisor is None else supervisor[:, row : row + 1, :].astype(np.float64)
+                expected = guard(plan.mode, layer, raw, a, selected)
+                real = mask.astype(bool)
+                compared += int(real.sum()) * raw.shape[-1]
+                worst = max(worst, _relative(expected[real], found[real]))
+                moved += int((expected[real] != raw[real]).any(axis=-1).sum())
+                states += int(real.sum())
+    what = "every gate forced open" if forced else "gates as the inputs set them"
+    note = f"{moved} of {states} states edited, {what}, {inputs.origin}"
+    ok = compared > 0 and worst <= limit and (moved > 0 or not (forced or plan.mode == "project"))
+    title = "guarded states equal the numpy reference" + (" (gates forced open)" if forced else "")
+    return Check(title, compared, worst, limit, ok, note)
+
+
+def _length(outputs: dict[str, np.ndarray], names: list[tuple[str, str]]) -> int:
+    """Tokens of this call."""
+    return outputs[names[0][0]].shape[1]
+
+
+def _unedited_tokens(staged: Path, plan: GuardPlan, report: GuardReport, inputs: ProofInputs) -> Check:
+    """With positions `last`, every other token's state passes through bit for bit, whatever the gate says."""
+    name = "tokens outside the positions are untouched bit for bit"
+    if plan.positions == "all":
+        return Check(name, 1, 0.0, 0.0, True, "positions all: there are none")
+    graph = load_graph(staged)
+    force_gates(graph, plan, is_open=True)
+    names = tap_guard(graph, plan, report)
+    session = DecoderSession(open_runner(graph_bytes(graph), staged.parent, optimize=False))
+    compared, wrong = 0, []
+    for batch, text in zip(inputs.batches, inputs.texts, strict=True):
+        outputs, _ = session.prefill(batch, _supervisor(session, plan, text))
+        others = last_token(batch.mask)[..., 0] == 0
+        for site, (raw, guarded) in zip(report.sites, names, strict=True):
+            compared += int(others.sum()) * plan.width
+            if not np.array_equal(outputs[raw][others], outputs[guarded][others]):
+                wrong.append(f"layer {site.layer_index}")
+    return exact(name, compared, wrong)
+
+
+def _supervisor(session: DecoderSession, plan: GuardPlan, text: PromptBatch) -> np.ndarray | None:
+    if plan.mode != "supervise":
+        return None
+    outputs, _ = session.prefill(text, listen(plan, text.size))
+    return outputs[COORDINATES_OUTPUT]
+
+
+def _forced(layer: LayerGuard) -> LayerGuard:
+    return LayerGuard(layer.ssd, layer.origin, layer.target, layer.readout, _ALWAYS, layer.alpha)
+
+
+def _relative(a: np.ndarray, b: np.ndarray) -> float:
+    """Largest difference, relative to the largest number; two empty arrays differ by nothing."""
+    if not a.size:
+        return 0.0
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    if not (np.isfinite(x) == np.isfinite(y)).all():
+        return float("inf")
+    finite = np.isfinite(x)
+    scale = max(float(np.abs(x[finite]).max(initial=0.0)), 1e-6)
+    return float(np.abs(x - y)[finite].max(initial=0.0)) / scale
+

@@ -1,0 +1,399 @@
+"""What the graph IS: its residual stream, layer by layer, found from structure and never from names.
+
+The steps (docs/graphs.md has the patterns that real exporters write, and why each step is needed):
+
+1. Sources: table lookups indexed by a graph input, and rank-3 float graph inputs (`inputs_embeds`).
+   Sink: the first rank-2 or rank-3 float output (`logits`, `last_hidden_state`).
+2. The dominator chain from source to sink: every residual sum lies on it.
+3. A gap of the chain with a sequence mixer in it is an attention gap.
+4. The output of layer `l` is the last sum before the next attention gap; that of the last layer the last true join.
+The source that gives the most layers wins. A count other than the config's is a refusal, never a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass, ShapeInferencePass
+
+from .dataflow import Flow, Vertex, bodies, is_skip_norm
+from .errors import AnatomyNotFound
+
+SiteKind = Literal["add", "skip_norm"]
+STREAM_DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
+
+# Ops that mix positions of the sequence in one node. Softmax attention that is spelled out is found by `_spelled_out`.
+_ATTENTION_OPS = frozenset(
+    {
+        "Attention",  # opset 23, and com.microsoft
+        "GroupQueryAttention",  # onnxruntime-genai, ORT fusions
+        "MultiHeadAttention",  # ORT fusions
+        "PackedMultiHeadAttention",
+        "DecoderMaskedMultiHeadAttention",
+        "SparseAttention",
+        "PagedAttention",
+    }
+)
+_OTHER_MIXERS = frozenset(
+    {"LinearAttention", "GatedDeltaNet", "CausalConvWithState", "Conv", "Scan", "Loop", "LSTM", "GRU"}
+)
+_MATMULS = frozenset({"MatMul", "FusedMatMul", "TransposeMatMul", "Einsum", "Gemm"})
+# What may stand between a Softmax and the MatMul with the values; a router's softmax meets TopK or a Mul instead.
+_TRANSPARENT = frozenset(
+    {"Cast", "CastLike", "Dropout", "Identity", "Where", "IsNaN", "Slice", "Reshape", "Transpose", "Squeeze"}
+    | {"Unsqueeze", "Expand"}
+)
+
+
+@dataclass(frozen=True)
+class ResidualSite:
+    """Where one layer's output leaves it.
+
+    Attributes:
+        layer_index: 0-based; the value is Hugging Face's `hidden_states[layer_index + 1]` (before the final norm).
+        kind: `add`: the sum is the value `value`, made by an Add. `skip_norm`: it is inside a fused
+            `Skip*LayerNormalization` node, and `value` is empty where that node does not give it out (output 3).
+        anchor: name of the first output of the node that makes the sum: what a plan finds it by.
+        value: name of the sum, or "".
+        residual: name of the input that carries the stream so far.
+        branch: name of the input that this layer adds.
+        dtype: of the sum: `float32`, `float16` or `bfloat16`.
+    """
+
+    layer_index: int
+    kind: SiteKind
+    anchor: str
+    value: str
+    residual: str
+    branch: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class DecoderAnatomy:
+    """The residual stream of a decoder.
+
+    Attributes:
+        sites: one per layer, ascending.
+        width: hidden size `d`.
+        source: name of the value that enters the first layer's stream.
+        sink: name of the graph output that the stream ends in.
+        certainty: `confirmed` (the config's layer count agrees) or `structural` (no config was at hand).
+        nodes: how many nodes were looked at.
+    """
+
+    sites: tuple[ResidualSite, ...]
+    width: int
+    source: str
+    sink: str
+    certainty: Literal["confirmed", "structural"]
+    nodes: int
+
+    @property
+    def layer_count(self) -> int:
+        return len(self.sites)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return tuple(sorted({site.dtype for site in self.sites}))
+
+
+def dissect(model: ir.Model, expected_layers: int | None = None) -> DecoderAnatomy:
+    """Find the residual stream. Inlines model-local functions and infers missing types in `model`; nothing else changes.
+
+    Args:
+        model: the decoder.
+        expected_layers: the config's layer count, where there is one.
+
+    Raises:
+        AnatomyNotFound: with the reason and the best partial match.
+    """
+    prepare(model)
+    flow = Flow(model.graph)
+    sink = _sink(model.graph)
+    best: tuple[list[tuple[Vertex, Vertex]], Vertex] | None = None
+    for source in _sources(flow):
+        layers = _layers(flow, source, _vertex(flow, sink))
+        if layers and (best is None or len(layers) > len(best[0])):
+            best = layers, source
+    if best is None:
+        raise AnatomyNotFound(_reason_for_nothing(flow))
+    layers, source = best
+    _require_one_stream(flow, layers, source, expected_layers)
+    sites = tuple(_site(flow, index, layer[1], source) for index, layer in enumerate(layers))
+    if expected_layers is not None and len(sites) != expected_layers:
+        raise AnatomyNotFound(
+            f"the config says {expected_layers} layers, the graph's residual stream shows {len(sites)} "
+            f"({sites[0].value or sites[0].anchor} to {sites[-1].value or sites[-1].anchor}); "
+            "check that config.json belongs to this graph"
+        )
+    return DecoderAnatomy(
+        sites=sites,
+        width=_width(model.graph, sites),
+        source=source.name,
+        sink=sink.name or "",
+        certainty="structural" if expected_layers is None else "confirmed",
+        nodes=sum(1 for _ in model.graph),
+    )
+
+
+def prepare(model: ir.Model) -> None:
+    """Make structure visible: inline model-local functions, and infer types where the exporter wrote none."""
+    if model.functions:
+        InlinePass()(model)
+    missing = any(value.dtype is None for node in model.graph for value in node.outputs if value.name)
+    if missing:  # TorchScript files (optimum) have no value types at all
+        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+
+
+def find_node(graph: ir.Graph, anchor: str) -> ir.Node | None:
+    """The node whose first output is called `anchor`."""
+    return next((node for node in graph if node.outputs and node.outputs[0].name == anchor), None)
+
+
+# 1. Source and sink
+
+
+def _sources(flow: Flow) -> Iterator[Vertex]:
+    for value in flow.graph.inputs:
+        if value.dtype in STREAM_DTYPES and value.shape is not None and len(value.shape) == 3:
+            vertex = flow.vertex(value)
+            if vertex is not None:
+                yield vertex
+    for vertex in flow.vertices:
+        node = vertex.node
+        if node is None or node.op_type not in {"Gather", "GatherBlockQuantized"} or len(node.inputs) < 2:
+            continue
+        table, index = node.inputs[0], node.inputs[1]
+        if not flow.is_dynamic(table) and _is_input_up_to_casts(index):
+            yield vertex
+
+
+def _is_input_up_to_casts(value: ir.Value | None) -> bool:
+    while value is not None and not value.is_graph_input():
+        node = value.producer()
+        if node is None or node.op_type not in {"Cast", "Identity", "Clip"}:
+            return False
+        value = node.inputs[0]
+    return value is not None
+
+
+def _sink(graph: ir.Graph) -> ir.Value:
+    for value in graph.outputs:
+        if value.dtype in STREAM_DTYPES and value.shape is not None and len(value.shape) in (2, 3):
+            return value
+    for value in graph.outputs:  # some exporters write no shapes: then the first float output, by convention
+        if value.shape is None and value.dtype in (*STREAM_DTYPES, None):
+            return value
+    raise AnatomyNotFound(
+        f"no rank-2 or rank-3 float output (logits or last_hidden_state) among {_names(graph.outputs)}; is it a decoder?"
+    )
+
+
+def _vertex(flow: Flow, value: ir.Value) -> Vertex:
+    vertex = flow.vertex(value)
+    if vertex is None:
+        raise AnatomyNotFound(f"output {value.name!r} does not depend on the graph's inputs; is it a decoder?")
+    return vertex
+
+
+def _names(values: object) -> str:
+    return ", ".join(str(value.name) for value in values) or "nothing"  # type: ignore[attr-defined]
+
+
+# 2. and 3. The chain, its attention gaps
+
+
+def _layers(flow: Flow, source: Vertex, sink: Vertex) -> list[tuple[Vertex, Vertex]]:
+    """Per layer: the chain vertex before its attention gap, and the sum that is its output. Empty if none."""
+    chain = flow.dominator_chain(source, sink)
+    if len(chain) < 2:
+        return []
+    inside = flow.between(source, sink)
+    members = set(inside)
+    mixers = [v for v in (flow.vertices[i] for i in inside) if is_mixer(flow, v)]
+    starts = sorted({_gap_start(chain, mixer) for mixer in mixers} - {None})  # type: ignore[type-var]
+    layers: list[tuple[Vertex, Vertex]] = []
+    for number, start in enumerate(starts):
+        stop = starts[number + 1] if number + 1 < len(starts) else len(chain) - 1
+        sums = [v for v in chain[start + 1 : stop + 1] if _is_true_sum(flow, v, members)]
+        if sums:
+            layers.append((chain[start], sums[-1]))
+    return layers
+
+
+def _gap_start(chain: list[Vertex], mixer: Vertex) -> int | None:
+    """Position in the chain of the last vertex before the mixer."""
+    before = [position for position, vertex in enumerate(chain) if vertex.index < mixer.index]
+    return before[-1] if before else None
+
+
+def is_mixer(flow: Flow, vertex: Vertex) -> bool:
+    """Whether a vertex mixes positions of the sequence: attention of any spelling, convolution, recurrence."""
+    node = vertex.node
+    if node is None or vertex.value is None or node.outputs[0] is not vertex.value:
+        return False  # count a node once, by its first output
+    if node.op_type in _ATTENTION_OPS or node.op_type in _OTHER_MIXERS:
+        return True
+    return node.op_type == "Softmax" and _spelled_out(flow, node)
+
+
+def _spelled_out(flow: Flow, softmax: ir.Node) -> bool:
+    """Whether a Softmax's result meets a MatMul with two dynamic operands: probabilities times values."""
+    stack, seen = [softmax.outputs[0]], set()
+    while stack:
+        for node in stack.pop().consumers():
+            if node in seen:
+                continue
+            seen.add(node)
+            if node.op_type in _MATMULS:
+                if all(flow.is_dynamic(operand) for operand in node.inputs[:2]):
+                    return True
+            elif node.op_type in _TRANSPARENT:
+                stack.extend(node.outputs)
+    return False
+
+
+# 4. The sums
+
+
+def _is_true_sum(flow: Flow, vertex: Vertex, members: set[int]) -> bool:
+    """Whether a vertex adds two parts of the flow; adding a bias or a constant joins nothing."""
+    if vertex.is_sum:
+        return True
+    node = vertex.node
+    if node is None or node.op_type not in {"Add", "Sum"} or node.domain:
+        return False
+    parts = [flow.vertex(value) for value in node.inputs]
+    return sum(part is not None and part.index in members for part in parts) >= 2
+
+
+def _require_one_stream(flow: Flow, layers: list[tuple[Vertex, Vertex]], source: Vertex, expected: int | None) -> None:
+    """Two attentions in a row without a common sum between them: several streams run side by side (Gemma3n)."""
+    boundaries = [source.index, *(output.index for _, output in layers)]
+    for layer, (low, high) in enumerate(zip(boundaries, boundaries[1:], strict=False)):
+        inside = [v for v in flow.vertices[low + 1 : high] if _is_attention(flow, v)]
+        for first, second in zip(inside, inside[1:], strict=False):
+            if flow.between(first, second):
+                wanted = f" of the config's {expected}" if expected is not None else ""
+                raise AnatomyNotFound(
+                    f"the stream splits: {len(inside)} attention nodes follow one another inside layer {layer} without "
+                    f"a sum that all paths pass (best partial match: {len(layers)} layers{wanted}); models with several "
+                    "residual streams cannot be guarded"
+                )
+
+
+def _is_attention(flow: Flow, vertex: Vertex) -> bool:
+    return is_mixer(flow, vertex) and vertex.op_type not in _OTHER_MIXERS
+
+
+def _site(flow: Flow, layer_index: int, total: Vertex, source: Vertex) -> ResidualSite:
+    node = total.node
+    assert node is not None
+    residual, branch = _residual_first(flow, node)
+    kind: SiteKind = "skip_norm" if total.is_sum else "add"
+    return ResidualSite(
+        layer_index=layer_index,
+        kind=kind,
+        anchor=node.outputs[0].name or "",
+        value=total.value.name or "" if total.value is not None else "",
+        residual=residual.name or "",
+        branch=branch.name or "",
+        dtype=_dtype(node, total, layer_index),
+    )
+
+
+def _residual_first(flow: Flow, node: ir.Node) -> tuple[ir.Value, ir.Value]:
+    """The two summands: the stream is the one that the other was computed from, or at least the earlier one."""
+    first, second = (value for value in node.inputs[:2])
+    assert first is not None and second is not None
+    a, b = flow.vertex(first), flow.vertex(second)
+    if a is None or b is None:  # an Add of more than two parts, or a constant scale; order does not matter for an Add
+        return first, second
+    return (first, second) if a.index < b.index else (second, first)
+
+
+def _dtype(node: ir.Node, total: Vertex, layer_index: int) -> str:
+    """The sum's dtype: from the value, else from what the node reads (a skip-norm's weight has the stream's dtype)."""
+    values = [total.value, *(node.inputs if is_skip_norm(node) else node.inputs[:2]), node.outputs[0]]
+    for value in values:
+        found = _known_dtype(value)
+        if found is not None:
+            if found not in STREAM_DTYPES:
+                raise AnatomyNotFound(
+                    f"layer {layer_index}: the residual sum {total.name!r} is {found.name}, expected a float stream; "
+                    "models whose stream is quantized between layers cannot be guarded"
+                )
+            return STREAM_DTYPES[found]
+    raise AnatomyNotFound(f"layer {layer_index}: the dtype of {total.name!r} is unknown; run shape inference on the file")
+
+
+def _known_dtype(value: ir.Value | None) -> ir.DataType | None:
+    if value is None:
+        return None
+    return value.const_value.dtype if value.const_value is not None else value.dtype
+
+
+def _width(graph: ir.Graph, sites: tuple[ResidualSite, ...]) -> int:
+    """Hidden size: a static last dimension, else the length of a norm's weight that the sum meets."""
+    for site in sites:
+        node = find_node(graph, site.anchor)
+        assert node is not None
+        if is_skip_norm(node):
+            weight = node.inputs[2]
+            if weight is not None and weight.shape is not None and isinstance(weight.shape[0], int):
+                return weight.shape[0]
+        for value in (*node.outputs, *node.inputs[:2]):
+            if value is not None and value.shape is not None and len(value.shape) == 3:
+                last = value.shape[2]
+                if isinstance(last, int):
+                    return last
+        width = _width_from_consumers(node.outputs[0])
+        if width is not None:
+            return width
+    raise AnatomyNotFound(f"the width of the residual stream is unknown at {sites[0].anchor!r}; run shape inference")
+
+
+def _width_from_consumers(value: ir.Value, depth: int = 6) -> int | None:
+    if depth == 0:
+        return None
+    for node in value.consumers():
+        for operand in node.inputs:
+            tensor = operand.const_value if operand is not None else None
+            if tensor is not None and len(tensor.shape) == 1 and node.op_type in {"Mul", "RMSNormalization"}:
+                width = tensor.shape[0]
+                if isinstance(width, int) and width > 1:
+                    return width
+        for output in node.outputs:
+            width = _width_from_consumers(output, depth - 1)
+            if width is not None:
+                return width
+    return None
+
+
+def _reason_for_nothing(flow: Flow) -> str:
+    """Why no layer was found, with what was."""
+    mixers = [v for v in flow.vertices if is_mixer(flow, v)]
+    inside = [node.op_type for node in flow.graph if any(True for _ in bodies(node))]
+    if not mixers and "If" in inside:
+        return (
+            "the decoder is inside an If node (a merged export with and without past); export it without merging, "
+            "as decoder_with_past"
+        )
+    if not mixers:
+        return (
+            f"no attention found among {len(flow.vertices)} values, so there are no decoder layers; "
+            "is this the decoder graph?"
+        )
+    if not any(True for _ in _sources(flow)):
+        return (
+            f"{len(mixers)} attention nodes but no embedding lookup or inputs_embeds among the inputs "
+            f"{_names(flow.graph.inputs)}; is this a decoder graph?"
+        )
+    return (
+        f"{len(mixers)} attention nodes but no residual sum that every path from the embedding to the output passes; "
+        "this is not a pre-norm or post-norm decoder"
+    )

@@ -1,0 +1,47 @@
+"""The two families of failure: what the user handed us (`GuardError`, one line, exit code 1) and our own bugs.
+
+A bug of ours is an `AssertionError` (or whatever Python raises) and keeps its traceback: hiding it would help nobody.
+Every `GuardError` says, in one line, what was asked, what was found, and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class GuardError(Exception):
+    """Something about the request or its files; printed as one line."""
+
+
+class ModelUnreadable(GuardError):
+    """The file or folder is not a model that can be opened."""
+
+
+class AnatomyNotFound(GuardError):
+    """No residual stream was found, or not with certainty; the sentence holds the best partial match."""
+
+
+class DirectionMismatch(GuardError):
+    """A directions file is malformed or belongs to another model."""
+
+
+class PromptsUnusable(GuardError):
+    """An anchors or prompts file is missing, empty, unpaired or malformed."""
+
+
+class GuardIncomplete(GuardError):
+    """The guard did not go in exactly as planned; nothing was written."""
+
+
+class ProofFailed(GuardError):
+    """A check of the proof failed; nothing was written."""
+
+
+class ManifestMismatch(GuardError):
+    """A guarded folder is not what its manifest says."""
+
+
+class ExtraMissing(GuardError):
+    """An optional dependency is not installed; the sentence names the extra."""
+
+
+class OutputRefused(GuardError):
+    """The output folder exists, or cannot be written."""

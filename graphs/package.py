@@ -1,0 +1,363 @@
+"""A model's folder on disk: which file is the decoder, what lies around it. The only opener and the only writer of graphs.
+
+Layouts (docs/graphs.md, section "Layouts that apps load"):
+
+- `onnx-community`: `onnx/{vision_encoder,embed_tokens,decoder_model_merged}[_variant].onnx`, configs and tokenizer at the root
+- `genai`: `genai_config.json` names the decoder file
+- `bare`: one `model.onnx`, its external data beside it, tokenizer beside or above it
+
+Files are always opened by absolute path: onnx_ir confines external data to the model's folder, but (seen on 1.1.0) skips
+that check for a bare relative name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import onnx_ir as ir
+
+from .errors import GuardError, ModelUnreadable
+
+Layout = Literal["onnx-community", "genai", "bare"]
+
+# Graphs of the onnx-community layout that are not decoders. Everything else in `onnx/` is another decoder variant, which
+# would be an unguarded model with a guarded name: it is left out of a guarded folder.
+_SIBLINGS = ("vision_encoder", "embed_tokens", "audio_encoder")
+_DECODERS = ("decoder_model_merged", "decoder_with_past_model", "decoder_model", "model")
+# Files that belong to a bare model: what tokenises, what templates, what describes.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "genai_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "processor.json",
+    "image_processor.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "README.md",
+)
+_NEVER_COPIED = ("guard.json", "directions.safetensors")
+
+
+@dataclass(frozen=True)
+class ModelPackage:
+    """A model on disk, opened read-only.
+
+    Attributes:
+        root: the folder that is the model; a guarded copy mirrors it.
+        decoder: absolute path of the decoder graph.
+        layout: how the folder is laid out.
+        vision_encoder, embed_tokens: absolute paths of the graphs around the decoder, where there are such.
+        left_out: graphs of the folder that a guarded copy does not take along, relative to root.
+    """
+
+    root: Path
+    decoder: Path
+    layout: Layout
+    vision_encoder: Path | None = None
+    embed_tokens: Path | None = None
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What the default output is named after."""
+        return self.decoder.stem if self.layout == "bare" else self.root.name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """`config.json`, or an empty dict."""
+        path = self.companion("config.json")
+        return read_json(path) if path is not None else {}
+
+    @property
+    def expected_layers(self) -> int | None:
+        """The text decoder's layer count: `config.json`, or `genai_config.json`."""
+        config = self.config
+        for part in (config.get("text_config"), config.get("llm_config"), config):
+            if isinstance(part, dict):
+                for key in ("num_hidden_layers", "n_layer", "num_layers"):
+                    if isinstance(part.get(key), int):
+                        return part[key]
+        path = self.root / "genai_config.json"
+        if path.is_file():
+            layers = read_json(path).get("model", {}).get("decoder", {}).get("num_hidden_layers")
+            return layers if isinstance(layers, int) else None
+        return None
+
+    def companion(self, name: str) -> Path | None:
+        """A file beside the decoder, at the root, or (bare layout) in the folder above; `None` if there is none."""
+        folders = [self.root, self.decoder.parent]
+        if self.layout == "bare":
+            folders.append(self.root.parent)
+        return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+    def load_decoder(self) -> ir.Model:
+        """The decoder's graph, a fresh copy at each call; big weights stay in their files."""
+        return load_graph(self.decoder)
+
+    def files(self) -> Iterator[tuple[Path, str]]:
+        """`(source, path relative to root)` of every file that a guarded copy takes along, the decoder's own not."""
+        own = {self.decoder, *external_files(self.decoder)}
+        if self.layout == "bare":
+            for name in COMPANIONS:
+                path = self.companion(name)
+                if path is not None:
+                    yield path, name
+            return
+        skipped = set(self.left_out)
+        for path in sorted(self.root.rglob("*")):
+            relative = path.relative_to(self.root)
+            hidden = any(part.startswith(".") for part in relative.parts)
+            if path.is_file() and path not in own and not hidden and relative.as_posix() not in skipped:
+                if path.suffix == ".safetensors" or path.name in _NEVER_COPIED:
+                    continue
+                yield path, relative.as_posix()
+
+
+def open_package(path: Path | str, variant: str | None = None) -> ModelPackage:
+    """Find the decoder of a file or folder.
+
+    Args:
+        path: a `.onnx` file, or a folder in one of the layouts.
+        variant: precision suffix of the onnx-community layout (`fp16`, `q4`, ...); `None` takes the plain file, or the
+            only one there is.
+
+    Raises:
+        ModelUnreadable: nothing there, or no single decoder can be told.
+    """
+    path = Path(path).absolute()
+    if path.is_file():
+        return _from_file(path)
+    if not path.is_dir():
+        raise ModelUnreadable(f"{path}: no such file or folder; give a .onnx file or a model folder")
+    if (path / "genai_config.json").is_file():
+        return _genai(path)
+    if (path / "onnx").is_dir():
+        return _onnx_community(path, variant)
+    graphs = sorted(path.glob("*.onnx"))
+    if len(graphs) == 1:
+        return ModelPackage(path, graphs[0], "bare")
+    if not graphs:
+        raise ModelUnreadable(f"{path}: holds no .onnx file and is no checkpoint; give a model file or folder")
+    raise ModelUnreadable(f"{path}: holds {len(graphs)} graphs ({_some(graphs)}); name the decoder's file")
+
+
+def _from_file(path: Path) -> ModelPackage:
+    root = path.parent.parent
+    if path.parent.name == "onnx" and (root / "config.json").is_file() and _stem(path, _DECODERS) is not None:
+        return _community_package(root, path)
+    if (path.parent / "genai_config.json").is_file():
+        package = _genai(path.parent)
+        if package.decoder == path:
+            return package
+    return ModelPackage(path.parent, path, "bare")
+
+
+def _genai(root: Path) -> ModelPackage:
+    model = read_json(root / "genai_config.json").get("model", {})
+    decoder = model.get("decoder", {}).get("filename") if isinstance(model, dict) else None
+    if not isinstance(decoder, str):
+        raise ModelUnreadable(f"{root / 'genai_config.json'}: names no model.decoder.filename; is it complete?")
+    named = {part: model.get(part, {}).get("filename") for part in ("vision", "embedding", "speech")}
+    paths = {part: root / name for part, name in named.items() if isinstance(name, str)}
+    keep = {root / decoder, *paths.values()}
+    return ModelPackage(
+        root,
+        _inside(root, decoder),
+        "genai",
+        vision_encoder=paths.get("vision"),
+        embed_tokens=paths.get("embedding"),
+        left_out=_others(root, keep),
+    )
+
+
+def _onnx_community(root: Path, variant: str | None) -> ModelPackage:
+    found = {path: _stem(path, _DECODERS) for path in sorted((root / "onnx").glob("*.onnx"))}
+    decoders = {path: stem for path, stem in found.items() if stem is not None}
+    if not decoders:
+        raise ModelUnreadable(f"{root / 'onnx'}: holds no decoder ({', '.join(_DECODERS)}); found {_some(list(found))}")
+    first = next(stem for stem in _DECODERS if stem in decoders.values())
+    suffixes = {path.stem.removeprefix(first).removeprefix("_"): path for path, stem in decoders.items() if stem == first}
+    wanted = variant if variant is not None else ("" if "" in suffixes else None)
+    if wanted is None and len(suffixes) == 1:
+        wanted = next(iter(suffixes))
+    if wanted not in suffixes:
+        known = ", ".join(repr(name) for name in suffixes)
+        raise ModelUnreadable(f"{root / 'onnx'}: variant {variant!r} of {first} was asked for, found {known}; name one")
+    return _community_package(root, suffixes[wanted])
+
+
+def _community_package(root: Path, decoder: Path) -> ModelPackage:
+    stem = _stem(decoder, _DECODERS)
+    suffix = decoder.stem.removeprefix(stem or "")
+    siblings = {}
+    for name in _SIBLINGS:
+        # A q4 decoder often sits beside an fp16 encoder: the same variant first, then the plain file, then any.
+        candidates = [root / "onnx" / f"{name}{suffix}.onnx", root / "onnx" / f"{name}.onnx"]
+        candidates += sorted((root / "onnx").glob(f"{name}_*.onnx"))
+        siblings[name] = next((path for path in candidates if path.is_file()), None)
+    others = {path for path in (root / "onnx").glob("*.onnx") if _stem(path, _SIBLINGS) is not None}
+    return ModelPackage(
+        root,
+        decoder,
+        "onnx-community",
+        vision_encoder=siblings["vision_encoder"],
+        embed_tokens=siblings["embed_tokens"],
+        left_out=_others(root, {decoder, *others}),
+    )
+
+
+def _others(root: Path, keep: set[Path]) -> tuple[str, ...]:
+    """Graphs that are not kept, and their external data; relative to root."""
+    kept_data = {data for path in keep if path.is_file() for data in external_files(path)}
+    left: set[str] = set()
+    for path in root.rglob("*.onnx"):
+        if path not in keep:
+            left.add(path.relative_to(root).as_posix())
+            with contextlib.suppress(ModelUnreadable):
+                left |= {data.relative_to(root).as_posix() for data in external_files(path) if data not in kept_data}
+    return tuple(sorted(left))
+
+
+def _stem(path: Path, stems: tuple[str, ...]) -> str | None:
+    """Which of the stems a file name has, with or without a `_variant`."""
+    return next((s for s in stems if path.stem == s or path.stem.startswith(f"{s}_")), None)
+
+
+def _inside(root: Path, name: str) -> Path:
+    path = root / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ModelUnreadable(f"{root}: names a file outside itself ({name}); refuse it, or fix genai_config.json")
+    return path
+
+
+def _some(paths: list[Path]) -> str:
+    names = [path.name for path in paths]
+    return ", ".join(names[:4]) + (" ..." if len(names) > 4 else "") if names else "nothing"
+
+
+# Graph files
+
+
+def load_graph(path: Path) -> ir.Model:
+    """Open a graph by absolute path; external weights are referenced, not read, and checked to be there in full.
+
+    Raises:
+        ModelUnreadable: missing, not ONNX, truncated, or external data missing, too short or outside the folder.
+    """
+    path = Path(path).absolute()
+    if not path.is_file():
+        raise ModelUnreadable(f"{path}: no such file; give an ONNX model")
+    try:
+        model = ir.load(str(path))
+    except Exception as error:  # protobuf, onnx_ir and the OS each have exceptions of their own
+        raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated ({_first_line(error)})") from None
+    if not len(model.graph) or not model.graph.outputs:
+        raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated (no nodes or no outputs)")
+    for tensor in _external_tensors(model):
+        _require_data(path, tensor)
+    return model
+
+
+def external_files(path: Path) -> list[Path]:
+    """The external-data files of a graph, absolute, sorted.
+
+    Raises:
+        ModelUnreadable: the graph cannot be opened.
+    """
+    return sorted({_data_path(path, tensor) for tensor in _external_tensors(load_graph(path))})
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Write a graph; external tensors stay references to files of the same relative name, which the caller provides."""
+    proto = ir.to_proto(model)
+    try:
+        content = proto.SerializeToString(deterministic=True)
+    except ValueError:  # protobuf's 2 GiB limit
+        raise GuardError(f"{path.name}: the guarded graph passes 2 GiB; choose --lowering lowrank") from None
+    path.write_bytes(content)
+
+
+def graph_bytes(model: ir.Model) -> bytes:
+    """The serialized graph, for a session that is opened from memory; external tensors stay references."""
+    return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
+    return [
+        value.const_value
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    ]
+
+
+def _data_path(path: Path, tensor: ir.ExternalTensor) -> Path:
+    return path.absolute().parent / str(tensor.location)
+
+
+def _require_data(path: Path, tensor: ir.ExternalTensor) -> None:
+    location = Path(str(tensor.location))
+    if location.is_absolute() or ".." in location.parts:
+        raise ModelUnreadable(f"{path}: keeps weights outside its folder ({location}); refuse it, or move them beside it")
+    data = _data_path(path, tensor)
+    if not data.is_file():
+        raise ModelUnreadable(f"{path}: its external data {location} is missing; put it beside the model")
+    needed = (tensor.offset or 0) + (tensor.length or 0)
+    if data.stat().st_size < needed:
+        raise ModelUnreadable(
+            f"{path}: its external data {location} has {data.stat().st_size} bytes, {tensor.name!r} ends at {needed}; "
+            "it is truncated, copy it again"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:160] if text else type(error).__name__
+
+
+# Small files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ModelUnreadable: not JSON, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelUnreadable(f"{path}: is not readable JSON ({_first_line(error)}); fix or remove it") from None
+    if not isinstance(content, dict):
+        raise ModelUnreadable(f"{path}: holds {type(content).__name__}, expected an object; fix or remove it")
+    return content
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest, streamed."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def onnx_version() -> str:
+    return onnx.__version__

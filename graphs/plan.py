@@ -1,0 +1,308 @@
+"""The plan: what WILL change, as sorted plain data, with the reason for each choice. Pure; changes nothing.
+
+`--dry-run` prints it, a golden file pins it, the manifest keeps it. `rewrite` only does what it says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from .anatomy import DecoderAnatomy, ResidualSite
+from .directions import Directions, LayerDirections
+from .errors import DirectionMismatch, GuardError
+from .lowering import choose_lowering
+from .positions import mask_input
+from .reference import LayerGuard
+from .scribe import PREFIX
+from .spec import MAX_RANK, MODES_WITH_ALPHA, MODES_WITH_GATE, GuardSpec
+
+PLAN_SCHEMA = "vlmguard.plan/1"
+SUPERVISOR_INPUT = "vlmguard.supervisor"
+COORDINATES_OUTPUT = "vlmguard.coordinates"
+OLDEST_OPSET = 13  # Unsqueeze and Squeeze take their axes as inputs from here on
+LARGEST_ALPHA = 1000.0  # alpha times the LISTEN sentinel must stay finite in float32
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One layer to be guarded: where, and with which numbers."""
+
+    site: ResidualSite
+    guard: LayerGuard
+
+    @property
+    def layer_index(self) -> int:
+        return self.site.layer_index
+
+    def to_json(self, mode: str) -> dict[str, Any]:
+        """Readable numbers in full, long arrays as digests of their float32 bytes."""
+        shown: dict[str, Any] = {
+            "layer": self.layer_index,
+            "kind": self.site.kind,
+            "anchor": self.site.anchor,
+            "value": self.site.value,
+            "residual": self.site.residual,
+            "branch": self.site.branch,
+            "dtype": self.site.dtype,
+            "rank": self.guard.rank,
+            "ssd_sha256": _digest(self.guard.ssd),
+        }
+        if mode in MODES_WITH_GATE:
+            shown["tau"] = self.guard.threshold
+        if mode in MODES_WITH_ALPHA:
+            shown["alpha"] = self.guard.alpha
+        if mode == "supervise":
+            shown["origin"] = self.guard.origin.tolist()
+        if mode == "restore":
+            shown["target"] = self.guard.target.tolist()
+            shown["readout_sha256"] = _digest(self.guard.readout)
+        return shown
+
+
+@dataclass(frozen=True)
+class GuardPlan:
+    """Everything that the rewrite will do.
+
+    Attributes:
+        mode, positions, lowering: as in `GuardSpec`, decided.
+        lowering_reason: why this lowering.
+        mask: name of the attention mask that `last` reads, or "" for the last index of each call.
+        width: hidden size.
+        sites: one per guarded layer, ascending.
+        notes: what a person should know, each a sentence.
+    """
+
+    mode: str
+    positions: str
+    lowering: str
+    lowering_reason: str
+    mask: str
+    width: int
+    decoder_layers: int
+    sites: tuple[SitePlan, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(site.layer_index for site in self.sites)
+
+    @property
+    def added_inputs(self) -> tuple[str, ...]:
+        return (SUPERVISOR_INPUT,) if self.mode == "supervise" else ()
+
+    @property
+    def added_outputs(self) -> tuple[str, ...]:
+        return (COORDINATES_OUTPUT,) if self.mode == "supervise" else ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": PLAN_SCHEMA,
+            "mode": self.mode,
+            "positions": self.positions,
+            "lowering": self.lowering,
+            "lowering_reason": self.lowering_reason,
+            "mask": self.mask,
+            "width": self.width,
+            "decoder_layers": self.decoder_layers,
+            "layers": list(self.layers),
+            "added_inputs": list(self.added_inputs),
+            "added_outputs": list(self.added_outputs),
+            "sites": [site.to_json(self.mode) for site in self.sites],
+            "notes": list(self.notes),
+        }
+
+
+def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions, spec: GuardSpec) -> GuardPlan:
+    """Decide what will change, from the wish, the anatomy and the directions.
+
+    Raises:
+        DirectionMismatch: the directions do not fit the decoder or lack what the mode needs.
+        GuardError: the wish cannot be met on this graph.
+    """
+    require_unguarded(model)
+    if directions.width != anatomy.width:
+        raise DirectionMismatch(
+            f"the directions have width {directions.width}, the decoder has {anatomy.width}; "
+            "were they extracted from another model?"
+        )
+    mode, notes = _mode(spec, directions)
+    layers, why_layers = _layers(spec, directions, anatomy, mode)
+    notes += why_layers
+    lowering, reason = choose_lowering(spec.lowering, mode)
+    sites = tuple(
+        SitePlan(anatomy.sites[number], _layer_guard(number, directions, spec, mode, notes)) for number in layers
+    )
+    mask = mask_input(model.graph)
+    _require_expressible(model, sites, mode)
+    if spec.positions == "last" and mask is None:
+        notes.append("no attention_mask input: the last index of each call is edited, so pad on the left")
+    return GuardPlan(
+        mode=mode,
+        positions=spec.positions,
+        lowering=lowering.name,
+        lowering_reason=reason,
+        mask=(mask.name or "") if mask is not None else "",
+        width=anatomy.width,
+        decoder_layers=anatomy.layer_count,
+        sites=sites,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def require_unguarded(model: ir.Model) -> None:
+    """Refuse a graph that already carries a guard.
+
+    Raises:
+        GuardError: some node or initializer is called `vlmguard/...`.
+    """
+    names = [node.name or "" for node in model.graph] + list(model.graph.initializers)
+    if any(name.startswith(PREFIX) for name in names):
+        raise GuardError("this decoder already carries a guard; start again from the unguarded model")
+
+
+def _mode(spec: GuardSpec, directions: Directions) -> tuple[str, list[str]]:
+    calibrated = directions.calibrated_layers
+    if spec.mode is None:
+        if directions.mode is not None:
+            return directions.mode, [f"mode {directions.mode}: what the directions were calibrated for"]
+        if calibrated:
+            return "restore", ["mode restore: the directions carry readout, target and threshold"]
+        return "project", [
+            "mode project: the directions carry an SSD alone; an uncalibrated projection may over-refuse or do nothing, "
+            "so evaluate it, or calibrate (give --anchors instead of --directions)"
+        ]
+    if spec.mode == "project" and directions.mode is None and not calibrated:
+        return "project", ["mode project as asked: an uncalibrated projection may over-refuse or do nothing; evaluate it"]
+    if spec.mode in MODES_WITH_GATE and spec.tau is None and directions.mode not in (None, spec.mode):
+        raise DirectionMismatch(
+            f"the directions' thresholds were calibrated for {directions.mode}, not for {spec.mode}; give --tau, or "
+            "calibrate again with --anchors"
+        )
+    return spec.mode, [f"mode {spec.mode} as asked"]
+
+
+def _layers(
+    spec: GuardSpec, directions: Directions, anatomy: DecoderAnatomy, mode: str
+) -> tuple[tuple[int, ...], list[str]]:
+    beyond = [number for number in spec.layers or () if number >= anatomy.layer_count]
+    if beyond:
+        raise GuardError(
+            f"layer {beyond[0]} was asked for, the decoder has layers 0 to {anatomy.layer_count - 1}; layers count from 0"
+        )
+    beyond = [number for number in directions.layers if number >= anatomy.layer_count]
+    if beyond:
+        raise DirectionMismatch(
+            f"the directions are for layer {beyond[0]}, the decoder has layers 0 to {anatomy.layer_count - 1}; "
+            "were they extracted from another model?"
+        )
+    if spec.layers is not None:
+        absent = [number for number in spec.layers if number not in directions.layers]
+        if absent:
+            raise DirectionMismatch(
+                f"layer {absent[0]} was asked for, the directions hold layers {_spell(tuple(directions.layers))}; "
+                "extract them for that layer too"
+            )
+        return tuple(sorted(set(spec.layers))), [f"layers {_spell(spec.layers)} as asked"]
+    if directions.recommended_layers:
+        chosen = directions.recommended_layers
+        return chosen, [f"layers {_spell(chosen)}: what calibration chose"]
+    if mode == "restore" and directions.calibrated_layers:
+        chosen = directions.calibrated_layers
+        return chosen, [f"layers {_spell(chosen)}: those that the directions calibrate"]
+    chosen = tuple(directions.layers)
+    return chosen, [f"layers {_spell(chosen)}: those of the directions file"]
+
+
+def _layer_guard(number: int, directions: Directions, spec: GuardSpec, mode: str, notes: list[str]) -> LayerGuard:
+    layer = directions.layers[number]
+    rank = spec.rank or layer.ssd.shape[0]
+    if rank > layer.ssd.shape[0]:
+        raise DirectionMismatch(
+            f"rank {rank} was asked for, the directions of layer {number} have {layer.ssd.shape[0]} rows; "
+            "extract them with a higher --rank"
+        )
+    if mode in MODES_WITH_ALPHA:
+        alpha = spec.alpha if spec.alpha is not None else directions.alpha if directions.alpha is not None else 1.0
+        if alpha > LARGEST_ALPHA:
+            raise GuardError(f"alpha {alpha:g} is beyond {LARGEST_ALPHA:g}; no hidden state survives that")
+    elif spec.alpha is not None:
+        raise GuardError(f"mode {mode} has no strength alpha; leave --alpha out, or choose steer or supervise")
+    else:
+        alpha = 1.0
+    if mode == "project" and spec.tau is not None:
+        raise GuardError("mode project has no gate; leave --tau out, or choose steer, supervise or restore")
+    zeros = np.zeros(rank, np.float32)
+    return LayerGuard(
+        ssd=layer.ssd[:rank],
+        origin=layer.origin[:rank] if layer.origin is not None else zeros,
+        target=_target(number, layer, rank, mode),
+        readout=_readout(number, layer, mode, notes),
+        threshold=_threshold(number, layer, spec, mode, notes),
+        alpha=float(np.float32(alpha)),
+    )
+
+
+def _target(number: int, layer: LayerDirections, rank: int, mode: str) -> np.ndarray:
+    if mode != "restore":
+        return np.zeros(rank, np.float32)
+    if layer.target is None:
+        raise DirectionMismatch(
+            f"mode restore needs a target level, layer {number} of the directions has none; calibrate with --anchors"
+        )
+    return layer.target[:rank]
+
+
+def _readout(number: int, layer: LayerDirections, mode: str, notes: list[str]) -> np.ndarray:
+    if layer.readout is not None:
+        return layer.readout
+    if mode == "restore":
+        notes.append(f"layer {number} has no readout of its own: its gate reads the first row of the SSD")
+    return layer.ssd[0]
+
+
+def _threshold(number: int, layer: LayerDirections, spec: GuardSpec, mode: str, notes: list[str]) -> float:
+    if mode == "project":
+        return 0.0
+    if spec.tau is not None:
+        return float(np.float32(spec.tau))
+    if layer.threshold is not None:
+        return layer.threshold
+    if mode == "restore":
+        raise DirectionMismatch(
+            f"mode restore needs a threshold, layer {number} of the directions has none; give --tau, or calibrate "
+            "with --anchors"
+        )
+    notes.append("tau = 0, as in the paper: the directions carry no threshold, and coordinates are not centred on 0")
+    return 0.0
+
+
+def _require_expressible(model: ir.Model, sites: tuple[SitePlan, ...], mode: str) -> None:
+    opset = model.graph.opset_imports.get("", 0)
+    if opset < OLDEST_OPSET:
+        raise GuardError(
+            f"the graph has opset {opset}, the guard needs {OLDEST_OPSET} or later; convert it with onnx.version_converter"
+        )
+    ranks = {site.guard.rank for site in sites}
+    if mode == "supervise" and len(ranks) > 1:
+        raise GuardError(f"supervise needs one rank in all layers, found {sorted(ranks)}; give --rank {min(ranks)}")
+    for site in sites:
+        assert 1 <= site.guard.rank <= MAX_RANK
+        largest = float(np.abs(site.guard.readout).max())
+        if site.site.dtype == "float16" and largest > np.finfo(np.float16).max:
+            raise DirectionMismatch(
+                f"layer {site.layer_index}: the readout reaches {largest:.1e}, beyond float16; scale readout and "
+                "threshold down together"
+            )
+
+
+def _spell(layers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, layers))
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array, dtype=np.float32).tobytes()).hexdigest()

@@ -1,0 +1,57 @@
+"""Which tokens are edited or read: index pairs (row, position) of the last attended token of each call.
+
+Left padding makes "last" the last index. Right padding needs the mask: `attention_mask` covers past and current tokens,
+so its last S columns belong to the S tokens of this call.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from .scribe import Scribe
+
+# The name that every exporter gives it (transformers, optimum, onnxruntime-genai, onnx-community): part of their contract.
+MASK_INPUT = "attention_mask"
+_TO_THE_END = np.iinfo(np.int64).max
+
+
+def mask_input(graph: ir.Graph) -> ir.Value | None:
+    """The 2-D attention mask `[batch, past + sequence]` among the graph's inputs, if it has one."""
+    for value in graph.inputs:
+        if value.name == MASK_INPUT and value.shape is not None and len(value.shape) == 2:
+            return value
+    return None
+
+
+def last_token_pairs(scribe: Scribe, stream: ir.Value, mask: ir.Value | None) -> ir.Value:
+    """Index pairs `[batch, 2]` (int64) for GatherND and ScatterND over the stream `[batch, sequence, d]`."""
+    shape = scribe.op("shape", "Shape", [stream])
+    zero, one = (scribe.constant(name, np.array(n, dtype=np.int64)) for name, n in (("zero", 0), ("one", 1)))
+    batch = scribe.op("batch", "Gather", [shape, zero], axis=0)
+    length = scribe.op("sequence", "Gather", [shape, one], axis=0)
+    rows = scribe.op("rows", "Range", [zero, batch, one])
+    axis = scribe.integers("axis_1", [1])
+    last = _last_index(scribe, batch, length, one, mask, axis)
+    columns = [scribe.op(f"{name}_column", "Unsqueeze", [v, axis]) for name, v in (("row", rows), ("last", last))]
+    return scribe.op("last_token", "Concat", columns, axis=1)
+
+
+def _last_index(
+    scribe: Scribe, batch: ir.Value, length: ir.Value, one: ir.Value, mask: ir.Value | None, axis: ir.Value
+) -> ir.Value:
+    """`[batch]`: position of the last attended token."""
+    if mask is None:
+        last = scribe.op("last_index", "Sub", [length, one])
+        row = scribe.op("batch_shape", "Unsqueeze", [batch, scribe.integers("axis_0", [0])])
+        return scribe.op("last", "Expand", [last, row])
+    start = scribe.op("start", "Neg", [length])
+    start = scribe.op("start_1d", "Unsqueeze", [start, scribe.integers("axis_0", [0])])
+    current = scribe.op("current_mask", "Slice", [mask, start, scribe.integers("end", [_TO_THE_END]), axis])
+    # bool first: a mask may hold any non-zero number
+    attended = scribe.op("attended", "Cast", [current], to=int(ir.DataType.BOOL))
+    attended = scribe.op("attended_int", "Cast", [attended], to=int(ir.DataType.INT64))
+    numbered = scribe.op("numbers", "Range", [one, scribe.op("stop", "Add", [length, one]), one])
+    weighted = scribe.op("weighted", "Mul", [attended, numbered])
+    return scribe.op("last", "ArgMax", [weighted], axis=1, keepdims=0)
+

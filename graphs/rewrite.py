@@ -1,0 +1,284 @@
+"""The rewrite: put the planned guard into the decoder's graph, and count what was done.
+
+A plain Add: `h = Add(residual, branch)`; every reader of `h` reads the guarded `h'` instead. A fused
+`Skip*LayerNormalization` computes the sum and its norm in one node, so `h` cannot be replaced behind it; there the BRANCH
+is corrected: `t = residual + branch`, `delta = w V`, and the node gets `(residual, branch + delta)`. The fusion survives,
+and with a closed gate its inputs are the old ones bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+
+from .anatomy import find_node
+from .dataflow import skip_norm_bias
+from .errors import GuardIncomplete
+from .lowering import LOWERINGS, Lowering
+from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, GuardPlan, SitePlan, require_unguarded
+from .positions import last_token_pairs
+from .scribe import Scribe
+
+
+@dataclass(frozen=True)
+class GuardedSite:
+    """What was done at one layer.
+
+    Attributes:
+        layer_index: 0-based.
+        kind: `add` or `skip_norm`.
+        raw: name of the value before the guard: the sum, or the branch of a skip-norm.
+        guarded: name of the value after it.
+        nodes: names of the nodes that were put in.
+        readers: how many uses now read the guarded value.
+    """
+
+    layer_index: int
+    kind: str
+    raw: str
+    guarded: str
+    nodes: tuple[str, ...]
+    readers: int
+
+
+@dataclass(frozen=True)
+class GuardReport:
+    """What DID change, counted."""
+
+    sites: tuple[GuardedSite, ...]
+    shared_nodes: tuple[str, ...]
+    initializers: tuple[str, ...]
+    added_inputs: tuple[str, ...] = ()
+    added_outputs: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(site.layer_index for site in self.sites)
+
+    @property
+    def node_count(self) -> int:
+        return len(self.shared_nodes) + sum(len(site.nodes) for site in self.sites)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layers": list(self.layers),
+            "nodes": self.node_count,
+            "initializers": len(self.initializers),
+            "added_inputs": list(self.added_inputs),
+            "added_outputs": list(self.added_outputs),
+            "sites": [
+                {"layer": s.layer_index, "kind": s.kind, "raw": s.raw, "guarded": s.guarded, "nodes": len(s.nodes)}
+                for s in self.sites
+            ],
+        }
+
+
+@dataclass
+class _Edit:
+    """What the sites share while the rewrite runs."""
+
+    model: ir.Model
+    plan: GuardPlan
+    lowering: Lowering
+    pairs: ir.Value | None = None
+    supervisor: ir.Value | None = None
+    shared: list[str] = field(default_factory=list)
+    initializers: list[str] = field(default_factory=list)
+    coordinates: list[ir.Value] = field(default_factory=list)
+
+    @property
+    def graph(self) -> ir.Graph:
+        return self.model.graph
+
+
+def rewrite(model: ir.Model, plan: GuardPlan) -> GuardReport:
+    """Put the guard in; `model` is changed in place.
+
+    Raises:
+        GuardIncomplete: a planned site is not there, or not every planned layer was guarded.
+    """
+    require_applicable(model, plan)
+    edit = _Edit(model, plan, next(lowering for lowering in LOWERINGS if lowering.name == plan.lowering))
+    _declare_supervisor(edit)
+    sites = tuple(_guard_site(edit, site) for site in plan.sites)
+    _give_coordinates(edit)
+    _sign(edit)
+    report = GuardReport(sites, tuple(edit.shared), tuple(edit.initializers), plan.added_inputs, plan.added_outputs)
+    if report.layers != plan.layers or not report.layers:
+        raise GuardIncomplete(f"planned layers {plan.layers}, guarded {report.layers}; nothing was written")
+    return report
+
+
+def require_applicable(model: ir.Model, plan: GuardPlan) -> None:
+    """Every planned site exists, with the summands that the plan says; raises before anything changes."""
+    require_unguarded(model)
+    for planned in plan.sites:
+        site, node = planned.site, find_node(model.graph, planned.site.anchor)
+        if node is None:
+            raise GuardIncomplete(f"layer {site.layer_index}: no node makes {site.anchor!r}; was the plan made for this graph?")
+        summands = {value.name for value in node.inputs[:2] if value is not None}
+        if summands != {site.residual, site.branch}:
+            raise GuardIncomplete(
+                f"layer {site.layer_index}: {site.anchor!r} sums {sorted(map(str, summands))}, the plan says "
+                f"{sorted((site.residual, site.branch))}; was the plan made for this graph?"
+            )
+
+
+def _guard_site(edit: _Edit, planned: SitePlan) -> GuardedSite:
+    node = find_node(edit.graph, planned.site.anchor)
+    assert node is not None
+    properties = {
+        "vlmguard.layer": str(planned.layer_index),
+        "vlmguard.mode": edit.plan.mode,
+        "vlmguard.positions": edit.plan.positions,
+        "vlmguard.lowering": edit.plan.lowering,
+    }
+    scribe = Scribe(edit.graph, f"layer_{planned.layer_index}", properties)
+    edit.pairs = edit.pairs or _pairs(edit, planned, node)
+    guard = _guard_skip_norm if planned.site.kind == "skip_norm" else _guard_add
+    site = guard(edit, planned, node, scribe)
+    edit.initializers += scribe.initializers
+    return site
+
+
+def _guard_add(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scribe) -> GuardedSite:
+    """Every reader of the sum reads the guarded one."""
+    raw = node.outputs[0]
+    supervisor = _supervisor(edit, scribe, planned)
+    if edit.plan.positions == "all":
+        new, c = edit.lowering.guarded(scribe, raw, edit.plan.mode, planned.guard, planned.site.dtype, supervisor)
+    else:
+        last = scribe.op("last", "GatherND", [raw, edit.pairs])
+        edited, c = edit.lowering.guarded(scribe, last, edit.plan.mode, planned.guard, planned.site.dtype, supervisor)
+        new = scribe.op("guarded", "ScatterND", [raw, edit.pairs, edited], like=raw)
+    _keep_coordinates(edit, scribe, c)
+    new.type, new.shape = raw.type, raw.shape
+    readers = _redirect(edit.graph, raw, new, scribe)
+    scribe.place_after(node)
+    return GuardedSite(planned.layer_index, "add", raw.name or "", new.name or "", _names(scribe), readers)
+
+
+def _guard_skip_norm(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scribe) -> GuardedSite:
+    """The fused node gets a corrected branch; the residual stays as it is."""
+    at = next(i for i, value in enumerate(node.inputs[:2]) if value is not None and value.name == planned.site.branch)
+    branch, residual = node.inputs[at], node.inputs[1 - at]
+    assert branch is not None and residual is not None
+    supervisor = _supervisor(edit, scribe, planned)
+    arguments = edit.plan.mode, planned.guard, planned.site.dtype, supervisor
+    bias = skip_norm_bias(node)
+    if edit.plan.positions == "all":
+        delta, c = edit.lowering.correction(scribe, _sum(scribe, residual, branch, bias), *arguments)
+        new = scribe.op("write", "Add", [branch, delta], like=branch)
+    else:
+        here = [scribe.op(f"last_{n}", "GatherND", [v, edit.pairs]) for n, v in (("residual", residual), ("branch", branch))]
+        delta, c = edit.lowering.correction(scribe, _sum(scribe, *here, bias), *arguments)
+        edited = scribe.op("write", "Add", [here[1], delta])
+        new = scribe.op("guarded", "ScatterND", [branch, edit.pairs, edited], like=branch)
+    _keep_coordinates(edit, scribe, c)
+    node.replace_input_with(at, new)
+    scribe.place_before(node)
+    return GuardedSite(planned.layer_index, "skip_norm", branch.name or "", new.name or "", _names(scribe), 1)
+
+
+def _sum(scribe: Scribe, residual: ir.Value, branch: ir.Value, bias: ir.Value | None) -> ir.Value:
+    total = scribe.op("sum", "Add", [residual, branch], like=residual)
+    return total if bias is None else scribe.op("sum_bias", "Add", [total, bias], like=residual)
+
+
+def _redirect(graph: ir.Graph, raw: ir.Value, new: ir.Value, scribe: Scribe) -> int:
+    """Every use of `raw` outside the guard becomes a use of `new`; a graph output keeps its name."""
+    own, readers = set(scribe.nodes), 0
+    for node, index in tuple(raw.uses()):
+        if node not in own:
+            node.replace_input_with(index, new)
+            readers += 1
+    for index, output in enumerate(graph.outputs):
+        if output is raw:
+            name, raw.name = raw.name, f"{raw.name}/unguarded"
+            graph.outputs[index] = new
+            new.name = name
+            readers += 1
+    return readers
+
+
+# Which tokens
+
+
+def _pairs(edit: _Edit, planned: SitePlan, node: ir.Node) -> ir.Value | None:
+    """Index pairs of the last tokens, computed once before the first site."""
+    if edit.plan.positions == "all" and edit.plan.mode != "supervise":
+        return None
+    scribe = Scribe(edit.graph, "positions")
+    mask = next((value for value in edit.graph.inputs if value.name == edit.plan.mask and edit.plan.mask), None)
+    stream = next(value for value in node.inputs[:2] if value is not None and value.name == planned.site.residual)
+    pairs = last_token_pairs(scribe, stream, mask)
+    scribe.place_before(node)
+    edit.shared += _names(scribe)
+    edit.initializers += scribe.initializers
+    return pairs
+
+
+# The supervisor's coordinates, in and out
+
+
+def _declare_supervisor(edit: _Edit) -> None:
+    if edit.plan.mode != "supervise":
+        return
+    shape = ["vlmguard_batch", len(edit.plan.sites), edit.plan.sites[0].guard.rank]
+    edit.supervisor = ir.Value(name=SUPERVISOR_INPUT, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
+    edit.graph.inputs.append(edit.supervisor)
+
+
+def _supervisor(edit: _Edit, scribe: Scribe, planned: SitePlan) -> ir.Value | None:
+    """This layer's row of the input: `[batch, m]`, or `[batch, 1, m]` to meet every token."""
+    if edit.supervisor is None:
+        return None
+    row = edit.plan.layers.index(planned.layer_index)
+    index = scribe.integers("supervisor_row", [row])
+    kept = scribe.op("supervisor", "Gather", [edit.supervisor, index], axis=1)  # [batch, 1, m]
+    if edit.plan.positions == "all":
+        return kept
+    return scribe.op("supervisor_flat", "Squeeze", [kept, scribe.integers("axis_1", [1])])
+
+
+def _keep_coordinates(edit: _Edit, scribe: Scribe, c: ir.Value | None) -> None:
+    """Remember this layer's own coordinates at the last token, as `[batch, 1, m]`."""
+    if edit.plan.mode != "supervise":
+        return
+    assert c is not None
+    if edit.plan.positions == "all":
+        c = scribe.op("own_last", "GatherND", [c, edit.pairs])
+    edit.coordinates.append(scribe.op("own", "Unsqueeze", [c, scribe.integers("own_axis", [1])]))
+
+
+def _give_coordinates(edit: _Edit) -> None:
+    if edit.plan.mode != "supervise":
+        return
+    scribe = Scribe(edit.graph, "coordinates")
+    output = scribe.op("all_layers", "Concat", edit.coordinates, axis=1)
+    assert edit.supervisor is not None
+    output.name, output.dtype, output.shape = COORDINATES_OUTPUT, ir.DataType.FLOAT, edit.supervisor.shape
+    scribe.place_last()
+    edit.graph.outputs.append(output)
+    edit.shared += _names(scribe)
+    edit.initializers += scribe.initializers
+
+
+def _sign(edit: _Edit) -> None:
+    """Say in the file itself what was done."""
+    plan = edit.plan
+    edit.model.metadata_props.update(
+        {
+            "vlmguard.schema": "vlmguard.guarded/1",
+            "vlmguard.mode": plan.mode,
+            "vlmguard.layers": ",".join(map(str, plan.layers)),
+            "vlmguard.positions": plan.positions,
+            "vlmguard.lowering": plan.lowering,
+        }
+    )
+
+
+def _names(scribe: Scribe) -> tuple[str, ...]:
+    return tuple(node.name or "" for node in scribe.nodes)

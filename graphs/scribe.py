@@ -1,0 +1,80 @@
+"""Writing nodes: a small scribe that names everything under one prefix and remembers what it wrote.
+
+Names matter here: whoever opens the guarded file finds the guard by `vlmguard/`, and the proof counts by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+PREFIX = "vlmguard/"
+NUMPY_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+IR_DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+
+
+class Scribe:
+    """Collects the nodes and initializers of one part of the guard, then places them.
+
+    Args:
+        graph: where initializers are registered.
+        scope: name below `vlmguard/`, such as `layer_3`.
+        properties: `metadata_props` of each node, saying what was done and why.
+    """
+
+    def __init__(self, graph: ir.Graph, scope: str, properties: dict[str, str] | None = None) -> None:
+        self.graph = graph
+        self.scope = PREFIX + scope
+        self.properties = properties or {}
+        self.nodes: list[ir.Node] = []
+        self.initializers: list[str] = []
+
+    def constant(self, name: str, array: np.ndarray, dtype: str | None = None) -> ir.Value:
+        """An initializer; `dtype` is a stream dtype, `None` keeps the array's own."""
+        array = np.array(array, dtype=None if dtype is None else NUMPY_DTYPES[dtype], order="C")
+        full = f"{self.scope}/{name}"
+        tensor = ir.Tensor(array, name=full)
+        value = ir.Value(name=full, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        self.graph.register_initializer(value)
+        self.initializers.append(full)
+        return value
+
+    def integers(self, name: str, numbers: Sequence[int]) -> ir.Value:
+        return self.constant(name, np.array(numbers, dtype=np.int64))
+
+    def op(
+        self,
+        name: str,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        like: ir.Value | None = None,
+        **attributes: int | float | str | Sequence[int],
+    ) -> ir.Value:
+        """One node with one output, both called `vlmguard/<scope>/<name>`; `like` lends its type and shape."""
+        full = f"{self.scope}/{name}"
+        output = ir.Value(name=full)
+        if like is not None and like.type is not None:  # a type that nobody knows is left out, not written as unknown
+            output.type, output.shape = like.type, like.shape
+        node = ir.node(op_type, list(inputs), attributes, outputs=[output], name=full)
+        node.metadata_props.update(self.properties)
+        self.nodes.append(node)
+        return output
+
+    def cast(self, name: str, value: ir.Value, dtype: str) -> ir.Value:
+        return self.op(name, "Cast", [value], to=int(IR_DTYPES[dtype]))
+
+    def place_before(self, node: ir.Node) -> None:
+        self.graph.insert_before(node, self.nodes)
+
+    def place_after(self, node: ir.Node) -> None:
+        self.graph.insert_after(node, self.nodes)
+
+    def place_last(self) -> None:
+        self.graph.extend(self.nodes)

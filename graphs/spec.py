@@ -1,0 +1,85 @@
+"""What is wanted: the guard as a person asks for it, before any model is looked at.
+
+`GuardSpec` is plain data. Which layers exist, which numbers the guard computes with and where it goes in is decided by
+`plan_guard`, from a spec, the model's anatomy and a directions file.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .errors import GuardError
+
+Mode = Literal["project", "steer", "supervise", "restore"]
+Positions = Literal["all", "last"]
+
+MODES: tuple[str, ...] = get_args(Mode)
+POSITIONS: tuple[str, ...] = get_args(Positions)
+MAX_RANK = 8
+
+# Modes whose formula has a strength, and modes whose formula has a gate (docs/method.md, section "The interventions").
+MODES_WITH_ALPHA = frozenset({"steer", "supervise"})
+MODES_WITH_GATE = frozenset({"steer", "supervise", "restore"})
+
+
+@dataclass(frozen=True)
+class GuardSpec:
+    """The wish. Every `None` means "take what the directions file says, else the mode's default".
+
+    Attributes:
+        mode: which intervention (docs/method.md): `project`, `steer`, `supervise`, `restore`. `None` follows the
+            directions file: calibrated ones mean `restore`, an SSD alone means `project`.
+        layers: decoder layers, 0-based: layer `l` is guarded where its output leaves it (`hidden_states[l + 1]` in
+            Hugging Face terms). `None` means those of the directions file.
+        rank: how many rows of the SSD to use, 1..8. `None` means all that the file has.
+        alpha: strength of `steer` and `supervise`; not negative, because a negative strength removes safety.
+        tau: gate threshold of `steer`, `supervise` and `restore`, for every guarded layer.
+        positions: `last` edits the last token of each call (the end of the prompt, then each new token); `all` every
+            token of the call.
+        lowering: how the guard is written into the graph; `auto` lets the plan choose and say why.
+    """
+
+    mode: Mode | None = None
+    layers: tuple[int, ...] | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    tau: float | None = None
+    positions: Positions = "last"
+    lowering: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.mode is not None and self.mode not in MODES:
+            raise GuardError(f"mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
+        if self.positions not in POSITIONS:
+            raise GuardError(f"positions {self.positions!r} is unknown; choose one of {', '.join(POSITIONS)}")
+        if self.layers is not None and not self.layers:
+            raise GuardError("the list of layers is empty; name at least one layer, or say auto")
+        if self.rank is not None and not 1 <= self.rank <= MAX_RANK:
+            raise GuardError(f"rank {self.rank} is out of range; choose 1 to {MAX_RANK}")
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise GuardError(f"alpha {self.alpha} would remove safety or is not a number; choose 0 or more")
+        if self.tau is not None and not math.isfinite(self.tau):
+            raise GuardError(f"tau {self.tau} is not a finite number; a gate that never or always opens is not a guard")
+
+
+def parse_layers(text: str) -> tuple[int, ...] | None:
+    """`"3,4"`, `"2-4"`, `"0,3-5"` to sorted 0-based layer numbers; `"auto"` to `None`.
+
+    Raises:
+        GuardError: the text is none of these.
+    """
+    if text.strip().lower() == "auto":
+        return None
+    layers: set[int] = set()
+    for part in text.split(","):
+        span = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if span is None:
+            raise GuardError(f"layers {text!r} cannot be read; write them as 3,4 or 2-4 or auto")
+        first, last = int(span[1]), int(span[2] or span[1])
+        if last < first or last > 10_000:
+            raise GuardError(f"layers {text!r} cannot be read; a range runs upward, as in 2-4")
+        layers.update(range(first, last + 1))
+    return tuple(sorted(layers))

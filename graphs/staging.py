@@ -1,0 +1,105 @@
+"""Writing a folder so that at any kill it is complete or absent: a hidden sibling first, then one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import OutputRefused
+
+_MARK = ".vlmguard-"
+
+
+@contextlib.contextmanager
+def staged(directory: Path, force: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `directory` that becomes it when the block succeeds, and vanishes when it fails.
+
+    Args:
+        directory: what to write; its parent must exist or be creatable.
+        force: replace an existing folder.
+
+    Raises:
+        OutputRefused: it exists and `force` is not set, is a file, or cannot be written.
+    """
+    directory = directory.absolute()
+    require_writable(directory, force)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(directory)
+        stage = Path(tempfile.mkdtemp(prefix=f".{directory.name}{_MARK}{os.getpid()}-", dir=directory.parent))
+    except OSError as error:
+        raise OutputRefused(f"{directory}: cannot be written ({error.strerror}); choose another OUT") from None
+    try:
+        stage.chmod(0o755)
+        yield stage
+        _swap(stage, directory)
+    except OSError as error:
+        raise OutputRefused(f"{directory}: cannot be written ({error.strerror or error}); choose another OUT") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def require_writable(directory: Path, force: bool) -> None:
+    """Refuse early, before minutes of work, what would be refused at the end.
+
+    Raises:
+        OutputRefused: as for `staged`.
+    """
+    directory = directory.absolute()
+    if directory.exists() and not directory.is_dir():
+        raise OutputRefused(f"{directory}: is a file; choose a folder for OUT")
+    if directory.exists() and not force:
+        raise OutputRefused(f"{directory}: exists already; choose another OUT, or replace it with --force")
+    parent = next(folder for folder in (directory.parent, *directory.parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputRefused(f"{directory}: cannot be written (no permission in {parent}); choose another OUT")
+
+
+def link_or_copy(source: Path, destination: Path) -> None:
+    """Bring an untouched file along: hard-linked where the file system allows, else copied.
+
+    A link out of the folder (Hugging Face's cache) is followed first, so that the copy stands alone.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    source = source.resolve()
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)
+
+
+def _swap(stage: Path, directory: Path) -> None:
+    """The old folder is moved away, not emptied, so that a reader never sees half of one."""
+    if not directory.exists():
+        stage.rename(directory)
+        return
+    old = directory.parent / f"{stage.name}-old"
+    directory.rename(old)
+    try:
+        stage.rename(directory)
+    except OSError:
+        old.rename(directory)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sweep(directory: Path) -> None:
+    """Remove what a killed run left behind; a run that is still alive keeps its stage."""
+    for path in directory.parent.glob(f".{directory.name}{_MARK}*"):
+        pid = path.name.partition(_MARK)[2].partition("-")[0]
+        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

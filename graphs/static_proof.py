@@ -1,0 +1,148 @@
+"""What can be proved about a guarded graph without running it: signature, counts, dominators, untouched weights.
+
+The strongest of these is domination: the guard's output must lie on EVERY path from the stream's source to its sink, or
+some path avoids the guard. Each check counts what it compared, and an empty comparison is a failure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from .anatomy import DecoderAnatomy
+from .dataflow import Flow, is_skip_norm
+from .plan import GuardPlan
+from .rewrite import GuardedSite, GuardReport
+from .scribe import PREFIX
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison of a proof.
+
+    Attributes:
+        name: what was checked, a phrase.
+        compared: how many things were compared; zero is never ok.
+        worst: the largest deviation seen (0 for exact checks).
+        limit: the largest deviation allowed.
+        ok: whether it holds.
+        note: what a person should know about it, or what failed.
+    """
+
+    name: str
+    compared: int
+    worst: float
+    limit: float
+    ok: bool
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def exact(name: str, compared: int, wrong: list[str], note: str = "") -> Check:
+    """A check that allows no deviation; `wrong` names what deviates."""
+    said = f"{'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}" if wrong else note
+    if not compared and not wrong:
+        said = "nothing was compared"
+    return Check(name, compared, float(len(wrong)), 0.0, compared > 0 and not wrong, said)
+
+
+def prove_structure(
+    source: ir.Model, guarded: ir.Model, anatomy: DecoderAnatomy, plan: GuardPlan, report: GuardReport
+) -> tuple[Check, ...]:
+    """All static checks of a rewrite; `source` is the graph before it."""
+    return (
+        signature_unchanged(source, guarded, plan),
+        sites_guarded_once(guarded, plan, report),
+        guard_dominates(guarded, anatomy, plan, report),
+        initializers_untouched(source, guarded),
+    )
+
+
+def signature_unchanged(source: ir.Model, guarded: ir.Model, plan: GuardPlan) -> Check:
+    """Inputs and outputs keep names, dtypes, shapes and order; only the opted-in ones are added, at the end."""
+    wrong: list[str] = []
+    compared = 0
+    for what, before, after, added in (
+        ("input", source.graph.inputs, guarded.graph.inputs, plan.added_inputs),
+        ("output", source.graph.outputs, guarded.graph.outputs, plan.added_outputs),
+    ):
+        expected = [_signature(value) for value in before]
+        found = [_signature(value) for value in after]
+        compared += len(expected)
+        if found[: len(expected)] != expected:
+            wrong.append(f"{what}s differ from the source")
+        extra = tuple(value.name for value in list(after)[len(expected) :])
+        if extra != added:
+            wrong.append(f"added {what}s are {extra}, planned {added}")
+    return exact("inputs and outputs unchanged", compared, wrong)
+
+
+def sites_guarded_once(guarded: ir.Model, plan: GuardPlan, report: GuardReport) -> Check:
+    """Every planned layer has exactly the nodes that were reported, and no other node carries the guard's name."""
+    names = [node.name for node in guarded.graph if (node.name or "").startswith(PREFIX)]
+    reported = [name for site in report.sites for name in site.nodes] + list(report.shared_nodes)
+    wrong = []
+    if sorted(report.layers) != sorted(plan.layers) or len(set(report.layers)) != len(report.layers):
+        wrong.append(f"planned layers {plan.layers}, guarded {report.layers}")
+    if sorted(names) != sorted(reported) or len(set(names)) != len(names):
+        wrong.append(f"{len(names)} guard nodes in the graph, {len(reported)} reported")
+    return exact("every planned site guarded exactly once", len(report.sites), wrong, f"{len(names)} nodes")
+
+
+def guard_dominates(guarded: ir.Model, anatomy: DecoderAnatomy, plan: GuardPlan, report: GuardReport) -> Check:
+    """No path from a guarded layer to the output avoids its guard."""
+    flow = Flow(guarded.graph)
+    values = {value.name: value for value in guarded.graph.inputs}
+    values |= {output.name: output for node in guarded.graph for output in node.outputs}
+    source, sink = flow.vertex(values.get(anatomy.source)), flow.vertex(values.get(anatomy.sink))
+    name = "no path avoids a guard (dominators)"
+    if source is None or sink is None:
+        return exact(name, 0, [f"{anatomy.source!r} or {anatomy.sink!r} is no longer in the graph"])
+    on_chain = {vertex.index for vertex in flow.dominator_chain(source, sink)}
+    wrong: list[str] = []
+    for planned, site in zip(plan.sites, report.sites, strict=True):
+        raw, new = values.get(site.raw) or values.get(f"{site.raw}/unguarded"), values.get(site.guarded)
+        if raw is None or new is None:
+            wrong.append(f"layer {site.layer_index}: the guarded value is gone")
+            continue
+        own = set(site.nodes) | set(report.shared_nodes)
+        if any(node.name not in own for node in raw.consumers()) or raw.is_graph_output():
+            wrong.append(f"layer {site.layer_index}: {site.raw!r} is read past the guard")
+        if not _dominates(flow, on_chain, site, new, planned.site.anchor):
+            wrong.append(f"layer {site.layer_index}: a path avoids the guard")
+    return exact(name, len(report.sites), wrong)
+
+
+def _dominates(flow: Flow, on_chain: set[int], site: GuardedSite, new: ir.Value, anchor: str) -> bool:
+    if site.kind == "add":
+        vertex = flow.vertex(new)
+        return vertex is not None and vertex.index in on_chain
+    # A skip-norm: the sum that the fused node makes must be on the chain, and the guarded branch one of its summands.
+    readers = [node for node in new.consumers() if is_skip_norm(node) and node.outputs[0].name == anchor]
+    return len(readers) == 1 and new in readers[0].inputs[:2] and flow.sum_vertex(readers[0]).index in on_chain
+
+
+def initializers_untouched(source: ir.Model, guarded: ir.Model) -> Check:
+    """Every initializer of the source is in the guarded graph, the same bytes; only `vlmguard/` ones are new."""
+    before, after = source.graph.initializers, guarded.graph.initializers
+    wrong = [name for name in before if name not in after or not _same_tensor(before[name], after[name])]
+    wrong += [name for name in after if name not in before and not name.startswith(PREFIX)]
+    return exact("untouched initializers identical", len(before), wrong)
+
+
+def _same_tensor(a: ir.Value, b: ir.Value) -> bool:
+    x, y = a.const_value, b.const_value
+    if x is None or y is None or x.dtype != y.dtype or tuple(x.shape) != tuple(y.shape):
+        return False
+    if isinstance(x, ir.ExternalTensor) and isinstance(y, ir.ExternalTensor):
+        # Never read gigabytes to learn that a reference is the same reference; the file's digest covers the bytes.
+        return (x.location, x.offset, x.length) == (y.location, y.offset, y.length)
+    return x is y or x.tobytes() == y.tobytes()
+
+
+def _signature(value: ir.Value) -> tuple[str | None, str, str]:
+    return value.name, str(value.dtype), str(value.shape)

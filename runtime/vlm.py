@@ -1,0 +1,272 @@
+"""A whole model, running: prompts and images in, answers out. For unguarded and guarded models alike.
+
+`VisionLanguageModel` puts the parts together: tokenizer and chat template, image preprocessing, vision encoder, token
+embeddings, decoder with KV cache. A decoder that takes `input_ids` needs only the first and the last. For a graph in
+mode `supervise` each batch is run twice: a short text-only pass gives the coordinates, the real pass takes them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from PIL import Image
+
+from ..graphs.errors import GuardError, ModelUnreadable
+from ..graphs.package import ModelPackage, graph_bytes
+from ..graphs.reference import LISTEN
+from .chat import ChatTokenizer
+from .decoder import DecoderSession, PromptBatch
+from .images import ImagePreprocessor, open_image
+from .runners import Runner, open_runner
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question: a prompt, and an image (path or picture) or `None` for text only."""
+
+    prompt: str
+    image: Image.Image | Path | str | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: where to stop at the latest.
+        temperature: 0 takes the likeliest token (greedy); above, softmax(logits / temperature) is sampled.
+        top_p: only the likeliest tokens that together reach this probability are sampled.
+        seed: of the sampling; the same seed gives the same answer.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise GuardError(f"max_new_tokens {self.max_new_tokens} asks for no answer; choose 1 or more")
+        if not self.temperature >= 0 or not np.isfinite(self.temperature):
+            raise GuardError(f"temperature {self.temperature} is out of range; choose 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise GuardError(f"top_p {self.top_p} is out of range; choose above 0, up to 1")
+
+
+GREEDY = Sampling()
+
+
+class VisionLanguageModel:
+    """A model folder, ready to answer.
+
+    Args:
+        package: the folder.
+        decoder: the decoder's graph if it is not the package's own (a tapped or guarded copy in memory).
+        runtime: a row of the runners' table.
+        optimize: whether the runtime may optimise the decoder's graph.
+
+    Raises:
+        ModelUnreadable: a part is missing or cannot be opened.
+        ExtraMissing: the runtime is not installed.
+    """
+
+    def __init__(
+        self,
+        package: ModelPackage,
+        decoder: ir.Model | None = None,
+        runtime: str = "onnxruntime",
+        optimize: bool = True,
+    ) -> None:
+        self.package = package
+        self.runtime = runtime
+        graph = package.load_decoder() if decoder is None else decoder
+        # GroupQueryAttention derives positions from the mask's sum: rows padded on the left would be misread.
+        self.pads = not any(node.op_type == "GroupQueryAttention" for node in graph.graph)
+        source = package.decoder if decoder is None else graph_bytes(graph)
+        self.decoder = DecoderSession(open_runner(source, package.decoder.parent, runtime, optimize))
+        if self.decoder.takes_embeds and package.embed_tokens is None:
+            raise ModelUnreadable(
+                f"{package.root}: the decoder takes inputs_embeds, but there is no embed_tokens graph"
+            )
+
+    def with_decoder(self, decoder: ir.Model, optimize: bool = True) -> VisionLanguageModel:
+        """The same model around another decoder graph; the other parts stay open."""
+        other = VisionLanguageModel(self.package, decoder, self.runtime, optimize)
+        for part in ("chat", "images", "_vision", "_embed"):
+            if part in self.__dict__:
+                other.__dict__[part] = self.__dict__[part]
+        return other
+
+    @cached_property
+    def chat(self) -> ChatTokenizer:
+        path = self.package.companion("tokenizer.json")
+        return ChatTokenizer.open(path.parent if path is not None else self.package.root)
+
+    @cached_property
+    def images(self) -> ImagePreprocessor:
+        return ImagePreprocessor.open(self.package.root)
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model takes images."""
+        return self.package.vision_encoder is not None and self.decoder.takes_embeds
+
+    def blank_image(self) -> Image.Image:
+        """A white picture of the size that the model looks at."""
+        return self.images.blank_image()
+
+    # Answers
+
+    def answer(self, requests: Sequence[Request], sampling: Sampling = GREEDY, batch_size: int = 16) -> list[str]:
+        """One answer per request, in order."""
+        answers = [""] * len(requests)
+        for indices in self.groups(requests, batch_size):
+            tokens: list[list[int]] = [[] for _ in indices]
+            for step in self._generate([requests[index] for index in indices], sampling):
+                for row, token in enumerate(step):
+                    if token is not None:
+                        tokens[row].append(token)
+            for row, index in enumerate(indices):
+                answers[index] = self.chat.decode(tokens[row]).strip()
+        return answers
+
+    def stream(self, request: Request, sampling: Sampling = GREEDY) -> Iterator[str]:
+        """Pieces of one answer as they come."""
+        tokens: list[int] = []
+        said = ""
+        for (token,) in self._generate([request], sampling):
+            if token is None:
+                break
+            tokens.append(token)
+            text = self.chat.decode(tokens)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the first half of a character that is still coming
+                yield text[len(said) :]
+                said = text
+
+    def prefill(self, requests: Sequence[Request], batch: PromptBatch | None = None) -> dict[str, np.ndarray]:
+        """All outputs of the decoder for one batch of prompts; requests must fit in one batch."""
+        batch = self.batch(requests) if batch is None else batch
+        return self.decoder.prefill(batch, self.supervise(requests))[0]
+
+    def supervise(self, requests: Sequence[Request]) -> np.ndarray | None:
+        """The text-only pass of a supervised graph: coordinates `[batch, layers, m]`; `None` for any other graph."""
+        if not self.decoder.supervised:
+            return None
+        layers, rank = self.decoder.supervisor_shape
+        texts = [replace(request, image=None) for request in requests]
+        listen = np.full((len(texts), layers, rank), LISTEN, np.float32)
+        outputs, _ = self.decoder.prefill(self.batch(texts), listen)
+        return self.decoder.coordinates(outputs)
+
+    # Inputs
+
+    def groups(self, requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:
+        """Indices of requests that run together: similar lengths, or equal ones where the graph cannot be padded."""
+        by_length: dict[object, list[int]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            length = len(self.chat.encode(request.prompt))
+            key = (length, request.image is None) if not self.pads else request.image is None
+            by_length[key].append(index)
+        for members in by_length.values():
+            for start in range(0, len(members), batch_size):
+                yield members[start : start + batch_size]
+
+    def batch(self, requests: Sequence[Request]) -> PromptBatch:
+        """Token ids padded on the left, and embeddings with image features where the decoder takes them."""
+        pictures = [open_image(request.image) for request in requests if request.image is not None]
+        features = self._features(pictures) if pictures else None
+        tokens = 0 if features is None else features.shape[1]
+        rows = [self.chat.encode(r.prompt, 0 if r.image is None else tokens) for r in requests]
+        longest = max(map(len, rows))
+        if not self.pads and any(len(row) != longest for row in rows):
+            raise GuardError("this decoder cannot be padded; run prompts of one length together")
+        ids = np.full((len(rows), longest), self.chat.pad_id, np.int64)
+        mask = np.zeros_like(ids)
+        for number, row in enumerate(rows):
+            ids[number, longest - len(row) :] = row
+            mask[number, longest - len(row) :] = 1
+        return PromptBatch(ids, mask, self._embeds(ids, mask, features) if self.decoder.takes_embeds else None)
+
+    @cached_property
+    def _vision(self) -> Runner:
+        path = self.package.vision_encoder
+        if path is None or not self.decoder.takes_embeds:
+            raise GuardError(f"{self.package.root}: has no vision encoder; leave the image out")
+        return open_runner(path, path.parent, self.runtime)
+
+    @cached_property
+    def _embed(self) -> Runner:
+        path = self.package.embed_tokens
+        assert path is not None
+        return open_runner(path, path.parent, self.runtime)
+
+    def _features(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+        """Image features `[images, tokens, d]`."""
+        (port,) = self._vision.inputs.values()
+        outputs = self._vision.run({port.name: self.images.pixel_values(pictures).astype(port.dtype)})
+        features = next(iter(outputs.values()))
+        return features.reshape(len(pictures), -1, features.shape[-1])
+
+    def _embeds(self, ids: np.ndarray, mask: np.ndarray, features: np.ndarray | None) -> np.ndarray:
+        (port,) = self._embed.inputs.values()
+        embeds = next(iter(self._embed.run({port.name: ids.astype(port.dtype)}).values()))
+        if features is None:
+            return embeds
+        at = (ids == self.chat.image_token_id) & (mask == 1)
+        flat = features.reshape(-1, features.shape[-1])
+        if at.sum() != len(flat):
+            raise GuardError(
+                f"the prompt has {at.sum()} image tokens for {len(flat)} image features; check image_token"
+            )
+        embeds = embeds.copy()
+        embeds[at] = flat.astype(embeds.dtype)
+        return embeds
+
+    # Generation
+
+    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[int | None]]:
+        """One list per step: each row's token, `None` once the row has ended."""
+        choose = _Chooser(sampling)
+        outputs, state = self.decoder.prefill(self.batch(requests), self.supervise(requests))
+        alive = [True] * len(requests)
+        for number in range(sampling.max_new_tokens):
+            chosen = choose(self.decoder.last_logits(outputs))
+            alive = [on and int(token) not in self.chat.eos_ids for on, token in zip(alive, chosen, strict=True)]
+            yield [int(token) if on else None for on, token in zip(alive, chosen, strict=True)]
+            if not any(alive) or number + 1 == sampling.max_new_tokens:
+                return
+            column = chosen[:, None].astype(np.int64)
+            outputs = self.decoder.step(state, column, self._step_embeds(column))
+
+    def _step_embeds(self, column: np.ndarray) -> np.ndarray | None:
+        return self._embeds(column, np.zeros_like(column), None) if self.decoder.takes_embeds else None
+
+
+class _Chooser:
+    """Logits `[batch, vocabulary]` to tokens `[batch]`."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._random = np.random.default_rng(sampling.seed)
+
+    def __call__(self, logits: np.ndarray) -> np.ndarray:
+        if not np.isfinite(logits).any(axis=-1).all() or np.isnan(logits).any():
+            raise GuardError("the decoder gave NaN logits; its arithmetic overflows, export it in fp32 or bf16")
+        if self.sampling.temperature == 0:
+            return logits.argmax(axis=-1)
+        scaled = logits.astype(np.float64) / self.sampling.temperature
+        probabilities = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+        probabilities /= probabilities.sum(axis=-1, keepdims=True)
+        return np.array([self._draw(row) for row in probabilities])
+
+    def _draw(self, probabilities: np.ndarray) -> int:
+        order = np.argsort(-probabilities)
+        before = np.cumsum(probabilities[order]) - probabilities[order]
+        kept = order[before < self.sampling.top_p]
+        return int(self._random.choice(kept, p=probabilities[kept] / probabilities[kept].sum()))
