@@ -29,7 +29,7 @@ from ..graphs.spec import GuardSpec
 from ..runtime.vlm import Request, VisionLanguageModel
 from .evaluate import Tally, tally
 from .extract import collect_states, tapped
-from .prompts import LabelledPrompt
+from .prompts import LabelledPrompt, fingerprint
 
 RANKS = (1, 2, 4)
 DEFAULT_BUDGET = 0.01
@@ -79,7 +79,7 @@ class Calibration:
         base: the unguarded model on the calibration prompts.
         chosen: the winner.
         trials: all that was tried.
-        prompts: how many calibration prompts.
+        prompts: those calibrated on.
     """
 
     directions: Directions
@@ -88,13 +88,14 @@ class Calibration:
     base: Tally
     chosen: Trial
     trials: tuple[Trial, ...]
-    prompts: int
+    prompts: tuple[LabelledPrompt, ...]
 
     def to_json(self) -> dict[str, Any]:
         return {
             "mode": self.mode,
             "over_refusal_budget": self.budget,
-            "prompts": self.prompts,
+            "prompts": len(self.prompts),
+            "prompt_fingerprints": sorted({fingerprint(prompt) for prompt in self.prompts}),
             "unguarded": _cells(self.base),
             "guarded": _cells(self.chosen.tally),
             "chosen": self.chosen.to_json(),
@@ -168,9 +169,7 @@ def calibrate(
     if best is None or best.harmful <= base.worst("harmful"):
         _refuse(trials, base, mode, budget)
     assert best is not None
-    return Calibration(
-        calibrated[best.layers, best.rank], mode, budget, base, best, tuple(trials), len(prompts)
-    )
+    return Calibration(calibrated[best.layers, best.rank], mode, budget, base, best, tuple(trials), tuple(prompts))
 
 
 # 1. States
@@ -200,9 +199,7 @@ def _study(
 def _with_numbers(study: _Study, layers: tuple[int, ...], rank: int) -> Directions:
     """The directions of some layers with origin, target, readout and threshold for the study's mode."""
     made = {layer: _layer_numbers(study, layer, rank)[0] for layer in layers}
-    return replace(
-        study.directions, layers=made, mode=study.mode, recommended_layers=layers, alpha=study.spec.alpha
-    )
+    return replace(study.directions, layers=made, mode=study.mode, recommended_layers=layers, alpha=study.spec.alpha)
 
 
 def _layer_numbers(study: _Study, layer: int, rank: int) -> tuple[LayerDirections, float]:
@@ -277,9 +274,7 @@ def _candidates(study: _Study) -> Iterator[tuple[tuple[int, ...], int]]:
     yield from ((pair, ranks[-1]) for pair in neighbours)
 
 
-def _try(
-    study: _Study, directions: Directions, layers: tuple[int, ...], rank: int, max_new_tokens: int
-) -> Trial:
+def _try(study: _Study, directions: Directions, layers: tuple[int, ...], rank: int, max_new_tokens: int) -> Trial:
     """Bake a candidate into a fresh copy of the decoder, and ask it everything."""
     graph = study.model.package.load_decoder()
     spec = replace(study.spec, layers=layers, rank=rank)

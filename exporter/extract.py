@@ -26,7 +26,7 @@ from .prompts import AnchorPair
 Progress = Callable[[int, int], None]
 
 
-def extract_directions(
+def extract_all_layers(
     model: VisionLanguageModel,
     anatomy: DecoderAnatomy,
     pairs: Sequence[AnchorPair],

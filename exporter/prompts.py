@@ -85,14 +85,18 @@ def read_prompts(path: Path | str) -> list[LabelledPrompt]:
     for number, row in _rows(path, "prompts"):
         text, label, setting = row.get("prompt"), row.get("label"), row.get("setting", "text")
         if not isinstance(text, str) or not text.strip():
-            raise PromptsUnusable(f"{path}: line {number} has no prompt; give each line a prompt, a label and a setting")
+            raise PromptsUnusable(
+                f"{path}: line {number} has no prompt; give each line a prompt, a label and a setting"
+            )
         if label not in LABELS:
             raise PromptsUnusable(f"{path}: line {number} has label {label!r}; expected {' or '.join(LABELS)}")
         if setting not in SETTINGS:
             raise PromptsUnusable(f"{path}: line {number} has setting {setting!r}; expected {', '.join(SETTINGS)}")
         image = path.parent / str(row["image"]) if row.get("image") else None
         if setting == "image" and (image is None or not image.is_file()):
-            raise PromptsUnusable(f"{path}: line {number} has setting image, but its image {row.get('image')!r} is missing")
+            raise PromptsUnusable(
+                f"{path}: line {number} has setting image, but its image {row.get('image')!r} is missing"
+            )
         prompts.append(LabelledPrompt(str(row.get("id", number)), text.strip(), label, setting, image))
     if not prompts:
         raise PromptsUnusable(f'{path}: holds no prompts; write lines of {{"prompt": "...", "label": "harmful"}}')

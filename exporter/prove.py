@@ -21,8 +21,7 @@ from ..graphs.rewrite import GuardReport
 from ..graphs.scribe import PREFIX
 from ..graphs.static_proof import Check, exact
 from ..graphs.taps import tap_guard
-from ..runtime.decoder import DecoderSession, PromptBatch
-from ..runtime.runners import open_runner
+from ..runtime.decoder import DecoderSession, PromptBatch, open_decoder
 from ..runtime.vlm import Request, VisionLanguageModel
 
 DECODE_STEPS = 4
@@ -81,7 +80,7 @@ def prove_by_running(
     """
     return (
         _closed_equals_source(package, staged, plan, inputs),
-        *_states_equal_reference(staged, plan, report, inputs),
+        *_states_equal_reference(package, staged, plan, report, inputs),
     )
 
 
@@ -94,11 +93,13 @@ def _closed_equals_source(package: ModelPackage, staged: Path, plan: GuardPlan, 
     closed = load_graph(staged)
     force_gates(closed, plan, is_open=False)
     content = graph_bytes(closed)
-    compared, differing, worst = _compare_runs(package.decoder, content, staged.parent, plan, inputs, optimize=True)
+    compared, differing, worst = _compare_runs(package, content, plan, inputs, optimize=True)
     if not differing:
-        return exact(name, compared, [], f"{compared} numbers, prefill and {DECODE_STEPS} decode steps, {inputs.origin}")
+        return exact(
+            name, compared, [], f"{compared} numbers, prefill and {DECODE_STEPS} decode steps, {inputs.origin}"
+        )
     limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
-    plain, plain_differing, _ = _compare_runs(package.decoder, content, staged.parent, plan, inputs, optimize=False)
+    plain, plain_differing, _ = _compare_runs(package, content, plan, inputs, optimize=False)
     note = (
         f"exact in {plain} numbers without the runtime's optimiser; with it, {differing} of {compared} differ by its own "
         f"rounding (casts and fusions around the guard)"
@@ -109,11 +110,10 @@ def _closed_equals_source(package: ModelPackage, staged: Path, plan: GuardPlan, 
 
 
 def _compare_runs(
-    source: Path, guarded: bytes, folder: Path, plan: GuardPlan, inputs: ProofInputs, optimize: bool
+    package: ModelPackage, guarded: bytes, plan: GuardPlan, inputs: ProofInputs, optimize: bool
 ) -> tuple[int, int, float]:
     """`(numbers compared, numbers that differ, worst relative difference)` over prefill and decode."""
-    a = DecoderSession(open_runner(source, source.parent, optimize=optimize))
-    b = DecoderSession(open_runner(guarded, folder, optimize=optimize))
+    a, b = open_decoder(package, optimize=optimize), open_decoder(package, guarded, optimize=optimize)
     compared, differing, worst = 0, 0, 0.0
     for batch in inputs.batches:
         left = _roll(a, batch, None)
@@ -168,29 +168,34 @@ def _replace(value: ir.Value, array: np.ndarray) -> None:
 
 
 def _states_equal_reference(
-    staged: Path, plan: GuardPlan, report: GuardReport, inputs: ProofInputs
+    package: ModelPackage, staged: Path, plan: GuardPlan, report: GuardReport, inputs: ProofInputs
 ) -> tuple[Check, ...]:
     """Raw states through the numpy reference against the graph's guarded states, prefill and decode."""
     checks = []
+    supervisors = _supervisors(package, staged, plan, inputs)
     opened = [False, True] if plan.mode != "project" else [False]
     for forced in opened:
         graph = load_graph(staged)
         if forced:
             force_gates(graph, plan, is_open=True)
         names = tap_guard(graph, plan, report)
-        session = DecoderSession(open_runner(graph_bytes(graph), staged.parent))
-        checks.append(_against_reference(session, plan, names, inputs, forced))
-    checks.append(_unedited_tokens(staged, plan, report, inputs))
+        session = open_decoder(package, graph_bytes(graph))
+        checks.append(_against_reference(session, plan, names, inputs, supervisors, forced))
+    checks.append(_unedited_tokens(package, staged, plan, report, inputs, supervisors))
     return tuple(checks)
 
 
 def _against_reference(
-    session: DecoderSession, plan: GuardPlan, names: list[tuple[str, str]], inputs: ProofInputs, forced: bool
+    session: DecoderSession,
+    plan: GuardPlan,
+    names: list[tuple[str, str]],
+    inputs: ProofInputs,
+    supervisors: Sequence[np.ndarray | None],
+    forced: bool,
 ) -> Check:
     limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
     compared, moved, states, worst = 0, 0, 0, 0.0
-    for batch, text in zip(inputs.batches, inputs.texts, strict=True):
-        supervisor = _supervisor(session, plan, text)
+    for batch, supervisor in zip(inputs.batches, supervisors, strict=True):
         for number, outputs in enumerate(_roll(session, batch, supervisor)):
             # a cached decode step is one token long; without a cache the whole sequence comes again
             mask = np.pad(batch.mask, ((0, 0), (0, number)), constant_values=1)[:, -_length(outputs, names) :]
@@ -217,7 +222,14 @@ def _length(outputs: dict[str, np.ndarray], names: list[tuple[str, str]]) -> int
     return outputs[names[0][0]].shape[1]
 
 
-def _unedited_tokens(staged: Path, plan: GuardPlan, report: GuardReport, inputs: ProofInputs) -> Check:
+def _unedited_tokens(
+    package: ModelPackage,
+    staged: Path,
+    plan: GuardPlan,
+    report: GuardReport,
+    inputs: ProofInputs,
+    supervisors: Sequence[np.ndarray | None],
+) -> Check:
     """With positions `last`, every other token's state passes through bit for bit, whatever the gate says."""
     name = "tokens outside the positions are untouched bit for bit"
     if plan.positions == "all":
@@ -225,10 +237,10 @@ def _unedited_tokens(staged: Path, plan: GuardPlan, report: GuardReport, inputs:
     graph = load_graph(staged)
     force_gates(graph, plan, is_open=True)
     names = tap_guard(graph, plan, report)
-    session = DecoderSession(open_runner(graph_bytes(graph), staged.parent, optimize=False))
+    session = open_decoder(package, graph_bytes(graph), optimize=False)
     compared, wrong = 0, []
-    for batch, text in zip(inputs.batches, inputs.texts, strict=True):
-        outputs, _ = session.prefill(batch, _supervisor(session, plan, text))
+    for batch, supervisor in zip(inputs.batches, supervisors, strict=True):
+        outputs, _ = session.prefill(batch, supervisor)
         others = last_token(batch.mask)[..., 0] == 0
         for site, (raw, guarded) in zip(report.sites, names, strict=True):
             compared += int(others.sum()) * plan.width
@@ -237,11 +249,16 @@ def _unedited_tokens(staged: Path, plan: GuardPlan, report: GuardReport, inputs:
     return exact(name, compared, wrong)
 
 
-def _supervisor(session: DecoderSession, plan: GuardPlan, text: PromptBatch) -> np.ndarray | None:
+def _supervisors(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs) -> list[np.ndarray | None]:
+    """The text-only pass of each batch, through the graph as it ships: with its gates forced, it would not listen."""
     if plan.mode != "supervise":
-        return None
-    outputs, _ = session.prefill(text, listen(plan, text.size))
-    return outputs[COORDINATES_OUTPUT]
+        return [None for _ in inputs.batches]
+    session = open_decoder(package, staged)
+    found: list[np.ndarray | None] = []
+    for text in inputs.texts:
+        outputs, _ = session.prefill(text, listen(plan, text.size))
+        found.append(outputs[COORDINATES_OUTPUT])
+    return found
 
 
 def _forced(layer: LayerGuard) -> LayerGuard:
@@ -258,4 +275,3 @@ def _relative(a: np.ndarray, b: np.ndarray) -> float:
     finite = np.isfinite(x)
     scale = max(float(np.abs(x[finite]).max(initial=0.0)), 1e-6)
     return float(np.abs(x - y)[finite].max(initial=0.0)) / scale
-

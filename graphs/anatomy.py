@@ -13,8 +13,8 @@ The source that gives the most layers wins. A count other than the config's is a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
@@ -95,6 +95,11 @@ class DecoderAnatomy:
     @property
     def layer_count(self) -> int:
         return len(self.sites)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain data."""
+        shown = asdict(self)
+        return shown | {"sites": [asdict(site) for site in self.sites], "layers": self.layer_count}
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -328,7 +333,9 @@ def _dtype(node: ir.Node, total: Vertex, layer_index: int) -> str:
                     "models whose stream is quantized between layers cannot be guarded"
                 )
             return STREAM_DTYPES[found]
-    raise AnatomyNotFound(f"layer {layer_index}: the dtype of {total.name!r} is unknown; run shape inference on the file")
+    raise AnatomyNotFound(
+        f"layer {layer_index}: the dtype of {total.name!r} is unknown; run shape inference on the file"
+    )
 
 
 def _known_dtype(value: ir.Value | None) -> ir.DataType | None:

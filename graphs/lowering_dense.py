@@ -14,7 +14,7 @@ def guarded(
 ) -> tuple[ir.Value, None]:
     """`h' = h P`."""
     matrix = scribe.constant("projection", np.eye(layer.ssd.shape[1]) - _outer(layer), dtype)
-    return scribe.op("write", "MatMul", [h, matrix], like=h), None
+    return scribe.op("guarded", "MatMul", [h, matrix], like=h), None
 
 
 def correction(

@@ -19,7 +19,7 @@ def guarded(
 ) -> tuple[ir.Value, ir.Value | None]:
     """`h' = h + w V`."""
     delta, coordinates = correction(scribe, h, mode, layer, dtype, supervisor)
-    return scribe.op("write", "Add", [h, delta], like=h), coordinates
+    return scribe.op("guarded", "Add", [h, delta], like=h), coordinates
 
 
 def correction(
@@ -79,5 +79,4 @@ def _gate(scribe: Scribe, score: ir.Value, layer: LayerGuard) -> ir.Value:
 
 def _columns(scribe: Scribe, name: str, value: ir.Value, start: int, stop: int) -> ir.Value:
     """`value[..., start:stop]`"""
-    bounds = [scribe.integers(f"{name}_{part}", [n]) for part, n in (("start", start), ("stop", stop), ("axis", -1))]
-    return scribe.op(name, "Slice", [value, *bounds])
+    return scribe.op(name, "Slice", [value, scribe.integers(start), scribe.integers(stop), scribe.integers(-1)])

@@ -81,7 +81,9 @@ def require_intact(folder: Path, manifest: Manifest) -> int:
         ManifestMismatch: a file is missing, changed, or a graph was added.
     """
     if not manifest.files or manifest.decoder not in manifest.files:
-        raise ManifestMismatch(f"{folder / MANIFEST_NAME}: does not list the decoder {manifest.decoder!r}; export again")
+        raise ManifestMismatch(
+            f"{folder / MANIFEST_NAME}: does not list the decoder {manifest.decoder!r}; export again"
+        )
     for name, digest in manifest.files.items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:

@@ -90,17 +90,30 @@ class ModelPackage:
 
     @property
     def expected_layers(self) -> int | None:
-        """The text decoder's layer count: `config.json`, or `genai_config.json`."""
+        """The text decoder's layer count, if a config says."""
+        return self._declared("num_hidden_layers", "n_layer", "num_layers")
+
+    @property
+    def kv_heads(self) -> int | None:
+        """How many key/value heads, if a config says."""
+        return self._declared("num_key_value_heads") or self._declared("num_attention_heads", "n_head")
+
+    @property
+    def head_size(self) -> int | None:
+        """Size of one attention head, if a config says."""
+        declared = self._declared("head_dim", "head_size")
+        width, heads = self._declared("hidden_size", "n_embd"), self._declared("num_attention_heads", "n_head")
+        return declared or (width // heads if width and heads else None)
+
+    def _declared(self, *keys: str) -> int | None:
+        """A number about the text decoder: from `config.json`, else from `genai_config.json`."""
         config = self.config
-        for part in (config.get("text_config"), config.get("llm_config"), config):
-            if isinstance(part, dict):
-                for key in ("num_hidden_layers", "n_layer", "num_layers"):
-                    if isinstance(part.get(key), int):
-                        return part[key]
-        path = self.root / "genai_config.json"
-        if path.is_file():
-            layers = read_json(path).get("model", {}).get("decoder", {}).get("num_hidden_layers")
-            return layers if isinstance(layers, int) else None
+        genai = self.root / "genai_config.json"
+        decoder = read_json(genai).get("model", {}).get("decoder") if genai.is_file() else None
+        for part in (config.get("text_config"), config.get("llm_config"), config, decoder):
+            for key in keys:
+                if isinstance(part, dict) and isinstance(part.get(key), int):
+                    return part[key]
         return None
 
     def companion(self, name: str) -> Path | None:
@@ -196,7 +209,9 @@ def _onnx_community(root: Path, variant: str | None) -> ModelPackage:
     if not decoders:
         raise ModelUnreadable(f"{root / 'onnx'}: holds no decoder ({', '.join(_DECODERS)}); found {_some(list(found))}")
     first = next(stem for stem in _DECODERS if stem in decoders.values())
-    suffixes = {path.stem.removeprefix(first).removeprefix("_"): path for path, stem in decoders.items() if stem == first}
+    suffixes = {
+        path.stem.removeprefix(first).removeprefix("_"): path for path, stem in decoders.items() if stem == first
+    }
     wanted = variant if variant is not None else ("" if "" in suffixes else None)
     if wanted is None and len(suffixes) == 1:
         wanted = next(iter(suffixes))
@@ -318,7 +333,9 @@ def _data_path(path: Path, tensor: ir.ExternalTensor) -> Path:
 def _require_data(path: Path, tensor: ir.ExternalTensor) -> None:
     location = Path(str(tensor.location))
     if location.is_absolute() or ".." in location.parts:
-        raise ModelUnreadable(f"{path}: keeps weights outside its folder ({location}); refuse it, or move them beside it")
+        raise ModelUnreadable(
+            f"{path}: keeps weights outside its folder ({location}); refuse it, or move them beside it"
+        )
     data = _data_path(path, tensor)
     if not data.is_file():
         raise ModelUnreadable(f"{path}: its external data {location} is missing; put it beside the model")

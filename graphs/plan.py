@@ -177,7 +177,9 @@ def _mode(spec: GuardSpec, directions: Directions) -> tuple[str, list[str]]:
             "so evaluate it, or calibrate (give --anchors instead of --directions)"
         ]
     if spec.mode == "project" and directions.mode is None and not calibrated:
-        return "project", ["mode project as asked: an uncalibrated projection may over-refuse or do nothing; evaluate it"]
+        return "project", [
+            "mode project as asked: an uncalibrated projection may over-refuse or do nothing; evaluate it"
+        ]
     if spec.mode in MODES_WITH_GATE and spec.tau is None and directions.mode not in (None, spec.mode):
         raise DirectionMismatch(
             f"the directions' thresholds were calibrated for {directions.mode}, not for {spec.mode}; give --tau, or "

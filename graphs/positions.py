@@ -1,10 +1,12 @@
-"""Which tokens are edited or read: index pairs (row, position) of the last attended token of each call.
+"""Which tokens are edited or read: the last attended token of each call, as index pairs and as a selection.
 
 Left padding makes "last" the last index. Right padding needs the mask: `attention_mask` covers past and current tokens,
 so its last S columns belong to the S tokens of this call.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -24,17 +26,35 @@ def mask_input(graph: ir.Graph) -> ir.Value | None:
     return None
 
 
-def last_token_pairs(scribe: Scribe, stream: ir.Value, mask: ir.Value | None) -> ir.Value:
-    """Index pairs `[batch, 2]` (int64) for GatherND and ScatterND over the stream `[batch, sequence, d]`."""
+@dataclass(frozen=True)
+class LastToken:
+    """Where the last attended token of each row is.
+
+    Attributes:
+        pairs: `[batch, 2]` int64, (row, position): what GatherND reads by.
+        selected: `[batch, sequence, 1]` bool: what an edit is multiplied with, once cast to the stream's dtype.
+    """
+
+    pairs: ir.Value
+    selected: ir.Value
+
+
+def last_token(scribe: Scribe, stream: ir.Value, mask: ir.Value | None) -> LastToken:
+    """The last attended token of the stream `[batch, sequence, d]`."""
     shape = scribe.op("shape", "Shape", [stream])
     zero, one = (scribe.constant(name, np.array(n, dtype=np.int64)) for name, n in (("zero", 0), ("one", 1)))
     batch = scribe.op("batch", "Gather", [shape, zero], axis=0)
     length = scribe.op("sequence", "Gather", [shape, one], axis=0)
     rows = scribe.op("rows", "Range", [zero, batch, one])
-    axis = scribe.integers("axis_1", [1])
+    axis = scribe.integers(1)
     last = _last_index(scribe, batch, length, one, mask, axis)
-    columns = [scribe.op(f"{name}_column", "Unsqueeze", [v, axis]) for name, v in (("row", rows), ("last", last))]
-    return scribe.op("last_token", "Concat", columns, axis=1)
+    row_column, last_column = (
+        scribe.op(f"{name}_column", "Unsqueeze", [value, axis]) for name, value in (("row", rows), ("last", last))
+    )
+    pairs = scribe.op("pairs", "Concat", [row_column, last_column], axis=1)
+    places = scribe.op("places", "Range", [zero, length, one])
+    selected = scribe.op("is_last", "Equal", [places, last_column])  # [sequence] against [batch, 1]
+    return LastToken(pairs, scribe.op("selected", "Unsqueeze", [selected, scribe.integers(2)]))
 
 
 def _last_index(
@@ -43,15 +63,14 @@ def _last_index(
     """`[batch]`: position of the last attended token."""
     if mask is None:
         last = scribe.op("last_index", "Sub", [length, one])
-        row = scribe.op("batch_shape", "Unsqueeze", [batch, scribe.integers("axis_0", [0])])
+        row = scribe.op("batch_shape", "Unsqueeze", [batch, scribe.integers(0)])
         return scribe.op("last", "Expand", [last, row])
     start = scribe.op("start", "Neg", [length])
-    start = scribe.op("start_1d", "Unsqueeze", [start, scribe.integers("axis_0", [0])])
-    current = scribe.op("current_mask", "Slice", [mask, start, scribe.integers("end", [_TO_THE_END]), axis])
+    start = scribe.op("start_1d", "Unsqueeze", [start, scribe.integers(0)])
+    current = scribe.op("current_mask", "Slice", [mask, start, scribe.integers(_TO_THE_END), axis])
     # bool first: a mask may hold any non-zero number
     attended = scribe.op("attended", "Cast", [current], to=int(ir.DataType.BOOL))
     attended = scribe.op("attended_int", "Cast", [attended], to=int(ir.DataType.INT64))
     numbered = scribe.op("numbers", "Range", [one, scribe.op("stop", "Add", [length, one]), one])
     weighted = scribe.op("weighted", "Mul", [attended, numbered])
     return scribe.op("last", "ArgMax", [weighted], axis=1, keepdims=0)
-

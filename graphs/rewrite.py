@@ -18,7 +18,8 @@ from .dataflow import skip_norm_bias
 from .errors import GuardIncomplete
 from .lowering import LOWERINGS, Lowering
 from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, GuardPlan, SitePlan, require_unguarded
-from .positions import last_token_pairs
+from .positions import LastToken, last_token
+from .reference import LayerGuard
 from .scribe import Scribe
 
 
@@ -82,7 +83,8 @@ class _Edit:
     model: ir.Model
     plan: GuardPlan
     lowering: Lowering
-    pairs: ir.Value | None = None
+    last: LastToken | None = None
+    selections: dict[str, ir.Value] = field(default_factory=dict)
     supervisor: ir.Value | None = None
     shared: list[str] = field(default_factory=list)
     initializers: list[str] = field(default_factory=list)
@@ -117,7 +119,9 @@ def require_applicable(model: ir.Model, plan: GuardPlan) -> None:
     for planned in plan.sites:
         site, node = planned.site, find_node(model.graph, planned.site.anchor)
         if node is None:
-            raise GuardIncomplete(f"layer {site.layer_index}: no node makes {site.anchor!r}; was the plan made for this graph?")
+            raise GuardIncomplete(
+                f"layer {site.layer_index}: no node makes {site.anchor!r}; was the plan made for this graph?"
+            )
         summands = {value.name for value in node.inputs[:2] if value is not None}
         if summands != {site.residual, site.branch}:
             raise GuardIncomplete(
@@ -136,7 +140,7 @@ def _guard_site(edit: _Edit, planned: SitePlan) -> GuardedSite:
         "vlmguard.lowering": edit.plan.lowering,
     }
     scribe = Scribe(edit.graph, f"layer_{planned.layer_index}", properties)
-    edit.pairs = edit.pairs or _pairs(edit, planned, node)
+    edit.last = edit.last or _last_token(edit, planned, node)
     guard = _guard_skip_norm if planned.site.kind == "skip_norm" else _guard_add
     site = guard(edit, planned, node, scribe)
     edit.initializers += scribe.initializers
@@ -146,13 +150,12 @@ def _guard_site(edit: _Edit, planned: SitePlan) -> GuardedSite:
 def _guard_add(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scribe) -> GuardedSite:
     """Every reader of the sum reads the guarded one."""
     raw = node.outputs[0]
-    supervisor = _supervisor(edit, scribe, planned)
     if edit.plan.positions == "all":
-        new, c = edit.lowering.guarded(scribe, raw, edit.plan.mode, planned.guard, planned.site.dtype, supervisor)
+        new, c = edit.lowering.guarded(scribe, raw, *_arguments(edit, planned, scribe))
     else:
-        last = scribe.op("last", "GatherND", [raw, edit.pairs])
-        edited, c = edit.lowering.guarded(scribe, last, edit.plan.mode, planned.guard, planned.site.dtype, supervisor)
-        new = scribe.op("guarded", "ScatterND", [raw, edit.pairs, edited], like=raw)
+        last = _at_last(edit, scribe, "last", raw)
+        delta, c = edit.lowering.correction(scribe, last, *_arguments(edit, planned, scribe))
+        new = scribe.op("guarded", "Add", [raw, _spread(edit, planned, scribe, delta)], like=raw)
     _keep_coordinates(edit, scribe, c)
     new.type, new.shape = raw.type, raw.shape
     readers = _redirect(edit.graph, raw, new, scribe)
@@ -165,21 +168,39 @@ def _guard_skip_norm(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scri
     at = next(i for i, value in enumerate(node.inputs[:2]) if value is not None and value.name == planned.site.branch)
     branch, residual = node.inputs[at], node.inputs[1 - at]
     assert branch is not None and residual is not None
-    supervisor = _supervisor(edit, scribe, planned)
-    arguments = edit.plan.mode, planned.guard, planned.site.dtype, supervisor
     bias = skip_norm_bias(node)
     if edit.plan.positions == "all":
-        delta, c = edit.lowering.correction(scribe, _sum(scribe, residual, branch, bias), *arguments)
-        new = scribe.op("write", "Add", [branch, delta], like=branch)
+        total = _sum(scribe, residual, branch, bias)
+        delta, c = edit.lowering.correction(scribe, total, *_arguments(edit, planned, scribe))
     else:
-        here = [scribe.op(f"last_{n}", "GatherND", [v, edit.pairs]) for n, v in (("residual", residual), ("branch", branch))]
-        delta, c = edit.lowering.correction(scribe, _sum(scribe, *here, bias), *arguments)
-        edited = scribe.op("write", "Add", [here[1], delta])
-        new = scribe.op("guarded", "ScatterND", [branch, edit.pairs, edited], like=branch)
+        here = [_at_last(edit, scribe, f"last_{n}", v) for n, v in (("residual", residual), ("branch", branch))]
+        delta, c = edit.lowering.correction(scribe, _sum(scribe, *here, bias), *_arguments(edit, planned, scribe))
+        delta = _spread(edit, planned, scribe, delta)
+    new = scribe.op("guarded", "Add", [branch, delta], like=branch)
     _keep_coordinates(edit, scribe, c)
     node.replace_input_with(at, new)
     scribe.place_before(node)
     return GuardedSite(planned.layer_index, "skip_norm", branch.name or "", new.name or "", _names(scribe), 1)
+
+
+def _arguments(edit: _Edit, planned: SitePlan, scribe: Scribe) -> tuple[str, LayerGuard, str, ir.Value | None]:
+    return edit.plan.mode, planned.guard, planned.site.dtype, _supervisor(edit, scribe, planned)
+
+
+def _at_last(edit: _Edit, scribe: Scribe, name: str, stream: ir.Value) -> ir.Value:
+    """`[batch, d]`: the stream at each row's last token."""
+    assert edit.last is not None
+    return scribe.op(name, "GatherND", [stream, edit.last.pairs])
+
+
+def _spread(edit: _Edit, planned: SitePlan, scribe: Scribe, delta: ir.Value) -> ir.Value:
+    """`[batch, sequence, d]`: the edit at the last token, exact zeros elsewhere.
+
+    A ScatterND would touch fewer numbers, but on a float16 graph ONNX Runtime's CPU provider runs the sums around it in
+    float32 and would have to round where the unguarded graph does not: a closed gate would no longer be the identity.
+    """
+    column = scribe.op("delta_column", "Unsqueeze", [delta, scribe.integers(1)])
+    return scribe.op("delta_spread", "Mul", [column, edit.selections[planned.site.dtype]])
 
 
 def _sum(scribe: Scribe, residual: ir.Value, branch: ir.Value, bias: ir.Value | None) -> ir.Value:
@@ -206,18 +227,21 @@ def _redirect(graph: ir.Graph, raw: ir.Value, new: ir.Value, scribe: Scribe) -> 
 # Which tokens
 
 
-def _pairs(edit: _Edit, planned: SitePlan, node: ir.Node) -> ir.Value | None:
-    """Index pairs of the last tokens, computed once before the first site."""
+def _last_token(edit: _Edit, planned: SitePlan, node: ir.Node) -> LastToken | None:
+    """Each row's last token, computed once before the first site."""
     if edit.plan.positions == "all" and edit.plan.mode != "supervise":
         return None
     scribe = Scribe(edit.graph, "positions")
     mask = next((value for value in edit.graph.inputs if value.name == edit.plan.mask and edit.plan.mask), None)
     stream = next(value for value in node.inputs[:2] if value is not None and value.name == planned.site.residual)
-    pairs = last_token_pairs(scribe, stream, mask)
+    last = last_token(scribe, stream, mask)
+    if edit.plan.positions == "last":
+        for dtype in sorted({site.site.dtype for site in edit.plan.sites}):
+            edit.selections[dtype] = scribe.cast(f"selected_{dtype}", last.selected, dtype)
     scribe.place_before(node)
     edit.shared += _names(scribe)
     edit.initializers += scribe.initializers
-    return pairs
+    return last
 
 
 # The supervisor's coordinates, in and out
@@ -236,21 +260,21 @@ def _supervisor(edit: _Edit, scribe: Scribe, planned: SitePlan) -> ir.Value | No
     if edit.supervisor is None:
         return None
     row = edit.plan.layers.index(planned.layer_index)
-    index = scribe.integers("supervisor_row", [row])
+    index = scribe.integers(row)
     kept = scribe.op("supervisor", "Gather", [edit.supervisor, index], axis=1)  # [batch, 1, m]
     if edit.plan.positions == "all":
         return kept
-    return scribe.op("supervisor_flat", "Squeeze", [kept, scribe.integers("axis_1", [1])])
+    return scribe.op("supervisor_flat", "Squeeze", [kept, scribe.integers(1)])
 
 
 def _keep_coordinates(edit: _Edit, scribe: Scribe, c: ir.Value | None) -> None:
     """Remember this layer's own coordinates at the last token, as `[batch, 1, m]`."""
     if edit.plan.mode != "supervise":
         return
-    assert c is not None
+    assert c is not None and edit.last is not None
     if edit.plan.positions == "all":
-        c = scribe.op("own_last", "GatherND", [c, edit.pairs])
-    edit.coordinates.append(scribe.op("own", "Unsqueeze", [c, scribe.integers("own_axis", [1])]))
+        c = scribe.op("own_last", "GatherND", [c, edit.last.pairs])
+    edit.coordinates.append(scribe.op("own", "Unsqueeze", [c, scribe.integers(1)]))
 
 
 def _give_coordinates(edit: _Edit) -> None:

@@ -39,15 +39,14 @@ class Scribe:
     def constant(self, name: str, array: np.ndarray, dtype: str | None = None) -> ir.Value:
         """An initializer; `dtype` is a stream dtype, `None` keeps the array's own."""
         array = np.array(array, dtype=None if dtype is None else NUMPY_DTYPES[dtype], order="C")
-        full = f"{self.scope}/{name}"
-        tensor = ir.Tensor(array, name=full)
-        value = ir.Value(name=full, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-        self.graph.register_initializer(value)
-        self.initializers.append(full)
-        return value
+        return self._register(f"{self.scope}/{name}", array)
 
-    def integers(self, name: str, numbers: Sequence[int]) -> ir.Value:
-        return self.constant(name, np.array(numbers, dtype=np.int64))
+    def integers(self, *numbers: int) -> ir.Value:
+        """A 1-D int64 constant (axes, bounds); one per distinct list, shared by the whole guard."""
+        name = f"{PREFIX}constants/{'_'.join(map(str, numbers))}"
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        return self._register(name, np.array(numbers, dtype=np.int64))
 
     def op(
         self,
@@ -66,6 +65,13 @@ class Scribe:
         node.metadata_props.update(self.properties)
         self.nodes.append(node)
         return output
+
+    def _register(self, name: str, array: np.ndarray) -> ir.Value:
+        tensor = ir.Tensor(array, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        self.graph.register_initializer(value)
+        self.initializers.append(name)
+        return value
 
     def cast(self, name: str, value: ir.Value, dtype: str) -> ir.Value:
         return self.op(name, "Cast", [value], to=int(IR_DTYPES[dtype]))

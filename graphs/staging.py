@@ -12,6 +12,7 @@ from pathlib import Path
 from .errors import OutputRefused
 
 _MARK = ".vlmguard-"
+_LINKED_FROM = 16 << 20  # bytes
 
 
 @contextlib.contextmanager
@@ -38,7 +39,9 @@ def staged(directory: Path, force: bool = False) -> Iterator[Path]:
         yield stage
         _swap(stage, directory)
     except OSError as error:
-        raise OutputRefused(f"{directory}: cannot be written ({error.strerror or error}); choose another OUT") from error
+        raise OutputRefused(
+            f"{directory}: cannot be written ({error.strerror or error}); choose another OUT"
+        ) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -59,17 +62,39 @@ def require_writable(directory: Path, force: bool) -> None:
         raise OutputRefused(f"{directory}: cannot be written (no permission in {parent}); choose another OUT")
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """One file, whole or not at all.
+
+    Raises:
+        OutputRefused: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}{_MARK}{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputRefused(f"{path}: cannot be written ({error.strerror}); choose another file") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def link_or_copy(source: Path, destination: Path) -> None:
-    """Bring an untouched file along: hard-linked where the file system allows, else copied.
+    """Bring an untouched file along: big ones hard-linked where the file system allows, small ones copied.
+
+    Small files are what people edit in place, and a hard link would carry that edit into the source.
 
     A link out of the folder (Hugging Face's cache) is followed first, so that the copy stands alone.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     source = source.resolve()
-    try:
-        os.link(source, destination)
-    except OSError:
-        shutil.copyfile(source, destination)
+    if source.stat().st_size >= _LINKED_FROM:
+        try:
+            os.link(source, destination)
+            return
+        except OSError:
+            pass  # another file system, or one without hard links
+    shutil.copyfile(source, destination)
 
 
 def _swap(stage: Path, directory: Path) -> None:

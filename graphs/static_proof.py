@@ -146,3 +146,29 @@ def _same_tensor(a: ir.Value, b: ir.Value) -> bool:
 
 def _signature(value: ir.Value) -> tuple[str | None, str, str]:
     return value.name, str(value.dtype), str(value.shape)
+
+
+def same_graph(name: str, expected: ir.Model, found: ir.Model) -> Check:
+    """Node for node (operator, inputs, outputs, attributes, order), initializer for initializer (bits), signature."""
+    wrong: list[str] = []
+    left, right = list(expected.graph), list(found.graph)
+    if len(left) != len(right):
+        wrong.append(f"{len(right)} nodes, expected {len(left)}")
+    for a, b in zip(left, right, strict=False):
+        if _node(a) != _node(b):
+            wrong.append(f"node {b.name or b.outputs[0].name!r} differs")
+    before, after = expected.graph.initializers, found.graph.initializers
+    wrong += [f"initializer {key!r} differs" for key in before if key not in after]
+    wrong += [f"initializer {key!r} was added" for key in after if key not in before]
+    wrong += [f"initializer {k!r} differs" for k in before if k in after and not _same_tensor(before[k], after[k])]
+    for a, b in ((expected.graph.inputs, found.graph.inputs), (expected.graph.outputs, found.graph.outputs)):
+        if [_signature(value) for value in a] != [_signature(value) for value in b]:
+            wrong.append("inputs or outputs differ")
+    return exact(name, len(left) + len(before), wrong)
+
+
+def _node(node: ir.Node) -> tuple[object, ...]:
+    """What a node is, comparable."""
+    attributes = sorted((key, str(value)) for key, value in node.attributes.items())
+    inputs = tuple(value.name if value is not None else None for value in node.inputs)
+    return node.op_type, node.domain, inputs, tuple(value.name for value in node.outputs), tuple(attributes)

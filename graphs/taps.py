@@ -10,7 +10,7 @@ from .anatomy import ResidualSite, find_node
 from .dataflow import skip_norm_bias
 from .errors import AnatomyNotFound
 from .plan import GuardPlan
-from .positions import last_token_pairs, mask_input
+from .positions import last_token, mask_input
 from .rewrite import GuardReport
 from .scribe import Scribe
 
@@ -25,8 +25,8 @@ def tap_last_token(model: ir.Model, sites: Sequence[ResidualSite]) -> None:
     graph = model.graph
     scribe = Scribe(graph, "taps")
     streams = [_stream(graph, site, scribe) for site in sites]
-    pairs = last_token_pairs(scribe, streams[0], mask_input(graph))
-    axis = scribe.integers("stack_axis", [1])
+    pairs = last_token(scribe, streams[0], mask_input(graph)).pairs
+    axis = scribe.integers(1)
     rows = []
     for site, stream in zip(sites, streams, strict=True):
         name = f"layer_{site.layer_index}"

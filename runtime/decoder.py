@@ -8,14 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from ..graphs.errors import GuardError
+from ..graphs.package import ModelPackage
 from ..graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
-from .runners import Port, Runner
+from .runners import Port, Runner, open_runner
 
-_CACHE_PREFIXES = ("past_key_values.", "past.")
+# optimum, onnx-community, onnxruntime-genai; older optimum; transformers' exporter
+_CACHE_NAMES = (
+    ("past_key_values.", "present."),
+    ("past_key_values.", "present_key_values."),
+    ("past.", "present."),
+    ("input.past_key_values.", "output.past_key_values."),
+)
 
 
 @dataclass(frozen=True)
@@ -51,17 +59,22 @@ class DecoderState:
 class DecoderSession:
     """One decoder graph behind a runner.
 
+    Args:
+        runner: the graph.
+        kv_heads, head_size: of the cache, where the graph itself leaves them open (onnxruntime-genai does).
+
     Raises:
         GuardError: the graph takes neither token ids nor embeddings, or an input that nobody here can give.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, kv_heads: int | None = None, head_size: int | None = None) -> None:
         self.runner = runner
+        self._heads = kv_heads, head_size
         inputs = runner.inputs
         self.takes_embeds = "inputs_embeds" in inputs
         if not self.takes_embeds and "input_ids" not in inputs:
             raise GuardError(f"the decoder takes neither input_ids nor inputs_embeds, but {', '.join(inputs)}")
-        self.cache_inputs = {n: p for n, p in inputs.items() if n.startswith(_CACHE_PREFIXES)}
+        self.cache_inputs = {n: p for n, p in inputs.items() if n.startswith(tuple(past for past, _ in _CACHE_NAMES))}
         self._present = {name: _present_name(name, runner.outputs) for name in self.cache_inputs}
         known = {"inputs_embeds", "input_ids", "attention_mask", "position_ids", SUPERVISOR_INPUT, *self.cache_inputs}
         unknown = [name for name in inputs if name not in known]
@@ -149,23 +162,31 @@ class DecoderSession:
         state.cache = {name: outputs[present] for name, present in self._present.items()}
 
     def _empty_cache(self, batch: int) -> dict[str, np.ndarray]:
-        return {name: _empty(port, batch) for name, port in self.cache_inputs.items()}
+        return {name: _empty(port, batch, *self._heads) for name, port in self.cache_inputs.items()}
 
 
-def _empty(port: Port, batch: int) -> np.ndarray:
-    """A cache of length 0: `[batch, kv_heads, 0, head_dim]`; heads and their size are static in the graph."""
-    if len(port.shape) != 4 or port.shape[1] is None or port.shape[3] is None:
+def open_decoder(
+    package: ModelPackage, graph: Path | bytes | None = None, runtime: str = "onnxruntime", optimize: bool = True
+) -> DecoderSession:
+    """The package's decoder, or another graph in its place (whose external data lies where the decoder's does)."""
+    folder = graph.parent if isinstance(graph, Path) else package.decoder.parent
+    runner = open_runner(package.decoder if graph is None else graph, folder, runtime, optimize)
+    return DecoderSession(runner, package.kv_heads, package.head_size)
+
+
+def _empty(port: Port, batch: int, kv_heads: int | None, head_size: int | None) -> np.ndarray:
+    """A cache of length 0: `[batch, kv_heads, 0, head_dim]`."""
+    if len(port.shape) != 4 or (port.shape[1] or kv_heads) is None or (port.shape[3] or head_size) is None:
         raise GuardError(
-            f"cache input {port.name!r} has shape {port.shape}, expected [batch, kv_heads, past, head_dim]"
+            f"cache input {port.name!r} has shape {port.shape} and no config says how many heads of what size; put the "
+            "model's config.json beside it"
         )
-    return np.zeros((batch, port.shape[1], 0, port.shape[3]), port.dtype)
+    return np.zeros((batch, port.shape[1] or kv_heads or 0, 0, port.shape[3] or head_size or 0), port.dtype)
 
 
 def _present_name(past: str, outputs: Mapping[str, Port]) -> str:
-    for prefix in _CACHE_PREFIXES:
-        if past.startswith(prefix):
-            rest = past.removeprefix(prefix)
-            for candidate in (f"present.{rest}", f"present_key_values.{rest}"):
-                if candidate in outputs:
-                    return candidate
+    for prefix, present in _CACHE_NAMES:
+        candidate = present + past.removeprefix(prefix)
+        if past.startswith(prefix) and candidate in outputs:
+            return candidate
     raise GuardError(f"cache input {past!r} has no output to refill it among {', '.join(list(outputs)[:4])} ...")

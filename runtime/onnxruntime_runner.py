@@ -92,5 +92,11 @@ def import_onnxruntime() -> Any:
 
 
 def _port(argument: onnxruntime.NodeArg) -> Port:
-    shape = tuple(size if isinstance(size, int) and size >= 0 else None for size in argument.shape)
-    return Port(argument.name, np.dtype(_NUMPY.get(argument.type, np.float32)), shape)
+    return Port(argument.name, np.dtype(_NUMPY.get(argument.type, np.float32)), tuple(map(_size, argument.shape)))
+
+
+def _size(size: int | str | None) -> int | None:
+    """A static size, or `None`; transformers' exporter writes fixed sizes as digit strings in `dim_param`."""
+    if isinstance(size, str):
+        return int(size) if size.isdigit() else None
+    return size if size is not None and size >= 0 else None

@@ -21,7 +21,7 @@ from ..graphs.errors import GuardError, ModelUnreadable
 from ..graphs.package import ModelPackage, graph_bytes
 from ..graphs.reference import LISTEN
 from .chat import ChatTokenizer
-from .decoder import DecoderSession, PromptBatch
+from .decoder import PromptBatch, open_decoder
 from .images import ImagePreprocessor, open_image
 from .runners import Runner, open_runner
 
@@ -88,8 +88,8 @@ class VisionLanguageModel:
         graph = package.load_decoder() if decoder is None else decoder
         # GroupQueryAttention derives positions from the mask's sum: rows padded on the left would be misread.
         self.pads = not any(node.op_type == "GroupQueryAttention" for node in graph.graph)
-        source = package.decoder if decoder is None else graph_bytes(graph)
-        self.decoder = DecoderSession(open_runner(source, package.decoder.parent, runtime, optimize))
+        source = None if decoder is None else graph_bytes(graph)
+        self.decoder = open_decoder(package, source, runtime, optimize)
         if self.decoder.takes_embeds and package.embed_tokens is None:
             raise ModelUnreadable(
                 f"{package.root}: the decoder takes inputs_embeds, but there is no embed_tokens graph"

@@ -1,0 +1,194 @@
+"""From what the tracer wrote to a file people can read and publish: `tidy` renames, names dimensions, and strips.
+
+1. inputs and outputs get the names the onnx-community layout uses, and images come in as float32
+2. dimensions get words for torch's symbols: `batch_size`, not `s43`
+3. nodes, values and weights are named after their module: `model.language_model.layers.0.mlp.down_proj.MatMul`
+4. everything about the machine that traced it goes: stack traces, torch's metadata, doc strings
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
+
+import numpy as np
+import onnx_ir as ir
+
+Shapes = Mapping[str, tuple[str | int, ...]]
+
+# How the exporter names a cache; the layout's names are `past_key_values.0.key` and `present.0.key`.
+_TRACED_CACHE = re.compile(r"(?P<side>input\.|output\.)?past_key_values\.layers\.(?P<layer>\d+)\.(?P<kind>key|value)s")
+_SYMBOL = re.compile(r"[A-Za-z_]\w*")
+_NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def tidy(
+    model: ir.Model, inputs: Shapes, outputs: Shapes, *, sums: Mapping[str, str], float32_inputs: Iterable[str] = ()
+) -> None:
+    """Make the traced graph the promised one, in place; `sums` names dimensions that are sums of others.
+
+    Before: a graph as `OnnxExporter` writes it. After: exactly these inputs and outputs, in this order.
+    """
+    rename_inputs_and_outputs(model.graph)
+    require_signature(model.graph, inputs, outputs)
+    for name in float32_inputs:
+        accept_float32(model.graph, name)
+    name_dimensions(model.graph, inputs, outputs, sums)
+    name_after_modules(model.graph)
+    strip_traces(model)
+    model.producer_name, model.producer_version = "vlmguard", version("vlmguard")
+    model.graph.name = "main_graph"
+
+
+# 1. inputs and outputs
+
+
+def rename_inputs_and_outputs(graph: ir.Graph) -> None:
+    """Give the cache the layout's names; all other inputs and outputs have theirs from the trace."""
+    for values, prefix in ((graph.inputs, "past_key_values"), (graph.outputs, "present")):
+        for value in values:
+            traced = _TRACED_CACHE.fullmatch(value.name or "")
+            if traced:
+                value.name = f"{prefix}.{traced['layer']}.{traced['kind']}"
+
+
+def require_signature(graph: ir.Graph, inputs: Shapes, outputs: Shapes) -> None:
+    """The tracer drops inputs it finds unused, and bakes lengths it finds constant: either would be our bug."""
+    for kind, values, promised in (("inputs", graph.inputs, inputs), ("outputs", graph.outputs, outputs)):
+        names = [value.name for value in values]
+        assert names == list(promised), f"traced {kind} {names}, promised {list(promised)}"
+        for value, shape in zip(values, promised.values(), strict=True):
+            traced = list(value.shape or ())
+            as_promised = len(traced) == len(shape) and all(
+                dim == named if isinstance(dim, int) else isinstance(named, str)
+                for dim, named in zip(traced, shape, strict=True)
+            )
+            assert as_promised, f"traced {value.name} as {value.shape}, promised {shape}"
+
+
+def accept_float32(graph: ir.Graph, name: str) -> None:
+    """Let callers give float32 where the trace takes the weights' type: the exporter casts every sample to that."""
+    given = next(value for value in graph.inputs if value.name == name)
+    if given.dtype == ir.DataType.FLOAT:
+        return
+    cast = ir.node("Cast", [given], {"to": given.dtype})
+    cast.outputs[0].type, cast.outputs[0].shape = given.type, given.shape
+    given.replace_all_uses_with(cast.outputs[0])
+    cast.replace_input_with(0, given)
+    given.type = ir.TensorType(ir.DataType.FLOAT)
+    graph.insert_before(graph[0], cast)
+
+
+# 2. dimensions
+
+
+def name_dimensions(graph: ir.Graph, inputs: Shapes, outputs: Shapes, sums: Mapping[str, str]) -> None:
+    """Replace torch's symbols by words, in the signature and in every inferred shape between."""
+    words = {
+        str(traced.value): named
+        for value in graph.inputs
+        for traced, named in zip(value.shape or (), inputs[value.name or ""], strict=True)
+        if isinstance(traced, ir.SymbolicDim) and isinstance(named, str)
+    }
+    for value in _all_values(graph):
+        if value.shape is not None:
+            value.shape = ir.Shape([_in_words(dim, words, sums) for dim in value.shape])
+    for values, promised in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        for value in values:
+            value.shape = ir.Shape(promised[value.name or ""])
+
+
+def _in_words(dim: int | ir.SymbolicDim, words: Mapping[str, str], sums: Mapping[str, str]) -> int | str | None:
+    """`s16 + s29` -> `past_sequence_length + sequence_length` -> `total_sequence_length`; unknown symbols -> None."""
+    if isinstance(dim, int):
+        return dim
+    symbols = _SYMBOL.findall(dim.value or "")
+    if not symbols or any(symbol not in words for symbol in symbols):
+        return None  # a name that says nothing, or a second name for what a word already names
+    spoken = _SYMBOL.sub(lambda symbol: words[symbol[0]], dim.value or "")
+    return sums.get(" + ".join(sorted(spoken.split(" + "))), spoken)
+
+
+# 3. names
+
+
+def name_after_modules(graph: ir.Graph) -> None:
+    """Name nodes by module and operator, their outputs like the node, and constants by what reads them.
+
+    torch numbers all of them through (`node_linear_3`, `val_73`), which tells nobody where they belong.
+    """
+    kept = [*graph.inputs, *graph.outputs, *(w for w in graph.initializers.values() if "." in (w.name or ""))]
+    taken = {value.name or "" for value in kept}
+    keep = {id(value) for value in kept}
+    for node in graph.all_nodes():
+        scope = _module_of(node)
+        node.name = _free(f"{scope}.{node.op_type}" if scope else node.op_type, taken)
+        for index, output in enumerate(node.outputs):
+            if id(output) not in keep and output.name:
+                # The node's own name was just taken; values are another namespace, but one name for both reads best.
+                output.name = node.name if index == 0 else _free(f"{node.name}.{index}", taken)
+    for weight in list(graph.initializers.values()):
+        if id(weight) not in keep:
+            weight.name = _free(_name_of_constant(weight), taken)
+
+
+def _module_of(node: ir.Node) -> str:
+    """The path of the module the node was traced in, as in the checkpoint's tensor names; empty if in none."""
+    scopes = ast.literal_eval(node.metadata_props.get(_NAME_SCOPES, "[]"))
+    module = scopes[-2] if len(scopes) > 1 else ""
+    return "" if module.startswith("_") else module  # torch's word for "none" begins with an underscore
+
+
+def _name_of_constant(weight: ir.Value) -> str:
+    """A projection's weight is stored transposed, as MatMul reads it; anything else is a number of the trace."""
+    reader = next((use.node for use in weight.uses()), None)
+    tensor = weight.const_value
+    if reader is not None and reader.op_type == "MatMul" and tensor is not None and len(tensor.shape) == 2:
+        return f"{(reader.name or '').removesuffix('.MatMul')}.weight.T"
+    return "constant"
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """`name`, or the first of name_1, name_2, ... that nothing has; takes it."""
+    candidate, count = name, 0
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    taken.add(candidate)
+    return candidate
+
+
+# 4. traces
+
+
+def strip_traces(model: ir.Model) -> None:
+    """Remove every note about how the graph was made: it names folders and library versions of one machine."""
+    assert not model.functions, "the tracer inlines its functions"
+    model.doc_string = None
+    model.metadata_props.clear()
+    for graph in model.graphs():
+        graph.doc_string = None
+        graph.metadata_props.clear()
+        for node in graph:
+            node.doc_string = None
+            node.metadata_props.clear()
+        for value in _all_values(graph):
+            value.doc_string = None
+            value.metadata_props.clear()
+            if value.const_value is not None:
+                value.const_value.doc_string = None
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """How large the file will be, but for a few bytes per node."""
+    tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+    return int(np.sum([tensor.nbytes for tensor in tensors if tensor is not None], dtype=np.int64))
+
+
+def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    produced: Iterable[ir.Value] = (output for node in graph.all_nodes() for output in node.outputs)
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    yield from produced
