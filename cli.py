@@ -7,26 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from .graphs.errors import GuardError
 from .graphs.spec import GuardSpec, parse_layers
-
-if TYPE_CHECKING:
-    from .exporter.evaluate import Evaluation
-    from .exporter.pipeline import ExportResult
-    from .graphs.anatomy import DecoderAnatomy
-    from .graphs.plan import GuardPlan
 
 out, err = Console(), Console(stderr=True)
 app = typer.Typer(
@@ -72,7 +62,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT; accept directions made from another decoder file.")]
 Variant = Annotated[
     str | None,
-    typer.Option(help="Precision variant of an onnx-community folder: fp16, q4, ... [default: the plain one]"),
+    typer.Option(help="Precision variant of an onnx-community folder: fp16, q4, ... (default: the plain one)"),
 ]
 
 
@@ -80,25 +70,25 @@ Variant = Annotated[
 def export_command(
     model: Model,
     out_folder: Annotated[
-        Path | None, typer.Argument(metavar="[OUT]", help="folder to write [default: NAME-guarded beside the model]")
+        Path | None, typer.Argument(metavar="[OUT]", help="folder to write (default: NAME-guarded beside the model)")
     ] = None,
     directions: Annotated[
-        Path | None, typer.Option(help="Directions file. [default: found beside the model, else extracted]")
+        Path | None, typer.Option(help="Directions file. (default: found beside the model, else extracted)")
     ] = None,
     anchors: Annotated[
-        Path | None, typer.Option(help="Pairs of harmful and harmless prompts to extract from. [default: found]")
+        Path | None, typer.Option(help="Pairs of harmful and harmless prompts to extract from. (default: found)")
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Labelled prompts to calibrate on. [default: found, else a third of the anchors]"),
+        typer.Option(help="Labelled prompts to calibrate on. (default: found, else a third of the anchors)"),
     ] = None,
     mode: Annotated[
-        ModeChoice | None, typer.Option(help="Intervention. [default: restore; project for directions without a gate]")
+        ModeChoice | None, typer.Option(help="Intervention. (default: restore; project for directions without a gate)")
     ] = None,
     layers: Annotated[str, typer.Option(help="Decoder layers, from 0: 3,4 or 2-4 or auto.")] = "auto",
-    rank: Annotated[int | None, typer.Option(help="Rows of the direction, 1 to 8. [default: calibrated]")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Strength of steer and supervise. [default: 1]")] = None,
-    tau: Annotated[float | None, typer.Option(help="Gate threshold. [default: calibrated]")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rows of the direction, 1 to 8. (default: calibrated)")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Strength of steer and supervise. (default: 1)")] = None,
+    tau: Annotated[float | None, typer.Option(help="Gate threshold. (default: calibrated)")] = None,
     positions: Annotated[
         PositionsChoice, typer.Option(help="last: the last token of each call; all: every token.")
     ] = PositionsChoice.last,
@@ -118,6 +108,7 @@ def export_command(
     Without directions they are extracted from anchor pairs and calibrated (mode restore). Nothing is written unless
     every check of the proof holds.
     """
+    from .exporter import tables
     from .exporter.pipeline import export
 
     spec = GuardSpec(
@@ -129,7 +120,7 @@ def export_command(
         positions=positions.value,
         lowering=lowering,
     )
-    with bars() as watch:
+    with tables.bars(err) as watch:
         result = export(
             model,
             out_folder,
@@ -148,7 +139,7 @@ def export_command(
     if as_json:
         print_json(result.to_json())
     else:
-        show_export(result)
+        tables.show_export(out, result)
 
 
 @app.command("convert")
@@ -160,10 +151,11 @@ def convert_command(
     force: Force = False,
 ) -> None:
     """Export a checkpoint to the onnx-community layout WITHOUT a guard: the base to compare with."""
+    from .exporter import tables
     from .exporter.checkpoint import convert_checkpoint
     from .graphs.staging import staged
 
-    with bars() as watch, staged(out_folder, force) as stage:
+    with tables.bars(err) as watch, staged(out_folder, force) as stage:
         report = convert_checkpoint(
             checkpoint, stage, dtype=dtype.value, opset=opset, progress=lambda stage_name: watch(stage_name, 0, 1)
         )
@@ -175,34 +167,36 @@ def convert_command(
 @app.command("inspect")
 def inspect_command(model: Model, variant: Variant = None, as_json: AsJson = False) -> None:
     """Show the decoder's residual stream: layers, width, dtype, and which value carries each layer's output."""
+    from .exporter import tables
     from .exporter.pipeline import inspect
 
-    with bars() as watch:
+    with tables.bars(err) as watch:
         anatomy = inspect(model, variant, watch)
     if as_json:
         print_json({"model": model, **anatomy.to_json()})
     else:
-        show_anatomy(anatomy, model)
+        tables.show_anatomy(out, anatomy, model)
 
 
 @app.command("directions")
 def directions_command(
     model: Model,
-    anchors: Annotated[Path | None, typer.Option(help="Anchor pairs. [default: found beside the model]")] = None,
+    anchors: Annotated[Path | None, typer.Option(help="Anchor pairs. (default: found beside the model)")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("directions.safetensors"),
     rank: Annotated[int, typer.Option(help="Rows to keep per layer, 1 to 8.")] = 4,
     calibrated_for: Annotated[
         ModeChoice | None, typer.Option("--calibrate", help="Also choose layers, thresholds and targets for this mode.")
     ] = None,
-    calibration: Annotated[Path | None, typer.Option(help="Labelled prompts to calibrate on. [default: found]")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Labelled prompts to calibrate on. (default: found)")] = None,
     variant: Variant = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Extract safety steering directions from the ONNX model itself: one tapped pass over the anchors, SVD per layer."""
+    from .exporter import tables
     from .exporter.pipeline import extract_directions
 
-    with bars() as watch:
+    with tables.bars(err) as watch:
         found = extract_directions(
             model,
             output,
@@ -219,14 +213,7 @@ def directions_command(
             {"output": str(output), "layers": list(found.layers), "pairs": found.pairs, "evidence": found.evidence}
         )
         return
-    table = Table(title=f"{output}: {len(found.layers)} layers of width {found.width}, {found.pairs} anchor pairs")
-    for column in ("layer", "rank", "mean along row 1", "std", "AUC", "explained by row 1"):
-        table.add_column(column, justify="right")
-    for number, layer in found.layers.items():
-        seen = found.evidence[str(number)]
-        numbers = (f"{seen['mean']:.3f}", f"{seen['std']:.3f}", f"{seen['auc']:.3f}", f"{seen['explained'][0]:.0%}")
-        table.add_row(str(number), str(layer.ssd.shape[0]), *numbers)
-    out.print(table)
+    tables.show_directions(out, found, str(output))
 
 
 @app.command("verify")
@@ -236,14 +223,15 @@ def verify_command(
     as_json: AsJson = False,
 ) -> None:
     """Redo the proof of a guarded folder from its files alone; with --source against the unguarded model too."""
+    from .exporter import tables
     from .exporter.verify import verify
 
     result = verify(guarded, source)
     if as_json:
         print_json(result.to_json())
     else:
-        show_checks(
-            result.checks, f"{guarded}: {result.manifest.plan['mode']} on layers {result.manifest.plan['layers']}"
+        tables.show_checks(
+            out, result.checks, f"{guarded}: {result.manifest.plan['mode']} on layers {result.manifest.plan['layers']}"
         )
     if not result.ok:
         failed = next((check for check in result.checks if not check.ok), None)
@@ -256,7 +244,7 @@ def generate_command(
         Path, typer.Argument(help="a guarded folder; --unguarded opens any model folder", metavar="GUARDED")
     ],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")],
-    image: Annotated[Path | None, typer.Option("--image", "-i", help="Picture to show. [default: none]")] = None,
+    image: Annotated[Path | None, typer.Option("--image", "-i", help="Picture to show. (default: none)")] = None,
     blank: Annotated[bool, typer.Option("--blank", help="Show a blank white picture.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -265,7 +253,7 @@ def generate_command(
     unguarded: Annotated[bool, typer.Option("--unguarded", help="Run a model that has no guard.")] = False,
 ) -> None:
     """Ask a guarded model; the answer streams to stdout."""
-    from .exporter.pipeline import open_model
+    from .exporter.sources import open_model
     from .runtime.guarded import GuardedVLM
     from .runtime.vlm import Request, Sampling
 
@@ -284,112 +272,26 @@ def evaluate_command(
     base: Annotated[Path, typer.Argument(help="the unguarded model", metavar="BASE")],
     guarded: Guarded,
     prompts: Annotated[
-        Path | None, typer.Option(help="Labelled prompts. [default: evaluation.jsonl found beside BASE]")
+        Path | None, typer.Option(help="Labelled prompts. (default: evaluation.jsonl found beside BASE)")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer; refusals can come late.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Prompts that run together.")] = 32,
     as_json: AsJson = False,
 ) -> None:
     """Ask both models the same held-out prompts and count refusals, per setting."""
-    from .exporter.pipeline import compare
+    from .exporter import tables
+    from .exporter.evaluate import compare
 
-    with bars() as watch:
+    with tables.bars(err) as watch:
         result = compare(base, guarded, prompts, max_new_tokens, batch_size, watch)
     if as_json:
         print_json(result.to_json())
     else:
-        show_evaluation(result)
-
-
-# What people see
-
-
-def show_anatomy(anatomy: DecoderAnatomy, title: str) -> None:
-    table = Table(title=escape(title))
-    for column in ("layer", "kind", "dtype", "value that carries its output"):
-        table.add_column(column, overflow="fold")
-    for site in anatomy.sites:
-        value = site.value or f"inside {site.anchor} (fused, not a value in the file)"
-        table.add_row(str(site.layer_index), site.kind, site.dtype, escape(value))
-    out.print(table)
-    sure = "the config agrees" if anatomy.certainty == "confirmed" else "no config to compare with"
-    out.print(
-        f"{anatomy.layer_count} layers of width {anatomy.width}, {anatomy.certainty} ({sure}); "
-        f"from {escape(anatomy.source)} to {escape(anatomy.sink)}, {anatomy.nodes} nodes"
-    )
-
-
-def show_plan(plan: GuardPlan) -> None:
-    table = Table(title=f"plan: {plan.mode}, positions {plan.positions}, lowering {plan.lowering}")
-    for column in ("layer", "kind", "at", "rank", "tau", "alpha"):
-        table.add_column(column, overflow="fold")
-    for planned in plan.sites:
-        shown = planned.to_json(plan.mode)
-        numbers = (f"{shown[key]:.4g}" if key in shown else "-" for key in ("tau", "alpha"))
-        row = (str(planned.layer_index), planned.site.kind, escape(planned.site.anchor), str(planned.guard.rank))
-        table.add_row(*row, *numbers)
-    out.print(table)
-    for note in (plan.lowering_reason, *plan.notes):
-        out.print(f"  - {escape(note)}", highlight=False)
-
-
-def show_checks(checks: Any, title: str) -> None:
-    table = Table(title=escape(title))
-    for column in ("check", "compared", "worst", "limit", "holds"):
-        table.add_column(column, overflow="fold")
-    for check in checks:
-        verdict = "[green]yes[/green]" if check.ok else "[red]NO[/red]"
-        table.add_row(escape(check.name), f"{check.compared:,}", f"{check.worst:.1e}", f"{check.limit:.0e}", verdict)
-    out.print(table)
-    for check in checks:
-        if check.note:
-            out.print(f"  - {escape(check.name)}: {escape(check.note)}", highlight=False)
-
-
-def show_export(result: ExportResult) -> None:
-    show_plan(result.plan)
-    if result.calibration is not None:
-        chosen = result.calibration.chosen
-        out.print(
-            f"calibrated on {len(result.calibration.prompts)} prompts: harmful refused at least {chosen.harmful:.1%} "
-            f"(unguarded {result.calibration.base.worst('harmful'):.1%}), harmless at most {chosen.harmless:.1%}, "
-            "in any setting"
-        )
-    if not result.written:
-        out.print(f"dry run: nothing was written to {escape(str(result.out))}")
-        return
-    show_checks(result.proof, "proof")
-    out.print(f"[bold]guarded[/bold]: {escape(str(result.out))}")
-
-
-def show_evaluation(result: Evaluation) -> None:
-    table = Table(title=f"{len(result.prompts)} prompts, refusals")
-    for column in ("setting", "prompts", "unguarded", "guarded"):
-        table.add_column(column)
-    for before, after in zip(result.base.cells, result.guarded.cells, strict=True):
-        counts = (f"{cell.refused}/{cell.asked} ({cell.rate:.1%})" for cell in (before, after))
-        table.add_row(before.setting, before.label, *counts)
-    out.print(table)
-    out.print(f"text-only answers that changed word for word: {result.text_answers_changed}")
+        tables.show_evaluation(out, result)
 
 
 def print_json(content: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-@contextmanager
-def bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars on stderr, one per stage, gone when done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
-        tasks: dict[str, Any] = {}
-
-        def watch(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done, total=total)
-
-        yield watch
 
 
 # Entry points

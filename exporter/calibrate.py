@@ -11,7 +11,7 @@ The unguarded model is asked first: a guard that refuses no more than it does is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -30,14 +30,12 @@ from ..runtime.vlm import Request, VisionLanguageModel
 from .evaluate import Tally, tally
 from .extract import collect_states, tapped
 from .prompts import LabelledPrompt, fingerprint
+from .sources import Watch
 
 RANKS = (1, 2, 4)
 DEFAULT_BUDGET = 0.01
 _FOLDS = 5
 _ENOUGH_TRIALS = 24
-
-# (what is going on, done, of how many)
-Watch = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ..graphs.errors import PromptsUnusable
+from ..runtime.guarded import GuardedVLM
 from ..runtime.vlm import Request, Sampling, VisionLanguageModel
 from .extract import Progress
 from .judge import refused
-from .prompts import LABELS, SETTINGS, LabelledPrompt
+from .prompts import LABELS, SETTINGS, LabelledPrompt, find_file, fingerprint, read_prompts
+from .sources import Watch, open_model, unwatched
+
+EVALUATION_FILES = ("evaluation.jsonl", "evaluation.json", "evaluation.csv")
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,36 @@ class Evaluation:
         )
 
 
+def compare(
+    base: Path | str,
+    guarded: Path | str,
+    prompts: Path | str | None = None,
+    max_new_tokens: int = 100,
+    batch_size: int = 32,
+    watch: Watch | None = None,
+) -> Evaluation:
+    """An unguarded and a guarded model on the same prompts; by default those found beside the base.
+
+    Raises:
+        GuardError: a model or the prompts cannot be opened, or they were calibrated on.
+    """
+    tell = watch or unwatched
+    unguarded, vlm = open_model(base), GuardedVLM.open(guarded)
+    path = Path(prompts) if prompts is not None else find_file(unguarded.package, EVALUATION_FILES)
+    if path is None:
+        raise PromptsUnusable(f"{base}: no prompts were given or found; give --prompts with labelled prompts")
+    rows = read_prompts(path)
+    seen = set((vlm.manifest.calibration or {}).get("prompt_fingerprints", ()))
+    shared = sum(fingerprint(row) in seen for row in rows)
+    if shared:
+        raise PromptsUnusable(f"{path}: {shared} of {len(rows)} prompts were calibrated on; evaluate on held-out ones")
+    if not unguarded.sees:
+        rows = [row for row in rows if row.setting == "text"]
+    return evaluate(
+        unguarded, vlm, rows, max_new_tokens, batch_size, lambda done, total: tell("asking both models", done, total)
+    )
+
+
 def tally(
     model: VisionLanguageModel,
     prompts: Sequence[LabelledPrompt],
@@ -117,8 +153,8 @@ def evaluate(
     """The same prompts to the unguarded and to the guarded model."""
     both = 2 * len(prompts)
 
-    def shifted(offset: int) -> Progress | None:
-        return None if progress is None else lambda done, _: progress(offset + done, both)
+    def shifted(offset: int) -> Progress:
+        return lambda done, _: progress(offset + done, both) if progress is not None else None
 
     first = tally(base, prompts, max_new_tokens, batch_size, shifted(0))
     second = tally(guarded, prompts, max_new_tokens, batch_size, shifted(len(prompts)))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import onnx_ir as ir
@@ -279,9 +280,9 @@ def _is_true_sum(flow: Flow, vertex: Vertex, members: set[int]) -> bool:
 def _require_one_stream(flow: Flow, layers: list[tuple[Vertex, Vertex]], source: Vertex, expected: int | None) -> None:
     """Two attentions in a row without a common sum between them: several streams run side by side (Gemma3n)."""
     boundaries = [source.index, *(output.index for _, output in layers)]
-    for layer, (low, high) in enumerate(zip(boundaries, boundaries[1:], strict=False)):
+    for layer, (low, high) in enumerate(pairwise(boundaries)):
         inside = [v for v in flow.vertices[low + 1 : high] if _is_attention(flow, v)]
-        for first, second in zip(inside, inside[1:], strict=False):
+        for first, second in pairwise(inside):
             if flow.between(first, second):
                 wanted = f" of the config's {expected}" if expected is not None else ""
                 raise AnatomyNotFound(
@@ -351,8 +352,9 @@ def _width(graph: ir.Graph, sites: tuple[ResidualSite, ...]) -> int:
         assert node is not None
         if is_skip_norm(node):
             weight = node.inputs[2]
-            if weight is not None and weight.shape is not None and isinstance(weight.shape[0], int):
-                return weight.shape[0]
+            length = weight.shape[0] if weight is not None and weight.shape is not None else None
+            if isinstance(length, int):
+                return length
         for value in (*node.outputs, *node.inputs[:2]):
             if value is not None and value.shape is not None and len(value.shape) == 3:
                 last = value.shape[2]
@@ -371,8 +373,8 @@ def _width_from_consumers(value: ir.Value, depth: int = 6) -> int | None:
         for operand in node.inputs:
             tensor = operand.const_value if operand is not None else None
             if tensor is not None and len(tensor.shape) == 1 and node.op_type in {"Mul", "RMSNormalization"}:
-                width = tensor.shape[0]
-                if isinstance(width, int) and width > 1:
+                width = tensor.numpy().shape[0]
+                if width > 1:
                     return width
         for output in node.outputs:
             width = _width_from_consumers(output, depth - 1)

@@ -173,8 +173,12 @@ def _guard_skip_norm(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scri
         total = _sum(scribe, residual, branch, bias)
         delta, c = edit.lowering.correction(scribe, total, *_arguments(edit, planned, scribe))
     else:
-        here = [_at_last(edit, scribe, f"last_{n}", v) for n, v in (("residual", residual), ("branch", branch))]
-        delta, c = edit.lowering.correction(scribe, _sum(scribe, *here, bias), *_arguments(edit, planned, scribe))
+        last_residual, last_branch = (
+            _at_last(edit, scribe, f"last_{name}", value)
+            for name, value in (("residual", residual), ("branch", branch))
+        )
+        total = _sum(scribe, last_residual, last_branch, bias)
+        delta, c = edit.lowering.correction(scribe, total, *_arguments(edit, planned, scribe))
         delta = _spread(edit, planned, scribe, delta)
     new = scribe.op("guarded", "Add", [branch, delta], like=branch)
     _keep_coordinates(edit, scribe, c)

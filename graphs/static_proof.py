@@ -83,7 +83,7 @@ def signature_unchanged(source: ir.Model, guarded: ir.Model, plan: GuardPlan) ->
 
 def sites_guarded_once(guarded: ir.Model, plan: GuardPlan, report: GuardReport) -> Check:
     """Every planned layer has exactly the nodes that were reported, and no other node carries the guard's name."""
-    names = [node.name for node in guarded.graph if (node.name or "").startswith(PREFIX)]
+    names = [node.name or "" for node in guarded.graph if (node.name or "").startswith(PREFIX)]
     reported = [name for site in report.sites for name in site.nodes] + list(report.shared_nodes)
     wrong = []
     if sorted(report.layers) != sorted(plan.layers) or len(set(report.layers)) != len(report.layers):

@@ -42,7 +42,9 @@ def with_numbers(layer: LayerGuard, **changes: object) -> LayerGuard:
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
+def model() -> Iterator[LlamaForCausalLM]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices this small are faster on one, and much faster beside other test workers
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=50,
@@ -53,7 +55,8 @@ def model() -> LlamaForCausalLM:
         num_key_value_heads=2,
         initializer_range=0.3,  # at the usual 0.02 nothing that a layer does would show
     )
-    return LlamaForCausalLM(config).eval()
+    yield LlamaForCausalLM(config).eval()
+    torch.set_num_threads(threads)
 
 
 # A prompt of five tokens and one of three, then two generated tokens each.

@@ -1,6 +1,6 @@
 """Write the anchors, the calibration and the evaluation prompts with their pictures: `python write_prompts.py`.
 
-The files follow from `world.py` alone (no model, no randomness beyond its fixed seeds), so rewriting them changes nothing.
+The files follow from `world.py` alone (no model, fixed seeds), so writing them again changes nothing.
 """
 
 from __future__ import annotations

@@ -1,0 +1,163 @@
+"""What guides the rewrite: directions (given, found beside the model, or extracted and calibrated), and proof inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..graphs.anatomy import DecoderAnatomy
+from ..graphs.directions import Directions, read_directions
+from ..graphs.errors import DirectionMismatch, PromptsUnusable
+from ..graphs.package import ModelPackage, sha256_file
+from ..graphs.spec import GuardSpec
+from ..runtime.decoder import DecoderSession, open_decoder
+from ..runtime.vlm import Request, VisionLanguageModel
+from .calibrate import Calibration, calibrate
+from .extract import extract_all_layers
+from .prompts import (
+    AnchorPair,
+    LabelledPrompt,
+    find_file,
+    prompts_from_anchors,
+    read_anchors,
+    read_prompts,
+)
+from .prove import ProofInputs, proof_inputs, random_inputs
+from .sources import Watch
+
+ANCHOR_FILES = ("anchors.jsonl", "anchors.json", "anchors.csv")
+CALIBRATION_FILES = ("calibration.jsonl", "calibration.json", "calibration.csv")
+DIRECTIONS_FILE = "directions.safetensors"
+EXTRACTED_RANK = 4
+_PROOF_PROMPTS = 4  # of each label and setting
+
+
+@dataclass
+class Guide:
+    """Where directions and proof inputs come from; the running model is opened only if something needs it."""
+
+    package: ModelPackage
+    beside: Path
+    anatomy: DecoderAnatomy
+    spec: GuardSpec
+    budget: float
+    force: bool
+    tell: Watch
+    model: VisionLanguageModel | None = None
+
+    def running(self) -> VisionLanguageModel:
+        if self.model is None:
+            self.model = VisionLanguageModel(self.package)
+        return self.model
+
+    def directions(
+        self, given: Path | str | None, anchors: Path | str | None, calibration: Path | str | None
+    ) -> tuple[Directions, Calibration | None]:
+        """Given, found beside the model, or extracted and calibrated."""
+        path = Path(given) if given is not None else None
+        if path is None and anchors is None:
+            path = next((p for p in (self.package.companion(DIRECTIONS_FILE),) if p is not None), None)
+        if path is None:
+            made = self.calibrated(anchors, calibration)
+            return made.directions, made
+        found = read_directions(path)
+        digest = sha256_file(self.package.decoder)
+        if found.model_sha256 not in (None, digest) and not self.force:
+            raise DirectionMismatch(
+                f"{path}: was extracted from another decoder file (its SHA-256 begins {found.model_sha256[:12]}, this "
+                f"one's {digest[:12]}); extract them again, or use them all the same with --force"
+            )
+        return found, None
+
+    def calibrated(self, anchors: Path | str | None, calibration: Path | str | None) -> Calibration:
+        """Extract from anchors, calibrate on the prompts that come with them or on a third of the pairs."""
+        path, pairs = self.pairs(anchors)
+        model = self.running()
+        prompts_path = Path(calibration) if calibration is not None else None
+        if prompts_path is None:
+            prompts_path = next((p for p in (path.parent / name for name in CALIBRATION_FILES) if p.is_file()), None)
+        if prompts_path is not None:
+            prompts = read_prompts(prompts_path)
+        else:  # every third pair is kept from extraction and calibrated on
+            kept, pairs = pairs[::3], [pair for number, pair in enumerate(pairs) if number % 3]
+            if len(kept) < 2 or len(pairs) < 2:
+                raise PromptsUnusable(f"{path}: too few anchors to extract and calibrate on; give at least 6 pairs")
+            prompts = prompts_from_anchors(kept, model.sees)
+        if not model.sees:
+            prompts = [prompt for prompt in prompts if prompt.setting == "text"]
+        raw = self.extracted(pairs)
+        return calibrate(model, self.anatomy, raw, prompts, self.spec, self.budget, watch=self.tell)
+
+    def pairs(self, anchors: Path | str | None) -> tuple[Path, list[AnchorPair]]:
+        """The anchor pairs that were given, or those found beside the model."""
+        path = Path(anchors) if anchors is not None else self.find(ANCHOR_FILES)
+        if path is None:
+            raise PromptsUnusable(
+                f"{self.package.root}: no directions and no anchors were given or found; give --directions, or "
+                "--anchors with pairs of harmful and harmless prompts"
+            )
+        return path, read_anchors(path)
+
+    def extracted(self, pairs: Sequence[AnchorPair]) -> Directions:
+        """The SSD of every layer."""
+        return extract_all_layers(
+            self.running(),
+            self.anatomy,
+            pairs,
+            rank=max(EXTRACTED_RANK, self.spec.rank or 0),
+            progress=lambda done, total: self.tell("extracting directions", done, total),
+        )
+
+    def find(self, names: Sequence[str]) -> Path | None:
+        """Beside the model, or (a checkpoint, exported elsewhere) beside where OUT goes."""
+        found = find_file(self.package, names)
+        if found is not None:
+            return found
+        here = [self.beside / folder / name for folder in (".", "prompts") for name in names]
+        return next((path for path in here if path.is_file()), None)
+
+    def proof_inputs(self) -> ProofInputs:
+        """Real prompts if the model can read any, else seeded random inputs."""
+        if self.package.companion("tokenizer.json") is None or (
+            self._needs_embeds() and self.package.embed_tokens is None
+        ):
+            return self._random_inputs()
+        model = self.running()
+        return proof_inputs(model, self._proof_requests(model))
+
+    def _proof_requests(self, model: VisionLanguageModel) -> list[Request]:
+        path = self.find(CALIBRATION_FILES) or self.find(ANCHOR_FILES)
+        if path is None:
+            plain = ["How to bake a loaf of bread?", "How to pick a lock?", "Hello.", "What is shown here?"]
+            prompts = [LabelledPrompt(str(n), text, "harmless", "text") for n, text in enumerate(plain)]
+            if model.sees:
+                prompts += [replace(prompt, setting="blank") for prompt in prompts]
+        elif path.name in CALIBRATION_FILES:
+            prompts = _some_of_each(read_prompts(path))
+        else:
+            prompts = prompts_from_anchors(read_anchors(path)[:_PROOF_PROMPTS], model.sees)
+        return [prompt.request(model) for prompt in prompts if model.sees or prompt.setting == "text"]
+
+    def _needs_embeds(self) -> bool:
+        return any(value.name == "inputs_embeds" for value in self.package.load_decoder().graph.inputs)
+
+    def _random_inputs(self) -> ProofInputs:
+        session = open_decoder(self.package)
+        graph = self.package.load_decoder().graph
+        pads = not any(node.op_type == "GroupQueryAttention" for node in graph)
+        return random_inputs(session, self.anatomy.width, _vocabulary(session, self.package), pads)
+
+
+def _some_of_each(prompts: Sequence[LabelledPrompt]) -> list[LabelledPrompt]:
+    kinds: dict[tuple[str, str], list[LabelledPrompt]] = {}
+    for prompt in prompts:
+        kinds.setdefault((prompt.setting, prompt.label), []).append(prompt)
+    return [prompt for members in kinds.values() for prompt in members[:_PROOF_PROMPTS]]
+
+
+def _vocabulary(session: DecoderSession, package: ModelPackage) -> int:
+    """How many tokens there are to choose from; the logits say, or the config."""
+    size = session.runner.outputs[session.logits_output].shape[-1]
+    config = package.config
+    return size or config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 100

@@ -1,0 +1,119 @@
+"""What a person sees in the terminal: tables of plans, checks and evaluations, and progress bars.
+
+Everything that comes from a file (names, paths, notes) is escaped: it may have been chosen to look like markup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..graphs.anatomy import DecoderAnatomy
+from ..graphs.directions import Directions
+from ..graphs.plan import GuardPlan
+from ..graphs.static_proof import Check
+from .evaluate import Evaluation
+from .pipeline import ExportResult
+
+
+def show_anatomy(out: Console, anatomy: DecoderAnatomy, title: str) -> None:
+    table = Table(title=escape(title))
+    for column in ("layer", "kind", "dtype", "value that carries its output"):
+        table.add_column(column, overflow="fold")
+    for site in anatomy.sites:
+        value = site.value or f"inside {site.anchor} (fused, not a value in the file)"
+        table.add_row(str(site.layer_index), site.kind, site.dtype, escape(value))
+    out.print(table)
+    sure = "the config agrees" if anatomy.certainty == "confirmed" else "no config to compare with"
+    out.print(
+        f"{anatomy.layer_count} layers of width {anatomy.width}, {anatomy.certainty} ({sure}); "
+        f"from {escape(anatomy.source)} to {escape(anatomy.sink)}, {anatomy.nodes} nodes"
+    )
+
+
+def show_plan(out: Console, plan: GuardPlan) -> None:
+    table = Table(title=f"plan: {plan.mode}, positions {plan.positions}, lowering {plan.lowering}")
+    for column in ("layer", "kind", "at", "rank", "tau", "alpha"):
+        table.add_column(column, overflow="fold")
+    for planned in plan.sites:
+        shown = planned.to_json(plan.mode)
+        numbers = (f"{shown[key]:.4g}" if key in shown else "-" for key in ("tau", "alpha"))
+        row = (str(planned.layer_index), planned.site.kind, escape(planned.site.anchor), str(planned.guard.rank))
+        table.add_row(*row, *numbers)
+    out.print(table)
+    for note in (plan.lowering_reason, *plan.notes):
+        out.print(f"  - {escape(note)}", highlight=False)
+
+
+def show_checks(out: Console, checks: Sequence[Check], title: str) -> None:
+    table = Table(title=escape(title))
+    for column in ("check", "compared", "worst", "limit", "holds"):
+        table.add_column(column, overflow="fold")
+    for check in checks:
+        verdict = "[green]yes[/green]" if check.ok else "[red]NO[/red]"
+        table.add_row(escape(check.name), f"{check.compared:,}", f"{check.worst:.1e}", f"{check.limit:.0e}", verdict)
+    out.print(table)
+    for check in checks:
+        if check.note:
+            out.print(f"  - {escape(check.name)}: {escape(check.note)}", highlight=False)
+
+
+def show_export(out: Console, result: ExportResult) -> None:
+    show_plan(out, result.plan)
+    if result.calibration is not None:
+        chosen = result.calibration.chosen
+        out.print(
+            f"calibrated on {len(result.calibration.prompts)} prompts: harmful refused at least {chosen.harmful:.1%} "
+            f"(unguarded {result.calibration.base.worst('harmful'):.1%}), harmless at most {chosen.harmless:.1%}, "
+            "in any setting"
+        )
+    if not result.written:
+        out.print(f"dry run: nothing was written to {escape(str(result.out))}")
+        return
+    show_checks(out, result.proof, "proof")
+    out.print(f"[bold]guarded[/bold]: {escape(str(result.out))}")
+
+
+def show_evaluation(out: Console, result: Evaluation) -> None:
+    table = Table(title=f"{len(result.prompts)} prompts, refusals")
+    for column in ("setting", "prompts", "unguarded", "guarded"):
+        table.add_column(column)
+    for before, after in zip(result.base.cells, result.guarded.cells, strict=True):
+        counts = (f"{cell.refused}/{cell.asked} ({cell.rate:.1%})" for cell in (before, after))
+        table.add_row(before.setting, before.label, *counts)
+    out.print(table)
+    out.print(f"text-only answers that changed word for word: {result.text_answers_changed}")
+
+
+@contextmanager
+def bars(err: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars on stderr, one per stage, gone when done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def watch(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield watch
+
+
+def show_directions(out: Console, found: Directions, name: str) -> None:
+    table = Table(
+        title=f"{escape(name)}: {len(found.layers)} layers of width {found.width}, {found.pairs} anchor pairs"
+    )
+    for column in ("layer", "rank", "mean along row 1", "std", "AUC", "explained by row 1"):
+        table.add_column(column, justify="right")
+    for number, layer in found.layers.items():
+        seen = found.evidence[str(number)]
+        numbers = (f"{seen['mean']:.3f}", f"{seen['std']:.3f}", f"{seen['auc']:.3f}", f"{seen['explained'][0]:.0%}")
+        table.add_row(str(number), str(layer.ssd.shape[0]), *numbers)
+    out.print(table)
