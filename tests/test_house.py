@@ -1,0 +1,96 @@
+"""The house: what the wheel holds, how light the import is, and that the public names are there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import vlmguard
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("graphs", "runtime", "exporter")
+HEAVY = ("torch", "transformers", "onnxruntime", "sklearn", "onnx", "tensorrt")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy, so that the checkout stays clean."""
+    copy = tmp_path_factory.mktemp("source")
+    for path in [*ROOT.glob("*.py"), *(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE", "py.typed"))]:
+        (copy / path.name).write_bytes(path.read_bytes())
+    for folder in FOLDERS:
+        for path in (ROOT / folder).glob("*.py"):
+            (copy / folder).mkdir(exist_ok=True)
+            (copy / folder / path.name).write_bytes(path.read_bytes())
+    out = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(out),
+        str(copy),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    expected = {f"vlmguard/{name}" for name in ("__init__.py", "cli.py", "py.typed")}
+    expected |= {f"vlmguard/{folder}/{path.name}" for folder in FOLDERS for path in (ROOT / folder).glob("*.py")}
+    info = f"vlmguard-{vlmguard.__version__}.dist-info"
+    records = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE")
+    expected |= {f"{info}/{name}" for name in records}
+    assert set(zipfile.ZipFile(wheel).namelist()) == expected
+
+
+def test_wheel_runs_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    # -I would also hide the path; -P keeps the working folder out, and the editable install is overridden by the path
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import vlmguard.cli; print(vlmguard.cli.__file__)"
+    done = subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == str(tmp_path / "vlmguard" / "cli.py")
+
+
+@pytest.mark.parametrize("statement", ["import vlmguard", "import vlmguard.cli", "from vlmguard.graphs import spec"])
+def test_importing_is_light(statement: str) -> None:
+    code = f"import sys; {statement}; print(*[m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == ""
+
+
+def test_every_public_name_is_there() -> None:
+    assert vlmguard.__all__ == sorted(vlmguard.__all__, key=lambda name: (name[0].islower(), name))
+    for name in vlmguard.__all__:
+        assert getattr(vlmguard, name).__doc__, name
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'vlmguard' has no attribute 'exprot'"):
+        vlmguard.exprot  # noqa: B018
+
+
+def test_main_job_needs_no_torch(tmp_path: Path) -> None:
+    """The light path: a guarded folder from the bundled ONNX model with torch and transformers not importable."""
+    model = ROOT / "examples" / "tiny_vlm" / "onnx-community"
+    code = (
+        "import sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'transformers'): raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        "import vlmguard\n"
+        f"vlmguard.export({str(model)!r}, {str(tmp_path / 'out')!r}, spec=vlmguard.GuardSpec(layers=(3,), rank=1))\n"
+        f"print(vlmguard.GuardedVLM.open({str(tmp_path / 'out')!r}).generate('how to wash the boat', max_new_tokens=4))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()
