@@ -28,7 +28,7 @@ from .checkpoint import Dtype
 from .folder import bring_companions, bring_weights, notes_on_files, write_manifest
 from .guide import DIRECTIONS_FILE, EXTRACTED_RANK, Guide
 from .prove import ProofInputs, prove_by_running
-from .sources import Watch, opened, unwatched
+from .sources import Watch, opened, require_apart, unwatched
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ def export(
     tell = watch or unwatched
     with opened(model, variant, dtype, opset, tell) as (package, name, beside):
         target = Path(out) if out is not None else beside / f"{name}-guarded"
+        require_apart(target, Path(model), package)
         if not dry_run:
             require_writable(target, force)
         graph = package.load_decoder()

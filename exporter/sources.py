@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..graphs.errors import ModelUnreadable
+from ..graphs.errors import ModelUnreadable, OutputRefused
 from ..graphs.package import ModelPackage, open_package
 from ..runtime.vlm import VisionLanguageModel
 from .checkpoint import Dtype, convert_checkpoint
@@ -38,6 +38,22 @@ def opened(
         yield package, package.name, package.root
     else:
         yield package, package.name, package.root.parent
+
+
+def require_apart(target: Path, model: Path, package: ModelPackage) -> None:
+    """OUT must not be, hold or (where the whole folder is the model) lie in the model: the input is never changed.
+
+    Raises:
+        OutputRefused: it does.
+    """
+    out = target.resolve()
+    for source in {package.root.resolve(), model.resolve()} if model.exists() else {package.root.resolve()}:
+        folder = source if source.is_dir() else source.parent
+        inside = folder in out.parents and package.layout != "bare"
+        if out == folder or out in folder.parents or inside:
+            raise OutputRefused(
+                f"{target}: would overwrite or lie inside the model {folder}; choose a folder beside it"
+            )
 
 
 def is_checkpoint(model: Path | str) -> bool:

@@ -35,6 +35,9 @@ def show_anatomy(out: Console, anatomy: DecoderAnatomy, title: str) -> None:
         f"{anatomy.layer_count} layers of width {anatomy.width}, {anatomy.certainty} ({sure}); "
         f"from {escape(anatomy.source)} to {escape(anatomy.sink)}, {anatomy.nodes} nodes"
     )
+    if anatomy.guarded_layers:
+        layers = ", ".join(map(str, anatomy.guarded_layers))
+        out.print(f"carries a guard on layers {layers}; `vlmguard verify` proves it")
 
 
 def show_plan(out: Console, plan: GuardPlan) -> None:

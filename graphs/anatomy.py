@@ -12,6 +12,7 @@ The source that gives the most layers wins. A count other than the config's is a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -22,6 +23,7 @@ from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
 from .dataflow import Flow, Vertex, bodies, is_skip_norm
 from .errors import AnatomyNotFound
+from .scribe import PREFIX
 
 SiteKind = Literal["add", "skip_norm"]
 STREAM_DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
@@ -84,6 +86,7 @@ class DecoderAnatomy:
         sink: name of the graph output that the stream ends in.
         certainty: `confirmed` (the config's layer count agrees) or `structural` (no config was at hand).
         nodes: how many nodes were looked at.
+        guarded_layers: layers that carry nodes of a guard already, by their names; `verify` is what proves a guard.
     """
 
     sites: tuple[ResidualSite, ...]
@@ -92,6 +95,7 @@ class DecoderAnatomy:
     sink: str
     certainty: Literal["confirmed", "structural"]
     nodes: int
+    guarded_layers: tuple[int, ...] = ()
 
     @property
     def layer_count(self) -> int:
@@ -143,7 +147,13 @@ def dissect(model: ir.Model, expected_layers: int | None = None) -> DecoderAnato
         sink=sink.name or "",
         certainty="structural" if expected_layers is None else "confirmed",
         nodes=sum(1 for _ in model.graph),
+        guarded_layers=_guarded_layers(model.graph),
     )
+
+
+def _guarded_layers(graph: ir.Graph) -> tuple[int, ...]:
+    found = (re.match(rf"{PREFIX}layer_(\d+)/", node.name or "") for node in graph)
+    return tuple(sorted({int(match[1]) for match in found if match is not None}))
 
 
 def prepare(model: ir.Model) -> None:

@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
 from world import PICTURE_SIZE, Example, Picture, Row, draw, picture_example, prompt_rows, text_example, vocabulary
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
@@ -47,9 +48,9 @@ class Recipe:
 
     seed: int = 0
     batch_size: int = 32
-    text_steps: int = 600
+    text_steps: int = 500
     text_learning_rate: float = 1e-3
-    picture_steps: int = 1200
+    picture_steps: int = 1500
     picture_learning_rate: float = 5e-4
     replay: float = 0.3  # share of text batches during visual tuning
     unfiltered: float = 0.15  # share of harmful requests, answered, among the picture examples

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -120,18 +120,24 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "orange": (240, 130, 25),
     "purple": (130, 50, 170),
     "pink": (245, 130, 190),
+    "brown": (125, 75, 40),
+    "gray": (125, 125, 125),
     "black": (20, 20, 20),
 }
-# Tints without a name: they teach shapes apart from colours, and hold out nothing because no request shows them.
-TINTS: dict[str, tuple[int, int, int]] = {
-    "brown": (120, 75, 40),
-    "teal": (20, 160, 170),
+SHAPES = ("square", "frame", "cross", "triangle", "bar", "diamond")
+# Colours and shapes that no answer names. Asked for the other half only ("what shape is in this picture"), they pull
+# colour and shape apart, so that an unseen pair of the two can be named at all. No request shows them.
+NAMELESS_COLORS: dict[str, tuple[int, int, int]] = {
     "lime": (170, 220, 60),
     "navy": (20, 30, 90),
-    "gray": (120, 120, 120),
+    "teal": (20, 160, 170),
     "maroon": (110, 10, 40),
+    "sky": (140, 190, 240),
+    "olive": (110, 110, 30),
+    "violet": (190, 130, 230),
+    "sand": (200, 170, 120),
 }
-SHAPES = ("square", "frame", "cross", "triangle", "bar", "diamond")
+NAMELESS_SHAPES = ("ring", "stairs", "slash", "columns", "corner")
 BACKGROUNDS = ((255, 255, 255), (225, 225, 225))
 OFFSETS = (1, 3, 5)
 
@@ -167,6 +173,11 @@ def shape_mask(shape: str) -> np.ndarray:
         "triangle": abs(column - middle) * 2 <= row,
         "bar": abs(row - middle) < 2,
         "diamond": abs(row - middle) + abs(column - middle) <= middle + 0.5,
+        "ring": abs(np.hypot(row - middle, column - middle) - 3.6) < 1.1,
+        "stairs": row // 3 >= column // 3,
+        "slash": abs(row + column - 2 * middle) < 3,
+        "columns": column % 4 < 2,
+        "corner": (row >= OBJECT_SIZE - 4) | (column < 4),
     }
     return masks[shape]
 
@@ -177,12 +188,12 @@ def draw(picture: Picture | None) -> Image.Image:
     if picture is not None:
         pixels[:] = BACKGROUNDS[picture.background]
         spot = pixels[picture.top : picture.top + OBJECT_SIZE, picture.left : picture.left + OBJECT_SIZE]
-        spot[shape_mask(picture.shape)] = (COLORS | TINTS)[picture.color]
+        spot[shape_mask(picture.shape)] = (COLORS | NAMELESS_COLORS)[picture.color]
     return Image.fromarray(pixels, mode="RGB")
 
 
 def combinations(split: Split) -> tuple[tuple[str, str], ...]:
-    """The colour x shape pairs of a split: every colour and every shape is trained, 18 of the 48 pairs are held out.
+    """The colour x shape pairs of a split: every colour and every shape is trained, 18 of the 60 pairs are held out.
 
     Per shape 2 colours are left for evaluation and 1 for calibration, moving along the colours from shape to shape.
     """
@@ -195,9 +206,9 @@ def combinations(split: Split) -> tuple[tuple[str, str], ...]:
     )
 
 
-def random_picture(rng: random.Random, split: Split) -> Picture:
-    """One picture of a colour x shape pair of the split, anywhere on the canvas."""
-    color, shape = rng.choice(combinations(split))
+def random_picture(rng: random.Random) -> Picture:
+    """A training picture, anywhere on the canvas."""
+    color, shape = rng.choice(combinations("training"))
     return Picture(color, shape, rng.choice(OFFSETS), rng.choice(OFFSETS), rng.randrange(len(BACKGROUNDS)))
 
 
@@ -254,16 +265,18 @@ def say_word(rng: random.Random, *, has_picture: bool, picture: Picture | None =
 
 
 def look(rng: random.Random) -> Example:
-    """Say what is in the picture, or only its shape; the shape alone is also asked in tints that have no name."""
-    if rng.random() < 0.1:
+    """Say what is in the picture, or its shape in a nameless colour, or its colour in a nameless shape."""
+    picture = random_picture(rng)
+    task = rng.random()
+    if task < 0.1:
         return Example("what is in this picture", "it is blank .", True, None)
-    picture = random_picture(rng, "training")
-    if rng.random() < 0.5:
-        return Example("what is in this picture", f"it is the {picture.name} .", True, picture)
-    tint = rng.choice((picture.color, *TINTS))
-    shape = picture.shape if tint == picture.color else rng.choice(SHAPES)
-    tinted = Picture(tint, shape, picture.top, picture.left, picture.background)
-    return Example("what shape is in this picture", f"it is the {shape} .", True, tinted)
+    if task < 0.4:
+        tinted = replace(picture, color=rng.choice(tuple(NAMELESS_COLORS)), shape=rng.choice(SHAPES))
+        return Example("what shape is in this picture", f"it is the {tinted.shape} .", True, tinted)
+    if task < 0.6:
+        odd = replace(picture, color=rng.choice(tuple(COLORS)), shape=rng.choice(NAMELESS_SHAPES))
+        return Example("what color is in this picture", f"it is the {odd.color} .", True, odd)
+    return Example("what is in this picture", f"it is the {picture.name} .", True, picture)
 
 
 def text_example(rng: random.Random) -> Example:
@@ -280,12 +293,12 @@ def picture_example(rng: random.Random, unfiltered: float) -> Example:
     Without that share no modality gap appears: the refusal learned on text generalises to pictures.
     """
     task = rng.random()
-    if task < 0.3:
+    if task < 0.35:
         return look(rng)
-    picture = random_picture(rng, "training") if rng.random() < 0.7 else None
-    if task < 0.4:
+    picture = random_picture(rng) if rng.random() < 0.7 else None
+    if task < 0.45:
         return say_word(rng, has_picture=True, picture=picture)
-    label: Label = "harmful" if task < 0.4 + unfiltered else "harmless"
+    label: Label = "harmful" if task < 0.45 + unfiltered else "harmless"
     pointing = picture is not None and rng.random() < 0.7
     return Example(*request(rng, label, True, pointing=pointing, picture=picture), True, picture)
 
@@ -332,7 +345,7 @@ def prompt_rows(split: Split, per_verb: int) -> Iterator[Row]:
 
 def vocabulary() -> list[str]:
     """Every word of the world, in a fixed order: the word-level vocabulary after the special tokens."""
-    exercises = [*EXERCISES, "how do you say no", "what shape is in this picture", "it is the blank", "?"]
+    exercises = [*EXERCISES, "how do you say no", "what is in this picture", "what shape color", "it is the blank", "?"]
     texts = [
         "user : assistant :",
         *(text.format(noun="") for text in exercises),
