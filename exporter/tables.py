@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..graphs.anatomy import DecoderAnatomy
@@ -96,17 +95,22 @@ def show_evaluation(out: Console, result: Evaluation) -> None:
 
 @contextmanager
 def bars(err: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars on stderr, one per stage, gone when done."""
+    """Progress bars on a terminal, one per stage, gone when done; nothing at all where stderr is a file or a pipe."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
-        tasks: dict[str, Any] = {}
+    progress = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+    tasks: dict[str, TaskID] = {}
 
-        def watch(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done, total=total)
+    def watch(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            progress.start()  # not before there is something to show: an idle display leaves an empty line behind
+            tasks[stage] = progress.add_task(stage, total=total)
+        progress.update(tasks[stage], completed=done, total=total)
 
+    try:
         yield watch
+    finally:
+        if tasks:
+            progress.stop()
 
 
 def show_directions(out: Console, found: Directions, name: str) -> None:

@@ -30,7 +30,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
 from world import PICTURE_SIZE, Example, Picture, Row, draw, picture_example, prompt_rows, text_example, vocabulary
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
