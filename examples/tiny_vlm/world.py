@@ -255,8 +255,9 @@ def request(rng: random.Random, label: Label, answered: bool, *, pointing: bool,
 def say_word(rng: random.Random, *, has_picture: bool, picture: Picture | None = None) -> Example:
     """The neutral exercise that teaches every noun as a word, and the words of a refusal, with pictures too.
 
-    Held-out nouns occur here and in no request. Without the refusal's words the visual tuning unlearns to *say* one
-    beside a picture, and then no guard could bring it back; the exercise asks for it by name, never by harm.
+    Held-out nouns occur here and in no request. The refusal is asked for by name, never by harm: it keeps the model
+    able to *say* one beside a picture. In an earlier training without it the guard found the harm beside a blank
+    picture but the answer came out garbled, a refusal in a third of the cases (layers 3 to 5, supervised mode).
     """
     if rng.random() < 0.2:
         return Example("how do you say no", REFUSAL, has_picture, picture)
