@@ -1,24 +1,26 @@
 """A small calibrator: which layers, rank, threshold and target, from labelled prompts, under an over-refusal budget.
 
-1. One tapped pass over the calibration prompts (and their text-only versions) gives every layer's states.
+1. One tapped pass over the calibration prompts (and their text-only versions) gives every layer's states; so do the
+   tokens of the unguarded model's answers to the harmless ones, because the gate is asked again at each of them.
 2. Per layer: the readout (LDA on all settings), the target (mean coordinates of harmful text), the threshold (from
    scores of prompts that the readout was not fitted on).
 3. Candidates, the likeliest first, are baked into the graph and asked the calibration prompts. The winner keeps
-   over-refusal within the budget in every setting, refuses the most harmful prompts, and has the fewest layers.
+   over-refusal within the budget in every setting, refuses the most harmful prompts, has the fewest layers, and gives
+   back most often, word for word, what the unguarded model says to the same prompt as text.
 
 The unguarded model is asked first: a guard that refuses no more than it does is not a guard, and is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedGroupKFold
 
 from ..graphs.anatomy import DecoderAnatomy
 from ..graphs.directions import Directions, LayerDirections
@@ -26,9 +28,9 @@ from ..graphs.errors import GuardError, PromptsUnusable
 from ..graphs.plan import plan_guard
 from ..graphs.rewrite import rewrite
 from ..graphs.spec import GuardSpec
-from ..runtime.vlm import Request, VisionLanguageModel
+from ..runtime.vlm import Request, Sampling, VisionLanguageModel
 from .evaluate import Tally, tally
-from .extract import collect_states, tapped
+from .extract import collect_answer_states, collect_states, tapped
 from .prompts import LabelledPrompt, fingerprint
 from .sources import Watch
 
@@ -36,15 +38,22 @@ RANKS = (1, 2, 4)
 DEFAULT_BUDGET = 0.01
 _FOLDS = 5
 _ENOUGH_TRIALS = 24
+_ANSWER_TOKENS = 12  # of each harmless answer, for the gate: more memory, little more to learn
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate, asked all calibration prompts."""
+    """One candidate, asked all calibration prompts.
+
+    Attributes:
+        margin: how far the gate's classes stand apart, in standard deviations.
+        restored: share of the harmful prompts answered word for word as the unguarded model answers them as text.
+    """
 
     layers: tuple[int, ...]
     rank: int
     margin: float
+    restored: float
     tally: Tally
 
     @property
@@ -62,6 +71,7 @@ class Trial:
             "layers": list(self.layers),
             "rank": self.rank,
             "margin": self.margin,
+            "restored_word_for_word": self.restored,
             "harmful_refused_worst_setting": self.harmful,
             "harmless_refused_worst_setting": self.harmless,
         }
@@ -103,7 +113,14 @@ class Calibration:
 
 @dataclass(frozen=True)
 class _Study:
-    """What all candidates are made from: states `[prompts, layers, d]` float32, and labels (1 = harmful)."""
+    """What all candidates are made from.
+
+    Attributes:
+        states, text_states: at the end of each prompt, and of its text-only version, `[prompts, layers, d]` float32.
+        answer_states: at the tokens of each harmless prompt's answer, `[tokens, layers, d]` per prompt.
+        text_answers: what the unguarded model says to each prompt's text-only version.
+        harmful: `[prompts]` bool.
+    """
 
     model: VisionLanguageModel
     anatomy: DecoderAnatomy
@@ -114,7 +131,14 @@ class _Study:
     budget: float
     states: np.ndarray
     text_states: np.ndarray
+    answer_states: list[np.ndarray]
+    text_answers: list[str]
     harmful: np.ndarray
+
+    @property
+    def groups(self) -> np.ndarray:
+        """One number per distinct prompt text: its settings belong to one fold."""
+        return np.unique([prompt.prompt for prompt in self.prompts], return_inverse=True)[1]
 
 
 def calibrate(
@@ -147,19 +171,19 @@ def calibrate(
         raise GuardError(f"an over-refusal budget of {budget} is out of range; choose 0 or more, below 1")
     _require_both_labels(prompts)
     mode = spec.mode or "restore"
-    study = _study(model, anatomy, directions, prompts, replace(spec, mode=mode), mode, budget, watch)
+    study = _study(model, anatomy, directions, prompts, replace(spec, mode=mode), budget, max_new_tokens, watch)
     base = tally(model, prompts, max_new_tokens)
     allowed = _allowed_refusals(base, budget)
     trials: list[Trial] = []
     calibrated: dict[tuple[tuple[int, ...], int], Directions] = {}
-    candidates = list(_candidates(study))
+    gates = {layer: _gate(study, layer) for layer in spec.layers or sorted(directions.layers)}
+    candidates = list(_candidates(study, gates))
     for number, (layers, rank) in enumerate(candidates):
         if watch is not None:
             watch("calibrating", number, len(candidates))
-        chosen = _with_numbers(study, layers, rank)
-        calibrated[layers, rank] = chosen
-        trials.append(_try(study, chosen, layers, rank, max_new_tokens))
-        if _perfect(trials) and number + 1 >= len(_single_layers(study)):
+        chosen = calibrated[layers, rank] = _with_numbers(study, gates, layers, rank)
+        trials.append(_try(study, gates, chosen, layers, rank, max_new_tokens))
+        if _perfect(trials) and number + 1 >= len(gates):
             break
     if watch is not None:
         watch("calibrating", len(candidates), len(candidates))
@@ -179,66 +203,113 @@ def _study(
     directions: Directions,
     prompts: Sequence[LabelledPrompt],
     spec: GuardSpec,
-    mode: str,
     budget: float,
+    max_new_tokens: int,
     watch: Watch | None,
 ) -> _Study:
     tap = tapped(model, anatomy)
     told = None if watch is None else lambda done, total: watch("reading states", done, total)
-    states = collect_states(tap, [prompt.request(model) for prompt in prompts], progress=told)
-    text_states = collect_states(tap, [Request(prompt.prompt) for prompt in prompts])
+    requests = [prompt.request(model) for prompt in prompts]
+    texts = [Request(prompt.prompt) for prompt in prompts]
     harmful = np.array([prompt.label == "harmful" for prompt in prompts])
-    return _Study(model, anatomy, directions, prompts, spec, mode, budget, states, text_states, harmful)
+    harmless = [request for request, bad in zip(requests, harmful, strict=True) if not bad]
+    return _Study(
+        model=model,
+        anatomy=anatomy,
+        directions=directions,
+        prompts=prompts,
+        spec=spec,
+        mode=spec.mode or "restore",
+        budget=budget,
+        states=collect_states(tap, requests, progress=told),
+        text_states=collect_states(tap, texts),
+        answer_states=collect_answer_states(tap, harmless, min(max_new_tokens, _ANSWER_TOKENS)),
+        text_answers=model.answer(texts, Sampling(max_new_tokens=max_new_tokens)),
+        harmful=harmful,
+    )
 
 
 # 2. Numbers
 
 
-def _with_numbers(study: _Study, layers: tuple[int, ...], rank: int) -> Directions:
+@dataclass(frozen=True)
+class _Gate:
+    """What decides at one layer, whatever the rank; `readout` is `None` where the mode has none of its own."""
+
+    readout: np.ndarray | None
+    threshold: float
+    margin: float
+
+
+def _with_numbers(study: _Study, gates: Mapping[int, _Gate], layers: tuple[int, ...], rank: int) -> Directions:
     """The directions of some layers with origin, target, readout and threshold for the study's mode."""
-    made = {layer: _layer_numbers(study, layer, rank)[0] for layer in layers}
+    made = {layer: _layer_numbers(study, gates[layer], layer, rank) for layer in layers}
     return replace(study.directions, layers=made, mode=study.mode, recommended_layers=layers, alpha=study.spec.alpha)
 
 
-def _layer_numbers(study: _Study, layer: int, rank: int) -> tuple[LayerDirections, float]:
-    """One layer's numbers, and how far its gate's classes stand apart (in standard deviations)."""
+def _layer_numbers(study: _Study, gate: _Gate, layer: int, rank: int) -> LayerDirections:
     ssd = study.directions.layers[layer].ssd[:rank]
     text = study.text_states[:, layer].astype(np.float64) @ ssd.T.astype(np.float64)
-    readout, scores = _gate(study, layer, text)
-    threshold, margin = _threshold(scores, study.harmful, study.budget)
-    if study.spec.tau is not None:
-        threshold = study.spec.tau
-    numbers = LayerDirections(
+    return LayerDirections(
         ssd=ssd,
         origin=text[~study.harmful].mean(axis=0).astype(np.float32),
         target=text[study.harmful].mean(axis=0).astype(np.float32),
-        readout=readout,
-        threshold=threshold,
+        readout=gate.readout,
+        threshold=gate.threshold,
     )
-    return numbers, margin
 
 
-def _gate(study: _Study, layer: int, text: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
-    """The readout, if the mode has one, and the score that the gate compares, one per prompt."""
-    if study.mode == "supervise":
-        return None, text[:, 0]
-    states = study.states[:, layer].astype(np.float64)
+def _gate(study: _Study, layer: int) -> _Gate:
+    """Readout, threshold and how far harmful and harmless scores stand apart."""
+    readout, scores = _scores(study, layer)
+    threshold, margin = _threshold(scores, study.harmful, study.budget)
+    return _Gate(readout, threshold if study.spec.tau is None else study.spec.tau, margin)
+
+
+def _scores(study: _Study, layer: int) -> tuple[np.ndarray | None, np.ndarray]:
+    """The readout, if the mode has one, and each prompt's score: the highest that the gate will compare for it."""
+    row = study.directions.layers[layer].ssd[0].astype(np.float64)
+    if study.mode == "supervise":  # its gate reads the text-only query once, not the tokens of the answer
+        return None, study.text_states[:, layer].astype(np.float64) @ row
     if study.mode != "restore":
-        return None, states @ study.directions.layers[layer].ssd[0].astype(np.float64)
-    readout = _lda().fit(states, study.harmful).coef_[0]
-    length = float(np.linalg.norm(readout))
+        return None, _highest(study, layer, lambda states, _: states @ row)
     # Scores of prompts that the readout was not fitted on: its own would look better than any held-out prompt does.
-    folds = StratifiedKFold(min(_FOLDS, int(np.bincount(study.harmful).min())), shuffle=True, random_state=0)
-    raw = np.empty(len(states))
-    for fitted, held_out in folds.split(states, study.harmful):
-        unit = _lda().fit(states[fitted], study.harmful[fitted]).coef_[0]
-        raw[held_out] = states[held_out] @ (unit / np.linalg.norm(unit))
-    return (readout / length).astype(np.float32), raw
+    everyone = np.arange(len(study.harmful))
+    fold_of, readouts = np.empty(len(everyone), int), []
+    for number, (fitted, held_out) in enumerate(_folds(study)):
+        fold_of[held_out] = number
+        readouts.append(_fit(study, layer, np.isin(everyone, fitted)))
+    readout = _fit(study, layer, np.ones(len(everyone), bool)).astype(np.float32)
+    return readout, _highest(study, layer, lambda states, index: states @ readouts[fold_of[index]])
 
 
-def _lda() -> LinearDiscriminantAnalysis:
-    """Shrinkage, because there are more dimensions than prompts."""
-    return LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
+def _folds(study: _Study) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    count = min(_FOLDS, *(len(set(study.groups[study.harmful == label])) for label in (True, False)))
+    splitter = StratifiedGroupKFold(max(count, 2), shuffle=True, random_state=0)
+    return splitter.split(study.states, study.harmful, study.groups)
+
+
+def _highest(study: _Study, layer: int, score: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
+    """Per prompt: the score at its end, or the highest over the answer's tokens too where it is harmless."""
+    found = np.array([float(score(state.astype(np.float64), i)) for i, state in enumerate(study.states[:, layer])])
+    for index, states in zip(np.flatnonzero(~study.harmful), study.answer_states, strict=True):
+        if len(states):
+            found[index] = max(found[index], float(score(states[:, layer].astype(np.float64), int(index)).max()))
+    return found
+
+
+def _fit(study: _Study, layer: int, chosen: np.ndarray) -> np.ndarray:
+    """Unit readout `[d]`: LDA of harmful prompt ends against harmless prompt ends and answer tokens.
+
+    Shrinkage, because there may be more dimensions than prompts; equal priors, because answers have many tokens.
+    """
+    harmless = np.flatnonzero(~study.harmful)
+    answers = [s[:, layer] for i, s in zip(harmless, study.answer_states, strict=True) if chosen[i] and len(s)]
+    states = np.concatenate([study.states[chosen, layer], *answers]).astype(np.float64)
+    labels = np.zeros(len(states), bool)
+    labels[: chosen.sum()] = study.harmful[chosen]
+    fitted = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=[0.5, 0.5]).fit(states, labels)
+    return fitted.coef_[0] / np.linalg.norm(fitted.coef_[0])
 
 
 def _threshold(scores: np.ndarray, harmful: np.ndarray, budget: float) -> tuple[float, float]:
@@ -253,32 +324,36 @@ def _threshold(scores: np.ndarray, harmful: np.ndarray, budget: float) -> tuple[
 # 3. Candidates
 
 
-def _single_layers(study: _Study) -> list[int]:
-    return sorted(study.directions.layers)
-
-
-def _candidates(study: _Study) -> Iterator[tuple[tuple[int, ...], int]]:
+def _candidates(study: _Study, gates: Mapping[int, _Gate]) -> Iterator[tuple[tuple[int, ...], int]]:
     """`(layers, rank)`: single layers, the best separated first, then neighbours; only what the spec leaves open."""
     available = min(layer.ssd.shape[0] for layer in study.directions.layers.values())
     ranks = (study.spec.rank,) if study.spec.rank is not None else [rank for rank in RANKS if rank <= available]
     if study.spec.layers is not None:
         yield from ((study.spec.layers, rank) for rank in ranks)
         return
-    margins = {layer: _layer_numbers(study, layer, 1)[1] for layer in _single_layers(study)}
-    order = sorted(margins, key=lambda layer: -margins[layer])[:_ENOUGH_TRIALS]
+    order = sorted(gates, key=lambda layer: -gates[layer].margin)[:_ENOUGH_TRIALS]
     yield from (((layer,), rank) for rank in ranks for layer in order)
     best = set(order[: max(3, len(order) // 2)])
-    neighbours = [pair for pair in pairwise(_single_layers(study)) if best & set(pair)]
+    neighbours = [pair for pair in pairwise(sorted(gates)) if best & set(pair)]
     yield from ((pair, ranks[-1]) for pair in neighbours)
 
 
-def _try(study: _Study, directions: Directions, layers: tuple[int, ...], rank: int, max_new_tokens: int) -> Trial:
+def _try(
+    study: _Study,
+    gates: Mapping[int, _Gate],
+    directions: Directions,
+    layers: tuple[int, ...],
+    rank: int,
+    max_new_tokens: int,
+) -> Trial:
     """Bake a candidate into a fresh copy of the decoder, and ask it everything."""
     graph = study.model.package.load_decoder()
     spec = replace(study.spec, layers=layers, rank=rank)
     rewrite(graph, plan_guard(graph, study.anatomy, directions, spec))
-    margin = min(_layer_numbers(study, layer, rank)[1] for layer in layers)
-    return Trial(layers, rank, margin, tally(study.model.with_decoder(graph), study.prompts, max_new_tokens))
+    result = tally(study.model.with_decoder(graph), study.prompts, max_new_tokens)
+    margin = min(gates[layer].margin for layer in layers)
+    as_text = [a == b for a, b in zip(result.answers, study.text_answers, strict=True)]
+    return Trial(layers, rank, margin, float(np.mean(np.array(as_text)[study.harmful])), result)
 
 
 def _perfect(trials: Sequence[Trial]) -> bool:
@@ -292,7 +367,9 @@ def _allowed_refusals(base: Tally, budget: float) -> float:
 
 def _winner(trials: Sequence[Trial], allowed: float) -> Trial | None:
     within = [trial for trial in trials if trial.harmless <= allowed]
-    return max(within, key=lambda t: (t.harmful, -len(t.layers), -t.harmless, t.margin, -t.rank), default=None)
+    return max(
+        within, key=lambda t: (t.harmful, -len(t.layers), -t.harmless, t.restored, t.margin, -t.rank), default=None
+    )
 
 
 def _refuse(trials: Sequence[Trial], base: Tally, mode: str, budget: float) -> None:

@@ -19,7 +19,7 @@ from ..graphs.errors import GuardError
 from ..graphs.package import sha256_file
 from ..graphs.spec import MAX_RANK
 from ..graphs.taps import STATES_OUTPUT, tap_last_token
-from ..runtime.vlm import Request, VisionLanguageModel
+from ..runtime.vlm import Request, Sampling, VisionLanguageModel
 from .prompts import AnchorPair
 
 # (done, of how many)
@@ -84,6 +84,25 @@ def collect_states(
     if len(collected) != len(requests) or not np.isfinite(collected).all():
         raise GuardError("the model's hidden states hold NaN or infinity; its arithmetic overflows, use fp32 or bf16")
     return collected
+
+
+def collect_answer_states(
+    model: VisionLanguageModel, requests: Sequence[Request], max_new_tokens: int, batch_size: int = 16
+) -> list[np.ndarray]:
+    """Hidden states at the tokens of each request's own greedy answer: per request `[tokens, layers, d]` float32.
+
+    `model` is tapped. A gate is asked again at every token of the answer, so a gate that only ever saw the ends of
+    prompts opens in the middle of harmless answers.
+    """
+    rows: list[list[np.ndarray]] = [[] for _ in requests]
+    for indices in model.groups(requests, batch_size):
+        said: list[int | None] | None = None
+        for step in model.steps([requests[index] for index in indices], Sampling(max_new_tokens=max_new_tokens)):
+            for row, index in enumerate(indices):
+                if said is not None and said[row] is not None:
+                    rows[index].append(step.outputs[STATES_OUTPUT][row])
+            said = step.tokens
+    return [np.stack(row) if row else np.zeros((0, 0, 0), np.float32) for row in rows]
 
 
 def _direction(harmful: np.ndarray, harmless: np.ndarray, rank: int) -> tuple[LayerDirections, dict[str, Any]]:

@@ -17,7 +17,7 @@ from ..graphs.anatomy import DecoderAnatomy, dissect
 from ..graphs.directions import Directions, directions_bytes
 from ..graphs.errors import OutputRefused, ProofFailed
 from ..graphs.package import ModelPackage, load_graph, save_graph
-from ..graphs.plan import GuardPlan, plan_guard
+from ..graphs.plan import GuardPlan, plan_guard, require_layers
 from ..graphs.rewrite import GuardReport, rewrite
 from ..graphs.spec import GuardSpec, Mode
 from ..graphs.staging import require_writable, staged, write_file
@@ -107,6 +107,7 @@ def export(
             require_writable(target, force)
         graph = package.load_decoder()
         anatomy = dissect(graph, package.expected_layers)
+        require_layers(spec, anatomy)  # before minutes of extraction and calibration
         guide = Guide(package, beside, anatomy, spec, budget, force, tell)
         found, calibrated = guide.directions(directions, anchors, calibration)
         plan = plan_guard(graph, anatomy, found, spec)

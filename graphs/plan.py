@@ -165,6 +165,19 @@ def require_unguarded(model: ir.Model) -> None:
         raise GuardError("this decoder already carries a guard; start again from the unguarded model")
 
 
+def require_layers(spec: GuardSpec, anatomy: DecoderAnatomy) -> None:
+    """The layers asked for are layers of the decoder.
+
+    Raises:
+        GuardError: one of them is not.
+    """
+    beyond = [number for number in spec.layers or () if number >= anatomy.layer_count]
+    if beyond:
+        raise GuardError(
+            f"layer {beyond[0]} was asked for, the decoder has layers 0 to {anatomy.layer_count - 1}; layers count from 0"
+        )
+
+
 def _mode(spec: GuardSpec, directions: Directions) -> tuple[str, list[str]]:
     calibrated = directions.calibrated_layers
     if spec.mode is None:
@@ -191,11 +204,7 @@ def _mode(spec: GuardSpec, directions: Directions) -> tuple[str, list[str]]:
 def _layers(
     spec: GuardSpec, directions: Directions, anatomy: DecoderAnatomy, mode: str
 ) -> tuple[tuple[int, ...], list[str]]:
-    beyond = [number for number in spec.layers or () if number >= anatomy.layer_count]
-    if beyond:
-        raise GuardError(
-            f"layer {beyond[0]} was asked for, the decoder has layers 0 to {anatomy.layer_count - 1}; layers count from 0"
-        )
+    require_layers(spec, anatomy)
     beyond = [number for number in directions.layers if number >= anatomy.layer_count]
     if beyond:
         raise DirectionMismatch(

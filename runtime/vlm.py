@@ -62,6 +62,19 @@ class Sampling:
 GREEDY = Sampling()
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step of a batch's generation.
+
+    Attributes:
+        tokens: each row's next token, `None` once the row has ended.
+        outputs: what the decoder gave for the token before it (at the first step: for the prompt).
+    """
+
+    tokens: list[int | None]
+    outputs: dict[str, np.ndarray]
+
+
 class VisionLanguageModel:
     """A model folder, ready to answer.
 
@@ -128,8 +141,8 @@ class VisionLanguageModel:
         answers = [""] * len(requests)
         for indices in self.groups(requests, batch_size):
             tokens: list[list[int]] = [[] for _ in indices]
-            for step in self._generate([requests[index] for index in indices], sampling):
-                for row, token in enumerate(step):
+            for step in self.steps([requests[index] for index in indices], sampling):
+                for row, token in enumerate(step.tokens):
                     if token is not None:
                         tokens[row].append(token)
             for row, index in enumerate(indices):
@@ -140,7 +153,8 @@ class VisionLanguageModel:
         """Pieces of one answer as they come."""
         tokens: list[int] = []
         said = ""
-        for (token,) in self._generate([request], sampling):
+        for step in self.steps([request], sampling):
+            (token,) = step.tokens
             if token is None:
                 break
             tokens.append(token)
@@ -230,15 +244,15 @@ class VisionLanguageModel:
 
     # Generation
 
-    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[int | None]]:
-        """One list per step: each row's token, `None` once the row has ended."""
+    def steps(self, requests: Sequence[Request], sampling: Sampling = GREEDY) -> Iterator[Step]:
+        """Generate for one batch, a token per row at a time, until every row has ended."""
         choose = _Chooser(sampling)
         outputs, state = self.decoder.prefill(self.batch(requests), self.supervise(requests))
         alive = [True] * len(requests)
         for number in range(sampling.max_new_tokens):
             chosen = choose(self.decoder.last_logits(outputs))
             alive = [on and int(token) not in self.chat.eos_ids for on, token in zip(alive, chosen, strict=True)]
-            yield [int(token) if on else None for on, token in zip(alive, chosen, strict=True)]
+            yield Step([int(token) if on else None for on, token in zip(alive, chosen, strict=True)], outputs)
             if not any(alive) or number + 1 == sampling.max_new_tokens:
                 return
             column = chosen[:, None].astype(np.int64)

@@ -189,7 +189,7 @@ def draw(picture: Picture | None) -> Image.Image:
         pixels[:] = BACKGROUNDS[picture.background]
         spot = pixels[picture.top : picture.top + OBJECT_SIZE, picture.left : picture.left + OBJECT_SIZE]
         spot[shape_mask(picture.shape)] = (COLORS | NAMELESS_COLORS)[picture.color]
-    return Image.fromarray(pixels, mode="RGB")
+    return Image.fromarray(pixels)
 
 
 def combinations(split: Split) -> tuple[tuple[str, str], ...]:
