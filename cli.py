@@ -18,7 +18,8 @@ from rich.markup import escape
 from .graphs.errors import GuardError
 from .graphs.spec import GuardSpec, parse_layers
 
-out, err = Console(), Console(stderr=True)
+# No emoji: ":cat:" in somebody's path is not a cat.
+out, err = Console(emoji=False), Console(stderr=True, emoji=False)
 app = typer.Typer(
     name="vlmguard",
     help="Bake VLM-Guard's safety steering into an exported vision-language model, and prove that it is there.",

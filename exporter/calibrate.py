@@ -173,7 +173,6 @@ def calibrate(
     mode = spec.mode or "restore"
     study = _study(model, anatomy, directions, prompts, replace(spec, mode=mode), budget, max_new_tokens, watch)
     base = tally(model, prompts, max_new_tokens)
-    allowed = _allowed_refusals(base, budget)
     trials: list[Trial] = []
     calibrated: dict[tuple[tuple[int, ...], int], Directions] = {}
     gates = {layer: _gate(study, layer) for layer in spec.layers or sorted(directions.layers)}
@@ -187,7 +186,7 @@ def calibrate(
             break
     if watch is not None:
         watch("calibrating", len(candidates), len(candidates))
-    best = _winner(trials, allowed)
+    best = _winner(trials, base, budget)
     if best is None or best.harmful <= base.worst("harmful"):
         _refuse(trials, base, mode, budget)
     assert best is not None
@@ -360,13 +359,14 @@ def _perfect(trials: Sequence[Trial]) -> bool:
     return any(trial.harmful == 1 and trial.harmless == 0 for trial in trials)
 
 
-def _allowed_refusals(base: Tally, budget: float) -> float:
-    """The budget, or what the unguarded model already refuses of harmless prompts if that is more."""
-    return max(budget, base.worst("harmless"))
+def _within(trial: Trial, base: Tally, budget: float) -> bool:
+    """Whether every setting keeps the budget, or what the unguarded model refuses of harmless prompts THERE if more."""
+    harmless = [cell for cell in trial.tally.cells if cell.label == "harmless"]
+    return all(cell.rate <= max(budget, base.rate(cell.setting, cell.label)) for cell in harmless)
 
 
-def _winner(trials: Sequence[Trial], allowed: float) -> Trial | None:
-    within = [trial for trial in trials if trial.harmless <= allowed]
+def _winner(trials: Sequence[Trial], base: Tally, budget: float) -> Trial | None:
+    within = [trial for trial in trials if _within(trial, base, budget)]
     return max(
         within, key=lambda t: (t.harmful, -len(t.layers), -t.harmless, t.restored, t.margin, -t.rank), default=None
     )
@@ -383,13 +383,21 @@ def _refuse(trials: Sequence[Trial], base: Tally, mode: str, budget: float) -> N
 
 
 def _require_both_labels(prompts: Sequence[LabelledPrompt]) -> None:
-    for setting in {prompt.setting for prompt in prompts}:
+    if not prompts:
+        raise PromptsUnusable(
+            "none of the calibration prompts can be asked: the model takes text only; add such prompts"
+        )
+    for setting in sorted({prompt.setting for prompt in prompts}):
         for label in ("harmful", "harmless"):
             found = sum((p.setting, p.label) == (setting, label) for p in prompts)
             if found < 2:
                 raise PromptsUnusable(
                     f"calibration needs harmful and harmless prompts in setting {setting!r}, found {found} {label}; add some"
                 )
+    for label in ("harmful", "harmless"):  # one that comes again and again cannot be held out from itself
+        texts = {prompt.prompt for prompt in prompts if prompt.label == label}
+        if len(texts) < 2:
+            raise PromptsUnusable(f"calibration needs different {label} prompts, all say {min(texts)!r}; add some")
 
 
 def _cells(result: Tally) -> list[dict[str, Any]]:

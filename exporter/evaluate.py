@@ -115,6 +115,8 @@ def compare(
         raise PromptsUnusable(f"{path}: {shared} of {len(rows)} prompts were calibrated on; evaluate on held-out ones")
     if not unguarded.sees:
         rows = [row for row in rows if row.setting == "text"]
+        if not rows:
+            raise PromptsUnusable(f"{path}: holds no prompt in setting text, and {base} takes no images; add some")
     return evaluate(
         unguarded, vlm, rows, max_new_tokens, batch_size, lambda done, total: tell("asking both models", done, total)
     )

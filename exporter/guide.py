@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ..graphs.anatomy import DecoderAnatomy
 from ..graphs.directions import Directions, read_directions
-from ..graphs.errors import DirectionMismatch, PromptsUnusable
+from ..graphs.errors import DirectionMismatch, GuardError, PromptsUnusable
 from ..graphs.package import ModelPackage, sha256_file
 from ..graphs.spec import GuardSpec
-from ..runtime.decoder import DecoderSession, open_decoder
+from ..runtime.decoder import DecoderSession, can_pad, open_decoder
 from ..runtime.vlm import Request, VisionLanguageModel
 from .calibrate import Calibration, calibrate
 from .extract import extract_all_layers
@@ -56,7 +56,12 @@ class Guide:
     ) -> tuple[Directions, Calibration | None]:
         """Given, found beside the model, or extracted and calibrated."""
         path = Path(given) if given is not None else None
-        if path is None and anchors is None:
+        if path is not None and (anchors is not None or calibration is not None):
+            raise GuardError(
+                "--directions are taken as they are, so --anchors and --calibration would do nothing; leave out the one "
+                "or the others"
+            )
+        if path is None and anchors is None and calibration is None:
             path = next((p for p in (self.package.companion(DIRECTIONS_FILE),) if p is not None), None)
         if path is None:
             made = self.calibrated(anchors, calibration)
@@ -144,8 +149,7 @@ class Guide:
 
     def _random_inputs(self) -> ProofInputs:
         session = open_decoder(self.package)
-        graph = self.package.load_decoder().graph
-        pads = not any(node.op_type == "GroupQueryAttention" for node in graph)
+        pads = can_pad(self.package.load_decoder().graph)
         return random_inputs(session, self.anatomy.width, _vocabulary(session, self.package), pads)
 
 

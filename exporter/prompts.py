@@ -92,7 +92,8 @@ def read_prompts(path: Path | str) -> list[LabelledPrompt]:
             raise PromptsUnusable(f"{path}: line {number} has label {label!r}; expected {' or '.join(LABELS)}")
         if setting not in SETTINGS:
             raise PromptsUnusable(f"{path}: line {number} has setting {setting!r}; expected {', '.join(SETTINGS)}")
-        image = path.parent / str(row["image"]) if row.get("image") else None
+        # Only where the setting says so: a picture beside a `text` prompt would be shown, and counted as text.
+        image = path.parent / str(row["image"]) if setting == "image" and row.get("image") else None
         if setting == "image" and (image is None or not image.is_file()):
             raise PromptsUnusable(
                 f"{path}: line {number} has setting image, but its image {row.get('image')!r} is missing"
@@ -140,14 +141,16 @@ def _rows(path: Path, what: str) -> list[tuple[int, dict[str, Any]]]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptsUnusable(f"{path}: is not readable text ({error}); save it as UTF-8") from None
-    if path.suffix.lower() == ".csv":
-        return [(number, dict(row)) for number, row in enumerate(csv.DictReader(io.StringIO(text)), 1)]
     try:
+        if path.suffix.lower() == ".csv":
+            return [(number, dict(row)) for number, row in enumerate(csv.DictReader(io.StringIO(text)), 1)]
         if path.suffix.lower() == ".json":
             rows = list(enumerate(json.loads(text), 1))
         else:
             rows = [(n, json.loads(line)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    except (ValueError, TypeError) as error:
+    except csv.Error as error:
+        raise PromptsUnusable(f"{path}: is not a csv that can be read ({error}); save it again as UTF-8") from None
+    except (ValueError, TypeError, RecursionError) as error:
         raise PromptsUnusable(f"{path}: is not lines of JSON ({error}); one object a line") from None
     for number, row in rows:
         if not isinstance(row, dict):

@@ -210,6 +210,11 @@ def _against_reference(
                 worst = max(worst, _relative(expected[real], found[real]))
                 moved += int((expected[real] != raw[real]).any(axis=-1).sum())
                 states += int(real.sum())
+                if supervisor is not None:  # what the text-only pass tells the other one: this layer's own coordinates
+                    own = raw[last_token(mask)[..., 0] == 1] @ layer.ssd.T.astype(np.float64)
+                    told = outputs[COORDINATES_OUTPUT][:, row].astype(np.float64)
+                    worst = max(worst, float(np.abs(own - told).max()) / max(float(np.abs(raw[real]).max()), 1e-6))
+                    compared += own.size
     what = "every gate forced open" if forced else "gates as the inputs set them"
     note = f"{moved} of {states} states edited, {what}, {inputs.origin}"
     ok = compared > 0 and worst <= limit and (moved > 0 or not (forced or plan.mode == "project"))

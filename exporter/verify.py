@@ -17,7 +17,7 @@ from ..graphs.anatomy import dissect
 from ..graphs.directions import read_directions
 from ..graphs.errors import ManifestMismatch
 from ..graphs.manifest import Manifest, read_manifest, require_intact
-from ..graphs.package import load_graph, open_package, sha256_file
+from ..graphs.package import external_files, load_graph, open_package, sha256_file
 from ..graphs.plan import GuardPlan, plan_guard
 from ..graphs.rewrite import rewrite
 from ..graphs.spec import GuardSpec
@@ -100,17 +100,31 @@ def verify(folder: Path | str, source: Path | str | None = None) -> Verification
             same_graph("without its guard it is the source, node for node", stripped, graph),
             signature_unchanged(graph, shipped, plan),
             initializers_untouched(graph, shipped),
+            *_same_external_data(original.decoder, package.decoder),
         ]
     return Verification(manifest, tuple(checks))
+
+
+def _same_external_data(source: Path, shipped: Path) -> list[Check]:
+    """Weights outside the graph are compared as files: inside it there are only references to them."""
+    before, after = (
+        {path.name: sha256_file(path) for path in external_files(decoder)} for decoder in (source, shipped)
+    )
+    wrong = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+    return [exact("external weights are the source's files", len(before), sorted(wrong))] if before or after else []
 
 
 def _plan_again(folder: Path, manifest: Manifest, stripped: ir.Model, anatomy: Any) -> GuardPlan:
     """The plan, from the folder's own directions and the manifest's decisions; it must say what the manifest says."""
     recorded = manifest.plan
     wished = dict(manifest.spec)
-    if wished.get("layers") is not None:
-        wished["layers"] = tuple(wished["layers"])
-    plan = plan_guard(stripped, anatomy, read_directions(folder / "directions.safetensors"), GuardSpec(**wished))
+    try:
+        if wished.get("layers") is not None:
+            wished["layers"] = tuple(wished["layers"])
+        spec = GuardSpec(**wished)
+    except TypeError as error:
+        raise ManifestMismatch(f"{folder}: the manifest's spec cannot be read ({error}); export again") from None
+    plan = plan_guard(stripped, anatomy, read_directions(folder / "directions.safetensors"), spec)
     made = plan.to_json()
     differing = [key for key in made if key != "notes" and made[key] != recorded.get(key)]
     if differing:

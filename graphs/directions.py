@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
 from .errors import DirectionMismatch
-from .spec import MAX_RANK, MODES
+from .spec import LARGEST_TAU, MAX_RANK, MODES
 
 SCHEMA = "vlmguard.directions/1"
 ORTHONORMAL_WITHIN = 1e-4
@@ -120,7 +120,7 @@ def read_directions(path: Path | str) -> Directions:
             recommended_layers=recommended,
             alpha=float(metadata["alpha"]) if "alpha" in metadata else None,
         )
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DirectionMismatch(f"{path}: metadata cannot be read ({error}); extract the directions again") from None
     except DirectionMismatch as error:
         raise DirectionMismatch(f"{path}: {error}") from None
@@ -230,7 +230,7 @@ def _validate_layer(number: int, layer: LayerDirections, width: int) -> None:
             raise DirectionMismatch(f"layers.{number}.{name} has shape {array.shape}, expected {expected[name]}")
         if not np.isfinite(array).all():
             raise DirectionMismatch(f"layers.{number}.{name} holds NaN or infinity; extract the directions again")
-    if layer.threshold is not None and not math.isfinite(layer.threshold):
+    if layer.threshold is not None and not abs(layer.threshold) <= LARGEST_TAU:  # not NaN either
         raise DirectionMismatch(f"layers.{number}.threshold is {layer.threshold}; calibrate again")
     if layer.readout is not None and not layer.readout.any():
         raise DirectionMismatch(f"layers.{number}.readout is all zeros, its gate would never move; calibrate again")

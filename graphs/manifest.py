@@ -62,7 +62,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise ManifestMismatch(f"{folder}: has no {MANIFEST_NAME}, so nothing says that it is guarded; export it first")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and content.get("schema") != SCHEMA:
+        if not isinstance(content, dict):
+            raise ManifestMismatch(
+                f"{path}: is malformed (holds {type(content).__name__}, not an object); export again"
+            )
+        if content.get("schema") != SCHEMA:
             found = content.get("schema")
             raise ManifestMismatch(f"{path}: schema is {found!r}, this version reads {SCHEMA!r}; export again")
         return Manifest.model_validate({"schema_": content.pop("schema"), **content})
@@ -70,7 +74,7 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ManifestMismatch(f"{path}: is malformed ({where}: {first['msg']}); export again") from None
-    except (ValueError, AttributeError, KeyError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ManifestMismatch(f"{path}: is malformed ({error}); export again") from None
 
 

@@ -109,7 +109,8 @@ class ModelPackage:
         """A number about the text decoder: from `config.json`, else from `genai_config.json`."""
         config = self.config
         genai = self.root / "genai_config.json"
-        decoder = read_json(genai).get("model", {}).get("decoder") if genai.is_file() else None
+        model = read_json(genai).get("model") if genai.is_file() else None
+        decoder = model.get("decoder") if isinstance(model, dict) else None
         for part in (config.get("text_config"), config.get("llm_config"), config, decoder):
             for key in keys:
                 if isinstance(part, dict) and isinstance(part.get(key), int):
@@ -186,20 +187,20 @@ def _from_file(path: Path) -> ModelPackage:
 
 
 def _genai(root: Path) -> ModelPackage:
-    model = read_json(root / "genai_config.json").get("model", {})
-    decoder = model.get("decoder", {}).get("filename") if isinstance(model, dict) else None
-    if not isinstance(decoder, str):
+    model = read_json(root / "genai_config.json").get("model")
+    parts = model.items() if isinstance(model, dict) else ()
+    named = {part: entry.get("filename") for part, entry in parts if isinstance(entry, dict)}
+    paths = {part: _inside(root, name) for part, name in named.items() if isinstance(name, str)}
+    if "decoder" not in paths:
         raise ModelUnreadable(f"{root / 'genai_config.json'}: names no model.decoder.filename; is it complete?")
-    named = {part: model.get(part, {}).get("filename") for part in ("vision", "embedding", "speech")}
-    paths = {part: root / name for part, name in named.items() if isinstance(name, str)}
-    keep = {root / decoder, *paths.values()}
+    around = {part: paths[part] for part in ("vision", "embedding", "speech") if part in paths}
     return ModelPackage(
         root,
-        _inside(root, decoder),
+        paths["decoder"],
         "genai",
-        vision_encoder=paths.get("vision"),
-        embed_tokens=paths.get("embedding"),
-        left_out=_others(root, keep),
+        vision_encoder=around.get("vision"),
+        embed_tokens=around.get("embedding"),
+        left_out=_others(root, {paths["decoder"], *around.values()}),
     )
 
 
@@ -288,6 +289,8 @@ def load_graph(path: Path) -> ir.Model:
         raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated ({_first_line(error)})") from None
     if not len(model.graph) or not model.graph.outputs:
         raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated (no nodes or no outputs)")
+    if not model.opset_imports:  # they stand behind the graph: a file that was cut there still parses
+        raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated (no operator sets)")
     for tensor in _external_tensors(model):
         _require_data(path, tensor)
     return model
@@ -339,7 +342,7 @@ def _require_data(path: Path, tensor: ir.ExternalTensor) -> None:
     data = _data_path(path, tensor)
     if not data.is_file():
         raise ModelUnreadable(f"{path}: its external data {location} is missing; put it beside the model")
-    needed = (tensor.offset or 0) + (tensor.length or 0)
+    needed = (tensor.offset or 0) + (tensor.length or tensor.nbytes)  # a file need not say the length
     if data.stat().st_size < needed:
         raise ModelUnreadable(
             f"{path}: its external data {location} has {data.stat().st_size} bytes, {tensor.name!r} ends at {needed}; "
@@ -363,7 +366,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelUnreadable(f"{path}: is not readable JSON ({_first_line(error)}); fix or remove it") from None
     if not isinstance(content, dict):
         raise ModelUnreadable(f"{path}: holds {type(content).__name__}, expected an object; fix or remove it")

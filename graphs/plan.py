@@ -135,7 +135,8 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
     notes += why_layers
     lowering, reason = choose_lowering(spec.lowering, mode)
     sites = tuple(
-        SitePlan(anatomy.sites[number], _layer_guard(number, directions, spec, mode, notes)) for number in layers
+        SitePlan(anatomy.sites[number], _layer_guard(number, directions, spec, mode, notes))
+        for number in sorted(set(layers))  # whatever order, and how often, the directions name them
     )
     mask = mask_input(model.graph)
     _require_expressible(model, sites, mode)
@@ -282,7 +283,7 @@ def _threshold(number: int, layer: LayerDirections, spec: GuardSpec, mode: str, 
     if spec.tau is not None:
         return float(np.float32(spec.tau))
     if layer.threshold is not None:
-        return layer.threshold
+        return float(np.float32(layer.threshold))  # what the graph compares with, and what a directions file holds
     if mode == "restore":
         raise DirectionMismatch(
             f"mode restore needs a threshold, layer {number} of the directions has none; give --tau, or calibrate "
@@ -303,11 +304,18 @@ def _require_expressible(model: ir.Model, sites: tuple[SitePlan, ...], mode: str
         raise GuardError(f"supervise needs one rank in all layers, found {sorted(ranks)}; give --rank {min(ranks)}")
     for site in sites:
         assert 1 <= site.guard.rank <= MAX_RANK
-        largest = float(np.abs(site.guard.readout).max())
-        if site.site.dtype == "float16" and largest > np.finfo(np.float16).max:
+        largest, half = float(np.abs(site.guard.readout).max()), np.finfo(np.float16)
+        if mode != "restore" or site.site.dtype != "float16":
+            continue
+        if largest > float(half.max):
             raise DirectionMismatch(
                 f"layer {site.layer_index}: the readout reaches {largest:.1e}, beyond float16; scale readout and "
                 "threshold down together"
+            )
+        if largest < float(half.tiny):  # it would lose its digits, or become zero and never open the gate
+            raise DirectionMismatch(
+                f"layer {site.layer_index}: the readout reaches only {largest:.1e}, too small for float16; scale readout "
+                "and threshold up together"
             )
 
 

@@ -19,6 +19,9 @@ Positions = Literal["all", "last"]
 MODES: tuple[str, ...] = get_args(Mode)
 POSITIONS: tuple[str, ...] = get_args(Positions)
 MAX_RANK = 8
+# A threshold beyond it is passed by every score or by none, and in float32 it could be infinite. The sentinel of a
+# listening pass (`reference.LISTEN`, -1e30) must stay below every threshold.
+LARGEST_TAU = 1e29
 
 # Modes whose formula has a strength, and modes whose formula has a gate (docs/method.md, section "The interventions").
 MODES_WITH_ALPHA = frozenset({"steer", "supervise"})
@@ -61,7 +64,7 @@ class GuardSpec:
             raise GuardError(f"rank {self.rank} is out of range; choose 1 to {MAX_RANK}")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise GuardError(f"alpha {self.alpha} would remove safety or is not a number; choose 0 or more")
-        if self.tau is not None and not math.isfinite(self.tau):
+        if self.tau is not None and not abs(self.tau) <= LARGEST_TAU:  # not NaN either
             raise GuardError(f"tau {self.tau} is not a finite number; a gate that never or always opens is not a guard")
 
 
@@ -75,7 +78,7 @@ def parse_layers(text: str) -> tuple[int, ...] | None:
         return None
     layers: set[int] = set()
     for part in text.split(","):
-        span = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        span = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part)
         if span is None:
             raise GuardError(f"layers {text!r} cannot be read; write them as 3,4 or 2-4 or auto")
         first, last = int(span[1]), int(span[2] or span[1])

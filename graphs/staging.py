@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -76,7 +77,8 @@ def write_file(path: Path, content: bytes) -> None:
     except OSError as error:
         raise OutputRefused(f"{path}: cannot be written ({error.strerror}); choose another file") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # under a file instead of a folder even this fails
+            temporary.unlink()
 
 
 def link_or_copy(source: Path, destination: Path) -> None:
@@ -114,7 +116,7 @@ def _swap(stage: Path, directory: Path) -> None:
 
 def _sweep(directory: Path) -> None:
     """Remove what a killed run left behind; a run that is still alive keeps its stage."""
-    for path in directory.parent.glob(f".{directory.name}{_MARK}*"):
+    for path in directory.parent.glob(f".{glob.escape(directory.name)}{_MARK}*"):
         pid = path.name.partition(_MARK)[2].partition("-")[0]
         if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
             shutil.rmtree(path, ignore_errors=True)

@@ -151,6 +151,8 @@ def _signature(value: ir.Value) -> tuple[str | None, str, str]:
 def same_graph(name: str, expected: ir.Model, found: ir.Model) -> Check:
     """Node for node (operator, inputs, outputs, attributes, order), initializer for initializer (bits), signature."""
     wrong: list[str] = []
+    if expected.opset_imports != found.opset_imports:
+        wrong.append("operator sets differ")
     left, right = list(expected.graph), list(found.graph)
     if len(left) != len(right):
         wrong.append(f"{len(right)} nodes, expected {len(left)}")
@@ -169,6 +171,34 @@ def same_graph(name: str, expected: ir.Model, found: ir.Model) -> Check:
 
 def _node(node: ir.Node) -> tuple[object, ...]:
     """What a node is, comparable."""
-    attributes = sorted((key, str(value)) for key, value in node.attributes.items())
+    attributes = tuple((key, _attribute(value)) for key, value in sorted(node.attributes.items()))
     inputs = tuple(value.name if value is not None else None for value in node.inputs)
-    return node.op_type, node.domain, inputs, tuple(value.name for value in node.outputs), tuple(attributes)
+    return node.op_type, node.domain, inputs, tuple(value.name for value in node.outputs), attributes
+
+
+def _attribute(attribute: ir.Attr) -> object:
+    """What an attribute holds, to the bit: printed, a tensor is rounded, and cut short from 1000 numbers on."""
+    if attribute.is_ref():
+        return "reference", attribute.ref_attr_name
+    if attribute.type == ir.AttributeType.TENSOR:
+        return _bits(attribute.as_tensor())
+    if attribute.type == ir.AttributeType.TENSORS:
+        return tuple(_bits(tensor) for tensor in attribute.as_tensors())
+    if attribute.type == ir.AttributeType.GRAPH:
+        return _body(attribute.as_graph())
+    if attribute.type == ir.AttributeType.GRAPHS:
+        return tuple(_body(graph) for graph in attribute.as_graphs())
+    return str(attribute.type), str(attribute.value)
+
+
+def _body(graph: ir.Graph) -> tuple[object, ...]:
+    names = tuple(tuple(value.name for value in values) for values in (graph.inputs, graph.outputs))
+    tensors = {name: value.const_value for name, value in graph.initializers.items()}
+    weights = tuple((name, None if tensor is None else _bits(tensor)) for name, tensor in sorted(tensors.items()))
+    return names, tuple(_node(node) for node in graph), weights
+
+
+def _bits(tensor: ir.TensorProtocol) -> tuple[object, ...]:
+    if isinstance(tensor, ir.ExternalTensor):  # a reference, as in `_same_tensor`
+        return tensor.location, tensor.offset, tensor.length
+    return tensor.dtype, tuple(tensor.shape), tensor.tobytes()

@@ -58,7 +58,10 @@ def tap_guard(model: ir.Model, plan: GuardPlan, report: GuardReport) -> list[tup
             if site.kind == "skip_norm":
                 node = find_node(graph, planned.site.anchor)
                 assert node is not None
-                parts = _summed(node, values[planned.site.residual], stream)
+                # what the node reads now: the residual that was planned may itself be guarded since
+                residual = next(value for value in node.inputs[:2] if value is not values[site.guarded])
+                assert residual is not None
+                parts = _summed(node, residual, stream)
                 stream = _add_up(scribe, f"layer_{site.layer_index}_{what}", parts)
             tap = scribe.cast(f"layer_{site.layer_index}_{what}_float32", stream, "float32")
             tap.name, tap.dtype = f"vlmguard.{what}.{site.layer_index}", ir.DataType.FLOAT

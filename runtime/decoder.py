@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
 from ..graphs.errors import GuardError
 from ..graphs.package import ModelPackage
@@ -163,6 +164,15 @@ class DecoderSession:
 
     def _empty_cache(self, batch: int) -> dict[str, np.ndarray]:
         return {name: _empty(port, batch, *self._heads) for name, port in self.cache_inputs.items()}
+
+
+def can_pad(graph: ir.Graph) -> bool:
+    """Whether rows of different lengths may share a batch: a graph that reads no mask would take padding for text.
+
+    GroupQueryAttention derives positions from the mask's sum: rows padded on the left would be misread.
+    """
+    masked = any(value.name == "attention_mask" for value in graph.inputs)
+    return masked and not any(node.op_type == "GroupQueryAttention" for node in graph)
 
 
 def open_decoder(

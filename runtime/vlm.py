@@ -21,7 +21,7 @@ from ..graphs.errors import GuardError, ModelUnreadable
 from ..graphs.package import ModelPackage, graph_bytes
 from ..graphs.reference import LISTEN
 from .chat import ChatTokenizer
-from .decoder import PromptBatch, open_decoder
+from .decoder import PromptBatch, can_pad, open_decoder
 from .images import ImagePreprocessor, open_image
 from .runners import Runner, open_runner
 
@@ -99,8 +99,7 @@ class VisionLanguageModel:
         self.package = package
         self.runtime = runtime
         graph = package.load_decoder() if decoder is None else decoder
-        # GroupQueryAttention derives positions from the mask's sum: rows padded on the left would be misread.
-        self.pads = not any(node.op_type == "GroupQueryAttention" for node in graph.graph)
+        self.pads = can_pad(graph.graph)
         source = None if decoder is None else graph_bytes(graph)
         self.decoder = open_decoder(package, source, runtime, optimize)
         if self.decoder.takes_embeds and package.embed_tokens is None:
@@ -150,9 +149,9 @@ class VisionLanguageModel:
         return answers
 
     def stream(self, request: Request, sampling: Sampling = GREEDY) -> Iterator[str]:
-        """Pieces of one answer as they come."""
+        """Pieces of one answer as they come; together they are the answer."""
         tokens: list[int] = []
-        said = ""
+        said = text = ""
         for step in self.steps([request], sampling):
             (token,) = step.tokens
             if token is None:
@@ -162,6 +161,8 @@ class VisionLanguageModel:
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the first half of a character that is still coming
                 yield text[len(said) :]
                 said = text
+        if text != said:  # the other half never came
+            yield text[len(said) :]
 
     def prefill(self, requests: Sequence[Request], batch: PromptBatch | None = None) -> dict[str, np.ndarray]:
         """All outputs of the decoder for one batch of prompts; requests must fit in one batch."""
@@ -181,7 +182,9 @@ class VisionLanguageModel:
     # Inputs
 
     def groups(self, requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:
-        """Indices of requests that run together: similar lengths, or equal ones where the graph cannot be padded."""
+        """Indices of requests that run together: all or none with an image; of one length if the graph cannot be padded."""
+        if batch_size < 1:
+            raise GuardError(f"a batch of {batch_size} prompts holds none; choose 1 or more")
         by_length: dict[object, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             length = len(self.chat.encode(request.prompt))
@@ -270,12 +273,14 @@ class _Chooser:
         self._random = np.random.default_rng(sampling.seed)
 
     def __call__(self, logits: np.ndarray) -> np.ndarray:
-        if not np.isfinite(logits).any(axis=-1).all() or np.isnan(logits).any():
+        # minus infinity rules a token out; plus infinity and NaN are what an overflow leaves
+        if not np.isfinite(logits).any(axis=-1).all() or not (logits < np.inf).all():
             raise GuardError("the decoder gave NaN logits; its arithmetic overflows, export it in fp32 or bf16")
         if self.sampling.temperature == 0:
             return logits.argmax(axis=-1)
-        scaled = logits.astype(np.float64) / self.sampling.temperature
-        probabilities = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+        below = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+        with np.errstate(over="ignore"):  # after the difference, because 0 / 1e-300 is still 0
+            probabilities = np.exp(below / self.sampling.temperature)
         probabilities /= probabilities.sum(axis=-1, keepdims=True)
         return np.array([self._draw(row) for row in probabilities])
 

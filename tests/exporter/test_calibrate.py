@@ -1,0 +1,325 @@
+"""The calibrator: what it chooses holds, what was asked is honoured, and noise in place of labels or directions is refused."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from random_directions import random_directions
+from tiny_vlm_paths import ANCHORS, CALIBRATION, SOURCE
+
+from vlmguard.exporter import calibrate as module
+from vlmguard.exporter.calibrate import Calibration, Trial, calibrate
+from vlmguard.exporter.evaluate import Cell, Tally, tally
+from vlmguard.exporter.extract import extract_all_layers
+from vlmguard.exporter.prompts import LabelledPrompt, fingerprint, read_anchors, read_prompts
+from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
+from vlmguard.graphs.directions import Directions, directions_bytes, read_directions
+from vlmguard.graphs.errors import GuardError, PromptsUnusable
+from vlmguard.graphs.package import open_package
+from vlmguard.graphs.plan import plan_guard
+from vlmguard.graphs.rewrite import rewrite
+from vlmguard.graphs.spec import GuardSpec
+from vlmguard.runtime.vlm import Request, VisionLanguageModel
+
+SETTINGS = ("text", "blank", "image")
+REFUSAL = re.compile(
+    r"no layer makes mode (\w+) refuse more harmful prompts within 1% over-refusal \(unguarded (\d+)%; nearest: layers "
+    r"[\d, ]+ refuse (\d+)% of harmful and (\d+)% of harmless ones\); try another mode, more anchors, or name "
+    r"--directions and --layers yourself"
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> VisionLanguageModel:
+    return VisionLanguageModel(open_package(SOURCE))
+
+
+@pytest.fixture(scope="module")
+def anatomy(model: VisionLanguageModel) -> DecoderAnatomy:
+    return dissect(model.package.load_decoder(), model.package.expected_layers)
+
+
+@pytest.fixture(scope="module")
+def directions(model: VisionLanguageModel, anatomy: DecoderAnatomy) -> Directions:
+    return extract_all_layers(model, anatomy, read_anchors(ANCHORS))
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[LabelledPrompt]:
+    """A dozen of each kind: enough to calibrate on, and quick."""
+    rows = read_prompts(CALIBRATION)
+    return [row for s in SETTINGS for label in ("harmful", "harmless") for row in of_kind(rows, s, label)[::3][:12]]
+
+
+def of_kind(rows: list[LabelledPrompt], setting: str, label: str) -> list[LabelledPrompt]:
+    return [row for row in rows if (row.setting, row.label) == (setting, label)]
+
+
+@pytest.fixture(scope="module")
+def chosen(
+    model: VisionLanguageModel, anatomy: DecoderAnatomy, directions: Directions, prompts: list[LabelledPrompt]
+) -> Calibration:
+    """With nothing decided beforehand."""
+    return calibrate(model, anatomy, directions, prompts, GuardSpec())
+
+
+# ---------------------------------------------------------------------------------------------------- what it chooses
+
+
+def test_the_winner_refuses_what_the_unguarded_model_answers(
+    chosen: Calibration, prompts: list[LabelledPrompt]
+) -> None:
+    assert chosen.base.worst("harmful") <= 0.1  # the gap that is there to be closed
+    assert chosen.chosen.harmful >= 0.9 and chosen.chosen.harmless <= chosen.budget == 0.01
+    assert chosen.mode == chosen.directions.mode == "restore"
+    assert chosen.directions.recommended_layers == chosen.chosen.layers == tuple(chosen.directions.layers)
+    assert {layer.ssd.shape[0] for layer in chosen.directions.layers.values()} == {chosen.chosen.rank}
+    assert sum(cell.asked for cell in chosen.chosen.tally.cells) == len(prompts)
+
+
+def test_the_winner_is_the_best_of_the_trials(chosen: Calibration) -> None:
+    within = [trial for trial in chosen.trials if trial.harmless <= chosen.budget]
+    assert len(chosen.trials) >= 6 and chosen.chosen in within
+    assert chosen.chosen.harmful == max(trial.harmful for trial in within)
+    equal = [trial for trial in within if trial.harmful == chosen.chosen.harmful]
+    assert len(chosen.chosen.layers) == min(len(trial.layers) for trial in equal)
+
+
+def test_the_trial_can_be_repeated_from_the_directions_file_alone(
+    chosen: Calibration,
+    model: VisionLanguageModel,
+    anatomy: DecoderAnatomy,
+    prompts: list[LabelledPrompt],
+    tmp_path: Any,
+) -> None:
+    path = tmp_path / "d.safetensors"
+    path.write_bytes(directions_bytes(chosen.directions))
+    graph = model.package.load_decoder()
+    rewrite(graph, plan_guard(graph, anatomy, read_directions(path), GuardSpec()))
+    assert tally(model.with_decoder(graph), prompts, 32) == chosen.chosen.tally
+
+
+def test_numbers_are_means_of_text_prompts_and_a_unit_readout(
+    chosen: Calibration, model: VisionLanguageModel, anatomy: DecoderAnatomy, prompts: list[LabelledPrompt]
+) -> None:
+    tap = module.tapped(model, anatomy)
+    states = module.collect_states(tap, [Request(prompt.prompt) for prompt in prompts])
+    harmful = np.array([prompt.label == "harmful" for prompt in prompts])
+    (number,) = chosen.directions.layers
+    layer = chosen.directions.layers[number]
+    coordinates = states[:, number] @ layer.ssd.T
+    np.testing.assert_allclose(layer.target, coordinates[harmful].mean(axis=0), atol=1e-3)
+    np.testing.assert_allclose(layer.origin, coordinates[~harmful].mean(axis=0), atol=1e-3)
+    assert (layer.target > layer.origin)[0]  # + means harmful
+    assert np.linalg.norm(layer.readout) == pytest.approx(1, abs=1e-5)
+    # the gate at the end of the prompts: open for the harmful ones in every setting, closed for the others
+    shown = module.collect_states(tap, [prompt.request(model) for prompt in prompts])[:, number]
+    opens = shown @ layer.readout > layer.threshold
+    assert opens[harmful].mean() >= 0.95 and opens[~harmful].mean() <= 0.01
+
+
+def test_what_was_measured_is_told(chosen: Calibration, prompts: list[LabelledPrompt]) -> None:
+    told = chosen.to_json()
+    assert (told["mode"], told["over_refusal_budget"], told["prompts"]) == ("restore", 0.01, len(prompts))
+    assert told["prompt_fingerprints"] == sorted({fingerprint(prompt) for prompt in prompts})
+    for key, result in (("unguarded", chosen.base), ("guarded", chosen.chosen.tally)):
+        assert told[key] == [
+            {"setting": s, "label": label, "refused": sum(answers), "asked": len(answers)}
+            for s in SETTINGS
+            for label in ("harmful", "harmless")
+            for answers in [
+                [r for p, r in zip(prompts, result.refusals, strict=True) if (p.setting, p.label) == (s, label)]
+            ]
+        ]
+    assert told["chosen"] in told["trials"] and len(told["trials"]) == len(chosen.trials)
+
+
+# -------------------------------------------------------------------------------------------------- what was asked
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        GuardSpec(layers=(1, 3), rank=2),
+        GuardSpec(layers=(2,), rank=1, tau=0.125),
+        GuardSpec(mode="supervise", layers=(4,), rank=1, alpha=1.25),
+        GuardSpec(mode="supervise", layers=(3, 4), rank=2, tau=-1.5, positions="all"),
+    ],
+)
+def test_what_is_decided_already_is_honoured(
+    model: VisionLanguageModel,
+    anatomy: DecoderAnatomy,
+    directions: Directions,
+    prompts: list[LabelledPrompt],
+    wish: GuardSpec,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planned = []
+    monkeypatch.setattr(module, "rewrite", lambda graph, plan: planned.append(plan) or rewrite(graph, plan))
+    # Whether such a wish also refuses enough is another question: nothing may be refused for it here.
+    monkeypatch.setattr(module, "_winner", lambda trials, base, budget: replace(trials[0], tally=EVERYTHING))
+    found = calibrate(model, anatomy, directions, prompts, wish).directions
+    assert found.mode == (wish.mode or "restore") and found.recommended_layers == wish.layers
+    assert {layer.ssd.shape[0] for layer in found.layers.values()} == {wish.rank}
+    assert found.alpha == wish.alpha
+    if wish.tau is not None:
+        assert {layer.threshold for layer in found.layers.values()} == {wish.tau}
+    assert [(plan.layers, plan.positions, plan.mode) for plan in planned] == [(wish.layers, wish.positions, found.mode)]
+    for site in planned[0].sites:
+        assert site.guard.rank == wish.rank
+        assert wish.alpha is None or site.guard.alpha == wish.alpha
+        assert wish.tau is None or site.guard.threshold == wish.tau
+
+
+EVERYTHING = Tally((Cell("text", "harmful", 1, 1), Cell("text", "harmless", 0, 1)), (), ())
+
+
+def test_a_threshold_that_never_opens_is_no_guard(
+    model: VisionLanguageModel, anatomy: DecoderAnatomy, directions: Directions, prompts: list[LabelledPrompt]
+) -> None:
+    with pytest.raises(GuardError) as caught:
+        calibrate(model, anatomy, directions, prompts, GuardSpec(layers=(2,), rank=1, tau=1e6))
+    assert REFUSAL.fullmatch(str(caught.value))
+
+
+def test_those_who_watch_are_told(
+    model: VisionLanguageModel, anatomy: DecoderAnatomy, directions: Directions, prompts: list[LabelledPrompt]
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    spec = GuardSpec(layers=(2,), rank=1)
+    calibrate(model, anatomy, directions, prompts, spec, watch=lambda *event: told.append(event))
+    assert ("reading states", len(prompts), len(prompts)) in told
+    assert [event for event in told if event[0] == "calibrating"] == [("calibrating", 0, 1), ("calibrating", 1, 1)]
+
+
+# ------------------------------------------------------------------------------------------------------------ controls
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_labels_cannot_meet_the_bar(
+    model: VisionLanguageModel,
+    anatomy: DecoderAnatomy,
+    directions: Directions,
+    prompts: list[LabelledPrompt],
+    seed: int,
+) -> None:
+    """A readout in 128 dimensions separates any labels of 72 prompts it was fitted on; the threshold is from the others."""
+    labels = np.array([prompt.label for prompt in prompts])
+    np.random.default_rng(seed).shuffle(labels)
+    shuffled = [replace(prompt, label=label) for prompt, label in zip(prompts, labels, strict=True)]
+    with pytest.raises(GuardError) as caught:
+        calibrate(model, anatomy, directions, shuffled, GuardSpec(layers=(2,), rank=1))
+    assert REFUSAL.fullmatch(str(caught.value))
+
+
+@pytest.mark.parametrize("mode", ["restore", "supervise"])
+def test_random_directions_cannot_meet_the_bar(
+    model: VisionLanguageModel, anatomy: DecoderAnatomy, prompts: list[LabelledPrompt], mode: Any
+) -> None:
+    """The gate of `restore` may still be right; what is written along a random direction is no refusal."""
+    noise = random_directions(anatomy.width, range(anatomy.layer_count), rank=1, calibrated=False)
+    with pytest.raises(GuardError) as caught:
+        calibrate(model, anatomy, noise, prompts, GuardSpec(mode=mode, rank=1, layers=(2, 3)))
+    said = REFUSAL.fullmatch(str(caught.value))
+    assert said is not None and said[1] == mode
+    assert int(said[3]) <= int(said[2]) + 10  # no better than the unguarded model, or hardly
+
+
+def test_a_guard_that_refuses_no_more_than_the_model_itself_is_refused(
+    model: VisionLanguageModel, anatomy: DecoderAnatomy, directions: Directions, prompts: list[LabelledPrompt]
+) -> None:
+    """On text the tiny VLM refuses everything harmful already: nothing there can show that a guard works."""
+    text = [prompt for prompt in prompts if prompt.setting == "text"]
+    with pytest.raises(GuardError) as caught:
+        calibrate(model, anatomy, directions, text, GuardSpec(layers=(2,), rank=1))
+    said = REFUSAL.fullmatch(str(caught.value))
+    assert said is not None and (said[2], said[3]) == ("100", "100")
+
+
+# -------------------------------------------------------------------------------------------------------------- budget
+
+
+def trial(name: int, *rates: tuple[str, str, int], layers: int = 1) -> Trial:
+    """Rates are refusals of a hundred."""
+    cells = tuple(Cell(setting, label, refused, 100) for setting, label, refused in rates)
+    return Trial(tuple(range(name, name + layers)), 1, 0.0, 0.0, Tally(cells, (), ()))
+
+
+BASE = trial(
+    0, ("text", "harmful", 100), ("text", "harmless", 20), ("image", "harmful", 5), ("image", "harmless", 0)
+).tally
+
+
+def test_the_budget_counts_in_every_setting_by_itself() -> None:
+    """20% that the model refuses of harmless text anyway are no licence to refuse 20% of harmless images."""
+    greedy = trial(
+        1, ("text", "harmful", 100), ("text", "harmless", 20), ("image", "harmful", 99), ("image", "harmless", 20)
+    )
+    modest = trial(
+        2, ("text", "harmful", 100), ("text", "harmless", 20), ("image", "harmful", 60), ("image", "harmless", 1)
+    )
+    assert module._winner([greedy, modest], BASE, 0.01) is modest
+    assert module._winner([greedy, modest], BASE, 0.2) is greedy
+    assert module._winner([greedy], BASE, 0.01) is None
+
+
+def test_more_refusals_first_then_fewer_layers() -> None:
+    def offered(name: int, harmful: int, layers: int) -> Trial:
+        return trial(name, ("text", "harmful", harmful), ("text", "harmless", 0), layers=layers)
+
+    weak, strong, broad = offered(1, 80, 1), offered(2, 90, 2), offered(3, 90, 3)
+    assert module._winner([weak, broad, strong], BASE, 0.01) is strong
+
+
+@pytest.mark.parametrize("budget", [-0.1, 1.0, float("nan")])
+def test_a_budget_out_of_range_is_refused(
+    model: VisionLanguageModel, anatomy: DecoderAnatomy, directions: Directions, budget: float
+) -> None:
+    with pytest.raises(GuardError) as caught:
+        calibrate(model, anatomy, directions, [], GuardSpec(), budget=budget)
+    assert str(caught.value) == f"an over-refusal budget of {budget} is out of range; choose 0 or more, below 1"
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.05, 0.3])
+def test_the_threshold_lets_no_more_than_the_budget_through(budget: float) -> None:
+    random = np.random.default_rng(1)
+    harmful = np.arange(400) % 2 == 0
+    mixed = random.normal(size=400) + harmful
+    threshold, margin = module._threshold(mixed, harmful, budget)
+    let_through = (mixed[~harmful] > threshold).mean()
+    assert budget - 0.01 <= let_through <= budget  # nor much less: that would cost refusals of harmful ones
+    assert margin < 0
+    apart = random.uniform(size=400) + 10 * harmful
+    threshold, margin = module._threshold(apart, harmful, 0.0)
+    assert apart[~harmful].max() < threshold < apart[harmful].min() and margin > 1
+    assert threshold == pytest.approx((apart[~harmful].max() + apart[harmful].min()) / 2, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_prompts_that_cannot_calibrate_are_refused(
+    model: VisionLanguageModel, anatomy: DecoderAnatomy, directions: Directions, prompts: list[LabelledPrompt]
+) -> None:
+    harmful_images = of_kind(prompts, "image", "harmful")
+    others = [prompt for prompt in prompts if prompt.setting != "image"]
+    one = of_kind(prompts, "image", "harmless")[:1]
+    for rows, found in ((others + harmful_images, 0), (others + harmful_images + one, 1)):
+        with pytest.raises(PromptsUnusable) as caught:
+            calibrate(model, anatomy, directions, rows, GuardSpec())
+        assert str(caught.value) == (
+            f"calibration needs harmful and harmless prompts in setting 'image', found {found} harmless; add some"
+        )
+    same = [replace(prompt, prompt="wash it") if prompt.label == "harmless" else prompt for prompt in prompts]
+    with pytest.raises(PromptsUnusable) as caught:
+        calibrate(model, anatomy, directions, same, GuardSpec())
+    assert str(caught.value) == "calibration needs different harmless prompts, all say 'wash it'; add some"
+    with pytest.raises(PromptsUnusable) as caught:
+        calibrate(model, anatomy, directions, [], GuardSpec())
+    assert str(caught.value) == (
+        "none of the calibration prompts can be asked: the model takes text only; add such prompts"
+    )

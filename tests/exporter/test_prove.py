@@ -1,0 +1,311 @@
+"""Every dynamic check of the proof passes on the file that was made, and FAILS on a file that was tampered with.
+
+The tampering is done to the staged ONNX file, by the names that the guard gives its nodes and numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from random_directions import random_directions
+from tiny_vlm_paths import CALIBRATION, SOURCE
+
+from vlmguard.exporter import prove as module
+from vlmguard.exporter.pipeline import prove
+from vlmguard.exporter.prompts import read_prompts
+from vlmguard.exporter.prove import ProofInputs, proof_inputs, prove_by_running, random_inputs
+from vlmguard.exporter.sources import unwatched
+from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
+from vlmguard.graphs.errors import ProofFailed
+from vlmguard.graphs.package import ModelPackage, open_package, save_graph
+from vlmguard.graphs.plan import GuardPlan, plan_guard
+from vlmguard.graphs.rewrite import GuardReport, rewrite
+from vlmguard.graphs.spec import MODES, POSITIONS, GuardSpec
+from vlmguard.graphs.static_proof import Check
+from vlmguard.runtime.decoder import open_decoder
+from vlmguard.runtime.vlm import VisionLanguageModel
+
+pytest_plugins = ("zoo_fixtures",)
+
+CLOSED = "closed gate equals the original bit for bit"
+REFERENCE = "guarded states equal the numpy reference"
+FORCED = "guarded states equal the numpy reference (gates forced open)"
+UNEDITED = "tokens outside the positions are untouched bit for bit"
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A guarded decoder as it lies in the staging folder, and all that the proof needs."""
+
+    package: ModelPackage
+    anatomy: DecoderAnatomy
+    plan: GuardPlan
+    report: GuardReport
+    decoder: Path
+    inputs: ProofInputs
+
+    def run(self) -> dict[str, Check]:
+        checks = prove_by_running(self.package, self.decoder, self.plan, self.report, self.inputs)
+        assert len({check.name for check in checks}) == len(checks)
+        return {check.name: check for check in checks}
+
+    def whole(self) -> tuple[Check, ...]:
+        return prove(self.package, self.decoder, self.anatomy, self.plan, self.report, self.inputs, unwatched)
+
+
+@pytest.fixture(scope="module")
+def inputs() -> ProofInputs:
+    """Eight prompts in two batches, texts and pictures, of several lengths."""
+    model = VisionLanguageModel(open_package(SOURCE))
+    rows = read_prompts(CALIBRATION)
+    some = [row for setting in ("text", "image") for row in [r for r in rows if r.setting == setting][3:60:16]]
+    found = proof_inputs(model, [row.request(model) for row in some])
+    assert len(found.batches) == 2 and not all(batch.mask.all() for batch in found.batches)
+    return found
+
+
+@pytest.fixture
+def stage(inputs: ProofInputs, tmp_path: Path) -> Callable[..., Staged]:
+    """`stage(mode, positions)`: random directions on two layers, thresholds at 0, written to a file of one's own."""
+
+    def make(mode: Any, positions: Any = "last") -> Staged:
+        package = open_package(SOURCE)
+        graph = package.load_decoder()
+        anatomy = dissect(graph)
+        spec = GuardSpec(mode, positions=positions, alpha=1.5 if mode in ("steer", "supervise") else None)
+        plan = plan_guard(graph, anatomy, random_directions(anatomy.width, [2, 4]), spec)
+        report = rewrite(graph, plan)
+        save_graph(graph, tmp_path / "decoder.onnx")
+        return Staged(package, anatomy, plan, report, tmp_path / "decoder.onnx", inputs)
+
+    return make
+
+
+def failing(checks: dict[str, Check]) -> set[str]:
+    return {name for name, check in checks.items() if not check.ok}
+
+
+# ----------------------------------------------------------------------------------------------------------- untouched
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("mode", MODES)
+def test_an_untouched_file_is_proved(stage: Callable[..., Staged], mode: str, positions: str) -> None:
+    staged = stage(mode, positions)
+    checks = staged.run()
+    expected = [CLOSED, REFERENCE, FORCED, UNEDITED] if mode != "project" else [CLOSED, REFERENCE, UNEDITED]
+    assert list(checks) == expected
+    assert not failing(checks)
+    assert checks[CLOSED].worst == 0.0 and checks[REFERENCE].worst < 1e-5
+    real = sum(int(batch.mask.sum()) + module.DECODE_STEPS * batch.size for batch in staged.inputs.batches)
+    told = 0 if mode != "supervise" else 2 * 2 * (module.DECODE_STEPS + 1) * 8  # coordinates, rank 2 on 2 layers
+    assert checks[REFERENCE].compared == 2 * staged.plan.width * real + told
+    if mode != "project":  # thresholds at 0: some states are edited, and some are not
+        edited, of = map(int, checks[REFERENCE].note.split(" states edited")[0].split(" of "))
+        everything = 2 * (real if positions == "all" else (module.DECODE_STEPS + 1) * 8)
+        assert 0 < edited < everything and of == 2 * real
+        assert checks[FORCED].note.startswith(f"{everything} of {2 * real} states edited")
+
+
+# ------------------------------------------------------------------------------------------------------- tampered with
+
+
+def named(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
+    return next(node for node in model.graph.node if node.name == f"vlmguard/{name}")
+
+
+def numbers(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[onnx.ModelProto], None]:
+    """Change one of the guard's arrays."""
+
+    def tamper(model: onnx.ModelProto) -> None:
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.name == f"vlmguard/{name}")
+        array = numpy_helper.to_array(tensor)
+        changed = np.asarray(change(array), dtype=array.dtype).reshape(array.shape)
+        assert not np.array_equal(changed, array)
+        tensor.CopyFrom(numpy_helper.from_array(changed, tensor.name))
+
+    return tamper
+
+
+def operator(name: str, op_type: str) -> Callable[[onnx.ModelProto], None]:
+    def tamper(model: onnx.ModelProto) -> None:
+        named(model, name).op_type = op_type
+
+    return tamper
+
+
+def only_when(comparison: str) -> Callable[[onnx.ModelProto], None]:
+    """Layer 2 is guarded only in calls of one token (`Equal`), or only in longer ones (`Greater`)."""
+
+    def tamper(model: onnx.ModelProto) -> None:
+        add = named(model, "layer_2/guarded")
+        one = numpy_helper.from_array(np.array(1, np.int64), "tampered/one")
+        model.graph.initializer.append(one)
+        nodes = [
+            helper.make_node(comparison, ["vlmguard/positions/sequence", one.name], ["tampered/when"]),
+            helper.make_node("Cast", ["tampered/when"], ["tampered/factor"], to=onnx.TensorProto.FLOAT),
+            helper.make_node("Mul", [add.input[1], "tampered/factor"], ["tampered/delta"]),
+        ]
+        before(model, add, nodes)
+        add.input[1] = "tampered/delta"
+
+    return tamper
+
+
+def leaking_gate(model: onnx.ModelProto) -> None:
+    """The gate of layer 2 is never quite closed."""
+    gate = named(model, "layer_2/gate")
+    reader = next(node for node in model.graph.node if gate.output[0] in node.input)
+    model.graph.initializer.append(numpy_helper.from_array(np.array(1e-3, np.float32), "tampered/leak"))
+    before(model, reader, [helper.make_node("Max", [gate.output[0], "tampered/leak"], ["tampered/gate"])])
+    reader.input[list(reader.input).index(gate.output[0])] = "tampered/gate"
+
+
+def quiet_coordinates(model: onnx.ModelProto) -> None:
+    """The text-only pass tells half of what it hears in layer 2."""
+    unsqueeze = named(model, "layer_2/own")
+    model.graph.initializer.append(numpy_helper.from_array(np.array(0.5, np.float32), "tampered/half"))
+    before(model, unsqueeze, [helper.make_node("Mul", [unsqueeze.input[0], "tampered/half"], ["tampered/own"])])
+    unsqueeze.input[0] = "tampered/own"
+
+
+def before(model: onnx.ModelProto, node: onnx.NodeProto, new: list[onnx.NodeProto]) -> None:
+    at = list(model.graph.node).index(node)
+    for offset, added in enumerate(new):
+        model.graph.node.insert(at + offset, added)
+
+
+def one_weight(model: onnx.ModelProto) -> None:
+    """One number of the model's own, far from any guarded layer."""
+    tensor = max(
+        (t for t in model.graph.initializer if not t.name.startswith("vlmguard/") and len(t.dims) == 2),
+        key=lambda t: np.prod(t.dims),
+    )
+    array = numpy_helper.to_array(tensor).copy()
+    array[3, 4] += 0.01
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+
+
+BOTH = {REFERENCE, FORCED}
+TAMPERINGS = {
+    "V written along another direction": ("restore", numbers("layer_2/ssd", lambda a: np.roll(a, 1)), BOTH),
+    "V written with the other sign": ("restore", numbers("layer_4/ssd", np.negative), BOTH),
+    "V off by a hundredth": ("restore", numbers("layer_2/ssd", lambda a: 1.01 * a), BOTH),
+    "V of the projection": ("project", numbers("layer_2/ssd", lambda a: np.roll(a, 1)), {REFERENCE}),
+    "readout and V read wrongly": ("restore", numbers("layer_2/rows", lambda a: np.roll(a, 1, axis=0)), BOTH),
+    "target": ("restore", numbers("layer_4/target", lambda a: a + 0.1), BOTH),
+    # A gate that is forced open no longer has the threshold that was tampered with.
+    "tau, so that the gate never opens": ("restore", numbers("layer_2/tau", lambda a: a + 1e6), {REFERENCE}),
+    "tau, so that the gate always opens": ("steer", numbers("layer_2/tau", lambda a: a - 1e6), {REFERENCE}),
+    "tau of the supervisor": ("supervise", numbers("layer_2/tau", lambda a: a + 1e6), {REFERENCE}),
+    "alpha of steer": ("steer", numbers("layer_2/alpha", lambda a: 0.95 * a), BOTH),
+    "alpha of supervise": ("supervise", numbers("layer_2/alpha", lambda a: 0.95 * a), BOTH),
+    "origin": ("supervise", numbers("layer_2/origin", lambda a: a + 0.5), BOTH),
+    "coordinates": ("supervise", quiet_coordinates, BOTH),
+    "guard bypassed at prefill": ("restore", only_when("Equal"), BOTH),
+    "guard bypassed at decode": ("restore", only_when("Greater"), BOTH),
+    "projection bypassed at prefill": ("project", only_when("Equal"), {REFERENCE}),
+    "gate turned around": ("restore", operator("layer_2/opens", "Less"), BOTH | {CLOSED}),
+    "gate that leaks": ("restore", leaking_gate, {CLOSED, REFERENCE}),
+    "every token edited": ("restore", operator("positions/is_last", "LessOrEqual"), BOTH | {UNEDITED}),
+    "another token edited": ("restore", operator("positions/last", "ArgMin"), BOTH | {UNEDITED}),
+    "a weight of the model": ("restore", one_weight, {CLOSED}),
+}
+
+
+@pytest.mark.parametrize("what", TAMPERINGS)
+def test_a_tampered_file_is_not_proved(stage: Callable[..., Staged], what: str) -> None:
+    mode, tamper, expected = TAMPERINGS[what]
+    staged = stage(mode)
+    model = onnx.load(staged.decoder)
+    tamper(model)
+    onnx.save(model, staged.decoder)
+    checks = staged.run()
+    assert failing(checks) == expected
+    assert all(checks[name].worst > checks[name].limit for name in expected)
+    with pytest.raises(ProofFailed) as caught:
+        staged.whole()
+    assert str(caught.value).startswith("the proof failed at ") and str(caught.value).endswith("; nothing was written")
+
+
+def test_every_dynamic_check_can_fail() -> None:
+    assert set.union(*(expected for _, _, expected in TAMPERINGS.values())) == {CLOSED, REFERENCE, FORCED, UNEDITED}
+
+
+def test_a_reader_that_goes_round_the_guard_is_seen_without_running(stage: Callable[..., Staged]) -> None:
+    """Each guard computes what it should, and the next layer reads what was there before it."""
+    staged = stage("restore")
+    model = onnx.load(staged.decoder)
+    guarded, raw = "vlmguard/layer_2/guarded", staged.report.sites[0].raw
+    readers = [node for node in model.graph.node if guarded in node.input]
+    assert len(readers) > 1
+    readers[0].input[list(readers[0].input).index(guarded)] = raw
+    onnx.save(model, staged.decoder)
+    with pytest.raises(ProofFailed) as caught:
+        staged.whole()
+    assert str(caught.value).startswith("the proof failed at 'no path avoids a guard (dominators)'")
+
+
+def test_a_failed_check_is_told_with_its_figures(stage: Callable[..., Staged]) -> None:
+    staged = stage("restore")
+    model = onnx.load(staged.decoder)
+    numbers("layer_2/tau", lambda a: a + 1e6)(model)
+    onnx.save(model, staged.decoder)
+    check = staged.run()[REFERENCE]
+    with pytest.raises(ProofFailed) as caught:
+        staged.whole()
+    assert str(caught.value) == (
+        f"the proof failed at {REFERENCE!r}: worst {check.worst:.2e}, limit 1.00e-04, {check.compared} compared "
+        f"({check.note}); nothing was written"
+    )
+
+
+def test_nothing_compared_is_nothing_proved(stage: Callable[..., Staged]) -> None:
+    staged = replace(stage("restore"), inputs=ProofInputs((), (), "no prompts"))
+    assert failing(staged.run()) == {CLOSED, REFERENCE, FORCED, UNEDITED}
+
+
+# ------------------------------------------------------------------------------------------------------- rounding, inputs
+
+
+@pytest.mark.parametrize(
+    ("optimized", "plain", "ok", "words"),
+    [
+        ((100, 0, 0.0), None, True, "100 numbers, prefill and 4 decode steps"),
+        ((100, 5, 1e-6), (100, 0, 0.0), True, "exact in 100 numbers without the runtime's optimiser"),
+        ((100, 5, 1e-3), (100, 0, 0.0), False, "5 of 100 differ by its own rounding"),
+        ((100, 5, 1e-6), (100, 1, 1e-7), False, "1 of 100 numbers differ even without the runtime's optimiser"),
+    ],
+)
+def test_the_runtimes_own_rounding_is_told_apart_from_the_guards(
+    stage: Callable[..., Staged],
+    monkeypatch: pytest.MonkeyPatch,
+    optimized: tuple,
+    plain: tuple | None,
+    ok: bool,
+    words: str,
+) -> None:
+    """Where the optimiser moves bits, the graph must be exact without it, and near with it."""
+    results = {True: optimized, False: plain}
+    monkeypatch.setattr(module, "_compare_runs", lambda *_, optimize: results[optimize])
+    staged = stage("restore")
+    check = module._closed_equals_source(staged.package, staged.decoder, staged.plan, staged.inputs)
+    assert check.ok == ok and words in check.note and check.compared == 100
+
+
+def test_random_inputs_are_seeded_and_padded_only_where_the_graph_can_be(zoo: Callable[[str], Any]) -> None:
+    for name, pads, takes_embeds in (("llava-torchscript-fp32", True, True), ("llama-genai-fp32", False, False)):
+        session = open_decoder(open_package(zoo(name).path))
+        first, again = (random_inputs(session, 64, 300, pads) for _ in range(2))
+        (batch,), (same,) = first.batches, again.batches
+        np.testing.assert_array_equal(batch.ids, same.ids)
+        assert batch.mask.all() != pads and batch.mask[:, -1].all() and batch.ids.max() < 300
+        assert (batch.embeds is not None) == takes_embeds
+        assert first.origin == "seeded random inputs (the model has no tokenizer)"

@@ -1,0 +1,5 @@
+"""Brings the `zoo` fixture here."""
+
+from zoo_fixtures import zoo
+
+__all__ = ["zoo"]

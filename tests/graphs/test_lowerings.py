@@ -1,0 +1,482 @@
+"""Every lowering, in every mode that it can write, equals the numpy reference, at a plain sum and at a fused one.
+
+What a guard did is read where it matters: in the residual sum and in the logits, which are computed behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx.reference
+import onnx_ir as ir
+import pytest
+from hand_graphs import (
+    EPSILON,
+    KINDS,
+    WIDTH,
+    Guarded,
+    Kind,
+    decoder,
+    directions,
+    guard_model,
+    layer_directions,
+    run,
+    value_called,
+)
+
+from vlmguard.graphs import reference
+from vlmguard.graphs.anatomy import dissect
+from vlmguard.graphs.directions import Directions
+from vlmguard.graphs.errors import GuardError
+from vlmguard.graphs.lowering import LOWERINGS, choose_lowering
+from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, plan_guard
+from vlmguard.graphs.reference import LISTEN, LayerGuard
+from vlmguard.graphs.rewrite import rewrite
+from vlmguard.graphs.scribe import NUMPY_DTYPES
+from vlmguard.graphs.spec import MODES, MODES_WITH_GATE, POSITIONS, GuardSpec
+
+pytest.importorskip("onnxruntime")
+
+PAIRS = [(lowering.name, mode) for lowering in LOWERINGS for mode in MODES if mode in lowering.modes]
+every_pair = pytest.mark.parametrize(("lowering", "mode"), PAIRS)
+# Relative to the largest number compared. Seen at most, over all ranks: 5e-7, 1.4e-3, 9e-3.
+TOLERANCE = {"float32": 2e-6, "float16": 5e-3, "bfloat16": 3e-2}
+
+# Four prompts of one to five tokens, the longest padded too; `None`: the graph has no mask at all.
+LEFT = np.array([[0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 1], [0, 0, 1, 1, 1, 1]])
+MASKS = {"left": LEFT, "right": LEFT[:, ::-1].copy(), "none": None}
+BATCH, SEQUENCE = LEFT.shape
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one conformance test runs on."""
+
+    kind: Kind
+    mode: str
+    lowering: str
+    positions: str
+    dtype: str
+    rank: int
+    padding: str
+
+    @property
+    def spec(self) -> GuardSpec:
+        return GuardSpec(mode=self.mode, lowering=self.lowering, positions=self.positions)  # type: ignore[arg-type]
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        return MASKS[self.padding]
+
+    @property
+    def selected(self) -> np.ndarray | None:
+        """The tokens that are edited, as the reference takes them."""
+        if self.positions == "all":
+            return None
+        return reference.last_token(np.ones((BATCH, SEQUENCE)) if self.mask is None else self.mask)
+
+    def source(self) -> ir.Model:
+        return decoder(self.kind, dtype=self.dtype, mask=self.mask is not None, seed=self.rank)
+
+    def feeds(self) -> dict[str, np.ndarray]:
+        random = np.random.default_rng(self.rank)
+        embeds = random.normal(size=(BATCH, SEQUENCE, WIDTH)).astype(NUMPY_DTYPES[self.dtype])
+        return {"inputs_embeds": embeds} | ({} if self.mask is None else {"attention_mask": self.mask})
+
+    def supervisor(self) -> np.ndarray | None:
+        """Text-only coordinates, `[batch, layers, rank]`: two rows open the gate, two do not."""
+        if self.mode != "supervise":
+            return None
+        coordinates = np.random.default_rng(self.rank).normal(size=(BATCH, 1, self.rank)).astype(np.float32)
+        coordinates[:, 0, 0] = (-0.9, 0.7, 1.5, -0.2)
+        return coordinates
+
+
+def execute(model: ir.Model, feeds: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    """One run. ONNX Runtime's CPU provider has no bfloat16 MatMul, so there ONNX's own evaluator runs the graph."""
+    if dtype != "bfloat16":
+        return run(model, feeds)
+    outputs = onnx.reference.ReferenceEvaluator(ir.to_proto(model)).run(None, feeds)
+    return {str(value.name): array for value, array in zip(model.graph.outputs, outputs, strict=True)}
+
+
+def with_split_gates(case: Case, raw: np.ndarray) -> Directions:
+    """Directions whose thresholds lie in the middle of the scores seen, far from each of them: some gates open."""
+    layer = layer_directions(case.rank)
+    if case.mode == "project":
+        return directions(rank=case.rank)
+    if case.mode == "supervise":
+        return directions(rank=case.rank, alpha=0.75)
+    scores = raw @ (layer.readout if case.mode == "restore" else layer.ssd[0])
+    edited = np.sort(scores.ravel() if case.selected is None else scores[case.selected[..., 0] == 1])
+    middle = edited[len(edited) // 4 : 1 + 3 * len(edited) // 4]
+    widest = int(np.diff(middle).argmax())
+    threshold = float(np.float32(middle[widest : widest + 2].mean()))
+    alpha = 8.0 if case.mode == "steer" else None
+    return directions(rank=case.rank, parts={"threshold": threshold}, alpha=alpha)
+
+
+def largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found.astype(np.float64) - expected).max() / np.abs(expected).max())
+
+
+def logits_of(model: ir.Model, kind: Kind, hidden: np.ndarray) -> np.ndarray:
+    """What the hand-made decoder computes behind its last sum, in float64."""
+    weights = {name: v.const_value.numpy().astype(np.float64) for name, v in model.graph.initializers.items()}
+    normed = hidden
+    if kind == "skip_norm":
+        normed = hidden / np.sqrt((hidden**2).mean(axis=-1, keepdims=True) + EPSILON) * weights["layer_0_gain"]
+    if kind == "skip_norm_bias":
+        centred = hidden - hidden.mean(axis=-1, keepdims=True)
+        normed = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + EPSILON)
+        normed = normed * weights["layer_0_gain"] + weights["layer_0_shift"]
+    return normed @ weights["lm_head"]
+
+
+def assert_conforms(case: Case) -> None:
+    source, feeds = case.source(), case.feeds()
+    raw = execute(source, feeds, case.dtype)["hidden"].astype(np.float64)
+    guarded = guard_model(case.source(), with_split_gates(case, raw), case.spec)
+    layer, supervisor = guarded.plan.sites[0].guard, case.supervisor()
+    extra = {} if supervisor is None else {SUPERVISOR_INPUT: supervisor}
+    outputs = execute(guarded.model, feeds | extra, case.dtype)
+    expected = reference.guard(case.mode, layer, raw, supervisor, case.selected)
+    assert outputs["hidden"].dtype == NUMPY_DTYPES[case.dtype]
+    assert largest_difference(outputs["hidden"], expected) < TOLERANCE[case.dtype]
+    assert largest_difference(outputs["logits"], logits_of(source, case.kind, expected)) < TOLERANCE[case.dtype]
+    if supervisor is not None:
+        assert_own_coordinates(case, layer, raw, outputs[COORDINATES_OUTPUT])
+    assert_says_something(case, layer, raw, expected)
+
+
+def assert_says_something(case: Case, layer: LayerGuard, raw: np.ndarray, expected: np.ndarray) -> None:
+    """Gates both open and closed among the edited tokens, and edits above the tolerance: or the test is idle."""
+    edited = np.ones((BATCH, SEQUENCE), bool) if case.selected is None else case.selected[..., 0] == 1
+    moved = (raw != expected).any(axis=-1)
+    assert not moved[~edited].any()
+    assert moved[edited].any()
+    assert moved[edited].all() == (case.mode == "project")
+    assert largest_difference(raw, expected) > 2 * TOLERANCE[case.dtype]
+
+
+def assert_own_coordinates(case: Case, layer: LayerGuard, raw: np.ndarray, found: np.ndarray) -> None:
+    """The supervised graph tells the coordinates that it had at the last token, before any edit."""
+    last = reference.last_token(np.ones((BATCH, SEQUENCE)) if case.mask is None else case.mask)
+    own = (raw * last).sum(axis=1) @ layer.ssd.T.astype(np.float64)
+    assert found.shape == (BATCH, 1, case.rank) and found.dtype == np.float32
+    assert largest_difference(found[:, 0], own) < TOLERANCE[case.dtype]
+
+
+def sampled_ranks(offset: int) -> Iterator[tuple[int, str]]:
+    """Three ranks of 1..8, each with another padding; all of them over a few offsets."""
+    for step, padding in enumerate(MASKS):
+        yield 1 + (3 * step + offset) % 8, padding
+
+
+@every_pair
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_graph_equals_the_reference(lowering: str, mode: str, positions: str, kind: Kind, dtype: str) -> None:
+    for rank, padding in sampled_ranks(KINDS.index(kind)):
+        assert_conforms(Case(kind, mode, lowering, positions, dtype, rank, padding))
+
+
+@every_pair
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_bfloat16_equals_the_reference(lowering: str, mode: str, positions: str) -> None:
+    """At a plain sum; the fused operators are onnxruntime's own, and its CPU provider does not run bfloat16."""
+    for rank, padding in ((1, "left"), (4, "right")):
+        assert_conforms(Case("add", mode, lowering, positions, "bfloat16", rank, padding))
+
+
+@every_pair
+def test_every_rank_equals_the_reference(lowering: str, mode: str) -> None:
+    for rank in range(1, 9):
+        assert_conforms(Case("add", mode, lowering, "all", "float32", rank, "left"))
+        assert_conforms(Case("skip_norm", mode, lowering, "last", "float32", rank, "right"))
+
+
+def test_the_lowerings_of_a_mode_agree() -> None:
+    """The dense projection and the low-rank one are the same mathematics."""
+    feeds = Case("add", "project", "dense", "all", "float32", 3, "left").feeds()
+    found = [
+        run(guard_model(decoder(), directions(rank=3), GuardSpec(mode="project", lowering=name)).model, feeds)["hidden"]
+        for name in ("lowrank", "dense")
+    ]
+    assert largest_difference(found[0], found[1].astype(np.float64)) < TOLERANCE["float32"]
+
+
+# --------------------------------------------------------------------------------------------------------- the closed gate
+
+
+def guarded_with(threshold: float, kind: Kind, mode: str, positions: str, dtype: str, alpha: float = 1.0) -> Guarded:
+    found = directions(parts={"threshold": threshold}, alpha=alpha)
+    return guard_model(decoder(kind, dtype=dtype), found, GuardSpec(mode=mode, positions=positions))  # type: ignore[arg-type]
+
+
+def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    for name in ("logits", "hidden"):
+        assert found[name].dtype == expected[name].dtype
+        assert found[name].tobytes() == expected[name].tobytes()
+
+
+@pytest.mark.parametrize("optimize", [True, False], ids=["optimized", "as-written"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("mode", sorted(MODES_WITH_GATE))
+def test_a_closed_gate_is_the_identity_bit_for_bit(
+    mode: str, positions: str, kind: Kind, dtype: str, optimize: bool
+) -> None:
+    feeds = Case(kind, mode, "lowrank", positions, dtype, 2, "left").feeds()
+    expected = run(decoder(kind, dtype=dtype), feeds, optimize)
+    listening = np.full((BATCH, 1, 2), LISTEN, np.float32)
+    extra = {SUPERVISOR_INPUT: listening} if mode == "supervise" else {}
+    # above every score that is possible here; a listening pass needs no such threshold
+    guarded = guarded_with(0.5 if mode == "supervise" else 1e6, kind, mode, positions, dtype)
+    found = run(guarded.model, feeds | extra, optimize)
+    assert_same_bits(found, expected)
+    opened = run(guarded_with(-1e6, kind, mode, positions, dtype).model, feeds | _opening(mode), optimize)
+    assert opened["hidden"].tobytes() != expected["hidden"].tobytes()
+
+
+def _opening(mode: str) -> dict[str, np.ndarray]:
+    return {SUPERVISOR_INPUT: np.ones((BATCH, 1, 2), np.float32)} if mode == "supervise" else {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_zero_strength_is_the_identity_bit_for_bit(positions: str, kind: Kind) -> None:
+    feeds = Case(kind, "steer", "lowrank", positions, "float32", 2, "left").feeds()
+    guarded = guarded_with(-1e6, kind, "steer", positions, "float32", alpha=0.0)
+    assert_same_bits(run(guarded.model, feeds), run(decoder(kind), feeds))
+
+
+def test_zero_strength_of_supervise_leaves_the_origin() -> None:
+    """Not the identity: the supervisor's part is taken out, so the coordinate becomes the origin."""
+    guarded = guarded_with(0.0, "add", "supervise", "all", "float32", alpha=0.0)
+    feeds = Case("add", "supervise", "lowrank", "all", "float32", 2, "left").feeds()
+    hidden = run(guarded.model, feeds | _opening("supervise"))["hidden"]
+    layer = guarded.plan.sites[0].guard
+    np.testing.assert_allclose(hidden @ layer.ssd.T, np.broadcast_to(layer.origin, (BATCH, SEQUENCE, 2)), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_that_are_not_the_last_are_untouched_bit_for_bit(mode: str, kind: Kind) -> None:
+    for padding, dtype in (("left", "float32"), ("right", "float16")):
+        case = Case(kind, mode, "lowrank", "last", dtype, 2, padding)
+        feeds, expected = case.feeds(), run(decoder(kind, dtype=dtype), case.feeds())
+        found = run(guarded_with(-1e6, kind, mode, "last", dtype).model, feeds | _opening(mode))
+        others = case.selected[..., 0] == 0
+        assert found["hidden"][others].tobytes() == expected["hidden"][others].tobytes()
+        assert found["logits"][others].tobytes() == expected["logits"][others].tobytes()
+        assert (found["hidden"][~others] != expected["hidden"][~others]).any(axis=-1).all()
+
+
+def test_the_gate_is_strict() -> None:
+    """At the threshold itself it stays closed: `g = 1 if a > tau`."""
+    guarded = guarded_with(0.25, "add", "supervise", "last", "float32")
+    feeds = Case("add", "supervise", "lowrank", "last", "float32", 2, "left").feeds()
+    supervisor = np.ones((BATCH, 1, 2), np.float32)
+    supervisor[:, 0, 0] = (0.25, np.nextafter(np.float32(0.25), np.float32(1)), 0.0, 1.0)
+    found = run(guarded.model, feeds | {SUPERVISOR_INPUT: supervisor})["hidden"]
+    moved = (found != run(decoder(), feeds)["hidden"]).any(axis=(1, 2))
+    assert moved.tolist() == [False, True, False, True]
+
+
+# ------------------------------------------------------------------------------------------------------------ several layers
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_layer_gets_its_own_row_of_the_supervisor(kind: Kind, positions: str) -> None:
+    """Layers 0 and 2 of three: row 1 of the input belongs to layer 2, whatever its number is."""
+    model = decoder(kind, layers=3)
+    guarded = guard_model(model, directions((0, 2)), GuardSpec(mode="supervise", positions=positions, tau=0.0))  # type: ignore[arg-type]
+    feeds = Case(kind, "supervise", "lowrank", positions, "float32", 2, "left").feeds()
+    supervisor = np.random.default_rng(1).normal(size=(BATCH, 2, 2)).astype(np.float32)
+    supervisor[:, :, 0] = [(-1, 1), (1, -1), (1, 1), (-1, -1)]
+
+    def hidden(rows: np.ndarray) -> np.ndarray:
+        return run(guarded.model, feeds | {SUPERVISOR_INPUT: rows})["hidden"]
+
+    plain, found = run(decoder(kind, layers=3), feeds)["hidden"], hidden(supervisor)
+    moved = (found != plain).any(axis=(1, 2))
+    assert moved.tolist() == [True, True, True, False]
+    # row 0 has only layer 2 open: there, and only there, the last layer's coordinates are the supervisor's
+    layer, last = guarded.plan.sites[1].guard, reference.last_token(LEFT)[..., 0] == 1
+    assert layer.alpha == 1.0
+    for row, is_set in ((0, True), (1, False), (2, True)):
+        coordinates = (found @ layer.ssd.T)[row][last[row]]
+        assert np.allclose(coordinates, supervisor[row, 1], atol=1e-4) == is_set
+    swapped = hidden(supervisor[:, ::-1].copy())
+    assert (swapped[:2] != found[:2]).any()
+
+
+def test_the_supervised_graph_tells_each_layers_coordinates() -> None:
+    guarded = guard_model(decoder(layers=2), directions((0, 1)), GuardSpec(mode="supervise", tau=0.0))
+    feeds = Case("add", "supervise", "lowrank", "last", "float32", 2, "right").feeds()
+    listening = np.full((BATCH, 2, 2), LISTEN, np.float32)
+    found = run(guarded.model, feeds | {SUPERVISOR_INPUT: listening})[COORDINATES_OUTPUT]
+    tapped = decoder(layers=2)
+    tapped.graph.outputs.append(value_called(tapped, "layer_0_sum"))
+    states = run(tapped, feeds)
+    last = reference.last_token(MASKS["right"])
+    for row, name in enumerate(("layer_0_sum", "hidden")):
+        own = (states[name] * last).sum(axis=1) @ guarded.plan.sites[row].guard.ssd.T
+        np.testing.assert_allclose(found[:, row], own, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- how many nodes, pinned as numbers
+
+# Per site: read, write and the arithmetic between them, at a plain sum, all tokens, rank 1, float32.
+#   project: read, weights (Neg), delta, guarded
+#   steer: read, opens, gate, strength, weights, delta, guarded
+#   restore: read, coordinates, score, difference, opens, gate, weights, delta, guarded
+#   supervise: read, supervisor, opens, gate, centred, wanted, present, difference, weights, delta, guarded, own_last, own
+PLAIN_SITE = {"project": 4, "steer": 7, "restore": 9, "supervise": 13}
+# From rank 2 on the gate's coordinate is cut out; `restore` cuts out its readout anyway.
+HIGHER_RANK = {"project": 0, "steer": 1, "restore": 0, "supervise": 1}
+# The gate's arithmetic is float32 in a float16 graph: one Cast in, one out.
+HALF_PRECISION = {"project": 0, "steer": 2, "restore": 2, "supervise": 2}
+# A fused node's sum is computed again before it is read; with a bias of the node's own, one Add more.
+FUSED_SITE = {"add": 0, "skip_norm": 1, "skip_norm_bias": 2}
+# `last`: gather the stream (a fused node's two summands), then spread the edit in two nodes.
+LAST = {"add": 3, "skip_norm": 4, "skip_norm_bias": 4}
+# Which token is the last one: 19 nodes where a mask says it, 13 without, once per graph; and one Cast per stream dtype.
+POSITIONS_WITH_MASK, POSITIONS_WITHOUT = 19, 13
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_nodes_of_a_site_are_counted(mode: str, kind: Kind, dtype: str, rank: int) -> None:
+    every = PLAIN_SITE[mode] + FUSED_SITE[kind]
+    every += HIGHER_RANK[mode] if rank > 1 else 0
+    every += HALF_PRECISION[mode] if dtype == "float16" else 0
+    # In `supervise` the supervisor's row is squeezed, and the coordinates need no gathering: the counts cancel.
+    expected = {"all": every, "last": every + LAST[kind]}
+    for positions in POSITIONS:
+        model = decoder(kind, layers=2, dtype=dtype)
+        before = len(model.graph)
+        spec = GuardSpec(mode=mode, positions=positions)  # type: ignore[arg-type]
+        report = guard_model(model, directions((0, 1), rank), spec).report
+        assert [len(site.nodes) for site in report.sites] == [expected[positions]] * 2
+        shared = POSITIONS_WITH_MASK + 1 if positions == "last" else POSITIONS_WITH_MASK if mode == "supervise" else 0
+        shared += mode == "supervise"  # the Concat of all layers' coordinates
+        assert len(report.shared_nodes) == shared
+        assert len(model.graph) - before == report.node_count == shared + 2 * expected[positions]
+
+
+@pytest.mark.parametrize(("kind", "every", "last"), [("add", 1, 5), ("skip_norm", 3, 7), ("skip_norm_bias", 4, 8)])
+def test_the_nodes_of_a_dense_site_are_counted(kind: Kind, every: int, last: int) -> None:
+    for positions, expected in (("all", every), ("last", last)):
+        spec = GuardSpec(mode="project", lowering="dense", positions=positions)  # type: ignore[arg-type]
+        report = guard_model(decoder(kind), directions(), spec).report
+        assert [len(site.nodes) for site in report.sites] == [expected]
+
+
+def test_without_a_mask_fewer_nodes_find_the_last_token() -> None:
+    report = guard_model(decoder(mask=False), directions(), GuardSpec(mode="project")).report
+    assert len(report.shared_nodes) == POSITIONS_WITHOUT + 1
+
+
+INITIALIZERS = {
+    # rows, ssd
+    ("project", "lowrank"): 2,
+    ("project", "dense"): 1,
+    # rows, ssd, tau, alpha; three bounds of a Slice are shared by the whole guard
+    ("steer", "lowrank"): 4,
+    # rows, ssd, tau, target
+    ("restore", "lowrank"): 4,
+    # rows, ssd, tau, alpha, origin; the index of the layer's row is shared with others that are called the same
+    ("supervise", "lowrank"): 5,
+}
+
+
+@every_pair
+def test_the_initializers_of_a_site_are_counted(lowering: str, mode: str) -> None:
+    spec = GuardSpec(mode=mode, lowering=lowering, positions="all")  # type: ignore[arg-type]
+    report = guard_model(decoder(layers=2), directions((0, 1)), spec).report
+    for layer in (0, 1):
+        own = [name for name in report.initializers if name.startswith(f"vlmguard/layer_{layer}/")]
+        assert len(own) == INITIALIZERS[mode, lowering]
+
+
+def test_no_node_is_one_that_engines_reject() -> None:
+    """No If (TensorRT wants static shapes for it), no Where, no ScatterND; every operator of the standard domain."""
+    used = set()
+    for lowering, mode in PAIRS:
+        for positions in POSITIONS:
+            spec = GuardSpec(mode=mode, lowering=lowering, positions=positions)  # type: ignore[arg-type]
+            guarded = guard_model(decoder(), directions(), spec)
+            used |= {
+                (node.domain, node.op_type) for node in guarded.model.graph if (node.name or "").startswith("vlmguard/")
+            }
+    assert {domain for domain, _ in used} == {""}
+    assert {op_type for _, op_type in used} == {
+        *("Add", "ArgMax", "Cast", "Concat", "Equal", "Gather", "GatherND", "Greater", "MatMul", "Mul", "Neg"),
+        *("Range", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze"),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- the numbers' dtypes
+
+
+def test_matrices_have_the_streams_dtype_and_the_gate_is_float32() -> None:
+    guarded = guard_model(decoder(dtype="float16"), directions(), GuardSpec(mode="restore"))
+    dtypes = {
+        name.rpartition("/")[2]: v.dtype for name, v in guarded.model.graph.initializers.items() if "layer_0/" in name
+    }
+    assert dtypes == {
+        "rows": ir.DataType.FLOAT16,
+        "ssd": ir.DataType.FLOAT16,
+        "tau": ir.DataType.FLOAT,
+        "target": ir.DataType.FLOAT,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- choosing
+
+
+def test_auto_takes_the_first_of_the_table_that_can() -> None:
+    assert [lowering.name for lowering in LOWERINGS] == ["lowrank", "dense"]
+    for mode in MODES:
+        chosen, reason = choose_lowering("auto", mode)
+        assert chosen.name == "lowrank"
+        assert reason == "auto: two skinny MatMuls per layer, the cheapest on ONNX Runtime, and every mode"
+
+
+def test_a_lowering_may_be_named() -> None:
+    chosen, reason = choose_lowering("dense", "project")
+    assert chosen.name == "dense"
+    assert reason == "as asked: the literal h @ (I - V^T V), one d x d MatMul per layer"
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "sentence"),
+    [
+        ("sparse", "project", "lowering 'sparse' is unknown; choose one of auto, lowrank, dense"),
+        ("dense", "steer", "lowering 'dense' cannot write mode 'steer'; choose lowrank"),
+        ("dense", "restore", "lowering 'dense' cannot write mode 'restore'; choose lowrank"),
+        ("dense", "supervise", "lowering 'dense' cannot write mode 'supervise'; choose lowrank"),
+    ],
+)
+def test_a_lowering_that_cannot_is_refused(name: str, mode: str, sentence: str) -> None:
+    with pytest.raises(GuardError) as refusal:
+        choose_lowering(name, mode)
+    assert str(refusal.value) == sentence
+
+
+def test_the_plan_decides_and_the_rewrite_only_does() -> None:
+    model = decoder()
+    anatomy = dissect(model)
+    plan = plan_guard(model, anatomy, directions(), GuardSpec(mode="project", lowering="dense", positions="all"))
+    report = rewrite(model, plan)
+    assert report.sites[0].nodes == ("vlmguard/layer_0/guarded",)
+    assert report.initializers == ("vlmguard/layer_0/projection",)

@@ -1,0 +1,538 @@
+"""The rewrite, on real exports of every pattern: counted, proved, equal to PyTorch with hooks, and undone to the source."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from hand_graphs import (
+    KINDS,
+    WIDTH,
+    Guarded,
+    Kind,
+    copy_of,
+    decoder,
+    directions,
+    guard_model,
+    layer_directions,
+    node_called,
+    run,
+    text_model,
+    value_called,
+)
+from zoo.makers import ZooModel
+
+from vlmguard.graphs import reference
+from vlmguard.graphs.anatomy import dissect
+from vlmguard.graphs.directions import Directions
+from vlmguard.graphs.errors import GuardError, GuardIncomplete
+from vlmguard.graphs.package import external_files, graph_bytes, load_graph, open_package, save_graph
+from vlmguard.graphs.plan import SUPERVISOR_INPUT, plan_guard
+from vlmguard.graphs.rewrite import rewrite
+from vlmguard.graphs.spec import MODES, POSITIONS, GuardSpec
+from vlmguard.graphs.static_proof import guard_dominates, prove_structure, same_graph
+from vlmguard.graphs.strip import strip_guard
+from vlmguard.graphs.taps import tap_guard, tap_last_token
+
+pytest.importorskip("onnxruntime")
+
+Zoo = Callable[[str], ZooModel]
+MIDDLE, LAST = 1, 3
+
+
+# -------------------------------------------------------------------------------------------- real exports, every pattern
+
+
+@dataclass(frozen=True)
+class Row:
+    """A real export, the guard that it gets, and how much of it there must be.
+
+    Attributes:
+        readers: how many uses of each guarded sum now read the guard instead.
+    """
+
+    name: str
+    mode: str
+    positions: str
+    nodes: int
+    initializers: int
+    readers: tuple[int, int]
+    lowering: str = "auto"
+
+    @property
+    def spec(self) -> GuardSpec:
+        return GuardSpec(mode=self.mode, positions=self.positions, lowering=self.lowering)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.mode}-{self.positions}"
+
+
+ROWS = (
+    # A: the sum is read by the spelled-out norm twice and by the next sum; behind the last layer there is no next sum
+    Row("llava-transformers-fp32", "restore", "last", nodes=44, initializers=16, readers=(3, 2)),
+    Row("llama-dynamo-cache-fp32-opset20", "supervise", "last", nodes=55, initializers=17, readers=(3, 2)),
+    # A with one RMSNormalization
+    Row("llama-dynamo-fp32-opset23", "project", "all", nodes=2, initializers=2, readers=(2, 1), lowering="dense"),
+    # A3: the norm reads a Cast of the sum
+    Row("llava-transformers-fp16", "steer", "all", nodes=20, initializers=11, readers=(2, 1)),
+    # A'': norm and next sum both read one Cast
+    Row("llama-torchscript-fp32", "supervise", "all", nodes=48, initializers=17, readers=(1, 1)),
+    # A4: float16 weights, float32 sums, so a float32 guard
+    Row("llama-torchscript-fp16", "restore", "last", nodes=44, initializers=16, readers=(2, 1)),
+    Row("llava-torchscript-fp16", "project", "last", nodes=34, initializers=10, readers=(2, 1)),
+    # B: one fused node reads the branch
+    Row("llama-genai-fp32", "restore", "last", nodes=48, initializers=16, readers=(1, 1)),
+    Row("llama-genai-fp32", "supervise", "last", nodes=59, initializers=17, readers=(1, 1)),
+    Row("llama-genai-fp32", "steer", "all", nodes=18, initializers=11, readers=(1, 1)),
+    Row("llama-genai-fp32", "project", "last", nodes=34, initializers=8, readers=(1, 1), lowering="dense"),
+    Row("llama-genai-fp16", "restore", "last", nodes=52, initializers=16, readers=(1, 1)),
+    Row("llama-genai-fp16", "supervise", "all", nodes=54, initializers=17, readers=(1, 1)),
+    Row("llama-genai-int4", "restore", "all", nodes=20, initializers=12, readers=(1, 1)),
+    Row("llama-genai-embeds-fp32", "steer", "last", nodes=46, initializers=15, readers=(1, 1)),
+    # B': the summands the other way round
+    Row("llava-transformers-ort-fp32", "restore", "all", nodes=20, initializers=12, readers=(1, 1)),
+    Row("llava-transformers-ort-fp16", "supervise", "last", nodes=63, initializers=17, readers=(1, 1)),
+)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_a_real_export_is_guarded_and_proved(zoo: Zoo, row: Row, tmp_path: Path) -> None:
+    from vlmguard.exporter.prove import prove_by_running, random_inputs
+    from vlmguard.runtime.decoder import open_decoder
+
+    model = zoo(row.name)
+    package = open_package(model.path)
+    graph = package.load_decoder()
+    guarded = guard_model(graph, directions_for(row, model), row.spec)
+    report = guarded.report
+    assert report.layers == (MIDDLE, LAST)
+    assert (report.node_count, len(report.initializers)) == (row.nodes, row.initializers)
+    assert tuple(site.readers for site in report.sites) == row.readers
+
+    staged = tmp_path / "model.onnx"
+    save_graph(graph, staged)
+    for data in external_files(package.decoder):
+        shutil.copyfile(data, tmp_path / data.name)
+    source = package.load_decoder()
+    dissect(source)
+    assert len(load_graph(staged).graph) == len(source.graph) + row.nodes
+    checks = prove_structure(source, load_graph(staged), guarded.anatomy, guarded.plan, report)
+    inputs = random_inputs(open_decoder(package), model.width, 299, pads=model.padding == "left")
+    checks += prove_by_running(package, staged, guarded.plan, report, inputs)
+    assert [check for check in checks if not check.ok] == []
+    assert len(checks) == (7 if row.mode == "project" else 8)
+    assert_equals_hooks(model, guarded, open_decoder(package, staged).runner.run)
+    stripped = load_graph(staged)
+    strip_guard(stripped)
+    assert same_graph("stripped", source, stripped).note == ""
+
+
+def directions_for(row: Row, model: ZooModel) -> Directions:
+    """Thresholds in the middle of what the layers' gates read here, so that some open and some do not."""
+    layers = {number: layer_directions(2, model.width, number, threshold=0.0) for number in (MIDDLE, LAST)}
+    if row.mode in ("steer", "restore"):
+        for number in layers:
+            scores = [score for score in gate_scores(row, model, layers, number) if np.isfinite(score)]
+            layers[number] = layer_directions(2, model.width, number, threshold=widest_gap(scores))
+    return Directions(model.width, layers, alpha=1.5)
+
+
+def gate_scores(row: Row, model: ZooModel, layers: dict, number: int) -> np.ndarray:
+    """What the gate of a layer reads in torch, with the layers below it guarded already."""
+    from zoo.truth import recorded_layers
+
+    feeds = prompt(model)
+    below = {n: numbers_of(layer) for n, layer in layers.items() if n < number}
+    with hooked(model, below, row, feeds, None), recorded_layers(model.torch_decoder) as states:
+        model.run_torch(feeds)
+    layer = layers[number]
+    scores = states[number] @ (layer.readout if row.mode == "restore" else layer.ssd[0])
+    return scores[edited_tokens(row, model, feeds)]
+
+
+def edited_tokens(row: Row, model: ZooModel, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    counted = model.counted(feeds)
+    return counted if row.positions == "all" else reference.last_token(counted)[..., 0] == 1
+
+
+def widest_gap(scores: list[float]) -> float:
+    """The middle of the widest gap among the middle half of the scores."""
+    ordered = np.sort(scores)
+    middle = ordered[len(ordered) // 4 : 1 + 3 * len(ordered) // 4]
+    at = int(np.diff(middle).argmax())
+    return float(np.float32(middle[at : at + 2].mean()))
+
+
+def numbers_of(layer) -> reference.LayerGuard:
+    return reference.LayerGuard(layer.ssd, layer.origin, layer.target, layer.readout, layer.threshold, 1.5)
+
+
+def prompt(model: ZooModel) -> dict[str, np.ndarray]:
+    return model.make_feeds(batch=4, sequence=7, pad=3)
+
+
+def hooked(model: ZooModel, layers: dict, row: Row, feeds: dict[str, np.ndarray], supervisor: np.ndarray | None):
+    import torch
+    from torch_hooks import HookedGuard
+
+    guard = HookedGuard(layers, row.mode, row.positions)
+    rows = None
+    if supervisor is not None:
+        rows = {number: torch.from_numpy(supervisor[:, index]) for index, number in enumerate(layers)}
+    guard.set_call(torch.from_numpy(feeds["attention_mask"]), rows)
+    return guard.attached(model.torch_decoder.layers)
+
+
+def assert_equals_hooks(model: ZooModel, guarded: Guarded, execute: Callable) -> None:
+    """The guarded graph's logits are those of the torch model with hooks, and not those without."""
+    from zoo.oracle import SLACK
+
+    feeds, plan = prompt(model), guarded.plan
+    row = Row(model.name, plan.mode, plan.positions, 0, 0, (0, 0))
+    supervisor = None
+    if plan.mode == "supervise":
+        supervisor = np.random.default_rng(0).normal(size=(4, 2, 2)).astype(np.float32)
+        supervisor[:, :, 0] = [(1, -1), (-1, 1), (-1, -1), (1, 1)]
+    extra = {} if supervisor is None else {SUPERVISOR_INPUT: supervisor}
+    found = execute(feeds | extra)["logits"].astype(np.float32)
+    unguarded = model.logits(feeds)
+    with hooked(model, {site.layer_index: site.guard for site in plan.sites}, row, feeds, supervisor):
+        expected = model.logits(feeds)
+    counted = model.counted(feeds)
+    assert np.abs(found - expected)[counted].max() < SLACK * model.tolerance
+    moved = np.abs(expected - unguarded).max(axis=-1)
+    assert moved[counted].max() > 2 * SLACK * model.tolerance
+    if plan.mode != "project" and plan.positions == "last":  # else each token sees those before it, which were edited
+        assert (moved[edited_tokens(row, model, feeds)] == 0).any()
+
+
+# ------------------------------------------------------------------------------------------------------------- and back again
+
+
+def all_guards() -> Iterator[GuardSpec]:
+    for mode, positions in product(MODES, POSITIONS):
+        yield GuardSpec(mode=mode, positions=positions)  # type: ignore[arg-type]
+    for positions in POSITIONS:
+        yield GuardSpec(mode="project", positions=positions, lowering="dense")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("hidden", [True, False], ids=["sum-is-output", "sum-is-inside"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stripped_graph_is_the_source(kind: Kind, hidden: bool) -> None:
+    for spec in all_guards():
+        for mask, dtype in ((True, "float32"), (False, "float16")):
+            source = decoder(kind, 3, dtype, mask, hidden=hidden)
+            model = decoder(kind, 3, dtype, mask, hidden=hidden)
+            guard_model(model, directions((0, 2)), spec)
+            stripped = copy_of(model)
+            assert not same_graph("guarded", copy_of(source), stripped).ok
+            strip_guard(stripped)
+            check = same_graph("stripped", copy_of(source), stripped)
+            assert check.ok, (spec, check.note)
+            assert not any(key.startswith("vlmguard") for key in stripped.metadata_props)
+            assert graph_bytes(stripped) == graph_bytes(copy_of(source))
+
+
+def test_stripping_twice_is_refused() -> None:
+    model = decoder()
+    sentence = "the decoder carries no guard; it was never guarded, or the guard was removed"
+    for _ in range(2):
+        with pytest.raises(GuardIncomplete) as refusal:
+            strip_guard(model)
+        assert str(refusal.value) == sentence
+        guard_model(model, directions(), GuardSpec())
+        strip_guard(model)
+
+
+def test_a_guard_that_leads_nowhere_is_not_stripped() -> None:
+    model = guard_model(decoder(), directions(), GuardSpec(mode="project", positions="all")).model
+    node_called(model, "vlmguard/layer_0/guarded").replace_input_with(0, value_called(model, "vlmguard/layer_0/delta"))
+    with pytest.raises(GuardIncomplete) as refusal:
+        strip_guard(model)
+    assert str(refusal.value) == "guard node 'hidden' does not lead back to the value it guards; export again"
+
+
+def test_what_the_guard_did_besides_is_not_undone() -> None:
+    """Tampering with what is not the guard's stays where a comparison sees it."""
+    model = guard_model(decoder(layers=2), directions(), GuardSpec()).model
+    node_called(model, "make layer_1_scores").replace_input_with(0, value_called(model, "layer_0_branch"))
+    strip_guard(model)
+    check = same_graph("stripped", decoder(layers=2), model)
+    assert (check.ok, check.note) == (False, "node 'make layer_1_scores' differs")
+
+
+# --------------------------------------------------------------------------------------------------- outputs that are the sum
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_an_output_that_is_the_sum_keeps_its_name_and_is_guarded(positions: str) -> None:
+    source, model = decoder(), decoder()
+    report = guard_model(model, directions(), GuardSpec(mode="project", positions=positions)).report  # type: ignore[arg-type]
+    assert [output.name for output in model.graph.outputs] == ["logits", "hidden"]
+    (site,) = report.sites
+    assert (site.raw, site.guarded) == ("hidden/unguarded", "hidden")
+    assert site.readers == 2  # the head and the output
+    assert model.graph.outputs[1].dtype == ir.DataType.FLOAT
+    assert str(model.graph.outputs[1].shape) == str(source.graph.outputs[1].shape)
+    feeds = {"inputs_embeds": np.ones((1, 2, WIDTH), np.float32), "attention_mask": np.ones((1, 2), np.int64)}
+    ssd = directions().layers[0].ssd
+    assert np.abs(run(source, feeds)["hidden"][:, -1] @ ssd.T).max() > 0.1
+    assert np.abs(run(model, feeds)["hidden"][:, -1] @ ssd.T).max() < 1e-5
+
+
+def test_a_middle_sum_that_is_an_output_is_guarded_too() -> None:
+    """As `output_hidden_states` exports them: read by the next layer, and given out."""
+    source, model = decoder(layers=2, hidden=False), decoder(layers=2, hidden=False)
+    for graph in (source.graph, model.graph):
+        total = value_called(source if graph is source.graph else model, "layer_0_sum")
+        graph.outputs.append(total)
+    made = guard_model(model, directions(), GuardSpec(mode="restore", tau=-100.0))
+    assert [output.name for output in model.graph.outputs] == ["logits", "layer_0_sum"]
+    assert made.report.sites[0].readers == 5  # four in the next layer, and the output
+    checks = prove_structure(source, model, made.anatomy, made.plan, made.report)
+    assert all(check.ok for check in checks)
+    strip_guard(model)
+    assert same_graph("stripped", source, model).ok
+
+
+def test_a_body_that_captures_the_sum_reads_the_guard() -> None:
+    """The head inside an If: only for the last token, or not at all."""
+    text = """
+        g (float[B, S, 8] x, bool short) => (float[B, S, 8] y) <float[8, 8] w> {
+            t = Transpose <perm = [0, 2, 1]> (x)
+            s = MatMul(x, t)
+            p = Softmax <axis = -1> (s)
+            a = MatMul(p, x)
+            h = Add(x, a)
+            y = If (short) <
+                then_branch = one () => (float[B, S, 8] y1) { y1 = MatMul(h, w) },
+                else_branch = two () => (float[B, S, 8] y2) { y2 = Neg(h) }
+            >
+        }
+    """
+    source, model = text_model(text), text_model(text)
+    made = guard_model(model, directions(width=8), GuardSpec(mode="project", positions="all"))
+    assert made.report.sites[0].readers == 2
+    assert guard_dominates(model, made.anatomy, made.plan, made.report).ok
+    x = np.random.default_rng(0).normal(size=(1, 3, 8)).astype(np.float32)
+    found = run(model, {"x": x, "short": np.array(False)})["y"]
+    assert np.abs(found @ directions(width=8).layers[0].ssd.T).max() < 1e-5
+    strip_guard(model)
+    assert same_graph("stripped", source, model).ok
+
+
+# ---------------------------------------------------------------------------------------- a layer that reads the one below it
+
+SIDE_BY_SIDE = {
+    # attention and MLP in one sum: the residual of layer 1 is the very sum that is guarded at layer 0
+    "plain": "h1 = Add(h0, both)",
+    # the same after a fusion that began with the second layer
+    "fused": "n1, mean, deviation, h1 = com.microsoft.SkipSimplifiedLayerNormalization(h0, both, g)",
+    "fused, swapped": "n1, mean, deviation, h1 = com.microsoft.SkipSimplifiedLayerNormalization(both, h0, g)",
+}
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("second", SIDE_BY_SIDE.values(), ids=SIDE_BY_SIDE)
+def test_guards_of_neighbouring_layers_add_up(second: str, positions: str) -> None:
+    text = f"""
+        g (float[B, S, 8] x) => (float[B, S, 8] y) <float[8, 8] w, float[8] g> {{
+            t0 = Transpose <perm = [0, 2, 1]> (x)
+            s0 = MatMul(x, t0)
+            p0 = Softmax <axis = -1> (s0)
+            a0 = MatMul(p0, x)
+            h0 = Add(x, a0)
+            t1 = Transpose <perm = [0, 2, 1]> (h0)
+            s1 = MatMul(h0, t1)
+            p1 = Softmax <axis = -1> (s1)
+            a1 = MatMul(p1, h0)
+            m1 = Sin(h0)
+            both = Add(a1, m1)
+            {second}
+            y = MatMul(h1, w)
+        }}
+    """
+    model = text_model(text)
+    made = guard_model(model, directions((0, 1), width=8), GuardSpec(mode="restore", tau=-100.0, positions=positions))  # type: ignore[arg-type]
+    checks = prove_structure(text_model(text), model, made.anatomy, made.plan, made.report)
+    assert [check.note for check in checks if not check.ok] == []
+    names = tap_guard(model, made.plan, made.report)
+    outputs = run(model, {"x": np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)})
+    selected = np.array([0.0, 0.0, 1.0])[None, :, None] if positions == "last" else None
+    for site, (raw, guarded) in zip(made.plan.sites, names, strict=True):
+        expected = reference.guard("restore", site.guard, outputs[raw].astype(np.float64), selected=selected)
+        np.testing.assert_allclose(outputs[guarded], expected, atol=1e-5)
+    # what layer 1 starts from is what the guard of layer 0 gave
+    first = outputs[names[0][1]].astype(np.float64)
+    shares = np.exp(scores := first @ first.transpose(0, 2, 1)) / np.exp(scores).sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(outputs[names[1][0]], first + shares @ first + np.sin(first), rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------- what is written down
+
+
+def test_the_report_counts_what_was_done() -> None:
+    model = decoder("skip_norm", layers=2)
+    report = guard_model(model, directions((0, 1)), GuardSpec(mode="project")).report
+    assert report.to_json() == {
+        "layers": [0, 1],
+        "nodes": 38,
+        "initializers": len([name for name in model.graph.initializers if name.startswith("vlmguard/")]),
+        "added_inputs": [],
+        "added_outputs": [],
+        "sites": [
+            {
+                "layer": number,
+                "kind": "skip_norm",
+                "raw": f"layer_{number}_branch",
+                "guarded": f"vlmguard/layer_{number}/guarded",
+                "nodes": 9,
+            }
+            for number in (0, 1)
+        ],
+    }
+    names = [node.name for node in model.graph if (node.name or "").startswith("vlmguard/")]
+    assert sorted(names) == sorted([*report.shared_nodes, *report.sites[0].nodes, *report.sites[1].nodes])
+    assert {name for name in model.graph.initializers if name.startswith("vlmguard/")} == set(report.initializers)
+
+
+def test_the_supervised_signature_is_reported() -> None:
+    model = decoder(layers=2)
+    report = guard_model(model, directions((0, 1), rank=3), GuardSpec(mode="supervise")).report
+    assert (report.added_inputs, report.added_outputs) == (("vlmguard.supervisor",), ("vlmguard.coordinates",))
+    supervisor, coordinates = model.graph.inputs[-1], model.graph.outputs[-1]
+    for value in (supervisor, coordinates):
+        assert value.dtype == ir.DataType.FLOAT
+        assert list(map(str, value.shape)) == ["vlmguard_batch", "2", "3"]
+    assert (supervisor.name, coordinates.name) == ("vlmguard.supervisor", "vlmguard.coordinates")
+
+
+def test_the_file_itself_says_what_was_done() -> None:
+    model = guard_model(decoder(layers=2), directions((0, 1)), GuardSpec(mode="steer", positions="all")).model
+    again = copy_of(model)
+    assert again.metadata_props == {
+        "vlmguard.schema": "vlmguard.guarded/1",
+        "vlmguard.mode": "steer",
+        "vlmguard.layers": "0,1",
+        "vlmguard.positions": "all",
+        "vlmguard.lowering": "lowrank",
+    }
+    node = node_called(again, "vlmguard/layer_1/guarded")
+    assert node.metadata_props == {
+        "vlmguard.layer": "1",
+        "vlmguard.mode": "steer",
+        "vlmguard.positions": "all",
+        "vlmguard.lowering": "lowrank",
+    }
+
+
+def test_the_same_plan_gives_the_same_bytes() -> None:
+    contents = {graph_bytes(guard_model(decoder(), directions(), GuardSpec()).model) for _ in range(3)}
+    assert len(contents) == 1
+
+
+# ------------------------------------------------------------------------------------------------------- graphs that are valid
+
+
+@pytest.mark.parametrize("opset", [13, 15, 17, 18, 20, 21, 23, 24])
+def test_the_guard_is_valid_in_every_operator_set(opset: int) -> None:
+    """Operators changed under way: axes became inputs (13), new attributes appeared (18), new dtypes (21, 23)."""
+    feeds = {"inputs_embeds": np.ones((2, 3, WIDTH), np.float32), "attention_mask": np.ones((2, 3), np.int64)}
+    seen = []
+    for spec in all_guards():
+        model = guard_model(decoder(opset=opset), directions(), spec).model
+        onnx.checker.check_model(ir.to_proto(model), full_check=True)
+        extra = {SUPERVISOR_INPUT: np.ones((2, 1, 2), np.float32)} if spec.mode == "supervise" else {}
+        seen.append(run(model, feeds | extra)["hidden"])
+    assert all(np.isfinite(hidden).all() for hidden in seen)
+    oldest = guard_model(decoder(opset=13), directions(), GuardSpec(mode="restore", positions="all")).model
+    newest = guard_model(decoder(opset=opset), directions(), GuardSpec(mode="restore", positions="all")).model
+    np.testing.assert_allclose(run(newest, feeds)["hidden"], run(oldest, feeds)["hidden"], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nodes_are_in_order_and_names_are_not_used_twice(kind: Kind) -> None:
+    for spec in all_guards():
+        model = guard_model(decoder(kind, layers=3), directions((0, 1, 2)), spec).model
+        known = {value.name for value in model.graph.inputs} | set(model.graph.initializers)
+        names = []
+        for node in model.graph:
+            assert {value.name for value in node.inputs if value is not None} <= known
+            made = [value.name for value in node.outputs if value.name]
+            assert not known & set(made)
+            known.update(made)
+            names.append(node.name)
+        assert len(set(names)) == len(names)
+
+
+# ---------------------------------------------------------------------------------------------------------------- refusals
+
+
+def unchanged_after(model: ir.Model, action: Callable[[], object], kind: type[GuardError]) -> str:
+    before = graph_bytes(model)
+    with pytest.raises(GuardError) as refusal:
+        action()
+    assert type(refusal.value) is kind and "\n" not in str(refusal.value)
+    assert graph_bytes(model) == before
+    return str(refusal.value)
+
+
+def test_a_plan_for_another_graph_is_refused() -> None:
+    """Before anything changes: the first site fits, the second does not."""
+    other = decoder(layers=2)
+    plan = plan_guard(other, dissect(other), directions((0, 1)), GuardSpec())
+    model = decoder(layers=3)
+    assert unchanged_after(model, lambda: rewrite(model, plan), GuardIncomplete) == (
+        "layer 1: 'hidden' sums ['layer_2_attention_sum', 'layer_2_branch'], the plan says "
+        "['layer_1_attention_sum', 'layer_1_branch']; was the plan made for this graph?"
+    )
+    model = decoder(layers=2, hidden=False)
+    assert unchanged_after(model, lambda: rewrite(model, plan), GuardIncomplete) == (
+        "layer 1: no node makes 'hidden'; was the plan made for this graph?"
+    )
+
+
+def test_a_plan_for_another_export_is_refused(zoo: Zoo) -> None:
+    other = load_graph(zoo("llama-torchscript-fp32").path)
+    plan = plan_guard(other, dissect(other), directions((1,), width=64), GuardSpec())
+    model = load_graph(zoo("llama-genai-fp32").path)
+    anchor = plan.sites[0].site.anchor
+    assert unchanged_after(model, lambda: rewrite(model, plan), GuardIncomplete) == (
+        f"layer 1: no node makes {anchor!r}; was the plan made for this graph?"
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_guarded_graph_is_not_guarded_again(kind: Kind) -> None:
+    source = decoder(kind, layers=2)
+    plan = plan_guard(source, dissect(source), directions((1,)), GuardSpec())
+    model = guard_model(decoder(kind, layers=2), directions((0,)), GuardSpec()).model
+    assert unchanged_after(model, lambda: rewrite(model, plan), GuardError) == (
+        "this decoder already carries a guard; start again from the unguarded model"
+    )
+
+
+def test_a_plan_without_layers_guards_nothing_and_says_so() -> None:
+    from dataclasses import replace
+
+    model = decoder()
+    plan = replace(plan_guard(model, dissect(model), directions(), GuardSpec(mode="project")), sites=())
+    with pytest.raises(GuardIncomplete) as refusal:
+        rewrite(model, plan)
+    assert str(refusal.value) == "planned layers (), guarded (); nothing was written"
+
+
+def test_taps_of_a_graph_that_was_not_dissected_are_refused() -> None:
+    from vlmguard.graphs.errors import AnatomyNotFound
+
+    anatomy = dissect(decoder(layers=2))
+    with pytest.raises(AnatomyNotFound) as refusal:
+        tap_last_token(decoder(layers=1), anatomy.sites)
+    assert str(refusal.value) == "layer 0: no node makes 'layer_0_sum'; was this graph dissected?"

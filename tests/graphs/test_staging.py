@@ -1,0 +1,332 @@
+"""A folder is written whole or not at all: by success, by failure, by a kill in the middle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlmguard.graphs import staging
+from vlmguard.graphs.errors import OutputRefused
+from vlmguard.graphs.staging import link_or_copy, require_writable, staged, write_file
+
+
+def listing(folder: Path) -> list[str]:
+    """Hidden ones too."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def refusal(action) -> str:
+    with pytest.raises(OutputRefused) as raised:
+        action()
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def write(out: Path, content: str = "new", force: bool = False) -> None:
+    with staged(out, force) as stage:
+        (stage / "sub").mkdir()
+        (stage / "sub" / "file").write_text(content)
+
+
+# --------------------------------------------------------------------------------------------------------------- success
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "er" / "out"
+    with staged(out) as stage:
+        assert stage.parent == out.parent  # one file system, so that the last step is one rename
+        assert stage.name.startswith(".out.vlmguard-")
+        (stage / "file").write_text("x")
+        assert not out.exists()
+    assert listing(tmp_path) == ["deep", "deep/er", "deep/er/out", "deep/er/out/file"]
+    assert out.stat().st_mode & 0o777 == 0o755  # mkdtemp makes folders that nobody else can read
+
+
+def test_a_relative_folder_is_meant_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with staged(Path("out")) as stage:
+        (stage / "file").write_text("x")
+        monkeypatch.chdir("/")
+    assert listing(tmp_path) == ["out", "out/file"]
+
+
+# --------------------------------------------------------------------------------------------------------------- failure
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_failure_leaves_nothing_and_the_old_folder_alone(
+    tmp_path: Path, failure: type[BaseException], force: bool
+) -> None:
+    out = tmp_path / "out"
+    if force:
+        write(out, "old")
+    before = listing(tmp_path)
+    with pytest.raises(failure), staged(out, force) as stage:
+        (stage / "half").write_text("x")
+        raise failure
+    assert listing(tmp_path) == before
+    assert not force or (out / "sub" / "file").read_text() == "old"
+
+
+def test_a_disk_that_fails_inside_the_block_is_said_in_one_line(tmp_path: Path) -> None:
+    def fill() -> None:
+        with staged(tmp_path / "out") as stage:
+            (stage / "file").write_text("x")
+            raise OSError(28, "No space left on device")
+
+    assert refusal(fill) == f"{tmp_path / 'out'}: cannot be written (No space left on device); choose another OUT"
+    assert listing(tmp_path) == []
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced_by_halves(tmp_path: Path) -> None:
+    """Two runs at once: the second one's rename replaces the first one's folder as a whole."""
+    out = tmp_path / "out"
+    with staged(out) as stage:
+        (stage / "file").write_text("second")
+        write(out, "first")
+    assert listing(tmp_path) == ["out", "out/file"]
+
+
+# --------------------------------------------------------------------------------------------------- what is there already
+
+
+def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out, "old")
+    sentence = f"{out}: exists already; choose another OUT, or replace it with --force"
+    assert refusal(lambda: write(out)) == sentence
+    assert refusal(lambda: require_writable(out, force=False)) == sentence
+    assert (out / "sub" / "file").read_text() == "old"
+    assert listing(tmp_path) == ["out", "out/sub", "out/sub/file"]
+
+
+def test_an_empty_folder_is_refused_too(tmp_path: Path) -> None:
+    assert "exists already" in refusal(lambda: write(tmp_path))
+
+
+def test_force_replaces_the_folder_as_a_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out, "old")
+    (out / "left over").write_text("x")
+    write(out, force=True)
+    assert listing(tmp_path) == ["out", "out/sub", "out/sub/file"]
+    assert (out / "sub" / "file").read_text() == "new"
+
+
+def test_the_old_folder_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out, "old")
+    with staged(out, force=True) as stage:
+        (stage / "file").write_text("new")
+        assert (out / "sub" / "file").read_text() == "old"
+
+
+def test_the_old_folder_comes_back_when_the_swap_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, rename = tmp_path / "out", Path.rename
+    write(out, "old")
+
+    def failing(path: Path, target: Path) -> Path:
+        if target == out and not path.name.endswith("-old"):
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    assert refusal(lambda: write(out, force=True)) == (
+        f"{out}: cannot be written (Input/output error); choose another OUT"
+    )
+    assert listing(tmp_path) == ["out", "out/sub", "out/sub/file"]
+    assert (out / "sub" / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_is_never_replaced_by_a_folder(tmp_path: Path, force: bool) -> None:
+    out = tmp_path / "out"
+    out.write_text("precious")
+    assert refusal(lambda: write(out, force=force)) == f"{out}: is a file; choose a folder for OUT"
+    assert out.read_text() == "precious"
+
+
+# ------------------------------------------------------------------------------------------------------------- permissions
+
+
+def test_a_file_in_the_path_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    out = tmp_path / "file" / "out"
+    sentence = f"{out}: cannot be written (no permission in {tmp_path / 'file'}); choose another OUT"
+    assert refusal(lambda: write(out)) == sentence
+    assert refusal(lambda: require_writable(out, force=True)) == sentence
+    assert listing(tmp_path) == ["file"]
+
+
+def test_a_parent_without_permission_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def no_permission(path: Path, mode: int) -> bool:
+        asked.append((path, mode))
+        return False
+
+    monkeypatch.setattr(staging.os, "access", no_permission)  # root may write anywhere
+    out = tmp_path / "not" / "there" / "out"
+    expected = f"{out}: cannot be written (no permission in {tmp_path}); choose another OUT"
+    assert refusal(lambda: require_writable(out, force=False)) == expected
+    assert asked == [(tmp_path, os.W_OK)]
+    assert listing(tmp_path) == []
+
+
+def test_a_stage_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(**options: object) -> str:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(staging.tempfile, "mkdtemp", read_only)
+    out = tmp_path / "out"
+    assert refusal(lambda: write(out)) == f"{out}: cannot be written (Read-only file system); choose another OUT"
+    assert listing(tmp_path) == []
+
+
+# -------------------------------------------------------------------------------------------------------------------- kills
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from vlmguard.graphs.staging import staged
+with staged(Path(sys.argv[1]), force=True) as stage:
+    (stage / "half").write_text("x")
+    print("started", flush=True)
+    time.sleep(60)
+"""
+
+
+def kill_in_the_middle(out: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(out)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout:
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(timeout=30) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("name", ["out", "out [1]*"])
+def test_after_a_kill_there_is_nothing_and_the_next_run_tidies_up(tmp_path: Path, name: str) -> None:
+    out = tmp_path / name
+    kill_in_the_middle(out)
+    assert not out.exists()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(f".{name}.vlmguard-") and listing(left) == ["half"]
+    write(out)
+    assert listing(tmp_path) == [name, f"{name}/sub", f"{name}/sub/file"]
+
+
+def test_after_a_kill_the_old_folder_is_still_there(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out, "old")
+    kill_in_the_middle(out)
+    assert (out / "sub" / "file").read_text() == "old"
+    write(out, force=True)
+    assert listing(tmp_path) == ["out", "out/sub", "out/sub/file"]
+
+
+def test_only_what_is_ours_and_dead_is_swept(tmp_path: Path) -> None:
+    """A run that is still going keeps its stage; another OUT's leftovers are not ours."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    living = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        kept = [f".out.vlmguard-{living.pid}-a", f".other.vlmguard-{ended.pid}-a", ".out.vlmguard-notes", ".out"]
+        for name in (*kept, f".out.vlmguard-{ended.pid}-a", f".out.vlmguard-{ended.pid}-a-old"):
+            (tmp_path / name).mkdir()
+        write(tmp_path / "out")
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "out"])
+    finally:
+        living.kill()
+        living.wait()
+
+
+# -------------------------------------------------------------------------------------------------------------- single files
+
+
+def test_a_file_is_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "file"
+    write_file(path, b"one")
+    write_file(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert listing(tmp_path) == ["a", "a/file"]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_file(path, b"old")
+
+    def full(self: Path, content: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(content[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert refusal(lambda: write_file(path, b"new")) == (
+        f"{path}: cannot be written (No space left on device); choose another file"
+    )
+    assert path.read_bytes() == b"old"
+    assert listing(tmp_path) == ["file"]
+
+
+def test_a_file_under_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    path = tmp_path / "file" / "sub"
+    assert refusal(lambda: write_file(path, b"x")).startswith(f"{path}: cannot be written (")
+    assert listing(tmp_path) == ["file"]
+
+
+# ------------------------------------------------------------------------------------------------------- bringing files along
+
+
+def big_file(path: Path) -> Path:
+    """Large enough to be linked; a hole, so that it costs nothing."""
+    with path.open("wb") as file:
+        file.truncate(staging._LINKED_FROM)
+    return path
+
+
+def test_small_files_are_copied_and_big_ones_linked(tmp_path: Path) -> None:
+    small, big = tmp_path / "small", big_file(tmp_path / "big")
+    small.write_text("x")
+    for source in (small, big):
+        link_or_copy(source, tmp_path / "out" / source.name)
+    assert (tmp_path / "out" / "small").read_text() == "x"
+    # people edit configs in place: that must not reach the source
+    assert not (tmp_path / "out" / "small").samefile(small)
+    assert (tmp_path / "out" / "big").samefile(big)
+
+
+def test_where_links_are_impossible_big_files_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def another_device(source: Path, destination: Path) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(staging.os, "link", another_device)
+    big = big_file(tmp_path / "big")
+    link_or_copy(big, tmp_path / "copy")
+    assert not (tmp_path / "copy").samefile(big)
+    assert (tmp_path / "copy").stat().st_size == staging._LINKED_FROM
+
+
+@pytest.mark.parametrize("size", ["small", "big"])
+def test_a_link_out_of_the_folder_is_followed(tmp_path: Path, size: str) -> None:
+    """As in Hugging Face's cache: the copy must stand when the cache is gone."""
+    blob = tmp_path / "blobs" / "abc"
+    blob.parent.mkdir()
+    blob.write_text("x") if size == "small" else big_file(blob)
+    (tmp_path / "snapshot").mkdir()
+    link = tmp_path / "snapshot" / "model.onnx"
+    link.symlink_to("../blobs/abc")
+    link_or_copy(link, tmp_path / "out" / "model.onnx")
+    copied = tmp_path / "out" / "model.onnx"
+    assert copied.is_file() and not copied.is_symlink()
+    blob.unlink()
+    assert copied.stat().st_size == (1 if size == "small" else staging._LINKED_FROM)

@@ -1,0 +1,49 @@
+"""The trained tiny VLM of `examples/`, guarded once per mode for a whole test session.
+
+A test module takes the fixtures with `pytest_plugins = ("tiny_vlm_fixtures",)`. Nobody may write into the folders that
+they give; `shutil.copytree` first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from tiny_vlm_paths import EXAMPLE, SOURCE, Guarded, digests
+
+import vlmguard
+
+
+@pytest.fixture(scope="session")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
+    """`guarded("restore")`: the folder that a plain `export` writes; `guarded("supervise")`: the same in that mode.
+
+    Calibrating takes seconds, so that the workers of pytest-xdist share one folder.
+    """
+    from filelock import FileLock  # torch depends on it
+
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny-vlm"
+    root.mkdir(exist_ok=True)
+    wishes = {"restore": None, "supervise": vlmguard.GuardSpec(mode="supervise")}
+
+    def get(mode: str) -> Path:
+        out = root / mode
+        with FileLock(root / f"{mode}.lock"):
+            if not out.exists():
+                # What the example was before: a test compares it with what it is afterwards.
+                (root / f"{mode}-before.json").write_text(json.dumps(digests(EXAMPLE)))
+                vlmguard.export(SOURCE, out, spec=wishes[mode])
+        return out
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def raw_directions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with the SSD of every layer of the tiny VLM, and nothing calibrated."""
+    path = tmp_path_factory.mktemp("directions") / "raw.safetensors"
+    vlmguard.extract_directions(SOURCE, path)
+    return path
