@@ -29,6 +29,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from ..graphs.errors import ExtraMissing, GuardError, ModelUnreadable, OutputRefused
+from ..graphs.package import COMPANIONS
 from ..graphs.static_proof import Check
 from .checkpoint_families import PAST, SEQUENCE, TOTAL, Family, Part, find_family, parts_of
 from .checkpoint_parity import answer_with_torch, check_parity, require_onnxruntime
@@ -42,24 +43,6 @@ OPSETS = range(18, 24)
 DEFAULT_OPSET = 18  # the oldest, for the widest choice of runtimes
 # protobuf cannot hold 2 GiB; half of that leaves room for whoever adds to the file.
 EXTERNAL_DATA_ABOVE = 1 << 30
-
-# What apps read beside the graphs. A list of names, not "all but weights": a checkpoint folder holds anything.
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-)
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 

@@ -104,13 +104,13 @@ class Guide:
             )
         return path, read_anchors(path)
 
-    def extracted(self, pairs: Sequence[AnchorPair]) -> Directions:
-        """The SSD of every layer."""
+    def extracted(self, pairs: Sequence[AnchorPair], rank: int | None = None) -> Directions:
+        """The SSD of every layer; without a rank, as many rows as a calibration may want to try."""
         return extract_all_layers(
             self.running(),
             self.anatomy,
             pairs,
-            rank=max(EXTRACTED_RANK, self.spec.rank or 0),
+            rank=rank or max(EXTRACTED_RANK, self.spec.rank or 0),
             progress=lambda done, total: self.tell("extracting directions", done, total),
         )
 

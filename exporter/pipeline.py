@@ -200,7 +200,7 @@ def extract_directions(
         anatomy = dissect(package.load_decoder(), package.expected_layers)
         guide = Guide(package, beside, anatomy, spec, DEFAULT_BUDGET, force, tell)
         if calibrate_for is None:
-            found = guide.extracted(guide.pairs(anchors)[1])
+            found = guide.extracted(guide.pairs(anchors)[1], rank)
         else:
             found = guide.calibrated(anchors, calibration).directions
         write_file(output, directions_bytes(found))

@@ -26,7 +26,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
-from .errors import DirectionMismatch
+from .errors import DirectionMismatch, first_line
 from .spec import LARGEST_TAU, MAX_RANK, MODES
 
 SCHEMA = "vlmguard.directions/1"
@@ -177,8 +177,9 @@ def _read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         with safe_open(str(path), framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DirectionMismatch(f"{path}: is not a safetensors file ({reason}); extract the directions again") from None
+        raise DirectionMismatch(
+            f"{path}: is not a safetensors file ({first_line(error)}); extract the directions again"
+        ) from None
 
 
 def _numbers(path: Path, metadata: dict[str, str], key: str) -> tuple[int, ...]:

@@ -45,3 +45,9 @@ class ExtraMissing(GuardError):
 
 class OutputRefused(GuardError):
     """The output folder exists, or cannot be written."""
+
+
+def first_line(error: BaseException) -> str:
+    """Somebody else's error as a clause of one of our sentences: its first line, not endless, never empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip()[:160] if lines else type(error).__name__

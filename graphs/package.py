@@ -23,7 +23,7 @@ from typing import Any, Literal
 import onnx
 import onnx_ir as ir
 
-from .errors import GuardError, ModelUnreadable
+from .errors import GuardError, ModelUnreadable, first_line
 
 Layout = Literal["onnx-community", "genai", "bare"]
 
@@ -109,7 +109,7 @@ class ModelPackage:
         """A number about the text decoder: from `config.json`, else from `genai_config.json`."""
         config = self.config
         genai = self.root / "genai_config.json"
-        model = read_json(genai).get("model") if genai.is_file() else None
+        model = read_json(genai).get("model")
         decoder = model.get("decoder") if isinstance(model, dict) else None
         for part in (config.get("text_config"), config.get("llm_config"), config, decoder):
             for key in keys:
@@ -286,7 +286,7 @@ def load_graph(path: Path) -> ir.Model:
     try:
         model = ir.load(str(path))
     except Exception as error:  # protobuf, onnx_ir and the OS each have exceptions of their own
-        raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated ({_first_line(error)})") from None
+        raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated ({first_line(error)})") from None
     if not len(model.graph) or not model.graph.outputs:
         raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated (no nodes or no outputs)")
     if not model.opset_imports:  # they stand behind the graph: a file that was cut there still parses
@@ -350,26 +350,24 @@ def _require_data(path: Path, tensor: ir.ExternalTensor) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:160] if text else type(error).__name__
-
-
 # Small files
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """The object in a JSON file, `{}` if there is no such file.
 
     Raises:
-        ModelUnreadable: not JSON, or not an object.
+        ModelUnreadable: it is not JSON, or not an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelUnreadable(f"{path}: is not readable JSON ({_first_line(error)}); fix or remove it") from None
+        raise ModelUnreadable(f"{path}: cannot be read ({first_line(error)}); copy it from the model again") from None
     if not isinstance(content, dict):
-        raise ModelUnreadable(f"{path}: holds {type(content).__name__}, expected an object; fix or remove it")
+        kind = type(content).__name__
+        raise ModelUnreadable(f"{path}: holds a {kind}, expected an object; copy it from the model again")
     return content
 
 

@@ -33,7 +33,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer
 
-from ..graphs.errors import GuardError, ModelUnreadable, PromptsUnusable
+from ..graphs.errors import GuardError, ModelUnreadable, PromptsUnusable, first_line
+from ..graphs.package import read_json
 
 # The names that templates may use, as transformers' `special_tokens_map` has them.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -268,24 +269,6 @@ class FolderConfigs:
         return next((number for number in found if isinstance(number, int)), None)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, `{}` if there is no such file.
-
-    Raises:
-        ModelUnreadable: it is not JSON, or not an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelUnreadable(f"{path}: cannot be read ({_first_line(error)}); copy it from the model again") from None
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise ModelUnreadable(f"{path}: holds a {kind}, expected an object; copy it from the model again")
-    return content
-
-
 def open_tokenizer(folder: Path) -> Tokenizer:
     """tokenizer.json, with the truncation and padding that a training run may have left in it switched off.
 
@@ -303,7 +286,7 @@ def open_tokenizer(folder: Path) -> Tokenizer:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ModelUnreadable(
-            f"{path}: is not a tokenizer that can be read ({_first_line(error)}); copy it from the model again"
+            f"{path}: is not a tokenizer that can be read ({first_line(error)}); copy it from the model again"
         ) from None
     tokenizer.no_truncation()  # a prompt cut short is another prompt
     tokenizer.no_padding()
@@ -321,7 +304,7 @@ def find_template(folder: Path, configs: FolderConfigs) -> str | None:
     try:
         jinja = file.read_text(encoding="utf-8") if file.is_file() else None
     except (OSError, ValueError) as error:
-        raise ModelUnreadable(f"{file}: cannot be read ({_first_line(error)}); copy it from the model again") from None
+        raise ModelUnreadable(f"{file}: cannot be read ({first_line(error)}); copy it from the model again") from None
     of_processor = (configs.processor.get("chat_template"), legacy)
     of_tokenizer = (jinja, configs.tokenizer.get("chat_template"))
     order = (*of_processor, *of_tokenizer) if configs.multimodal else (*of_tokenizer, *of_processor)
@@ -348,10 +331,6 @@ def _default_template(folder: Path, template: Any) -> str:
 def _table(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = config.get(key)
     return value if isinstance(value, dict) else {}
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------------------- special tokens
@@ -386,7 +365,7 @@ def _added_tokens(folder: Path, decoder: Mapping[str, Any]) -> list[AddedToken]:
     try:
         return [AddedToken(**entry) for _, entry in sorted(decoder.items(), key=lambda item: int(item[0]))]
     except (TypeError, ValueError) as error:
-        reason = f"added_tokens_decoder in {folder / 'tokenizer_config.json'} is malformed ({_first_line(error)})"
+        reason = f"added_tokens_decoder in {folder / 'tokenizer_config.json'} is malformed ({first_line(error)})"
         raise ModelUnreadable(f"{reason}; copy the tokenizer of the model again") from None
 
 
@@ -522,7 +501,7 @@ class ChatTemplate:
             compiled = environment.from_string(source)
         except (TemplateError, RecursionError) as error:
             raise ModelUnreadable(
-                f"{folder}: its chat template is malformed ({_first_line(error)}); copy it from the model again"
+                f"{folder}: its chat template is malformed ({first_line(error)}); copy it from the model again"
             ) from None
         written = [node.data for node in tree.find_all(nodes.TemplateData)]
         constants = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
@@ -544,7 +523,7 @@ class ChatTemplate:
             )
         except Exception as error:  # whatever a stranger's program raises is a fact about that program
             raise ModelUnreadable(
-                f"{self.folder}: its chat template fails ({_first_line(error)}); "
+                f"{self.folder}: its chat template fails ({first_line(error)}); "
                 "use the chat template that belongs to this model"
             ) from None
 

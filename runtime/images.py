@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..graphs.errors import GuardError, ModelUnreadable
-from .chat import read_json
+from ..graphs.errors import GuardError, ModelUnreadable, first_line
+from ..graphs.package import read_json
 
 # Above it a picture is refused before it is decoded: 50 million RGB pixels are 150 MB, and more helps no vision tower.
 MAX_PIXELS = 50_000_000
@@ -279,7 +279,7 @@ def open_image(source: Image.Image | Path | str) -> Image.Image:
         try:
             return _to_rgb(source)
         except Exception as error:  # Pillow decodes late: a damaged file shows only now
-            raise GuardError(f"the image cannot be read ({_reason(error)}); save it again as PNG or JPEG") from None
+            raise GuardError(f"the image cannot be read ({first_line(error)}); save it again as PNG or JPEG") from None
     path = Path(source)
     if not path.is_file():
         raise GuardError(f"{path}: no such image file; name a {', '.join(FORMATS)} file")
@@ -296,12 +296,8 @@ def open_image(source: Image.Image | Path | str) -> Image.Image:
         raise GuardError(f"{path}: the image has more than {MAX_PIXELS:,} pixels; scale it down first") from None
     except Exception as error:  # decoders fail on damaged files with whatever Python raises at that byte
         raise GuardError(
-            f"{path}: is not an image that can be read ({_reason(error)}); save it again as PNG or JPEG"
+            f"{path}: is not an image that can be read ({first_line(error)}); save it again as PNG or JPEG"
         ) from None
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

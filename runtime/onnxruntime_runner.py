@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from ..graphs.errors import ExtraMissing, ModelUnreadable
+from ..graphs.errors import ExtraMissing, ModelUnreadable, first_line
 from .runners import Port
 
 if TYPE_CHECKING:
@@ -61,8 +61,9 @@ class OnnxRuntimeRunner:
             self._session = runtime.InferenceSession(source, options, providers=list(chosen))
         except Exception as error:  # onnxruntime raises a family of its own, not exported under one name
             where = "the graph" if isinstance(graph, bytes) else str(graph)
-            reason = str(error).splitlines()[0][:300]
-            raise ModelUnreadable(f"{where}: onnxruntime cannot open it ({reason}); is the file complete?") from None
+            raise ModelUnreadable(
+                f"{where}: onnxruntime cannot open it ({first_line(error)}); is the file complete?"
+            ) from None
         self.inputs = {port.name: _port(port) for port in self._session.get_inputs()}
         self.outputs = {port.name: _port(port) for port in self._session.get_outputs()}
 

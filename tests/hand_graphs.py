@@ -6,8 +6,9 @@ to the logits. Odd graphs are written in ONNX's own text (`text_model`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from vlmguard.graphs.package import graph_bytes
 from vlmguard.graphs.plan import GuardPlan, plan_guard
 from vlmguard.graphs.rewrite import GuardReport, rewrite
 from vlmguard.graphs.scribe import IR_DTYPES, NUMPY_DTYPES
-from vlmguard.graphs.spec import GuardSpec
+from vlmguard.graphs.spec import MODES, POSITIONS, GuardSpec
 
 Kind = Literal["add", "skip_norm", "skip_norm_bias"]
 KINDS: tuple[Kind, ...] = ("add", "skip_norm", "skip_norm_bias")
@@ -215,6 +216,14 @@ def uncalibrated(layers: Iterable[int] = (0,), rank: int = 2, width: int = WIDTH
     """An SSD alone, as extraction gives it."""
     only = {number: LayerDirections(orthonormal(rank, width, number)) for number in layers}
     return Directions(width=width, layers=only, **changes)
+
+
+def all_guards() -> Iterator[GuardSpec]:
+    """Every mode at every position, and the other lowering."""
+    for mode, positions in product(MODES, POSITIONS):
+        yield GuardSpec(mode=mode, positions=positions)  # type: ignore[arg-type]
+    for positions in POSITIONS:
+        yield GuardSpec(mode="project", positions=positions, lowering="dense")  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

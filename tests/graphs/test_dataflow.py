@@ -250,8 +250,9 @@ def test_a_skip_norm_is_a_sum_and_the_norm_of_that_sum(operator: str) -> None:
     assert [v.name for v in flow.dominator_chain(flow.vertices[0], flow.vertices[-1])] == ["x", "s", "y"]
 
 
-def test_the_sum_of_a_skip_norm_without_output_3_is_virtual() -> None:
-    flow = fused("n", "n")
+@pytest.mark.parametrize("outputs", ["n", "n, mean", "n, mean, deviation"])
+def test_the_sum_of_a_skip_norm_without_output_3_is_virtual(outputs: str) -> None:
+    flow = fused(outputs, "n")
     assert names(flow) == ["x", "b", "sum of n", "n", "y"]
     assert flow.vertices[2].value is None and flow.vertices[2].is_sum
     assert flow.sum_vertex(next(iter(flow.graph))) is flow.vertices[2]

@@ -350,9 +350,9 @@ def test_a_genai_config_that_is_no_object_is_refused(tmp_path: Path, content: st
     path = tmp_path / "genai_config.json"
     sentence = refusal(lambda: open_package(tmp_path))
     if content == "[]":
-        assert sentence == f"{path}: holds list, expected an object; fix or remove it"
+        assert sentence == f"{path}: holds a list, expected an object; copy it from the model again"
     else:
-        assert sentence.startswith(f"{path}: is not readable JSON (") and sentence.endswith("); fix or remove it")
+        assert sentence.startswith(f"{path}: cannot be read (") and sentence.endswith("); copy it from the model again")
 
 
 # ----------------------------------------------------------------------------------------------------------- what configs say
@@ -381,7 +381,7 @@ def test_numbers_about_the_text_decoder(
 def test_json_that_is_none_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(b"\xff{}")
-    assert refusal(lambda: read_json(path)).startswith(f"{path}: is not readable JSON (")
+    assert refusal(lambda: read_json(path)).startswith(f"{path}: cannot be read (")
     path.write_text('{"a": 1}')
     assert read_json(path) == {"a": 1}
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from hand_graphs import (
     WIDTH,
     Guarded,
     Kind,
+    all_guards,
     copy_of,
     decoder,
     directions,
@@ -31,19 +31,25 @@ from zoo.makers import ZooModel
 
 from vlmguard.graphs import reference
 from vlmguard.graphs.anatomy import dissect
-from vlmguard.graphs.directions import Directions
+from vlmguard.graphs.directions import Directions, LayerDirections
 from vlmguard.graphs.errors import GuardError, GuardIncomplete
-from vlmguard.graphs.package import external_files, graph_bytes, load_graph, open_package, save_graph
-from vlmguard.graphs.plan import SUPERVISOR_INPUT, plan_guard
+from vlmguard.graphs.package import ModelPackage, external_files, graph_bytes, load_graph, open_package, save_graph
+from vlmguard.graphs.plan import SUPERVISOR_INPUT, GuardPlan, plan_guard
 from vlmguard.graphs.rewrite import rewrite
-from vlmguard.graphs.spec import MODES, POSITIONS, GuardSpec
+from vlmguard.graphs.spec import POSITIONS, GuardSpec
 from vlmguard.graphs.static_proof import guard_dominates, prove_structure, same_graph
 from vlmguard.graphs.strip import strip_guard
-from vlmguard.graphs.taps import tap_guard, tap_last_token
 
 pytest.importorskip("onnxruntime")
 
+from zoo.oracle import SLACK
+
+from vlmguard.exporter.prove import prove_by_running, random_inputs
+from vlmguard.runtime.decoder import open_decoder
+
 Zoo = Callable[[str], ZooModel]
+Feeds = dict[str, np.ndarray]
+Execute = Callable[[Feeds], Feeds]
 MIDDLE, LAST = 1, 3
 
 
@@ -104,34 +110,46 @@ ROWS = (
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_a_real_export_is_guarded_and_proved(zoo: Zoo, row: Row, tmp_path: Path) -> None:
-    from vlmguard.exporter.prove import prove_by_running, random_inputs
-    from vlmguard.runtime.decoder import open_decoder
-
     model = zoo(row.name)
     package = open_package(model.path)
-    graph = package.load_decoder()
+    graph, source = package.load_decoder(), package.load_decoder()
+    dissect(source)
     guarded = guard_model(graph, directions_for(row, model), row.spec)
+    assert_counted(row, guarded, source)
+    staged = saved_beside_its_weights(graph, package, tmp_path)
+    assert_proved(row, model, package, staged, source, guarded)
+    assert_equals_hooks(row, model, guarded.plan, open_decoder(package, staged).runner.run)
+    stripped = load_graph(staged)
+    strip_guard(stripped)
+    assert same_graph("stripped", source, stripped).note == ""
+
+
+def assert_counted(row: Row, guarded: Guarded, source: ir.Model) -> None:
     report = guarded.report
     assert report.layers == (MIDDLE, LAST)
     assert (report.node_count, len(report.initializers)) == (row.nodes, row.initializers)
     assert tuple(site.readers for site in report.sites) == row.readers
+    assert len(guarded.model.graph) == len(source.graph) + row.nodes
 
-    staged = tmp_path / "model.onnx"
+
+def saved_beside_its_weights(graph: ir.Model, package: ModelPackage, folder: Path) -> Path:
+    staged = folder / package.decoder.name
     save_graph(graph, staged)
     for data in external_files(package.decoder):
-        shutil.copyfile(data, tmp_path / data.name)
-    source = package.load_decoder()
-    dissect(source)
-    assert len(load_graph(staged).graph) == len(source.graph) + row.nodes
-    checks = prove_structure(source, load_graph(staged), guarded.anatomy, guarded.plan, report)
+        shutil.copyfile(data, folder / data.name)
+    return staged
+
+
+def assert_proved(
+    row: Row, model: ZooModel, package: ModelPackage, staged: Path, source: ir.Model, guarded: Guarded
+) -> None:
+    """Every check of the proof holds for the file as it would ship."""
+    plan, report = guarded.plan, guarded.report
+    checks = prove_structure(source, load_graph(staged), guarded.anatomy, plan, report)
     inputs = random_inputs(open_decoder(package), model.width, 299, pads=model.padding == "left")
-    checks += prove_by_running(package, staged, guarded.plan, report, inputs)
+    checks += prove_by_running(package, staged, plan, report, inputs)
     assert [check for check in checks if not check.ok] == []
     assert len(checks) == (7 if row.mode == "project" else 8)
-    assert_equals_hooks(model, guarded, open_decoder(package, staged).runner.run)
-    stripped = load_graph(staged)
-    strip_guard(stripped)
-    assert same_graph("stripped", source, stripped).note == ""
 
 
 def directions_for(row: Row, model: ZooModel) -> Directions:
@@ -144,7 +162,7 @@ def directions_for(row: Row, model: ZooModel) -> Directions:
     return Directions(model.width, layers, alpha=1.5)
 
 
-def gate_scores(row: Row, model: ZooModel, layers: dict, number: int) -> np.ndarray:
+def gate_scores(row: Row, model: ZooModel, layers: dict[int, LayerDirections], number: int) -> np.ndarray:
     """What the gate of a layer reads in torch, with the layers below it guarded already."""
     from zoo.truth import recorded_layers
 
@@ -157,7 +175,7 @@ def gate_scores(row: Row, model: ZooModel, layers: dict, number: int) -> np.ndar
     return scores[edited_tokens(row, model, feeds)]
 
 
-def edited_tokens(row: Row, model: ZooModel, feeds: dict[str, np.ndarray]) -> np.ndarray:
+def edited_tokens(row: Row, model: ZooModel, feeds: Feeds) -> np.ndarray:
     counted = model.counted(feeds)
     return counted if row.positions == "all" else reference.last_token(counted)[..., 0] == 1
 
@@ -170,15 +188,15 @@ def widest_gap(scores: list[float]) -> float:
     return float(np.float32(middle[at : at + 2].mean()))
 
 
-def numbers_of(layer) -> reference.LayerGuard:
+def numbers_of(layer: LayerDirections) -> reference.LayerGuard:
     return reference.LayerGuard(layer.ssd, layer.origin, layer.target, layer.readout, layer.threshold, 1.5)
 
 
-def prompt(model: ZooModel) -> dict[str, np.ndarray]:
+def prompt(model: ZooModel) -> Feeds:
     return model.make_feeds(batch=4, sequence=7, pad=3)
 
 
-def hooked(model: ZooModel, layers: dict, row: Row, feeds: dict[str, np.ndarray], supervisor: np.ndarray | None):
+def hooked(model: ZooModel, layers: dict, row: Row, feeds: Feeds, supervisor: np.ndarray | None):
     import torch
     from torch_hooks import HookedGuard
 
@@ -190,16 +208,18 @@ def hooked(model: ZooModel, layers: dict, row: Row, feeds: dict[str, np.ndarray]
     return guard.attached(model.torch_decoder.layers)
 
 
-def assert_equals_hooks(model: ZooModel, guarded: Guarded, execute: Callable) -> None:
-    """The guarded graph's logits are those of the torch model with hooks, and not those without."""
-    from zoo.oracle import SLACK
+def supervisor_for(row: Row) -> np.ndarray | None:
+    """`[batch, layers, rank]`: every pair of open and closed gates."""
+    if row.mode != "supervise":
+        return None
+    coordinates = np.random.default_rng(0).normal(size=(4, 2, 2)).astype(np.float32)
+    coordinates[:, :, 0] = [(1, -1), (-1, 1), (-1, -1), (1, 1)]
+    return coordinates
 
-    feeds, plan = prompt(model), guarded.plan
-    row = Row(model.name, plan.mode, plan.positions, 0, 0, (0, 0))
-    supervisor = None
-    if plan.mode == "supervise":
-        supervisor = np.random.default_rng(0).normal(size=(4, 2, 2)).astype(np.float32)
-        supervisor[:, :, 0] = [(1, -1), (-1, 1), (-1, -1), (1, 1)]
+
+def assert_equals_hooks(row: Row, model: ZooModel, plan: GuardPlan, execute: Execute) -> None:
+    """The guarded graph's logits are those of the torch model with hooks, and not those without."""
+    feeds, supervisor = prompt(model), supervisor_for(row)
     extra = {} if supervisor is None else {SUPERVISOR_INPUT: supervisor}
     found = execute(feeds | extra)["logits"].astype(np.float32)
     unguarded = model.logits(feeds)
@@ -211,61 +231,6 @@ def assert_equals_hooks(model: ZooModel, guarded: Guarded, execute: Callable) ->
     assert moved[counted].max() > 2 * SLACK * model.tolerance
     if plan.mode != "project" and plan.positions == "last":  # else each token sees those before it, which were edited
         assert (moved[edited_tokens(row, model, feeds)] == 0).any()
-
-
-# ------------------------------------------------------------------------------------------------------------- and back again
-
-
-def all_guards() -> Iterator[GuardSpec]:
-    for mode, positions in product(MODES, POSITIONS):
-        yield GuardSpec(mode=mode, positions=positions)  # type: ignore[arg-type]
-    for positions in POSITIONS:
-        yield GuardSpec(mode="project", positions=positions, lowering="dense")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("hidden", [True, False], ids=["sum-is-output", "sum-is-inside"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_stripped_graph_is_the_source(kind: Kind, hidden: bool) -> None:
-    for spec in all_guards():
-        for mask, dtype in ((True, "float32"), (False, "float16")):
-            source = decoder(kind, 3, dtype, mask, hidden=hidden)
-            model = decoder(kind, 3, dtype, mask, hidden=hidden)
-            guard_model(model, directions((0, 2)), spec)
-            stripped = copy_of(model)
-            assert not same_graph("guarded", copy_of(source), stripped).ok
-            strip_guard(stripped)
-            check = same_graph("stripped", copy_of(source), stripped)
-            assert check.ok, (spec, check.note)
-            assert not any(key.startswith("vlmguard") for key in stripped.metadata_props)
-            assert graph_bytes(stripped) == graph_bytes(copy_of(source))
-
-
-def test_stripping_twice_is_refused() -> None:
-    model = decoder()
-    sentence = "the decoder carries no guard; it was never guarded, or the guard was removed"
-    for _ in range(2):
-        with pytest.raises(GuardIncomplete) as refusal:
-            strip_guard(model)
-        assert str(refusal.value) == sentence
-        guard_model(model, directions(), GuardSpec())
-        strip_guard(model)
-
-
-def test_a_guard_that_leads_nowhere_is_not_stripped() -> None:
-    model = guard_model(decoder(), directions(), GuardSpec(mode="project", positions="all")).model
-    node_called(model, "vlmguard/layer_0/guarded").replace_input_with(0, value_called(model, "vlmguard/layer_0/delta"))
-    with pytest.raises(GuardIncomplete) as refusal:
-        strip_guard(model)
-    assert str(refusal.value) == "guard node 'hidden' does not lead back to the value it guards; export again"
-
-
-def test_what_the_guard_did_besides_is_not_undone() -> None:
-    """Tampering with what is not the guard's stays where a comparison sees it."""
-    model = guard_model(decoder(layers=2), directions(), GuardSpec()).model
-    node_called(model, "make layer_1_scores").replace_input_with(0, value_called(model, "layer_0_branch"))
-    strip_guard(model)
-    check = same_graph("stripped", decoder(layers=2), model)
-    assert (check.ok, check.note) == (False, "node 'make layer_1_scores' differs")
 
 
 # --------------------------------------------------------------------------------------------------- outputs that are the sum
@@ -326,53 +291,6 @@ def test_a_body_that_captures_the_sum_reads_the_guard() -> None:
     assert np.abs(found @ directions(width=8).layers[0].ssd.T).max() < 1e-5
     strip_guard(model)
     assert same_graph("stripped", source, model).ok
-
-
-# ---------------------------------------------------------------------------------------- a layer that reads the one below it
-
-SIDE_BY_SIDE = {
-    # attention and MLP in one sum: the residual of layer 1 is the very sum that is guarded at layer 0
-    "plain": "h1 = Add(h0, both)",
-    # the same after a fusion that began with the second layer
-    "fused": "n1, mean, deviation, h1 = com.microsoft.SkipSimplifiedLayerNormalization(h0, both, g)",
-    "fused, swapped": "n1, mean, deviation, h1 = com.microsoft.SkipSimplifiedLayerNormalization(both, h0, g)",
-}
-
-
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("second", SIDE_BY_SIDE.values(), ids=SIDE_BY_SIDE)
-def test_guards_of_neighbouring_layers_add_up(second: str, positions: str) -> None:
-    text = f"""
-        g (float[B, S, 8] x) => (float[B, S, 8] y) <float[8, 8] w, float[8] g> {{
-            t0 = Transpose <perm = [0, 2, 1]> (x)
-            s0 = MatMul(x, t0)
-            p0 = Softmax <axis = -1> (s0)
-            a0 = MatMul(p0, x)
-            h0 = Add(x, a0)
-            t1 = Transpose <perm = [0, 2, 1]> (h0)
-            s1 = MatMul(h0, t1)
-            p1 = Softmax <axis = -1> (s1)
-            a1 = MatMul(p1, h0)
-            m1 = Sin(h0)
-            both = Add(a1, m1)
-            {second}
-            y = MatMul(h1, w)
-        }}
-    """
-    model = text_model(text)
-    made = guard_model(model, directions((0, 1), width=8), GuardSpec(mode="restore", tau=-100.0, positions=positions))  # type: ignore[arg-type]
-    checks = prove_structure(text_model(text), model, made.anatomy, made.plan, made.report)
-    assert [check.note for check in checks if not check.ok] == []
-    names = tap_guard(model, made.plan, made.report)
-    outputs = run(model, {"x": np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)})
-    selected = np.array([0.0, 0.0, 1.0])[None, :, None] if positions == "last" else None
-    for site, (raw, guarded) in zip(made.plan.sites, names, strict=True):
-        expected = reference.guard("restore", site.guard, outputs[raw].astype(np.float64), selected=selected)
-        np.testing.assert_allclose(outputs[guarded], expected, atol=1e-5)
-    # what layer 1 starts from is what the guard of layer 0 gave
-    first = outputs[names[0][1]].astype(np.float64)
-    shares = np.exp(scores := first @ first.transpose(0, 2, 1)) / np.exp(scores).sum(axis=-1, keepdims=True)
-    np.testing.assert_allclose(outputs[names[1][0]], first + shares @ first + np.sin(first), rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------- what is written down
@@ -520,19 +438,8 @@ def test_a_guarded_graph_is_not_guarded_again(kind: Kind) -> None:
 
 
 def test_a_plan_without_layers_guards_nothing_and_says_so() -> None:
-    from dataclasses import replace
-
     model = decoder()
     plan = replace(plan_guard(model, dissect(model), directions(), GuardSpec(mode="project")), sites=())
     with pytest.raises(GuardIncomplete) as refusal:
         rewrite(model, plan)
     assert str(refusal.value) == "planned layers (), guarded (); nothing was written"
-
-
-def test_taps_of_a_graph_that_was_not_dissected_are_refused() -> None:
-    from vlmguard.graphs.errors import AnatomyNotFound
-
-    anatomy = dissect(decoder(layers=2))
-    with pytest.raises(AnatomyNotFound) as refusal:
-        tap_last_token(decoder(layers=1), anatomy.sites)
-    assert str(refusal.value) == "layer 0: no node makes 'layer_0_sum'; was this graph dissected?"

@@ -1,0 +1,365 @@
+"""`export`, stage by stage: what guides it, what it writes and where, and that a failure leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from random_directions import random_directions, write_directions
+from tiny_vlm_paths import ANCHORS, CALIBRATION, DECODER, SOURCE, Guarded, digests
+
+import vlmguard
+from vlmguard.exporter import guide as guide_module
+from vlmguard.exporter import pipeline
+from vlmguard.exporter.pipeline import export, extract_directions, inspect
+from vlmguard.exporter.prompts import read_anchors
+from vlmguard.graphs.directions import read_directions
+from vlmguard.graphs.errors import DirectionMismatch, GuardError, OutputRefused, PromptsUnusable, ProofFailed
+from vlmguard.graphs.manifest import read_manifest, require_intact
+from vlmguard.graphs.package import sha256_file
+from vlmguard.graphs.spec import GuardSpec
+
+pytest_plugins = ("tiny_vlm_fixtures", "zoo_fixtures")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of the tiny VLM that may be changed, with nothing beside it."""
+    return shutil.copytree(SOURCE, tmp_path / "models" / "tiny")
+
+
+@pytest.fixture
+def directions(guarded: Guarded) -> Path:
+    return guarded("restore") / "directions.safetensors"
+
+
+def refusal(error: type[GuardError], call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    with pytest.raises(error) as caught:
+        call(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------- writing
+
+
+def test_out_has_the_files_of_the_model_and_two_more(source: Path, directions: Path) -> None:
+    result = export(source, directions=directions)
+    assert result.out == source.parent / "tiny-guarded" and result.written
+    before, after = digests(source), digests(result.out)
+    assert after.keys() == before.keys() | {"directions.safetensors", "guard.json"}
+    assert [name for name in before if after[name] != before[name]] == [DECODER]
+    manifest = read_manifest(result.out)
+    assert require_intact(result.out, manifest) == len(after) - 1
+    assert manifest.plan == result.plan.to_json() and manifest.report == result.report.to_json()
+    assert manifest.proof == [check.to_json() for check in result.proof] and all(check.ok for check in result.proof)
+    assert manifest.source == {"decoder": Path(DECODER).name, "sha256": before[DECODER], "external_data": {}}
+    assert manifest.calibration is None and manifest.versions["vlmguard"] == vlmguard.__version__
+
+
+def test_the_plan_says_what_the_report_says_was_done(source: Path, directions: Path) -> None:
+    result = export(source, directions=directions, spec=GuardSpec(positions="all"))
+    names = {node.name for node in onnx.load(result.out / DECODER).graph.node if node.name.startswith("vlmguard/")}
+    assert result.report is not None and result.report.node_count == len(names) > 0
+    assert result.plan.layers == result.report.layers == read_directions(directions).recommended_layers
+    assert result.plan.positions == "all"
+
+
+def test_a_dry_run_plans_the_same_and_writes_nothing(source: Path, directions: Path) -> None:
+    before = digests(source.parent.parent)
+    dry = export(source, directions=directions, dry_run=True)
+    assert digests(source.parent.parent) == before and list(source.parent.iterdir()) == [source]
+    assert (dry.written, dry.report, dry.proof) == (False, None, ())
+    assert dry.plan.to_json() == export(source, directions=directions).plan.to_json()
+
+
+def test_an_existing_out_is_refused_before_any_work(
+    source: Path, directions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    monkeypatch.setattr(pipeline, "dissect", lambda *_: pytest.fail("worked before looking"))
+    assert refusal(OutputRefused, export, source, out, directions=directions) == (
+        f"{out}: exists already; choose another OUT, or replace it with --force"
+    )
+    assert (out / "mine.txt").read_text() == "keep"
+
+
+def test_force_replaces_out_as_a_whole(source: Path, directions: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.onnx").write_bytes(b"an unguarded decoder that must not stay")
+    export(source, out, directions=directions, force=True)
+    assert not (out / "old.onnx").exists()
+    require_intact(out, read_manifest(out))
+
+
+@pytest.mark.parametrize("out", [".", "..", "onnx", "sub/out"])
+def test_out_can_neither_be_nor_hold_nor_lie_in_the_model(source: Path, directions: Path, out: str) -> None:
+    before = digests(source)
+    target = source / out
+    for force in (False, True):
+        assert refusal(OutputRefused, export, source, target, directions=directions, force=force) == (
+            f"{target}: would overwrite or lie inside the model {source}; choose a folder beside it"
+        )
+    assert digests(source) == before
+
+
+def test_a_failed_proof_leaves_nothing(source: Path, directions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of OUT, nothing of the hidden folder that it is made in."""
+
+    def save_tampered(model: Any, path: Path) -> None:
+        name = next(name for name in model.graph.initializers if name.endswith("/ssd"))
+        value = model.graph.initializers[name]
+        value.const_value = vlmguard_tensor(-value.const_value.numpy(), name)
+        save(model, path)
+
+    save = pipeline.save_graph
+    monkeypatch.setattr(pipeline, "save_graph", save_tampered)
+    sentence = refusal(ProofFailed, export, source, directions=directions)
+    assert sentence.startswith("the proof failed at 'guarded states equal the numpy reference'")
+    assert list(source.parent.iterdir()) == [source]
+
+
+def vlmguard_tensor(array: np.ndarray, name: str) -> Any:
+    import onnx_ir as ir
+
+    return ir.Tensor(array, name=name)
+
+
+def test_other_decoders_of_the_folder_are_left_out(source: Path, directions: Path) -> None:
+    """They would be unguarded models in a folder that says it is guarded; what is hidden or ours is not copied either."""
+    shutil.copyfile(source / DECODER, source / "onnx" / "decoder_model_merged_q4.onnx")
+    shutil.copyfile(source / DECODER, source / "onnx" / "embed_tokens_extra.onnx")
+    for name in (".hidden", "guard.json", "model.safetensors"):
+        (source / name).write_text("{}")
+    result = export(source, directions=directions)
+    written = digests(result.out)
+    assert "onnx/decoder_model_merged_q4.onnx" not in written and ".hidden" not in written
+    assert "model.safetensors" not in written and read_manifest(result.out).decoder == DECODER
+    assert "onnx/embed_tokens_extra.onnx" in written
+    note = "left out, because they would be unguarded decoders: onnx/decoder_model_merged_q4.onnx"
+    assert note in result.plan.notes
+
+
+def test_a_variant_is_guarded_under_its_own_name(source: Path, directions: Path) -> None:
+    (source / DECODER).rename(source / "onnx" / "decoder_model_merged_fp16.onnx")
+    shutil.copyfile(
+        source / "onnx" / "decoder_model_merged_fp16.onnx", source / "onnx" / "decoder_model_merged_q4.onnx"
+    )
+    result = export(source, variant="q4", directions=directions)
+    assert [p.name for p in (result.out / "onnx").glob("decoder*")] == ["decoder_model_merged_q4.onnx"]
+    sentence = refusal(GuardError, export, source, source.parent / "x", variant="int8", directions=directions)
+    assert sentence == (
+        f"{source / 'onnx'}: variant 'int8' of decoder_model_merged was asked for, found 'fp16', 'q4'; name one"
+    )
+
+
+def test_a_bare_decoder_without_a_tokenizer_is_guarded(zoo: Callable[[str], Any], tmp_path: Path) -> None:
+    """Named after its file, beside it; the proof runs on seeded numbers, since nobody can read words."""
+    path = tmp_path / "decoder.onnx"
+    shutil.copyfile(zoo("llava-torchscript-fp32").path, path)
+    file = write_directions(tmp_path / "d.safetensors", random_directions(64, [1, 2]))
+    result = export(path, directions=file)
+    assert result.out == tmp_path / "decoder-guarded"
+    assert digests(result.out).keys() == {"decoder.onnx", "directions.safetensors", "guard.json"}
+    assert "seeded random inputs (the model has no tokenizer)" in result.proof[4].note
+    assert vlmguard.verify(result.out, path).ok
+
+
+def test_a_genai_folder_keeps_its_files_and_its_weights(zoo: Callable[[str], Any], tmp_path: Path) -> None:
+    source = zoo("llama-genai-fp32").folder
+    file = write_directions(tmp_path / "d.safetensors", random_directions(64, [0, 3]))
+    result = export(source, tmp_path / "out", directions=file)
+    before, after = digests(source), digests(result.out)
+    assert after.keys() == before.keys() | {"directions.safetensors", "guard.json"}
+    assert [name for name in before if after[name] != before[name]] == ["model.onnx"]
+    assert read_manifest(result.out).source["external_data"] == {"model.onnx.data": before["model.onnx.data"]}
+    answer = vlmguard.GuardedVLM.open(result.out).generate("hello", max_new_tokens=3)
+    assert isinstance(answer, str)
+
+
+def test_those_who_watch_are_told_each_stage(source: Path, directions: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    export(source, directions=directions, watch=lambda *event: told.append(event))
+    assert told == [("proving", 0, 2), ("proving", 1, 2), ("proving", 2, 2), ("done", 1, 1)]
+
+
+# ------------------------------------------------------------------------------------------------------ what guides it
+
+
+def test_directions_are_found_beside_the_model(source: Path, directions: Path) -> None:
+    shutil.copyfile(directions, source / "directions.safetensors")
+    result = export(source)
+    assert result.calibration is None and result.plan.layers == read_directions(directions).recommended_layers
+    assert sha256_file(result.out / "directions.safetensors") == sha256_file(directions)
+
+
+def test_directions_of_another_decoder_are_refused_unless_forced(source: Path, directions: Path) -> None:
+    path = source / DECODER
+    model = onnx.load(path)
+    model.doc_string = "another file"
+    onnx.save(model, path)
+    expected, found = (sha256_file(p)[:12] for p in (SOURCE / DECODER, path))
+    assert refusal(DirectionMismatch, export, source, directions=directions) == (
+        f"{directions}: was extracted from another decoder file (its SHA-256 begins {expected}, this one's {found}); "
+        "extract them again, or use them all the same with --force"
+    )
+    assert export(source, directions=directions, force=True).written
+
+
+def test_directions_without_calibration_mean_a_projection_and_say_so(source: Path, raw_directions: Path) -> None:
+    plan = export(source, directions=raw_directions, dry_run=True).plan
+    assert plan.mode == "project" and plan.layers == tuple(read_directions(raw_directions).layers) == tuple(range(6))
+    assert plan.notes[:2] == (
+        "mode project: the directions carry an SSD alone; an uncalibrated projection may over-refuse or do nothing, so "
+        "evaluate it, or calibrate (give --anchors instead of --directions)",
+        "layers 0, 1, 2, 3, 4, 5: those of the directions file",
+    )
+
+
+@pytest.mark.parametrize("given", [{"anchors": ANCHORS}, {"calibration": CALIBRATION}])
+def test_what_would_be_ignored_is_refused(source: Path, directions: Path, given: dict) -> None:
+    """Somebody who gives anchors expects them to be used."""
+    assert refusal(GuardError, export, source, directions=directions, **given) == (
+        "--directions are taken as they are, so --anchors and --calibration would do nothing; leave out the one or the "
+        "others"
+    )
+
+
+class Reached(Exception):
+    """The calibrator was reached; what it was given is in `args`."""
+
+
+def reach_calibrator(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
+    """Stop at the calibrator; the anchors that were extracted from are kept."""
+    extracted: list[list[Any]] = []
+    real = guide_module.extract_all_layers
+
+    def stop(model: Any, anatomy: Any, directions: Any, prompts: Any, spec: Any, budget: float, watch: Any) -> Any:
+        raise Reached(prompts, spec, budget)
+
+    def keep(model: Any, anatomy: Any, pairs: Any, **options: Any) -> Any:
+        extracted.append(list(pairs))
+        return real(model, anatomy, pairs, **options)
+
+    monkeypatch.setattr(guide_module, "calibrate", stop)
+    monkeypatch.setattr(guide_module, "extract_all_layers", keep)
+    return extracted
+
+
+def test_a_third_of_the_anchors_is_kept_from_extraction(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no calibration prompts are at hand: no prompt is both extracted from and calibrated on."""
+    anchors = tmp_path / "anchors.jsonl"
+    anchors.write_text("\n".join(ANCHORS.read_text(encoding="utf-8").splitlines()[:12]))
+    extracted = reach_calibrator(monkeypatch)
+    with pytest.raises(Reached) as reached:
+        export(source, anchors=anchors, budget=0.07)
+    prompts, _, budget = reached.value.args
+    pairs = read_anchors(anchors)
+    assert extracted == [[pair for number, pair in enumerate(pairs) if number % 3]] and budget == 0.07
+    kept = {text for pair in pairs[::3] for text in (pair.harmful, pair.harmless)}
+    assert {prompt.prompt for prompt in prompts} == kept and len(kept) == 8
+    assert {prompt.setting for prompt in prompts} == {"text", "blank"} and len(prompts) == 16
+
+
+def test_calibration_prompts_are_found_beside_the_anchors(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extracted = reach_calibrator(monkeypatch)
+    with pytest.raises(Reached) as reached:
+        export(source, anchors=ANCHORS)
+    assert len(reached.value.args[0]) == len(CALIBRATION.read_text(encoding="utf-8").splitlines())
+    assert extracted == [read_anchors(ANCHORS)]
+
+
+def test_given_calibration_prompts_are_not_lost_to_found_directions(
+    source: Path, directions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directions file that lies beside the model does not silence what was asked for."""
+    shutil.copyfile(directions, source / "directions.safetensors")
+    shutil.copyfile(ANCHORS, source / "anchors.jsonl")
+    reach_calibrator(monkeypatch)
+    with pytest.raises(Reached):
+        export(source, calibration=CALIBRATION)
+
+
+def test_too_few_anchors_are_refused(source: Path, tmp_path: Path) -> None:
+    anchors = tmp_path / "anchors.jsonl"
+    anchors.write_text("\n".join(ANCHORS.read_text(encoding="utf-8").splitlines()[:3]))
+    assert refusal(PromptsUnusable, export, source, anchors=anchors) == (
+        f"{anchors}: too few anchors to extract and calibrate on; give at least 6 pairs"
+    )
+
+
+def test_nothing_to_guide_is_refused(source: Path) -> None:
+    assert refusal(PromptsUnusable, export, source) == (
+        f"{source}: no directions and no anchors were given or found; give --directions, or --anchors with pairs of "
+        "harmful and harmless prompts"
+    )
+    assert list(source.parent.iterdir()) == [source]
+
+
+# -------------------------------------------------------------------------------------------- extract_directions, inspect
+
+
+def test_extracted_directions_are_written_whole_or_not_at_all(source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "d.safetensors"
+    found = extract_directions(source, path, anchors=ANCHORS, rank=3)
+    again = read_directions(path)
+    assert again.layers.keys() == found.layers.keys() and {d.ssd.shape for d in again.layers.values()} == {(3, 128)}
+    assert again.pairs == len(read_anchors(ANCHORS)) and again.model_sha256 == sha256_file(source / DECODER)
+    assert again.evidence == json.loads(json.dumps(found.evidence)) and not again.calibrated_layers
+    content = path.read_bytes()
+    assert refusal(OutputRefused, extract_directions, source, path, anchors=ANCHORS) == (
+        f"{path}: exists already; choose another file, or replace it with --force"
+    )
+    assert path.read_bytes() == content
+    extract_directions(source, path, anchors=ANCHORS, rank=1, force=True)
+    assert read_directions(path).layers[0].ssd.shape == (1, 128)
+    assert [p.name for p in path.parent.iterdir()] == ["d.safetensors"]
+
+
+def test_the_same_anchors_give_the_same_bytes(source: Path, raw_directions: Path, tmp_path: Path) -> None:
+    extract_directions(source, tmp_path / "d.safetensors", anchors=ANCHORS)
+    assert (tmp_path / "d.safetensors").read_bytes() == raw_directions.read_bytes()
+
+
+def test_directions_can_be_calibrated_for_a_mode(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reach_calibrator(monkeypatch)
+    with pytest.raises(Reached) as reached:
+        extract_directions(source, tmp_path / "d.safetensors", anchors=ANCHORS, rank=2, calibrate_for="supervise")
+    _, spec, _ = reached.value.args
+    assert (spec.mode, spec.rank) == ("supervise", 2)
+    assert not (tmp_path / "d.safetensors").exists()
+
+
+def test_a_models_anatomy_is_shown(source: Path) -> None:
+    anatomy = inspect(source)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))["text_config"]
+    assert (anatomy.layer_count, anatomy.width) == (config["num_hidden_layers"], config["hidden_size"])
+    assert anatomy.certainty == "confirmed" and anatomy.guarded_layers == ()
+    assert inspect(source / DECODER).sites == anatomy.sites
+    (source / "config.json").unlink()
+    assert inspect(source).certainty == "structural"
+
+
+def test_a_guarded_models_anatomy_says_so(guarded: Guarded) -> None:
+    out = guarded("restore")
+    anatomy = inspect(out)
+    assert list(anatomy.guarded_layers) == read_manifest(out).plan["layers"]
+
+
+def test_a_guarded_model_is_not_guarded_twice(guarded: Guarded, tmp_path: Path) -> None:
+    out = guarded("restore")
+    sentence = "this decoder already carries a guard; start again from the unguarded model"
+    directions = write_directions(tmp_path / "d.safetensors", random_directions(128, [1]))
+    assert refusal(GuardError, export, out, tmp_path / "x", directions=directions) == sentence
+    assert not (tmp_path / "x").exists()
