@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ..graphs.anatomy import DecoderAnatomy
 from ..graphs.directions import Directions, read_directions
-from ..graphs.errors import DirectionMismatch, GuardError, PromptsUnusable
+from ..graphs.errors import DirectionMismatch, PromptsUnusable
 from ..graphs.package import ModelPackage, sha256_file
+from ..graphs.plan import require_fitting
 from ..graphs.spec import GuardSpec
 from ..runtime.decoder import DecoderSession, can_pad, open_decoder
 from ..runtime.vlm import Request, VisionLanguageModel
@@ -56,43 +57,59 @@ class Guide:
     ) -> tuple[Directions, Calibration | None]:
         """Given, found beside the model, or extracted and calibrated."""
         path = Path(given) if given is not None else None
-        if path is not None and (anchors is not None or calibration is not None):
-            raise GuardError(
-                "--directions are taken as they are, so --anchors and --calibration would do nothing; leave out the one "
-                "or the others"
-            )
         if path is None and anchors is None and calibration is None:
-            path = next((p for p in (self.package.companion(DIRECTIONS_FILE),) if p is not None), None)
+            path = self.package.companion(DIRECTIONS_FILE)
         if path is None:
             made = self.calibrated(anchors, calibration)
             return made.directions, made
         found = read_directions(path)
+        self._require_own(path, found)
+        if anchors is None and calibration is None:
+            return found, None
+        made = self.calibrated(anchors, calibration, found)
+        return made.directions, made
+
+    def calibrated(
+        self, anchors: Path | str | None, calibration: Path | str | None, given: Directions | None = None
+    ) -> Calibration:
+        """Calibrate the given directions, or those extracted from the anchors, on labelled prompts.
+
+        The prompts are those given, or those that come with the anchors, or made of anchor pairs: of all of them where
+        nothing is extracted from them, else of every third, which extraction then leaves out.
+        """
+        model = self.running()
+        if given is not None and calibration is not None:
+            return self._calibrate(given, read_prompts(Path(calibration)))
+        path, pairs = self.pairs(anchors)
+        prompts_path = Path(calibration) if calibration is not None else None
+        if prompts_path is None:
+            prompts_path = next((p for p in (path.parent / name for name in CALIBRATION_FILES) if p.is_file()), None)
+        if prompts_path is not None:
+            prompts = read_prompts(prompts_path)
+        elif given is not None:
+            prompts = prompts_from_anchors(pairs, model.sees)
+        else:
+            kept, pairs = pairs[::3], [pair for number, pair in enumerate(pairs) if number % 3]
+            if len(kept) < 2 or len(pairs) < 2:
+                raise PromptsUnusable(f"{path}: too few anchors to extract and calibrate on; give at least 6 pairs")
+            prompts = prompts_from_anchors(kept, model.sees)
+        return self._calibrate(given if given is not None else self.extracted(pairs), prompts)
+
+    def _calibrate(self, raw: Directions, prompts: Sequence[LabelledPrompt]) -> Calibration:
+        model = self.running()
+        if not model.sees:
+            prompts = [prompt for prompt in prompts if prompt.setting == "text"]
+        return calibrate(model, self.anatomy, raw, prompts, self.spec, self.budget, watch=self.tell)
+
+    def _require_own(self, path: Path, found: Directions) -> None:
+        """Directions of this decoder: its width, its layers and, where the file says it, its digest."""
+        require_fitting(found, self.anatomy)
         digest = sha256_file(self.package.decoder)
         if found.model_sha256 not in (None, digest) and not self.force:
             raise DirectionMismatch(
                 f"{path}: was extracted from another decoder file (its SHA-256 begins {found.model_sha256[:12]}, this "
                 f"one's {digest[:12]}); extract them again, or use them all the same with --force"
             )
-        return found, None
-
-    def calibrated(self, anchors: Path | str | None, calibration: Path | str | None) -> Calibration:
-        """Extract from anchors, calibrate on the prompts that come with them or on a third of the pairs."""
-        path, pairs = self.pairs(anchors)
-        model = self.running()
-        prompts_path = Path(calibration) if calibration is not None else None
-        if prompts_path is None:
-            prompts_path = next((p for p in (path.parent / name for name in CALIBRATION_FILES) if p.is_file()), None)
-        if prompts_path is not None:
-            prompts = read_prompts(prompts_path)
-        else:  # every third pair is kept from extraction and calibrated on
-            kept, pairs = pairs[::3], [pair for number, pair in enumerate(pairs) if number % 3]
-            if len(kept) < 2 or len(pairs) < 2:
-                raise PromptsUnusable(f"{path}: too few anchors to extract and calibrate on; give at least 6 pairs")
-            prompts = prompts_from_anchors(kept, model.sees)
-        if not model.sees:
-            prompts = [prompt for prompt in prompts if prompt.setting == "text"]
-        raw = self.extracted(pairs)
-        return calibrate(model, self.anatomy, raw, prompts, self.spec, self.budget, watch=self.tell)
 
     def pairs(self, anchors: Path | str | None) -> tuple[Path, list[AnchorPair]]:
         """The anchor pairs that were given, or those found beside the model."""

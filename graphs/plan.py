@@ -125,11 +125,7 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
         GuardError: the wish cannot be met on this graph.
     """
     require_unguarded(model)
-    if directions.width != anatomy.width:
-        raise DirectionMismatch(
-            f"the directions have width {directions.width}, the decoder has {anatomy.width}; "
-            "were they extracted from another model?"
-        )
+    require_fitting(directions, anatomy)
     mode, notes = _mode(spec, directions)
     layers, why_layers = _layers(spec, directions, anatomy, mode)
     notes += why_layers
@@ -179,6 +175,25 @@ def require_layers(spec: GuardSpec, anatomy: DecoderAnatomy) -> None:
         )
 
 
+def require_fitting(directions: Directions, anatomy: DecoderAnatomy) -> None:
+    """The directions have the decoder's width, and no layer that it has not.
+
+    Raises:
+        DirectionMismatch: they belong to another model.
+    """
+    if directions.width != anatomy.width:
+        raise DirectionMismatch(
+            f"the directions have width {directions.width}, the decoder has {anatomy.width}; "
+            "were they extracted from another model?"
+        )
+    beyond = [number for number in directions.layers if number >= anatomy.layer_count]
+    if beyond:
+        raise DirectionMismatch(
+            f"the directions are for layer {beyond[0]}, the decoder has layers 0 to {anatomy.layer_count - 1}; "
+            "were they extracted from another model?"
+        )
+
+
 def _mode(spec: GuardSpec, directions: Directions) -> tuple[str, list[str]]:
     calibrated = directions.calibrated_layers
     if spec.mode is None:
@@ -188,7 +203,7 @@ def _mode(spec: GuardSpec, directions: Directions) -> tuple[str, list[str]]:
             return "restore", ["mode restore: the directions carry readout, target and threshold"]
         return "project", [
             "mode project: the directions carry an SSD alone; an uncalibrated projection may over-refuse or do nothing, "
-            "so evaluate it, or calibrate (give --anchors instead of --directions)"
+            "so evaluate it, or calibrate (give --anchors too)"
         ]
     if spec.mode == "project" and directions.mode is None and not calibrated:
         return "project", [
@@ -206,12 +221,6 @@ def _layers(
     spec: GuardSpec, directions: Directions, anatomy: DecoderAnatomy, mode: str
 ) -> tuple[tuple[int, ...], list[str]]:
     require_layers(spec, anatomy)
-    beyond = [number for number in directions.layers if number >= anatomy.layer_count]
-    if beyond:
-        raise DirectionMismatch(
-            f"the directions are for layer {beyond[0]}, the decoder has layers 0 to {anatomy.layer_count - 1}; "
-            "were they extracted from another model?"
-        )
     if spec.layers is not None:
         absent = [number for number in spec.layers if number not in directions.layers]
         if absent:

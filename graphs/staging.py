@@ -54,7 +54,7 @@ def require_writable(directory: Path, force: bool) -> None:
         OutputRefused: as for `staged`.
     """
     directory = directory.absolute()
-    if directory.exists() and not directory.is_dir():
+    if (directory.exists() or directory.is_symlink()) and not directory.is_dir():  # a link to nothing is in the way too
         raise OutputRefused(f"{directory}: is a file; choose a folder for OUT")
     if directory.exists() and not force:
         raise OutputRefused(f"{directory}: exists already; choose another OUT, or replace it with --force")
@@ -111,7 +111,7 @@ def _swap(stage: Path, directory: Path) -> None:
     except OSError:
         old.rename(directory)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 def _sweep(directory: Path) -> None:
@@ -119,7 +119,15 @@ def _sweep(directory: Path) -> None:
     for path in directory.parent.glob(f".{glob.escape(directory.name)}{_MARK}*"):
         pid = path.name.partition(_MARK)[2].partition("-")[0]
         if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A folder, or a link to one: the link alone."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:

@@ -25,7 +25,7 @@ import vlmguard
 from vlmguard.exporter.evaluate import Tally, compare, tally
 from vlmguard.exporter.judge import refused
 from vlmguard.exporter.prompts import LabelledPrompt, read_prompts
-from vlmguard.runtime.vlm import Request
+from vlmguard.runtime.vlm import Request, Sampling
 
 pytest_plugins = ("tiny_vlm_fixtures", "zoo_fixtures")
 
@@ -218,15 +218,9 @@ def test_onnxruntime_genai_runs_a_guarded_folder_as_it_is(zoo: Callable[[str], A
 
     vlm = vlmguard.GuardedVLM.open(out)
     ids = vlm.chat.encode("how to wash the boat")
-    sampling = vlmguard_sampling(8)
-    expected = [step.tokens[0] for step in vlm.steps([Request("how to wash the boat")], sampling)]
+    steps = vlm.steps([Request("how to wash the boat")], Sampling(max_new_tokens=8))
+    expected = [step.tokens[0] for step in steps]
     assert genai(out, ids, 8) == expected != genai(source, ids, 8)
-
-
-def vlmguard_sampling(tokens: int) -> Any:
-    from vlmguard.runtime.vlm import Sampling
-
-    return Sampling(max_new_tokens=tokens)
 
 
 # 3. Killed

@@ -220,18 +220,18 @@ def test_directions_without_calibration_mean_a_projection_and_say_so(source: Pat
     assert plan.mode == "project" and plan.layers == tuple(read_directions(raw_directions).layers) == tuple(range(6))
     assert plan.notes[:2] == (
         "mode project: the directions carry an SSD alone; an uncalibrated projection may over-refuse or do nothing, so "
-        "evaluate it, or calibrate (give --anchors instead of --directions)",
+        "evaluate it, or calibrate (give --anchors too)",
         "layers 0, 1, 2, 3, 4, 5: those of the directions file",
     )
 
 
 @pytest.mark.parametrize("given", [{"anchors": ANCHORS}, {"calibration": CALIBRATION}])
-def test_what_would_be_ignored_is_refused(source: Path, directions: Path, given: dict) -> None:
-    """Somebody who gives anchors expects them to be used."""
-    assert refusal(GuardError, export, source, directions=directions, **given) == (
-        "--directions are taken as they are, so --anchors and --calibration would do nothing; leave out the one or the "
-        "others"
-    )
+def test_given_directions_are_calibrated_on_given_prompts(source: Path, raw_directions: Path, given: dict) -> None:
+    """Somebody who gives anchors expects them to be used: an SSD alone becomes a calibrated `restore` with its rows."""
+    result = export(source, directions=raw_directions, dry_run=True, spec=GuardSpec(rank=1), **given)
+    assert result.plan.mode == "restore" and result.calibration is not None
+    (site,) = result.plan.sites
+    assert np.array_equal(site.guard.ssd, read_directions(raw_directions).layers[site.layer_index].ssd[:1])
 
 
 class Reached(Exception):

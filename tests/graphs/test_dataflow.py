@@ -167,6 +167,7 @@ def test_a_diamond_has_a_chain_without_its_sides() -> None:
     flow = Flow(text_model("g (float[2] x) => (float[2] y) { a = Neg(x) b = Abs(a) c = Exp(a) y = Add(b, c) }").graph)
     chain = flow.dominator_chain(flow.vertices[0], flow.vertices[-1])
     assert [vertex.name for vertex in chain] == ["x", "a", "y"]
+    assert [vertex.op_type for vertex in chain] == ["input", "Neg", "Add"]
 
 
 def test_there_is_no_chain_against_the_flow() -> None:

@@ -209,6 +209,18 @@ def test_the_lowerings_of_a_mode_agree() -> None:
     assert largest_difference(found[0], found[1].astype(np.float64)) < TOLERANCE["float32"]
 
 
+@pytest.mark.parametrize("kind", ["skip_norm", "skip_norm_bias"])
+def test_a_fused_sum_that_is_not_a_value_is_guarded_all_the_same(kind: Kind) -> None:
+    """The last fused node has no output 3 in real exports: the same logits come out of it."""
+    feeds = Case(kind, "restore", "lowrank", "last", "float32", 2, "right").feeds()
+    shown, inside = (
+        run(guard_model(decoder(kind, hidden=hidden), directions(), GuardSpec(tau=-100.0)).model, feeds)["logits"]
+        for hidden in (True, False)
+    )
+    assert shown.tobytes() == inside.tobytes()
+    assert (inside != run(decoder(kind), feeds)["logits"]).any()
+
+
 # --------------------------------------------------------------------------------------------------------- the closed gate
 
 

@@ -21,8 +21,7 @@ from vlmguard.graphs.spec import MODES, GuardSpec
 
 LAYERS = 3
 BARE_NOTE = (
-    "an uncalibrated projection may over-refuse or do nothing, so evaluate it, or calibrate "
-    "(give --anchors instead of --directions)"
+    "an uncalibrated projection may over-refuse or do nothing, so evaluate it, or calibrate (give --anchors too)"
 )
 
 

@@ -157,8 +157,8 @@ def directions_for(row: Row, model: ZooModel) -> Directions:
     layers = {number: layer_directions(2, model.width, number, threshold=0.0) for number in (MIDDLE, LAST)}
     if row.mode in ("steer", "restore"):
         for number in layers:
-            scores = [score for score in gate_scores(row, model, layers, number) if np.isfinite(score)]
-            layers[number] = layer_directions(2, model.width, number, threshold=widest_gap(scores))
+            threshold = widest_gap(gate_scores(row, model, layers, number))
+            layers[number] = layer_directions(2, model.width, number, threshold=threshold)
     return Directions(model.width, layers, alpha=1.5)
 
 
@@ -180,7 +180,7 @@ def edited_tokens(row: Row, model: ZooModel, feeds: Feeds) -> np.ndarray:
     return counted if row.positions == "all" else reference.last_token(counted)[..., 0] == 1
 
 
-def widest_gap(scores: list[float]) -> float:
+def widest_gap(scores: np.ndarray) -> float:
     """The middle of the widest gap among the middle half of the scores."""
     ordered = np.sort(scores)
     middle = ordered[len(ordered) // 4 : 1 + 3 * len(ordered) // 4]

@@ -152,6 +152,23 @@ def test_a_file_is_never_replaced_by_a_folder(tmp_path: Path, force: bool) -> No
     assert out.read_text() == "precious"
 
 
+def test_a_link_is_replaced_and_what_it_led_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "precious").write_text("x")
+    out = tmp_path / "out"
+    out.symlink_to("real")
+    write(out, force=True)
+    assert listing(tmp_path) == ["out", "out/sub", "out/sub/file", "real", "real/precious"]
+    assert not out.is_symlink()
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_link_to_nothing_is_refused_early(tmp_path: Path, force: bool) -> None:
+    out = tmp_path / "out"
+    out.symlink_to("nothing")
+    assert refusal(lambda: require_writable(out, force)) == f"{out}: is a file; choose a folder for OUT"
+
+
 # ------------------------------------------------------------------------------------------------------------- permissions
 
 
