@@ -160,9 +160,8 @@ def convert_command(
         report = convert_checkpoint(
             checkpoint, stage, dtype=dtype.value, opset=opset, progress=lambda stage_name: watch(stage_name, 0, 1)
         )
-    out.print(f"{escape(str(out_folder))}: {len(report.graphs)} graphs, [bold]unguarded[/bold], parity with torch:")
-    for check in report.parity:
-        out.print(f"  {escape(str(check))}")
+    out.print(f"{escape(str(out_folder))}: {len(report.graphs)} graphs, [bold]unguarded[/bold]")
+    tables.show_checks(out, report.parity, "parity with torch")
 
 
 @app.command("inspect")

@@ -24,7 +24,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from ..graphs.anatomy import DecoderAnatomy
 from ..graphs.directions import Directions, LayerDirections
-from ..graphs.errors import GuardError, PromptsUnusable
+from ..graphs.errors import DirectionMismatch, GuardError, PromptsUnusable
 from ..graphs.plan import plan_guard
 from ..graphs.rewrite import rewrite
 from ..graphs.spec import GuardSpec
@@ -164,11 +164,18 @@ def calibrate(
         watch: told what is going on.
 
     Raises:
+        DirectionMismatch: the directions lack a layer that was asked for.
         PromptsUnusable: too few prompts, or a setting with one label only.
         GuardError: no candidate refuses more harmful prompts than the unguarded model within the budget.
     """
     if not 0 <= budget < 1:
         raise GuardError(f"an over-refusal budget of {budget} is out of range; choose 0 or more, below 1")
+    absent = [number for number in spec.layers or () if number not in directions.layers]
+    if absent:
+        raise DirectionMismatch(
+            f"layer {absent[0]} was asked for, the directions hold layers {', '.join(map(str, directions.layers))}; "
+            "extract them for that layer too"
+        )
     _require_both_labels(prompts)
     mode = spec.mode or "restore"
     study = _study(model, anatomy, directions, prompts, replace(spec, mode=mode), budget, max_new_tokens, watch)

@@ -225,15 +225,6 @@ def test_directions_without_calibration_mean_a_projection_and_say_so(source: Pat
     )
 
 
-@pytest.mark.parametrize("given", [{"anchors": ANCHORS}, {"calibration": CALIBRATION}])
-def test_given_directions_are_calibrated_on_given_prompts(source: Path, raw_directions: Path, given: dict) -> None:
-    """Somebody who gives anchors expects them to be used: an SSD alone becomes a calibrated `restore` with its rows."""
-    result = export(source, directions=raw_directions, dry_run=True, spec=GuardSpec(rank=1), **given)
-    assert result.plan.mode == "restore" and result.calibration is not None
-    (site,) = result.plan.sites
-    assert np.array_equal(site.guard.ssd, read_directions(raw_directions).layers[site.layer_index].ssd[:1])
-
-
 class Reached(Exception):
     """The calibrator was reached; what it was given is in `args`."""
 
@@ -244,7 +235,7 @@ def reach_calibrator(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
     real = guide_module.extract_all_layers
 
     def stop(model: Any, anatomy: Any, directions: Any, prompts: Any, spec: Any, budget: float, watch: Any) -> Any:
-        raise Reached(prompts, spec, budget)
+        raise Reached(prompts, spec, budget, directions)
 
     def keep(model: Any, anatomy: Any, pairs: Any, **options: Any) -> Any:
         extracted.append(list(pairs))
@@ -253,6 +244,34 @@ def reach_calibrator(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
     monkeypatch.setattr(guide_module, "calibrate", stop)
     monkeypatch.setattr(guide_module, "extract_all_layers", keep)
     return extracted
+
+
+@pytest.mark.parametrize("given", [{"anchors": ANCHORS}, {"calibration": CALIBRATION}])
+def test_given_directions_are_calibrated_on_given_prompts(
+    source: Path, raw_directions: Path, given: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody who gives anchors expects them to be used; and nothing is extracted where directions are at hand."""
+    extracted = reach_calibrator(monkeypatch)
+    with pytest.raises(Reached) as reached:
+        export(source, directions=raw_directions, spec=GuardSpec(rank=1), **given)
+    prompts, spec, _, directions = reached.value.args
+    assert (extracted, spec.rank) == ([], 1)
+    assert len(prompts) == len(CALIBRATION.read_text(encoding="utf-8").splitlines())
+    expected = read_directions(raw_directions)
+    assert directions.layers.keys() == expected.layers.keys()
+    assert all(np.array_equal(layer.ssd, expected.layers[n].ssd) for n, layer in directions.layers.items())
+
+
+def test_given_directions_are_calibrated_on_every_anchor_pair(
+    source: Path, raw_directions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without labelled prompts beside the anchors; none of them was used up by an extraction."""
+    anchors = tmp_path / "anchors.jsonl"
+    anchors.write_text("\n".join(ANCHORS.read_text(encoding="utf-8").splitlines()[:9]))
+    reach_calibrator(monkeypatch)
+    with pytest.raises(Reached) as reached:
+        export(source, directions=raw_directions, anchors=anchors)
+    assert len(reached.value.args[0]) == 9 * 2 * 2  # both labels, as text and with a blank picture
 
 
 def test_a_third_of_the_anchors_is_kept_from_extraction(
@@ -264,7 +283,7 @@ def test_a_third_of_the_anchors_is_kept_from_extraction(
     extracted = reach_calibrator(monkeypatch)
     with pytest.raises(Reached) as reached:
         export(source, anchors=anchors, budget=0.07)
-    prompts, _, budget = reached.value.args
+    prompts, _, budget, _ = reached.value.args
     pairs = read_anchors(anchors)
     assert extracted == [[pair for number, pair in enumerate(pairs) if number % 3]] and budget == 0.07
     kept = {text for pair in pairs[::3] for text in (pair.harmful, pair.harmless)}
@@ -336,7 +355,7 @@ def test_directions_can_be_calibrated_for_a_mode(source: Path, monkeypatch: pyte
     reach_calibrator(monkeypatch)
     with pytest.raises(Reached) as reached:
         extract_directions(source, tmp_path / "d.safetensors", anchors=ANCHORS, rank=2, calibrate_for="supervise")
-    _, spec, _ = reached.value.args
+    _, spec, _, _ = reached.value.args
     assert (spec.mode, spec.rank) == ("supervise", 2)
     assert not (tmp_path / "d.safetensors").exists()
 

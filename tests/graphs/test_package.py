@@ -93,6 +93,23 @@ def test_a_bare_model_takes_its_tokenizer_from_the_folder_above(tmp_path: Path) 
     }
 
 
+def test_everything_that_tokenises_templates_or_describes_comes_along(tmp_path: Path) -> None:
+    path = write_graph(tmp_path / "model.onnx")
+    names = [
+        *("config.json", "generation_config.json", "genai_config.json", "LICENSE", "LICENSE.txt", "README.md"),
+        *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+        *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "processor.json"),
+        *(
+            "preprocessor_config.json",
+            "processor_config.json",
+            "video_preprocessor_config.json",
+            "image_processor.json",
+        ),
+    ]
+    write_files(tmp_path, *names)
+    assert sorted(files_of(ModelPackage(tmp_path, path, "bare"))) == sorted(names)
+
+
 def test_several_graphs_in_a_folder_are_refused(tmp_path: Path) -> None:
     for name in ("b", "a"):
         write_graph(tmp_path / f"{name}.onnx")

@@ -270,11 +270,11 @@ def test_only_what_is_ours_and_dead_is_swept(tmp_path: Path) -> None:
 
 
 def test_a_file_is_written_whole(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "file"
+    path = tmp_path / "a" / "b" / "file"
     write_file(path, b"one")
     write_file(path, b"two")
     assert path.read_bytes() == b"two"
-    assert listing(tmp_path) == ["a", "a/file"]
+    assert listing(tmp_path) == ["a", "a/b", "a/b/file"]
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,11 +315,12 @@ def test_small_files_are_copied_and_big_ones_linked(tmp_path: Path) -> None:
     small, big = tmp_path / "small", big_file(tmp_path / "big")
     small.write_text("x")
     for source in (small, big):
-        link_or_copy(source, tmp_path / "out" / source.name)
-    assert (tmp_path / "out" / "small").read_text() == "x"
+        link_or_copy(source, tmp_path / "out" / "onnx" / source.name)
+    out = tmp_path / "out" / "onnx"
+    assert (out / "small").read_text() == "x"
     # people edit configs in place: that must not reach the source
-    assert not (tmp_path / "out" / "small").samefile(small)
-    assert (tmp_path / "out" / "big").samefile(big)
+    assert not (out / "small").samefile(small)
+    assert (out / "big").samefile(big)
 
 
 def test_where_links_are_impossible_big_files_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
