@@ -98,8 +98,12 @@ def export_command(
         float, typer.Option(help="Calibration: highest share of harmless prompts refused, in any setting.")
     ] = 0.01,
     variant: Variant = None,
-    dtype: Annotated[DtypeChoice, typer.Option(help="From a checkpoint: precision of the graphs.")] = DtypeChoice.fp32,
-    opset: Annotated[int | None, typer.Option(help="From a checkpoint: ONNX opset of the graphs.")] = None,
+    dtype: Annotated[
+        DtypeChoice | None, typer.Option(help="From a checkpoint: precision of the graphs. (default: fp32)")
+    ] = None,
+    opset: Annotated[
+        int | None, typer.Option(help="From a checkpoint: ONNX opset of the graphs. (default: 18)")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
     force: Force = False,
     as_json: AsJson = False,
@@ -131,7 +135,7 @@ def export_command(
             calibration=calibration,
             budget=budget,
             variant=variant,
-            dtype=dtype.value,
+            dtype=dtype.value if dtype is not None else None,
             opset=opset,
             dry_run=dry_run,
             force=force,
@@ -222,7 +226,7 @@ def verify_command(
     source: Annotated[Path | None, typer.Option(help="The unguarded model, to compare with.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Redo the proof of a guarded folder from its files alone; with --source against the unguarded model too."""
+    """Redo the structural proof of a guarded folder from its files alone; with --source against the unguarded model too."""
     from .exporter import tables
     from .exporter.verify import verify
 
@@ -315,6 +319,6 @@ def _run(arguments: list[str]) -> NoReturn:
         err.print(f"[red]error:[/red] {escape(line)}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        err.print("interrupted; nothing was written")
+        err.print("interrupted")
         sys.exit(130)
     sys.exit(0)

@@ -105,7 +105,7 @@ def compare(
     """
     tell = watch or unwatched
     unguarded, vlm = open_model(base), GuardedVLM.open(guarded)
-    path = Path(prompts) if prompts is not None else find_file(unguarded.package, EVALUATION_FILES)
+    path = Path(prompts) if prompts is not None else find_file(unguarded.package.root, EVALUATION_FILES)
     if path is None:
         raise PromptsUnusable(f"{base}: no prompts were given or found; give --prompts with labelled prompts")
     rows = read_prompts(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..graphs.anatomy import DecoderAnatomy
@@ -25,7 +25,7 @@ from .prompts import (
     read_prompts,
 )
 from .prove import ProofInputs, proof_inputs, random_inputs
-from .sources import Watch
+from .sources import Source, Watch
 
 ANCHOR_FILES = ("anchors.jsonl", "anchors.json", "anchors.csv")
 CALIBRATION_FILES = ("calibration.jsonl", "calibration.json", "calibration.csv")
@@ -38,14 +38,18 @@ _PROOF_PROMPTS = 4  # of each label and setting
 class Guide:
     """Where directions and proof inputs come from; the running model is opened only if something needs it."""
 
-    package: ModelPackage
-    beside: Path
+    source: Source
     anatomy: DecoderAnatomy
     spec: GuardSpec
     budget: float
     force: bool
     tell: Watch
     model: VisionLanguageModel | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def package(self) -> ModelPackage:
+        return self.source.package
 
     def running(self) -> VisionLanguageModel:
         if self.model is None:
@@ -58,12 +62,13 @@ class Guide:
         """Given, found beside the model, or extracted and calibrated."""
         path = Path(given) if given is not None else None
         if path is None and anchors is None and calibration is None:
-            path = self.package.companion(DIRECTIONS_FILE)
+            path = self.find((DIRECTIONS_FILE,))
         if path is None:
             made = self.calibrated(anchors, calibration)
             return made.directions, made
         found = read_directions(path)
-        self._require_own(path, found)
+        self.notes.append(f"directions {'given' if given is not None else 'found'}: {path.name}")
+        self._require_own(path, found, accepts_foreign=self.force and given is not None)
         if anchors is None and calibration is None:
             return found, None
         made = self.calibrated(anchors, calibration, found)
@@ -79,11 +84,15 @@ class Guide:
         """
         model = self.running()
         if given is not None and calibration is not None:
+            self.notes.append(f"calibrated on {Path(calibration).name}")
             return self._calibrate(given, read_prompts(Path(calibration)))
         path, pairs = self.pairs(anchors)
         prompts_path = Path(calibration) if calibration is not None else None
         if prompts_path is None:
             prompts_path = next((p for p in (path.parent / name for name in CALIBRATION_FILES) if p.is_file()), None)
+        if given is None:
+            self.notes.append(f"directions extracted from {path.name}")
+        self.notes.append(f"calibrated on {(prompts_path or path).name}")
         if prompts_path is not None:
             prompts = read_prompts(prompts_path)
         elif given is not None:
@@ -101,15 +110,18 @@ class Guide:
             prompts = [prompt for prompt in prompts if prompt.setting == "text"]
         return calibrate(model, self.anatomy, raw, prompts, self.spec, self.budget, watch=self.tell)
 
-    def _require_own(self, path: Path, found: Directions) -> None:
+    def _require_own(self, path: Path, found: Directions, accepts_foreign: bool) -> None:
         """Directions of this decoder: its width, its layers and, where the file says it, its digest."""
         require_fitting(found, self.anatomy)
         digest = sha256_file(self.package.decoder)
-        if found.model_sha256 not in (None, digest) and not self.force:
+        if found.model_sha256 in (None, digest):
+            return
+        if not accepts_foreign:
             raise DirectionMismatch(
                 f"{path}: was extracted from another decoder file (its SHA-256 begins {found.model_sha256[:12]}, this "
-                f"one's {digest[:12]}); extract them again, or use them all the same with --force"
+                f"one's {digest[:12]}); extract them again, or give them with --directions and --force"
             )
+        self.notes.append(f"directions of another decoder file ({found.model_sha256[:12]}), accepted by --force")
 
     def pairs(self, anchors: Path | str | None) -> tuple[Path, list[AnchorPair]]:
         """The anchor pairs that were given, or those found beside the model."""
@@ -132,19 +144,15 @@ class Guide:
         )
 
     def find(self, names: Sequence[str]) -> Path | None:
-        """Beside the model, or (a checkpoint, exported elsewhere) beside where OUT goes."""
-        found = find_file(self.package, names)
-        if found is not None:
-            return found
-        here = [self.beside / folder / name for folder in (".", "prompts") for name in names]
-        return next((path for path in here if path.is_file()), None)
+        """A file that comes with the model: in its folder, in `prompts/` there, or one level up."""
+        return find_file(self.source.home, names)
 
     def proof_inputs(self) -> ProofInputs:
         """Real prompts if the model can read any, else seeded random inputs."""
-        if self.package.companion("tokenizer.json") is None or (
-            self._needs_embeds() and self.package.embed_tokens is None
-        ):
-            return self._random_inputs()
+        if self.package.companion("tokenizer.json") is None:
+            return self._random_inputs("the model has no tokenizer.json")
+        if self._needs_embeds() and self.package.embed_tokens is None:
+            return self._random_inputs("the model has no embed_tokens graph")
         model = self.running()
         return proof_inputs(model, self._proof_requests(model))
 
@@ -164,10 +172,10 @@ class Guide:
     def _needs_embeds(self) -> bool:
         return any(value.name == "inputs_embeds" for value in self.package.load_decoder().graph.inputs)
 
-    def _random_inputs(self) -> ProofInputs:
+    def _random_inputs(self, why: str) -> ProofInputs:
         session = open_decoder(self.package)
         pads = can_pad(self.package.load_decoder().graph)
-        return random_inputs(session, self.anatomy.width, _vocabulary(session, self.package), pads)
+        return random_inputs(session, self.anatomy.width, _vocabulary(session, self.package), pads, why)
 
 
 def _some_of_each(prompts: Sequence[LabelledPrompt]) -> list[LabelledPrompt]:

@@ -15,9 +15,9 @@ from typing import Any
 
 from ..graphs.anatomy import DecoderAnatomy, dissect
 from ..graphs.directions import Directions, directions_bytes
-from ..graphs.errors import OutputRefused, ProofFailed
+from ..graphs.errors import GuardError, OutputRefused, ProofFailed
 from ..graphs.package import ModelPackage, load_graph, save_graph
-from ..graphs.plan import GuardPlan, plan_guard, require_layers
+from ..graphs.plan import GuardPlan, plan_guard, require_layers, require_unguarded
 from ..graphs.rewrite import GuardReport, rewrite
 from ..graphs.spec import GuardSpec, Mode
 from ..graphs.staging import require_writable, staged, write_file
@@ -72,7 +72,7 @@ def export(
     calibration: Path | str | None = None,
     budget: float = DEFAULT_BUDGET,
     variant: str | None = None,
-    dtype: Dtype = "fp32",
+    dtype: Dtype | None = None,
     opset: int | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -89,7 +89,7 @@ def export(
         calibration: labelled prompts to calibrate on; found beside the anchors, or made from a third of them.
         budget: highest share of harmless calibration prompts that may be refused.
         variant: precision variant of an onnx-community folder.
-        dtype, opset: of the graphs exported from a checkpoint.
+        dtype, opset: of the graphs exported from a checkpoint; refused for a model that is ONNX already.
         dry_run: plan only; nothing is written.
         force: replace OUT, and accept directions extracted from another file.
         watch: told what is going on: `(stage, done, total)`.
@@ -100,18 +100,21 @@ def export(
     import_onnxruntime()  # a proof needs a runtime: say so before minutes of work
     spec = spec or GuardSpec()
     tell = watch or unwatched
-    with opened(model, variant, dtype, opset, tell) as (package, name, beside):
-        target = Path(out) if out is not None else beside / f"{name}-guarded"
+    with opened(model, variant, tell, dtype, opset) as source:
+        package = source.package
+        target = Path(out) if out is not None else source.beside / f"{source.name}-guarded"
         require_apart(target, Path(model), package)
         if not dry_run:
             require_writable(target, force)
         graph = package.load_decoder()
         anatomy = dissect(graph, package.expected_layers)
         require_layers(spec, anatomy)  # before minutes of extraction and calibration
-        guide = Guide(package, beside, anatomy, spec, budget, force, tell)
+        guide = Guide(source, anatomy, spec, budget, force, tell)
         found, calibrated = guide.directions(directions, anchors, calibration)
         plan = plan_guard(graph, anatomy, found, spec)
-        plan = replace(plan, notes=(*plan.notes, *notes_on_files(package)))
+        if plan.mode == "steer" and any(planned.guard.alpha == 0 for planned in plan.sites):
+            raise GuardError("alpha 0 does nothing in mode steer, and would ship as a guard; choose above 0")
+        plan = replace(plan, notes=(*guide.notes, *plan.notes, *notes_on_files(package)))
         if dry_run:
             return ExportResult(target.absolute(), anatomy, plan, calibration=calibrated)
         with staged(target, force) as stage:
@@ -134,8 +137,8 @@ def inspect(model: Path | str, variant: str | None = None, watch: Watch | None =
     Raises:
         GuardError: it cannot be opened, or no residual stream was found, with the reason.
     """
-    with opened(model, variant, "fp32", None, watch or unwatched) as (package, _, _):
-        return dissect(package.load_decoder(), package.expected_layers)
+    with opened(model, variant, watch or unwatched) as source:
+        return dissect(source.package.load_decoder(), source.package.expected_layers)
 
 
 def prove(
@@ -196,9 +199,11 @@ def extract_directions(
     spec = GuardSpec(mode=calibrate_for, rank=rank)
     if output.exists() and not force:
         raise OutputRefused(f"{output}: exists already; choose another file, or replace it with --force")
-    with opened(model, variant, "fp32", None, tell) as (package, _, beside):
-        anatomy = dissect(package.load_decoder(), package.expected_layers)
-        guide = Guide(package, beside, anatomy, spec, DEFAULT_BUDGET, force, tell)
+    with opened(model, variant, tell) as source:
+        graph = source.package.load_decoder()
+        require_unguarded(graph)
+        anatomy = dissect(graph, source.package.expected_layers)
+        guide = Guide(source, anatomy, spec, DEFAULT_BUDGET, force, tell)
         if calibrate_for is None:
             found = guide.extracted(guide.pairs(anchors)[1], rank)
         else:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..graphs.errors import PromptsUnusable
-from ..graphs.package import ModelPackage
 from ..runtime.vlm import Request, VisionLanguageModel
 
 Label = Literal["harmful", "harmless"]
@@ -104,11 +103,11 @@ def read_prompts(path: Path | str) -> list[LabelledPrompt]:
     return prompts
 
 
-def find_file(package: ModelPackage, names: Sequence[str]) -> Path | None:
+def find_file(home: Path, names: Sequence[str]) -> Path | None:
     """A prompts file that comes with a model: in its folder, in `prompts/`, or one level up."""
     for folder in _FOLDERS:
         for name in names:
-            path = (package.root / folder / name).resolve()
+            path = (home / folder / name).resolve()
             if path.is_file():
                 return path
     return None

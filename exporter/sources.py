@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..graphs.errors import ModelUnreadable, OutputRefused
+from ..graphs.errors import GuardError, ModelUnreadable, OutputRefused
 from ..graphs.package import ModelPackage, open_package
 from ..runtime.vlm import VisionLanguageModel
 from .checkpoint import Dtype, convert_checkpoint
@@ -20,24 +21,50 @@ def unwatched(stage: str, done: int, total: int) -> None:
     """Nobody is looking."""
 
 
+@dataclass(frozen=True)
+class Source:
+    """An opened model.
+
+    Attributes:
+        package: its graphs; those of a checkpoint lie in a temporary folder.
+        name: what the default OUT is named after.
+        beside: the folder that OUT goes into by default.
+        home: the folder that its user knows it by; prompts and directions are looked for there and one level up.
+    """
+
+    package: ModelPackage
+    name: str
+    beside: Path
+    home: Path
+
+
 @contextlib.contextmanager
 def opened(
-    model: Path | str, variant: str | None, dtype: Dtype, opset: int | None, tell: Watch
-) -> Iterator[tuple[ModelPackage, str, Path]]:
-    """`(package, name, folder beside which OUT goes)`; a checkpoint is exported to a temporary folder first."""
+    model: Path | str, variant: str | None, tell: Watch, dtype: Dtype | None = None, opset: int | None = None
+) -> Iterator[Source]:
+    """Open a model; a checkpoint is exported to a temporary folder first.
+
+    Raises:
+        GuardError: an option was given that this kind of model has no use for.
+    """
     path = Path(model)
     if is_checkpoint(model):
+        if variant is not None:
+            raise GuardError(f"--variant {variant} is for onnx-community folders, {model} is a checkpoint; use --dtype")
         with tempfile.TemporaryDirectory(prefix="vlmguard-") as temporary:
             folder = Path(temporary) / "onnx-community"
-            convert_checkpoint(model, folder, dtype=dtype, opset=opset, progress=lambda stage: tell(stage, 0, 1))
+            convert_checkpoint(
+                model, folder, dtype=dtype or "fp32", opset=opset, progress=lambda stage: tell(stage, 0, 1)
+            )
             beside = path.absolute().parent if path.is_dir() else Path.cwd()
-            yield open_package(folder), path.absolute().name, beside
+            home = path.absolute() if path.is_dir() else Path.cwd()
+            yield Source(open_package(folder), path.absolute().name, beside, home)
         return
+    if dtype is not None or opset is not None:
+        raise GuardError(f"--dtype and --opset are for checkpoints, {model} is ONNX already; leave them out")
     package = open_package(path, variant)
-    if package.layout == "bare":
-        yield package, package.name, package.root
-    else:
-        yield package, package.name, package.root.parent
+    beside = package.root if package.layout == "bare" else package.root.parent
+    yield Source(package, package.name, beside, package.root)
 
 
 def require_apart(target: Path, model: Path, package: ModelPackage) -> None:

@@ -147,11 +147,12 @@ def dissect(model: ir.Model, expected_layers: int | None = None) -> DecoderAnato
         sink=sink.name or "",
         certainty="structural" if expected_layers is None else "confirmed",
         nodes=sum(1 for _ in model.graph),
-        guarded_layers=_guarded_layers(model.graph),
+        guarded_layers=guarded_layers(model.graph),
     )
 
 
-def _guarded_layers(graph: ir.Graph) -> tuple[int, ...]:
+def guarded_layers(graph: ir.Graph) -> tuple[int, ...]:
+    """Layers that carry nodes of a guard, by the nodes' names, ascending."""
     found = (re.match(rf"{PREFIX}layer_(\d+)/", node.name or "") for node in graph)
     return tuple(sorted({int(match[1]) for match in found if match is not None}))
 

@@ -32,6 +32,13 @@ def correction(
         return _write(scribe, h, scribe.op("weights", "Neg", [read]), layer, dtype), None
     if dtype != "float32":
         read = scribe.cast("read_float32", read, "float32")
+    if dtype == "float16":
+        # A coordinate beyond float16 arrives as infinity, and infinity times a closed gate would be NaN.
+        largest = float(np.finfo(np.float16).max)
+        bounds = [
+            scribe.constant(name, np.array(x), "float32") for name, x in (("lowest", -largest), ("highest", largest))
+        ]
+        read = scribe.op("read_clipped", "Clip", [read, *bounds])
     weights = _WEIGHTS[mode](scribe, read, layer, supervisor)
     if dtype != "float32":
         weights = scribe.cast("weights_cast", weights, dtype)

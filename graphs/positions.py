@@ -72,5 +72,8 @@ def _last_index(
     attended = scribe.op("attended", "Cast", [current], to=int(ir.DataType.BOOL))
     attended = scribe.op("attended_int", "Cast", [attended], to=int(ir.DataType.INT64))
     numbered = scribe.op("numbers", "Range", [one, scribe.op("stop", "Add", [length, one]), one])
-    weighted = scribe.op("weighted", "Mul", [attended, numbered])
+    # An attended token outranks every other; where none is attended (a mask longer than the tokens so far, as for a
+    # static cache), the last index wins.
+    outranks = scribe.op("outranks", "Mul", [attended, length])
+    weighted = scribe.op("weighted", "Add", [outranks, numbered])
     return scribe.op("last", "ArgMax", [weighted], axis=1, keepdims=0)

@@ -84,7 +84,8 @@ def guard(
 def last_token(mask: np.ndarray) -> np.ndarray:
     """`[batch, sequence, 1]`: 1 at the last attended token of each row of `mask` `[batch, sequence]`.
 
-    Left padding makes that the last index; right padding needs the mask.
+    Left padding makes that the last index; right padding needs the mask. Where none is attended it is the last index:
+    a mask may be longer than the tokens so far (a static cache), and its last columns then say nothing.
     """
-    index = np.argmax(mask * np.arange(1, mask.shape[1] + 1), axis=1)
+    index = np.argmax((mask != 0) * mask.shape[1] + np.arange(1, mask.shape[1] + 1), axis=1)
     return (np.arange(mask.shape[1])[None, :] == index[:, None]).astype(np.float32)[..., None]

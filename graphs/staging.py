@@ -13,6 +13,9 @@ from pathlib import Path
 from .errors import OutputRefused
 
 _MARK = ".vlmguard-"
+_OLD = "-old"
+# What a folder must hold (or nothing at all) to be replaced: somebody's thesis is not overwritten by a mistyped OUT.
+_OURS = ("guard.json", "onnx")
 _LINKED_FROM = 16 << 20  # bytes
 
 
@@ -31,7 +34,6 @@ def staged(directory: Path, force: bool = False) -> Iterator[Path]:
     require_writable(directory, force)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(directory)
         stage = Path(tempfile.mkdtemp(prefix=f".{directory.name}{_MARK}{os.getpid()}-", dir=directory.parent))
     except OSError as error:
         raise OutputRefused(f"{directory}: cannot be written ({error.strerror}); choose another OUT") from None
@@ -54,10 +56,15 @@ def require_writable(directory: Path, force: bool) -> None:
         OutputRefused: as for `staged`.
     """
     directory = directory.absolute()
+    _sweep(directory)
     if (directory.exists() or directory.is_symlink()) and not directory.is_dir():  # a link to nothing is in the way too
         raise OutputRefused(f"{directory}: is a file; choose a folder for OUT")
     if directory.exists() and not force:
         raise OutputRefused(f"{directory}: exists already; choose another OUT, or replace it with --force")
+    if directory.exists() and any(directory.iterdir()) and not any((directory / mark).exists() for mark in _OURS):
+        raise OutputRefused(
+            f"{directory}: holds files that are not a model of ours, --force keeps them; choose another OUT"
+        )
     parent = next(folder for folder in (directory.parent, *directory.parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputRefused(f"{directory}: cannot be written (no permission in {parent}); choose another OUT")
@@ -104,7 +111,7 @@ def _swap(stage: Path, directory: Path) -> None:
     if not directory.exists():
         stage.rename(directory)
         return
-    old = directory.parent / f"{stage.name}-old"
+    old = directory.parent / f"{stage.name}{_OLD}"
     directory.rename(old)
     try:
         stage.rename(directory)
@@ -116,9 +123,13 @@ def _swap(stage: Path, directory: Path) -> None:
 
 def _sweep(directory: Path) -> None:
     """Remove what a killed run left behind; a run that is still alive keeps its stage."""
-    for path in directory.parent.glob(f".{glob.escape(directory.name)}{_MARK}*"):
+    for path in sorted(directory.parent.glob(f".{glob.escape(directory.name)}{_MARK}*")):
         pid = path.name.partition(_MARK)[2].partition("-")[0]
-        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
+        if not pid.isdigit() or int(pid) == os.getpid() or _alive(int(pid)):
+            continue
+        if path.name.endswith(_OLD) and not directory.exists():
+            path.rename(directory)  # killed between the two renames: the old folder is still the one that counts
+        else:
             _remove(path)
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..graphs.anatomy import guarded_layers
+from ..graphs.errors import ManifestMismatch
 from ..graphs.manifest import Manifest, read_manifest, require_intact
 from ..graphs.package import ModelPackage, open_package
 from .vlm import Request, Sampling, VisionLanguageModel
@@ -22,6 +24,11 @@ class GuardedVLM(VisionLanguageModel):
     """
 
     def __init__(self, package: ModelPackage, manifest: Manifest, runtime: str = "onnxruntime") -> None:
+        found, promised = guarded_layers(package.load_decoder().graph), tuple(manifest.plan.get("layers", ()))
+        if found != promised or not found:
+            raise ManifestMismatch(
+                f"{package.decoder}: carries a guard on layers {found}, the manifest promises {promised}; export again"
+            )
         super().__init__(package, runtime=runtime)
         self.manifest = manifest
 
@@ -30,7 +37,7 @@ class GuardedVLM(VisionLanguageModel):
         """Open a guarded folder.
 
         Raises:
-            ManifestMismatch: no manifest, or any file's digest differs from it.
+            ManifestMismatch: no manifest, any file's digest differs from it, or the decoder carries no such guard.
         """
         folder = Path(folder).absolute()
         manifest = read_manifest(folder)

@@ -230,9 +230,6 @@ def test_a_tampered_file_is_not_proved(stage: Callable[..., Staged], what: str) 
     checks = staged.run()
     assert failing(checks) == expected
     assert all(checks[name].worst > checks[name].limit for name in expected)
-    with pytest.raises(ProofFailed) as caught:
-        staged.whole()
-    assert str(caught.value).startswith("the proof failed at ") and str(caught.value).endswith("; nothing was written")
 
 
 def test_every_dynamic_check_can_fail() -> None:

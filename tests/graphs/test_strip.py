@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
 import pytest
 from hand_graphs import KINDS, Kind, all_guards, copy_of, decoder, directions, guard_model, node_called, value_called
 
@@ -27,6 +28,13 @@ def test_a_stripped_graph_is_the_source(kind: Kind, hidden: bool) -> None:
             assert check.ok, (spec, check.note)
             assert not any(key.startswith("vlmguard") for key in stripped.metadata_props)
             assert graph_bytes(stripped) == graph_bytes(copy_of(source))
+            assert readers(stripped) <= set(stripped.graph)
+
+
+def readers(model: ir.Model) -> set[ir.Node]:
+    """Whoever reads a value of the graph: a guard node that is gone must not be found by that any more."""
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    return {reader for value in values for reader in value.consumers()}
 
 
 def test_stripping_twice_is_refused() -> None:
