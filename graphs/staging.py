@@ -14,8 +14,6 @@ from .errors import OutputRefused
 
 _MARK = ".vlmguard-"
 _OLD = "-old"
-# What a folder must hold (or nothing at all) to be replaced: somebody's thesis is not overwritten by a mistyped OUT.
-_OURS = ("guard.json", "onnx")
 _LINKED_FROM = 16 << 20  # bytes
 
 
@@ -61,13 +59,18 @@ def require_writable(directory: Path, force: bool) -> None:
         raise OutputRefused(f"{directory}: is a file; choose a folder for OUT")
     if directory.exists() and not force:
         raise OutputRefused(f"{directory}: exists already; choose another OUT, or replace it with --force")
-    if directory.exists() and any(directory.iterdir()) and not any((directory / mark).exists() for mark in _OURS):
-        raise OutputRefused(
-            f"{directory}: holds files that are not a model of ours, --force keeps them; choose another OUT"
-        )
+    if directory.exists() and _precious(directory):
+        raise OutputRefused(f"{directory}: holds more than a model, --force will not replace it; choose another OUT")
     parent = next(folder for folder in (directory.parent, *directory.parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputRefused(f"{directory}: cannot be written (no permission in {parent}); choose another OUT")
+
+
+def _precious(directory: Path) -> bool:
+    """Whether a mistyped OUT would cost more than a model: a repository, or a folder that people live in."""
+    lived_in = {Path.cwd().resolve(), Path.home().resolve()}
+    real = directory.resolve()
+    return (directory / ".git").exists() or any(real == place or real in place.parents for place in lived_in)
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -454,7 +454,7 @@ def directions_of_another_decoder(root: Path, good: Path) -> Case:
     return (
         ["export", SOURCE, root / "out", "--directions", path],
         f"{path}: was extracted from another decoder file (its SHA-256 begins 000000000000, this one's {digest[:12]}); "
-        "extract them again, or use them all the same with --force",
+        "extract them again, or give them with --directions and --force",
     )
 
 

@@ -170,7 +170,7 @@ def test_a_bare_decoder_without_a_tokenizer_is_guarded(zoo: Callable[[str], Any]
     result = export(path, directions=file)
     assert result.out == tmp_path / "decoder-guarded"
     assert digests(result.out).keys() == {"decoder.onnx", "directions.safetensors", "guard.json"}
-    assert "seeded random inputs (the model has no tokenizer)" in result.proof[4].note
+    assert "seeded random inputs (the model has no tokenizer.json)" in result.proof[4].note
     assert vlmguard.verify(result.out, path).ok
 
 
@@ -210,15 +210,18 @@ def test_directions_of_another_decoder_are_refused_unless_forced(source: Path, d
     expected, found = (sha256_file(p)[:12] for p in (SOURCE / DECODER, path))
     assert refusal(DirectionMismatch, export, source, directions=directions) == (
         f"{directions}: was extracted from another decoder file (its SHA-256 begins {expected}, this one's {found}); "
-        "extract them again, or use them all the same with --force"
+        "extract them again, or give them with --directions and --force"
     )
-    assert export(source, directions=directions, force=True).written
+    result = export(source, directions=directions, force=True)
+    note = f"directions of another decoder file ({expected}), accepted by --force"
+    assert note in result.plan.notes and note in read_manifest(result.out).plan["notes"]
 
 
 def test_directions_without_calibration_mean_a_projection_and_say_so(source: Path, raw_directions: Path) -> None:
     plan = export(source, directions=raw_directions, dry_run=True).plan
     assert plan.mode == "project" and plan.layers == tuple(read_directions(raw_directions).layers) == tuple(range(6))
-    assert plan.notes[:2] == (
+    assert plan.notes[:3] == (
+        f"directions given: {raw_directions.name}",
         "mode project: the directions carry an SSD alone; an uncalibrated projection may over-refuse or do nothing, so "
         "evaluate it, or calibrate (give --anchors too)",
         "layers 0, 1, 2, 3, 4, 5: those of the directions file",

@@ -300,9 +300,9 @@ def test_the_runtimes_own_rounding_is_told_apart_from_the_guards(
 def test_random_inputs_are_seeded_and_padded_only_where_the_graph_can_be(zoo: Callable[[str], Any]) -> None:
     for name, pads, takes_embeds in (("llava-torchscript-fp32", True, True), ("llama-genai-fp32", False, False)):
         session = open_decoder(open_package(zoo(name).path))
-        first, again = (random_inputs(session, 64, 300, pads) for _ in range(2))
+        first, again = (random_inputs(session, 64, 300, pads, "no words") for _ in range(2))
         (batch,), (same,) = first.batches, again.batches
         np.testing.assert_array_equal(batch.ids, same.ids)
         assert batch.mask.all() != pads and batch.mask[:, -1].all() and batch.ids.max() < 300
         assert (batch.embeds is not None) == takes_embeds
-        assert first.origin == "seeded random inputs (the model has no tokenizer)"
+        assert first.origin == "seeded random inputs (no words)"

@@ -23,6 +23,7 @@ from hand_graphs import (
     guard_model,
     layer_directions,
     run,
+    text_model,
     value_called,
 )
 
@@ -255,6 +256,43 @@ def test_a_closed_gate_is_the_identity_bit_for_bit(
     assert opened["hidden"].tobytes() != expected["hidden"].tobytes()
 
 
+OVERFLOWING = """
+    g (float16[B, S, 16] x, int64[B, S] attention_mask) => (float16[B, S, 16] y) <float16 small, float16[16] row> {
+        k = Mul(small, row)
+        q = Mul(x, k)
+        t = Transpose <perm = [0, 2, 1]> (q)
+        s = MatMul(q, t)
+        p = Softmax <axis = -1> (s)
+        a = MatMul(p, q)
+        h = Add(x, a)
+        y = Mul(h, k)
+    }
+"""
+
+
+@pytest.mark.parametrize("optimize", [True, False], ids=["optimized", "as-written"])
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("mode", sorted(MODES_WITH_GATE))
+def test_a_coordinate_beyond_float16_leaves_a_closed_gate_closed(mode: str, positions: str, optimize: bool) -> None:
+    """Outlier channels of real models: `h . v` overflows to infinity, and infinity times zero is not zero."""
+
+    def model() -> ir.Model:
+        made = text_model(OVERFLOWING)
+        small = made.graph.initializers["small"]
+        small.const_value = ir.Tensor(np.array(1e-3, np.float16), name="small")
+        return made
+
+    feeds = {"x": np.full((2, 3, WIDTH), -3e4, np.float16), "attention_mask": np.ones((2, 3), np.int64)}
+    ssd = np.full((1, WIDTH), 0.25, np.float32)
+    found = directions(rank=1, parts={"ssd": ssd, "threshold": 0.5, "readout": ssd[0]})
+    guarded = guard_model(model(), found, GuardSpec(mode=mode, positions=positions)).model  # type: ignore[arg-type]
+    assert np.abs(feeds["x"].astype(np.float64) @ ssd[0]).min() > np.finfo(np.float16).max
+    extra = {SUPERVISOR_INPUT: np.full((2, 1, 1), LISTEN, np.float32)} if mode == "supervise" else {}
+    expected = run(model(), feeds, optimize)["y"]
+    assert np.isfinite(expected).all()
+    np.testing.assert_array_equal(run(guarded, feeds | extra, optimize)["y"], expected)
+
+
 def _opening(mode: str) -> dict[str, np.ndarray]:
     return {SUPERVISOR_INPUT: np.ones((BATCH, 1, 2), np.float32)} if mode == "supervise" else {}
 
@@ -446,6 +484,8 @@ def test_matrices_have_the_streams_dtype_and_the_gate_is_float32() -> None:
         name.rpartition("/")[2]: v.dtype for name, v in guarded.model.graph.initializers.items() if "layer_0/" in name
     }
     assert dtypes == {
+        "highest": ir.DataType.FLOAT,
+        "lowest": ir.DataType.FLOAT,
         "rows": ir.DataType.FLOAT16,
         "ssd": ir.DataType.FLOAT16,
         "tau": ir.DataType.FLOAT,

@@ -112,3 +112,10 @@ def test_only_a_two_dimensional_attention_mask_is_one() -> None:
         "g (int64[B, S] input_ids, int64[B, T] attention_mask) => (int64[B, S] y) { y = Identity(input_ids) }"
     )
     assert mask_input(two.graph) is two.graph.inputs[1]
+
+
+def test_a_mask_that_says_nothing_means_the_last_index() -> None:
+    """A static cache has a mask longer than the tokens so far: its last columns are zeros, not padding."""
+    mask = np.array([[1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0, 0]])
+    pairs, _ = found(MASKED, 2, 4, mask)
+    np.testing.assert_array_equal(pairs, [[0, 3], [1, 3]])

@@ -162,6 +162,33 @@ def test_a_link_is_replaced_and_what_it_led_to_stays(tmp_path: Path) -> None:
     assert not out.is_symlink()
 
 
+@pytest.mark.parametrize("what", ["a repository", "where we are", "above where we are", "home"])
+def test_force_does_not_replace_what_people_live_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    out = tmp_path / "out"
+    (out / "work").mkdir(parents=True)
+    if what == "a repository":
+        (out / ".git").mkdir()
+    elif what == "home":
+        monkeypatch.setenv("HOME", str(out))
+    else:
+        monkeypatch.chdir(out if what == "where we are" else out / "work")
+    before = listing(tmp_path)
+    sentence = f"{out}: holds more than a model, --force will not replace it; choose another OUT"
+    assert refusal(lambda: write(out, force=True)) == sentence
+    assert listing(tmp_path) == before
+
+
+def test_a_kill_between_the_two_renames_gives_the_old_folder_back(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    out = tmp_path / "out"
+    write(out, "old")
+    out.rename(tmp_path / f".out.vlmguard-{ended.pid}-a-old")
+    sentence = f"{out}: exists already; choose another OUT, or replace it with --force"
+    assert refusal(lambda: require_writable(out, force=False)) == sentence
+    assert (out / "sub" / "file").read_text() == "old"
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_a_link_to_nothing_is_refused_early(tmp_path: Path, force: bool) -> None:
     out = tmp_path / "out"
@@ -257,9 +284,11 @@ def test_only_what_is_ours_and_dead_is_swept(tmp_path: Path) -> None:
     living = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         kept = [f".out.vlmguard-{living.pid}-a", f".other.vlmguard-{ended.pid}-a", ".out.vlmguard-notes", ".out"]
-        for name in (*kept, f".out.vlmguard-{ended.pid}-a", f".out.vlmguard-{ended.pid}-a-old"):
+        for name in (*kept, f".out.vlmguard-{ended.pid}-a"):
             (tmp_path / name).mkdir()
-        write(tmp_path / "out")
+        write(tmp_path / "out", "old")
+        (tmp_path / f".out.vlmguard-{ended.pid}-b-old").mkdir()
+        write(tmp_path / "out", force=True)
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "out"])
     finally:
         living.kill()

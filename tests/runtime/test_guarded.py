@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_vlm_paths import DECODER, PROMPTS, SOURCE, Guarded
 
 from vlmguard.graphs.errors import GuardError, ManifestMismatch
+from vlmguard.graphs.package import sha256_file
 from vlmguard.runtime.guarded import GuardedVLM
 
 pytest_plugins = ("tiny_vlm_fixtures",)
@@ -83,6 +84,18 @@ def test_a_missing_file_is_refused(folder: Path, name: str) -> None:
 def test_the_unguarded_decoder_in_its_place_is_refused(folder: Path) -> None:
     shutil.copyfile(SOURCE / DECODER, folder / DECODER)
     assert refusal(folder) == f"{folder}: {DECODER} is not the file that was proved (SHA-256 differs); export again"
+
+
+def test_an_unguarded_decoder_is_refused_though_the_manifest_was_edited_to_fit(folder: Path) -> None:
+    """Whoever holds the files can take the guard out; but not by swapping a file and its digest."""
+    shutil.copyfile(SOURCE / DECODER, folder / DECODER)
+    manifest = json.loads((folder / "guard.json").read_text())
+    manifest["files"][DECODER] = sha256_file(folder / DECODER)
+    (folder / "guard.json").write_text(json.dumps(manifest))
+    layers = tuple(manifest["plan"]["layers"])
+    assert refusal(folder) == (
+        f"{folder / DECODER}: carries a guard on layers (), the manifest promises {layers}; export again"
+    )
 
 
 @pytest.mark.parametrize("name", ["onnx/decoder_model_merged_fp16.onnx", "model.onnx", "deep/er/x.onnx"])
