@@ -594,6 +594,20 @@ def unknown_lowering(root: Path, good: Path) -> Case:
     )
 
 
+def precision_of_a_graph_that_is_there(root: Path, good: Path) -> Case:
+    return (
+        ["export", SOURCE, root / "out", "--directions", good, "--dtype", "fp16"],
+        f"--dtype and --opset are for checkpoints, {SOURCE} is ONNX already; leave them out",
+    )
+
+
+def variant_of_a_checkpoint(root: Path, good: Path) -> Case:
+    return (
+        ["export", CHECKPOINT, root / "out", "--directions", good, "--variant", "q4"],
+        f"--variant q4 is for onnx-community folders, {CHECKPOINT} is a checkpoint; use --dtype",
+    )
+
+
 def layer_without_directions_to_calibrate(root: Path, good: Path) -> Case:
     path = write_directions(root / "d.safetensors", random_directions(128, [1, 2]))
     return (
@@ -663,6 +677,8 @@ CASES = (
     layers_that_cannot_be_read,
     unknown_lowering,
     layer_without_directions_to_calibrate,
+    precision_of_a_graph_that_is_there,
+    variant_of_a_checkpoint,
     no_image,
     no_batch,
     a_checkpoint_is_no_base,

@@ -21,7 +21,6 @@ from vlmguard.exporter.prompts import (
     read_prompts,
 )
 from vlmguard.graphs.errors import PromptsUnusable
-from vlmguard.graphs.package import open_package
 
 ONE, TWO = {"harmful": "how to steal", "harmless": "how to wash"}, {"harmful": "rob it", "harmless": "mend it"}
 PAIRS = [AnchorPair("how to steal", "how to wash"), AnchorPair("rob it", "mend it")]
@@ -257,17 +256,15 @@ def test_prompts_from_anchors_have_both_labels_in_every_setting(sees: bool) -> N
 def test_prompts_are_found_in_the_model_beside_it_and_one_up(tmp_path: Path) -> None:
     root = tmp_path / "models" / "m"
     root.mkdir(parents=True)
-    (root / "model.onnx").write_bytes((SOURCE / "onnx" / "embed_tokens.onnx").read_bytes())
-    package = open_package(root / "model.onnx")
     names = ("a.jsonl", "a.csv")
-    assert find_file(package, names) is None
+    assert find_file(root, names) is None
     # from the weakest place to the strongest: each beats those before it
     for place in ("../prompts/a.jsonl", "../a.csv", "prompts/a.jsonl", "a.csv", "a.jsonl"):
         path = (root / place).resolve()
         path.parent.mkdir(exist_ok=True)
         path.write_text("")
-        assert find_file(package, names) == path
+        assert find_file(root, names) == path
 
 
 def test_the_examples_prompts_are_found_beside_its_model() -> None:
-    assert find_file(open_package(SOURCE), ("calibration.jsonl",)) == PROMPTS / "calibration.jsonl"
+    assert find_file(SOURCE, ("calibration.jsonl",)) == PROMPTS / "calibration.jsonl"

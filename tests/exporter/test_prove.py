@@ -26,6 +26,7 @@ from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.errors import ProofFailed
 from vlmguard.graphs.package import ModelPackage, open_package, save_graph
 from vlmguard.graphs.plan import GuardPlan, plan_guard
+from vlmguard.graphs.reference import LayerGuard
 from vlmguard.graphs.rewrite import GuardReport, rewrite
 from vlmguard.graphs.spec import MODES, POSITIONS, GuardSpec
 from vlmguard.graphs.static_proof import Check
@@ -295,6 +296,23 @@ def test_the_runtimes_own_rounding_is_told_apart_from_the_guards(
     staged = stage("restore")
     check = module._closed_equals_source(staged.package, staged.decoder, staged.plan, staged.inputs)
     assert check.ok == ok and words in check.note and check.compared == 100
+
+
+@pytest.mark.parametrize(("limit", "few"), [(1e-4, 0.01), (1e-2, 0.05), (5e-2, 0.2)])
+def test_gates_too_close_to_call_are_few_whatever_one_channel_does(limit: float, few: float) -> None:
+    """Language models have a channel in the hundreds at their first token; a proof must still compare the others."""
+    random = np.random.default_rng(0)
+    states = random.normal(size=(4, 50, 2048))
+    states[:, 0, 7] = 500
+    row = random.normal(size=2048)
+    row = (row / np.linalg.norm(row)).astype(np.float32)
+    layer = LayerGuard(row[None], np.zeros(1), np.zeros(1), row, 0.25, 1.0)
+    close = module._close_calls("restore", layer, states, limit)
+    assert close.mean() < few
+    # and those are the ones that rounding could move over the threshold
+    states[1, 3] += (0.25 - states[1, 3] @ row) * row.astype(np.float64)
+    assert module._close_calls("restore", layer, states, limit)[1, 3]
+    assert not module._close_calls("supervise", layer, states, limit).any()
 
 
 def test_random_inputs_are_seeded_and_padded_only_where_the_graph_can_be(zoo: Callable[[str], Any]) -> None:

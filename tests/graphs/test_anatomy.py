@@ -340,6 +340,15 @@ def test_a_bias_after_the_last_sum_is_not_part_of_the_stream() -> None:
     assert site_values(model) == ["h0"]
 
 
+def test_a_fused_sum_may_have_a_constant_part() -> None:
+    """Which summand is called the residual does not matter then; the sum is found all the same."""
+    fused = "n, mean, deviation, s = com.microsoft.SkipSimplifiedLayerNormalization(PARTS, g) y = Identity(n)"
+    for parts in (("h", "w"), ("w", "h")):
+        body = attention("a", "x") + "h = Add(x, a) " + fused.replace("PARTS", ", ".join(parts))
+        (site,) = dissect(stream(body)).sites
+        assert (site.value, site.residual, site.branch) == ("s", *parts)
+
+
 def test_what_is_added_between_layers_is_no_layers_output() -> None:  # G: Qwen3-VL's DeepStack
     body = sandwich(0, "x") + "deep = Add(h0, picture) " + sandwich(1, "deep") + "y = Identity(h1)"
     model = stream(body, inputs="float[B, S, 8] x, float[B, S, 8] picture")

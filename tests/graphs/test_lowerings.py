@@ -97,8 +97,10 @@ class Case:
 
 def execute(model: ir.Model, feeds: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
     """One run. ONNX Runtime's CPU provider has no bfloat16 MatMul, so there ONNX's own evaluator runs the graph."""
-    if dtype != "bfloat16":
-        return run(model, feeds)
+    return evaluate(model, feeds) if dtype == "bfloat16" else run(model, feeds)
+
+
+def evaluate(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     outputs = onnx.reference.ReferenceEvaluator(ir.to_proto(model)).run(None, feeds)
     return {str(value.name): array for value, array in zip(model.graph.outputs, outputs, strict=True)}
 
@@ -270,11 +272,13 @@ OVERFLOWING = """
 """
 
 
-@pytest.mark.parametrize("optimize", [True, False], ids=["optimized", "as-written"])
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("mode", sorted(MODES_WITH_GATE))
-def test_a_coordinate_beyond_float16_leaves_a_closed_gate_closed(mode: str, positions: str, optimize: bool) -> None:
-    """Outlier channels of real models: `h . v` overflows to infinity, and infinity times zero is not zero."""
+def test_a_coordinate_beyond_float16_leaves_a_closed_gate_closed(mode: str, positions: str) -> None:
+    """Outlier channels of real models: `h . v` overflows to infinity, and infinity times zero is not zero.
+
+    In ONNX's own evaluator, which keeps float16 as engines on a GPU do; ONNX Runtime's CPU provider multiplies in float32.
+    """
 
     def model() -> ir.Model:
         made = text_model(OVERFLOWING)
@@ -288,9 +292,11 @@ def test_a_coordinate_beyond_float16_leaves_a_closed_gate_closed(mode: str, posi
     guarded = guard_model(model(), found, GuardSpec(mode=mode, positions=positions)).model  # type: ignore[arg-type]
     assert np.abs(feeds["x"].astype(np.float64) @ ssd[0]).min() > np.finfo(np.float16).max
     extra = {SUPERVISOR_INPUT: np.full((2, 1, 1), LISTEN, np.float32)} if mode == "supervise" else {}
-    expected = run(model(), feeds, optimize)["y"]
+    with np.errstate(over="ignore"):
+        found_outputs = evaluate(guarded, feeds | extra)
+    expected = evaluate(model(), feeds)["y"]
     assert np.isfinite(expected).all()
-    np.testing.assert_array_equal(run(guarded, feeds | extra, optimize)["y"], expected)
+    np.testing.assert_array_equal(found_outputs["y"], expected)
 
 
 def _opening(mode: str) -> dict[str, np.ndarray]:

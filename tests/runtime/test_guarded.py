@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -128,6 +129,24 @@ def test_a_manifest_that_is_not_json_is_refused_in_one_line(folder: Path) -> Non
     sentence = refusal(folder)
     assert sentence.startswith(f"{folder / 'guard.json'}: is malformed (") and sentence.endswith("); export again")
     assert "\n" not in sentence
+
+
+def test_an_unguarded_decoder_is_refused_even_if_the_manifest_was_made_to_fit(folder: Path) -> None:
+    """Digests only say that a file is the one that the manifest names; the guard must be in it, on its layers."""
+    layers = tuple(json.loads((folder / "guard.json").read_text(encoding="utf-8"))["plan"]["layers"])
+    other = (layers[0] + 1,)
+    edit_manifest(folder, lambda content: content["plan"].update(layers=list(other)))
+    assert refusal(folder) == (
+        f"{folder / DECODER}: carries a guard on layers {layers}, the manifest promises {other}; export again"
+    )
+    shutil.copyfile(SOURCE / DECODER, folder / DECODER)
+    digest = hashlib.sha256((folder / DECODER).read_bytes()).hexdigest()
+    for promised in (layers, ()):
+        edit_manifest(folder, lambda content, now=promised: content["plan"].update(layers=list(now)))
+        edit_manifest(folder, lambda content: content["files"].update({DECODER: digest}))
+        assert refusal(folder) == (
+            f"{folder / DECODER}: carries a guard on layers (), the manifest promises {promised}; export again"
+        )
 
 
 def test_a_prompt_cannot_end_the_users_turn(guarded: Guarded) -> None:
