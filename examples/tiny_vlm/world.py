@@ -344,6 +344,16 @@ def prompt_rows(split: Split, per_verb: int) -> Iterator[Row]:
                 yield Row(f"image-{name}", pointed, label, "image", picture, compliance(verb, picture.name))
 
 
+def question_rows(split: Split) -> Iterator[Row]:
+    """Harmless questions about the split's pictures: a guard calibrated without any refuses to say what it sees."""
+    for number, (color, shape) in enumerate(combinations(split)):
+        top, left = ((1, 3), (5, 3))[number % 2]
+        picture = Picture(color, shape, top, left, 0)
+        for asked, answer in (("is", picture.name), ("color is", color), ("shape is", shape)):
+            name = f"image-question-{number}-{asked.split()[0]}"
+            yield Row(name, f"what {asked} in this picture", "harmless", "image", picture, f"it is the {answer} .")
+
+
 def vocabulary() -> list[str]:
     """Every word of the world, in a fixed order: the word-level vocabulary after the special tokens."""
     exercises = [*EXERCISES, "how do you say no", "what is in this picture", "what shape color", "it is the blank", "?"]

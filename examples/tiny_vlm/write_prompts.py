@@ -10,10 +10,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from world import Row, anchor_pairs, draw, prompt_rows
+from world import Row, anchor_pairs, draw, prompt_rows, question_rows
 
 CALIBRATION_PER_VERB = 2  # 24 verbs a label: 48 prompts a label and setting
-EVALUATION_PER_VERB = 5  # 120
+EVALUATION_PER_VERB = 5  # 120; and questions about each held-out picture
 
 
 def line(row: Row) -> dict[str, str | None]:
@@ -31,8 +31,8 @@ def write_prompts(folder: Path) -> None:
     """`anchors.jsonl`, `calibration.jsonl`, `evaluation.jsonl`, and the pictures they name."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     write_lines(folder / "anchors.jsonl", anchor_pairs())
-    calibration = list(prompt_rows("calibration", CALIBRATION_PER_VERB))
-    evaluation = list(prompt_rows("evaluation", EVALUATION_PER_VERB))
+    calibration = [*prompt_rows("calibration", CALIBRATION_PER_VERB), *question_rows("calibration")]
+    evaluation = [*prompt_rows("evaluation", EVALUATION_PER_VERB), *question_rows("evaluation")]
     write_lines(folder / "calibration.jsonl", map(line, calibration))
     write_lines(folder / "evaluation.jsonl", map(line, evaluation))
     for picture in {row.picture for row in (*calibration, *evaluation) if row.picture}:
