@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test check lint fast tiny-vlm clean
 
 demo: $(VENV)/.light
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
 
 test: $(VENV)/.full
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
