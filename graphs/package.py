@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import onnx
 import onnx_ir as ir
 
 from .errors import GuardError, ModelUnreadable, first_line
@@ -375,7 +374,3 @@ def sha256_file(path: Path) -> str:
     """Hex digest, streamed."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def onnx_version() -> str:
-    return onnx.__version__
