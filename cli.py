@@ -47,11 +47,42 @@ class PositionsChoice(StrEnum):
     all = "all"
 
 
+class DataChoice(StrEnum):
+    """How big files get into the guarded folder."""
+
+    link = "link"
+    copy = "copy"
+    reference = "reference"
+
+
+class ProofChoice(StrEnum):
+    """How much is proved at export."""
+
+    full = "full"
+    structure = "structure"
+
+
+class ExporterChoice(StrEnum):
+    """Who exports a checkpoint."""
+
+    transformers = "transformers"
+    genai = "genai"
+    optimum = "optimum"
+
+
 class DtypeChoice(StrEnum):
+    """Precision of graphs converted from a checkpoint."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+
+
+class PrecisionChoice(StrEnum):
     """Precision of graphs exported from a checkpoint."""
 
     fp32 = "fp32"
     fp16 = "fp16"
+    int4 = "int4"
 
 
 Model = Annotated[
@@ -63,7 +94,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT; accept directions made from another decoder file.")]
 Variant = Annotated[
     str | None,
-    typer.Option(help="Precision variant of an onnx-community folder: fp16, q4, ... (default: the plain one)"),
+    typer.Option(help="Precision variant of an onnx-community folder: fp16, q4, ... (default: all; the plain one runs)"),
 ]
 
 
@@ -99,11 +130,30 @@ def export_command(
     ] = 0.01,
     variant: Variant = None,
     dtype: Annotated[
-        DtypeChoice | None, typer.Option(help="From a checkpoint: precision of the graphs. (default: fp32)")
+        PrecisionChoice | None,
+        typer.Option(help="From a checkpoint: precision of the graphs; int4 with --exporter genai. (default: fp32)"),
     ] = None,
     opset: Annotated[
         int | None, typer.Option(help="From a checkpoint: ONNX opset of the graphs. (default: 18)")
     ] = None,
+    exporter: Annotated[
+        ExporterChoice | None,
+        typer.Option(
+            help="From a checkpoint: who exports it. genai and optimum write the text decoder only. "
+            "(default: transformers)"
+        ),
+    ] = None,
+    data: Annotated[
+        DataChoice,
+        typer.Option(help="Big weights: link (reflink or hard link, else a copy), copy, or reference (symbolic link)."),
+    ] = DataChoice.link,
+    no_digest: Annotated[
+        bool, typer.Option("--no-digest", help="Do not hash big weights; the manifest says that they were not.")
+    ] = False,
+    proof: Annotated[
+        ProofChoice,
+        typer.Option(help="full, or structure: nothing is run; complete it with `vlmguard verify --run` elsewhere."),
+    ] = ProofChoice.full,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
     force: Force = False,
     as_json: AsJson = False,
@@ -137,6 +187,10 @@ def export_command(
             variant=variant,
             dtype=dtype.value if dtype is not None else None,
             opset=opset,
+            exporter=exporter.value if exporter is not None else None,
+            data=data.value,
+            digests=not no_digest,
+            proof=proof.value,
             dry_run=dry_run,
             force=force,
             watch=watch,
@@ -169,7 +223,14 @@ def convert_command(
 
 
 @app.command("inspect")
-def inspect_command(model: Model, variant: Variant = None, as_json: AsJson = False) -> None:
+def inspect_command(
+    model: Model,
+    variant: Variant = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="A row for every layer; long runs that are alike are folded.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show the decoder's residual stream: layers, width, dtype, and which value carries each layer's output."""
     from .exporter import tables
     from .exporter.pipeline import inspect
@@ -179,7 +240,7 @@ def inspect_command(model: Model, variant: Variant = None, as_json: AsJson = Fal
     if as_json:
         print_json({"model": model, **anatomy.to_json()})
     else:
-        tables.show_anatomy(out, anatomy, model)
+        tables.show_anatomy(out, anatomy, model, full)
 
 
 @app.command("directions")
@@ -224,13 +285,15 @@ def directions_command(
 def verify_command(
     guarded: Guarded,
     source: Annotated[Path | None, typer.Option(help="The unguarded model, to compare with.")] = None,
+    run: Annotated[bool, typer.Option("--run", help="Run both models too: the numerical proof. Needs --source.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Redo the structural proof of a guarded folder from its files alone; with --source against the unguarded model too."""
     from .exporter import tables
     from .exporter.verify import verify
 
-    result = verify(guarded, source)
+    with tables.bars(err) as watch:
+        result = verify(guarded, source, run, watch)
     if as_json:
         print_json(result.to_json())
     else:

@@ -19,8 +19,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.model_selection import StratifiedGroupKFold
 
 from ..graphs.anatomy import DecoderAnatomy
 from ..graphs.directions import Directions, LayerDirections
@@ -290,6 +288,8 @@ def _scores(study: _Study, layer: int) -> tuple[np.ndarray | None, np.ndarray]:
 
 
 def _folds(study: _Study) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    from sklearn.model_selection import StratifiedGroupKFold  # here: scikit-learn is slow to import, see extract.py
+
     count = min(_FOLDS, *(len(set(study.groups[study.harmful == label])) for label in (True, False)))
     splitter = StratifiedGroupKFold(max(count, 2), shuffle=True, random_state=0)
     return splitter.split(study.states, study.harmful, study.groups)
@@ -309,6 +309,8 @@ def _fit(study: _Study, layer: int, chosen: np.ndarray) -> np.ndarray:
 
     Shrinkage, because there may be more dimensions than prompts; equal priors, because answers have many tokens.
     """
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
     harmless = np.flatnonzero(~study.harmful)
     answers = [s[:, layer] for i, s in zip(harmless, study.answer_states, strict=True) if chosen[i] and len(s)]
     states = np.concatenate([study.states[chosen, layer], *answers]).astype(np.float64)

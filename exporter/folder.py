@@ -4,32 +4,70 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..graphs.manifest import MANIFEST_NAME, SCHEMA, Manifest
-from ..graphs.package import ModelPackage, external_files, sha256_file
+from ..graphs.anatomy import DecoderAnatomy
+from ..graphs.digests import sha256_files
+from ..graphs.manifest import MANIFEST_NAME, SCHEMA, DecoderRecord, Manifest, Proved, record_files
+from ..graphs.package import ModelPackage, external_files
 from ..graphs.plan import GuardPlan
 from ..graphs.rewrite import GuardReport
 from ..graphs.spec import GuardSpec
-from ..graphs.staging import link_or_copy
+from ..graphs.staging import Data, bring
 from ..graphs.static_proof import Check
 from .calibrate import Calibration
+from .sources import Watch
+
+# From this size on a file of weights is not hashed if that was asked. Graphs and configs always are.
+_BIG = 16 << 20
 
 
-def bring_weights(package: ModelPackage, stage: Path) -> None:
+@dataclass(frozen=True)
+class GuardedDecoder:
+    """One decoder graph on its way into the folder.
+
+    Attributes:
+        package: the unguarded model, seen from this graph.
+        anatomy, plan: of it.
+        report, proof: what was done to it and why to believe it; none before that.
+    """
+
+    package: ModelPackage
+    anatomy: DecoderAnatomy
+    plan: GuardPlan
+    report: GuardReport | None = None
+    proof: tuple[Check, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """Relative to the folder, the unguarded one as the guarded one."""
+        return self.package.decoder.relative_to(self.package.root).as_posix()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "decoder": self.path,
+            "plan": self.plan.to_json(),
+            "report": self.report.to_json() if self.report is not None else None,
+            "proof": [check.to_json() for check in self.proof],
+        }
+
+
+def bring_weights(package: ModelPackage, stage: Path, data: Data) -> None:
     """The decoder's external data, referenced by the guarded graph under the same relative names."""
     for path in external_files(package.decoder):
-        link_or_copy(path, stage / path.relative_to(package.root))
+        destination = stage / path.relative_to(package.root)
+        if not destination.exists():  # variants may share a file
+            bring(path, destination, data)
 
 
-def bring_companions(package: ModelPackage, stage: Path) -> None:
+def bring_companions(package: ModelPackage, stage: Path, data: Data) -> None:
     for path, relative in package.files():
         if not (stage / relative).exists():
-            link_or_copy(path, stage / relative)
+            bring(path, stage / relative, data)
 
 
 def notes_on_files(package: ModelPackage) -> Iterator[str]:
@@ -40,34 +78,55 @@ def notes_on_files(package: ModelPackage) -> Iterator[str]:
 
 def write_manifest(
     stage: Path,
-    package: ModelPackage,
-    decoder: Path,
+    decoders: Sequence[GuardedDecoder],
     spec: GuardSpec,
-    plan: GuardPlan,
-    report: GuardReport,
-    proof: Sequence[Check],
     calibrated: Calibration | None,
+    proved: Proved,
+    digests: bool,
+    tell: Watch,
 ) -> None:
-    files = {p.relative_to(stage).as_posix(): sha256_file(p) for p in sorted(stage.rglob("*")) if p.is_file()}
+    """Hash what is in the stage and what it was made from (each content once), and write `guard.json`."""
+    files = [path for path in sorted(stage.rglob("*")) if path.is_file()]
+    sources = {path for done in decoders for path in _source_files(done)}
+    hashed = [path for path in (*files, *sources) if digests or not _skippable(path)]
+    found = sha256_files(hashed, lambda done, total: tell("hashing (bytes)", done, total))
+    names = {path.relative_to(stage).as_posix(): path for path in files}
     manifest = Manifest(
         schema_=SCHEMA,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        files=files,
-        decoder=decoder.relative_to(stage).as_posix(),
-        layout=package.layout,
-        source={
-            "decoder": package.decoder.name,
-            "sha256": sha256_file(package.decoder),
-            "external_data": {path.name: sha256_file(path) for path in external_files(package.decoder)},
-        },
+        files=record_files(stage, names, {name: found[path] for name, path in names.items() if path in found}),
+        decoders=[_record(done, found) for done in decoders],
+        layout=decoders[0].package.layout,
+        proved=proved,
         versions=versions(),
         spec=_plain(asdict(spec)),
-        plan=plan.to_json(),
-        report=report.to_json(),
-        proof=[check.to_json() for check in proof],
         calibration=calibrated.to_json() if calibrated is not None else None,
     )
     (stage / MANIFEST_NAME).write_text(manifest.to_text(), encoding="utf-8")
+
+
+def _source_files(done: GuardedDecoder) -> list[Path]:
+    return [done.package.decoder, *external_files(done.package.decoder)]
+
+
+def _skippable(path: Path) -> bool:
+    return path.suffix not in {".onnx", ".json"} and path.stat().st_size >= _BIG
+
+
+def _record(done: GuardedDecoder, digests: dict[Path, str]) -> DecoderRecord:
+    decoder = done.package.decoder
+    assert done.report is not None and done.proof
+    return DecoderRecord(
+        path=done.path,
+        source={
+            "decoder": decoder.name,
+            "sha256": digests[decoder],
+            "external_data": {path.name: digests.get(path) for path in external_files(decoder)},
+        },
+        plan=done.plan.to_json(),
+        report=done.report.to_json(),
+        proof=[check.to_json() for check in done.proof],
+    )
 
 
 def versions() -> dict[str, str]:

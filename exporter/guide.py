@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..graphs.anatomy import DecoderAnatomy
+from ..graphs.digests import sha256_file
 from ..graphs.directions import Directions, read_directions
 from ..graphs.errors import DirectionMismatch, PromptsUnusable
-from ..graphs.package import ModelPackage, sha256_file
+from ..graphs.package import ModelPackage
 from ..graphs.plan import require_fitting
 from ..graphs.spec import GuardSpec
 from ..runtime.decoder import DecoderSession, can_pad, open_decoder
@@ -116,6 +117,11 @@ class Guide:
         digest = sha256_file(self.package.decoder)
         if found.model_sha256 in (None, digest):
             return
+        left_out = [self.package.root / name for name in self.package.left_out if name.endswith(".onnx")]
+        for variant in (*self.package.others, *left_out):
+            if sha256_file(variant) == found.model_sha256:
+                self.notes.append(f"directions of {variant.name}, another graph of the same model")
+                return
         if not accepts_foreign:
             raise DirectionMismatch(
                 f"{path}: was extracted from another decoder file (its SHA-256 begins {found.model_sha256[:12]}, this "
@@ -147,12 +153,14 @@ class Guide:
         """A file that comes with the model: in its folder, in `prompts/` there, or one level up."""
         return find_file(self.source.home, names)
 
-    def proof_inputs(self) -> ProofInputs:
-        """Real prompts if the model can read any, else seeded random inputs."""
+    def proof_inputs(self, view: ModelPackage) -> ProofInputs:
+        """What to prove one decoder graph on: real prompts if the model can read any, else seeded random inputs."""
         if self.package.companion("tokenizer.json") is None:
-            return self._random_inputs("the model has no tokenizer.json")
-        if self._needs_embeds() and self.package.embed_tokens is None:
-            return self._random_inputs("the model has no embed_tokens graph")
+            return _random_inputs(view, self.anatomy.width, "the model has no tokenizer.json")
+        if _needs_embeds(self.package) and self.package.embed_tokens is None:
+            return _random_inputs(view, self.anatomy.width, "the model has no embed_tokens graph")
+        if _needs_embeds(view) != _needs_embeds(self.package):
+            return _random_inputs(view, self.anatomy.width, f"{view.decoder.name} takes other inputs than the tokens")
         model = self.running()
         return proof_inputs(model, self._proof_requests(model))
 
@@ -169,13 +177,15 @@ class Guide:
             prompts = prompts_from_anchors(read_anchors(path)[:_PROOF_PROMPTS], model.sees)
         return [prompt.request(model) for prompt in prompts if model.sees or prompt.setting == "text"]
 
-    def _needs_embeds(self) -> bool:
-        return any(value.name == "inputs_embeds" for value in self.package.load_decoder().graph.inputs)
 
-    def _random_inputs(self, why: str) -> ProofInputs:
-        session = open_decoder(self.package)
-        pads = can_pad(self.package.load_decoder().graph)
-        return random_inputs(session, self.anatomy.width, _vocabulary(session, self.package), pads, why)
+def _needs_embeds(package: ModelPackage) -> bool:
+    return any(value.name == "inputs_embeds" for value in package.load_decoder().graph.inputs)
+
+
+def _random_inputs(package: ModelPackage, width: int, why: str) -> ProofInputs:
+    session = open_decoder(package)
+    pads = can_pad(package.load_decoder().graph)
+    return random_inputs(session, width, _vocabulary(session, package), pads, why)
 
 
 def _some_of_each(prompts: Sequence[LabelledPrompt]) -> list[LabelledPrompt]:

@@ -8,26 +8,32 @@ Everything is written into a hidden sibling of OUT first; OUT appears, complete,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from ..graphs.anatomy import DecoderAnatomy, dissect
 from ..graphs.directions import Directions, directions_bytes
-from ..graphs.errors import GuardError, OutputRefused, ProofFailed
-from ..graphs.package import ModelPackage, load_graph, save_graph
+from ..graphs.errors import AnatomyNotFound, GuardError, OutputRefused, ProofFailed
+from ..graphs.fold import FOLD
+from ..graphs.fold_proof import prove_fold
+from ..graphs.manifest import Proved
+from ..graphs.package import ModelPackage, external_files, load_graph, save_graph
 from ..graphs.plan import GuardPlan, plan_guard, require_layers, require_unguarded
 from ..graphs.rewrite import GuardReport, rewrite
 from ..graphs.spec import GuardSpec, Mode
-from ..graphs.staging import require_writable, staged, write_file
+from ..graphs.staging import Data, require_writable, staged, write_file
 from ..graphs.static_proof import Check, prove_structure
 from ..runtime.onnxruntime_runner import import_onnxruntime
 from .calibrate import DEFAULT_BUDGET, Calibration
-from .checkpoint import Dtype
-from .folder import bring_companions, bring_weights, notes_on_files, write_manifest
+from .exporters import ExporterName, Precision
+from .folder import GuardedDecoder, bring_companions, bring_weights, notes_on_files, write_manifest
 from .guide import DIRECTIONS_FILE, EXTRACTED_RANK, Guide
 from .prove import ProofInputs, prove_by_running
+from .prove_fold import prove_fold_by_running
 from .sources import Watch, opened, require_apart, unwatched
 
 
@@ -37,27 +43,41 @@ class ExportResult:
 
     Attributes:
         out: the folder; not written with `dry_run`.
-        anatomy, plan: always.
-        report, proof: empty with `dry_run`.
+        decoders: every decoder graph of the folder, the one that runs first.
         calibration: what the calibrator measured, if it ran.
         written: whether `out` was written.
     """
 
     out: Path
-    anatomy: DecoderAnatomy
-    plan: GuardPlan
-    report: GuardReport | None = None
-    proof: tuple[Check, ...] = ()
+    decoders: tuple[GuardedDecoder, ...]
     calibration: Calibration | None = None
     written: bool = False
+
+    @property
+    def anatomy(self) -> DecoderAnatomy:
+        """Of the decoder that runs."""
+        return self.decoders[0].anatomy
+
+    @property
+    def plan(self) -> GuardPlan:
+        """Of the decoder that runs."""
+        return self.decoders[0].plan
+
+    @property
+    def report(self) -> GuardReport | None:
+        """Of the decoder that runs; `None` with `dry_run`."""
+        return self.decoders[0].report
+
+    @property
+    def proof(self) -> tuple[Check, ...]:
+        """Of the decoder that runs; empty with `dry_run`."""
+        return self.decoders[0].proof
 
     def to_json(self) -> dict[str, Any]:
         return {
             "out": str(self.out),
             "written": self.written,
-            "plan": self.plan.to_json(),
-            "report": self.report.to_json() if self.report is not None else None,
-            "proof": [check.to_json() for check in self.proof],
+            "decoders": [decoder.to_json() for decoder in self.decoders],
             "calibration": self.calibration.to_json() if self.calibration is not None else None,
         }
 
@@ -72,8 +92,12 @@ def export(
     calibration: Path | str | None = None,
     budget: float = DEFAULT_BUDGET,
     variant: str | None = None,
-    dtype: Dtype | None = None,
+    dtype: Precision | None = None,
     opset: int | None = None,
+    exporter: ExporterName | None = None,
+    data: Data = "link",
+    digests: bool = True,
+    proof: Proved = "full",
     dry_run: bool = False,
     force: bool = False,
     watch: Watch | None = None,
@@ -88,8 +112,13 @@ def export(
         anchors: anchor pairs to extract from; found beside the model if not given.
         calibration: labelled prompts to calibrate on; found beside the anchors, or made from a third of them.
         budget: highest share of harmless calibration prompts that may be refused.
-        variant: precision variant of an onnx-community folder.
+        variant: precision variant of an onnx-community folder; `None` guards all that are there.
         dtype, opset: of the graphs exported from a checkpoint; refused for a model that is ONNX already.
+        exporter: who exports a checkpoint (`exporters.EXPORTERS`); `None` is transformers. Refused as they are.
+        data: how big files get into OUT: `link`, `copy` or `reference` (`graphs.staging.bring`).
+        digests: hash big weights too; without it the manifest says that they were not.
+        proof: `full`, or `structure`: nothing is run, for models that this machine cannot run. `GuardedVLM` opens such a
+            folder only after `verify` has run it.
         dry_run: plan only; nothing is written.
         force: replace OUT, and accept directions extracted from another file.
         watch: told what is going on: `(stage, done, total)`.
@@ -97,38 +126,92 @@ def export(
     Raises:
         GuardError: anything wrong with the request or its files; nothing was written.
     """
-    import_onnxruntime()  # a proof needs a runtime: say so before minutes of work
+    if proof == "full":
+        import_onnxruntime()  # a proof needs a runtime: say so before minutes of work
     spec = spec or GuardSpec()
     tell = watch or unwatched
-    with opened(model, variant, tell, dtype, opset) as source:
-        package = source.package
+    with opened(model, variant, tell, dtype, opset, exporter) as source:
         target = Path(out) if out is not None else source.beside / f"{source.name}-guarded"
-        require_apart(target, Path(model), package)
+        require_apart(target, Path(model), source.package)
         if not dry_run:
             require_writable(target, force)
-        graph = package.load_decoder()
-        anatomy = dissect(graph, package.expected_layers)
+        opened_graphs = [_open(view) for view in source.package.views()]
+        _require_alike(opened_graphs)
+        anatomy = opened_graphs[0].anatomy
         require_layers(spec, anatomy)  # before minutes of extraction and calibration
         guide = Guide(source, anatomy, spec, budget, force, tell)
         found, calibrated = guide.directions(directions, anchors, calibration)
-        plan = plan_guard(graph, anatomy, found, spec)
-        if plan.mode == "steer" and any(planned.guard.alpha == 0 for planned in plan.sites):
-            raise GuardError("alpha 0 does nothing in mode steer, and would ship as a guard; choose above 0")
-        plan = replace(plan, notes=(*guide.notes, *plan.notes, *notes_on_files(package)))
+        planned = [GuardedDecoder(one.view, one.anatomy, _plan(one, found, spec, guide.notes)) for one in opened_graphs]
         if dry_run:
-            return ExportResult(target.absolute(), anatomy, plan, calibration=calibrated)
+            return ExportResult(target.absolute(), tuple(planned), calibrated)
         with staged(target, force) as stage:
-            decoder = stage / package.decoder.relative_to(package.root)
-            decoder.parent.mkdir(parents=True, exist_ok=True)
-            report = rewrite(graph, plan)
-            bring_weights(package, stage)
-            save_graph(graph, decoder)
-            proof = prove(package, decoder, anatomy, plan, report, guide.proof_inputs(), tell)
-            bring_companions(package, stage)
+            done = []
+            for one, decoder in zip(opened_graphs, planned, strict=True):
+                report = _write(one, decoder.plan, stage, data)
+                checks = prove(decoder, report, stage, guide.proof_inputs if proof == "full" else None, tell)
+                done.append(replace(decoder, report=report, proof=checks))
+            bring_companions(source.package, stage, data)
             (stage / DIRECTIONS_FILE).write_bytes(directions_bytes(found))
-            write_manifest(stage, package, decoder, spec, plan, report, proof, calibrated)
+            write_manifest(stage, done, spec, calibrated, proof, digests, tell)
         tell("done", 1, 1)
-        return ExportResult(target.absolute(), anatomy, plan, report, proof, calibrated, written=True)
+        return ExportResult(target.absolute(), tuple(done), calibrated, written=True)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A decoder graph in memory, not changed yet."""
+
+    view: ModelPackage
+    graph: ir.Model
+    anatomy: DecoderAnatomy
+
+
+def _open(view: ModelPackage) -> _Opened:
+    graph = view.load_decoder()
+    return _Opened(view, graph, dissect_decoder(view, graph))
+
+
+def dissect_decoder(package: ModelPackage, graph: ir.Model) -> DecoderAnatomy:
+    """The anatomy of a package's decoder; a failure names the file.
+
+    Raises:
+        AnatomyNotFound: no residual stream, or not the config's.
+    """
+    try:
+        return dissect(graph, package.expected_layers)
+    except AnatomyNotFound as error:
+        raise AnatomyNotFound(f"{package.decoder}: {error}") from None
+
+
+def _require_alike(graphs: Sequence[_Opened]) -> None:
+    """All decoder graphs of one folder hold the same decoder: what guards one guards the others."""
+    first = graphs[0]
+    for other in graphs[1:]:
+        shapes = [(one.anatomy.layer_count, one.anatomy.width) for one in (first, other)]
+        if shapes[0] != shapes[1]:
+            raise AnatomyNotFound(
+                f"{other.view.decoder}: has {shapes[1][0]} layers of width {shapes[1][1]}, {first.view.decoder.name} in "
+                f"the same folder {shapes[0][0]} of width {shapes[0][1]}; move it to a folder of its own"
+            )
+
+
+def _plan(one: _Opened, found: Directions, spec: GuardSpec, notes: Sequence[str]) -> GuardPlan:
+    plan = plan_guard(one.graph, one.anatomy, found, spec)
+    if plan.mode == "steer" and any(planned.guard.alpha == 0 for planned in plan.sites):
+        raise GuardError("alpha 0 does nothing in mode steer, and would ship as a guard; choose above 0")
+    return replace(plan, notes=(*notes, *plan.notes, *notes_on_files(one.view)))
+
+
+def _write(one: _Opened, plan: GuardPlan, stage: Path, data: Data) -> GuardReport:
+    """The guarded graph and the weights that it refers to, in the stage."""
+    path = stage / one.view.decoder.relative_to(one.view.root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = rewrite(one.graph, plan)
+    bring_weights(one.view, stage, data)
+    # A model with its weights outside gets a file for the guard's; whatever links out of the folder cannot have one.
+    outside = bool(external_files(one.view.decoder)) and data != "reference"
+    save_graph(one.graph, path, report.initializers if outside else ())
+    return report
 
 
 def inspect(model: Path | str, variant: str | None = None, watch: Watch | None = None) -> DecoderAnatomy:
@@ -138,31 +221,40 @@ def inspect(model: Path | str, variant: str | None = None, watch: Watch | None =
         GuardError: it cannot be opened, or no residual stream was found, with the reason.
     """
     with opened(model, variant, watch or unwatched) as source:
-        return dissect(source.package.load_decoder(), source.package.expected_layers)
+        return dissect_decoder(source.package, source.package.load_decoder())
 
 
 def prove(
-    package: ModelPackage,
-    decoder: Path,
-    anatomy: DecoderAnatomy,
-    plan: GuardPlan,
+    decoder: GuardedDecoder,
     report: GuardReport,
-    inputs: ProofInputs,
+    folder: Path,
+    inputs: Callable[[ModelPackage], ProofInputs] | None,
     tell: Watch,
 ) -> tuple[Check, ...]:
     """Every check, on the file as it will ship.
 
+    Args:
+        decoder: what was planned, and the unguarded model.
+        report: what was done.
+        folder: where the guarded copy is.
+        inputs: what to run it on; `None` proves the structure alone.
+
     Raises:
         ProofFailed: one of them does not hold.
     """
-    tell("proving", 0, 2)
-    source = package.load_decoder()
+    label = f"proving {decoder.package.decoder.name}"
+    tell(label, 0, 2)
+    path = folder / decoder.path
+    source = decoder.package.load_decoder()
     dissect(source)  # inlines functions and infers types exactly as was done to the graph that was rewritten
-    checks = prove_structure(source, load_graph(decoder), anatomy, plan, report)
-    tell("proving", 1, 2)
+    structure = prove_fold if decoder.plan.lowering == FOLD else prove_structure
+    checks = structure(source, load_graph(path), decoder.anatomy, decoder.plan, report)
+    tell(label, 1, 2)
     _require_all(checks)
-    checks += prove_by_running(package, decoder, plan, report, inputs)
-    tell("proving", 2, 2)
+    if inputs is not None:
+        running = prove_fold_by_running if decoder.plan.lowering == FOLD else prove_by_running
+        checks += running(decoder.package, path, decoder.plan, report, inputs(decoder.package))
+    tell(label, 2, 2)
     _require_all(checks)
     return checks
 
@@ -202,7 +294,7 @@ def extract_directions(
     with opened(model, variant, tell) as source:
         graph = source.package.load_decoder()
         require_unguarded(graph)
-        anatomy = dissect(graph, source.package.expected_layers)
+        anatomy = dissect_decoder(source.package, graph)
         guide = Guide(source, anatomy, spec, DEFAULT_BUDGET, force, tell)
         if calibrate_for is None:
             found = guide.extracted(guide.pairs(anchors)[1], rank)

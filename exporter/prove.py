@@ -3,6 +3,7 @@
 1. Closed gate (or zero strength): every original output, prefill and decode, equals the unguarded model's bit for bit.
 2. Guarded hidden states equal the numpy reference, with the gates as the inputs set them and with every gate forced open.
 3. Tokens that are not to be edited are untouched, bit for bit.
+4. In a float16 graph: how near the states come to the end of float16 (`headroom`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from ..graphs.package import ModelPackage, graph_bytes, load_graph
+from ..graphs.package import ModelPackage, load_graph
 from ..graphs.plan import COORDINATES_OUTPUT, GuardPlan
 from ..graphs.reference import LISTEN, LayerGuard, guard, last_token
 from ..graphs.rewrite import GuardReport
@@ -23,6 +24,7 @@ from ..graphs.static_proof import Check, exact
 from ..graphs.taps import tap_guard
 from ..runtime.decoder import DecoderSession, PromptBatch, open_decoder
 from ..runtime.vlm import Request, VisionLanguageModel
+from .headroom import Headroom
 
 DECODE_STEPS = 4
 # Largest deviation from the float64 reference, relative to the largest state compared.
@@ -92,14 +94,14 @@ def _closed_equals_source(package: ModelPackage, staged: Path, plan: GuardPlan, 
     name = "closed gate equals the original bit for bit"
     closed = load_graph(staged)
     force_gates(closed, plan, is_open=False)
-    content = graph_bytes(closed)
-    compared, differing, worst = _compare_runs(package, content, plan, inputs, optimize=True)
+    at = staged.parent
+    compared, differing, worst = _compare_runs(package, closed, at, plan, inputs, optimize=True)
     if not differing:
         return exact(
             name, compared, [], f"{compared} numbers, prefill and {DECODE_STEPS} decode steps, {inputs.origin}"
         )
     limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
-    plain, plain_differing, _ = _compare_runs(package, content, plan, inputs, optimize=False)
+    plain, plain_differing, _ = _compare_runs(package, closed, at, plan, inputs, optimize=False)
     note = (
         f"exact in {plain} numbers without the runtime's optimiser; with it, {differing} of {compared} differ by its own "
         f"rounding (casts and fusions around the guard)"
@@ -110,24 +112,29 @@ def _closed_equals_source(package: ModelPackage, staged: Path, plan: GuardPlan, 
 
 
 def _compare_runs(
-    package: ModelPackage, guarded: bytes, plan: GuardPlan, inputs: ProofInputs, optimize: bool
+    package: ModelPackage, guarded: ir.Model, folder: Path, plan: GuardPlan, inputs: ProofInputs, optimize: bool
 ) -> tuple[int, int, float]:
-    """`(numbers compared, numbers that differ, worst relative difference)` over prefill and decode."""
-    a, b = open_decoder(package, optimize=optimize), open_decoder(package, guarded, optimize=optimize)
+    """`(numbers compared, numbers that differ, worst relative difference)` over prefill and decode.
+
+    One model after the other: two of them may not fit into memory together.
+    """
+    session = open_decoder(package, optimize=optimize)
+    left = [roll(session, batch, None) for batch in inputs.batches]
+    del session
+    session = open_decoder(package, guarded, optimize=optimize, folder=folder)
     compared, differing, worst = 0, 0, 0.0
-    for batch in inputs.batches:
-        left = _roll(a, batch, None)
-        right = _roll(b, batch, listen(plan, batch.size))
-        for before, after in zip(left, right, strict=True):
+    for batch, expected in zip(inputs.batches, left, strict=True):
+        right = roll(session, batch, listen(plan, batch.size))
+        for before, after in zip(expected, right, strict=True):
             for key, value in before.items():
                 other = after[key]
                 compared += value.size
                 differing += int((value != other).sum())
-                worst = max(worst, _relative(value, other))
+                worst = max(worst, relative(value, other))
     return compared, differing, worst
 
 
-def _roll(session: DecoderSession, batch: PromptBatch, supervisor: np.ndarray | None) -> list[dict[str, np.ndarray]]:
+def roll(session: DecoderSession, batch: PromptBatch, supervisor: np.ndarray | None) -> list[dict[str, np.ndarray]]:
     """Outputs of prefill and a few decode steps on fixed tokens: rows of the prompt again, so that runs stay alike."""
     outputs, state = session.prefill(batch, supervisor)
     rolled = [outputs]
@@ -142,7 +149,7 @@ def listen(plan: GuardPlan, batch: int) -> np.ndarray | None:
     """Supervisor coordinates of a text-only pass; `None` for modes that take none."""
     if plan.mode != "supervise":
         return None
-    return np.full((batch, len(plan.sites), plan.sites[0].guard.rank), LISTEN, np.float32)
+    return np.full((batch, len(plan.layers), plan.sites[0].guard.rank), LISTEN, np.float32)
 
 
 def force_gates(model: ir.Model, plan: GuardPlan, is_open: bool) -> None:
@@ -154,7 +161,7 @@ def force_gates(model: ir.Model, plan: GuardPlan, is_open: bool) -> None:
         array = value.const_value.numpy()
         if part == "tau":
             _replace(value, np.full_like(array, _ALWAYS if is_open else _NEVER))
-        elif plan.mode == "project" and not is_open and part in {"ssd", "projection_minus_identity"}:
+        elif plan.mode == "project" and not is_open and part.startswith(("ssd", "projection_minus_identity")):
             _replace(value, np.zeros_like(array))
         elif plan.mode == "project" and not is_open and part == "projection":
             _replace(value, np.eye(array.shape[0]).astype(array.dtype))
@@ -174,13 +181,16 @@ def _states_equal_reference(
     checks = []
     supervisors = _supervisors(package, staged, plan, inputs)
     opened = [False, True] if plan.mode != "project" else [False]
+    headroom = Headroom()
     for forced in opened:
         graph = load_graph(staged)
         if forced:
             force_gates(graph, plan, is_open=True)
         names = tap_guard(graph, plan, report)
-        session = open_decoder(package, graph_bytes(graph))
-        checks.append(_against_reference(session, plan, names, inputs, supervisors, forced))
+        session = open_decoder(package, graph, folder=staged.parent)
+        checks.append(_against_reference(session, plan, names, inputs, supervisors, forced, headroom))
+    if headroom.layers:
+        checks.append(headroom.check())
     checks.append(_unedited_tokens(package, staged, plan, report, inputs, supervisors))
     return tuple(checks)
 
@@ -192,25 +202,29 @@ def _against_reference(
     inputs: ProofInputs,
     supervisors: Sequence[np.ndarray | None],
     forced: bool,
+    headroom: Headroom,
 ) -> Check:
+    halves = {site.layer_index for site in plan.sites if site.site.dtype == "float16"}
     limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
     compared, moved, states, undecided, worst = 0, 0, 0, 0, 0.0
     for batch, supervisor in zip(inputs.batches, supervisors, strict=True):
-        for number, outputs in enumerate(_roll(session, batch, supervisor)):
+        for number, outputs in enumerate(roll(session, batch, supervisor)):
             # a cached decode step is one token long; without a cache the whole sequence comes again
             mask = np.pad(batch.mask, ((0, 0), (0, number)), constant_values=1)[:, -_length(outputs, names) :]
             selected = last_token(mask) if plan.positions == "last" else None
-            for row, (site, (raw_name, guarded_name)) in enumerate(zip(plan.sites, names, strict=True)):
+            for row, (guard_of_layer, (raw_name, guarded_name)) in enumerate(zip(plan.guards, names, strict=True)):
                 raw, found = outputs[raw_name].astype(np.float64), outputs[guarded_name].astype(np.float64)
-                layer = _forced(site.guard) if forced else site.guard
+                layer = _forced(guard_of_layer) if forced else guard_of_layer
                 a = None if supervisor is None else supervisor[:, row : row + 1, :].astype(np.float64)
                 expected = guard(plan.mode, layer, raw, a, selected)
                 real = mask.astype(bool)
+                if plan.layers[row] in halves:
+                    headroom.see(plan.layers[row], raw[real], found[real])
                 if not forced:  # by rounding alone such a gate may open here and not there; forced open, it is compared
                     close = _close_calls(plan.mode, layer, raw, limit) & real
                     real, undecided = real & ~close, undecided + int(close.sum())
                 compared += int(real.sum()) * raw.shape[-1]
-                worst = max(worst, _relative(expected[real], found[real]))
+                worst = max(worst, relative(expected[real], found[real]))
                 moved += int((expected[real] != raw[real]).any(axis=-1).sum())
                 states += int(real.sum())
                 if supervisor is not None:  # what the text-only pass tells the other one: this layer's own coordinates
@@ -258,15 +272,17 @@ def _unedited_tokens(
     graph = load_graph(staged)
     force_gates(graph, plan, is_open=True)
     names = tap_guard(graph, plan, report)
-    session = open_decoder(package, graph_bytes(graph), optimize=False)
+    session = open_decoder(package, graph, optimize=False, folder=staged.parent)
+    if session.one_token:
+        return Check(name, 1, 0.0, 0.0, True, "the graph takes one token a call: there are no others")
     compared, wrong = 0, []
     for batch, supervisor in zip(inputs.batches, supervisors, strict=True):
         outputs, _ = session.prefill(batch, supervisor)
-        others = last_token(batch.mask)[..., 0] == 0
-        for site, (raw, guarded) in zip(report.sites, names, strict=True):
+        others = last_token(batch.mask)[:, -_length(outputs, names) :, 0] == 0
+        for layer, (raw, guarded) in zip(plan.layers, names, strict=True):
             compared += int(others.sum()) * plan.width
             if not np.array_equal(outputs[raw][others], outputs[guarded][others]):
-                wrong.append(f"layer {site.layer_index}")
+                wrong.append(f"layer {layer}")
     return exact(name, compared, wrong)
 
 
@@ -274,7 +290,7 @@ def _supervisors(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: P
     """The text-only pass of each batch, through the graph as it ships: with its gates forced, it would not listen."""
     if plan.mode != "supervise":
         return [None for _ in inputs.batches]
-    session = open_decoder(package, staged)
+    session = open_decoder(package, load_graph(staged), folder=staged.parent)
     found: list[np.ndarray | None] = []
     for text in inputs.texts:
         outputs, _ = session.prefill(text, listen(plan, text.size))
@@ -286,7 +302,7 @@ def _forced(layer: LayerGuard) -> LayerGuard:
     return LayerGuard(layer.ssd, layer.origin, layer.target, layer.readout, _ALWAYS, layer.alpha)
 
 
-def _relative(a: np.ndarray, b: np.ndarray) -> float:
+def relative(a: np.ndarray, b: np.ndarray) -> float:
     """Largest difference, relative to the largest number; two empty arrays differ by nothing."""
     if not a.size:
         return 0.0

@@ -5,15 +5,18 @@ Everything that comes from a file (names, paths, notes) is escaped: it may have 
 
 from __future__ import annotations
 
+import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..graphs.anatomy import DecoderAnatomy
+from ..graphs.anatomy import DecoderAnatomy, ResidualSite
 from ..graphs.directions import Directions
 from ..graphs.plan import GuardPlan
 from ..graphs.static_proof import Check
@@ -21,22 +24,69 @@ from .evaluate import Evaluation
 from .pipeline import ExportResult
 
 
-def show_anatomy(out: Console, anatomy: DecoderAnatomy, title: str) -> None:
-    table = Table(title=escape(title))
-    for column in ("layer", "kind", "dtype", "value that carries its output"):
+def show_anatomy(out: Console, anatomy: DecoderAnatomy, model: str, full: bool = False) -> None:
+    """The residual stream in one sentence, then layer by layer, then what to do with it.
+
+    Args:
+        model: as it was named, for the title and the command to go on with.
+        full: a row for every layer; otherwise a long run of layers that are alike is folded.
+    """
+    out.print(escape(anatomy_in_words(anatomy)), highlight=False)
+    branches = len(anatomy.streams) > 1
+    table = Table(title=escape(model))
+    for column in ("layer", *(("branch",) if branches else ()), "output made by", "carried by", "dtype"):
         table.add_column(column, overflow="fold")
-    for site in anatomy.sites:
-        value = site.value or f"inside {site.anchor} (fused, not a value in the file)"
-        table.add_row(str(site.layer_index), site.kind, site.dtype, escape(value))
+    for stream in anatomy.streams:
+        for layers, site in _folded(stream.sites, full):
+            cells = ("[dim]as above[/dim]",) * 3 if site is None else _site_cells(site)
+            table.add_row(layers, *((escape(stream.body),) if branches else ()), *cells)
     out.print(table)
-    sure = "the config agrees" if anatomy.certainty == "confirmed" else "no config to compare with"
-    out.print(
-        f"{anatomy.layer_count} layers of width {anatomy.width}, {anatomy.certainty} ({sure}); "
-        f"from {escape(anatomy.source)} to {escape(anatomy.sink)}, {anatomy.nodes} nodes"
-    )
+    out.print(f"from {escape(anatomy.source)} to {escape(anatomy.sink)}, {anatomy.nodes} nodes", highlight=False)
     if anatomy.guarded_layers:
         layers = ", ".join(map(str, anatomy.guarded_layers))
-        out.print(f"carries a guard on layers {layers}; `vlmguard verify` proves it")
+        out.print(f"carries a guard on layers {layers}; `vlmguard verify` proves it", highlight=False)
+    else:
+        told = f"next: `vlmguard export {shlex.quote(model)}` guards it; with --dry-run it only shows the plan"
+        out.print(escape(told), highlight=False, soft_wrap=True)  # to be copied: a path is not broken
+
+
+def anatomy_in_words(anatomy: DecoderAnatomy) -> str:
+    """One sentence: how many layers, how wide, in which dtype, how their sums are written, and how sure that is."""
+    kinds = Counter(site.kind for site in anatomy.streams[0].sites)
+    if len(kinds) == 1:
+        sums = _SUMS[next(iter(kinds))]
+    else:
+        sums = " and ".join(f"{number} {_SUMS[kind]}" for kind, number in sorted(kinds.items()))
+    where = ""
+    if len(anatomy.streams) > 1:
+        where = f", the same in {len(anatomy.streams)} branches of an If ({', '.join(anatomy.bodies)})"
+    sure = {"confirmed": "confirmed: the config says so too", "structural": "no config was at hand to confirm it"}
+    return (
+        f"{anatomy.layer_count} layers, width {anatomy.width}, {'/'.join(anatomy.dtypes)}, {sums}{where}; "
+        f"{sure[anatomy.certainty]}"
+    )
+
+
+_SUMS = {"add": "plain sums (Add)", "skip_norm": "sums fused with their norms (ONNX Runtime's skip-norm)"}
+_FEWEST_FOLDED = 3  # fewer rows are shown as they are
+
+
+def _folded(sites: Sequence[ResidualSite], full: bool) -> Iterator[tuple[str, ResidualSite | None]]:
+    """`(layer, site)` to be shown; `None` stands for the middle of a run of layers that are alike but for their names."""
+    for _, members in groupby(sites, key=lambda site: (site.kind, bool(site.value), site.dtype)):
+        run = list(members)
+        if full or len(run) - 2 < _FEWEST_FOLDED:
+            yield from ((str(site.layer_index), site) for site in run)
+        else:
+            first, *hidden, last = run
+            yield str(first.layer_index), first
+            yield f"{hidden[0].layer_index} to {hidden[-1].layer_index}", None
+            yield str(last.layer_index), last
+
+
+def _site_cells(site: ResidualSite) -> tuple[str, str, str]:
+    written = "an Add" if site.kind == "add" else "a fused skip-norm"
+    return written, escape(site.value) or f"inside the fused node that makes {escape(site.anchor)}", site.dtype
 
 
 def show_plan(out: Console, plan: GuardPlan) -> None:
@@ -78,7 +128,8 @@ def show_export(out: Console, result: ExportResult) -> None:
     if not result.written:
         out.print(f"dry run: nothing was written to {escape(str(result.out))}")
         return
-    show_checks(out, result.proof, "proof")
+    for decoder in result.decoders:
+        show_checks(out, decoder.proof, f"proof of {decoder.path}")
     out.print(f"[bold]guarded[/bold]: {escape(str(result.out))}")
 
 

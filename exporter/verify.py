@@ -2,25 +2,30 @@
 
 From the files: digests; the guard is taken out of the shipped graph again (`strip_guard`), planned afresh from the
 folder's own directions and spec, put back in, and must be the shipped graph node for node and number for number; the
-guard dominates. With the source: the stripped graph must be the source's, with its inputs, outputs and weights.
+guard dominates. With the source: the stripped graph must be the source's, with its inputs, outputs and weights; and on
+request both are run, which completes a folder that was exported with the proof of its structure alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from ..graphs.anatomy import dissect
+from ..graphs.anatomy import DecoderAnatomy, dissect
+from ..graphs.digests import sha256_file, sha256_files
 from ..graphs.directions import read_directions
-from ..graphs.errors import ManifestMismatch
-from ..graphs.manifest import Manifest, read_manifest, require_intact
-from ..graphs.package import external_files, load_graph, open_package, sha256_file
+from ..graphs.errors import GuardError, ManifestMismatch
+from ..graphs.fold import FOLD
+from ..graphs.fold_proof import prove_fold, refolded, writers_orthogonal
+from ..graphs.manifest import MANIFEST_NAME, DecoderRecord, Manifest, read_manifest, require_intact
+from ..graphs.package import GUARD_DATA, ModelPackage, external_files, load_graph, open_package
 from ..graphs.plan import GuardPlan, plan_guard
 from ..graphs.rewrite import rewrite
 from ..graphs.spec import GuardSpec
+from ..graphs.staging import write_file
 from ..graphs.static_proof import (
     Check,
     exact,
@@ -32,6 +37,11 @@ from ..graphs.static_proof import (
 )
 from ..graphs.strip import strip_guard
 from ..runtime.guarded import open_guarded_package
+from .calibrate import DEFAULT_BUDGET
+from .guide import Guide
+from .prove import prove_by_running
+from .prove_fold import prove_fold_by_running
+from .sources import Source, Watch, unwatched
 
 
 @dataclass(frozen=True)
@@ -59,41 +69,73 @@ class Verification:
         }
 
 
-def verify(folder: Path | str, source: Path | str | None = None) -> Verification:
+def verify(
+    folder: Path | str, source: Path | str | None = None, run: bool = False, watch: Watch | None = None
+) -> Verification:
     """Redo the proof.
 
     Args:
         folder: a guarded folder.
         source: the unguarded model (file or folder), if at hand.
+        run: run the guarded graphs against the source's too. Where all holds, a manifest that says that the structure
+            alone was proved says so no longer.
+        watch: told what is going on.
 
     Raises:
+        GuardError: `run` without a source.
         ManifestMismatch: no manifest, a changed file, or a source that is not the one that the manifest names.
     """
+    if run and source is None:
+        raise GuardError("running the proof compares with the unguarded model; give it with --source")
     folder = Path(folder).absolute()
+    tell = watch or unwatched
     manifest = read_manifest(folder)
-    files = require_intact(folder, manifest)
-    checks = [exact("every file has the manifest's SHA-256", files, [])]
-    package = open_guarded_package(folder, manifest)
+    files = require_intact(folder, manifest, progress=lambda done, total: tell("hashing (bytes)", done, total))
+    unhashed = [name for name, record in manifest.files.items() if record.sha256 is None]
+    note = f"by size alone, as asked at export: {', '.join(unhashed)}" if unhashed else ""
+    checks = [exact("every file has the manifest's SHA-256", files - len(unhashed), [], note)]
+    views = {view.decoder: view for view in open_guarded_package(folder, manifest).views()}
+    originals = _originals(source, manifest) if source is not None else {}
+    for record in manifest.decoders:
+        path = folder / record.path
+        if path not in views:
+            raise ManifestMismatch(f"{path}: is in the manifest, but is no decoder of this folder; export again")
+        tell(f"verifying {path.name}", 0, 1)
+        made = _verify_decoder(views[path], manifest, record, originals.get(record.path), run, tell)
+        tell(f"verifying {path.name}", 1, 1)
+        several = len(manifest.decoders) > 1
+        checks += [replace(check, name=f"{path.name}: {check.name}") if several else check for check in made]
+    found = Verification(manifest, tuple(checks))
+    if run and found.ok and manifest.proved != "full":
+        manifest = manifest.model_copy(update={"proved": "full"})
+        write_file(folder / MANIFEST_NAME, manifest.to_text().encode())
+    return replace(found, manifest=manifest)
+
+
+def _verify_decoder(
+    package: ModelPackage,
+    manifest: Manifest,
+    record: DecoderRecord,
+    original: ModelPackage | None,
+    run: bool,
+    tell: Watch,
+) -> list[Check]:
     shipped, stripped = load_graph(package.decoder), load_graph(package.decoder)
     strip_guard(stripped)
     anatomy = dissect(stripped, package.expected_layers)
-    plan = _plan_again(folder, manifest, stripped, anatomy)
+    plan = _plan_again(package.root, manifest, record, stripped, anatomy)
+    if plan.lowering == FOLD:
+        return _verify_fold(package, shipped, anatomy, plan, original, run, tell)
     again = load_graph(package.decoder)
     strip_guard(again)
     dissect(again, package.expected_layers)
     report = rewrite(again, plan)
-    checks += [
+    checks = [
         same_graph("the guard is what the manifest's plan and directions make", again, shipped),
         sites_guarded_once(shipped, plan, report),
         guard_dominates(shipped, anatomy, plan, report),
     ]
-    if source is not None:
-        original = open_package(source)
-        digest = sha256_file(original.decoder)
-        if digest != manifest.source.get("sha256"):
-            raise ManifestMismatch(
-                f"{original.decoder}: is not the model that {folder.name} was made from (SHA-256 differs); give that one"
-            )
+    if original is not None:
         graph = original.load_decoder()
         dissect(graph)
         checks += [
@@ -102,21 +144,67 @@ def verify(folder: Path | str, source: Path | str | None = None) -> Verification
             initializers_untouched(graph, shipped),
             *_same_external_data(original.decoder, package.decoder),
         ]
-    return Verification(manifest, tuple(checks))
+        if run:
+            source = Source(original, original.name, original.root.parent, original.root)
+            guide = Guide(source, anatomy, GuardSpec(), DEFAULT_BUDGET, False, tell)
+            checks += prove_by_running(original, package.decoder, plan, report, guide.proof_inputs(original))
+    return checks
+
+
+def _verify_fold(
+    package: ModelPackage,
+    shipped: ir.Model,
+    anatomy: DecoderAnatomy,
+    plan: GuardPlan,
+    original: ModelPackage | None,
+    run: bool,
+    tell: Watch,
+) -> list[Check]:
+    """A folded decoder. The original weights are not in the folder: without the source, the algebra is what is checked."""
+    checks = [writers_orthogonal(shipped, anatomy, plan)]
+    if original is None:
+        return checks
+    graph, again = original.load_decoder(), original.load_decoder()
+    for model in (graph, again):
+        dissect(model, original.expected_layers)
+    report = rewrite(again, plan)
+    checks += [refolded(again, shipped), *prove_fold(graph, shipped, anatomy, plan, report)[0::2]]
+    checks += _same_external_data(original.decoder, package.decoder)
+    if run:
+        source = Source(original, original.name, original.root.parent, original.root)
+        inputs = Guide(source, anatomy, GuardSpec(), DEFAULT_BUDGET, False, tell).proof_inputs(original)
+        checks += prove_fold_by_running(original, package.decoder, plan, report, inputs)
+    return checks
+
+
+def _originals(source: Path | str, manifest: Manifest) -> dict[str, ModelPackage]:
+    """The unguarded decoder of every record; by its place in the folder, or by digest where a file was given."""
+    package = open_package(source)
+    views = {view.decoder.relative_to(view.root).as_posix(): view for view in package.views()}
+    found = {record.path: views.get(record.path, package) for record in manifest.decoders}
+    for record in manifest.decoders:
+        original = found[record.path]
+        if sha256_file(original.decoder) != record.source.get("sha256"):
+            raise ManifestMismatch(
+                f"{original.decoder}: is not the model that {record.path} was made from (SHA-256 differs); give that one"
+            )
+    return found
 
 
 def _same_external_data(source: Path, shipped: Path) -> list[Check]:
     """Weights outside the graph are compared as files: inside it there are only references to them."""
-    before, after = (
-        {path.name: sha256_file(path) for path in external_files(decoder)} for decoder in (source, shipped)
-    )
+    before = sha256_files(external_files(source))
+    after = sha256_files(path for path in external_files(shipped) if not path.name.endswith(GUARD_DATA))
+    before, after = ({path.name: digest for path, digest in files.items()} for files in (before, after))
     wrong = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
     return [exact("external weights are the source's files", len(before), sorted(wrong))] if before or after else []
 
 
-def _plan_again(folder: Path, manifest: Manifest, stripped: ir.Model, anatomy: Any) -> GuardPlan:
+def _plan_again(
+    folder: Path, manifest: Manifest, record: DecoderRecord, stripped: ir.Model, anatomy: DecoderAnatomy
+) -> GuardPlan:
     """The plan, from the folder's own directions and the manifest's decisions; it must say what the manifest says."""
-    recorded = manifest.plan
+    recorded = record.plan
     wished = dict(manifest.spec)
     try:
         if wished.get("layers") is not None:

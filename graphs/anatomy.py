@@ -8,6 +8,8 @@ The steps (docs/graphs.md has the patterns that real exporters write, and why ea
 3. A gap of the chain with a sequence mixer in it is an attention gap.
 4. The output of layer `l` is the last sum before the next attention gap; that of the last layer the last true join.
 The source that gives the most layers wins. A count other than the config's is a refusal, never a guess.
+Where the top graph holds no decoder, every branch of the `If` that the output comes out of is looked at the same way, and
+all must agree.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from typing import Any, Literal
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
-from .dataflow import Flow, Vertex, bodies, is_skip_norm
+from .bodies import branches_on_path
+from .dataflow import Flow, Vertex, is_skip_norm, is_sorted
 from .errors import AnatomyNotFound
 from .scribe import PREFIX
 
@@ -38,16 +41,23 @@ _ATTENTION_OPS = frozenset(
         "DecoderMaskedMultiHeadAttention",
         "SparseAttention",
         "PagedAttention",
+        "QAttention",  # onnxruntime's dynamic int8
     }
 )
 _OTHER_MIXERS = frozenset(
     {"LinearAttention", "GatedDeltaNet", "CausalConvWithState", "Conv", "Scan", "Loop", "LSTM", "GRU"}
 )
-_MATMULS = frozenset({"MatMul", "FusedMatMul", "TransposeMatMul", "Einsum", "Gemm"})
+# What a norm ends in, or is: its weight is as long as the stream is wide.
+_SCALES = frozenset({"Mul", "RMSNormalization", "SimplifiedLayerNormalization", "LayerNormalization"})
+_MATMULS = frozenset({"MatMul", "FusedMatMul", "TransposeMatMul", "Einsum", "Gemm", "MatMulInteger", "QLinearMatMul"})
+_SOFTMAXES = frozenset({"Softmax", "QLinearSoftmax"})
+# onnxruntime's quantized form of an operator reads (value, scale, zero point) where the plain one reads a value.
+_QUANTIZED_SUM = "QLinearAdd"
+_QUANTIZED = frozenset({"QLinearMatMul", _QUANTIZED_SUM})
 # What may stand between a Softmax and the MatMul with the values; a router's softmax meets TopK or a Mul instead.
 _TRANSPARENT = frozenset(
     {"Cast", "CastLike", "Dropout", "Identity", "Where", "IsNaN", "Slice", "Reshape", "Transpose", "Squeeze"}
-    | {"Unsqueeze", "Expand"}
+    | {"Unsqueeze", "Expand", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 )
 
 
@@ -64,6 +74,7 @@ class ResidualSite:
         residual: name of the input that carries the stream so far.
         branch: name of the input that this layer adds.
         dtype: of the sum: `float32`, `float16` or `bfloat16`.
+        body: the body of the graph that it lies in: "" for the top, else the branch of an `If` (`then_branch`).
     """
 
     layer_index: int
@@ -73,6 +84,24 @@ class ResidualSite:
     residual: str
     branch: str
     dtype: str
+    body: str = ""
+
+
+@dataclass(frozen=True)
+class ResidualStream:
+    """The residual stream through one body of the graph.
+
+    Attributes:
+        body: "" for the top graph, else the branch of an `If`.
+        source: name of the value that enters the first layer's stream.
+        sink: name of the output of this body that the stream ends in.
+        sites: one per layer, ascending.
+    """
+
+    body: str
+    source: str
+    sink: str
+    sites: tuple[ResidualSite, ...]
 
 
 @dataclass(frozen=True)
@@ -80,31 +109,56 @@ class DecoderAnatomy:
     """The residual stream of a decoder.
 
     Attributes:
-        sites: one per layer, ascending.
+        streams: one; for a merged decoder one per branch of its `If`, all with the same layers.
         width: hidden size `d`.
-        source: name of the value that enters the first layer's stream.
-        sink: name of the graph output that the stream ends in.
         certainty: `confirmed` (the config's layer count agrees) or `structural` (no config was at hand).
         nodes: how many nodes were looked at.
         guarded_layers: layers that carry nodes of a guard already, by their names; `verify` is what proves a guard.
     """
 
-    sites: tuple[ResidualSite, ...]
+    streams: tuple[ResidualStream, ...]
     width: int
-    source: str
-    sink: str
     certainty: Literal["confirmed", "structural"]
     nodes: int
     guarded_layers: tuple[int, ...] = ()
 
     @property
     def layer_count(self) -> int:
-        return len(self.sites)
+        return len(self.streams[0].sites)
+
+    @property
+    def bodies(self) -> tuple[str, ...]:
+        """Names of the bodies that hold the decoder: `("",)`, or those of all branches."""
+        return tuple(stream.body for stream in self.streams)
+
+    @property
+    def sites(self) -> tuple[ResidualSite, ...]:
+        """Every site: by layer, and within a layer by body."""
+        return tuple(site for layer in zip(*(stream.sites for stream in self.streams), strict=True) for site in layer)
+
+    @property
+    def source(self) -> str:
+        """Name of the value that enters the (first body's) stream."""
+        return self.streams[0].source
+
+    @property
+    def sink(self) -> str:
+        """Name of the output that the (first body's) stream ends in."""
+        return self.streams[0].sink
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain data."""
-        shown = asdict(self)
-        return shown | {"sites": [asdict(site) for site in self.sites], "layers": self.layer_count}
+        return {
+            "layers": self.layer_count,
+            "width": self.width,
+            "source": self.source,
+            "sink": self.sink,
+            "certainty": self.certainty,
+            "nodes": self.nodes,
+            "guarded_layers": list(self.guarded_layers),
+            "bodies": list(self.bodies),
+            "sites": [asdict(site) for site in self.sites],
+        }
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -122,8 +176,37 @@ def dissect(model: ir.Model, expected_layers: int | None = None) -> DecoderAnato
         AnatomyNotFound: with the reason and the best partial match.
     """
     prepare(model)
-    flow = Flow(model.graph)
-    sink = _sink(model.graph)
+    streams = _streams(Flow(model.graph), _sink(model.graph), expected_layers)
+    nodes = sum(1 for _ in model.graph.all_nodes())
+    certainty: Literal["confirmed", "structural"] = "structural" if expected_layers is None else "confirmed"
+    return DecoderAnatomy(
+        tuple(stream for stream, _ in streams), streams[0][1], certainty, nodes, guarded_layers(model.graph)
+    )
+
+
+def _streams(flow: Flow, sink: ir.Value, expected_layers: int | None) -> list[tuple[ResidualStream, int]]:
+    """The stream through the top graph, or one through every branch; each with its width."""
+    if any(is_mixer(flow, vertex) for vertex in flow.vertices):
+        return [_stream("", flow, sink, expected_layers)]
+    branches = branches_on_path(flow, _vertex(flow, sink))
+    if not branches:
+        raise AnatomyNotFound(_reason_for_nothing(flow))
+    found = []
+    for body, output in branches:
+        try:
+            found.append(_stream(body.name, Flow(body.graph, flow), output, expected_layers))
+        except AnatomyNotFound as error:
+            raise AnatomyNotFound(f"{body.name} of the If {body.owner and body.owner.name!r}: {error}") from None
+    shapes = {(len(stream.sites), width) for stream, width in found}
+    if len(shapes) > 1:
+        told = ", ".join(f"{stream.body} {len(stream.sites)} layers of width {width}" for stream, width in found)
+        raise AnatomyNotFound(
+            f"the branches of the If disagree ({told}); a merged decoder holds the same layers in each, export it again"
+        )
+    return found
+
+
+def _stream(body: str, flow: Flow, sink: ir.Value, expected_layers: int | None) -> tuple[ResidualStream, int]:
     best: tuple[list[tuple[Vertex, Vertex]], Vertex] | None = None
     for source in _sources(flow):
         layers = _layers(flow, source, _vertex(flow, sink))
@@ -133,35 +216,30 @@ def dissect(model: ir.Model, expected_layers: int | None = None) -> DecoderAnato
         raise AnatomyNotFound(_reason_for_nothing(flow))
     layers, source = best
     _require_one_stream(flow, layers, source, expected_layers)
-    sites = tuple(_site(flow, index, layer[1], source) for index, layer in enumerate(layers))
+    sites = tuple(_site(flow, index, layer[1], body) for index, layer in enumerate(layers))
     if expected_layers is not None and len(sites) != expected_layers:
         raise AnatomyNotFound(
             f"the config says {expected_layers} layers, the graph's residual stream shows {len(sites)} "
             f"({sites[0].value or sites[0].anchor} to {sites[-1].value or sites[-1].anchor}); "
             "check that config.json belongs to this graph"
         )
-    return DecoderAnatomy(
-        sites=sites,
-        width=_width(model.graph, sites),
-        source=source.name,
-        sink=sink.name or "",
-        certainty="structural" if expected_layers is None else "confirmed",
-        nodes=sum(1 for _ in model.graph),
-        guarded_layers=guarded_layers(model.graph),
-    )
+    return ResidualStream(body, source.name, sink.name or "", sites), _width(flow.graph, source, sites)
 
 
 def guarded_layers(graph: ir.Graph) -> tuple[int, ...]:
     """Layers that carry nodes of a guard, by the nodes' names, ascending."""
-    found = (re.match(rf"{PREFIX}layer_(\d+)/", node.name or "") for node in graph)
+    found = (re.match(rf"{PREFIX}(?:\w+_branch/)?layer_(\d+)/", node.name or "") for node in graph.all_nodes())
     return tuple(sorted({int(match[1]) for match in found if match is not None}))
 
 
 def prepare(model: ir.Model) -> None:
-    """Make structure visible: inline model-local functions, and infer types where the exporter wrote none."""
+    """Make structure visible: inline model-local functions, put nodes behind what they read, infer types where the
+    exporter wrote none."""
     if model.functions:
         InlinePass()(model)
-    missing = any(value.dtype is None for node in model.graph for value in node.outputs if value.name)
+    if not all(is_sorted(graph) for graph in model.graphs()):
+        model.graph.sort()  # onnxruntime's float16 converter appends casts behind their readers, and its runtime sorts
+    missing = any(value.dtype is None for node in model.graph.all_nodes() for value in node.outputs if value.name)
     if missing:  # TorchScript files (optimum) have no value types at all
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
 
@@ -175,7 +253,7 @@ def find_node(graph: ir.Graph, anchor: str) -> ir.Node | None:
 
 
 def _sources(flow: Flow) -> Iterator[Vertex]:
-    for value in flow.graph.inputs:
+    for value in flow.inputs:
         if value.dtype in STREAM_DTYPES and value.shape is not None and len(value.shape) == 3:
             vertex = flow.vertex(value)
             if vertex is not None:
@@ -255,7 +333,7 @@ def is_mixer(flow: Flow, vertex: Vertex) -> bool:
         return False  # count a node once, by its first output
     if node.op_type in _ATTENTION_OPS or node.op_type in _OTHER_MIXERS:
         return True
-    return node.op_type == "Softmax" and _spelled_out(flow, node)
+    return node.op_type in _SOFTMAXES and _spelled_out(flow, node)
 
 
 def _spelled_out(flow: Flow, softmax: ir.Node) -> bool:
@@ -267,11 +345,17 @@ def _spelled_out(flow: Flow, softmax: ir.Node) -> bool:
                 continue
             seen.add(node)
             if node.op_type in _MATMULS:
-                if all(flow.is_dynamic(operand) for operand in node.inputs[:2]):
+                if all(flow.is_dynamic(operand) for operand in _operands(node)):
                     return True
             elif node.op_type in _TRANSPARENT:
                 stack.extend(node.outputs)
     return False
+
+
+def _operands(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
+    """The two values that a binary operator combines."""
+    second = 3 if node.op_type in _QUANTIZED else 1
+    return node.inputs[0], node.inputs[second]
 
 
 # 4. The sums
@@ -282,7 +366,7 @@ def _is_true_sum(flow: Flow, vertex: Vertex, members: set[int]) -> bool:
     if vertex.is_sum:
         return True
     node = vertex.node
-    if node is None or node.op_type not in {"Add", "Sum"} or node.domain:
+    if node is None or ((node.op_type not in {"Add", "Sum"} or node.domain) and node.op_type != _QUANTIZED_SUM):
         return False
     parts = [flow.vertex(value) for value in node.inputs]
     return sum(part is not None and part.index in members for part in parts) >= 2
@@ -307,9 +391,14 @@ def _is_attention(flow: Flow, vertex: Vertex) -> bool:
     return is_mixer(flow, vertex) and vertex.op_type not in _OTHER_MIXERS
 
 
-def _site(flow: Flow, layer_index: int, total: Vertex, source: Vertex) -> ResidualSite:
+def _site(flow: Flow, layer_index: int, total: Vertex, body: str) -> ResidualSite:
     node = total.node
     assert node is not None
+    if node.op_type == _QUANTIZED_SUM:
+        raise AnatomyNotFound(
+            f"layer {layer_index}: the residual sum {total.name!r} is computed and kept in int8 ({_QUANTIZED_SUM}), so there "
+            "is no float sum to guard; quantize with QuantFormat.QDQ, or leave Add out of the operators to quantize"
+        )
     residual, branch = _residual_first(flow, node)
     kind: SiteKind = "skip_norm" if total.is_sum else "add"
     return ResidualSite(
@@ -320,6 +409,7 @@ def _site(flow: Flow, layer_index: int, total: Vertex, source: Vertex) -> Residu
         residual=residual.name or "",
         branch=branch.name or "",
         dtype=_dtype(node, total, layer_index),
+        body=body,
     )
 
 
@@ -356,8 +446,12 @@ def _known_dtype(value: ir.Value | None) -> ir.DataType | None:
     return value.const_value.dtype if value.const_value is not None else value.dtype
 
 
-def _width(graph: ir.Graph, sites: tuple[ResidualSite, ...]) -> int:
+def _width(graph: ir.Graph, source: Vertex, sites: tuple[ResidualSite, ...]) -> int:
     """Hidden size: a static last dimension, else the length of a norm's weight that the sum meets."""
+    entering = source.value.shape if source.value is not None else None
+    width = entering[2] if entering is not None and len(entering) == 3 else None
+    if isinstance(width, int):
+        return width
     for site in sites:
         node = find_node(graph, site.anchor)
         assert node is not None
@@ -383,10 +477,9 @@ def _width_from_consumers(value: ir.Value, depth: int = 6) -> int | None:
     for node in value.consumers():
         for operand in node.inputs:
             tensor = operand.const_value if operand is not None else None
-            if tensor is not None and len(tensor.shape) == 1 and node.op_type in {"Mul", "RMSNormalization"}:
-                width = tensor.numpy().shape[0]
-                if width > 1:
-                    return width
+            length = tensor.shape[0] if tensor is not None and len(tensor.shape) == 1 else None
+            if isinstance(length, int) and length > 1 and node.op_type in _SCALES:
+                return length
         for output in node.outputs:
             width = _width_from_consumers(output, depth - 1)
             if width is not None:
@@ -397,12 +490,6 @@ def _width_from_consumers(value: ir.Value, depth: int = 6) -> int | None:
 def _reason_for_nothing(flow: Flow) -> str:
     """Why no layer was found, with what was."""
     mixers = [v for v in flow.vertices if is_mixer(flow, v)]
-    inside = [node.op_type for node in flow.graph if any(True for _ in bodies(node))]
-    if not mixers and "If" in inside:
-        return (
-            "the decoder is inside an If node (a merged export with and without past); export it without merging, "
-            "as decoder_with_past"
-        )
     if not mixers:
         return (
             f"no attention found among {len(flow.vertices)} values, so there are no decoder layers; "
@@ -413,7 +500,18 @@ def _reason_for_nothing(flow: Flow) -> str:
             f"{len(mixers)} attention nodes but no embedding lookup or inputs_embeds among the inputs "
             f"{_names(flow.graph.inputs)}; is this a decoder graph?"
         )
+    if any(_sums_between(flow, first, second) for first, second in pairwise(mixers)):
+        return (
+            f"{len(mixers)} attention nodes follow one another without a single sum that all paths pass: several residual "
+            "streams run side by side (as in Gemma3n), and models with several streams cannot be guarded"
+        )
     return (
         f"{len(mixers)} attention nodes but no residual sum that every path from the embedding to the output passes; "
         "this is not a pre-norm or post-norm decoder"
     )
+
+
+def _sums_between(flow: Flow, first: Vertex, second: Vertex) -> bool:
+    """Whether the way from one attention to the next leads through a sum."""
+    everything = set(range(len(flow.vertices)))
+    return any(_is_true_sum(flow, flow.vertices[index], everything) for index in flow.between(first, second))

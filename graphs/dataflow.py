@@ -52,16 +52,23 @@ class Vertex:
 
 
 class Flow:
-    """The value graph of one `ir.Graph` (without its subgraphs): vertices in topological order, and their edges."""
+    """The value graph of one `ir.Graph` (without its subgraphs): vertices in topological order, and their edges.
 
-    def __init__(self, graph: ir.Graph) -> None:
+    Args:
+        graph: the top graph, or a branch of an `If`.
+        outer: for a branch, the flow of the graph around it: what it captures from there counts as an input.
+    """
+
+    def __init__(self, graph: ir.Graph, outer: Flow | None = None) -> None:
         self.graph = graph
         self.vertices: list[Vertex] = []
         self.predecessors: list[tuple[int, ...]] = []
         self._vertex_of: dict[ir.Value, int] = {}
-        for value in graph.inputs:
-            if value.name not in graph.initializers:
-                self._add(None, value, ())
+        self.inputs: list[ir.Value] = [value for value in graph.inputs if value.name not in graph.initializers]
+        if outer is not None:
+            self.inputs += [value for value in dict.fromkeys(captured(graph)) if outer.is_dynamic(value)]
+        for value in self.inputs:
+            self._add(None, value, ())
         for node in graph:
             self._add_node(node)
         self.successors: list[list[int]] = [[] for _ in self.vertices]
@@ -146,6 +153,16 @@ def reads(node: ir.Node) -> Iterator[ir.Value]:
     yield from (value for value in node.inputs if value is not None)
     for body in bodies(node):
         yield from captured(body)
+
+
+def is_sorted(graph: ir.Graph) -> bool:
+    """Whether every node stands behind the nodes of the same graph that it reads from."""
+    ahead = set(graph)
+    for node in graph:
+        if any(value.producer() in ahead for value in reads(node)):
+            return False
+        ahead.discard(node)
+    return True
 
 
 def bodies(node: ir.Node) -> Iterator[ir.Graph]:

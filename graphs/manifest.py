@@ -1,33 +1,74 @@
 """`guard.json`: what a guarded folder promises, and the check that the folder still keeps it.
 
-Schema `vlmguard.guard/1`: the digest of every file, the source's digest, versions, the spec, the plan, what was changed
-and the proof. `files` covers everything in the folder but the manifest itself.
+Schema `vlmguard.guard/2`: every file with its size and digest; for every decoder graph the source's digest, the plan, what
+was changed and the proof; the spec and the versions. `files` covers everything in the folder but the manifest itself.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from .digests import Progress, sha256_files
 from .errors import ManifestMismatch
-from .package import sha256_file
 
 MANIFEST_NAME = "guard.json"
-SCHEMA = "vlmguard.guard/1"
+SCHEMA = "vlmguard.guard/2"
+# Whose digest may be taken from the manifest when size and time of change are the recorded ones.
+_BIG = 16 << 20
+
+# How much of the proof was done: `full`, or `structure` alone (nothing was run).
+Proved = Literal["full", "structure"]
+
+
+class FileRecord(BaseModel):
+    """One file of the folder.
+
+    Attributes:
+        size: bytes.
+        modified_ns: time of its last change, as `os.stat` gives it.
+        sha256: hex digest; `None` for a big file that was not hashed because that was asked (`--no-digest`).
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    size: int
+    modified_ns: int
+    sha256: str | None
+
+
+class DecoderRecord(BaseModel):
+    """One guarded decoder graph.
+
+    Attributes:
+        path: relative to the folder.
+        source: name and SHA-256 of the unguarded graph file, and of its external data (`None`: not hashed).
+        plan, report, proof: as their `to_json` give them.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    path: str
+    source: dict[str, Any]
+    plan: dict[str, Any]
+    report: dict[str, Any]
+    proof: list[dict[str, Any]]
 
 
 class Manifest(BaseModel):
     """The content of `guard.json`.
 
     Attributes:
-        files: path relative to the folder -> SHA-256.
-        decoder: the guarded graph's path, relative to the folder.
-        source: name and SHA-256 of the unguarded decoder file and of its external data.
-        versions: of vlmguard and of what wrote and proved the graph.
-        spec, plan, report, proof: as their `to_json` give them.
+        files: path relative to the folder -> what is known of it.
+        decoders: every decoder graph of the folder; the first is the one that runs.
+        layout: of the folder.
+        proved: whether the guard was run, or proved by the graph's structure alone.
+        versions: of vlmguard and of what wrote and proved the graphs.
+        spec: what was asked for.
         calibration: what the calibrator measured, if it ran.
     """
 
@@ -35,20 +76,36 @@ class Manifest(BaseModel):
 
     schema_: str
     created: str
-    files: dict[str, str]
-    decoder: str
+    files: dict[str, FileRecord]
+    decoders: list[DecoderRecord]
     layout: str
-    source: dict[str, Any]
+    proved: Proved
     versions: dict[str, str]
     spec: dict[str, Any]
-    plan: dict[str, Any]
-    report: dict[str, Any]
-    proof: list[dict[str, Any]]
     calibration: dict[str, Any] | None = None
+
+    @property
+    def decoder(self) -> str:
+        """The decoder that runs, relative to the folder."""
+        return self.decoders[0].path
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """Of the decoder that runs; the others have the same mode, layers and numbers."""
+        return self.decoders[0].plan
 
     def to_text(self) -> str:
         content = self.model_dump()
         return json.dumps({"schema": content.pop("schema_"), **content}, indent=2, ensure_ascii=False) + "\n"
+
+
+def record_files(folder: Path, names: Iterable[str], digests: dict[str, str]) -> dict[str, FileRecord]:
+    """What `guard.json` says of these files; those without a digest get none."""
+    found = {}
+    for name in sorted(names):
+        status = (folder / name).stat()
+        found[name] = FileRecord(size=status.st_size, modified_ns=status.st_mtime_ns, sha256=digests.get(name))
+    return found
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -78,26 +135,42 @@ def read_manifest(folder: Path) -> Manifest:
         raise ManifestMismatch(f"{path}: is malformed ({error}); export again") from None
 
 
-def require_intact(folder: Path, manifest: Manifest) -> int:
-    """Every file is there with the digest that the manifest says, and no graph besides; how many were compared.
+def require_intact(folder: Path, manifest: Manifest, again: bool = True, progress: Progress | None = None) -> int:
+    """Every file is there as the manifest says, and no graph besides; how many were compared.
+
+    Args:
+        again: hash every file. Otherwise a big file whose size and time of change are the recorded ones keeps the digest
+            that the manifest has: opening a 14 GB model must not read it twice.
 
     Raises:
         ManifestMismatch: a file is missing, changed, or a graph was added.
     """
-    if not manifest.files or manifest.decoder not in manifest.files:
-        raise ManifestMismatch(
-            f"{folder / MANIFEST_NAME}: does not list the decoder {manifest.decoder!r}; export again"
-        )
-    for name, digest in manifest.files.items():
-        path = folder / name
+    where = folder / MANIFEST_NAME
+    unlisted = next((record.path for record in manifest.decoders if record.path not in manifest.files), None)
+    if not manifest.decoders or unlisted is not None:
+        raise ManifestMismatch(f"{where}: does not list the decoder {unlisted!r}; export again")
+    for name, record in manifest.files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ManifestMismatch(f"{folder / MANIFEST_NAME}: lists a file outside the folder ({name}); export again")
+            raise ManifestMismatch(f"{where}: lists a file outside the folder ({name}); export again")
+        path = folder / name
         if not path.is_file():
             raise ManifestMismatch(f"{folder}: {name} is missing; export again")
-        if sha256_file(path) != digest:
+        if record.sha256 is None and (path.stat().st_size != record.size or name.endswith((".onnx", ".json"))):
+            raise ManifestMismatch(f"{folder}: {name} is not the file that was proved (its size differs); export again")
+    hashed = {name: r for name, r in manifest.files.items() if r.sha256 is not None}
+    if not again:
+        hashed = {name: record for name, record in hashed.items() if not _unchanged(folder / name, record)}
+    found = sha256_files((folder / name for name in hashed), progress)
+    for name, record in hashed.items():
+        if found[folder / name] != record.sha256:
             raise ManifestMismatch(f"{folder}: {name} is not the file that was proved (SHA-256 differs); export again")
     graphs = {path.relative_to(folder).as_posix() for path in folder.rglob("*.onnx")}
     added = sorted(graphs - set(manifest.files))
     if added:
         raise ManifestMismatch(f"{folder}: {added[0]} was added after the proof; remove it, or export again")
     return len(manifest.files)
+
+
+def _unchanged(path: Path, record: FileRecord) -> bool:
+    status = path.stat()
+    return record.size >= _BIG and (status.st_size, status.st_mtime_ns) == (record.size, record.modified_ns)

@@ -4,7 +4,12 @@ Layouts (docs/graphs.md, section "Layouts that apps load"):
 
 - `onnx-community`: `onnx/{vision_encoder,embed_tokens,decoder_model_merged}[_variant].onnx`, configs and tokenizer at the root
 - `genai`: `genai_config.json` names the decoder file
+- `transformers`: `export.json` names the graphs of `OnnxExporter.export_for_generation(...).save_pretrained` (5.23), and the
+  decoder's weights are in TWO of them: `language_model` for the prompt, `decode` for each further token
 - `bare`: one `model.onnx`, its external data beside it, tokenizer beside or above it
+
+Several files of a folder may hold the decoder (precision variants, `decode` and `language_model`). All are guarded, or left
+out of the guarded folder: an app that opens another file of it must not find an unguarded one.
 
 Files are always opened by absolute path: onnx_ir confines external data to the model's folder, but (seen on 1.1.0) skips
 that check for a bare relative name.
@@ -13,10 +18,10 @@ that check for a bare relative name.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +29,9 @@ import onnx_ir as ir
 
 from .errors import GuardError, ModelUnreadable, first_line
 
-Layout = Literal["onnx-community", "genai", "bare"]
+Layout = Literal["onnx-community", "genai", "transformers", "bare"]
 
-# Graphs of the onnx-community layout that are not decoders. Everything else in `onnx/` is another decoder variant, which
-# would be an unguarded model with a guarded name: it is left out of a guarded folder.
+# Graphs of the onnx-community layout that are not decoders.
 _SIBLINGS = ("vision_encoder", "embed_tokens", "audio_encoder")
 _DECODERS = ("decoder_model_merged", "decoder_with_past_model", "decoder_model", "model")
 # Files that belong to a bare model: what tokenises, what templates, what describes.
@@ -54,7 +58,11 @@ COMPANIONS = (
     "LICENSE.txt",
     "README.md",
 )
+_TRANSFORMERS_MANIFEST = "export.json"
 _NEVER_COPIED = ("guard.json", "directions.safetensors")
+GUARD_DATA = ".guard.data"  # what the guard's own external data is called, after the graph's file
+_MOVED_FROM = 1024  # bytes; onnxruntime wants the numbers that shapes depend on inside the graph
+_ALIGNED = 64
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,8 @@ class ModelPackage:
 
     Attributes:
         root: the folder that is the model; a guarded copy mirrors it.
-        decoder: absolute path of the decoder graph.
+        decoder: absolute path of the decoder graph that runs.
+        others: absolute paths of the other graphs that hold the same decoder, to be guarded alike.
         layout: how the folder is laid out.
         vision_encoder, embed_tokens: absolute paths of the graphs around the decoder, where there are such.
         left_out: graphs of the folder that a guarded copy does not take along, relative to root.
@@ -75,6 +84,12 @@ class ModelPackage:
     vision_encoder: Path | None = None
     embed_tokens: Path | None = None
     left_out: tuple[str, ...] = ()
+    others: tuple[Path, ...] = ()
+
+    def views(self) -> tuple[ModelPackage, ...]:
+        """This package once per decoder graph, the one that runs first; in each view that graph is `decoder`."""
+        paths = (self.decoder, *self.others)
+        return tuple(replace(self, decoder=path, others=tuple(p for p in paths if p != path)) for path in paths)
 
     @property
     def name(self) -> str:
@@ -128,8 +143,9 @@ class ModelPackage:
         return load_graph(self.decoder)
 
     def files(self) -> Iterator[tuple[Path, str]]:
-        """`(source, path relative to root)` of every file that a guarded copy takes along, the decoder's own not."""
-        own = {self.decoder, *external_files(self.decoder)}
+        """`(source, path relative to root)` of every file that a guarded copy takes along, the decoders' own not."""
+        decoders = (self.decoder, *self.others)
+        own = {*decoders, *(data for decoder in decoders for data in external_files(decoder))}
         if self.layout == "bare":
             for name in COMPANIONS:
                 path = self.companion(name)
@@ -151,8 +167,8 @@ def open_package(path: Path | str, variant: str | None = None) -> ModelPackage:
 
     Args:
         path: a `.onnx` file, or a folder in one of the layouts.
-        variant: precision suffix of the onnx-community layout (`fp16`, `q4`, ...); `None` takes the plain file, or the
-            only one there is.
+        variant: precision suffix of the onnx-community layout (`fp16`, `q4`, ...): the others are left out. `None` takes
+            all that are there; the plain one runs, or else the first.
 
     Raises:
         ModelUnreadable: nothing there, or no single decoder can be told.
@@ -166,6 +182,10 @@ def open_package(path: Path | str, variant: str | None = None) -> ModelPackage:
         return _genai(path)
     if (path / "onnx").is_dir():
         return _onnx_community(path, variant)
+    if variant is not None:
+        raise ModelUnreadable(f"{path}: variant {variant!r} was asked for, only onnx-community folders have variants")
+    if (path / _TRANSFORMERS_MANIFEST).is_file():
+        return _transformers(path)
     graphs = sorted(path.glob("*.onnx"))
     if len(graphs) == 1:
         return ModelPackage(path, graphs[0], "bare")
@@ -182,6 +202,13 @@ def _from_file(path: Path) -> ModelPackage:
         package = _genai(path.parent)
         if package.decoder == path:
             return package
+    if (path.parent / _TRANSFORMERS_MANIFEST).is_file():
+        package = _transformers(path.parent)
+        if package.others and path in (package.decoder, *package.others):
+            raise ModelUnreadable(
+                f"{path}: is one of the decoder graphs of a transformers export "
+                f"({_some([package.decoder, *package.others])}); name the folder, so that all are guarded"
+            )
     return ModelPackage(path.parent, path, "bare")
 
 
@@ -208,20 +235,18 @@ def _onnx_community(root: Path, variant: str | None) -> ModelPackage:
     decoders = {path: stem for path, stem in found.items() if stem is not None}
     if not decoders:
         raise ModelUnreadable(f"{root / 'onnx'}: holds no decoder ({', '.join(_DECODERS)}); found {_some(list(found))}")
-    first = next(stem for stem in _DECODERS if stem in decoders.values())
-    suffixes = {
-        path.stem.removeprefix(first).removeprefix("_"): path for path, stem in decoders.items() if stem == first
-    }
-    wanted = variant if variant is not None else ("" if "" in suffixes else None)
-    if wanted is None and len(suffixes) == 1:
-        wanted = next(iter(suffixes))
-    if wanted not in suffixes:
-        known = ", ".join(repr(name) for name in suffixes)
-        raise ModelUnreadable(f"{root / 'onnx'}: variant {variant!r} of {first} was asked for, found {known}; name one")
-    return _community_package(root, suffixes[wanted])
+    suffixes = {path: path.stem.removeprefix(stem).removeprefix("_") for path, stem in decoders.items()}
+    chosen = [path for path in decoders if variant is None or suffixes[path] == variant]
+    if not chosen:
+        known = ", ".join(repr(name) for name in sorted(set(suffixes.values())))
+        raise ModelUnreadable(
+            f"{root / 'onnx'}: variant {variant!r} of the decoder was asked for, found {known}; name one"
+        )
+    chosen.sort(key=lambda path: (_DECODERS.index(decoders[path]), suffixes[path] != "", suffixes[path]))
+    return _community_package(root, chosen[0], tuple(chosen[1:]))
 
 
-def _community_package(root: Path, decoder: Path) -> ModelPackage:
+def _community_package(root: Path, decoder: Path, others: tuple[Path, ...] = ()) -> ModelPackage:
     stem = _stem(decoder, _DECODERS)
     suffix = decoder.stem.removeprefix(stem or "")
     siblings = {}
@@ -230,15 +255,44 @@ def _community_package(root: Path, decoder: Path) -> ModelPackage:
         candidates = [root / "onnx" / f"{name}{suffix}.onnx", root / "onnx" / f"{name}.onnx"]
         candidates += sorted((root / "onnx").glob(f"{name}_*.onnx"))
         siblings[name] = next((path for path in candidates if path.is_file()), None)
-    others = {path for path in (root / "onnx").glob("*.onnx") if _stem(path, _SIBLINGS) is not None}
+    around = {path for path in (root / "onnx").glob("*.onnx") if _stem(path, _SIBLINGS) is not None}
     return ModelPackage(
         root,
         decoder,
         "onnx-community",
         vision_encoder=siblings["vision_encoder"],
         embed_tokens=siblings["embed_tokens"],
-        left_out=_others(root, {decoder, *others}),
+        left_out=_others(root, {decoder, *others, *around}),
+        others=others,
     )
+
+
+def _transformers(root: Path) -> ModelPackage:
+    """The graphs with a KV cache hold the decoder; the one that takes `input_ids` and a past can run alone."""
+    components = read_json(root / _TRANSFORMERS_MANIFEST).get("components")
+    named = components.values() if isinstance(components, dict) else ()
+    names = [entry["file"] for entry in named if isinstance(entry, dict) and isinstance(entry.get("file"), str)]
+    paths = [_inside(root, name) for name in names]
+    cached = {path: load_graph(path).graph for path in paths}
+    if len(paths) > 1:
+        cached = {path: graph for path, graph in cached.items() if any(_is_cache(v.name) for v in graph.outputs)}
+    if not cached:
+        raise ModelUnreadable(
+            f"{root / _TRANSFORMERS_MANIFEST}: names no graph with a KV cache among {_some(paths)}; is it a decoder?"
+        )
+    alone = [path for path, graph in cached.items() if any(_is_cache(value.name) for value in graph.inputs)]
+    decoder = (alone or list(cached))[0]
+    return ModelPackage(
+        root,
+        decoder,
+        "transformers",
+        left_out=_others(root, set(paths)),
+        others=tuple(path for path in cached if path != decoder),
+    )
+
+
+def _is_cache(name: str | None) -> bool:
+    return "past_key_values" in (name or "")
 
 
 def _others(root: Path, keep: set[Path]) -> tuple[str, ...]:
@@ -301,22 +355,95 @@ def external_files(path: Path) -> list[Path]:
     Raises:
         ModelUnreadable: the graph cannot be opened.
     """
-    return sorted({_data_path(path, tensor) for tensor in _external_tensors(load_graph(path))})
+    status = path.stat() if path.is_file() else None
+    stamp = (status.st_size, status.st_mtime_ns) if status is not None else (0, 0)
+    return list(_external_files(path.absolute(), stamp))
 
 
-def save_graph(model: ir.Model, path: Path) -> None:
-    """Write a graph; external tensors stay references to files of the same relative name, which the caller provides."""
-    proto = ir.to_proto(model)
+@lru_cache(maxsize=64)
+def _external_files(path: Path, stamp: tuple[int, int]) -> tuple[Path, ...]:
+    """Asked for several times in every export, and the answer costs a parse; `stamp` makes a changed file another one."""
+    return tuple(sorted({_data_path(path, tensor) for tensor in _external_tensors(load_graph(path))}))
+
+
+def save_graph(model: ir.Model, path: Path, own_data: Collection[str] = ()) -> Path | None:
+    """Write a graph; external tensors stay references to files of the same relative name, which the caller provides.
+
+    Args:
+        own_data: names of initializers whose numbers go to a file of their own, `<file>.guard.data` beside the graph:
+            what was added to a model that keeps its weights outside. Numbers too small to gain from it stay inside.
+
+    Returns:
+        That file, or `None` if nothing went there.
+    """
+    data = path.with_name(f"{path.name}{GUARD_DATA}")
+    moved = _move_out(model, own_data, data)
     try:
-        content = proto.SerializeToString(deterministic=True)
+        path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
     except ValueError:  # protobuf's 2 GiB limit
-        raise GuardError(f"{path.name}: the guarded graph passes 2 GiB; choose --lowering lowrank") from None
-    path.write_bytes(content)
+        raise GuardError(
+            f"{path.name}: the guarded graph passes 2 GiB; save the model with external data first, or choose "
+            "--lowering lowrank"
+        ) from None
+    return data if moved else None
+
+
+def _move_out(model: ir.Model, names: Collection[str], data: Path) -> bool:
+    """Write these initializers to `data`, one after the other, and refer to them there."""
+    offset = 0
+    values = [model.graph.initializers[name] for name in sorted(names)]
+    chosen = [v for v in values if v.const_value is not None and v.const_value.nbytes >= _MOVED_FROM]
+    if not chosen:
+        return False
+    with data.open("wb") as file:
+        for value in chosen:
+            tensor = value.const_value
+            assert tensor is not None
+            content = tensor.tobytes()
+            file.write(content)
+            value.const_value = ir.ExternalTensor(
+                data.name,
+                offset,
+                len(content),
+                tensor.dtype,
+                name=tensor.name or "",
+                shape=ir.Shape(tensor.numpy().shape),
+                base_dir=data.parent,
+            )
+            offset += len(content)
+            padding = -offset % _ALIGNED  # so that runtimes can map it
+            file.write(bytes(padding))
+            offset += padding
+    return True
 
 
 def graph_bytes(model: ir.Model) -> bytes:
-    """The serialized graph, for a session that is opened from memory; external tensors stay references."""
+    """The serialized graph; external tensors stay references."""
     return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+def in_memory(model: ir.Model, folder: Path) -> tuple[bytes, Path]:
+    """The serialized graph for a session that is opened from memory, and the folder that its external data lies in.
+
+    Runtimes refuse external data that a link leads out of the folder (onnxruntime 1.31 does), and Hugging Face's cache is
+    made of such links: there the graph refers to the files that the links lead to.
+
+    Raises:
+        ModelUnreadable: the links lead to several folders.
+    """
+    proto = ir.to_proto(model)
+    entries = [entry for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"]
+    real = {entry.value: (folder / entry.value).resolve() for entry in entries}
+    if any((folder / name).is_symlink() for name in real):
+        homes = {path.parent for path in real.values()}
+        if len(homes) > 1:
+            raise ModelUnreadable(
+                f"{folder}: the links to its external data lead to {len(homes)} folders; copy the model to one, links followed"
+            )
+        folder = homes.pop()
+        for entry in entries:
+            entry.value = real[entry.value].name
+    return proto.SerializeToString(deterministic=True), folder
 
 
 def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
@@ -368,9 +495,3 @@ def read_json(path: Path) -> dict[str, Any]:
         kind = type(content).__name__
         raise ModelUnreadable(f"{path}: holds a {kind}, expected an object; copy it from the model again")
     return content
-
-
-def sha256_file(path: Path) -> str:
-    """Hex digest, streamed."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ import onnx_ir as ir
 from .anatomy import DecoderAnatomy, ResidualSite
 from .directions import Directions, LayerDirections
 from .errors import DirectionMismatch, GuardError
-from .lowering import choose_lowering
+from .fold import find_writers
+from .lowering import FOLDED, choose_lowering
 from .positions import mask_input
 from .reference import LayerGuard
 from .scribe import PREFIX
@@ -44,6 +45,7 @@ class SitePlan:
         shown: dict[str, Any] = {
             "layer": self.layer_index,
             "kind": self.site.kind,
+            "body": self.site.body,
             "anchor": self.site.anchor,
             "value": self.site.value,
             "residual": self.site.residual,
@@ -73,7 +75,7 @@ class GuardPlan:
         lowering_reason: why this lowering.
         mask: name of the attention mask that `last` reads, or "" for the last index of each call.
         width: hidden size.
-        sites: one per guarded layer, ascending.
+        sites: one per guarded layer and body, by layer; the bodies share one `LayerGuard`.
         notes: what a person should know, each a sentence.
     """
 
@@ -89,7 +91,18 @@ class GuardPlan:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        return tuple(site.layer_index for site in self.sites)
+        """The guarded layers, ascending."""
+        return tuple(sorted({site.layer_index for site in self.sites}))
+
+    @property
+    def bodies(self) -> tuple[str, ...]:
+        """Names of the bodies that are guarded: `("",)`, or those of all branches of a merged decoder."""
+        return tuple(dict.fromkeys(site.site.body for site in self.sites))
+
+    @property
+    def guards(self) -> tuple[LayerGuard, ...]:
+        """The numbers of each guarded layer, in the order of `layers`."""
+        return tuple(site.guard for site in self.sites if site.site.body == self.bodies[0])
 
     @property
     def added_inputs(self) -> tuple[str, ...]:
@@ -130,12 +143,15 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
     layers, why_layers = _layers(spec, directions, anatomy, mode)
     notes += why_layers
     lowering, reason = choose_lowering(spec.lowering, mode)
-    sites = tuple(
-        SitePlan(anatomy.sites[number], _layer_guard(number, directions, spec, mode, notes))
-        for number in sorted(set(layers))  # whatever order, and how often, the directions name them
-    )
+    directions = _one_direction(spec, directions, layers, mode, notes)
+    guards = {  # whatever order, and how often, the directions name them
+        number: _layer_guard(number, directions, spec, mode, notes) for number in sorted(set(layers))
+    }
+    sites = tuple(SitePlan(s, guards[s.layer_index]) for s in anatomy.sites if s.layer_index in guards)
     mask = mask_input(model.graph)
     _require_expressible(model, sites, mode)
+    if lowering is FOLDED:
+        notes += _require_foldable(model, anatomy, sites, spec)
     if spec.positions == "last" and mask is None:
         notes.append("no attention_mask input: the last index of each call is edited, so pad on the left")
     return GuardPlan(
@@ -151,13 +167,62 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
     )
 
 
+def _one_direction(
+    spec: GuardSpec, directions: Directions, layers: tuple[int, ...], mode: str, notes: list[str]
+) -> Directions:
+    """With `direction_of`: that layer's SSD in every guarded layer."""
+    number = spec.direction_of
+    if number is None:
+        return directions
+    if mode != "project":
+        raise GuardError(f"--direction-of is for mode project, {mode} reads each layer's own; leave it out")
+    if number not in directions.layers:
+        raise DirectionMismatch(
+            f"the direction of layer {number} was asked for, the directions hold layers "
+            f"{_spell(tuple(directions.layers))}; extract them for that layer too"
+        )
+    notes.append(f"the direction of layer {number} in every guarded layer, as asked")
+    return replace(directions, layers={layer: LayerDirections(directions.layers[number].ssd) for layer in layers})
+
+
+def _require_foldable(
+    model: ir.Model, anatomy: DecoderAnatomy, sites: tuple[SitePlan, ...], spec: GuardSpec
+) -> list[str]:
+    """What `fold` can do: one subspace, everywhere, and weights that it can be folded into."""
+    if spec.positions != "all":
+        raise GuardError("fold changes weights, so every token; say --positions all, or choose --lowering lowrank")
+    absent = [number for number in range(anatomy.layer_count) if number not in {s.layer_index for s in sites}]
+    if absent:
+        raise GuardError(
+            f"fold changes the whole stream, layer {absent[0]} is not among the layers asked for; guard all of them with one "
+            "direction (--direction-of N), or choose --lowering lowrank"
+        )
+    if any(not np.array_equal(site.guard.ssd, sites[0].guard.ssd) for site in sites):
+        raise GuardError(
+            "fold projects the whole stream by one direction, the layers have different ones; name the layer whose "
+            "direction all of them take (--direction-of N), or choose --lowering lowrank"
+        )
+    writers = find_writers(model, last_sites(anatomy), anatomy.width)
+    weights = {writer.weight: writer for writer in writers}
+    kept = [weight.name for weight in weights if len(weight.uses()) > sum(w.weight is weight for w in writers)]
+    told = [f"fold: {len(weights)} weights write the stream, and are written again without the direction"]
+    if kept:
+        told.append(f"fold: {', '.join(map(str, kept))} has other readers too (a tied head) and stays beside its copy")
+    return told
+
+
+def last_sites(anatomy: DecoderAnatomy) -> tuple[ResidualSite, ...]:
+    """Where the stream ends: the last layer's site, one per body."""
+    return tuple(stream.sites[-1] for stream in anatomy.streams)
+
+
 def require_unguarded(model: ir.Model) -> None:
     """Refuse a graph that already carries a guard.
 
     Raises:
         GuardError: some node or initializer is called `vlmguard/...`.
     """
-    names = [node.name or "" for node in model.graph] + list(model.graph.initializers)
+    names = [node.name or "" for node in model.graph.all_nodes()] + list(model.graph.initializers)
     if any(name.startswith(PREFIX) for name in names):
         raise GuardError("this decoder already carries a guard; start again from the unguarded model")
 
@@ -221,6 +286,9 @@ def _layers(
     spec: GuardSpec, directions: Directions, anatomy: DecoderAnatomy, mode: str
 ) -> tuple[tuple[int, ...], list[str]]:
     require_layers(spec, anatomy)
+    if spec.direction_of is not None:
+        chosen = tuple(sorted(set(spec.layers))) if spec.layers is not None else tuple(range(anatomy.layer_count))
+        return chosen, [f"layers {_spell(chosen)}: {'as asked' if spec.layers is not None else 'all of the decoder'}"]
     if spec.layers is not None:
         absent = [number for number in spec.layers if number not in directions.layers]
         if absent:
@@ -313,19 +381,6 @@ def _require_expressible(model: ir.Model, sites: tuple[SitePlan, ...], mode: str
         raise GuardError(f"supervise needs one rank in all layers, found {sorted(ranks)}; give --rank {min(ranks)}")
     for site in sites:
         assert 1 <= site.guard.rank <= MAX_RANK
-        largest, half = float(np.abs(site.guard.readout).max()), np.finfo(np.float16)
-        if mode != "restore" or site.site.dtype != "float16":
-            continue
-        if largest > float(half.max):
-            raise DirectionMismatch(
-                f"layer {site.layer_index}: the readout reaches {largest:.1e}, beyond float16; scale readout and "
-                "threshold down together"
-            )
-        if largest < float(half.tiny):  # it would lose its digits, or become zero and never open the gate
-            raise DirectionMismatch(
-                f"layer {site.layer_index}: the readout reaches only {largest:.1e}, too small for float16; scale readout "
-                "and threshold up together"
-            )
 
 
 def _spell(layers: tuple[int, ...]) -> str:

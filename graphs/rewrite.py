@@ -14,8 +14,10 @@ from typing import Any
 import onnx_ir as ir
 
 from .anatomy import find_node
+from .bodies import Body, find_bodies, surface
 from .dataflow import skip_norm_bias
 from .errors import GuardIncomplete
+from .fold import FOLD, fold
 from .lowering import LOWERINGS, Lowering
 from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, GuardPlan, SitePlan, require_unguarded
 from .positions import LastToken, last_token
@@ -34,6 +36,7 @@ class GuardedSite:
         guarded: name of the value after it.
         nodes: names of the nodes that were put in.
         readers: how many uses now read the guarded value.
+        body: the body of the graph that it lies in, as in `ResidualSite`.
     """
 
     layer_index: int
@@ -42,6 +45,7 @@ class GuardedSite:
     guarded: str
     nodes: tuple[str, ...]
     readers: int
+    body: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class GuardReport:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        return tuple(site.layer_index for site in self.sites)
+        """The guarded layers, ascending."""
+        return tuple(sorted({site.layer_index for site in self.sites}))
 
     @property
     def node_count(self) -> int:
@@ -70,7 +75,14 @@ class GuardReport:
             "added_inputs": list(self.added_inputs),
             "added_outputs": list(self.added_outputs),
             "sites": [
-                {"layer": s.layer_index, "kind": s.kind, "raw": s.raw, "guarded": s.guarded, "nodes": len(s.nodes)}
+                {
+                    "layer": s.layer_index,
+                    "body": s.body,
+                    "kind": s.kind,
+                    "raw": s.raw,
+                    "guarded": s.guarded,
+                    "nodes": len(s.nodes),
+                }
                 for s in self.sites
             ],
         }
@@ -78,21 +90,29 @@ class GuardReport:
 
 @dataclass
 class _Edit:
-    """What the sites share while the rewrite runs."""
+    """What the sites of one body share while the rewrite runs."""
 
     model: ir.Model
+    body: Body
     plan: GuardPlan
     lowering: Lowering
+    supervisor: ir.Value | None = None
     last: LastToken | None = None
     selections: dict[str, ir.Value] = field(default_factory=dict)
-    supervisor: ir.Value | None = None
     shared: list[str] = field(default_factory=list)
     initializers: list[str] = field(default_factory=list)
     coordinates: list[ir.Value] = field(default_factory=list)
 
     @property
     def graph(self) -> ir.Graph:
-        return self.model.graph
+        return self.body.graph
+
+    @property
+    def sites(self) -> tuple[SitePlan, ...]:
+        return tuple(site for site in self.plan.sites if site.site.body == self.body.name)
+
+    def scribe(self, scope: str, properties: dict[str, str] | None = None) -> Scribe:
+        return Scribe(self.graph, scope, properties, home=self.model.graph, path=self.body.path)
 
 
 def rewrite(model: ir.Model, plan: GuardPlan) -> GuardReport:
@@ -102,22 +122,49 @@ def rewrite(model: ir.Model, plan: GuardPlan) -> GuardReport:
         GuardIncomplete: a planned site is not there, or not every planned layer was guarded.
     """
     require_applicable(model, plan)
-    edit = _Edit(model, plan, next(lowering for lowering in LOWERINGS if lowering.name == plan.lowering))
-    _declare_supervisor(edit)
-    sites = tuple(_guard_site(edit, site) for site in plan.sites)
-    _give_coordinates(edit)
-    _sign(edit)
-    report = GuardReport(sites, tuple(edit.shared), tuple(edit.initializers), plan.added_inputs, plan.added_outputs)
-    if report.layers != plan.layers or not report.layers:
-        raise GuardIncomplete(f"planned layers {plan.layers}, guarded {report.layers}; nothing was written")
-    return report
+    if plan.lowering == FOLD:
+        return _fold(model, plan)
+    lowering = next(lowering for lowering in LOWERINGS if lowering.name == plan.lowering)
+    supervisor = _declare_supervisor(model, plan)
+    edits = [_Edit(model, body, plan, lowering, supervisor) for body in find_bodies(model, plan.bodies)]
+    done = {(site.layer_index, site.body): site for edit in edits for site in _guard_body(edit)}
+    _give_coordinates(model, edits)
+    _sign(model, plan)
+    planned = [(site.layer_index, site.site.body) for site in plan.sites]
+    if sorted(done) != sorted(planned) or not planned:
+        raise GuardIncomplete(f"planned layers {planned}, guarded {list(done)}; nothing was written")
+    return GuardReport(
+        tuple(done[key] for key in planned),
+        tuple(name for edit in edits for name in edit.shared),
+        tuple(dict.fromkeys(name for edit in edits for name in edit.initializers)),
+        plan.added_inputs,
+        plan.added_outputs,
+    )
+
+
+def _fold(model: ir.Model, plan: GuardPlan) -> GuardReport:
+    """No node: the weights that write the stream are replaced."""
+    last = plan.layers[-1]
+    ends = [planned.site for planned in plan.sites if planned.layer_index == last]
+    folded = fold(model, ends, plan.sites[0].guard.ssd)
+    _sign(model, plan)
+    sites = tuple(
+        GuardedSite(p.layer_index, p.site.kind, p.site.value, p.site.value, (), 0, p.site.body) for p in plan.sites
+    )
+    return GuardReport(sites, (), folded)
+
+
+def _guard_body(edit: _Edit) -> list[GuardedSite]:
+    return [_guard_site(edit, site) for site in edit.sites]
 
 
 def require_applicable(model: ir.Model, plan: GuardPlan) -> None:
     """Every planned site exists, with the summands that the plan says; raises before anything changes."""
     require_unguarded(model)
+    graphs = {body.name: body.graph for body in find_bodies(model, plan.bodies)}
     for planned in plan.sites:
-        site, node = planned.site, find_node(model.graph, planned.site.anchor)
+        site = planned.site
+        node = find_node(graphs[site.body], site.anchor) if site.body in graphs else None
         if node is None:
             raise GuardIncomplete(
                 f"layer {site.layer_index}: no node makes {site.anchor!r}; was the plan made for this graph?"
@@ -139,7 +186,7 @@ def _guard_site(edit: _Edit, planned: SitePlan) -> GuardedSite:
         "vlmguard.positions": edit.plan.positions,
         "vlmguard.lowering": edit.plan.lowering,
     }
-    scribe = Scribe(edit.graph, f"layer_{planned.layer_index}", properties)
+    scribe = edit.scribe(f"layer_{planned.layer_index}", properties)
     edit.last = edit.last or _last_token(edit, planned, node)
     guard = _guard_skip_norm if planned.site.kind == "skip_norm" else _guard_add
     site = guard(edit, planned, node, scribe)
@@ -160,7 +207,8 @@ def _guard_add(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scribe) ->
     new.type, new.shape = raw.type, raw.shape
     readers = _redirect(edit.graph, raw, new, scribe)
     scribe.place_after(node)
-    return GuardedSite(planned.layer_index, "add", raw.name or "", new.name or "", _names(scribe), readers)
+    names = raw.name or "", new.name or "", _names(scribe)
+    return GuardedSite(planned.layer_index, "add", *names, readers, edit.body.name)
 
 
 def _guard_skip_norm(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scribe) -> GuardedSite:
@@ -184,7 +232,8 @@ def _guard_skip_norm(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scri
     _keep_coordinates(edit, scribe, c)
     node.replace_input_with(at, new)
     scribe.place_before(node)
-    return GuardedSite(planned.layer_index, "skip_norm", branch.name or "", new.name or "", _names(scribe), 1)
+    names = branch.name or "", new.name or "", _names(scribe)
+    return GuardedSite(planned.layer_index, "skip_norm", *names, 1, edit.body.name)
 
 
 def _arguments(edit: _Edit, planned: SitePlan, scribe: Scribe) -> tuple[str, LayerGuard, str, ir.Value | None]:
@@ -235,12 +284,12 @@ def _last_token(edit: _Edit, planned: SitePlan, node: ir.Node) -> LastToken | No
     """Each row's last token, computed once before the first site."""
     if edit.plan.positions == "all" and edit.plan.mode != "supervise":
         return None
-    scribe = Scribe(edit.graph, "positions")
-    mask = next((value for value in edit.graph.inputs if value.name == edit.plan.mask and edit.plan.mask), None)
+    scribe = edit.scribe("positions")
+    mask = next((value for value in edit.model.graph.inputs if value.name == edit.plan.mask and edit.plan.mask), None)
     stream = next(value for value in node.inputs[:2] if value is not None and value.name == planned.site.residual)
     last = last_token(scribe, stream, mask)
     if edit.plan.positions == "last":
-        for dtype in sorted({site.site.dtype for site in edit.plan.sites}):
+        for dtype in sorted({site.site.dtype for site in edit.sites}):
             edit.selections[dtype] = scribe.cast(f"selected_{dtype}", last.selected, dtype)
     scribe.place_before(node)
     edit.shared += _names(scribe)
@@ -251,12 +300,16 @@ def _last_token(edit: _Edit, planned: SitePlan, node: ir.Node) -> LastToken | No
 # The supervisor's coordinates, in and out
 
 
-def _declare_supervisor(edit: _Edit) -> None:
-    if edit.plan.mode != "supervise":
-        return
-    shape = ["vlmguard_batch", len(edit.plan.sites), edit.plan.sites[0].guard.rank]
-    edit.supervisor = ir.Value(name=SUPERVISOR_INPUT, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
-    edit.graph.inputs.append(edit.supervisor)
+def _declare_supervisor(model: ir.Model, plan: GuardPlan) -> ir.Value | None:
+    if plan.mode != "supervise":
+        return None
+    value = ir.Value(name=SUPERVISOR_INPUT, type=ir.TensorType(ir.DataType.FLOAT), shape=_supervisor_shape(plan))
+    model.graph.inputs.append(value)
+    return value
+
+
+def _supervisor_shape(plan: GuardPlan) -> ir.Shape:
+    return ir.Shape(["vlmguard_batch", len(plan.layers), plan.sites[0].guard.rank])
 
 
 def _supervisor(edit: _Edit, scribe: Scribe, planned: SitePlan) -> ir.Value | None:
@@ -281,23 +334,22 @@ def _keep_coordinates(edit: _Edit, scribe: Scribe, c: ir.Value | None) -> None:
     edit.coordinates.append(scribe.op("own", "Unsqueeze", [c, scribe.integers(1)]))
 
 
-def _give_coordinates(edit: _Edit) -> None:
-    if edit.plan.mode != "supervise":
-        return
-    scribe = Scribe(edit.graph, "coordinates")
-    output = scribe.op("all_layers", "Concat", edit.coordinates, axis=1)
-    assert edit.supervisor is not None
-    output.name, output.dtype, output.shape = COORDINATES_OUTPUT, ir.DataType.FLOAT, edit.supervisor.shape
-    scribe.place_last()
-    edit.graph.outputs.append(output)
-    edit.shared += _names(scribe)
-    edit.initializers += scribe.initializers
+def _give_coordinates(model: ir.Model, edits: list[_Edit]) -> None:
+    given: dict[Body, ir.Value] = {}
+    for edit in edits:
+        if edit.supervisor is None:
+            return
+        scribe = edit.scribe("coordinates")
+        given[edit.body] = scribe.op("all_layers", "Concat", edit.coordinates, axis=1)
+        scribe.place_last()
+        edit.shared += _names(scribe)
+        edit.initializers += scribe.initializers
+    surface(model, given, COORDINATES_OUTPUT, _supervisor_shape(edits[0].plan))
 
 
-def _sign(edit: _Edit) -> None:
+def _sign(model: ir.Model, plan: GuardPlan) -> None:
     """Say in the file itself what was done."""
-    plan = edit.plan
-    edit.model.metadata_props.update(
+    model.metadata_props.update(
         {
             "vlmguard.schema": "vlmguard.guarded/1",
             "vlmguard.mode": plan.mode,

@@ -24,14 +24,26 @@ class Scribe:
     """Collects the nodes and initializers of one part of the guard, then places them.
 
     Args:
-        graph: where initializers are registered.
+        graph: where the nodes go.
         scope: name below `vlmguard/`, such as `layer_3`.
         properties: `metadata_props` of each node, saying what was done and why.
+        home: where initializers are registered, the top graph; default `graph`. The branches of an `If` share them, so
+            that a merged decoder has one set of numbers and not two that could differ.
+        path: what node names start with below the prefix: "" at the top, `then_branch/` in a branch.
     """
 
-    def __init__(self, graph: ir.Graph, scope: str, properties: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        graph: ir.Graph,
+        scope: str,
+        properties: dict[str, str] | None = None,
+        home: ir.Graph | None = None,
+        path: str = "",
+    ) -> None:
         self.graph = graph
-        self.scope = PREFIX + scope
+        self.home = home if home is not None else graph
+        self.scope = PREFIX + path + scope
+        self.weights = PREFIX + scope
         self.properties = properties or {}
         self.nodes: list[ir.Node] = []
         self.initializers: list[str] = []
@@ -39,13 +51,11 @@ class Scribe:
     def constant(self, name: str, array: np.ndarray, dtype: str | None = None) -> ir.Value:
         """An initializer; `dtype` is a stream dtype, `None` keeps the array's own."""
         array = np.array(array, dtype=None if dtype is None else NUMPY_DTYPES[dtype], order="C")
-        return self._register(f"{self.scope}/{name}", array)
+        return self._register(f"{self.weights}/{name}", array)
 
     def integers(self, *numbers: int) -> ir.Value:
         """A 1-D int64 constant (axes, bounds); one per distinct list, shared by the whole guard."""
         name = f"{PREFIX}constants/{'_'.join(map(str, numbers))}"
-        if name in self.graph.initializers:
-            return self.graph.initializers[name]
         return self._register(name, np.array(numbers, dtype=np.int64))
 
     def op(
@@ -67,9 +77,13 @@ class Scribe:
         return output
 
     def _register(self, name: str, array: np.ndarray) -> ir.Value:
+        if name in self.home.initializers:  # another branch has written it, or another part of the guard
+            known = self.home.initializers[name]
+            assert known.const_value is not None and known.const_value.tobytes() == array.tobytes(), name
+            return known
         tensor = ir.Tensor(array, name=name)
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-        self.graph.register_initializer(value)
+        self.home.register_initializer(value)
         self.initializers.append(name)
         return value
 

@@ -43,6 +43,8 @@ class GuardSpec:
         positions: `last` edits the last token of each call (the end of the prompt, then each new token); `all` every
             token of the call.
         lowering: how the guard is written into the graph; `auto` lets the plan choose and say why.
+        direction_of: use this layer's SSD in every guarded layer (`project` only); what `fold` needs, because it changes
+            the whole stream by one subspace. The layers are then all of the decoder's, unless `layers` says which.
     """
 
     mode: Mode | None = None
@@ -52,6 +54,7 @@ class GuardSpec:
     tau: float | None = None
     positions: Positions = "last"
     lowering: str = "auto"
+    direction_of: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode is not None and self.mode not in MODES:
@@ -60,6 +63,8 @@ class GuardSpec:
             raise GuardError(f"positions {self.positions!r} is unknown; choose one of {', '.join(POSITIONS)}")
         if self.layers is not None and not self.layers:
             raise GuardError("the list of layers is empty; name at least one layer, or say auto")
+        if self.direction_of is not None and self.direction_of < 0:
+            raise GuardError(f"layer {self.direction_of} was asked for its direction; layers count from 0")
         if self.rank is not None and not 1 <= self.rank <= MAX_RANK:
             raise GuardError(f"rank {self.rank} is out of range; choose 1 to {MAX_RANK}")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha >= 0):

@@ -6,15 +6,20 @@ import contextlib
 import glob
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from .errors import OutputRefused
 
 _MARK = ".vlmguard-"
 _OLD = "-old"
 _LINKED_FROM = 16 << 20  # bytes
+_FICLONE = 0x40049409  # linux/fs.h
+
+Data = Literal["link", "copy", "reference"]
 
 
 @contextlib.contextmanager
@@ -91,22 +96,42 @@ def write_file(path: Path, content: bytes) -> None:
             temporary.unlink()
 
 
-def link_or_copy(source: Path, destination: Path) -> None:
-    """Bring an untouched file along: big ones hard-linked where the file system allows, small ones copied.
+def bring(source: Path, destination: Path, data: Data = "link") -> None:
+    """Bring an untouched file along. A link (Hugging Face's cache) is followed first, so that the result stands alone.
 
-    Small files are what people edit in place, and a hard link would carry that edit into the source.
+    Args:
+        data: what happens to big files. `link`: share the bytes, as a reflink (a copy that costs nothing until one of the
+            two is changed) or else a hard link, and copy where the file system allows neither. `copy`: bytes of its own.
+            `reference`: a symbolic link, for runtimes that follow one out of the model's folder.
 
-    A link out of the folder (Hugging Face's cache) is followed first, so that the copy stands alone.
+    Small files are always copied: they are what people edit in place, and a link would carry that edit into the source.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     source = source.resolve()
-    if source.stat().st_size >= _LINKED_FROM:
+    if source.stat().st_size < _LINKED_FROM or data == "copy":
+        shutil.copyfile(source, destination)
+    elif data == "reference":
+        destination.symlink_to(source)
+    elif not _reflink(source, destination):
         try:
             os.link(source, destination)
-            return
-        except OSError:
-            pass  # another file system, or one without hard links
-    shutil.copyfile(source, destination)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(source, destination)
+
+
+def _reflink(source: Path, destination: Path) -> bool:
+    """A copy on write, where the file system has such (btrfs, XFS, bcachefs); whether it worked."""
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    try:
+        with source.open("rb") as original, destination.open("wb") as clone:
+            fcntl.ioctl(clone.fileno(), _FICLONE, original.fileno())
+    except OSError:
+        destination.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def _swap(stage: Path, directory: Path) -> None:

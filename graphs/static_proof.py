@@ -11,7 +11,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from .anatomy import DecoderAnatomy
+from .anatomy import DecoderAnatomy, ResidualStream
+from .bodies import Body, find_bodies
 from .dataflow import Flow, is_skip_norm
 from .plan import GuardPlan
 from .rewrite import GuardedSite, GuardReport
@@ -83,28 +84,41 @@ def signature_unchanged(source: ir.Model, guarded: ir.Model, plan: GuardPlan) ->
 
 def sites_guarded_once(guarded: ir.Model, plan: GuardPlan, report: GuardReport) -> Check:
     """Every planned layer has exactly the nodes that were reported, and no other node carries the guard's name."""
-    names = [node.name or "" for node in guarded.graph if (node.name or "").startswith(PREFIX)]
+    names = [node.name or "" for node in guarded.graph.all_nodes() if (node.name or "").startswith(PREFIX)]
     reported = [name for site in report.sites for name in site.nodes] + list(report.shared_nodes)
     wrong = []
-    if sorted(report.layers) != sorted(plan.layers) or len(set(report.layers)) != len(report.layers):
-        wrong.append(f"planned layers {plan.layers}, guarded {report.layers}")
+    planned = [(site.layer_index, site.site.body) for site in plan.sites]
+    guarded_sites = [(site.layer_index, site.body) for site in report.sites]
+    if sorted(planned) != sorted(guarded_sites) or len(set(planned)) != len(planned):
+        wrong.append(
+            f"planned layers {plan.layers}, guarded {report.layers} ({len(guarded_sites)} of {len(planned)} sites)"
+        )
     if sorted(names) != sorted(reported) or len(set(names)) != len(names):
         wrong.append(f"{len(names)} guard nodes in the graph, {len(reported)} reported")
     return exact("every planned site guarded exactly once", len(report.sites), wrong, f"{len(names)} nodes")
 
 
 def guard_dominates(guarded: ir.Model, anatomy: DecoderAnatomy, plan: GuardPlan, report: GuardReport) -> Check:
-    """No path from a guarded layer to the output avoids its guard."""
-    flow = Flow(guarded.graph)
-    values = {value.name: value for value in guarded.graph.inputs}
-    values |= {output.name: output for node in guarded.graph for output in node.outputs}
-    source, sink = flow.vertex(values.get(anatomy.source)), flow.vertex(values.get(anatomy.sink))
-    name = "no path avoids a guard (dominators)"
+    """No path from a guarded layer to the output avoids its guard, in any body that holds the decoder."""
+    bodies = {body.name: body for body in find_bodies(guarded, anatomy.bodies)}
+    wrong = [f"body {name!r} is no longer in the graph" for name in anatomy.bodies if name not in bodies]
+    for stream in anatomy.streams:
+        if stream.body in bodies:
+            wrong += _avoiding(bodies[stream.body], stream, plan, report)
+    return exact("no path avoids a guard (dominators)", len(report.sites), wrong)
+
+
+def _avoiding(body: Body, stream: ResidualStream, plan: GuardPlan, report: GuardReport) -> list[str]:
+    """What is wrong in one body, in words."""
+    flow, values = body.flow(), body.values()
+    source, sink = flow.vertex(values.get(stream.source)), flow.vertex(values.get(stream.sink))
     if source is None or sink is None:
-        return exact(name, 0, [f"{anatomy.source!r} or {anatomy.sink!r} is no longer in the graph"])
+        return [f"{stream.source!r} or {stream.sink!r} is no longer in the graph"]
     on_chain = {vertex.index for vertex in flow.dominator_chain(source, sink)}
     wrong: list[str] = []
     for planned, site in zip(plan.sites, report.sites, strict=True):
+        if site.body != body.name:
+            continue
         raw, new = values.get(site.raw) or values.get(f"{site.raw}/unguarded"), values.get(site.guarded)
         if raw is None or new is None:
             wrong.append(f"layer {site.layer_index}: the guarded value is gone")
@@ -114,7 +128,7 @@ def guard_dominates(guarded: ir.Model, anatomy: DecoderAnatomy, plan: GuardPlan,
             wrong.append(f"layer {site.layer_index}: {site.raw!r} is read past the guard")
         if not _dominates(flow, on_chain, site, new, planned.site.anchor):
             wrong.append(f"layer {site.layer_index}: a path avoids the guard")
-    return exact(name, len(report.sites), wrong)
+    return wrong
 
 
 def _dominates(flow: Flow, on_chain: set[int], site: GuardedSite, new: ir.Value, anchor: str) -> bool:
@@ -129,12 +143,13 @@ def _dominates(flow: Flow, on_chain: set[int], site: GuardedSite, new: ir.Value,
 def initializers_untouched(source: ir.Model, guarded: ir.Model) -> Check:
     """Every initializer of the source is in the guarded graph, the same bytes; only `vlmguard/` ones are new."""
     before, after = source.graph.initializers, guarded.graph.initializers
-    wrong = [name for name in before if name not in after or not _same_tensor(before[name], after[name])]
+    wrong = [name for name in before if name not in after or not same_tensor(before[name], after[name])]
     wrong += [name for name in after if name not in before and not name.startswith(PREFIX)]
     return exact("untouched initializers identical", len(before), wrong)
 
 
-def _same_tensor(a: ir.Value, b: ir.Value) -> bool:
+def same_tensor(a: ir.Value, b: ir.Value) -> bool:
+    """Whether two initializers are the same to the bit, or the same piece of the same file."""
     x, y = a.const_value, b.const_value
     if x is None or y is None or x.dtype != y.dtype or tuple(x.shape) != tuple(y.shape):
         return False
@@ -162,7 +177,7 @@ def same_graph(name: str, expected: ir.Model, found: ir.Model) -> Check:
     before, after = expected.graph.initializers, found.graph.initializers
     wrong += [f"initializer {key!r} differs" for key in before if key not in after]
     wrong += [f"initializer {key!r} was added" for key in after if key not in before]
-    wrong += [f"initializer {k!r} differs" for k in before if k in after and not _same_tensor(before[k], after[k])]
+    wrong += [f"initializer {k!r} differs" for k in before if k in after and not same_tensor(before[k], after[k])]
     for a, b in ((expected.graph.inputs, found.graph.inputs), (expected.graph.outputs, found.graph.outputs)):
         if [_signature(value) for value in a] != [_signature(value) for value in b]:
             wrong.append("inputs or outputs differ")
@@ -171,12 +186,12 @@ def same_graph(name: str, expected: ir.Model, found: ir.Model) -> Check:
 
 def _node(node: ir.Node) -> tuple[object, ...]:
     """What a node is, comparable."""
-    attributes = tuple((key, _attribute(value)) for key, value in sorted(node.attributes.items()))
+    attributes = tuple((key, attribute_bits(value)) for key, value in sorted(node.attributes.items()))
     inputs = tuple(value.name if value is not None else None for value in node.inputs)
     return node.op_type, node.domain, inputs, tuple(value.name for value in node.outputs), attributes
 
 
-def _attribute(attribute: ir.Attr) -> object:
+def attribute_bits(attribute: ir.Attr) -> object:
     """What an attribute holds, to the bit: printed, a tensor is rounded, and cut short from 1000 numbers on."""
     if attribute.is_ref():
         return "reference", attribute.ref_attr_name
@@ -199,6 +214,6 @@ def _body(graph: ir.Graph) -> tuple[object, ...]:
 
 
 def _bits(tensor: ir.TensorProtocol) -> tuple[object, ...]:
-    if isinstance(tensor, ir.ExternalTensor):  # a reference, as in `_same_tensor`
+    if isinstance(tensor, ir.ExternalTensor):  # a reference, as in `same_tensor`
         return tensor.location, tensor.offset, tensor.length
     return tensor.dtype, tuple(tensor.shape), tensor.tobytes()

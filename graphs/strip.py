@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from .bodies import branches, branching, unsurface
 from .errors import GuardIncomplete
+from .fold import SCOPE, original_name
 from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
 from .scribe import PREFIX
 
@@ -20,28 +22,50 @@ def strip_guard(model: ir.Model) -> None:
         GuardIncomplete: there is no guard in the graph, or its nodes do not lead back to an unguarded value.
     """
     graph = model.graph
-    own = [node for node in graph if (node.name or "").startswith(PREFIX)]
-    if not own:
+    own = [node for node in graph.all_nodes() if (node.name or "").startswith(PREFIX)]
+    if not (own or unfold(model)):
         raise GuardIncomplete("the decoder carries no guard; it was never guarded, or the guard was removed")
-    graph_outputs = [value for value in graph.outputs if value.name == COORDINATES_OUTPUT]
-    for value in graph_outputs:
-        graph.outputs.remove(value)
+    unsurface(model, COORDINATES_OUTPUT)
     members = set(own)
-    for node in own:
-        for value in node.outputs:
-            if any(reader not in members for reader in value.consumers()) or value.is_graph_output():
-                _reconnect(graph, value, members)
+    for body in (graph, *(branch.graph for node in branching(graph) for branch in branches(node))):
+        _strip_body(body, [node for node in body if node in members], members)
     for value in [value for value in graph.inputs if value.name == SUPERVISOR_INPUT]:
-        _drop_uses(value, members)
         graph.inputs.remove(value)
-    graph.remove(own, safe=False)
-    for node in own:
-        for index in range(len(node.inputs)):
-            node.replace_input_with(index, None)
     for name in [name for name in graph.initializers if name.startswith(PREFIX)]:
         graph.initializers.pop(name)
     for key in [key for key in model.metadata_props if key.startswith("vlmguard.")]:
         model.metadata_props.pop(key)
+
+
+def unfold(model: ir.Model) -> int:
+    """Give folded weights their originals' places and names again; how many there were.
+
+    The originals' NUMBERS are gone where nothing else reads them: the nodes are the source's then, those weights are not.
+    """
+    graph = model.graph
+    folded = [(name, value) for name, value in graph.initializers.items() if name.startswith(SCOPE)]
+    for name, value in folded:
+        original = original_name(name)
+        if original in graph.initializers:
+            value.replace_all_uses_with(graph.initializers[original])
+            graph.initializers.pop(name)
+        else:
+            graph.initializers.pop(name)
+            value.name = original
+            graph.register_initializer(value)
+    return len(folded)
+
+
+def _strip_body(graph: ir.Graph, own: list[ir.Node], members: set[ir.Node]) -> None:
+    """Undo it in one body."""
+    for node in own:
+        for value in node.outputs:
+            if any(reader not in members for reader in value.consumers()) or value.is_graph_output():
+                _reconnect(graph, value, members)
+    graph.remove(own, safe=False)
+    for node in own:
+        for index in range(len(node.inputs)):
+            node.replace_input_with(index, None)
 
 
 def _reconnect(graph: ir.Graph, guarded: ir.Value, members: set[ir.Node]) -> None:
@@ -58,9 +82,3 @@ def _reconnect(graph: ir.Graph, guarded: ir.Value, members: set[ir.Node]) -> Non
         if output is guarded:
             graph.outputs[index] = raw
             guarded.name, raw.name = f"{name}/guarded", name
-
-
-def _drop_uses(value: ir.Value, members: set[ir.Node]) -> None:
-    for reader, index in tuple(value.uses()):
-        if reader in members:
-            reader.replace_input_with(index, None)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from .anatomy import ResidualSite, find_node
+from .bodies import Body, find_bodies, surface
 from .dataflow import skip_norm_bias
 from .errors import AnatomyNotFound
 from .plan import GuardPlan
@@ -18,59 +19,63 @@ STATES_OUTPUT = "vlmguard.states"
 
 
 def tap_last_token(model: ir.Model, sites: Sequence[ResidualSite]) -> None:
-    """Add one output `vlmguard.states` `[batch, len(sites), d]` float32: each layer's state at the last token.
+    """Add one output `vlmguard.states` `[batch, layers of sites, d]` float32: each layer's state at the last token.
 
     The gathering happens inside the graph, so memory does not grow with layers times sequence.
     """
-    graph = model.graph
-    scribe = Scribe(graph, "taps")
-    streams = [_stream(graph, site, scribe) for site in sites]
-    pairs = last_token(scribe, streams[0], mask_input(graph)).pairs
-    axis = scribe.integers(1)
-    rows = []
-    for site, stream in zip(sites, streams, strict=True):
-        name = f"layer_{site.layer_index}"
-        state = scribe.op(f"{name}_last", "GatherND", [stream, pairs])
-        if site.dtype != "float32":
-            state = scribe.cast(f"{name}_float32", state, "float32")
-        rows.append(scribe.op(f"{name}_row", "Unsqueeze", [state, axis]))
-    states = scribe.op("states", "Concat", rows, axis=1)
-    states.name, states.dtype = STATES_OUTPUT, ir.DataType.FLOAT
-    states.shape = ir.Shape(["vlmguard_batch", len(sites), None])
-    scribe.place_last()
-    graph.outputs.append(states)
+    tapped = {}
+    for body in find_bodies(model, list(dict.fromkeys(site.body for site in sites))):
+        own = [site for site in sites if site.body == body.name]
+        scribe = Scribe(body.graph, "taps", home=model.graph, path=body.path)
+        streams = [_stream(body.graph, site, scribe) for site in own]
+        pairs = last_token(scribe, streams[0], mask_input(model.graph)).pairs
+        axis = scribe.integers(1)
+        rows = []
+        for site, stream in zip(own, streams, strict=True):
+            name = f"layer_{site.layer_index}"
+            state = scribe.op(f"{name}_last", "GatherND", [stream, pairs])
+            if site.dtype != "float32":
+                state = scribe.cast(f"{name}_float32", state, "float32")
+            rows.append(scribe.op(f"{name}_row", "Unsqueeze", [state, axis]))
+        tapped[body] = scribe.op("states", "Concat", rows, axis=1)
+        scribe.place_last()
+    layers = len({site.layer_index for site in sites})
+    surface(model, tapped, STATES_OUTPUT, ir.Shape(["vlmguard_batch", layers, None]))
 
 
 def tap_guard(model: ir.Model, plan: GuardPlan, report: GuardReport) -> list[tuple[str, str]]:
-    """Show a guarded graph's states before and after each guard; `(raw, guarded)` output names in site order.
+    """Show a guarded graph's states before and after each guard; `(raw, guarded)` output names, by layer.
 
     Both are float32 `[batch, sequence, d]`. At a fused skip-norm they are the sums with the old and the new branch.
     """
-    graph = model.graph
-    values = {output.name: output for node in graph for output in node.outputs}
-    values |= {value.name: value for value in (*graph.inputs, *graph.initializers.values())}
-    scribe = Scribe(graph, "taps")
-    names = []
-    for planned, site in zip(plan.sites, report.sites, strict=True):
-        pair = []
-        for what, name in (("raw", site.raw), ("guarded", site.guarded)):
-            stream = values[name]
-            if site.kind == "skip_norm":
-                node = find_node(graph, planned.site.anchor)
-                assert node is not None
-                # what the node reads now: the residual that was planned may itself be guarded since
-                residual = next(value for value in node.inputs[:2] if value is not values[site.guarded])
-                assert residual is not None
-                parts = _summed(node, residual, stream)
-                stream = _add_up(scribe, f"layer_{site.layer_index}_{what}", parts)
-            tap = scribe.cast(f"layer_{site.layer_index}_{what}_float32", stream, "float32")
-            tap.name, tap.dtype = f"vlmguard.{what}.{site.layer_index}", ir.DataType.FLOAT
-            tap.shape = ir.Shape([None, None, None])
-            graph.outputs.append(tap)
-            pair.append(tap.name)
-        names.append((pair[0], pair[1]))
-    scribe.place_last()
-    return names
+    bodies = find_bodies(model, plan.bodies)
+    names: dict[int, tuple[str, str]] = {}
+    tapped: dict[str, dict[Body, ir.Value]] = {}
+    for body in bodies:
+        values = body.values()
+        scribe = Scribe(body.graph, "taps", home=model.graph, path=body.path)
+        for planned, site in zip(plan.sites, report.sites, strict=True):
+            if site.body != body.name:
+                continue
+            names[site.layer_index] = f"vlmguard.raw.{site.layer_index}", f"vlmguard.guarded.{site.layer_index}"
+            for what, name, output in zip(
+                ("raw", "guarded"), (site.raw, site.guarded), names[site.layer_index], strict=True
+            ):
+                stream = values[name]
+                if site.kind == "skip_norm":
+                    node = find_node(body.graph, planned.site.anchor)
+                    assert node is not None
+                    # what the node reads now: the residual that was planned may itself be guarded since
+                    residual = next(value for value in node.inputs[:2] if value is not values[site.guarded])
+                    assert residual is not None
+                    parts = _summed(node, residual, stream)
+                    stream = _add_up(scribe, f"layer_{site.layer_index}_{what}", parts)
+                tap = scribe.cast(f"layer_{site.layer_index}_{what}_float32", stream, "float32")
+                tapped.setdefault(output, {})[body] = tap
+        scribe.place_last()
+    for output, given in tapped.items():
+        surface(model, given, output, ir.Shape([None, None, None]))
+    return [names[layer] for layer in plan.layers]
 
 
 def _stream(graph: ir.Graph, site: ResidualSite, scribe: Scribe) -> ir.Value:

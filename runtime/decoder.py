@@ -14,8 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ..graphs.errors import GuardError
-from ..graphs.package import ModelPackage
+from ..graphs.package import ModelPackage, in_memory
 from ..graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
+from .deepstack import is_embeds
+from .prompt_images import PromptImages
 from .runners import Port, Runner, open_runner
 
 # optimum, onnx-community, onnxruntime-genai; older optimum; transformers' exporter
@@ -27,6 +29,12 @@ _CACHE_NAMES = (
 )
 
 
+# What merged decoders want to know besides: which branch of their `If` to take (optimum), and how many logits to give
+# (older transformers; 0 gives all).
+_CACHE_BRANCH, _KEPT_LOGITS = "use_cache_branch", "num_logits_to_keep"
+_SWITCHES = frozenset({_CACHE_BRANCH, _KEPT_LOGITS})
+
+
 @dataclass(frozen=True)
 class PromptBatch:
     """Prompts ready for a decoder.
@@ -35,11 +43,13 @@ class PromptBatch:
         ids: token ids `[batch, sequence]` int64, padded on the left.
         mask: 1 for tokens, 0 for padding, `[batch, sequence]` int64.
         embeds: `[batch, sequence, d]` in the graph's dtype, where the decoder takes `inputs_embeds`.
+        images: what images change besides the embeddings; `None` for text, and for most models.
     """
 
     ids: np.ndarray
     mask: np.ndarray
     embeds: np.ndarray | None = None
+    images: PromptImages | None = None
 
     @property
     def size(self) -> int:
@@ -55,6 +65,7 @@ class DecoderState:
     embeds: np.ndarray | None
     cache: dict[str, np.ndarray] = field(default_factory=dict)
     supervisor: np.ndarray | None = None
+    images: PromptImages | None = None
 
 
 class DecoderSession:
@@ -78,6 +89,8 @@ class DecoderSession:
         self.cache_inputs = {n: p for n, p in inputs.items() if n.startswith(tuple(past for past, _ in _CACHE_NAMES))}
         self._present = {name: _present_name(name, runner.outputs) for name in self.cache_inputs}
         known = {"inputs_embeds", "input_ids", "attention_mask", "position_ids", SUPERVISOR_INPUT, *self.cache_inputs}
+        self.injected = {name: port for name, port in inputs.items() if is_embeds(name)}
+        known |= {*_SWITCHES, *self.injected}
         unknown = [name for name in inputs if name not in known]
         if unknown:
             raise GuardError(
@@ -99,7 +112,9 @@ class DecoderSession:
 
     def prefill_feeds(self, batch: PromptBatch, supervisor: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """The graph's inputs for a whole prompt on an empty cache."""
-        state = DecoderState(batch.ids, batch.mask, batch.embeds, self._empty_cache(batch.size), supervisor)
+        state = DecoderState(
+            batch.ids, batch.mask, batch.embeds, self._empty_cache(batch.size), supervisor, batch.images
+        )
         return self._feeds(state, batch.ids, batch.embeds)
 
     def prefill(
@@ -110,9 +125,30 @@ class DecoderSession:
         Returns:
             All outputs, and the state for `step`.
         """
+        if self.one_token:
+            return self._prefill_by_token(batch, supervisor)
         outputs = self.runner.run(self.prefill_feeds(batch, supervisor))
-        state = DecoderState(batch.ids, batch.mask, None if self.cache_inputs else batch.embeds, {}, supervisor)
+        embeds = None if self.cache_inputs else batch.embeds
+        state = DecoderState(batch.ids, batch.mask, embeds, {}, supervisor, batch.images)
         self._keep(state, outputs)
+        return outputs, state
+
+    @property
+    def one_token(self) -> bool:
+        """Whether the graph takes one token a call (`decode` of a transformers export): its prompts are run in steps."""
+        text = self.runner.inputs["inputs_embeds" if self.takes_embeds else "input_ids"]
+        return bool(self.cache_inputs) and len(text.shape) > 1 and text.shape[1] == 1
+
+    def _prefill_by_token(
+        self, batch: PromptBatch, supervisor: np.ndarray | None
+    ) -> tuple[dict[str, np.ndarray], DecoderState]:
+        """A whole prompt, a token a call; the outputs are those of its last token."""
+        none = np.zeros((batch.size, 0), np.int64)
+        state = DecoderState(none, none, None, self._empty_cache(batch.size), supervisor, batch.images)
+        outputs: dict[str, np.ndarray] = {}
+        for at in range(batch.ids.shape[1]):
+            embeds = None if batch.embeds is None else batch.embeds[:, at : at + 1]
+            outputs = self.step(state, batch.ids[:, at : at + 1], embeds)
         return outputs, state
 
     def step(self, state: DecoderState, tokens: np.ndarray, embeds: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -140,6 +176,8 @@ class DecoderSession:
     def _feeds(self, state: DecoderState, current: np.ndarray, embeds: np.ndarray | None) -> dict[str, np.ndarray]:
         ports = self.runner.inputs
         feeds: dict[str, np.ndarray] = {}
+        images = state.images or PromptImages()
+        window = state.ids.shape[1] - current.shape[1], state.ids.shape[1]
         if self.takes_embeds:
             assert embeds is not None
             feeds["inputs_embeds"] = embeds.astype(ports["inputs_embeds"].dtype)
@@ -149,7 +187,20 @@ class DecoderSession:
             feeds["attention_mask"] = state.mask.astype(ports["attention_mask"].dtype)
         if "position_ids" in ports:
             positions = np.maximum(np.cumsum(state.mask, axis=1) - 1, 0)[:, -current.shape[1] :]
+            axes = ports["position_ids"].shape[:-2]  # M-RoPE has one row per axis; between words all of them agree
+            positions = np.broadcast_to(positions, (*((n or 1) for n in axes), *positions.shape))
+            if (of_images := images.positions_between(*window)) is not None:
+                positions = of_images
             feeds["position_ids"] = positions.astype(ports["position_ids"].dtype)
+        for name, port in self.injected.items():
+            rows = images.injected_between(name, *window)
+            if rows is None:
+                rows = np.zeros((*current.shape, port.shape[-1] or 0))
+            feeds[name] = rows.astype(port.dtype)
+        past = next(iter(state.cache.values())).shape[2] if state.cache else 0
+        for name, number in ((_CACHE_BRANCH, past > 0), (_KEPT_LOGITS, 0)):
+            if name in ports:
+                feeds[name] = np.full(len(ports[name].shape) * (1,), number, ports[name].dtype)
         if SUPERVISOR_INPUT in ports:
             if state.supervisor is None:
                 raise GuardError(
@@ -171,21 +222,39 @@ def can_pad(graph: ir.Graph) -> bool:
 
     GroupQueryAttention derives positions from the mask's sum: rows padded on the left would be misread.
     """
-    masked = any(value.name == "attention_mask" for value in graph.inputs)
-    return masked and not any(node.op_type == "GroupQueryAttention" for node in graph)
+    inputs = {value.name: value for value in graph.inputs}
+    ids = inputs.get("input_ids")
+    if ids is not None and ids.shape is not None and str(ids.shape[-1]) == "1":
+        return False  # one token a call: a row would begin with padding alone, and attend to nothing
+    return "attention_mask" in inputs and not any(node.op_type == "GroupQueryAttention" for node in graph.all_nodes())
 
 
 def open_decoder(
-    package: ModelPackage, graph: Path | bytes | None = None, runtime: str = "onnxruntime", optimize: bool = True
+    package: ModelPackage,
+    graph: Path | ir.Model | None = None,
+    runtime: str = "onnxruntime",
+    optimize: bool = True,
+    folder: Path | None = None,
 ) -> DecoderSession:
-    """The package's decoder, or another graph in its place (whose external data lies where the decoder's does)."""
-    folder = graph.parent if isinstance(graph, Path) else package.decoder.parent
-    runner = open_runner(package.decoder if graph is None else graph, folder, runtime, optimize)
+    """The package's decoder, or another graph in its place.
+
+    Args:
+        graph: a file, or a graph in memory.
+        folder: where the external data of a graph in memory lies; default: where the decoder's does.
+    """
+    if isinstance(graph, ir.Model):
+        content, home = in_memory(graph, folder or package.decoder.parent)
+        runner = open_runner(content, home, runtime, optimize)
+    else:
+        path = graph or package.decoder
+        runner = open_runner(path, path.parent, runtime, optimize)
     return DecoderSession(runner, package.kv_heads, package.head_size)
 
 
 def _empty(port: Port, batch: int, kv_heads: int | None, head_size: int | None) -> np.ndarray:
-    """A cache of length 0: `[batch, kv_heads, 0, head_dim]`."""
+    """A cache of length 0: `[batch, kv_heads, 0, head_dim]`; for a recurrent or convolutional layer a state of its size."""
+    if all(n is not None for n in port.shape[1:]):
+        return np.zeros((batch, *(n for n in port.shape[1:] if n is not None)), port.dtype)
     if len(port.shape) != 4 or (port.shape[1] or kv_heads) is None or (port.shape[3] or head_size) is None:
         raise GuardError(
             f"cache input {port.name!r} has shape {port.shape} and no config says how many heads of what size; put the "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from ..graphs.anatomy import guarded_layers
 from ..graphs.errors import ManifestMismatch
+from ..graphs.fold import FOLD, folded_weights
 from ..graphs.manifest import Manifest, read_manifest, require_intact
 from ..graphs.package import ModelPackage, open_package
 from .vlm import Request, Sampling, VisionLanguageModel
@@ -24,10 +26,21 @@ class GuardedVLM(VisionLanguageModel):
     """
 
     def __init__(self, package: ModelPackage, manifest: Manifest, runtime: str = "onnxruntime") -> None:
-        found, promised = guarded_layers(package.load_decoder().graph), tuple(manifest.plan.get("layers", ()))
-        if found != promised or not found:
+        for view, record in zip(package.views(), manifest.decoders, strict=True):
+            graph, promised = view.load_decoder().graph, tuple(record.plan.get("layers", ()))
+            if record.plan.get("lowering") == FOLD:  # no node bears a layer's number: the weights are counted
+                complete = len(folded_weights(graph)) == record.report.get("initializers")
+                found = promised if complete and folded_weights(graph) else ()
+            else:
+                found = guarded_layers(graph)
+            if found != promised or not found:
+                raise ManifestMismatch(
+                    f"{view.decoder}: carries a guard on layers {found}, the manifest promises {promised}; export again"
+                )
+        if manifest.proved != "full":
             raise ManifestMismatch(
-                f"{package.decoder}: carries a guard on layers {found}, the manifest promises {promised}; export again"
+                f"{package.root}: only the structure of its guard was proved, nothing was run; run "
+                "`vlmguard verify --run` with --source first"
             )
         super().__init__(package, runtime=runtime)
         self.manifest = manifest
@@ -41,7 +54,7 @@ class GuardedVLM(VisionLanguageModel):
         """
         folder = Path(folder).absolute()
         manifest = read_manifest(folder)
-        require_intact(folder, manifest)
+        require_intact(folder, manifest, again=False)
         return cls(open_guarded_package(folder, manifest), manifest, runtime)
 
     def generate(
@@ -71,8 +84,15 @@ class GuardedVLM(VisionLanguageModel):
 
 
 def open_guarded_package(folder: Path, manifest: Manifest) -> ModelPackage:
-    """The package around the decoder that the manifest names."""
-    package = open_package(folder / manifest.decoder)
-    if package.layout == manifest.layout:
-        return package
-    return open_package(folder)
+    """The package around the decoders that the manifest names, in its order.
+
+    Raises:
+        ManifestMismatch: the folder holds others.
+    """
+    views = {view.decoder.relative_to(view.root).as_posix(): view for view in open_package(folder).views()}
+    listed = [record.path for record in manifest.decoders]
+    if sorted(views) != sorted(listed):
+        raise ManifestMismatch(
+            f"{folder}: holds the decoders {', '.join(sorted(views))}, the manifest lists {', '.join(listed)}; export again"
+        )
+    return replace(views[listed[0]], others=tuple(views[name].decoder for name in listed[1:]))

@@ -18,12 +18,16 @@ import onnx_ir as ir
 from PIL import Image
 
 from ..graphs.errors import GuardError, ModelUnreadable
-from ..graphs.package import ModelPackage, graph_bytes
+from ..graphs.package import ModelPackage
 from ..graphs.reference import LISTEN
 from .chat import ChatTokenizer
 from .decoder import PromptBatch, can_pad, open_decoder
-from .images import ImagePreprocessor, open_image
+from .deepstack import scatter
+from .images import open_image
+from .positions_mrope import mrope_positions
+from .prompt_images import PromptImages
 from .runners import Runner, open_runner
+from .vision import Preprocessor, Seen, look, open_preprocessor
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,7 @@ class VisionLanguageModel:
         self.runtime = runtime
         graph = package.load_decoder() if decoder is None else decoder
         self.pads = can_pad(graph.graph)
-        source = None if decoder is None else graph_bytes(graph)
-        self.decoder = open_decoder(package, source, runtime, optimize)
+        self.decoder = open_decoder(package, decoder, runtime, optimize)
         if self.decoder.takes_embeds and package.embed_tokens is None:
             raise ModelUnreadable(
                 f"{package.root}: the decoder takes inputs_embeds, but there is no embed_tokens graph"
@@ -121,8 +124,8 @@ class VisionLanguageModel:
         return ChatTokenizer.open(path.parent if path is not None else self.package.root)
 
     @cached_property
-    def images(self) -> ImagePreprocessor:
-        return ImagePreprocessor.open(self.package.root)
+    def images(self) -> Preprocessor:
+        return open_preprocessor(self.package.root)
 
     @property
     def sees(self) -> bool:
@@ -197,9 +200,9 @@ class VisionLanguageModel:
     def batch(self, requests: Sequence[Request]) -> PromptBatch:
         """Token ids padded on the left, and embeddings with image features where the decoder takes them."""
         pictures = [open_image(request.image) for request in requests if request.image is not None]
-        features = self._features(pictures) if pictures else None
-        tokens = 0 if features is None else features.shape[1]
-        rows = [self.chat.encode(r.prompt, 0 if r.image is None else tokens) for r in requests]
+        seen = look(self._vision, self.images, pictures) if pictures else None
+        tokens = iter(() if seen is None else seen.tokens)
+        rows = [self.chat.encode(r.prompt, 0 if r.image is None else int(next(tokens))) for r in requests]
         longest = max(map(len, rows))
         if not self.pads and any(len(row) != longest for row in rows):
             raise GuardError("this decoder cannot be padded; run prompts of one length together")
@@ -208,7 +211,12 @@ class VisionLanguageModel:
         for number, row in enumerate(rows):
             ids[number, longest - len(row) :] = row
             mask[number, longest - len(row) :] = 1
-        return PromptBatch(ids, mask, self._embeds(ids, mask, features) if self.decoder.takes_embeds else None)
+        if not self.decoder.takes_embeds:
+            return PromptBatch(ids, mask)
+        if seen is None:
+            return PromptBatch(ids, mask, self._embeds(ids))
+        at = (ids == self.chat.image_token_id) & (mask == 1)
+        return PromptBatch(ids, mask, self._embeds(ids, at, seen.features), self._placed(at, mask, seen))
 
     @cached_property
     def _vision(self) -> Runner:
@@ -223,27 +231,25 @@ class VisionLanguageModel:
         assert path is not None
         return open_runner(path, path.parent, self.runtime)
 
-    def _features(self, pictures: Sequence[Image.Image]) -> np.ndarray:
-        """Image features `[images, tokens, d]`."""
-        (port,) = self._vision.inputs.values()
-        outputs = self._vision.run({port.name: self.images.pixel_values(pictures).astype(port.dtype)})
-        features = next(iter(outputs.values()))
-        return features.reshape(len(pictures), -1, features.shape[-1])
-
-    def _embeds(self, ids: np.ndarray, mask: np.ndarray, features: np.ndarray | None) -> np.ndarray:
+    def _embeds(self, ids: np.ndarray, at: np.ndarray | None = None, features: np.ndarray | None = None) -> np.ndarray:
+        """Embeddings of the tokens, with the features `[image tokens, d]` where `at` says."""
         (port,) = self._embed.inputs.values()
         embeds = next(iter(self._embed.run({port.name: ids.astype(port.dtype)}).values()))
-        if features is None:
+        if at is None or features is None:
             return embeds
-        at = (ids == self.chat.image_token_id) & (mask == 1)
-        flat = features.reshape(-1, features.shape[-1])
-        if at.sum() != len(flat):
+        if at.sum() != len(features):
             raise GuardError(
-                f"the prompt has {at.sum()} image tokens for {len(flat)} image features; check image_token"
+                f"the prompt has {at.sum()} image tokens for {len(features)} image features; check image_token"
             )
         embeds = embeds.copy()
-        embeds[at] = flat.astype(embeds.dtype)
+        embeds[at] = features.astype(embeds.dtype)
         return embeds
+
+    def _placed(self, at: np.ndarray, mask: np.ndarray, seen: Seen) -> PromptImages:
+        """Positions of prompts whose images have a grid, and what goes in between the decoder's layers."""
+        if seen.grids is None:
+            return PromptImages()
+        return PromptImages(mrope_positions(at, mask, seen.grids, seen.merge), scatter(seen.outputs, at))
 
     # Generation
 
@@ -262,7 +268,7 @@ class VisionLanguageModel:
             outputs = self.decoder.step(state, column, self._step_embeds(column))
 
     def _step_embeds(self, column: np.ndarray) -> np.ndarray | None:
-        return self._embeds(column, np.zeros_like(column), None) if self.decoder.takes_embeds else None
+        return self._embeds(column) if self.decoder.takes_embeds else None
 
 
 class _Chooser:

@@ -1,0 +1,66 @@
+"""SHA-256 of many files, big ones included: streamed, several files at once, each content read once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+
+# (bytes read so far, bytes to read)
+Progress = Callable[[int, int], None]
+
+_CHUNK = 8 << 20
+# hashlib lets go of the interpreter's lock, so threads are enough; more of them than this only fight over one disk.
+_WORKERS = min(8, os.cpu_count() or 1)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest, streamed."""
+    return sha256_files([path])[path]
+
+
+def sha256_files(paths: Iterable[Path], progress: Progress | None = None) -> dict[Path, str]:
+    """Hex digest of every path; hard links to one file are read once.
+
+    Args:
+        progress: told how many bytes have been read, now and then, from several threads but never at the same time.
+    """
+    wanted = list(dict.fromkeys(paths))
+    contents: dict[tuple[int, int], Path] = {}
+    for path in wanted:
+        contents.setdefault(_content(path), path)
+    told = _Told(sum(path.stat().st_size for path in contents.values()), progress)
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        digests = dict(zip(contents, pool.map(lambda path: _digest(path, told), contents.values()), strict=True))
+    return {path: digests[_content(path)] for path in wanted}
+
+
+class _Told:
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.total, self.progress, self.done, self.lock = total, progress, 0, Lock()
+
+    def add(self, count: int) -> None:
+        if self.progress is None:
+            return
+        with self.lock:
+            self.done += count
+            self.progress(self.done, self.total)
+
+
+def _digest(path: Path, told: _Told) -> str:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(min(_CHUNK, max(path.stat().st_size, 1))))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            told.add(count)
+    return digest.hexdigest()
+
+
+def _content(path: Path) -> tuple[int, int]:
+    """What two paths to the same bytes have in common, links followed."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
