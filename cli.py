@@ -94,7 +94,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT; accept directions made from another decoder file.")]
 Variant = Annotated[
     str | None,
-    typer.Option(help="Precision variant of an onnx-community folder: fp16, q4, ... (default: all; the plain one runs)"),
+    typer.Option(
+        help="Precision variant of an onnx-community folder: fp16, q4, ... (default: all; the plain one runs)"
+    ),
+]
+
+ProofInputs = Annotated[
+    list[Path] | None,
+    typer.Option(help=".npz of the decoder's inputs by name, to prove on; may be repeated. (default: prompts)"),
 ]
 
 
@@ -124,7 +131,16 @@ def export_command(
     positions: Annotated[
         PositionsChoice, typer.Option(help="last: the last token of each call; all: every token.")
     ] = PositionsChoice.last,
-    lowering: Annotated[str, typer.Option(help="How the guard is written: auto, lowrank, dense.")] = "auto",
+    lowering: Annotated[
+        str,
+        typer.Option(help="How the guard is written: auto, lowrank, rank1 (for TensorRT), dense, fold (into weights)."),
+    ] = "auto",
+    direction_of: Annotated[
+        int | None,
+        typer.Option(
+            "--direction-of", help="Use this layer's direction in every guarded layer (project; fold needs it)."
+        ),
+    ] = None,
     budget: Annotated[
         float, typer.Option(help="Calibration: highest share of harmless prompts refused, in any setting.")
     ] = 0.01,
@@ -154,6 +170,7 @@ def export_command(
         ProofChoice,
         typer.Option(help="full, or structure: nothing is run; complete it with `vlmguard verify --run` elsewhere."),
     ] = ProofChoice.full,
+    proof_inputs: ProofInputs = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
     force: Force = False,
     as_json: AsJson = False,
@@ -174,6 +191,7 @@ def export_command(
         tau=tau,
         positions=positions.value,
         lowering=lowering,
+        direction_of=direction_of,
     )
     with tables.bars(err) as watch:
         result = export(
@@ -191,6 +209,7 @@ def export_command(
             data=data.value,
             digests=not no_digest,
             proof=proof.value,
+            proof_inputs=proof_inputs or (),
             dry_run=dry_run,
             force=force,
             watch=watch,
@@ -285,7 +304,10 @@ def directions_command(
 def verify_command(
     guarded: Guarded,
     source: Annotated[Path | None, typer.Option(help="The unguarded model, to compare with.")] = None,
-    run: Annotated[bool, typer.Option("--run", help="Run both models too: the numerical proof. Needs --source.")] = False,
+    run: Annotated[
+        bool, typer.Option("--run", help="Run both models too: the numerical proof. Needs --source.")
+    ] = False,
+    proof_inputs: ProofInputs = None,
     as_json: AsJson = False,
 ) -> None:
     """Redo the structural proof of a guarded folder from its files alone; with --source against the unguarded model too."""
@@ -293,7 +315,7 @@ def verify_command(
     from .exporter.verify import verify
 
     with tables.bars(err) as watch:
-        result = verify(guarded, source, run, watch)
+        result = verify(guarded, source, run, proof_inputs or (), watch)
     if as_json:
         print_json(result.to_json())
     else:

@@ -8,8 +8,9 @@
 `_fp16` comes before `.onnx` in half precision, where everything float but `pixel_values` is fp16. The caller puts the
 image features at the image tokens: flattened to [num_images * tokens, width], in reading order, as apps do today.
 
-What the three graphs are is in `checkpoint_families`, how they are cleaned up in `checkpoint_tidy`, and how they are
-compared with torch in `checkpoint_parity`. torch and transformers are imported by what needs them, when it runs.
+Some families have more inputs: their rows in `families` say which. How a row becomes three graphs is in
+`checkpoint_parts`, how they are cleaned up in `checkpoint_tidy`, and how they are compared with torch in
+`checkpoint_parity`. torch and transformers are imported by what needs them, when it runs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import logging
 import re
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -31,9 +33,11 @@ import onnx_ir as ir
 from ..graphs.errors import ExtraMissing, GuardError, ModelUnreadable, OutputRefused
 from ..graphs.package import COMPANIONS
 from ..graphs.static_proof import Check
-from .checkpoint_families import PAST, SEQUENCE, TOTAL, Family, Part, find_family, parts_of
 from .checkpoint_parity import answer_with_torch, check_parity, require_onnxruntime
+from .checkpoint_parts import Part, parts_of
 from .checkpoint_tidy import tidy, weight_bytes
+from .families import find_family
+from .families.family import PAST, SEQUENCE, TOTAL, Family
 
 Dtype = Literal["fp32", "fp16"]
 
@@ -120,9 +124,10 @@ def convert_checkpoint(
         say("running the checkpoint in torch")
         with _quiet():
             reference = answer_with_torch(family, model)
+        config = model.config
         del model  # so that a large model is in memory once, not twice
         say("running the exported graphs in onnxruntime")
-        parity = check_parity(out / "onnx", SUFFIXES[dtype], dtype, reference)
+        parity = check_parity(out / "onnx", SUFFIXES[dtype], dtype, family, config, reference)
     return ConversionReport(str(checkpoint), family.model_type, dtype, opset, tuple(graphs), copied, parity)
 
 
@@ -188,7 +193,6 @@ def load_model(folder: Path, family: Family, dtype: Dtype, say: Callable[[str], 
                 folder,
                 config=config,
                 dtype={"fp32": torch.float32, "fp16": torch.float16}[dtype],
-                attn_implementation="sdpa",
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -260,10 +264,13 @@ def _dynamic_shapes(part: Part) -> dict[str, Any]:
     """The part's named axes, as torch.export wants them: per argument, and per tensor of the cache."""
     from torch.export import Dim
 
+    # torch has no word for a sum of two lengths (of the mask), nor for a multiple of another (patches, four to a token).
+    # It finds both by itself, where it is not held to a name; `require_signature` sees to it that it finds no number.
+    held = Counter(word for shape in part.inputs.values() for word in shape if word != TOTAL)
+
     def axes(shape: tuple[str | int, ...]) -> dict[int, Any]:
-        # torch has no word for a sum of two lengths: it finds out by itself how long the mask is.
         named = {axis: name for axis, name in enumerate(shape) if isinstance(name, str)}
-        return {axis: Dim.AUTO if name == TOTAL else Dim(name) for axis, name in named.items()}
+        return {axis: Dim(name) if held[name] > 1 else Dim.AUTO for axis, name in named.items()}
 
     of_cache = [axes(shape) for name, shape in part.inputs.items() if name.startswith("past_key_values.")]
     return {name: of_cache if name == "past_key_values" else axes(part.inputs[name]) for name in part.sample}

@@ -14,6 +14,7 @@ from ..graphs.package import ModelPackage
 from ..graphs.plan import require_fitting
 from ..graphs.spec import GuardSpec
 from ..runtime.decoder import DecoderSession, can_pad, open_decoder
+from ..runtime.vision import unknown_processor
 from ..runtime.vlm import Request, VisionLanguageModel
 from .calibrate import Calibration, calibrate
 from .extract import extract_all_layers
@@ -25,7 +26,7 @@ from .prompts import (
     read_anchors,
     read_prompts,
 )
-from .prove import ProofInputs, proof_inputs, random_inputs
+from .prove import ProofInputs, given_inputs, proof_inputs, random_inputs
 from .sources import Source, Watch
 
 ANCHOR_FILES = ("anchors.jsonl", "anchors.json", "anchors.csv")
@@ -45,6 +46,7 @@ class Guide:
     budget: float
     force: bool
     tell: Watch
+    given: tuple[Path, ...] = ()  # inputs to prove on
     model: VisionLanguageModel | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -61,6 +63,8 @@ class Guide:
         self, given: Path | str | None, anchors: Path | str | None, calibration: Path | str | None
     ) -> tuple[Directions, Calibration | None]:
         """Given, found beside the model, or extracted and calibrated."""
+        if self.package.vision_encoder is not None and (unknown := unknown_processor(self.package.root)) is not None:
+            self.notes.append(f"images are left out: what {unknown} makes of them cannot be made here")
         path = Path(given) if given is not None else None
         if path is None and anchors is None and calibration is None:
             path = self.find((DIRECTIONS_FILE,))
@@ -154,7 +158,10 @@ class Guide:
         return find_file(self.source.home, names)
 
     def proof_inputs(self, view: ModelPackage) -> ProofInputs:
-        """What to prove one decoder graph on: real prompts if the model can read any, else seeded random inputs."""
+        """What to prove one decoder graph on: what was given, else real prompts if the model can read any, else seeded
+        random inputs."""
+        if self.given:
+            return given_inputs(self.given)
         if self.package.companion("tokenizer.json") is None:
             return _random_inputs(view, self.anatomy.width, "the model has no tokenizer.json")
         if _needs_embeds(self.package) and self.package.embed_tokens is None:

@@ -98,6 +98,7 @@ def export(
     data: Data = "link",
     digests: bool = True,
     proof: Proved = "full",
+    proof_inputs: Sequence[Path | str] = (),
     dry_run: bool = False,
     force: bool = False,
     watch: Watch | None = None,
@@ -119,6 +120,8 @@ def export(
         digests: hash big weights too; without it the manifest says that they were not.
         proof: `full`, or `structure`: nothing is run, for models that this machine cannot run. `GuardedVLM` opens such a
             folder only after `verify` has run it.
+        proof_inputs: `.npz` files of the decoder's inputs by name, one per call, to prove it on: for decoders that want
+            more than tokens, which nobody here can make. Without, prompts or seeded random tokens.
         dry_run: plan only; nothing is written.
         force: replace OUT, and accept directions extracted from another file.
         watch: told what is going on: `(stage, done, total)`.
@@ -139,7 +142,7 @@ def export(
         _require_alike(opened_graphs)
         anatomy = opened_graphs[0].anatomy
         require_layers(spec, anatomy)  # before minutes of extraction and calibration
-        guide = Guide(source, anatomy, spec, budget, force, tell)
+        guide = Guide(source, anatomy, spec, budget, force, tell, tuple(map(Path, proof_inputs)))
         found, calibrated = guide.directions(directions, anchors, calibration)
         planned = [GuardedDecoder(one.view, one.anatomy, _plan(one, found, spec, guide.notes)) for one in opened_graphs]
         if dry_run:

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import onnx_ir as ir
 
+from ..graphs.errors import ModelUnreadable, RunFailed, first_line
 from ..graphs.package import ModelPackage, load_graph
 from ..graphs.plan import COORDINATES_OUTPUT, GuardPlan
 from ..graphs.reference import LISTEN, LayerGuard, guard, last_token
@@ -47,6 +49,11 @@ class ProofInputs:
     texts: tuple[PromptBatch, ...]
     origin: str
 
+    @property
+    def given(self) -> bool:
+        """Whether they are inputs by name, one call each, instead of prompts."""
+        return any(batch.given is not None for batch in self.batches)
+
 
 def proof_inputs(model: VisionLanguageModel, requests: Sequence[Request]) -> ProofInputs:
     """Real prompts as proof inputs, batched with padding where the decoder can be padded."""
@@ -69,6 +76,33 @@ def random_inputs(session: DecoderSession, width: int, vocabulary: int, pads: bo
     return ProofInputs((one,), (one,), f"seeded random inputs ({why})")
 
 
+def given_inputs(paths: Sequence[Path]) -> ProofInputs:
+    """Inputs of the decoder by name, one `.npz` per call, for a graph that wants more than tokens.
+
+    Raises:
+        ModelUnreadable: a file is no such thing.
+    """
+    batches = []
+    for path in paths:
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                given = {name: content[name] for name in content.files}
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
+            raise ModelUnreadable(
+                f"{path}: is no .npz of arrays ({first_line(error)}); write it with numpy.savez"
+            ) from None
+        text = given.get("inputs_embeds", given.get("input_ids"))
+        if text is None or text.ndim < 2:
+            raise ModelUnreadable(
+                f"{path}: holds no input_ids [batch, sequence] or inputs_embeds, but {', '.join(given) or 'nothing'}; add it"
+            )
+        ids = np.zeros((len(text), len(text[0])), np.int64)
+        mask = given["attention_mask"] if "attention_mask" in given else np.ones_like(ids)
+        batches.append(PromptBatch(ids, (mask[:, -ids.shape[1] :] != 0).astype(np.int64), given=given))
+    names = ", ".join(path.name for path in paths)
+    return ProofInputs(tuple(batches), tuple(batches), f"given inputs ({names})")
+
+
 def prove_by_running(
     package: ModelPackage, staged: Path, plan: GuardPlan, report: GuardReport, inputs: ProofInputs
 ) -> tuple[Check, ...]:
@@ -80,10 +114,13 @@ def prove_by_running(
         plan, report: what was planned and done.
         inputs: what to run on.
     """
-    return (
-        _closed_equals_source(package, staged, plan, inputs),
-        *_states_equal_reference(package, staged, plan, report, inputs),
-    )
+    try:
+        return (
+            _closed_equals_source(package, staged, plan, inputs),
+            *_states_equal_reference(package, staged, plan, report, inputs),
+        )
+    except RunFailed as failure:
+        raise RunFailed(f"{failure}; give inputs that it runs on with --proof-inputs") from None
 
 
 # 1. The closed gate
@@ -118,10 +155,10 @@ def _compare_runs(
 
     One model after the other: two of them may not fit into memory together.
     """
-    session = open_decoder(package, optimize=optimize)
+    session = open_decoder(package, optimize=optimize, given=inputs.given)
     left = [roll(session, batch, None) for batch in inputs.batches]
     del session
-    session = open_decoder(package, guarded, optimize=optimize, folder=folder)
+    session = open_decoder(package, guarded, optimize=optimize, folder=folder, given=inputs.given)
     compared, differing, worst = 0, 0, 0.0
     for batch, expected in zip(inputs.batches, left, strict=True):
         right = roll(session, batch, listen(plan, batch.size))
@@ -138,6 +175,8 @@ def roll(session: DecoderSession, batch: PromptBatch, supervisor: np.ndarray | N
     """Outputs of prefill and a few decode steps on fixed tokens: rows of the prompt again, so that runs stay alike."""
     outputs, state = session.prefill(batch, supervisor)
     rolled = [outputs]
+    if batch.given is not None:
+        return rolled
     for step in range(1, DECODE_STEPS + 1):
         at = -1 - step % batch.ids.shape[1]
         embeds = None if batch.embeds is None else batch.embeds[:, at][:, None]
@@ -187,7 +226,7 @@ def _states_equal_reference(
         if forced:
             force_gates(graph, plan, is_open=True)
         names = tap_guard(graph, plan, report)
-        session = open_decoder(package, graph, folder=staged.parent)
+        session = open_decoder(package, graph, folder=staged.parent, given=inputs.given)
         checks.append(_against_reference(session, plan, names, inputs, supervisors, forced, headroom))
     if headroom.layers:
         checks.append(headroom.check())
@@ -272,7 +311,7 @@ def _unedited_tokens(
     graph = load_graph(staged)
     force_gates(graph, plan, is_open=True)
     names = tap_guard(graph, plan, report)
-    session = open_decoder(package, graph, optimize=False, folder=staged.parent)
+    session = open_decoder(package, graph, optimize=False, folder=staged.parent, given=inputs.given)
     if session.one_token:
         return Check(name, 1, 0.0, 0.0, True, "the graph takes one token a call: there are no others")
     compared, wrong = 0, []
@@ -290,7 +329,7 @@ def _supervisors(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: P
     """The text-only pass of each batch, through the graph as it ships: with its gates forced, it would not listen."""
     if plan.mode != "supervise":
         return [None for _ in inputs.batches]
-    session = open_decoder(package, load_graph(staged), folder=staged.parent)
+    session = open_decoder(package, load_graph(staged), folder=staged.parent, given=inputs.given)
     found: list[np.ndarray | None] = []
     for text in inputs.texts:
         outputs, _ = session.prefill(text, listen(plan, text.size))

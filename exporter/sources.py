@@ -11,7 +11,7 @@ from pathlib import Path
 from ..graphs.errors import GuardError, ModelUnreadable, OutputRefused
 from ..graphs.package import ModelPackage, open_package
 from ..runtime.vlm import VisionLanguageModel
-from .checkpoint import Dtype, convert_checkpoint
+from .exporters import Precision, export_checkpoint
 
 # (what is going on, done, of how many)
 Watch = Callable[[str, int, int], None]
@@ -40,7 +40,12 @@ class Source:
 
 @contextlib.contextmanager
 def opened(
-    model: Path | str, variant: str | None, tell: Watch, dtype: Dtype | None = None, opset: int | None = None
+    model: Path | str,
+    variant: str | None,
+    tell: Watch,
+    dtype: Precision | None = None,
+    opset: int | None = None,
+    exporter: str | None = None,
 ) -> Iterator[Source]:
     """Open a model; a checkpoint is exported to a temporary folder first.
 
@@ -52,16 +57,16 @@ def opened(
         if variant is not None:
             raise GuardError(f"--variant {variant} is for onnx-community folders, {model} is a checkpoint; use --dtype")
         with tempfile.TemporaryDirectory(prefix="vlmguard-") as temporary:
-            folder = Path(temporary) / "onnx-community"
-            convert_checkpoint(
-                model, folder, dtype=dtype or "fp32", opset=opset, progress=lambda stage: tell(stage, 0, 1)
-            )
+            folder = Path(temporary) / "exported"
+            export_checkpoint(model, folder, exporter, dtype, opset, say=lambda stage: tell(stage, 0, 1))
             beside = path.absolute().parent if path.is_dir() else Path.cwd()
             home = path.absolute() if path.is_dir() else Path.cwd()
             yield Source(open_package(folder), path.absolute().name, beside, home)
         return
     if dtype is not None or opset is not None:
         raise GuardError(f"--dtype and --opset are for checkpoints, {model} is ONNX already; leave them out")
+    if exporter is not None:
+        raise GuardError(f"--exporter {exporter} is for checkpoints, {model} is ONNX already; leave it out")
     package = open_package(path, variant)
     beside = package.root if package.layout == "bare" else package.root.parent
     yield Source(package, package.name, beside, package.root)

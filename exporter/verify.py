@@ -8,7 +8,9 @@ request both are run, which completes a folder that was exported with the proof 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,12 @@ from ..graphs.strip import strip_guard
 from ..runtime.guarded import open_guarded_package
 from .calibrate import DEFAULT_BUDGET
 from .guide import Guide
-from .prove import prove_by_running
+from .prove import ProofInputs, prove_by_running
 from .prove_fold import prove_fold_by_running
 from .sources import Source, Watch, unwatched
+
+# the unguarded model and its anatomy -> what to run it on
+MakeInputs = Callable[[ModelPackage, DecoderAnatomy], ProofInputs]
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,11 @@ class Verification:
 
 
 def verify(
-    folder: Path | str, source: Path | str | None = None, run: bool = False, watch: Watch | None = None
+    folder: Path | str,
+    source: Path | str | None = None,
+    run: bool = False,
+    proof_inputs: Sequence[Path | str] = (),
+    watch: Watch | None = None,
 ) -> Verification:
     """Redo the proof.
 
@@ -79,6 +88,7 @@ def verify(
         source: the unguarded model (file or folder), if at hand.
         run: run the guarded graphs against the source's too. Where all holds, a manifest that says that the structure
             alone was proved says so no longer.
+        proof_inputs: what to run them on, as for `export`.
         watch: told what is going on.
 
     Raises:
@@ -96,12 +106,13 @@ def verify(
     checks = [exact("every file has the manifest's SHA-256", files - len(unhashed), [], note)]
     views = {view.decoder: view for view in open_guarded_package(folder, manifest).views()}
     originals = _originals(source, manifest) if source is not None else {}
+    inputs = partial(_inputs, given=tuple(map(Path, proof_inputs)), tell=tell) if run else None
     for record in manifest.decoders:
         path = folder / record.path
         if path not in views:
             raise ManifestMismatch(f"{path}: is in the manifest, but is no decoder of this folder; export again")
         tell(f"verifying {path.name}", 0, 1)
-        made = _verify_decoder(views[path], manifest, record, originals.get(record.path), run, tell)
+        made = _verify_decoder(views[path], manifest, record, originals.get(record.path), inputs)
         tell(f"verifying {path.name}", 1, 1)
         several = len(manifest.decoders) > 1
         checks += [replace(check, name=f"{path.name}: {check.name}") if several else check for check in made]
@@ -117,15 +128,14 @@ def _verify_decoder(
     manifest: Manifest,
     record: DecoderRecord,
     original: ModelPackage | None,
-    run: bool,
-    tell: Watch,
+    inputs: MakeInputs | None,
 ) -> list[Check]:
     shipped, stripped = load_graph(package.decoder), load_graph(package.decoder)
     strip_guard(stripped)
     anatomy = dissect(stripped, package.expected_layers)
     plan = _plan_again(package.root, manifest, record, stripped, anatomy)
     if plan.lowering == FOLD:
-        return _verify_fold(package, shipped, anatomy, plan, original, run, tell)
+        return _verify_fold(package, shipped, anatomy, plan, original, inputs)
     again = load_graph(package.decoder)
     strip_guard(again)
     dissect(again, package.expected_layers)
@@ -144,10 +154,8 @@ def _verify_decoder(
             initializers_untouched(graph, shipped),
             *_same_external_data(original.decoder, package.decoder),
         ]
-        if run:
-            source = Source(original, original.name, original.root.parent, original.root)
-            guide = Guide(source, anatomy, GuardSpec(), DEFAULT_BUDGET, False, tell)
-            checks += prove_by_running(original, package.decoder, plan, report, guide.proof_inputs(original))
+        if inputs is not None:
+            checks += prove_by_running(original, package.decoder, plan, report, inputs(original, anatomy))
     return checks
 
 
@@ -157,8 +165,7 @@ def _verify_fold(
     anatomy: DecoderAnatomy,
     plan: GuardPlan,
     original: ModelPackage | None,
-    run: bool,
-    tell: Watch,
+    inputs: MakeInputs | None,
 ) -> list[Check]:
     """A folded decoder. The original weights are not in the folder: without the source, the algebra is what is checked."""
     checks = [writers_orthogonal(shipped, anatomy, plan)]
@@ -170,11 +177,15 @@ def _verify_fold(
     report = rewrite(again, plan)
     checks += [refolded(again, shipped), *prove_fold(graph, shipped, anatomy, plan, report)[0::2]]
     checks += _same_external_data(original.decoder, package.decoder)
-    if run:
-        source = Source(original, original.name, original.root.parent, original.root)
-        inputs = Guide(source, anatomy, GuardSpec(), DEFAULT_BUDGET, False, tell).proof_inputs(original)
-        checks += prove_fold_by_running(original, package.decoder, plan, report, inputs)
+    if inputs is not None:
+        checks += prove_fold_by_running(original, package.decoder, plan, report, inputs(original, anatomy))
     return checks
+
+
+def _inputs(original: ModelPackage, anatomy: DecoderAnatomy, given: tuple[Path, ...], tell: Watch) -> ProofInputs:
+    """What to run the unguarded and the guarded decoder on."""
+    source = Source(original, original.name, original.root.parent, original.root)
+    return Guide(source, anatomy, GuardSpec(), DEFAULT_BUDGET, False, tell, given).proof_inputs(original)
 
 
 def _originals(source: Path | str, manifest: Manifest) -> dict[str, ModelPackage]:

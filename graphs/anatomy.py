@@ -208,10 +208,14 @@ def _streams(flow: Flow, sink: ir.Value, expected_layers: int | None) -> list[tu
 
 def _stream(body: str, flow: Flow, sink: ir.Value, expected_layers: int | None) -> tuple[ResidualStream, int]:
     best: tuple[list[tuple[Vertex, Vertex]], Vertex] | None = None
+    most = (0, 0)
     for source in _sources(flow):
         layers = _layers(flow, source, _vertex(flow, sink))
-        if layers and (best is None or len(layers) > len(best[0])):
-            best = layers, source
+        # The state of a convolution is a rank-3 input too, and reaches as many layers. But it enters the first sum from
+        # the branch alone, where the stream's source enters from both sides: one join more.
+        found = len(layers), _join_count(flow, source, _vertex(flow, sink))
+        if layers and found > most:
+            best, most = (layers, source), found
     if best is None:
         raise AnatomyNotFound(_reason_for_nothing(flow))
     layers, source = best
@@ -318,6 +322,17 @@ def _layers(flow: Flow, source: Vertex, sink: Vertex) -> list[tuple[Vertex, Vert
         if sums:
             layers.append((chain[start], sums[-1]))
     return layers
+
+
+def _join_count(flow: Flow, source: Vertex, sink: Vertex) -> int:
+    """How many sums every path passes, both of their summands computed from the source."""
+    members = set(flow.between(source, sink))
+    count = 0
+    for vertex in flow.dominator_chain(source, sink):
+        if vertex.node is not None and _is_true_sum(flow, vertex, members):
+            summands = [flow.vertex(value) for value in _operands(vertex.node)]
+            count += all(summand is not None and summand.index in members for summand in summands)
+    return count
 
 
 def _gap_start(chain: list[Vertex], mixer: Vertex) -> int | None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import onnx_ir as ir
 
 from .dataflow import Flow, Vertex
+from .errors import AnatomyNotFound
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +80,18 @@ def branches_on_path(flow: Flow, sink: Vertex) -> list[tuple[Body, ir.Value]]:
         for index, output in enumerate(node.outputs):
             vertex = flow.vertex(output)
             if vertex is not None and (vertex is sink or flow.between(vertex, sink)):
+                _require_outputs(node)
                 return [(body, body.graph.outputs[index]) for body in branches(node)]
     return []
+
+
+def _require_outputs(node: ir.Node) -> None:
+    for body in branches(node):
+        if len(body.graph.outputs) != len(node.outputs):
+            raise AnatomyNotFound(
+                f"{body.name} of the If {node.name!r} has {len(body.graph.outputs)} outputs, the If {len(node.outputs)}; "
+                "export it again"
+            )
 
 
 def surface(model: ir.Model, values: Mapping[Body, ir.Value], name: str, shape: ir.Shape) -> None:
@@ -113,8 +125,13 @@ def unsurface(model: ir.Model, name: str) -> None:
         owner = output.producer()
         if owner is None or owner.op_type != "If" or owner.domain:
             continue
+        index = output.index() or 0
         for body in branches(owner):
-            body.graph.outputs.pop(output.index() or 0)
+            if index < len(body.graph.outputs):  # a file that was tampered with may have fewer
+                body.graph.outputs.pop(index)
+        for earlier, later in pairwise(owner.outputs[index:]):  # only the last output of a node can be taken away
+            later.replace_all_uses_with(earlier, replace_graph_outputs=True)
+            earlier.name, earlier.type, earlier.shape = later.name, later.type, later.shape
         owner.resize_outputs(len(owner.outputs) - 1)
 
 

@@ -35,6 +35,10 @@ class ProofFailed(GuardError):
     """A check of the proof failed; nothing was written."""
 
 
+class RunFailed(GuardError):
+    """A runtime opened the graph, but cannot run it on these inputs."""
+
+
 class ManifestMismatch(GuardError):
     """A guarded folder is not what its manifest says."""
 

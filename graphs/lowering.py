@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import onnx_ir as ir
 
-from . import lowering_dense, lowering_lowrank
+from . import lowering_dense, lowering_lowrank, lowering_rank1
 from .errors import GuardError
+from .fold import FOLD
 from .reference import LayerGuard
 from .scribe import Scribe
 from .spec import MODES
@@ -38,6 +40,11 @@ class Lowering:
     correction: LoweringFunction
     why: str
 
+    @property
+    def writes_nodes(self) -> bool:
+        """False for `fold`, which changes weights."""
+        return self is not FOLDED
+
 
 LoweringFunction = Callable[
     [Scribe, ir.Value, str, LayerGuard, str, "ir.Value | None"], "tuple[ir.Value, ir.Value | None]"
@@ -49,15 +56,36 @@ LOWERINGS: tuple[Lowering, ...] = (
         frozenset(MODES),
         lowering_lowrank.guarded,
         lowering_lowrank.correction,
-        "two skinny MatMuls per layer, the cheapest on ONNX Runtime, and every mode",
+        "two skinny MatMuls per layer, the cheapest on ONNX Runtime, and every mode (on TensorRT rank1 is cheaper)",
+    ),
+    Lowering(
+        "rank1",
+        frozenset(MODES),
+        lowering_rank1.guarded,
+        lowering_rank1.correction,
+        "a chain of Mul and ReduceSum per row, which TensorRT fuses into the next norm, and every mode "
+        "(on ONNX Runtime lowrank is cheaper)",
     ),
     Lowering(
         "dense",
         frozenset({"project"}),
         lowering_dense.guarded,
         lowering_dense.correction,
-        "the literal h @ (I - V^T V), one d x d MatMul per layer",
+        "the literal h @ (I - V^T V), one d x d MatMul per layer (to compare with; the others cost less)",
     ),
+)
+
+
+def _no_node(*_: object) -> NoReturn:
+    raise AssertionError("fold writes no node; rewrite asks graphs.fold")
+
+
+FOLDED = Lowering(
+    FOLD,
+    frozenset({"project"}),
+    _no_node,
+    _no_node,
+    "the projection is in the weights that write the stream, no node and no cost, the same in every layer and at every token",
 )
 
 
@@ -70,7 +98,7 @@ def choose_lowering(name: str, mode: str) -> tuple[Lowering, str]:
     if name == "auto":
         chosen = next(lowering for lowering in LOWERINGS if mode in lowering.modes)
         return chosen, f"auto: {chosen.why}"
-    by_name = {lowering.name: lowering for lowering in LOWERINGS}
+    by_name = {lowering.name: lowering for lowering in (*LOWERINGS, FOLDED)}
     if name not in by_name:
         raise GuardError(f"lowering {name!r} is unknown; choose one of auto, {', '.join(by_name)}")
     if mode not in by_name[name].modes:

@@ -1,10 +1,15 @@
-"""`dense`: the literal precomputed orthogonal projection, one MatMul with `P = I - V^T V` (`project` only)."""
+"""`dense`: the literal precomputed orthogonal projection, one MatMul with `P = I - V^T V` (`project` only).
+
+float16: there is no scalar between the read and the write to be kept in range, so the edit `h (P - I)` itself is clipped
+(`LARGEST_HALF_EDIT`) and then added. That also spares the stream the rounding of `P`'s diagonal.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
 
+from .lowering_gate import bounded
 from .reference import LayerGuard
 from .scribe import Scribe
 
@@ -12,7 +17,10 @@ from .scribe import Scribe
 def guarded(
     scribe: Scribe, h: ir.Value, mode: str, layer: LayerGuard, dtype: str, supervisor: ir.Value | None
 ) -> tuple[ir.Value, None]:
-    """`h' = h P`."""
+    """`h' = h P`, or in float16 `h + h (P - I)`."""
+    if dtype == "float16":
+        delta, _ = correction(scribe, h, mode, layer, dtype, supervisor)
+        return scribe.op("guarded", "Add", [h, delta], like=h), None
     matrix = scribe.constant("projection", np.eye(layer.ssd.shape[1]) - _outer(layer), dtype)
     return scribe.op("guarded", "MatMul", [h, matrix], like=h), None
 
@@ -22,7 +30,12 @@ def correction(
 ) -> tuple[ir.Value, None]:
     """`delta = h (P - I)`, for the branch of a fused skip-norm: `P` itself would have to be undone by the fused sum."""
     matrix = scribe.constant("projection_minus_identity", -_outer(layer), dtype)
-    return scribe.op("delta", "MatMul", [h, matrix], like=h), None
+    if dtype != "float16":
+        return scribe.op("delta", "MatMul", [h, matrix], like=h), None
+    product = scribe.op("product", "MatMul", [h, matrix], like=h)
+    delta = bounded(scribe, "delta", product, dtype)
+    delta.type, delta.shape = h.type, h.shape
+    return delta, None
 
 
 def _outer(layer: LayerGuard) -> np.ndarray:

@@ -1,17 +1,32 @@
 """`lowrank`: read MatMul, a few scalars of gate arithmetic, write MatMul. Every mode; the cheapest on ONNX Runtime.
 
-The gate is Greater + Cast + Mul, never `If` (TensorRT rejects it without static shapes) and never `Where` (one engine
-layer more). The matrices have the stream's dtype; the gate's comparison and the weights are float32 even in a float16
-graph, because they compare sums of thousands of products with a threshold.
+The read has the stream's dtype; what a gate decides on is float32 (`lowering_gate`), and so is what it lets through.
+
+float16 ends at 65504, and real models have channels beyond 3e4. So a float16 read gives `s c`, with a power of two
+`s < d^(-1/2)`: `|s c| <= s |h|_2` is finite for every finite `h`, its partial sums included, and a power of two rounds
+nothing. What follows computes in that unit, and the write takes `V / s`, so this costs no node. The edit is clipped
+(`LARGEST_HALF_EDIT`) before it meets the stream.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
+from .lowering_gate import bounded, columns, gate
 from .reference import LayerGuard
 from .scribe import Scribe
+
+
+@dataclass(frozen=True)
+class _Units:
+    """The powers of two in which a layer's coordinates `c` and the readout's score are read; 1 but in float16."""
+
+    c: float = 1.0
+    score: float = 1.0
 
 
 def guarded(
@@ -26,64 +41,83 @@ def correction(
     scribe: Scribe, h: ir.Value, mode: str, layer: LayerGuard, dtype: str, supervisor: ir.Value | None
 ) -> tuple[ir.Value, ir.Value | None]:
     """`delta = w V`; a closed gate makes `w`, and so `delta`, exactly zero."""
-    rows = layer.ssd if mode != "restore" else np.vstack([layer.ssd, layer.readout[None, :]])
-    read = scribe.op("read", "MatMul", [h, scribe.constant("rows", rows.T, dtype)])
+    units = _half_units(layer) if dtype == "float16" else _Units()
+    read = scribe.op("read", "MatMul", [h, scribe.constant("rows", _rows(mode, layer, units).T, dtype)])
     if mode == "project":
-        return _write(scribe, h, scribe.op("weights", "Neg", [read]), layer, dtype), None
+        return _write(scribe, h, read, layer, units, dtype, dtype), None
     if dtype != "float32":
         read = scribe.cast("read_float32", read, "float32")
-    if dtype == "float16":
-        # A coordinate beyond float16 arrives as infinity, and infinity times a closed gate would be NaN.
-        largest = float(np.finfo(np.float16).max)
-        bounds = [
-            scribe.constant(name, np.array(x), "float32") for name, x in (("lowest", -largest), ("highest", largest))
-        ]
-        read = scribe.op("read_clipped", "Clip", [read, *bounds])
-    weights = _WEIGHTS[mode](scribe, read, layer, supervisor)
-    if dtype != "float32":
-        weights = scribe.cast("weights_cast", weights, dtype)
-    return _write(scribe, h, weights, layer, dtype), read
+    weights = _WEIGHTS[mode](scribe, read, layer, units, supervisor)
+    return _write(scribe, h, weights, layer, units, "float32", dtype), _coordinates(scribe, mode, read, units)
 
 
-def _write(scribe: Scribe, h: ir.Value, weights: ir.Value, layer: LayerGuard, dtype: str) -> ir.Value:
-    return scribe.op("delta", "MatMul", [weights, scribe.constant("ssd", layer.ssd, dtype)], like=h)
+def _write(
+    scribe: Scribe, h: ir.Value, w: ir.Value, layer: LayerGuard, units: _Units, dtype: str, stream: str
+) -> ir.Value:
+    """`w V` in the dtype of `w`, then in the stream's."""
+    rows = scribe.constant("ssd", layer.ssd.astype(np.float64) / units.c, dtype)
+    bounded_after, cast_after = stream == "float16", dtype != stream
+    delta = scribe.op("product" if bounded_after or cast_after else "delta", "MatMul", [w, rows])
+    if bounded_after:
+        delta = bounded(scribe, "product_bounded" if cast_after else "delta", delta, dtype)
+    if cast_after:
+        delta = scribe.cast("delta", delta, stream)
+    delta.type, delta.shape = h.type, h.shape
+    return delta
 
 
-def _steer(scribe: Scribe, c: ir.Value, layer: LayerGuard, supervisor: ir.Value | None) -> ir.Value:
+def _half_units(layer: LayerGuard) -> _Units:
+    """The largest powers of two with which no partial sum of a read can pass float16's range, and one bit to spare."""
+    bits = 1 + math.ceil(math.log2(layer.ssd.shape[1]) / 2)
+    length = float(np.linalg.norm(layer.readout.astype(np.float64))) or 1.0
+    return _Units(2.0**-bits, 2.0 ** -(bits + math.ceil(math.log2(length))))
+
+
+def _rows(mode: str, layer: LayerGuard, units: _Units) -> np.ndarray:
+    """What `h` is read with, `[m or m + 1, d]`; negative in `project`, where the read itself is `w = -c`."""
+    rows = layer.ssd.astype(np.float64) * units.c
+    if mode == "project":
+        return -rows
+    if mode == "restore":
+        return np.vstack([rows, layer.readout[None, :].astype(np.float64) * units.score])
+    return rows
+
+
+def _coordinates(scribe: Scribe, mode: str, read: ir.Value, units: _Units) -> ir.Value:
+    """`c` as others know it; only `supervise` tells it to anybody."""
+    if mode != "supervise" or units.c == 1.0:
+        return read
+    return scribe.op("coordinates", "Mul", [read, scribe.constant("unit", np.array(1 / units.c), "float32")])
+
+
+def _steer(scribe: Scribe, c: ir.Value, layer: LayerGuard, units: _Units, supervisor: ir.Value | None) -> ir.Value:
     """`alpha g c`"""
-    gate = _gate(scribe, _columns(scribe, "first", c, 0, 1) if layer.rank > 1 else c, layer)
-    strength = scribe.op("strength", "Mul", [gate, scribe.constant("alpha", np.array(layer.alpha), "float32")])
+    first = columns(scribe, "first", c, 0, 1) if layer.rank > 1 else c
+    opened = gate(scribe, first, layer.threshold * units.c)
+    strength = scribe.op("strength", "Mul", [opened, scribe.constant("alpha", np.array(layer.alpha), "float32")])
     return scribe.op("weights", "Mul", [strength, c])
 
 
-def _supervise(scribe: Scribe, c: ir.Value, layer: LayerGuard, supervisor: ir.Value | None) -> ir.Value:
-    """`g(a) (alpha (a - o) - (c - o))`"""
+def _supervise(scribe: Scribe, c: ir.Value, layer: LayerGuard, units: _Units, supervisor: ir.Value | None) -> ir.Value:
+    """`g(a) (alpha (a - o) - (c - o))`; `a` comes unscaled."""
     assert supervisor is not None
-    gate = _gate(scribe, _columns(scribe, "first", supervisor, 0, 1) if layer.rank > 1 else supervisor, layer)
+    first = columns(scribe, "first", supervisor, 0, 1) if layer.rank > 1 else supervisor
+    opened = gate(scribe, first, layer.threshold)
     origin = scribe.constant("origin", layer.origin, "float32")
     wanted = scribe.op("supervisor_centred", "Sub", [supervisor, origin])
-    wanted = scribe.op("wanted", "Mul", [wanted, scribe.constant("alpha", np.array(layer.alpha), "float32")])
+    wanted = scribe.op("wanted", "Mul", [wanted, scribe.constant("alpha", np.array(layer.alpha * units.c), "float32")])
+    if units.c != 1.0:
+        origin = scribe.constant("origin_scaled", layer.origin * units.c, "float32")
     present = scribe.op("present", "Sub", [c, origin])
-    return scribe.op("weights", "Mul", [gate, scribe.op("difference", "Sub", [wanted, present])])
+    return scribe.op("weights", "Mul", [opened, scribe.op("difference", "Sub", [wanted, present])])
 
 
-def _restore(scribe: Scribe, read: ir.Value, layer: LayerGuard, supervisor: ir.Value | None) -> ir.Value:
+def _restore(scribe: Scribe, read: ir.Value, layer: LayerGuard, units: _Units, supervisor: ir.Value | None) -> ir.Value:
     """`g(s) (t - c)`"""
-    c = _columns(scribe, "coordinates", read, 0, layer.rank)
-    score = _columns(scribe, "score", read, layer.rank, layer.rank + 1)
-    difference = scribe.op("difference", "Sub", [scribe.constant("target", layer.target, "float32"), c])
-    return scribe.op("weights", "Mul", [_gate(scribe, score, layer), difference])
+    c = columns(scribe, "coordinates", read, 0, layer.rank)
+    score = columns(scribe, "score", read, layer.rank, layer.rank + 1)
+    difference = scribe.op("difference", "Sub", [scribe.constant("target", layer.target * units.c, "float32"), c])
+    return scribe.op("weights", "Mul", [gate(scribe, score, layer.threshold * units.score), difference])
 
 
 _WEIGHTS = {"steer": _steer, "supervise": _supervise, "restore": _restore}
-
-
-def _gate(scribe: Scribe, score: ir.Value, layer: LayerGuard) -> ir.Value:
-    """1 where the score is above the threshold, else 0; float32 `[..., 1]`."""
-    threshold = scribe.constant("tau", np.array(layer.threshold), "float32")
-    return scribe.cast("gate", scribe.op("opens", "Greater", [score, threshold]), "float32")
-
-
-def _columns(scribe: Scribe, name: str, value: ir.Value, start: int, stop: int) -> ir.Value:
-    """`value[..., start:stop]`"""
-    return scribe.op(name, "Slice", [value, scribe.integers(start), scribe.integers(stop), scribe.integers(-1)])

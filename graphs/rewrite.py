@@ -122,6 +122,8 @@ def rewrite(model: ir.Model, plan: GuardPlan) -> GuardReport:
         GuardIncomplete: a planned site is not there, or not every planned layer was guarded.
     """
     require_applicable(model, plan)
+    if not plan.sites:
+        raise GuardIncomplete("the plan names no layer to guard; nothing was written")
     if plan.lowering == FOLD:
         return _fold(model, plan)
     lowering = next(lowering for lowering in LOWERINGS if lowering.name == plan.lowering)
@@ -131,7 +133,7 @@ def rewrite(model: ir.Model, plan: GuardPlan) -> GuardReport:
     _give_coordinates(model, edits)
     _sign(model, plan)
     planned = [(site.layer_index, site.site.body) for site in plan.sites]
-    if sorted(done) != sorted(planned) or not planned:
+    if sorted(done) != sorted(planned):
         raise GuardIncomplete(f"planned layers {planned}, guarded {list(done)}; nothing was written")
     return GuardReport(
         tuple(done[key] for key in planned),

@@ -41,13 +41,25 @@ SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_
 
 # Processors whose image placeholder becomes plain copies of one token. Others write rows, tiles or markers around them
 # (Idefics3, Gemma3, Pixtral, ...), and plain copies would be a prompt that the model never saw.
-PLAIN_PLACEHOLDER_PROCESSORS = ("LlavaProcessor",)
+PLAIN_PLACEHOLDER_PROCESSORS = ("LlavaProcessor", "Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
+# Processors whose templates write one marker for an image, which becomes the image tokens between two markers and white
+# space: the names of both markers in tokenizer_config.json, and the white space.
+MARKED_PLACEHOLDER_PROCESSORS = {"Gemma3Processor": ("boi_token", "eoi_token", "\n\n")}
 
 # How a message carries the prompt: a list of parts (vision-language templates), or one string (text-only templates).
 Content = Literal["parts", "string"]
 
 # Digits: no template changes them by `upper`, `title` or `trim`.
 _PROBE, _CANARY = "31415926535897932", "27182818284590452"
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """What stands for an image: `written` in the text of a template; for the tokenizer `before`, image tokens, `after`."""
+
+    written: str
+    before: str = ""
+    after: str = ""
 
 
 # -------------------------------------------------------------------------------------------- the tokenizer of a folder
@@ -70,6 +82,7 @@ class ChatTokenizer:
         eos_ids: generation stops at any of them; empty if the folder names none.
         image_token: the placeholder's text, `None` if the folder names none.
         image_token_id: its id in the tokenizer, `None` if the tokenizer does not have it.
+        placeholder: what stands for an image in a prompt, `None` if the folder names no image token.
         image_refusal: why image prompts cannot be made from this folder, `None` if they can.
     """
 
@@ -85,6 +98,7 @@ class ChatTokenizer:
     eos_ids: frozenset[int]
     image_token: str | None
     image_token_id: int | None
+    placeholder: Placeholder | None
     image_refusal: str | None
 
     @classmethod
@@ -119,6 +133,7 @@ class ChatTokenizer:
             eos_ids=eos_ids,
             image_token=image_token,
             image_token_id=image_token_id,
+            placeholder=None if image_token is None else find_placeholder(configs, image_token),
             image_refusal=image_refusal(configs, image_token, image_token_id),
         )
 
@@ -135,17 +150,18 @@ class ChatTokenizer:
         self._refuse_control_tokens(prompt)
         if with_image and self.image_refusal is not None:
             raise GuardError(f"{self.folder}: {self.image_refusal}")
-        in_front = f"{self.image_token}\n" if with_image else ""
+        written = self.placeholder.written if self.placeholder is not None else None
+        in_front = f"{written}\n" if with_image else ""
         if self.template is None:
             return in_front + prompt
         if self.content == "parts":
             text = self.template.render(parts(prompt, with_image))
         else:
             text = self.template.render(in_front + prompt)
-        written = text.count(self.image_token) if self.image_token else 0
-        if written != int(with_image):
+        times = text.count(written) if written else 0
+        if times != int(with_image):
             raise GuardError(
-                f"{self.folder}: its chat template writes the image token {self.image_token!r} {written} times for "
+                f"{self.folder}: its chat template writes the image token {written!r} {times} times for "
                 f"{int(with_image)} images; use the chat template that belongs to this model"
             )
         return text
@@ -165,8 +181,9 @@ class ChatTokenizer:
         text = self.render(prompt, with_image=image_tokens > 0)
         add_special_tokens = self._adds_special_tokens(text)
         if image_tokens:
-            assert self.image_token is not None  # render refused otherwise
-            text = text.replace(self.image_token, self.image_token * image_tokens)
+            assert self.image_token is not None and self.placeholder is not None  # render refused otherwise
+            image = self.placeholder.before + self.image_token * image_tokens + self.placeholder.after
+            text = text.replace(self.placeholder.written, image)
         ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         if not ids:
             raise PromptsUnusable(f"{self.folder}: the prompt {prompt!r} gives no tokens; write a prompt")
@@ -405,6 +422,17 @@ def find_image_token(tokenizer: Tokenizer, configs: FolderConfigs) -> str | None
     return "<image>" if configs.multimodal and "<image>" in added.values() else None
 
 
+def find_placeholder(configs: FolderConfigs, image_token: str) -> Placeholder:
+    """The image token itself, or the markers of `MARKED_PLACEHOLDER_PROCESSORS`, as far as the folder names them."""
+    marked = MARKED_PLACEHOLDER_PROCESSORS.get(configs.processor_class or "")
+    if marked is None:
+        return Placeholder(image_token)
+    start, end, space = marked
+    extra = _table(configs.tokenizer, "extra_special_tokens")
+    before, after = (_content(configs.tokenizer.get(name) or extra.get(name)) or "" for name in (start, end))
+    return Placeholder(before, space + before, after + space)
+
+
 def image_refusal(configs: FolderConfigs, image_token: str | None, image_token_id: int | None) -> str | None:
     """Why image prompts cannot be made, in words; `None` if they can."""
     if image_token is None:
@@ -416,11 +444,14 @@ def image_refusal(configs: FolderConfigs, image_token: str | None, image_token_i
             f"the image token {image_token!r} is {image_token_id} in the tokenizer and {configs.image_token_id} in the "
             "model's config; copy the tokenizer of the model again"
         )
-    if configs.processor_class not in (None, *PLAIN_PLACEHOLDER_PROCESSORS):
+    known = (*PLAIN_PLACEHOLDER_PROCESSORS, *MARKED_PLACEHOLDER_PROCESSORS)
+    if configs.processor_class not in (None, *known):
         return (
-            f"image prompts of {configs.processor_class} are not supported, only of "
-            f"{', '.join(PLAIN_PLACEHOLDER_PROCESSORS)}; use text-only prompts"
+            f"image prompts of {configs.processor_class} are not supported, only of {', '.join(known)}; "
+            "use text-only prompts"
         )
+    if not find_placeholder(configs, image_token).written:
+        return "its tokenizer_config.json names no boi_token; copy the tokenizer of the model again"
     return None
 
 

@@ -33,6 +33,8 @@ _CACHE_NAMES = (
 # (older transformers; 0 gives all).
 _CACHE_BRANCH, _KEPT_LOGITS = "use_cache_branch", "num_logits_to_keep"
 _SWITCHES = frozenset({_CACHE_BRANCH, _KEPT_LOGITS})
+# 1 for the tokens of an image, which see one another in both directions, 0 for text (Gemma 3).
+_TOKEN_TYPES = "token_type_ids"
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,15 @@ class PromptBatch:
         mask: 1 for tokens, 0 for padding, `[batch, sequence]` int64.
         embeds: `[batch, sequence, d]` in the graph's dtype, where the decoder takes `inputs_embeds`.
         images: what images change besides the embeddings; `None` for text, and for most models.
+        given: all inputs of the graph by name, where somebody else made them; `ids` and `mask` then only say which of
+            the sequence are tokens.
     """
 
     ids: np.ndarray
     mask: np.ndarray
     embeds: np.ndarray | None = None
     images: PromptImages | None = None
+    given: Mapping[str, np.ndarray] | None = None
 
     @property
     def size(self) -> int:
@@ -74,29 +79,36 @@ class DecoderSession:
     Args:
         runner: the graph.
         kv_heads, head_size: of the cache, where the graph itself leaves them open (onnxruntime-genai does).
+        given: the graph is only run on inputs that were given by name (`PromptBatch.given`), so any will do.
 
     Raises:
         GuardError: the graph takes neither token ids nor embeddings, or an input that nobody here can give.
     """
 
-    def __init__(self, runner: Runner, kv_heads: int | None = None, head_size: int | None = None) -> None:
+    def __init__(
+        self, runner: Runner, kv_heads: int | None = None, head_size: int | None = None, given: bool = False
+    ) -> None:
         self.runner = runner
         self._heads = kv_heads, head_size
         inputs = runner.inputs
         self.takes_embeds = "inputs_embeds" in inputs
+        self.logits_output = next((n for n in runner.outputs if n == "logits"), next(iter(runner.outputs)))
+        if given:
+            self.cache_inputs, self._present, self.injected = {}, {}, {}
+            return
         if not self.takes_embeds and "input_ids" not in inputs:
             raise GuardError(f"the decoder takes neither input_ids nor inputs_embeds, but {', '.join(inputs)}")
         self.cache_inputs = {n: p for n, p in inputs.items() if n.startswith(tuple(past for past, _ in _CACHE_NAMES))}
         self._present = {name: _present_name(name, runner.outputs) for name in self.cache_inputs}
         known = {"inputs_embeds", "input_ids", "attention_mask", "position_ids", SUPERVISOR_INPUT, *self.cache_inputs}
         self.injected = {name: port for name, port in inputs.items() if is_embeds(name)}
-        known |= {*_SWITCHES, *self.injected}
+        known |= {*_SWITCHES, *self.injected, _TOKEN_TYPES}
         unknown = [name for name in inputs if name not in known]
         if unknown:
             raise GuardError(
-                f"the decoder wants an input {unknown[0]!r} that is not known; export it in a standard layout"
+                f"the decoder wants an input {unknown[0]!r} that is not known; export it in a standard layout, or give "
+                "example inputs with --proof-inputs"
             )
-        self.logits_output = next((n for n in runner.outputs if n == "logits"), next(iter(runner.outputs)))
 
     @property
     def supervised(self) -> bool:
@@ -125,6 +137,8 @@ class DecoderSession:
         Returns:
             All outputs, and the state for `step`.
         """
+        if batch.given is not None:
+            return self.runner.run(self._given(batch.given, supervisor)), DecoderState(batch.ids, batch.mask, None)
         if self.one_token:
             return self._prefill_by_token(batch, supervisor)
         outputs = self.runner.run(self.prefill_feeds(batch, supervisor))
@@ -133,11 +147,24 @@ class DecoderSession:
         self._keep(state, outputs)
         return outputs, state
 
+    def _given(self, given: Mapping[str, np.ndarray], supervisor: np.ndarray | None) -> dict[str, np.ndarray]:
+        ports = {name: port for name, port in self.runner.inputs.items() if name != SUPERVISOR_INPUT}
+        differing = sorted(ports.keys() ^ given.keys())
+        if differing:
+            raise GuardError(
+                f"the given inputs are {', '.join(given)}, the decoder takes {', '.join(ports)}; {differing[0]!r} is in one "
+                "of them alone"
+            )
+        asked = {} if supervisor is None else {SUPERVISOR_INPUT: supervisor.astype(np.float32)}
+        return {name: given[name].astype(port.dtype) for name, port in ports.items()} | asked
+
     @property
     def one_token(self) -> bool:
         """Whether the graph takes one token a call (`decode` of a transformers export): its prompts are run in steps."""
+        if not self.cache_inputs:
+            return False
         text = self.runner.inputs["inputs_embeds" if self.takes_embeds else "input_ids"]
-        return bool(self.cache_inputs) and len(text.shape) > 1 and text.shape[1] == 1
+        return len(text.shape) > 1 and text.shape[1] == 1
 
     def _prefill_by_token(
         self, batch: PromptBatch, supervisor: np.ndarray | None
@@ -197,6 +224,10 @@ class DecoderSession:
             if rows is None:
                 rows = np.zeros((*current.shape, port.shape[-1] or 0))
             feeds[name] = rows.astype(port.dtype)
+        if _TOKEN_TYPES in ports:
+            of_image = images.images_between(*window)
+            kinds = np.zeros(current.shape) if of_image is None else of_image
+            feeds[_TOKEN_TYPES] = kinds.astype(ports[_TOKEN_TYPES].dtype)
         past = next(iter(state.cache.values())).shape[2] if state.cache else 0
         for name, number in ((_CACHE_BRANCH, past > 0), (_KEPT_LOGITS, 0)):
             if name in ports:
@@ -235,12 +266,14 @@ def open_decoder(
     runtime: str = "onnxruntime",
     optimize: bool = True,
     folder: Path | None = None,
+    given: bool = False,
 ) -> DecoderSession:
     """The package's decoder, or another graph in its place.
 
     Args:
         graph: a file, or a graph in memory.
         folder: where the external data of a graph in memory lies; default: where the decoder's does.
+        given: as for `DecoderSession`.
     """
     if isinstance(graph, ir.Model):
         content, home = in_memory(graph, folder or package.decoder.parent)
@@ -248,7 +281,7 @@ def open_decoder(
     else:
         path = graph or package.decoder
         runner = open_runner(path, path.parent, runtime, optimize)
-    return DecoderSession(runner, package.kv_heads, package.head_size)
+    return DecoderSession(runner, package.kv_heads, package.head_size, given)
 
 
 def _empty(port: Port, batch: int, kv_heads: int | None, head_size: int | None) -> np.ndarray:

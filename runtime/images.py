@@ -45,18 +45,22 @@ _CLIP: Mapping[str, Any] = {
     "image_std": CLIP_STD,
     "do_pad": False,
 }
+_SIGLIP: Mapping[str, Any] = _CLIP | {
+    "size": {"height": 224, "width": 224},
+    "do_center_crop": False,
+    "image_mean": (0.5,) * 3,
+    "image_std": (0.5,) * 3,
+}
 PROCESSORS: Mapping[str, Mapping[str, Any]] = {
     "CLIPImageProcessor": _CLIP,
+    # Pan and scan, further crops of the same picture, is off unless a folder declares it, and then refused.
+    "Gemma3ImageProcessor": _SIGLIP | {"resample": 2},
     "LlavaImageProcessor": _CLIP,  # `do_pad` means: to a square, with the mean colour, before resizing
-    "SiglipImageProcessor": _CLIP
-    | {
-        "size": {"height": 224, "width": 224},
-        "do_center_crop": False,
-        "image_mean": (0.5,) * 3,
-        "image_std": (0.5,) * 3,
-    },
+    "SiglipImageProcessor": _SIGLIP,
 }
 PADS_TO_SQUARE = frozenset({"LlavaImageProcessor"})
+# Processors that give more than `pixel_values`; each has a module of its own (`vision` knows which).
+ELSEWHERE = ("Qwen2VLImageProcessor",)
 
 # Extra features that a vision tower puts before its patches (a class token), by `model_type`.
 CLASS_TOKENS: Mapping[str, int] = {"clip_vision_model": 1, "siglip_vision_model": 0}
@@ -98,7 +102,7 @@ class ImagePreprocessor:
             ModelUnreadable: it declares none, one that is not in `PROCESSORS`, or options that cannot be followed.
         """
         folder = Path(folder)
-        declared = _declared_processor(folder)
+        declared = declared_processor(folder)
         kind = _kind(folder, declared)
         unknown = sorted(key for key in declared if key.startswith("do_") and key not in _KNOWN_STEPS and declared[key])
         if unknown:  # a step left out would give other pixels than the model was trained on
@@ -141,17 +145,12 @@ class ImagePreprocessor:
             image = _pad_to_square(image, self.mean)
         target = self._resized_size(image)
         if target is not None:
-            _refuse_huge(target[1], target[0], "resized as the model asks, the image")
+            refuse_huge(target[1], target[0], "resized as the model asks, the image")
             image = image.resize((target[1], target[0]), resample=self.resample)
         pixels = np.asarray(image)
         if self.crop_to is not None:
             pixels = _center_crop(pixels, *self.crop_to)
-        # Through float64 and back, then float32 arithmetic: the order of transformers, which rounds in the same places.
-        values = pixels.astype(np.float64) * (1.0 if self.rescale_factor is None else self.rescale_factor)
-        values = values.astype(np.float32)
-        if self.mean is not None and self.std is not None:
-            values = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        return np.ascontiguousarray(values.transpose(2, 0, 1))
+        return normalised(pixels, self.rescale_factor, self.mean, self.std)
 
     def _resized_size(self, image: Image.Image) -> tuple[int, int] | None:
         """`(height, width)` after resizing; the longer side is rounded down, as in transformers and torchvision."""
@@ -167,7 +166,7 @@ _KNOWN_STEPS = frozenset(
 )  # colours are always converted to RGB: the model has three channels
 
 
-def _declared_processor(folder: Path) -> Mapping[str, Any]:
+def declared_processor(folder: Path) -> Mapping[str, Any]:
     """The nested config first, as transformers reads it."""
     nested = read_json(folder / "processor_config.json").get("image_processor")
     declared = nested if isinstance(nested, dict) else read_json(folder / "preprocessor_config.json")
@@ -178,13 +177,19 @@ def _declared_processor(folder: Path) -> Mapping[str, Any]:
     return declared
 
 
-def _kind(folder: Path, declared: Mapping[str, Any]) -> str:
-    """The row of `PROCESSORS`; `CLIPImageProcessorFast`, `...Pil` and `CLIPFeatureExtractor` are the same processor."""
+def processor_name(declared: Mapping[str, Any]) -> str:
+    """What the config calls it; `CLIPImageProcessorFast`, `...Pil` and `CLIPFeatureExtractor` are the same processor."""
     name = str(declared.get("image_processor_type") or declared.get("feature_extractor_type") or "nothing")
-    kind = name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+    return name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+
+
+def _kind(folder: Path, declared: Mapping[str, Any]) -> str:
+    """The row of `PROCESSORS`."""
+    kind = processor_name(declared)
     if kind not in PROCESSORS:
+        name = declared.get("image_processor_type") or declared.get("feature_extractor_type") or "nothing"
         raise ModelUnreadable(
-            f"{folder}: its image processor is {name}, supported are {', '.join(sorted(PROCESSORS))}; "
+            f"{folder}: its image processor is {name}, supported are {', '.join(sorted({*PROCESSORS, *ELSEWHERE}))}; "
             "prepare pixel_values elsewhere, or use text-only prompts"
         )
     return kind
@@ -239,12 +244,25 @@ def _channels(values: Any) -> tuple[float, ...]:
     return channels
 
 
+def normalised(
+    pixels: np.ndarray, factor: float | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> np.ndarray:
+    """`[height, width, 3]` uint8 -> `[3, height, width]` float32: times the factor, then `(x - mean) / std`.
+
+    Through float64 and back, then float32 arithmetic: the order of transformers, which rounds in the same places.
+    """
+    values = (pixels.astype(np.float64) * (1.0 if factor is None else factor)).astype(np.float32)
+    if mean is not None and std is not None:
+        values = (values - np.array(mean, np.float32)) / np.array(std, np.float32)
+    return np.ascontiguousarray(values.transpose(2, 0, 1))
+
+
 def _pad_to_square(image: Image.Image, mean: tuple[float, ...] | None) -> Image.Image:
     """The picture in the middle of a square as wide as its longer side, on the mean colour."""
     edge = max(image.size)
     if image.size == (edge, edge):
         return image
-    _refuse_huge(edge, edge, "padded to a square as the model asks, the image")
+    refuse_huge(edge, edge, "padded to a square as the model asks, the image")
     red, green, blue = (int(channel * 255) for channel in mean or (0.0, 0.0, 0.0))
     square = Image.new("RGB", (edge, edge), (red, green, blue))
     square.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
@@ -275,7 +293,7 @@ def open_image(source: Image.Image | Path | str) -> Image.Image:
         GuardError: no such file, not one of `FORMATS`, damaged, empty, or more than `MAX_PIXELS`.
     """
     if isinstance(source, Image.Image):
-        _refuse_huge(source.width, source.height, "the image")
+        refuse_huge(source.width, source.height, "the image")
         try:
             return _to_rgb(source)
         except Exception as error:  # Pillow decodes late: a damaged file shows only now
@@ -288,7 +306,7 @@ def open_image(source: Image.Image | Path | str) -> Image.Image:
             # Pillow warns at a limit of its own; ours is lower and refuses.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                _refuse_huge(image.width, image.height, f"{path}: the image")
+                refuse_huge(image.width, image.height, f"{path}: the image")
                 return _to_rgb(ImageOps.exif_transpose(image))
     except GuardError:
         raise
@@ -307,7 +325,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def _refuse_huge(width: int, height: int, what: str) -> None:
+def refuse_huge(width: int, height: int, what: str) -> None:
     if width * height > MAX_PIXELS:
         raise GuardError(f"{what} has {width} x {height} pixels, more than {MAX_PIXELS:,}; scale it down first")
     if width * height < 1:

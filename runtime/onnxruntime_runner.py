@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from ..graphs.errors import ExtraMissing, ModelUnreadable, first_line
+from ..graphs.errors import ExtraMissing, ModelUnreadable, RunFailed, first_line
 from .runners import Port
 
 if TYPE_CHECKING:
@@ -74,7 +74,10 @@ class OnnxRuntimeRunner:
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         names = list(self.outputs)
-        return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+        try:
+            return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+        except Exception as error:  # a family of its own again: shapes that the graph does not take, memory, ...
+            raise RunFailed(f"onnxruntime cannot run the graph on these inputs ({first_line(error)})") from error
 
 
 def import_onnxruntime() -> Any:

@@ -27,7 +27,7 @@ from .images import open_image
 from .positions_mrope import mrope_positions
 from .prompt_images import PromptImages
 from .runners import Runner, open_runner
-from .vision import Preprocessor, Seen, look, open_preprocessor
+from .vision import Preprocessor, Seen, look, open_preprocessor, unknown_processor
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,14 @@ class VisionLanguageModel:
 
     @property
     def sees(self) -> bool:
-        """Whether the model takes images."""
-        return self.package.vision_encoder is not None and self.decoder.takes_embeds
+        """Whether the model takes images, and they can be prepared here."""
+        takes_images = self.package.vision_encoder is not None and self.decoder.takes_embeds
+        return takes_images and self.unknown_processor is None
+
+    @cached_property
+    def unknown_processor(self) -> str | None:
+        """Who prepares the model's images, if nobody here can: then only text is; `None` otherwise."""
+        return None if self.package.vision_encoder is None else unknown_processor(self.package.root)
 
     def blank_image(self) -> Image.Image:
         """A white picture of the size that the model looks at."""
@@ -246,10 +252,10 @@ class VisionLanguageModel:
         return embeds
 
     def _placed(self, at: np.ndarray, mask: np.ndarray, seen: Seen) -> PromptImages:
-        """Positions of prompts whose images have a grid, and what goes in between the decoder's layers."""
+        """Where images are; if they have a grid, also the prompts' positions and what goes in between the layers."""
         if seen.grids is None:
-            return PromptImages()
-        return PromptImages(mrope_positions(at, mask, seen.grids, seen.merge), scatter(seen.outputs, at))
+            return PromptImages(at=at)
+        return PromptImages(mrope_positions(at, mask, seen.grids, seen.merge), scatter(seen.outputs, at), at)
 
     # Generation
 

@@ -1,0 +1,123 @@
+"""`rank1`: per row a Mul and a ReduceSum to read, a Mul and an Add to write. Every mode; made for TensorRT.
+
+TensorRT fuses this chain into the kernel of the norm that follows, at no layer of its own (ranks 1 to 8, TensorRT-RTX 1.7,
+float16 and float32); a MatMul with one column breaks the fusions around it. The chain is the same edit as `w V`: all rows
+are read before any is written, so it does not even need them to be orthonormal to the last bit.
+
+Between two Casts it is float32 in every graph: products and sums of float16 numbers cannot overflow there, and the edit is
+clipped before it is float16 again. Only the stream itself, the last Add, keeps the stream's dtype, so that a closed gate adds
+zeros to the very bits that were there.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from .lowering_gate import bounded, columns, gate
+from .reference import LayerGuard
+from .scribe import Scribe
+
+
+def guarded(
+    scribe: Scribe, h: ir.Value, mode: str, layer: LayerGuard, dtype: str, supervisor: ir.Value | None
+) -> tuple[ir.Value, ir.Value | None]:
+    """`h' = h + w V`."""
+    delta, coordinates = correction(scribe, h, mode, layer, dtype, supervisor)
+    return scribe.op("guarded", "Add", [h, delta], like=h), coordinates
+
+
+def correction(
+    scribe: Scribe, h: ir.Value, mode: str, layer: LayerGuard, dtype: str, supervisor: ir.Value | None
+) -> tuple[ir.Value, ir.Value | None]:
+    """`delta = w_1 v_1 + ... + w_m v_m`; a closed gate makes each `w`, and so `delta`, exactly zero."""
+    wide = h if dtype == "float32" else scribe.cast("stream_float32", h, "float32")
+    rows = [scribe.constant(f"ssd_{number}", row, "float32") for number, row in enumerate(layer.ssd)]
+    c = [_read(scribe, f"c_{number}", wide, row) for number, row in enumerate(rows)]
+    w = _weights(scribe, mode, layer, c, _gate(scribe, wide, c, mode, layer, supervisor), supervisor)
+    edits = [scribe.op(f"edit_{number}", "Mul", [w[number], row]) for number, row in enumerate(rows)]
+    delta = edits[0]
+    for number, edit in enumerate(edits[1:], start=1):
+        delta = scribe.op(f"edits_to_{number}", "Add", [delta, edit])
+    if dtype == "float16":
+        delta = bounded(scribe, "edits_bounded", delta, "float32")
+    if dtype != "float32":
+        delta = scribe.cast("delta", delta, dtype)
+    delta.type, delta.shape = h.type, h.shape
+    return delta, _coordinates(scribe, mode, c)
+
+
+def _read(scribe: Scribe, name: str, h: ir.Value, row: ir.Value) -> ir.Value:
+    """`h . row`, `[..., 1]`"""
+    products = scribe.op(f"{name}_products", "Mul", [h, row])
+    return scribe.op(name, "ReduceSum", [products, scribe.integers(-1)], keepdims=1)
+
+
+def _gate(
+    scribe: Scribe, h: ir.Value, c: list[ir.Value], mode: str, layer: LayerGuard, supervisor: ir.Value | None
+) -> ir.Value | None:
+    """`[..., 1]` of 0 and 1, or `None` for `project`, which has none."""
+    if mode == "project":
+        return None
+    if mode == "restore":
+        score = _read(scribe, "score", h, scribe.constant("readout", layer.readout, "float32"))
+    elif mode == "supervise":
+        assert supervisor is not None
+        score = columns(scribe, "first", supervisor, 0, 1) if layer.rank > 1 else supervisor
+    else:
+        score = c[0]
+    return gate(scribe, score, layer.threshold)
+
+
+def _weights(
+    scribe: Scribe,
+    mode: str,
+    layer: LayerGuard,
+    c: list[ir.Value],
+    opened: ir.Value | None,
+    supervisor: ir.Value | None,
+) -> list[ir.Value]:
+    """The numbers of `w`, each `[..., 1]` float32."""
+    if opened is None:
+        return [scribe.op(f"w_{number}", "Neg", [value]) for number, value in enumerate(c)]
+    if mode == "restore":
+        wanted = _to_the_target(scribe, layer, c)
+    else:
+        alpha = scribe.constant("alpha", np.array(layer.alpha), "float32")
+        if mode == "steer":
+            wanted = [scribe.op(f"wanted_{number}", "Mul", [value, alpha]) for number, value in enumerate(c)]
+        else:
+            assert supervisor is not None
+            wanted = _to_the_supervisor(scribe, layer, c, supervisor, alpha)
+    return [scribe.op(f"w_{number}", "Mul", [opened, value]) for number, value in enumerate(wanted)]
+
+
+def _to_the_target(scribe: Scribe, layer: LayerGuard, c: list[ir.Value]) -> list[ir.Value]:
+    """`t - c`"""
+    targets = [scribe.constant(f"target_{number}", level, "float32") for number, level in enumerate(layer.target)]
+    return [
+        scribe.op(f"wanted_{number}", "Sub", [level, value])
+        for number, (level, value) in enumerate(zip(targets, c, strict=True))
+    ]
+
+
+def _to_the_supervisor(
+    scribe: Scribe, layer: LayerGuard, c: list[ir.Value], supervisor: ir.Value, alpha: ir.Value
+) -> list[ir.Value]:
+    """`alpha (a - o) - (c - o)`"""
+    wanted = []
+    for number, value in enumerate(c):
+        a = columns(scribe, f"a_{number}", supervisor, number, number + 1) if layer.rank > 1 else supervisor
+        origin = scribe.constant(f"origin_{number}", layer.origin[number], "float32")
+        told = scribe.op(f"a_{number}_centred", "Sub", [a, origin])
+        told = scribe.op(f"a_{number}_strength", "Mul", [told, alpha])
+        present = scribe.op(f"present_{number}", "Sub", [value, origin])
+        wanted.append(scribe.op(f"wanted_{number}", "Sub", [told, present]))
+    return wanted
+
+
+def _coordinates(scribe: Scribe, mode: str, c: list[ir.Value]) -> ir.Value | None:
+    """`c` side by side; only `supervise` tells it to anybody."""
+    if mode != "supervise":
+        return None
+    return c[0] if len(c) == 1 else scribe.op("coordinates", "Concat", c, axis=-1)

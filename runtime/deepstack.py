@@ -1,0 +1,49 @@
+"""DeepStack (arXiv 2406.04334), as Qwen3-VL has it: image features that go in between the decoder's first layers.
+
+The vision encoder gives `deepstack_features_{i}`, one row per image token. The decoder takes `deepstack_embeds_{i}`, one
+row per token of the sequence, and adds it to what leaves its layer `i`. Rows that belong to no image token are zero, so
+text needs zeros, and so does every token after the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+_FEATURES, _EMBEDS = "deepstack_features_", "deepstack_embeds_"
+
+
+def features_name(number: int) -> str:
+    """What the vision encoder calls its features for layer `number` of the decoder."""
+    return f"{_FEATURES}{number}"
+
+
+def embeds_name(number: int) -> str:
+    """What the decoder calls what it adds after its layer `number`."""
+    return f"{_EMBEDS}{number}"
+
+
+def is_embeds(name: str) -> bool:
+    """Whether an input of a decoder is one that DeepStack fills."""
+    return name.startswith(_EMBEDS)
+
+
+def scatter(seen: Mapping[str, np.ndarray], is_image: np.ndarray) -> dict[str, np.ndarray]:
+    """The vision encoder's rows at their image tokens, zeros elsewhere.
+
+    Args:
+        seen: outputs of the vision encoder; `[image tokens, width]` each. Those that are not for DeepStack are skipped.
+        is_image: where the image tokens are, `[batch, sequence]` bool.
+
+    Returns:
+        By the decoder's names, `[batch, sequence, width]` in the features' dtype.
+    """
+    dense = {}
+    for name, rows in seen.items():
+        if name.startswith(_FEATURES):
+            spread = dense[_EMBEDS + name.removeprefix(_FEATURES)] = np.zeros(
+                (*is_image.shape, rows.shape[-1]), rows.dtype
+            )
+            spread[is_image] = rows
+    return dense
