@@ -8,13 +8,13 @@ WORKERS ?= 2
 # One thread per test process: small models do not gain from more, and idle BLAS threads spin.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint fast tiny-vlm clean
+.PHONY: demo test check lint fast zoo coverage-check tiny-vlm clean
 
 demo: $(VENV)/.light
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
 
 test: $(VENV)/.full
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 check: $(VENV)/.full lint fast
 
@@ -25,7 +25,19 @@ lint: $(VENV)/.full
 	$(BIN)/lint-imports
 
 fast: $(VENV)/.full
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow and not zoo"
+
+# The whole matrix: every graph of the zoo, asked everything; then docs/coverage.md, which also says what failed.
+zoo: $(VENV)/.full
+	rm -rf build/zoo
+	$(BIN)/python tests/zoo/make_optimum.py build/optimum
+	VLMGUARD_OPTIMUM="$(abspath build/optimum)" VLMGUARD_ZOO_RESULTS="$(abspath build/zoo)" $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "" \
+		tests/zoo/test_matrix.py; tested=$$?; \
+	$(BIN)/python tests/zoo/coverage.py build/zoo docs/coverage.md && exit $$tested
+
+# Whether docs/coverage.md is what the last `make zoo` found.
+coverage-check: $(VENV)/.full
+	$(BIN)/python tests/zoo/coverage.py build/zoo docs/coverage.md --check
 
 # The tiny VLM again, from nothing: train (a few minutes on one core), then export.
 tiny-vlm: $(VENV)/.full

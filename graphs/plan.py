@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from .anatomy import DecoderAnatomy, ResidualSite
+from .anatomy import DecoderAnatomy, ResidualSite, find_node
+from .bodies import find_bodies
 from .directions import Directions, LayerDirections
 from .errors import DirectionMismatch, GuardError
 from .fold import find_writers
@@ -152,6 +153,7 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
     _require_expressible(model, sites, mode)
     if lowering is FOLDED:
         notes += _require_foldable(model, anatomy, sites, spec)
+    notes += _quantized_behind(model, sites)
     if spec.positions == "last" and mask is None:
         notes.append("no attention_mask input: the last index of each call is edited, so pad on the left")
     return GuardPlan(
@@ -209,6 +211,23 @@ def _require_foldable(
     if kept:
         told.append(f"fold: {', '.join(map(str, kept))} has other readers too (a tied head) and stays beside its copy")
     return told
+
+
+def _quantized_behind(model: ir.Model, sites: tuple[SitePlan, ...]) -> list[str]:
+    """Static int8 graphs (onnxruntime's QDQ) round each sum to the range that calibration saw, and so the guarded one."""
+    graphs = {body.name: body.graph for body in find_bodies(model, list({site.site.body for site in sites}))}
+    layers = []
+    for planned in sites:
+        node = find_node(graphs[planned.site.body], planned.site.anchor)
+        readers = [reader for output in node.outputs for reader in output.consumers()] if node is not None else []
+        if any(reader.op_type == "QuantizeLinear" for reader in readers):
+            layers.append(planned.layer_index)
+    if not layers:
+        return []
+    return [
+        f"layers {_spell(tuple(layers))}: the guarded sum is rounded to int8 right behind the guard; an edit beyond the "
+        "range that the model was quantized for is cut short, so evaluate it"
+    ]
 
 
 def last_sites(anatomy: DecoderAnatomy) -> tuple[ResidualSite, ...]:

@@ -254,8 +254,8 @@ def can_pad(graph: ir.Graph) -> bool:
     GroupQueryAttention derives positions from the mask's sum: rows padded on the left would be misread.
     """
     inputs = {value.name: value for value in graph.inputs}
-    ids = inputs.get("input_ids")
-    if ids is not None and ids.shape is not None and str(ids.shape[-1]) == "1":
+    text = inputs.get("input_ids") or inputs.get("inputs_embeds")
+    if text is not None and text.shape is not None and len(text.shape) > 1 and str(text.shape[1]) == "1":
         return False  # one token a call: a row would begin with padding alone, and attend to nothing
     return "attention_mask" in inputs and not any(node.op_type == "GroupQueryAttention" for node in graph.all_nodes())
 

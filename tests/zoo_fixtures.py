@@ -10,13 +10,17 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
-from zoo.makers import MAKERS, ZooModel
+from zoo.generation_folders import FOLDERS, GenerationFolder
+from zoo.model import ZooModel
+from zoo.table import ALL_MAKERS, MODULES, module_of
 
-EXPORTERS = ("torch", "transformers", "onnxscript", "onnx-ir", "onnxruntime-genai")
+Made = TypeVar("Made")
+EXPORTERS = ("torch", "transformers", "onnxscript", "onnx-ir", "onnxruntime-genai", "onnxruntime")
 
 
 @pytest.fixture(scope="session")
@@ -25,35 +29,53 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ZooModel]:
 
     With pytest-xdist the workers share the folders: one exports, the others wait and read.
     """
+    return _lending(_homes(tmp_path_factory), ALL_MAKERS, module_of)
+
+
+@pytest.fixture(scope="session")
+def generation_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], GenerationFolder]:
+    """`generation_folders("llava-generation")`: the same for whole folders."""
+    return _lending(_homes(tmp_path_factory), FOLDERS, lambda _: "generation_folders")
+
+
+def _homes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Where each maker module keeps its exports."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers.exporters")
-    from filelock import FileLock  # torch depends on it
-
     if kept := os.environ.get("VLMGUARD_ZOO"):
-        root = Path(kept).resolve() / _digest()
+        root = Path(kept).resolve()
     else:
         base = tmp_path_factory.getbasetemp()
         root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "zoo"
-    root.mkdir(parents=True, exist_ok=True)
-    made: dict[str, ZooModel] = {}
+    return {module: root / f"{module}-{_digest(module)}" for module in MODULES}
 
-    def get(name: str) -> ZooModel:
-        if name not in MAKERS:
-            raise KeyError(f"no model {name!r} in the zoo; there are {', '.join(MAKERS)}")
+
+def _lending(
+    homes: Mapping[str, Path], makers: Mapping[str, Callable[[Path], Made]], module_of: Callable[[str], str]
+) -> Callable[[str], Made]:
+    from filelock import FileLock  # torch depends on it
+
+    made: dict[str, Made] = {}
+
+    def get(name: str) -> Made:
+        if name not in makers:
+            raise KeyError(f"no model {name!r} in the zoo; there are {', '.join(makers)}")
         if "genai" in name and importlib.util.find_spec("onnxruntime_genai") is None:
             pytest.skip("onnxruntime-genai is not installed")
         if name not in made:
-            with FileLock(root / f"{name}.lock"):
-                made[name] = MAKERS[name](root / name)
+            home = homes[module_of(name)]
+            home.mkdir(parents=True, exist_ok=True)
+            with FileLock(home / f"{name}.lock"):
+                made[name] = makers[name](home / name)
         return made[name]
 
     return get
 
 
-def _digest() -> str:
-    """Of everything that decides what an export looks like."""
+def _digest(module: str) -> str:
+    """Of everything that decides what a maker module's exports look like."""
     digest = hashlib.sha256()
-    for source in ("makers.py", "truth.py"):
+    for source in ("exporting.py", *MODULES[module]):
         digest.update(Path(__file__).with_name("zoo").joinpath(source).read_bytes())
     for package in EXPORTERS:
         try:

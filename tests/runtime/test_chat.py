@@ -434,7 +434,8 @@ def test_images_that_are_refused(tmp_path: Path) -> None:
     edit(folder / "processor_config.json", processor_class="Idefics3Processor")
     chat = ChatTokenizer.open(folder)
     assert refusal(lambda: chat.encode("how", image_tokens=4), GuardError) == (
-        f"{folder}: image prompts of Idefics3Processor are not supported, only of LlavaProcessor; use text-only prompts"
+        f"{folder}: image prompts of Idefics3Processor are not supported, only of LlavaProcessor, Qwen2VLProcessor, "
+        "Qwen2_5_VLProcessor, Qwen3VLProcessor, Gemma3Processor; use text-only prompts"
     )
 
     folder = llava_folder(tmp_path / "other", bpe("<pad>", "<image>"), LLAVA.replace("<image>", "<img>"))

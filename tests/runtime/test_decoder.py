@@ -12,7 +12,7 @@ from random_directions import random_directions
 
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.package import ModelPackage, graph_bytes, open_package
+from vlmguard.graphs.package import ModelPackage, open_package
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, plan_guard
 from vlmguard.graphs.reference import LISTEN
 from vlmguard.graphs.rewrite import rewrite
@@ -201,7 +201,7 @@ def rolled_out(package: ModelPackage, spec: GuardSpec, steps: int = 6) -> tuple[
     anatomy = dissect(graph)
     plan = plan_guard(graph, anatomy, random_directions(anatomy.width, [1, 2]), spec)
     rewrite(graph, plan)
-    session = open_decoder(package, graph_bytes(graph))
+    session = open_decoder(package, graph)
     ids = np.random.default_rng(3).integers(3, 250, (2, 7))
     mask = np.ones_like(ids)
     supervisor = None

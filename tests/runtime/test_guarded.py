@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from tiny_vlm_paths import DECODER, PROMPTS, SOURCE, Guarded
 
+from vlmguard.graphs.digests import sha256_file
 from vlmguard.graphs.errors import GuardError, ManifestMismatch
-from vlmguard.graphs.package import sha256_file
 from vlmguard.runtime.guarded import GuardedVLM
 
 pytest_plugins = ("tiny_vlm_fixtures",)
@@ -91,9 +91,9 @@ def test_an_unguarded_decoder_is_refused_though_the_manifest_was_edited_to_fit(f
     """Whoever holds the files can take the guard out; but not by swapping a file and its digest."""
     shutil.copyfile(SOURCE / DECODER, folder / DECODER)
     manifest = json.loads((folder / "guard.json").read_text())
-    manifest["files"][DECODER] = sha256_file(folder / DECODER)
+    manifest["files"][DECODER]["sha256"] = sha256_file(folder / DECODER)
     (folder / "guard.json").write_text(json.dumps(manifest))
-    layers = tuple(manifest["plan"]["layers"])
+    layers = tuple(manifest["decoders"][0]["plan"]["layers"])
     assert refusal(folder) == (
         f"{folder / DECODER}: carries a guard on layers (), the manifest promises {layers}; export again"
     )
@@ -113,9 +113,9 @@ def test_a_folder_without_a_manifest_is_refused(folder: Path) -> None:
 
 
 def test_a_manifest_of_another_schema_is_refused(folder: Path) -> None:
-    edit_manifest(folder, lambda content: content.update(schema="vlmguard.guard/2"))
+    edit_manifest(folder, lambda content: content.update(schema="vlmguard.guard/1"))
     assert refusal(folder) == (
-        f"{folder / 'guard.json'}: schema is 'vlmguard.guard/2', this version reads 'vlmguard.guard/1'; export again"
+        f"{folder / 'guard.json'}: schema is 'vlmguard.guard/1', this version reads 'vlmguard.guard/2'; export again"
     )
 
 
@@ -135,15 +135,15 @@ def test_an_unguarded_decoder_is_refused_even_if_the_manifest_was_made_to_fit(fo
     """Digests only say that a file is the one that the manifest names; the guard must be in it, on its layers."""
     layers = tuple(json.loads((folder / "guard.json").read_text(encoding="utf-8"))["plan"]["layers"])
     other = (layers[0] + 1,)
-    edit_manifest(folder, lambda content: content["plan"].update(layers=list(other)))
+    edit_manifest(folder, lambda content: content["decoders"][0]["plan"].update(layers=list(other)))
     assert refusal(folder) == (
         f"{folder / DECODER}: carries a guard on layers {layers}, the manifest promises {other}; export again"
     )
     shutil.copyfile(SOURCE / DECODER, folder / DECODER)
     digest = hashlib.sha256((folder / DECODER).read_bytes()).hexdigest()
     for promised in (layers, ()):
-        edit_manifest(folder, lambda content, now=promised: content["plan"].update(layers=list(now)))
-        edit_manifest(folder, lambda content: content["files"].update({DECODER: digest}))
+        edit_manifest(folder, lambda content, now=promised: content["decoders"][0]["plan"].update(layers=list(now)))
+        edit_manifest(folder, lambda content: content["files"][DECODER].update(sha256=digest))
         assert refusal(folder) == (
             f"{folder / DECODER}: carries a guard on layers (), the manifest promises {promised}; export again"
         )

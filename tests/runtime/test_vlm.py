@@ -406,7 +406,7 @@ def test_image_tokens_must_be_as_many_as_features(guarded: Guarded, tmp_path: Pa
     assert model.chat.image_token_id is not None
     ids = np.where(batch.ids == model.chat.image_token_id, model.chat.pad_id, batch.ids)
     with pytest.raises(GuardError) as caught:
-        model._embeds(ids, batch.mask, np.zeros((1, 16, batch.embeds.shape[-1]), np.float32))
+        model._embeds(ids, ids == model.chat.image_token_id, np.zeros((16, batch.embeds.shape[-1]), np.float32))
     assert str(caught.value) == "the prompt has 0 image tokens for 16 image features; check image_token"
 
 

@@ -1,5 +1,5 @@
-"""Brings the `zoo` fixture here."""
+"""Brings the fixtures of the zoo here."""
 
-from zoo_fixtures import zoo
+from zoo_fixtures import generation_folders, zoo
 
-__all__ = ["zoo"]
+__all__ = ["generation_folders", "zoo"]

@@ -13,138 +13,24 @@ inside the makers: a test module may be parametrised over `MAKERS` without payin
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import os
-import subprocess
-import sys
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import onnx
+from zoo.exporting import export_once, release
+from zoo.genai_builder import build
+from zoo.model import SHORT_DTYPES, TOLERANCES, Feeds, Padding, ZooModel, present_name, zoo_model
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
-Feeds = dict[str, np.ndarray]
-Padding = Literal["left", "right"]
+__all__ = ["MAKERS", "Feeds", "ZooModel"]
 
-SHORT_DTYPES = {"float32": "fp32", "float16": "fp16"}
-# Seen at most, on logits of size 4: 3e-6, 7e-3, 8e-2.
-TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int4": 0.2}
 # Batch 2, one padded row and a filled past: a batch of one, or an unpadded one, is baked into the graph as a constant.
 TRACE_BATCH, TRACE_SEQUENCE, TRACE_PAST, TRACE_PAD = 2, 5, 3, 2
-
-
-@dataclass(frozen=True, eq=False)
-class ZooModel:
-    """One exported decoder, and the torch model it was exported from."""
-
-    name: str
-    folder: Path
-    path: Path
-    layers: int
-    width: int
-    dtype: str
-    """Of the weights and of the graph's inputs and outputs: "float32" or "float16"."""
-    stream_dtype: str
-    """What the graph keeps the residual stream in. TorchScript's float16 graphs keep it in float32."""
-    padding: Padding
-    """Where `make_feeds` puts the padding. "right" for GroupQueryAttention, which is given only each row's LENGTH (the
-    sum of its attention mask) and reads the first that many tokens: left padding would be read as text."""
-    tolerance: float
-    """How far the graph's logits may be from torch's."""
-    inputs: Mapping[str, np.dtype]
-    torch_model: PreTrainedModel
-    torch_decoder: nn.Module
-    """The module whose `.layers` can be hooked; `run_torch` runs it."""
-
-    def make_feeds(self, batch: int, sequence: int, pad: int = 0) -> Feeds:
-        """Feeds for a prefill on an empty cache, exactly the graph's inputs.
-
-        Row `i` has `pad - i` padding tokens (never fewer than none), so that rows differ.
-        """
-        if not 0 <= pad < sequence:
-            raise ValueError(f"{pad} padding tokens in a sequence of {sequence}: a row needs a token of its own")
-        rows = np.maximum(pad - np.arange(batch), 0)[:, None]
-        places = np.arange(sequence)[None, :]
-        mask = (places >= rows if self.padding == "left" else places < sequence - rows).astype(np.int64)
-        return self._feeds(mask, mask, past=None, seed=batch * 10_000 + sequence * 100 + pad)
-
-    def next_feeds(self, feeds: Feeds, outputs: Mapping[str, np.ndarray], sequence: int = 1) -> Feeds:
-        """Feeds for `sequence` more tokens after a run that had `feeds` and gave `outputs` (with its cache).
-
-        GroupQueryAttention takes several tokens on a filled cache only for a batch of one.
-        """
-        if not self.cache:
-            raise ValueError(f"{self.name} was exported without a cache")
-        if self.padding == "right" and not feeds["attention_mask"].all():
-            # The new token would sit behind the padding in torch's cache, and before it in GroupQueryAttention's.
-            raise ValueError(f"{self.name} pads on the right: torch has no truth for a step after a padded prefill")
-        batch = len(feeds["attention_mask"])
-        fresh = np.ones((batch, sequence), dtype=np.int64)
-        mask = np.concatenate([feeds["attention_mask"], fresh], axis=1)
-        past = {before: outputs[after] for before, after in self.cache.items()}
-        return self._feeds(mask, fresh, past, seed=mask.shape[1])
-
-    def counted(self, feeds: Feeds) -> np.ndarray:
-        """[batch, sequence] bool: the positions that hold a token. What a model says of padding means nothing."""
-        sequence = feeds[self._text_name].shape[1]
-        return feeds["attention_mask"][:, -sequence:].astype(bool)
-
-    def hidden_states(self, feeds: Feeds) -> list[np.ndarray]:
-        """Torch's output of every decoder layer, before the final norm: `layers` arrays [batch, sequence, width]."""
-        from zoo.truth import recorded_layers
-
-        with recorded_layers(self.torch_decoder) as states:
-            self.run_torch(feeds)
-        if len(states) != self.layers:
-            raise AssertionError(f"{len(states)} layers ran, {self.layers} expected")
-        return states
-
-    def logits(self, feeds: Feeds) -> np.ndarray:
-        """Torch's logits, float32: [batch, sequence, vocabulary]."""
-        return self.run_torch(feeds).float().numpy()
-
-    def run_torch(self, feeds: Feeds) -> Tensor:
-        """Run torch's model on the graph's feeds; its logits."""
-        from zoo.truth import run_torch
-
-        return run_torch(self.torch_model, feeds)
-
-    @property
-    def cache(self) -> dict[str, str]:
-        """The graph's cache: name of the past input -> name of the present output."""
-        pasts = [name for name in self.inputs if "past_key_values" in name]
-        return {name: _present_name(name) for name in pasts}
-
-    @property
-    def _text_name(self) -> str:
-        return "inputs_embeds" if "inputs_embeds" in self.inputs else "input_ids"
-
-    def _feeds(self, mask: np.ndarray, fresh: np.ndarray, past: Feeds | None, seed: int) -> Feeds:
-        """`mask` covers past and new tokens, `fresh` the new ones alone."""
-        from zoo.truth import EOS_ID, HEAD_WIDTH, IMAGE_ID, KV_HEADS, PAD_ID
-
-        random = np.random.default_rng(seed)
-        batch, sequence = fresh.shape
-        ids = np.where(fresh == 1, random.integers(EOS_ID + 1, IMAGE_ID, fresh.shape), PAD_ID)
-        feeds = {
-            "input_ids": ids,
-            "inputs_embeds": random.standard_normal((batch, sequence, self.width)),
-            "attention_mask": mask,
-            "position_ids": np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -sequence:],
-            **(past or {name: np.zeros((batch, KV_HEADS, 0, HEAD_WIDTH)) for name in self.cache}),
-        }
-        return {name: np.ascontiguousarray(feeds[name], dtype=dtype) for name, dtype in self.inputs.items()}
 
 
 # Case 1 and 2: transformers' own exporter, and what it makes for ONNX Runtime
@@ -171,8 +57,9 @@ def make_llava_transformers(
         OnnxExporter().export(model, inputs, config).save_pretrained(target)
 
     family = "llava-transformers-ort" if ort_fusions else "llava-transformers"
-    _export_once(folder, export)
-    return _zoo_model(_name(family, dtype, opset, usual_opset=18), folder, model, dtype)
+    export_once(folder, export)
+    patterns = ("B'",) if ort_fusions else ("A",) if dtype == "float32" else ("A", "A3")
+    return _zoo_model(_name(family, dtype, opset, usual_opset=18), folder, model, dtype, "transformers", patterns)
 
 
 make_llava_transformers_ort = partial(make_llava_transformers, ort_fusions="cpu")
@@ -207,8 +94,9 @@ def make_llama_dynamo(folder: Path, dtype: str = "float32", opset: int = 18, cac
             external_data=True,
         )
 
-    _export_once(folder, export)
-    return _zoo_model(_name("llama-dynamo-cache" if cache else "llama-dynamo", dtype, opset, 18), folder, model, dtype)
+    export_once(folder, export)
+    name = _name("llama-dynamo-cache" if cache else "llama-dynamo", dtype, opset, usual_opset=18)
+    return _zoo_model(name, folder, model, dtype, "torch", ("A",))
 
 
 # Case 4: torch's exporter over TorchScript
@@ -252,8 +140,10 @@ def _make_torchscript(
             dynamic_axes=axes,
         )
 
-    _export_once(folder, export)
-    return _zoo_model(_name(family, dtype, opset, usual_opset=17), folder, model, dtype, stream_dtype="float32")
+    export_once(folder, export)
+    name = _name(family, dtype, opset, usual_opset=17)
+    patterns = ("A''",) if dtype == "float32" else ("A''", "A4")
+    return _zoo_model(name, folder, model, dtype, "torch", patterns, stream_dtype="float32")
 
 
 # Case 5: onnxruntime-genai's builder
@@ -272,26 +162,16 @@ def make_llama_genai(
     dtype = "float16" if precision == "fp16" else "float32"
 
     def export(target: Path) -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            checkpoint = Path(scratch, "checkpoint")
-            tiny_llama("float32").save_pretrained(checkpoint)
-            _write_tokenizer(checkpoint)
-            # A process of its own: the builder puts modules named `builders` and `quantization` on sys.path.
-            command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-            command += ["-i", str(checkpoint), "-o", str(target), "-c", str(Path(scratch, "cache"))]
-            command += ["-p", precision, "-e", "cuda" if precision == "fp16" else "cpu"]
-            command += ["--extra_options", f"exclude_embeds={str(embeds).lower()}"]
-            offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-            built = subprocess.run(command, env=offline, capture_output=True, text=True, check=False)
-        if built.returncode:
-            raise RuntimeError(f"the genai builder failed for {precision}:\n{built.stderr[-4000:]}")
+        provider = "cuda" if precision == "fp16" else "cpu"
+        build(tiny_llama("float32"), target, precision, provider, exclude_embeds=embeds)
 
-    _export_once(folder, export)
+    export_once(folder, export)
     name = f"llama-genai-embeds-{precision}" if embeds else f"llama-genai-{precision}"
     model = tiny_llama(dtype)
     if precision == "int4":
         take_quantized_weights(model, folder / "model.onnx")
-    return _zoo_model(name, folder, model, dtype, padding="right", tolerance=TOLERANCES[precision])
+    tolerance = TOLERANCES[precision]
+    return _zoo_model(name, folder, model, dtype, "onnxruntime-genai", ("B",), padding="right", tolerance=tolerance)
 
 
 MAKERS: dict[str, Callable[[Path], ZooModel]] = {
@@ -320,40 +200,37 @@ def _zoo_model(
     folder: Path,
     model: PreTrainedModel,
     dtype: str,
+    exporter: str,
+    patterns: tuple[str, ...],
     padding: Padding = "left",
     tolerance: float | None = None,
     stream_dtype: str | None = None,
 ) -> ZooModel:
-    from zoo.truth import LAYERS, WIDTH, decoder_of
+    from zoo.truth import HEAD_WIDTH, KV_HEADS, LAYERS, VOCABULARY, WIDTH, decoder_of
 
-    path = folder / "model.onnx"
-    graph = onnx.load(path, load_external_data=False).graph
-    dtypes = {v.name: onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type) for v in graph.input}
-    return ZooModel(
-        name=name,
-        folder=folder,
-        path=path,
+    return zoo_model(
+        name,
+        folder / "model.onnx",
+        dtype=dtype,
         layers=LAYERS,
         width=WIDTH,
-        dtype=dtype,
-        stream_dtype=stream_dtype or dtype,
-        padding=padding,
-        tolerance=tolerance or TOLERANCES[SHORT_DTYPES[dtype]],
-        inputs=dtypes,
+        kv_heads=KV_HEADS,
+        head_width=HEAD_WIDTH,
+        vocabulary=VOCABULARY,
+        patterns=patterns,
+        exporter=release(exporter),
+        family=model.config.model_type,
         torch_model=model,
         torch_decoder=decoder_of(model),
+        stream_dtype=stream_dtype,
+        padding=padding,
+        tolerance=tolerance,
     )
 
 
 def _name(family: str, dtype: str, opset: int, usual_opset: int) -> str:
     name = f"{family}-{SHORT_DTYPES[dtype]}"
     return name if opset == usual_opset else f"{name}-opset{opset}"
-
-
-def _present_name(past_name: str) -> str:
-    if past_name.startswith("input."):
-        return past_name.replace("input.", "output.", 1)
-    return past_name.replace("past_key_values", "present", 1)
 
 
 @dataclass(frozen=True)
@@ -368,7 +245,7 @@ def _flat_names(text_name: str, cache: bool) -> _FlatNames:
 
     past = [f"past_key_values.{layer}.{kind}" for layer in range(LAYERS) for kind in ("key", "value")] if cache else []
     inputs = [text_name, "attention_mask", "position_ids", *past]
-    return _FlatNames(inputs, ["logits", *map(_present_name, past)], past)
+    return _FlatNames(inputs, ["logits", *map(present_name, past)], past)
 
 
 def _flat_trace_inputs(text_name: str, cache: bool, dtype: str) -> tuple[Tensor, ...]:
@@ -390,54 +267,3 @@ def _trace_inputs(text_name: str, past: int, dtype: str) -> tuple[Tensor, Tensor
     else:
         text = torch.ones(TRACE_BATCH, TRACE_SEQUENCE, WIDTH, dtype=TORCH_DTYPES[dtype])
     return text, mask, positions_of(mask)[:, past:]
-
-
-def _export_once(folder: Path, export: Callable[[Path], None]) -> None:
-    """Fill `folder` with `export`, unless it is there: whole or not at all, so a failed export is not found later."""
-    if folder.exists():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="exporting-") as staging:
-        target = Path(staging, "whole")
-        target.mkdir()
-        with _quiet():
-            export(target)
-        target.rename(folder)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporters talk on stdout, stderr, in logs and warnings. What they said is told only when they fail."""
-    said = io.StringIO()
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            warnings.simplefilter("ignore")
-            yield
-    except Exception as failure:
-        failure.add_note(said.getvalue()[-4000:])
-        raise
-    finally:
-        logging.disable(disabled)
-
-
-def _write_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer without merges: 256 bytes and the special tokens, each where the config says."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    from zoo.truth import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID
-
-    vocabulary = {"<pad>": PAD_ID, "<s>": BOS_ID, "</s>": EOS_ID, "<image>": IMAGE_ID}
-    for place, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())):
-        vocabulary[symbol] = EOS_ID + 1 + place
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        extra_special_tokens=["<image>"],
-    ).save_pretrained(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-from zoo.makers import ZooModel
+from zoo.model import ZooModel
 
 # A hidden state is not normalised as the logits are: it grows to 8 here, and its rounding errors with it. The nearest
 # other value is 1.4 away.
@@ -49,7 +49,8 @@ def state_shaped_values(model: ZooModel, feeds: dict[str, np.ndarray], scratch: 
     onnx.save(proto, bared)
     outputs = run_graph(bared, feeds, optimized=False)
     shape = (*model.counted(feeds).shape, model.width)
-    return {name: outputs[name] for name in made if outputs[name].shape == shape and outputs[name].dtype.kind == "f"}
+    arrays = {name: outputs[name] for name in made if isinstance(outputs[name], np.ndarray)}  # not sequences of arrays
+    return {name: array for name, array in arrays.items() if array.shape == shape and array.dtype.kind == "f"}
 
 
 def run_graph(path: Path, feeds: dict[str, np.ndarray], optimized: bool = True) -> dict[str, np.ndarray]:

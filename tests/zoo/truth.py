@@ -6,9 +6,10 @@ Everything that needs torch at import time is here, so that `makers.py` (the tab
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,6 +24,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     PreTrainedModel,
 )
+from transformers.cache_utils import DynamicLayer
 
 LAYERS = 4
 WIDTH = 64
@@ -40,7 +42,7 @@ CACHE_NAME = re.compile(r"past_key_values\.(?:layers\.)?(\d+)\.(key|value)s?$")
 
 def tiny_llama(dtype: str) -> LlamaForCausalLM:
     model = LlamaForCausalLM(_text_config())
-    return _with_lively_weights(model).to(TORCH_DTYPES[dtype])
+    return with_lively_weights(model).to(TORCH_DTYPES[dtype])
 
 
 def tiny_llava(dtype: str) -> LlavaForConditionalGeneration:
@@ -53,7 +55,7 @@ def tiny_llava(dtype: str) -> LlavaForConditionalGeneration:
         patch_size=14,
     )
     config = LlavaConfig(vision_config=vision, text_config=_text_config(), image_token_index=IMAGE_ID)
-    return _with_lively_weights(LlavaForConditionalGeneration(config)).to(TORCH_DTYPES[dtype])
+    return with_lively_weights(LlavaForConditionalGeneration(config)).to(TORCH_DTYPES[dtype])
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -61,24 +63,20 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     return model.model.language_model if isinstance(model, LlavaForConditionalGeneration) else model.model
 
 
-def run_torch(model: PreTrainedModel, feeds: Mapping[str, np.ndarray]) -> Tensor:
-    """The model's logits for a graph's feeds, with whatever cache they carry."""
-    text_name = "inputs_embeds" if "inputs_embeds" in feeds else "input_ids"
-    text = torch.from_numpy(feeds[text_name])
-    mask = torch.from_numpy(feeds["attention_mask"])
-    if "position_ids" in feeds:
-        positions = torch.from_numpy(feeds["position_ids"])
-    else:
-        positions = positions_of(mask)[:, -text.shape[1] :]
+def run_torch(
+    model: PreTrainedModel, feeds: Mapping[str, np.ndarray], run: Callable[..., Mapping[str, Any]] | None = None
+) -> Tensor:
+    """The model's logits for a graph's feeds, with whatever cache they carry; every feed goes in under its own name.
+
+    `run(model, **feeds)` stands for the model's own call where that hides what the decoder takes.
+    """
+    inputs = {name: torch.from_numpy(array) for name, array in feeds.items() if not CACHE_NAME.search(name)}
+    if "position_ids" not in inputs:
+        text = inputs["inputs_embeds" if "inputs_embeds" in inputs else "input_ids"]
+        inputs["position_ids"] = positions_of(inputs["attention_mask"])[:, -text.shape[1] :]
     with torch.no_grad():
-        answer = model(
-            **{text_name: text},
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=filled_cache(_past_of(feeds)),
-            use_cache=True,
-        )
-    return answer.logits
+        inputs |= {"past_key_values": filled_cache(past_of(feeds)), "use_cache": True}
+        return (run(model, **inputs) if run else model(**inputs))["logits"]
 
 
 @contextmanager
@@ -105,22 +103,26 @@ def positions_of(attention_mask: Tensor) -> Tensor:
 
 def filled_cache(past: list[tuple[Tensor, Tensor]]) -> DynamicCache:
     """A cache holding exactly these tensors; an empty list is an empty cache."""
-    cache = DynamicCache(config=_text_config())
-    for layer, (keys, values) in zip(cache.layers, past, strict=False):
+    cache = DynamicCache()
+    for keys, values in past:
         # Not `update()`: it concatenates with an empty constant, and a tracer would write that into the graph.
+        layer = DynamicLayer()
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
     return cache
 
 
-def empty_past(batch: int, length: int, dtype: str) -> list[tuple[Tensor, Tensor]]:
+def empty_past(
+    batch: int, length: int, dtype: str, layers: int = LAYERS, kv_heads: int = KV_HEADS, head_width: int = HEAD_WIDTH
+) -> list[tuple[Tensor, Tensor]]:
     """A past of zeros, `length` tokens long, for tracing."""
 
     def zeros() -> Tensor:
-        return torch.zeros((batch, KV_HEADS, length, HEAD_WIDTH), dtype=TORCH_DTYPES[dtype])
+        return torch.zeros((batch, kv_heads, length, head_width), dtype=TORCH_DTYPES[dtype])
 
     # A tensor of its own for each: given one tensor twice, torch.export without a word wires every layer to the first.
-    return [(zeros(), zeros()) for _ in range(LAYERS)]
+    return [(zeros(), zeros()) for _ in range(layers)]
 
 
 def take_quantized_weights(model: LlamaForCausalLM, path: Path) -> None:
@@ -176,14 +178,15 @@ class FlatDecoder(nn.Module):
         return (answer.logits, *present)
 
 
-def _past_of(feeds: Mapping[str, np.ndarray]) -> list[tuple[Tensor, Tensor]]:
+def past_of(feeds: Mapping[str, np.ndarray]) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of every layer, in order; nothing where all of them are empty."""
     found: dict[tuple[int, str], Tensor] = {}
     for name, array in feeds.items():
         if matched := CACHE_NAME.search(name):
             found[int(matched[1]), matched[2]] = torch.from_numpy(array)
     if not any(tensor.shape[2] for tensor in found.values()):
         return []
-    return [(found[layer, "key"], found[layer, "value"]) for layer in range(LAYERS)]
+    return [(found[layer, "key"], found[layer, "value"]) for layer in sorted({layer for layer, _ in found})]
 
 
 def _text_config() -> LlamaConfig:
@@ -202,7 +205,7 @@ def _text_config() -> LlamaConfig:
     )
 
 
-def _with_lively_weights(model: PreTrainedModel) -> PreTrainedModel:
+def with_lively_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Seeded weights under which every branch matters.
 
     Transformers starts with std 0.02 and norms of ones: the branches are then lost in the residual, a wrong layer
@@ -212,7 +215,7 @@ def _with_lively_weights(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("norm.weight"):
+            if name.endswith("weight") and parameter.dim() == 1:  # a norm's
                 parameter.copy_(1 + 0.2 * noise)
             elif name.endswith("embed_tokens.weight"):
                 parameter.copy_(noise)

@@ -1,0 +1,141 @@
+"""Tiny random Qwen2-VL, Qwen2.5-VL and Qwen3-VL checkpoints, saved like real ones.
+
+`save_tiny_qwen(kind, folder)` is the whole interface; `KINDS` says which there are. Images keep their shape and become
+patches of 4 x 4 pixels, four to a token, between `PIXELS` in all; a window of Qwen2.5-VL is 4 x 4 patches.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+LAYERS = 2
+HEAD_WIDTH, HEADS, KV_HEADS = 8, 4, 2
+TEXT_WIDTH = HEAD_WIDTH * HEADS
+PATCH, TEMPORAL, MERGE, EDGE = 4, 2, 2, 8
+PATCH_WIDTH = 3 * TEMPORAL * PATCH**2
+PIXELS = (4 * EDGE**2, 24 * EDGE**2)
+DEEPSTACK = (0, 1)  # layers of the tower
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<|video_pad|>", "<unk>",
+)  # fmt: skip
+WORDS = ("user", "assistant", "how", "do", "I", "make", "a", "cake", "bomb", "sorry", "sure", "cannot", "help", ":")
+VOCABULARY_SIZE = 64
+# Nearly every token is a word that can be read; a few are none, as in padded embedding tables.
+MORE_WORDS = tuple(f"word{number}" for number in range(VOCABULARY_SIZE - len(SPECIAL_TOKENS + WORDS) - 4))
+VOCABULARY = {token: number for number, token in enumerate(SPECIAL_TOKENS + WORDS + MORE_WORDS)}
+IMAGE_TOKEN_ID = VOCABULARY["<|image_pad|>"]
+
+# That of the Qwen family, with `user` and `assistant` as words of their own.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|> {{ message['role'] }} "
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+)
+_PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
+_CLASSES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+
+
+def save_tiny_qwen(kind: str, folder: Path, seed: int = 0) -> Path:
+    """Write a tiny random checkpoint to `folder` and return it."""
+    tiny_qwen(kind, seed).save_pretrained(folder)
+    save_tokenizer(kind, folder)
+    return folder
+
+
+def tiny_qwen(kind: str, seed: int = 0) -> Any:
+    """The model; no weight of it is left at a default."""
+    import torch
+    import transformers
+
+    config = getattr(transformers, f"{_CLASSES[kind]}Config")(
+        text_config=_text(kind), vision_config=_VISION[kind], tie_word_embeddings=False, **_TOKENS
+    )
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{_CLASSES[kind]}ForConditionalGeneration")(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn_like(weight) / (weight.shape[-1] ** 0.5 if weight.ndim > 1 else 4)
+            weight.copy_(noise + 1 if "norm" in name and name.endswith("weight") else noise)
+    return model
+
+
+_TOKENS = {
+    "image_token_id": IMAGE_TOKEN_ID,
+    "video_token_id": VOCABULARY["<|video_pad|>"],
+    "vision_start_token_id": VOCABULARY["<|vision_start|>"],
+    "vision_end_token_id": VOCABULARY["<|vision_end|>"],
+}
+_TOWER = {
+    "depth": 2,
+    "num_heads": 2,
+    "patch_size": PATCH,
+    "temporal_patch_size": TEMPORAL,
+    "spatial_merge_size": MERGE,
+}
+_VISION = {
+    "qwen2_vl": _TOWER | {"embed_dim": 24, "mlp_ratio": 2, "hidden_size": TEXT_WIDTH},
+    "qwen2_5_vl": _TOWER
+    | {"hidden_size": 24, "intermediate_size": 40, "out_hidden_size": TEXT_WIDTH}
+    | {"window_size": 4 * PATCH, "fullatt_block_indexes": [1]},
+    "qwen3_vl": _TOWER
+    | {"hidden_size": 24, "intermediate_size": 40, "out_hidden_size": TEXT_WIDTH}
+    | {"num_position_embeddings": 5 * 5, "deepstack_visual_indexes": list(DEEPSTACK)},
+}
+
+
+def _text(kind: str) -> dict[str, Any]:
+    return {
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": VOCABULARY_SIZE,
+        "max_position_embeddings": 256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        "bos_token_id": None,
+        "eos_token_id": VOCABULARY["<|im_end|>"],
+        "pad_token_id": VOCABULARY["<|endoftext|>"],
+        **({"head_dim": HEAD_WIDTH} if kind == "qwen3_vl" else {}),
+    }
+
+
+def save_tokenizer(kind: str, folder: Path) -> None:
+    """Write the tokenizer, chat template and processor files that a Qwen repository has."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    image_processor = {
+        "image_processor_type": "Qwen2VLImageProcessorFast" if kind == "qwen3_vl" else "Qwen2VLImageProcessor",
+        "processor_class": _PROCESSORS[kind],
+        "patch_size": PATCH,
+        "temporal_patch_size": TEMPORAL,
+        "merge_size": MERGE,
+        **_limits(kind),
+    }
+    named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "<unk>"}
+    files = {
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", **named},
+        "preprocessor_config.json": image_processor,
+        "generation_config.json": {"eos_token_id": VOCABULARY["<|im_end|>"], "do_sample": False},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def _limits(kind: str) -> dict[str, Any]:
+    """As the older and the newer repositories write them."""
+    least, most = PIXELS
+    if kind == "qwen3_vl":
+        return {"size": {"shortest_edge": least, "longest_edge": most}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    return {"min_pixels": least, "max_pixels": most}
