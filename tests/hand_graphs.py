@@ -132,6 +132,41 @@ def decoder(
     return ir.Model(graph, ir_version=9)
 
 
+def merged(kind: Kind = "add", layers: int = 1, other_layers: int | None = None, **options: Any) -> ir.Model:
+    """`decoder` twice, in the branches of one `If` on `use_cache_branch`, as optimum merges; the weights are the top's.
+
+    Args:
+        kind, layers, options: as for `decoder`, and alike in both branches.
+        other_layers: of the else branch, where it is to disagree.
+    """
+    whole = ir.to_proto(decoder(kind, max(layers, other_layers or 0), **options))
+    shared = {value.name for value in (*whole.graph.input, *whole.graph.initializer)}
+    branches = {}
+    for branch, count in (("then_branch", layers), ("else_branch", other_layers or layers)):
+        graph = ir.to_proto(decoder(kind, count, **options)).graph
+        for node in graph.node:
+            node.name = f"{branch} {node.name}"
+            for names in (node.input, node.output):
+                names[:] = [name if not name or name in shared else f"{branch}_{name}" for name in names]
+        outputs = []
+        for output in graph.output:
+            outputs.append(onnx.ValueInfoProto())
+            outputs[-1].CopyFrom(output)
+            outputs[-1].name = f"{branch}_{output.name}"
+        known = [
+            onnx.helper.make_tensor_value_info(f"{branch}_{value.name}", value.type.tensor_type.elem_type, None)
+            for value in graph.value_info
+        ]
+        branches[branch] = onnx.helper.make_graph(graph.node, branch, [], outputs, value_info=known)
+    switch = onnx.helper.make_tensor_value_info("use_cache_branch", onnx.TensorProto.BOOL, [1])
+    names = [output.name for output in whole.graph.output]
+    node = onnx.helper.make_node("If", [switch.name], names, name="either", **branches)
+    graph = onnx.helper.make_graph(
+        [node], "merged", [*whole.graph.input, switch], whole.graph.output, whole.graph.initializer
+    )
+    return ir.from_proto(onnx.helper.make_model(graph, opset_imports=whole.opset_import, ir_version=whole.ir_version))
+
+
 def _input(name: str, dtype: ir.DataType, shape: list[str | int]) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 

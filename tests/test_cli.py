@@ -12,13 +12,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from hand_graphs import decoder
 from random_directions import random_directions, write_directions
 from safetensors.numpy import load_file, save_file
 from tiny_vlm_paths import ANCHORS, CHECKPOINT, DECODER, EVALUATION, PROMPTS, SOURCE, Guarded, digests
@@ -27,6 +28,7 @@ import vlmguard
 from vlmguard import cli
 from vlmguard.exporter import checkpoint as checkpoint_module
 from vlmguard.exporter.checkpoint import ConversionReport, GraphFile
+from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import read_directions
 from vlmguard.graphs.static_proof import Check
 
@@ -101,7 +103,7 @@ def test_export_writes_a_guarded_folder_and_shows_plan_and_proof(
     assert vlmguard.verify(out, SOURCE).ok
     said = squeezed(ran.out)
     assert "plan: restore, positions last, lowering lowrank" in said and said.endswith(f"guarded: {out}")
-    for check in vlmguard.verify(out).manifest.proof:
+    for check in vlmguard.verify(out).manifest.decoders[0].proof:
         assert check["ok"] and shows(ran.out, check["name"])
 
 
@@ -109,8 +111,10 @@ def test_export_tells_its_result_as_json(run: Callable[..., Ran], directions: Pa
     told = run("export", SOURCE, tmp_path / "out", "--directions", directions, "--json").json
     assert told["out"] == str(tmp_path / "out") and told["written"] is True
     manifest = json.loads((tmp_path / "out" / "guard.json").read_text(encoding="utf-8"))
-    for key in ("plan", "report", "proof", "calibration"):
-        assert told[key] == manifest[key]
+    (shown,), (record,) = told["decoders"], manifest["decoders"]
+    assert shown["decoder"] == record["path"] == DECODER and told["calibration"] == manifest["calibration"]
+    for key in ("plan", "report", "proof"):
+        assert shown[key] == record[key]
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
@@ -120,7 +124,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     ran = run("export", SOURCE, out, "--directions", directions, "--dry-run")
     assert ran.code == 0 and squeezed(ran.out).endswith(f"dry run: nothing was written to {out}")
     told = run("export", SOURCE, out, "--directions", directions, "--dry-run", "--json").json
-    assert (told["written"], told["report"], told["proof"]) == (False, None, [])
+    (shown,) = told["decoders"]
+    assert (told["written"], shown["report"], shown["proof"]) == (False, None, [])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -180,13 +185,69 @@ def test_convert_writes_graphs_that_are_not_guarded(
     assert f"{tmp_path / 'out'}: 1 graphs, unguarded" in squeezed(ran.out) and "logits 7 1.0e-06" in squeezed(ran.out)
 
 
-def test_inspect_shows_every_layer(run: Callable[..., Ran], guarded: Guarded) -> None:
+def test_inspect_says_in_words_what_was_found(run: Callable[..., Ran], guarded: Guarded) -> None:
     told = run("inspect", SOURCE, "--json").json
     anatomy = vlmguard.inspect(SOURCE)
     assert told == {"model": str(SOURCE), **json.loads(json.dumps(anatomy.to_json()))}
     ran = run("inspect", SOURCE)
-    assert ran.code == 0 and all(site.value in ran.out for site in anatomy.sites) and "carries a guard" not in ran.out
-    assert "carries a guard on layers" in run("inspect", guarded("restore")).out
+    assert (ran.code, ran.err) == (0, "")
+    first, *_, last = ran.out.splitlines()
+    assert squeezed(ran.out).startswith(
+        "6 layers, width 128, float32, plain sums (Add); confirmed: the config says so too"
+    )
+    assert first.startswith("6 layers") and "carries a guard" not in ran.out
+    assert last == f"next: `vlmguard export {SOURCE}` guards it; with --dry-run it only shows the plan"
+    after = run("inspect", guarded("restore")).out
+    assert "carries a guard on layers" in after and "next:" not in after
+
+
+def test_inspect_folds_layers_that_are_alike(run: Callable[..., Ran]) -> None:
+    sites = vlmguard.inspect(SOURCE).sites
+    folded, full = (run("inspect", SOURCE, *more) for more in ((), ("--full",)))
+    assert [site.value in folded.out for site in sites] == [True, False, False, False, False, True]
+    assert all(site.value in full.out for site in sites)
+    assert "1 to 4 as above as above as above" in squeezed(folded.out) and "as above" not in full.out
+
+
+def inspected(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, anatomy: vlmguard.DecoderAnatomy) -> str:
+    from vlmguard.exporter import pipeline
+
+    monkeypatch.setattr(pipeline, "inspect", lambda *_: anatomy)
+    monkeypatch.setenv("COLUMNS", "200")
+    return squeezed(run("inspect", SOURCE).out)
+
+
+def test_inspect_shows_where_a_fused_sum_hides(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last layer's sum is in no file; runs of fewer than five layers are shown as they are."""
+    said = inspected(run, monkeypatch, dissect(decoder("skip_norm", layers=8, dtype="float16", hidden=False)))
+    assert said.startswith(
+        "8 layers, width 16, float16, sums fused with their norms (ONNX Runtime's skip-norm); "
+        "no config was at hand to confirm it"
+    )
+    assert "0 a fused skip-norm layer_0_sum float16 1 to 5 as above as above as above 6 a fused skip-norm" in said
+    assert "7 a fused skip-norm inside the fused node that makes layer_7_norm float16" in said
+    short = inspected(run, monkeypatch, dissect(decoder("skip_norm", layers=4)))
+    assert "as above" not in short and all(f"layer_{number}_sum" in short for number in range(3))
+
+
+def test_inspect_counts_sums_of_two_kinds(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    anatomy = dissect(decoder("add", layers=3))
+    (stream,) = anatomy.streams
+    first = replace(stream.sites[0], kind="skip_norm")
+    mixed = replace(anatomy, streams=(replace(stream, sites=(first, *stream.sites[1:])),))
+    assert inspected(run, monkeypatch, mixed).startswith(
+        "3 layers, width 16, float32, 2 plain sums (Add) and 1 sums fused with their norms (ONNX Runtime's skip-norm);"
+    )
+
+
+def test_inspect_shows_both_branches_of_a_merged_decoder(
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anatomy = dissect(decoder("add", layers=2))
+    branches = [replace(anatomy.streams[0], body=name) for name in ("then_branch", "else_branch")]
+    said = inspected(run, monkeypatch, replace(anatomy, streams=tuple(branches)))
+    assert "plain sums (Add), the same in 2 branches of an If (then_branch, else_branch);" in said
+    assert all(f"{layer} {name} an Add" in said for layer in (0, 1) for name in ("then_branch", "else_branch"))
 
 
 def test_directions_are_extracted_and_shown(run: Callable[..., Ran], tmp_path: Path) -> None:
@@ -219,7 +280,7 @@ def test_a_verification_that_fails_is_shown_and_exits_with_1(
     tau.CopyFrom(onnx.numpy_helper.from_array(np.array(9, np.float32), tau.name))
     onnx.save(model, folder / DECODER)
     manifest = json.loads((folder / "guard.json").read_text(encoding="utf-8"))
-    manifest["files"][DECODER] = digests(folder)[DECODER]
+    manifest["files"][DECODER]["sha256"] = digests(folder)[DECODER]
     (folder / "guard.json").write_text(json.dumps(manifest), encoding="utf-8")
     for options in ([], ["--json"]):
         ran = run("verify", folder, *options)

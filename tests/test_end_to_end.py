@@ -246,7 +246,7 @@ MOMENTS = {
     "before the decoder is written": lambda: before(pipeline, "save_graph"),
     "after the decoder is written": lambda: after(pipeline, "save_graph"),
     "after the proof": lambda: after(pipeline, "prove"),
-    "between companions": lambda: before(folder, "link_or_copy", calls=3),
+    "between companions": lambda: before(folder, "bring", calls=3),
     "before the manifest": lambda: before(pipeline, "write_manifest"),
     "after the manifest": lambda: after(pipeline, "write_manifest"),
     "before OUT gets its name": lambda: before(staging.Path, "rename"),

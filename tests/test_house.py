@@ -12,7 +12,7 @@ import pytest
 import vlmguard
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("graphs", "runtime", "exporter")
+FOLDERS = ("graphs", "runtime", "exporter", "exporter/families")
 HEAVY = ("torch", "transformers", "onnxruntime", "sklearn", "onnx", "tensorrt")
 
 

@@ -29,7 +29,7 @@ from torch_hooks import HookedGuard
 
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import Directions
-from vlmguard.graphs.package import ModelPackage, graph_bytes, open_package
+from vlmguard.graphs.package import ModelPackage, open_package
 from vlmguard.graphs.plan import GuardPlan, plan_guard
 from vlmguard.graphs.reference import LISTEN, LayerGuard
 from vlmguard.graphs.rewrite import rewrite
@@ -203,10 +203,10 @@ def run_onnx(subject: Subject, plan: GuardPlan, supervised: bool) -> tuple[list[
     graph = subject.package.load_decoder()
     dissect(graph)
     rewrite(graph, plan)
-    session = open_decoder(subject.package, graph_bytes(graph))
+    session = open_decoder(subject.package, graph)
     coordinates = None
     if supervised:
-        listen = np.full((2, len(plan.sites), plan.sites[0].guard.rank), LISTEN, np.float32)
+        listen = np.full((2, len(plan.layers), plan.sites[0].guard.rank), LISTEN, np.float32)
         coordinates = session.coordinates(session.prefill(subject.text.batch, listen)[0])
     prompt = subject.prompt
     outputs, state = session.prefill(prompt.batch, coordinates)

@@ -39,9 +39,9 @@ from vlmguard.exporter.checkpoint import (
     read_config,
     save_graph,
 )
-from vlmguard.exporter.checkpoint_families import FAMILIES, find_family
 from vlmguard.exporter.checkpoint_parity import answer_with_torch, check_parity
 from vlmguard.exporter.checkpoint_tidy import require_signature
+from vlmguard.exporter.families import FAMILIES, find_family
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ModelUnreadable, OutputRefused, ProofFailed
 
 VARIANTS = {
@@ -393,49 +393,57 @@ def test_any_number_of_images(converted: Converted, images: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def reference(llava: Path):
-    family = find_family(read_config(llava), str(llava))
-    return answer_with_torch(family, load_model(llava, family, "fp32", print))
+def family(llava: Path):
+    """The row, and the model's config."""
+    row = find_family(read_config(llava), str(llava))
+    return row, load_model(llava, row, "fp32", print).config
 
 
-def refusal_of_parity(plain: Converted, reference, **changed) -> str:
-    prompt, tokens, answer = reference
-    with pytest.raises(ProofFailed) as refused:
-        check_parity(plain.out / "onnx", "", "fp32", (prompt, tokens, dataclasses.replace(answer, **changed)))
-    return str(refused.value)
+@pytest.fixture(scope="session")
+def reference(llava: Path, family):
+    row, _ = family
+    return answer_with_torch(row, load_model(llava, row, "fp32", print))
 
 
-def test_a_difference_is_refused(plain: Converted, reference) -> None:
+@pytest.fixture
+def refusal_of_parity(plain: Converted, family, reference):
+    def refusal(prompt=None, **changed) -> str:
+        own_prompt, tokens, answer = reference
+        changed_answer = dataclasses.replace(answer, **changed)
+        with pytest.raises(ProofFailed) as refused:
+            check_parity(plain.out / "onnx", "", "fp32", *family, (prompt or own_prompt, tokens, changed_answer))
+        return str(refused.value)
+
+    return refusal
+
+
+def test_a_difference_is_refused(refusal_of_parity, reference) -> None:
     answer = reference[2]
     shifted = answer.logits[0].copy()
     shifted[1, -1, 3] = 2 * np.abs(shifted).max()
     difference = np.abs(shifted[1, -1, 3] - answer.logits[0][1, -1, 3]) / shifted[1, -1, 3]
-    assert refusal_of_parity(plain, reference, logits=(shifted, *answer.logits[1:])) == (
+    assert refusal_of_parity(logits=(shifted, *answer.logits[1:])) == (
         f"prefill logits: the exported graph differs from torch by {difference:.1e} of the largest value, allowed "
         f"1e-04 (3,200 values compared); try dtype fp32, another opset, or other versions of torch and transformers"
     )
 
 
-def test_other_shapes_are_refused(plain: Converted, reference) -> None:
-    assert refusal_of_parity(plain, reference, image_features=reference[2].image_features[:1]) == (
-        "image features: torch gives shape (1, 16, 32), the exported graph (2, 16, 32)"
+def test_other_shapes_are_refused(refusal_of_parity, reference) -> None:
+    assert refusal_of_parity(image_features=reference[2].image_features[:IMAGE_TOKENS]) == (
+        "image features: torch gives shape (16, 32), the exported graph (32, 32)"
     )
 
 
-def test_another_cache_is_refused(plain: Converted, reference) -> None:
+def test_another_cache_is_refused(refusal_of_parity, reference) -> None:
     cache = reference[2].cache
     fewer = {name: state for name, state in cache.items() if not name.startswith("present.2")}
-    assert refusal_of_parity(plain, reference, cache=fewer) == (
-        f"caches differ: torch has {sorted(fewer)}, the decoder {sorted(cache)}"
-    )
+    assert refusal_of_parity(cache=fewer) == (f"caches differ: torch has {sorted(fewer)}, the decoder {sorted(cache)}")
 
 
-def test_values_that_are_not_finite_are_refused(plain: Converted, reference) -> None:
-    prompt, tokens, answer = reference
-    blank = dataclasses.replace(prompt, pixel_values=np.full_like(prompt.pixel_values, np.nan))
-    with pytest.raises(ProofFailed) as refused:
-        check_parity(plain.out / "onnx", "", "fp32", (blank, tokens, answer))
-    assert str(refused.value) == (
+def test_values_that_are_not_finite_are_refused(refusal_of_parity, reference) -> None:
+    prompt = reference[0]
+    blank = {"pixel_values": np.full_like(prompt.given["pixel_values"], np.nan)}
+    assert refusal_of_parity(dataclasses.replace(prompt, given=blank)) == (
         "image features: the exported graph gives values that are not finite; "
         "try dtype fp32, another opset, or other versions of torch and transformers"
     )
@@ -479,7 +487,8 @@ def edit_config(folder: Path, old: str, new: str) -> None:
 def test_unknown_model_type(copied: Path, tmp_path: Path) -> None:
     edit_config(copied, '"llava"', '"blip-2"')
     assert refusal(GuardError, copied, tmp_path / "out") == (
-        f"{copied}: its config.json says model_type 'blip-2'; supported: llava. "
+        f"{copied}: its config.json says model_type 'blip-2'; supported: "
+        f"{', '.join(row.model_type for row in FAMILIES)}. "
         f"Export it to ONNX with its own tools and guard that folder instead"
     )
     assert not (tmp_path / "out").exists()

@@ -17,9 +17,10 @@ from tiny_vlm_paths import ANCHORS, CHECKPOINT, PROMPTS, SOURCE
 from vlmguard.exporter.extract import collect_answer_states, collect_states, extract_all_layers, tapped
 from vlmguard.exporter.prompts import AnchorPair, read_anchors
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
+from vlmguard.graphs.digests import sha256_file
 from vlmguard.graphs.directions import Directions
 from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.package import open_package, sha256_file
+from vlmguard.graphs.package import open_package
 from vlmguard.graphs.taps import STATES_OUTPUT
 from vlmguard.runtime.vlm import Request, VisionLanguageModel
 

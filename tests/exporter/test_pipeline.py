@@ -19,10 +19,10 @@ from vlmguard.exporter import guide as guide_module
 from vlmguard.exporter import pipeline
 from vlmguard.exporter.pipeline import export, extract_directions, inspect
 from vlmguard.exporter.prompts import read_anchors
+from vlmguard.graphs.digests import sha256_file
 from vlmguard.graphs.directions import read_directions
 from vlmguard.graphs.errors import DirectionMismatch, GuardError, OutputRefused, PromptsUnusable, ProofFailed
 from vlmguard.graphs.manifest import read_manifest, require_intact
-from vlmguard.graphs.package import sha256_file
 from vlmguard.graphs.spec import GuardSpec
 
 pytest_plugins = ("tiny_vlm_fixtures", "zoo_fixtures")
@@ -57,9 +57,11 @@ def test_out_has_the_files_of_the_model_and_two_more(source: Path, directions: P
     assert [name for name in before if after[name] != before[name]] == [DECODER]
     manifest = read_manifest(result.out)
     assert require_intact(result.out, manifest) == len(after) - 1
-    assert manifest.plan == result.plan.to_json() and manifest.report == result.report.to_json()
-    assert manifest.proof == [check.to_json() for check in result.proof] and all(check.ok for check in result.proof)
-    assert manifest.source == {"decoder": Path(DECODER).name, "sha256": before[DECODER], "external_data": {}}
+    (record,) = manifest.decoders
+    assert (record.path, manifest.decoder, manifest.proved) == (DECODER, DECODER, "full")
+    assert record.plan == manifest.plan == result.plan.to_json() and record.report == result.report.to_json()
+    assert record.proof == [check.to_json() for check in result.proof] and all(check.ok for check in result.proof)
+    assert record.source == {"decoder": Path(DECODER).name, "sha256": before[DECODER], "external_data": {}}
     assert manifest.calibration is None and manifest.versions["vlmguard"] == vlmguard.__version__
 
 
@@ -115,11 +117,11 @@ def test_out_can_neither_be_nor_hold_nor_lie_in_the_model(source: Path, directio
 def test_a_failed_proof_leaves_nothing(source: Path, directions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of OUT, nothing of the hidden folder that it is made in."""
 
-    def save_tampered(model: Any, path: Path) -> None:
+    def save_tampered(model: Any, path: Path, own_data: Any) -> None:
         name = next(name for name in model.graph.initializers if name.endswith("/ssd"))
         value = model.graph.initializers[name]
         value.const_value = vlmguard_tensor(-value.const_value.numpy(), name)
-        save(model, path)
+        save(model, path, own_data)
 
     save = pipeline.save_graph
     monkeypatch.setattr(pipeline, "save_graph", save_tampered)
@@ -134,13 +136,13 @@ def vlmguard_tensor(array: np.ndarray, name: str) -> Any:
     return ir.Tensor(array, name=name)
 
 
-def test_other_decoders_of_the_folder_are_left_out(source: Path, directions: Path) -> None:
+def test_other_decoders_of_the_folder_are_left_out_where_one_is_asked_for(source: Path, directions: Path) -> None:
     """They would be unguarded models in a folder that says it is guarded; what is hidden or ours is not copied either."""
     shutil.copyfile(source / DECODER, source / "onnx" / "decoder_model_merged_q4.onnx")
     shutil.copyfile(source / DECODER, source / "onnx" / "embed_tokens_extra.onnx")
     for name in (".hidden", "guard.json", "model.safetensors"):
         (source / name).write_text("{}")
-    result = export(source, directions=directions)
+    result = export(source, directions=directions, variant="")
     written = digests(result.out)
     assert "onnx/decoder_model_merged_q4.onnx" not in written and ".hidden" not in written
     assert "model.safetensors" not in written and read_manifest(result.out).decoder == DECODER
@@ -158,7 +160,7 @@ def test_a_variant_is_guarded_under_its_own_name(source: Path, directions: Path)
     assert [p.name for p in (result.out / "onnx").glob("decoder*")] == ["decoder_model_merged_q4.onnx"]
     sentence = refusal(GuardError, export, source, source.parent / "x", variant="int8", directions=directions)
     assert sentence == (
-        f"{source / 'onnx'}: variant 'int8' of decoder_model_merged was asked for, found 'fp16', 'q4'; name one"
+        f"{source / 'onnx'}: variant 'int8' of the decoder was asked for, found 'fp16', 'q4'; name one"
     )
 
 
@@ -181,7 +183,7 @@ def test_a_genai_folder_keeps_its_files_and_its_weights(zoo: Callable[[str], Any
     before, after = digests(source), digests(result.out)
     assert after.keys() == before.keys() | {"directions.safetensors", "guard.json"}
     assert [name for name in before if after[name] != before[name]] == ["model.onnx"]
-    assert read_manifest(result.out).source["external_data"] == {"model.onnx.data": before["model.onnx.data"]}
+    assert read_manifest(result.out).decoders[0].source["external_data"] == {"model.onnx.data": before["model.onnx.data"]}
     answer = vlmguard.GuardedVLM.open(result.out).generate("hello", max_new_tokens=3)
     assert isinstance(answer, str)
 
@@ -189,7 +191,11 @@ def test_a_genai_folder_keeps_its_files_and_its_weights(zoo: Callable[[str], Any
 def test_those_who_watch_are_told_each_stage(source: Path, directions: Path) -> None:
     told: list[tuple[str, int, int]] = []
     export(source, directions=directions, watch=lambda *event: told.append(event))
-    assert told == [("proving", 0, 2), ("proving", 1, 2), ("proving", 2, 2), ("done", 1, 1)]
+    hashed = [(done, total) for stage, done, total in told if stage == "hashing (bytes)"]
+    assert hashed == sorted(hashed) and hashed[-1][0] == hashed[-1][1]
+    name = f"proving {Path(DECODER).name}"
+    others = [event for event in told if event[0] != "hashing (bytes)"]
+    assert others == [(name, 0, 2), (name, 1, 2), (name, 2, 2), ("done", 1, 1)]
 
 
 # ------------------------------------------------------------------------------------------------------ what guides it

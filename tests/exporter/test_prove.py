@@ -15,9 +15,10 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 from random_directions import random_directions
-from tiny_vlm_paths import CALIBRATION, SOURCE
+from tiny_vlm_paths import CALIBRATION, DECODER, SOURCE
 
 from vlmguard.exporter import prove as module
+from vlmguard.exporter.folder import GuardedDecoder
 from vlmguard.exporter.pipeline import prove
 from vlmguard.exporter.prompts import read_prompts
 from vlmguard.exporter.prove import ProofInputs, proof_inputs, prove_by_running, random_inputs
@@ -49,8 +50,12 @@ class Staged:
     anatomy: DecoderAnatomy
     plan: GuardPlan
     report: GuardReport
-    decoder: Path
+    folder: Path
     inputs: ProofInputs
+
+    @property
+    def decoder(self) -> Path:
+        return self.folder / DECODER
 
     def run(self) -> dict[str, Check]:
         checks = prove_by_running(self.package, self.decoder, self.plan, self.report, self.inputs)
@@ -58,7 +63,8 @@ class Staged:
         return {check.name: check for check in checks}
 
     def whole(self) -> tuple[Check, ...]:
-        return prove(self.package, self.decoder, self.anatomy, self.plan, self.report, self.inputs, unwatched)
+        decoder = GuardedDecoder(self.package, self.anatomy, self.plan)
+        return prove(decoder, self.report, self.folder, lambda package: self.inputs, unwatched)
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +89,10 @@ def stage(inputs: ProofInputs, tmp_path: Path) -> Callable[..., Staged]:
         spec = GuardSpec(mode, positions=positions, alpha=1.5 if mode in ("steer", "supervise") else None)
         plan = plan_guard(graph, anatomy, random_directions(anatomy.width, [2, 4]), spec)
         report = rewrite(graph, plan)
-        save_graph(graph, tmp_path / "decoder.onnx")
-        return Staged(package, anatomy, plan, report, tmp_path / "decoder.onnx", inputs)
+        staged = Staged(package, anatomy, plan, report, tmp_path, inputs)
+        staged.decoder.parent.mkdir(exist_ok=True)
+        save_graph(graph, staged.decoder)
+        return staged
 
     return make
 

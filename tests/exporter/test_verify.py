@@ -49,12 +49,18 @@ def edit_manifest(folder: Path, change: Callable[[dict], Any]) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
+def plan_in(manifest: dict) -> dict:
+    return manifest["decoders"][0]["plan"]
+
+
 def make_the_manifest_fit(folder: Path) -> None:
     """What somebody would do who changes a file and does not want it seen."""
 
     def fit(content: dict) -> None:
         for name in content["files"]:
-            content["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            path = folder / name
+            content["files"][name]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            content["files"][name]["size"] = path.stat().st_size
 
     edit_manifest(folder, fit)
 
@@ -213,10 +219,10 @@ def test_other_directions_are_caught(folder: Path, guarded: Guarded) -> None:
 @pytest.mark.parametrize(
     ("change", "differing"),
     [
-        (lambda m: m["plan"].update(positions="all"), "positions"),
-        (lambda m: m["plan"]["sites"][0].update(tau=99.0), "sites"),
-        (lambda m: m["plan"].update(mode="steer", layers=[0]), "mode, layers"),
-        (lambda m: m["plan"].pop("width"), "width"),
+        (lambda m: plan_in(m).update(positions="all"), "positions"),
+        (lambda m: plan_in(m)["sites"][0].update(tau=99.0), "sites"),
+        (lambda m: plan_in(m).update(mode="steer", layers=[0]), "mode, layers"),
+        (lambda m: plan_in(m).pop("width"), "width"),
         (lambda m: m["spec"].update(positions="all"), "positions"),
     ],
 )
@@ -234,7 +240,7 @@ def test_a_tampered_threshold_with_directions_and_manifest_made_to_fit_is_anothe
     edit_manifest(folder, lambda manifest: manifest["spec"].update(tau=99.0))
     with pytest.raises(ManifestMismatch, match="sites differ"):
         verify(folder)
-    edit_manifest(folder, lambda manifest: manifest["plan"]["sites"][0].update(tau=99.0))
+    edit_manifest(folder, lambda manifest: plan_in(manifest)["sites"][0].update(tau=99.0))
     assert failing(verify(folder)) == {REMADE}  # the graph still has the old one
     tamper(folder, numbers("tau", lambda a: np.full_like(a, 99)))
     assert verify(folder).ok
@@ -266,7 +272,7 @@ def test_another_source_is_refused(folder: Path, guarded: Guarded, zoo: Callable
         with pytest.raises(ManifestMismatch) as caught:
             verify(folder, source)
         assert str(caught.value) == (
-            f"{decoder}: is not the model that guarded was made from (SHA-256 differs); give that one"
+            f"{decoder}: is not the model that {DECODER} was made from (SHA-256 differs); give that one"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,6 @@ from vlmguard.graphs.package import (
     open_package,
     read_json,
     save_graph,
-    sha256_file,
 )
 
 
@@ -159,7 +157,8 @@ def community(tmp_path: Path) -> Path:
     return root
 
 
-def test_the_plain_variant_of_an_onnx_community_folder(community: Path) -> None:
+def test_all_variants_of_an_onnx_community_folder(community: Path) -> None:
+    """Each is a decoder that an app may load; the plain one runs."""
     package = open_package(community)
     graphs = community / "onnx"
     assert package == ModelPackage(
@@ -168,12 +167,14 @@ def test_the_plain_variant_of_an_onnx_community_folder(community: Path) -> None:
         "onnx-community",
         vision_encoder=graphs / "vision_encoder.onnx",
         embed_tokens=graphs / "embed_tokens.onnx",
-        left_out=("onnx/decoder_model_merged_q4.onnx", "onnx/decoder_model_merged_q4.onnx_data"),
+        others=(graphs / "decoder_model_merged_q4.onnx",),
     )
     assert package.name == "llava"
     assert package.expected_layers == 1  # the text decoder's own, not the outer config's
     assert (package.kv_heads, package.head_size) == (4, 4)
-    assert open_package(graphs / "decoder_model_merged.onnx") == package
+    one = open_package(graphs / "decoder_model_merged.onnx")
+    assert one == open_package(community, variant="") != package
+    assert one.left_out == ("onnx/decoder_model_merged_q4.onnx", "onnx/decoder_model_merged_q4.onnx_data")
 
 
 def test_what_comes_along_with_an_onnx_community_folder(community: Path) -> None:
@@ -223,13 +224,18 @@ def test_an_encoder_of_any_variant_is_better_than_none(community: Path) -> None:
 
 def test_a_variant_that_is_not_there_is_refused(community: Path) -> None:
     assert refusal(lambda: open_package(community, variant="fp16")) == (
-        f"{community / 'onnx'}: variant 'fp16' of decoder_model_merged was asked for, found '', 'q4'; name one"
+        f"{community / 'onnx'}: variant 'fp16' of the decoder was asked for, found '', 'q4'; name one"
     )
     plain = community / "onnx" / "decoder_model_merged.onnx"
     plain.rename(plain.with_name("decoder_model_merged_fp16.onnx"))
-    assert refusal(lambda: open_package(community)) == (
-        f"{community / 'onnx'}: variant None of decoder_model_merged was asked for, found 'fp16', 'q4'; name one"
+    assert refusal(lambda: open_package(community, variant="")) == (
+        f"{community / 'onnx'}: variant '' of the decoder was asked for, found 'fp16', 'q4'; name one"
     )
+    package = open_package(community)  # none is the plain one: the first runs
+    assert [path.name for path in (package.decoder, *package.others)] == [
+        "decoder_model_merged_fp16.onnx",
+        "decoder_model_merged_q4.onnx",
+    ]
 
 
 def test_an_onnx_folder_without_a_decoder_is_refused(community: Path) -> None:
@@ -246,26 +252,38 @@ def test_an_onnx_folder_without_a_decoder_is_refused(community: Path) -> None:
 
 
 def test_unmerged_decoders_are_taken_in_order(tmp_path: Path) -> None:
-    """The one with a cache serves every call; the others are left out."""
+    """The one with a cache serves every call, so it runs; an app may load the others, so they are guarded too."""
     for name in ("decoder_model", "decoder_with_past_model", "model_fp16"):
         write_graph(tmp_path / "onnx" / f"{name}.onnx")
     write_files(tmp_path, "config.json")
     package = open_package(tmp_path)
     assert package.decoder.name == "decoder_with_past_model.onnx"
-    assert package.left_out == ("onnx/decoder_model.onnx", "onnx/model_fp16.onnx")
+    assert [path.name for path in package.others] == ["decoder_model.onnx", "model_fp16.onnx"]
+    assert package.left_out == ()
+    one = open_package(tmp_path, variant="fp16")
+    assert (one.decoder.name, one.others) == ("model_fp16.onnx", ())
+    assert one.left_out == ("onnx/decoder_model.onnx", "onnx/decoder_with_past_model.onnx")
 
 
 def test_shared_weights_of_a_left_out_decoder_stay(tmp_path: Path) -> None:
     """Two graphs, one data file: it belongs to the one that stays."""
     merged = write_graph(tmp_path / "onnx" / "decoder_model_merged.onnx", data="shared.data")
     merged.with_name("decoder_model.onnx").write_bytes(merged.read_bytes())
-    package = open_package(tmp_path)
-    assert package.left_out == ("onnx/decoder_model.onnx",)
+    package = open_package(merged.with_name("decoder_model.onnx").rename(merged.with_name("decoder_model_q4.onnx")))
+    assert (package.layout, package.others) == ("bare", ())  # without a config.json it is a file like any other
+    write_files(tmp_path, "config.json")
+    package = open_package(tmp_path, variant="")
+    assert package.left_out == ("onnx/decoder_model_q4.onnx",)
+    assert "onnx/shared.data" not in files_of(package)  # the decoder's own, which comes with it
 
 
 def test_a_decoder_that_cannot_be_read_is_left_out_all_the_same(community: Path) -> None:
-    (community / "onnx" / "decoder_model_merged_q4.onnx").write_bytes(b"half")
-    assert "onnx/decoder_model_merged_q4.onnx" in open_package(community).left_out
+    broken = community / "onnx" / "decoder_model_merged_q4.onnx"
+    broken.write_bytes(b"half")
+    assert "onnx/decoder_model_merged_q4.onnx" in open_package(community, variant="").left_out
+    # asked for, or as one of all, it is an error that names it
+    assert refusal(lambda: open_package(community, variant="q4")).startswith(f"{broken}: is not an ONNX model")
+    assert refusal(lambda: open_package(community)).startswith(f"{broken}: is not an ONNX model")
 
 
 def test_an_encoders_file_is_no_decoder_of_the_layout(community: Path) -> None:
@@ -562,11 +580,7 @@ def test_a_graph_beyond_two_gigabytes_is_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("vlmguard.graphs.package.ir.to_proto", lambda model: TooLarge())
     with pytest.raises(GuardError) as refused:
         save_graph(decoder(), tmp_path / "model.onnx")
-    assert str(refused.value) == "model.onnx: the guarded graph passes 2 GiB; choose --lowering lowrank"
+    assert str(refused.value) == "model.onnx: the guarded graph passes 2 GiB; save the model with external data first, or choose --lowering lowrank"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_digest_is_sha256_of_all_bytes(tmp_path: Path) -> None:
-    content = bytes(range(256)) * 5000
-    (tmp_path / "file").write_bytes(content)
-    assert sha256_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()

@@ -250,22 +250,11 @@ def test_supervise_needs_one_rank_in_all_layers() -> None:
     assert [site.guard.rank for site in plan(mixed, mode="restore").sites] == [3, 2]
 
 
-@pytest.mark.parametrize(
-    ("scale", "sentence"),
-    [
-        (1e6, "layer 0: the readout reaches 1.0e+06, beyond float16; scale readout and threshold down together"),
-        (
-            1e-6,
-            "layer 0: the readout reaches only 1.0e-06, too small for float16; scale readout and threshold up together",
-        ),
-    ],
-)
-def test_a_readout_that_float16_cannot_hold_is_refused(scale: float, sentence: str) -> None:
-    """The smaller one would become zero, and its gate would never open."""
+@pytest.mark.parametrize("scale", [1e6, 1e-6])
+def test_a_readout_that_float16_cannot_hold_is_no_obstacle(scale: float) -> None:
+    """The lowerings scale it; test_float16_range.py runs them."""
     found = directions(parts={"readout": np.full(16, scale, np.float32)})
-    assert refusal(DirectionMismatch, found, decoder(dtype="float16")) == sentence
-    assert plan(found, decoder(dtype="bfloat16")).mode == "restore"
-    assert plan(found, decoder(dtype="float16"), mode="project").mode == "project"
+    assert plan(found, decoder(dtype="float16")).mode == "restore"
 
 
 # --------------------------------------------------------------------------------------------------------------- the graph
@@ -317,10 +306,10 @@ def test_the_lowering_is_decided_with_its_reason() -> None:
     made = plan(directions(), mode="project", lowering="dense")
     assert (made.lowering, made.lowering_reason) == (
         "dense",
-        "as asked: the literal h @ (I - V^T V), one d x d MatMul per layer",
+        "as asked: the literal h @ (I - V^T V), one d x d MatMul per layer (to compare with; the others cost less)",
     )
     assert refusal(GuardError, directions(), mode="restore", lowering="dense") == (
-        "lowering 'dense' cannot write mode 'restore'; choose lowrank"
+        "lowering 'dense' cannot write mode 'restore'; choose lowrank or rank1"
     )
 
 

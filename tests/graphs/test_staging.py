@@ -12,7 +12,7 @@ import pytest
 
 from vlmguard.graphs import staging
 from vlmguard.graphs.errors import OutputRefused
-from vlmguard.graphs.staging import link_or_copy, require_writable, staged, write_file
+from vlmguard.graphs.staging import bring, require_writable, staged, write_file
 
 
 def listing(folder: Path) -> list[str]:
@@ -344,7 +344,7 @@ def test_small_files_are_copied_and_big_ones_linked(tmp_path: Path) -> None:
     small, big = tmp_path / "small", big_file(tmp_path / "big")
     small.write_text("x")
     for source in (small, big):
-        link_or_copy(source, tmp_path / "out" / "onnx" / source.name)
+        bring(source, tmp_path / "out" / "onnx" / source.name)
     out = tmp_path / "out" / "onnx"
     assert (out / "small").read_text() == "x"
     # people edit configs in place: that must not reach the source
@@ -358,7 +358,7 @@ def test_where_links_are_impossible_big_files_are_copied(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(staging.os, "link", another_device)
     big = big_file(tmp_path / "big")
-    link_or_copy(big, tmp_path / "copy")
+    bring(big, tmp_path / "copy")
     assert not (tmp_path / "copy").samefile(big)
     assert (tmp_path / "copy").stat().st_size == staging._LINKED_FROM
 
@@ -372,7 +372,7 @@ def test_a_link_out_of_the_folder_is_followed(tmp_path: Path, size: str) -> None
     (tmp_path / "snapshot").mkdir()
     link = tmp_path / "snapshot" / "model.onnx"
     link.symlink_to("../blobs/abc")
-    link_or_copy(link, tmp_path / "out" / "model.onnx")
+    bring(link, tmp_path / "out" / "model.onnx")
     copied = tmp_path / "out" / "model.onnx"
     assert copied.is_file() and not copied.is_symlink()
     blob.unlink()

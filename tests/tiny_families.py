@@ -1,0 +1,232 @@
+"""Tiny random checkpoints of vision-language families other than LLaVA, saved like real ones.
+
+`save_tiny(family, folder)` is the whole interface; `TINY` says which there are. The weights are random and none is left
+at a default, as in `tiny_models`. Every text model is a few tokens wide of window where its family has one, so that a
+mask without the window would show.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tiny_models import (
+    CHAT_TEMPLATE,
+    HEAD_WIDTH,
+    HEADS,
+    IMAGE_SIZE,
+    IMAGE_TOKEN_ID,
+    KV_HEADS,
+    PATCH_SIZE,
+    TEXT_WIDTH,
+    VOCABULARY,
+    VOCABULARY_SIZE,
+    save_tokenizer,
+)
+
+LAYERS = 2
+WINDOW = 6  # tokens
+
+
+def save_tiny(family: str, folder: Path, seed: int = 0) -> Path:
+    """Write a tiny random checkpoint of `family`, a key of `TINY`, to `folder` and return it."""
+    import transformers
+
+    _save_random(getattr(transformers, _CLASSES[family]), TINY[family](), folder, seed)
+    save_tokenizer(folder)
+    if family == "gemma3":
+        _save_gemma3_processor(folder)
+    elif family in _PROCESSORS:
+        _edit(folder / "processor_config.json", processor_class=_PROCESSORS[family])
+    return folder
+
+
+def _save_gemma3_processor(folder: Path) -> None:
+    """A template writes `<start_of_image>`, the processor makes that marker, the image tokens and another marker of it."""
+    from tokenizers import AddedToken, Tokenizer
+
+    path = str(folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    markers = ("<start_of_image>", "<end_of_image>")
+    tokenizer.add_special_tokens([AddedToken(marker, special=True, normalized=False) for marker in markers])
+    tokenizer.save(path)
+    start, end = markers
+    extra = {"boi_token": start, "eoi_token": end, "image_token": "<image>"}
+    _edit(folder / "tokenizer_config.json", extra_special_tokens=extra, **extra)
+    square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    _write(folder / "preprocessor_config.json", {"image_processor_type": "Gemma3ImageProcessor", "size": square})
+    _write(folder / "processor_config.json", {"processor_class": "Gemma3Processor", "image_seq_length": 4})
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("<image>", start), encoding="utf-8")
+
+
+def _edit(path: Path, **changes: Any) -> None:
+    _write(path, json.loads(path.read_text(encoding="utf-8")) | changes)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tiny_llama(folder: Path, seed: int = 0) -> Path:
+    """Write a tiny random text-only Llama of three layers, wide enough for int4 blocks, to `folder` and return it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**text(hidden_size=64, intermediate_size=128, head_dim=16, num_hidden_layers=3, vocab_size=96))
+    _save_random(LlamaForCausalLM, config, folder, seed)
+    save_tokenizer(folder)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (folder / name).unlink()
+    return folder
+
+
+def _save_random(model_class: Any, config: Any, folder: Path, seed: int) -> None:
+    import torch
+
+    torch.manual_seed(seed)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn_like(weight) / (weight.shape[-1] ** 0.5 if weight.ndim > 1 else 4)
+            weight.copy_(noise + 1 if "norm" in name and name.endswith("weight") else noise)
+    model.save_pretrained(folder)
+
+
+def text(**more: Any) -> dict[str, Any]:
+    """A decoder of two layers, as keyword arguments."""
+    return {
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_WIDTH,
+        "vocab_size": VOCABULARY_SIZE,
+        "max_position_embeddings": 256,
+        "pad_token_id": VOCABULARY["<pad>"],
+        "bos_token_id": VOCABULARY["<s>"],
+        "eos_token_id": VOCABULARY["</s>"],
+        **more,
+    }
+
+
+def tower(**more: Any) -> dict[str, Any]:
+    """An image tower of two layers, as keyword arguments."""
+    return {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+        **more,
+    }
+
+
+def llava_onevision() -> Any:
+    from transformers import LlavaOnevisionConfig
+
+    tiles = [[rows * IMAGE_SIZE, columns * IMAGE_SIZE] for rows in (1, 2, 4) for columns in (1, 2, 4)]
+    return LlavaOnevisionConfig(
+        text_config={"model_type": "qwen2", **text()},
+        vision_config={"model_type": "siglip_vision_model", **tower()},
+        image_token_id=IMAGE_TOKEN_ID,
+        image_grid_pinpoints=tiles,
+        video_token_id=VOCABULARY_SIZE - 1,
+    )
+
+
+def idefics3() -> Any:
+    from transformers import Idefics3Config
+
+    return Idefics3Config(
+        text_config={"model_type": "llama", **text()},
+        vision_config=tower(),
+        image_token_id=IMAGE_TOKEN_ID,
+        scale_factor=2,
+        pad_token_id=VOCABULARY["<pad>"],
+    )
+
+
+def smolvlm() -> Any:
+    from transformers import SmolVLMConfig
+
+    return SmolVLMConfig(
+        text_config={"model_type": "llama", **text()},
+        vision_config=tower(),
+        image_token_id=IMAGE_TOKEN_ID,
+        scale_factor=2,
+        pad_token_id=VOCABULARY["<pad>"],
+    )
+
+
+def internvl() -> Any:
+    from transformers import InternVLConfig
+
+    return InternVLConfig(
+        text_config={"model_type": "qwen2", **text()},
+        vision_config=tower(image_size=[IMAGE_SIZE, IMAGE_SIZE], patch_size=[PATCH_SIZE, PATCH_SIZE]),
+        image_token_id=IMAGE_TOKEN_ID,
+        image_seq_length=4,
+    )
+
+
+def gemma3() -> Any:
+    from transformers import Gemma3Config
+
+    return Gemma3Config(
+        text_config=text(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]),
+        vision_config=tower(),
+        mm_tokens_per_image=4,
+        image_token_id=IMAGE_TOKEN_ID,
+        boi_token_id=len(VOCABULARY),
+        eoi_token_id=len(VOCABULARY) + 1,
+    )
+
+
+def paligemma() -> Any:
+    from transformers import PaliGemmaConfig
+
+    return PaliGemmaConfig(
+        text_config={"model_type": "gemma", **text()},
+        vision_config={"model_type": "siglip_vision_model", **tower()},
+        image_token_id=IMAGE_TOKEN_ID,
+        projection_dim=TEXT_WIDTH,
+        hidden_size=TEXT_WIDTH,
+    )
+
+
+def paligemma2() -> Any:
+    from transformers import PaliGemmaConfig
+
+    window = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+    return PaliGemmaConfig(
+        text_config={"model_type": "gemma2", **text(query_pre_attn_scalar=8, **window)},
+        vision_config={"model_type": "siglip_vision_model", **tower()},
+        image_token_id=IMAGE_TOKEN_ID,
+        projection_dim=TEXT_WIDTH,
+        hidden_size=TEXT_WIDTH,
+    )
+
+
+TINY: dict[str, Callable[[], Any]] = {
+    make.__name__: make for make in (llava_onevision, idefics3, smolvlm, internvl, gemma3, paligemma, paligemma2)
+}
+_CLASSES = {
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    "idefics3": "Idefics3ForConditionalGeneration",
+    "smolvlm": "SmolVLMForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "paligemma": "PaliGemmaForConditionalGeneration",
+    "paligemma2": "PaliGemmaForConditionalGeneration",
+}
+_PROCESSORS = {
+    "llava_onevision": "LlavaOnevisionProcessor",
+    "idefics3": "Idefics3Processor",
+    "smolvlm": "SmolVLMProcessor",
+    "internvl": "InternVLProcessor",
+    "paligemma": "PaliGemmaProcessor",
+    "paligemma2": "PaliGemmaProcessor",
+}
