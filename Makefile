@@ -8,7 +8,7 @@ WORKERS ?= 2
 # One thread per test process: small models do not gain from more, and idle BLAS threads spin.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint fast zoo coverage-check tiny-vlm clean
+.PHONY: demo test check lint fast zoo coverage-check bench tiny-vlm clean
 
 demo: $(VENV)/.light
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
@@ -38,6 +38,13 @@ zoo: $(VENV)/.full
 # Whether docs/coverage.md is what the last `make zoo` found.
 coverage-check: $(VENV)/.full
 	$(BIN)/python tests/zoo/coverage.py build/zoo docs/coverage.md --check
+
+# Every benchmark with few repetitions, and the draft of its page: shows that they run. docs/performance.md says how to measure.
+bench: $(VENV)/.full
+	for name in rewriting inference hooks extraction spellings; do \
+		$(BIN)/python benchmarks/$$name.py --quick --out build/bench/$$name.json \
+			$$(test $$name != rewriting || echo --compare) || exit 1; done
+	$(BIN)/python benchmarks/report.py --quick --results build/bench --out build/bench/performance.md
 
 # The tiny VLM again, from nothing: train (a few minutes on one core), then export.
 tiny-vlm: $(VENV)/.full

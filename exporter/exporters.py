@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..graphs.errors import ExtraMissing, GuardError, ModelUnreadable, first_line
+from ..graphs.static_proof import Check
 from .checkpoint import convert_checkpoint, copy_companions, locate, read_config
 
 ExporterName = Literal["transformers", "genai", "optimum"]
@@ -56,12 +57,12 @@ class Exporter:
     """One row of the table.
 
     Attributes:
-        export: does the job.
+        export: does the job; the comparison with torch, if it makes one.
         dtypes: what it can write; the first is what it writes if nothing is asked.
         chooses_opset: whether the opset is its own affair.
     """
 
-    export: Callable[[Job], None]
+    export: Callable[[Job], tuple[Check, ...]]
     dtypes: tuple[Precision, ...]
     chooses_opset: bool = False
 
@@ -73,8 +74,11 @@ def export_checkpoint(
     dtype: str | None = None,
     opset: int | None = None,
     say: Callable[[str], None] = lambda _: None,
-) -> None:
+) -> tuple[Check, ...]:
     """Export a checkpoint to the model folder `out`, with the exporter of that name.
+
+    Returns:
+        How well the graphs agree with torch, where that was compared.
 
     Raises:
         GuardError: no such exporter, or one that does not have this dtype or opset.
@@ -93,15 +97,16 @@ def export_checkpoint(
         )
     if opset is not None and row.chooses_opset:
         raise GuardError(f"opset {opset} was asked of {name}, which chooses its own; leave --opset out")
-    row.export(Job(checkpoint, out, wanted, opset, say))
+    return row.export(Job(checkpoint, out, wanted, opset, say))
 
 
-def _with_transformers(job: Job) -> None:
+def _with_transformers(job: Job) -> tuple[Check, ...]:
     assert job.dtype != "int4"
-    convert_checkpoint(job.checkpoint, job.out, dtype=job.dtype, opset=job.opset, progress=job.say)
+    done = convert_checkpoint(job.checkpoint, job.out, dtype=job.dtype, opset=job.opset, progress=job.say)
+    return done.parity
 
 
-def _with_genai(job: Job) -> None:
+def _with_genai(job: Job) -> tuple[Check, ...]:
     """`python -m onnxruntime_genai.models.builder`, in a process of its own: it imports by names like `builders`."""
     for module in ("onnxruntime_genai", "torch", "transformers"):
         if find_spec(module) is None:
@@ -121,9 +126,10 @@ def _with_genai(job: Job) -> None:
             f"{job.checkpoint}: onnxruntime-genai's builder cannot export it ({_last_line(built.stderr)}); "
             f"try --exporter {DEFAULT_EXPORTER}"
         )
+    return ()
 
 
-def _with_optimum(job: Job) -> None:
+def _with_optimum(job: Job) -> tuple[Check, ...]:
     """`optimum.exporters.onnx.main_export`, its public function."""
     main_export = _import_optimum()
     folder = locate(job.checkpoint)
@@ -146,6 +152,7 @@ def _with_optimum(job: Job) -> None:
             f"{job.checkpoint}: optimum cannot export it ({first_line(failure)}); try --exporter {DEFAULT_EXPORTER}"
         ) from failure
     copy_companions(folder, job.out)
+    return ()
 
 
 def _import_optimum() -> Callable[..., None]:

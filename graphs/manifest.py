@@ -156,9 +156,7 @@ def require_intact(folder: Path, manifest: Manifest, again: bool = True, progres
         if not path.is_file():
             raise ManifestMismatch(f"{folder}: {name} is missing; export again")
         if record.sha256 is None and (record.size < _BIG or name.endswith((".onnx", ".json"))):
-            raise ManifestMismatch(
-                f"{where}: has no digest of {name}, which only big weights may lack; export again"
-            )
+            raise ManifestMismatch(f"{where}: has no digest of {name}, which only big weights may lack; export again")
         if record.sha256 is None and path.stat().st_size != record.size:
             raise ManifestMismatch(f"{folder}: {name} is not the file that was proved (its size differs); export again")
     hashed = {name: r for name, r in manifest.files.items() if r.sha256 is not None}

@@ -216,7 +216,7 @@ def _genai(root: Path) -> ModelPackage:
     model = read_json(root / "genai_config.json").get("model")
     parts = model.items() if isinstance(model, dict) else ()
     named = {part: entry.get("filename") for part, entry in parts if isinstance(entry, dict)}
-    paths = {part: _inside(root, name) for part, name in named.items() if isinstance(name, str)}
+    paths = {part: _inside(root, name, "genai_config.json") for part, name in named.items() if isinstance(name, str)}
     if "decoder" not in paths:
         raise ModelUnreadable(f"{root / 'genai_config.json'}: names no model.decoder.filename; is it complete?")
     around = {part: paths[part] for part in ("vision", "embedding", "speech") if part in paths}
@@ -272,7 +272,7 @@ def _transformers(root: Path) -> ModelPackage:
     components = read_json(root / _TRANSFORMERS_MANIFEST).get("components")
     named = components.values() if isinstance(components, dict) else ()
     names = [entry["file"] for entry in named if isinstance(entry, dict) and isinstance(entry.get("file"), str)]
-    paths = [_inside(root, name) for name in names]
+    paths = [_inside(root, name, _TRANSFORMERS_MANIFEST) for name in names]
     cached = {path: load_graph(path).graph for path in paths}
     if len(paths) > 1:
         cached = {path: graph for path, graph in cached.items() if any(_is_cache(v.name) for v in graph.outputs)}
@@ -312,10 +312,10 @@ def _stem(path: Path, stems: tuple[str, ...]) -> str | None:
     return next((s for s in stems if path.stem == s or path.stem.startswith(f"{s}_")), None)
 
 
-def _inside(root: Path, name: str) -> Path:
+def _inside(root: Path, name: str, said_by: str) -> Path:
     path = root / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ModelUnreadable(f"{root}: names a file outside itself ({name}); refuse it, or fix genai_config.json")
+        raise ModelUnreadable(f"{root}: names a file outside itself ({name}); refuse it, or fix {said_by}")
     return path
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from ..graphs.errors import GuardError
+from ..graphs.package import external_files, in_memory, load_graph
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def open_runner(graph: Path | bytes, folder: Path, runtime: str = "onnxruntime",
     """
     if runtime not in _RUNNERS:
         raise GuardError(f"runtime {runtime!r} is unknown; choose one of {', '.join(_RUNNERS)}")
+    if isinstance(graph, Path) and not graph.is_symlink() and any(data.is_symlink() for data in external_files(graph)):
+        graph, folder = in_memory(load_graph(graph), graph.parent)  # weights by reference, see `in_memory`
     return _RUNNERS[runtime](graph, folder, optimize)
 
 

@@ -26,7 +26,7 @@ from tiny_vlm_paths import ANCHORS, CHECKPOINT, DECODER, EVALUATION, PROMPTS, SO
 
 import vlmguard
 from vlmguard import cli
-from vlmguard.exporter import checkpoint as checkpoint_module
+from vlmguard.exporter import exporters as exporters_module
 from vlmguard.exporter.checkpoint import ConversionReport, GraphFile
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import read_directions
@@ -132,12 +132,13 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
 def test_every_option_of_export_arrives_in_the_plan(run: Callable[..., Ran], every_layer: Path) -> None:
     options = ["--mode", "supervise", "--layers", "1,3-4", "--rank", "2", "--alpha", "1.5", "--tau", "-0.25"]
     options += ["--positions", "all", "--lowering", "lowrank", "--dry-run", "--json"]
-    plan = run("export", SOURCE, "--directions", every_layer, *options).json["plan"]
+    plan = run("export", SOURCE, "--directions", every_layer, *options).json["decoders"][0]["plan"]
     assert (plan["mode"], plan["layers"], plan["positions"]) == ("supervise", [1, 3, 4], "all")
     assert (plan["lowering"], plan["added_inputs"]) == ("lowrank", ["vlmguard.supervisor"])
     assert [(site["rank"], site["alpha"], site["tau"]) for site in plan["sites"]] == [(2, 1.5, -0.25)] * 3
     dense = ["--mode", "project", "--lowering", "dense", "--dry-run", "--json"]
-    assert run("export", SOURCE, "--directions", every_layer, *dense).json["plan"]["lowering"] == "dense"
+    (decoder,) = run("export", SOURCE, "--directions", every_layer, *dense).json["decoders"]
+    assert decoder["plan"]["lowering"] == "dense"
 
 
 def test_force_replaces_out(run: Callable[..., Ran], directions: Path, tmp_path: Path) -> None:
@@ -177,7 +178,7 @@ def test_convert_writes_graphs_that_are_not_guarded(
         graph = GraphFile("decoder", "decoder.onnx", 1, 5, False)
         return ConversionReport(checkpoint, "llava", "fp16", 19, (graph,), (), (Check("logits", 7, 1e-6, 1e-4, True),))
 
-    monkeypatch.setattr(checkpoint_module, "convert_checkpoint", convert)
+    monkeypatch.setattr(exporters_module, "convert_checkpoint", convert)
     ran = run("convert", CHECKPOINT, tmp_path / "out", "--dtype", "fp16", "--opset", "19")
     assert (ran.code, ran.err) == (0, "")
     assert (asked["checkpoint"], asked["dtype"], asked["opset"]) == (str(CHECKPOINT), "fp16", 19)
@@ -362,7 +363,7 @@ def test_these_are_all_verbs() -> None:
         (["export", str(SOURCE), "--mode", "hope"], "Invalid value for '--mode'"),
         (["export", str(SOURCE), "--positions", "first"], "Invalid value for '--positions'"),
         (["export", str(SOURCE), "--alpha", "much"], "Invalid value for '--alpha'"),
-        (["export", str(SOURCE), "--dtype", "int4"], "Invalid value for '--dtype'"),
+        (["export", str(SOURCE), "--dtype", "int3"], "Invalid value for '--dtype'"),
         (["generate", str(SOURCE)], "Missing option '--prompt'"),
         (["generate", str(SOURCE), "-p", "x", "--blank", "-i", "x.png"], "--blank and --image exclude each other"),
         (["guard", str(SOURCE)], "No such command 'guard'"),
@@ -436,7 +437,7 @@ def not_a_decoder(root: Path, good: Path) -> Case:
     shutil.copyfile(SOURCE / "onnx" / "embed_tokens.onnx", path)
     return (
         ["export", path, "--directions", good],
-        "no attention found among 2 values, so there are no decoder layers; is this the decoder graph?",
+        f"{path}: no attention found among 2 values, so there are no decoder layers; is this the decoder graph?",
     )
 
 
@@ -447,8 +448,8 @@ def a_vision_encoder(root: Path, good: Path) -> Case:
     mixers = sum(node.op_type in ("Softmax", "Conv") for node in onnx.load(path).graph.node)
     return (
         ["inspect", path],
-        f"{mixers} attention nodes but no embedding lookup or inputs_embeds among the inputs pixel_values; is this a "
-        "decoder graph?",
+        f"{path}: {mixers} attention nodes but no embedding lookup or inputs_embeds among the inputs pixel_values; is "
+        "this a decoder graph?",
     )
 
 
@@ -651,7 +652,7 @@ def layers_that_cannot_be_read(root: Path, good: Path) -> Case:
 def unknown_lowering(root: Path, good: Path) -> Case:
     return (
         ["export", SOURCE, root / "out", "--directions", good, "--lowering", "magic"],
-        "lowering 'magic' is unknown; choose one of auto, lowrank, dense",
+        "lowering 'magic' is unknown; choose one of auto, lowrank, rank1, dense, fold",
     )
 
 

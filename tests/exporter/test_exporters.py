@@ -7,7 +7,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, get_args
 
 import onnx
@@ -24,6 +24,7 @@ from vlmguard.exporter.sources import opened, unwatched
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ModelUnreadable
 from vlmguard.graphs.package import open_package
+from vlmguard.graphs.static_proof import Check
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.vlm import Request
 
@@ -70,9 +71,14 @@ def test_the_table_and_the_names_are_the_same() -> None:
 
 @pytest.mark.parametrize(("asked", "given"), [(None, "fp32"), ("fp16", "fp16")])
 def test_transformers_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Any, given: str) -> None:
-    calls = []
-    monkeypatch.setattr(exporters, "convert_checkpoint", lambda *arguments, **options: calls.append(options))
-    export_checkpoint("here", tmp_path, dtype=asked, opset=19)
+    calls, compared = [], (Check("logits", 7, 1e-6, 1e-4, True),)
+
+    def convert(*arguments: Any, **options: Any) -> SimpleNamespace:
+        calls.append(options)
+        return SimpleNamespace(parity=compared)
+
+    monkeypatch.setattr(exporters, "convert_checkpoint", convert)
+    assert export_checkpoint("here", tmp_path, dtype=asked, opset=19) == compared
     assert [(call["dtype"], call["opset"]) for call in calls] == [(given, 19)]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from hand_graphs import WIDTH, copy_of, decoder, merged
+from hand_graphs import WIDTH, decoder, merged
 from random_directions import random_directions, write_directions
 from tiny_vlm_paths import DECODER, SOURCE, digests
 
@@ -108,7 +107,9 @@ def test_a_variant_that_lost_its_guard_is_caught(variants: Path, directions: Pat
     tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 0, tensor.name))
     onnx.save(model, path)
     sentence = f"{out}: onnx/{name} is not the file that was proved (SHA-256 differs); export again"
-    assert refusal(ManifestMismatch, verify, out) == refusal(ManifestMismatch, vlmguard.GuardedVLM.open, out) == sentence
+    assert (
+        refusal(ManifestMismatch, verify, out) == refusal(ManifestMismatch, vlmguard.GuardedVLM.open, out) == sentence
+    )
     manifest = json.loads((out / "guard.json").read_text())
     manifest["files"][f"onnx/{name}"]["sha256"] = digests(out)[f"onnx/{name}"]
     (out / "guard.json").write_text(json.dumps(manifest))
@@ -157,7 +158,9 @@ def test_decoders_of_a_manifest_are_those_of_the_folder(variants: Path, directio
     (out / "guard.json").write_text(json.dumps(manifest))
     held = ", ".join(sorted(f"onnx/{name}" for name in NAMES))
     sentence = f"{out}: holds the decoders {held}, the manifest lists onnx/{NAMES[0]}, onnx/{NAMES[2]}; export again"
-    assert refusal(ManifestMismatch, verify, out) == refusal(ManifestMismatch, vlmguard.GuardedVLM.open, out) == sentence
+    assert (
+        refusal(ManifestMismatch, verify, out) == refusal(ManifestMismatch, vlmguard.GuardedVLM.open, out) == sentence
+    )
 
 
 # ------------------------------------------------------------------------------------------------- Hugging Face's cache
@@ -269,13 +272,13 @@ def test_big_weights_are_linked_copied_or_referred_to(tmp_path: Path, directions
     out = export(source, tmp_path / "out", directions=directions, spec=WISH, data=data).out
     weights, original = out / "model.onnx.data", source.with_name("model.onnx.data")
     assert weights.is_symlink() == (data == "reference")
-    assert data == "link" or weights.samefile(original) == (data == "reference")
+    if data != "link":  # which may be a reflink or a hard link
+        assert weights.samefile(original) == (data == "reference")
     assert digests(out)["model.onnx.data"] == digests(source.parent)["model.onnx.data"]
     assert verify(out, source, run=True).ok  # our own sessions follow the link too
-    made = {path.name for path in out.iterdir()} - {"guard.json", "directions.safetensors"}
-    assert made - {"model.onnx.guard.data"} == {"model.onnx", "model.onnx.data"}
-    # the original was only read
-    assert verify(out, source).ok and not original.is_symlink()
+    assert {path.name for path in out.iterdir()} == {
+        *("model.onnx", "model.onnx.data", "guard.json", "directions.safetensors")
+    }
 
 
 def test_an_edit_of_the_source_shows_in_what_refers_to_it(tmp_path: Path, directions: Path) -> None:
@@ -344,14 +347,13 @@ import resource, sys
 from vlmguard.exporter.pipeline import export
 from vlmguard.graphs.spec import GuardSpec
 
-def read():  # bytes through read(2); mapped pages of a hole would show in the peak
+def read():  # bytes through read(2); pages of a mapped file would show in the peak
     fields = dict(line.split(": ") for line in open("/proc/self/io"))
     return int(fields["rchar"])
 
-export_to = export
 before, memory = read(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-export_to(sys.argv[1], sys.argv[2], directions=sys.argv[3], spec=GuardSpec(mode="project", positions="all"),
-          digests=False, proof="structure")
+export(sys.argv[1], sys.argv[2], directions=sys.argv[3], spec=GuardSpec(mode="project", positions="all"),
+       digests=False, proof="structure")
 print(read() - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory)
 """
 
@@ -372,11 +374,12 @@ def test_a_large_model_is_guarded_without_its_weights_being_read(tmp_path: Path,
     assert read < 32 << 20  # modules that are imported late are read too
     assert grown < 128 << 10  # KiB
     out = tmp_path / "out"
-    written = sum(path.stat().st_blocks * 512 for path in out.rglob("*") if path.is_file() and path.stat().st_nlink == 1)
+    written = sum(
+        path.stat().st_blocks * 512 for path in out.rglob("*") if path.is_file() and path.stat().st_nlink == 1
+    )
     assert written < 1 << 20 and (out / "model.onnx.data").stat().st_size == SPARSE
     assert (out / "model.onnx.data").stat().st_blocks == data.stat().st_blocks
     assert guarded_layers(open_package(out).load_decoder().graph) == (0, 1)
-    assert resource.getpagesize() > 0 and copy_of(load_graph(out / "model.onnx")) is not None
 
 
 def test_large_numbers_of_the_guard_get_a_file_of_their_own(tmp_path: Path) -> None:

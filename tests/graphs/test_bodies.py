@@ -284,9 +284,7 @@ def test_a_plan_for_another_graph_is_refused() -> None:
     plan = plan_guard(model, dissect(model), directions((1,)), GuardSpec(mode="project"))
     with pytest.raises(GuardIncomplete) as refused:
         rewrite(decoder(layers=2), plan)
-    assert str(refused.value) == (
-        "layer 1: no node makes 'else_branch_hidden'; was the plan made for this graph?"
-    )
+    assert str(refused.value) == ("layer 1: no node makes 'else_branch_hidden'; was the plan made for this graph?")
 
 
 def test_a_merged_decoder_is_not_guarded_twice() -> None:

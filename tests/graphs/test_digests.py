@@ -20,9 +20,7 @@ def expected(path: Path) -> str:
 
 @settings(max_examples=40, deadline=None)
 @given(contents=st.lists(st.binary(max_size=300), max_size=8), chunk=st.integers(1, 64))
-def test_every_digest_is_hashlibs(
-    tmp_path_factory: pytest.TempPathFactory, contents: list[bytes], chunk: int
-) -> None:
+def test_every_digest_is_hashlibs(tmp_path_factory: pytest.TempPathFactory, contents: list[bytes], chunk: int) -> None:
     """Whatever the files hold, also where none fits into the buffer; and all of it is told, in order."""
     folder = tmp_path_factory.mktemp("files")
     paths = [folder / str(number) for number in range(len(contents))]

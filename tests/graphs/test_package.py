@@ -18,6 +18,7 @@ from vlmguard.graphs.package import (
     ModelPackage,
     external_files,
     graph_bytes,
+    in_memory,
     load_graph,
     open_package,
     read_json,
@@ -580,7 +581,133 @@ def test_a_graph_beyond_two_gigabytes_is_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("vlmguard.graphs.package.ir.to_proto", lambda model: TooLarge())
     with pytest.raises(GuardError) as refused:
         save_graph(decoder(), tmp_path / "model.onnx")
-    assert str(refused.value) == "model.onnx: the guarded graph passes 2 GiB; save the model with external data first, or choose --lowering lowrank"
+    assert (
+        str(refused.value)
+        == "model.onnx: the guarded graph passes 2 GiB; save the model with external data first, or choose --lowering lowrank"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
+def test_numbers_of_the_guard_go_to_a_file_of_their_own(tmp_path: Path) -> None:
+    """Aligned, in the order of their names; what is small stays inside."""
+    model, path = decoder(), tmp_path / "model.onnx"
+    arrays = {"b": np.arange(300, dtype=np.float32), "a": np.arange(1024, dtype=np.uint8), "small": np.ones(3)}
+    for name, array in arrays.items():
+        model.graph.register_initializer(ir.Value(name=name, const_value=ir.Tensor(array, name=name)))
+    assert save_graph(model, path, arrays) == tmp_path / "model.onnx.guard.data"
+    assert external_files(path) == [tmp_path / "model.onnx.guard.data"]
+    again = load_graph(path).graph.initializers
+    for name, array in arrays.items():
+        tensor = again[name].const_value
+        np.testing.assert_array_equal(tensor.numpy(), array)
+        assert isinstance(tensor, ir.ExternalTensor) == (name != "small")
+    assert [again[name].const_value.offset for name in ("a", "b")] == [0, 1024]
+    assert (tmp_path / "model.onnx.guard.data").stat().st_size == 1024 + 1216  # 1200, filled up to 64
+    assert save_graph(decoder(), tmp_path / "plain.onnx") is None
+    assert save_graph(decoder(), tmp_path / "plain.onnx", ["w0"]) == tmp_path / "plain.onnx.guard.data"
+
+
+def test_a_changed_file_is_asked_again_for_its_external_data(tmp_path: Path) -> None:
+    path = write_graph(tmp_path / "model.onnx", data="first.data")
+    assert external_files(path) == [tmp_path / "first.data"]
+    write_graph(path, data="second.data.longer")
+    assert external_files(path) == [tmp_path / "second.data.longer"]
+
+
+def test_a_model_in_memory_refers_to_its_own_folder(tmp_path: Path) -> None:
+    path, data = external(tmp_path / "m")
+    content, folder = in_memory(load_graph(path), path.parent)
+    assert folder == path.parent and content == graph_bytes(load_graph(path))
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    data.rename(blobs / "abc")
+    data.symlink_to("../blobs/abc")
+    content, folder = in_memory(load_graph(path), path.parent)
+    assert folder == blobs
+    locations = {
+        e.value
+        for t in onnx.load_from_string(content).graph.initializer
+        for e in t.external_data
+        if e.key == "location"
+    }
+    assert locations == {"abc"}
+
+
+# ------------------------------------------------------------------------------------------------- transformers' export.json
+
+
+def exported(root: Path, **files: str) -> Path:
+    """A folder with an `export.json` that names these components."""
+    root.mkdir(exist_ok=True)
+    content = {"components": {name: {"file": file} for name, file in files.items()}}
+    (root / "export.json").write_text(json.dumps(content))
+    return root
+
+
+def cached_graph(path: Path, past: bool) -> Path:
+    """A graph with a cache among its outputs, and with `past` among its inputs too."""
+    taken = ", float[B, 1, P, 4] input.past_key_values.0" if past else ""
+    made = "input.past_key_values.0" if past else "x4"
+    text = f"""
+        g (float[B, S, 8] x{taken}) => (float[B, S, 8] y, float[B, 1, T, 4] output.past_key_values.0) {{
+            y = Neg(x)
+            {"" if past else "x4 = Neg(x)"}
+            output.past_key_values.0 = Neg({made})
+        }}
+    """
+    path.write_bytes(graph_bytes(text_model(text.replace(".", "_"))))
+    return path
+
+
+def test_both_decoders_of_a_transformers_export(tmp_path: Path) -> None:
+    """`decode` takes a past, so it can run alone; `language_model` for prompts is the same decoder once more."""
+    root = exported(tmp_path / "m", language_model="language_model.onnx", lm_head="lm_head.onnx", decode="decode.onnx")
+    cached_graph(root / "language_model.onnx", past=False)
+    cached_graph(root / "decode.onnx", past=True)
+    write_graph(root / "lm_head.onnx")
+    write_graph(root / "stray.onnx", data="stray.data")
+    package = open_package(root)
+    assert package == ModelPackage(
+        root,
+        root / "decode.onnx",
+        "transformers",
+        left_out=("stray.data", "stray.onnx"),
+        others=(root / "language_model.onnx",),
+    )
+    assert [view.decoder.name for view in package.views()] == ["decode.onnx", "language_model.onnx"]
+    assert [view.others for view in package.views()] == [package.others, (package.decoder,)]
+    assert sorted(files_of(package)) == ["export.json", "lm_head.onnx"]
+    for name in ("decode.onnx", "language_model.onnx"):
+        assert refusal(lambda name=name: open_package(root / name)) == (
+            f"{root / name}: is one of the decoder graphs of a transformers export (decode.onnx, language_model.onnx); "
+            "name the folder, so that all are guarded"
+        )
+    assert open_package(root / "lm_head.onnx").layout == "bare"
+    assert refusal(lambda: open_package(root, variant="fp16")) == (
+        f"{root}: variant 'fp16' was asked for, only onnx-community folders have variants"
+    )
+
+
+def test_a_transformers_export_of_one_graph(tmp_path: Path) -> None:
+    root = exported(tmp_path / "m", model="model.onnx")
+    write_graph(root / "model.onnx")
+    package = open_package(root)
+    assert (package.layout, package.decoder, package.others) == ("transformers", root / "model.onnx", ())
+    assert open_package(root / "model.onnx").layout == "bare"
+
+
+def test_a_transformers_export_without_a_decoder_is_refused(tmp_path: Path) -> None:
+    root = exported(tmp_path / "m", vision="vision.onnx", head="head.onnx")
+    for name in ("vision.onnx", "head.onnx"):
+        write_graph(root / name)
+    sentence = f"{root / 'export.json'}: names no graph with a KV cache among "
+    assert refusal(lambda: open_package(root)) == sentence + "vision.onnx, head.onnx; is it a decoder?"
+    (root / "export.json").write_text("{}")
+    assert refusal(lambda: open_package(root)) == sentence + "nothing; is it a decoder?"
+
+
+def test_a_transformers_export_that_leads_outside_is_refused(tmp_path: Path) -> None:
+    root = exported(tmp_path / "m", model="../model.onnx")
+    assert refusal(lambda: open_package(root)) == (
+        f"{root}: names a file outside itself (../model.onnx); refuse it, or fix export.json"
+    )

@@ -349,7 +349,7 @@ def test_small_files_are_copied_and_big_ones_linked(tmp_path: Path) -> None:
     assert (out / "small").read_text() == "x"
     # people edit configs in place: that must not reach the source
     assert not (out / "small").samefile(small)
-    assert (out / "big").samefile(big)
+    assert (out / "big").samefile(big) or staging._reflink(big, tmp_path / "probe")
 
 
 def test_where_links_are_impossible_big_files_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,6 +361,48 @@ def test_where_links_are_impossible_big_files_are_copied(tmp_path: Path, monkeyp
     bring(big, tmp_path / "copy")
     assert not (tmp_path / "copy").samefile(big)
     assert (tmp_path / "copy").stat().st_size == staging._LINKED_FROM
+
+
+def test_a_copy_shares_no_bytes(tmp_path: Path) -> None:
+    big = big_file(tmp_path / "big")
+    bring(big, tmp_path / "out" / "big", "copy")
+    copied = tmp_path / "out" / "big"
+    assert copied.is_file() and not copied.is_symlink() and not copied.samefile(big)
+    assert copied.stat().st_size == staging._LINKED_FROM and big.stat().st_nlink == 1
+
+
+def test_a_reference_leads_to_the_file_itself(tmp_path: Path) -> None:
+    """Not to a link of a cache, which may be swept; small files are copied all the same."""
+    big, small = big_file(tmp_path / "big"), tmp_path / "small"
+    small.write_text("x")
+    (tmp_path / "link").symlink_to("big")
+    for source in (tmp_path / "link", small):
+        bring(source, tmp_path / "out" / source.name, "reference")
+    made = tmp_path / "out" / "link"
+    assert made.is_symlink() and made.readlink() == big
+    assert not (tmp_path / "out" / "small").is_symlink()
+
+
+def test_where_the_file_system_can_a_link_is_a_copy_on_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then not even a change in place reaches the other one."""
+
+    def reflink(source: Path, destination: Path) -> bool:
+        destination.write_bytes(b"as if cloned")
+        return True
+
+    monkeypatch.setattr(staging, "_reflink", reflink)
+    big = big_file(tmp_path / "big")
+    bring(big, tmp_path / "clone")
+    assert (tmp_path / "clone").read_bytes() == b"as if cloned" and big.stat().st_nlink == 1
+
+
+def test_a_reflink_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = tmp_path / "small"
+    small.write_text("x")
+    monkeypatch.setattr(staging, "_FICLONE", 0)  # no such request
+    assert not staging._reflink(small, tmp_path / "clone") and not (tmp_path / "clone").exists()
+    monkeypatch.setattr(staging.sys, "platform", "darwin")
+    assert not staging._reflink(small, tmp_path / "clone")
 
 
 @pytest.mark.parametrize("size", ["small", "big"])

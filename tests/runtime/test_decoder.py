@@ -156,7 +156,8 @@ def test_a_graph_without_text_is_refused() -> None:
 
 def test_an_input_that_nobody_can_give_is_refused() -> None:
     assert refusal("input_ids", "cache_position") == (
-        "the decoder wants an input 'cache_position' that is not known; export it in a standard layout"
+        "the decoder wants an input 'cache_position' that is not known; export it in a standard layout, or give example "
+        "inputs with --proof-inputs"
     )
 
 

@@ -133,7 +133,7 @@ def test_a_manifest_that_is_not_json_is_refused_in_one_line(folder: Path) -> Non
 
 def test_an_unguarded_decoder_is_refused_even_if_the_manifest_was_made_to_fit(folder: Path) -> None:
     """Digests only say that a file is the one that the manifest names; the guard must be in it, on its layers."""
-    layers = tuple(json.loads((folder / "guard.json").read_text(encoding="utf-8"))["plan"]["layers"])
+    layers = tuple(json.loads((folder / "guard.json").read_text(encoding="utf-8"))["decoders"][0]["plan"]["layers"])
     other = (layers[0] + 1,)
     edit_manifest(folder, lambda content: content["decoders"][0]["plan"].update(layers=list(other)))
     assert refusal(folder) == (

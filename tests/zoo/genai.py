@@ -92,10 +92,10 @@ SUBJECTS: dict[str, Subject] = {
     "phi3": Subject(
         Family("phi3", "Phi3ForCausalLM", ("B",), lambda: text(original_max_position_embeddings=128), "input_ids")
     ),
-    "qwen2-5-vl": Subject(FAMILIES["qwen2_5_vl"], ("F",), three_positions, options={"exclude_embeds": True}),
+    "qwen2-5-vl": Subject(FAMILIES["qwen2_5_vl"], ("B", "F"), three_positions, options={"exclude_embeds": True}),
     "qwen3-5": Subject(
-        Family("qwen3_5", "Qwen3_5ForConditionalGeneration", ("I",), _qwen3_5, "input_ids"),
-        ("I",),
+        Family("qwen3_5", "Qwen3_5ForConditionalGeneration", ("B", "I"), _qwen3_5, "input_ids"),
+        ("B", "I"),
         linear_attention_states,
         run_whole,
     ),

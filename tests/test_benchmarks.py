@@ -1,0 +1,142 @@
+"""The benchmarks run, on shapes too small to measure anything, and the page says what the result files say and nothing else.
+
+No test here looks at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS, PAGE = ROOT / "benchmarks", ROOT / "docs" / "performance.md"
+SCRIPTS = {
+    "rewriting": ["--compare"],
+    "inference": [],
+    "hooks": ["--tokens", "2"],
+    "extraction": [],
+    "spellings": ["--rank", "2"],
+}
+
+pytest.importorskip("torch")
+pytest.importorskip("onnxruntime_genai")
+
+
+def run(script: str, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every script once, quickly, on its tiny shape."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    for name, more in SCRIPTS.items():
+        common = ["--quick", "--shape", "tiny", "--threads", "1", "--models", folder / "models"]
+        run(name, *common, "--out", folder / "results" / f"{name}.json", *more)
+    return folder / "results"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_result_says_where_it_comes_from(results: Path, name: str) -> None:
+    found = json.loads((results / f"{name}.json").read_text())
+    assert found["schema"] == "vlmguard.benchmark/1"
+    for part in found["parts"].values():
+        assert part["quick"] is True and part["threads"] == 1
+        assert part["machine"]["cpu"] and part["machine"]["cores"] >= 1 and part["machine"]["ram_gib"] > 0
+        assert {"python", "vlmguard", "onnxruntime", "onnx"} <= part["versions"].keys()
+
+
+def test_hooked_torch_and_the_guarded_graph_are_the_same_model(results: Path) -> None:
+    part = json.loads((results / "hooks.json").read_text())["parts"]["hooks"]
+    assert part["logits_apart"] < 1e-4
+
+
+def test_a_rewrite_adds_its_own_files_alone(results: Path) -> None:
+    part = json.loads((results / "rewriting.json").read_text())["parts"]["export"]
+    assert 0 < part["written"] < 2 * part["bytes"]
+
+
+def test_the_page_is_the_same_each_time_and_names_every_goal(results: Path, tmp_path: Path) -> None:
+    pages = [tmp_path / name for name in ("once.md", "twice.md")]
+    for page in pages:
+        run("report", "--quick", "--results", results, "--out", page)
+    once, twice = (page.read_text() for page in pages)
+    assert once == twice
+    assert once.count("**Met**") + once.count("**Missed**") == 3 + 6 + 2
+    assert run("report", "--quick", "--check", "--results", results, "--out", pages[0]).returncode == 0
+    pages[0].write_text(once.replace("1", "2", 1))
+    changed = run("report", "--quick", "--check", "--results", results, "--out", pages[0], check=False)
+    assert changed.returncode == 1
+    assert changed.stderr == f"{pages[0]}: is not what {results} says; run python benchmarks/report.py\n"
+
+
+def test_quick_results_are_no_report(results: Path, tmp_path: Path) -> None:
+    refused = run("report", "--results", results, "--out", tmp_path / "page.md", check=False)
+    assert refused.returncode == 1 and not (tmp_path / "page.md").exists()
+    assert refused.stderr == (
+        f"{results / 'rewriting.json'}: part 'export' is from --quick or the tiny shape; "
+        "run python benchmarks/rewriting.py without them\n"
+    )
+
+
+def test_a_missing_part_is_named(results: Path, tmp_path: Path) -> None:
+    for path in results.glob("*.json"):
+        content: dict[str, Any] = json.loads(path.read_text())
+        if path.stem == "inference":
+            del content["parts"]["fp32/prefill"]
+        (tmp_path / path.name).write_text(json.dumps(content))
+    refused = run("report", "--quick", "--results", tmp_path, "--out", tmp_path / "page.md", check=False)
+    assert refused.returncode == 1 and not (tmp_path / "page.md").exists()
+    assert refused.stderr == (
+        f"{tmp_path / 'inference.json'}: has no part 'fp32/prefill'; run python benchmarks/inference.py\n"
+    )
+    (tmp_path / "hooks.json").write_text('{"schema": "another/1"}')
+    (tmp_path / "inference.json").write_bytes((results / "inference.json").read_bytes())
+    refused = run("report", "--quick", "--results", tmp_path, "--out", tmp_path / "page.md", check=False)
+    assert refused.stderr == (
+        f"{tmp_path / 'hooks.json'}: has schema 'another/1', expected vlmguard.benchmark/1; measure again\n"
+    )
+
+
+def test_the_page_in_the_repository_is_what_the_results_in_it_say() -> None:
+    if (BENCHMARKS / "results").is_dir():
+        assert run("report", "--check", check=False).stderr == ""
+    else:
+        assert not PAGE.exists(), "docs/performance.md without the results that it was made from"
+
+
+def test_two_subjects_alternate_and_more_have_no_favoured_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from measure import Budget, interleaved
+
+    def order(names: str, rounds: int) -> str:
+        called: list[str] = []
+        subjects = {name: lambda name=name: called.append(name) for name in names}
+        times = interleaved(subjects, names[0], Budget(rounds, rounds, 0.0), warm_up=0)
+        assert all(len(taken) == 2 * rounds for taken in times.values())
+        return "".join(called)
+
+    assert order("AB", 2) == "ABBAABBA"
+    called = order("ABCD", 100)
+    assert not any(first == second for first, second in pairwise(called))
+    first_places = [called[start] for start in range(0, len(called), 4)]
+    assert all(30 <= first_places.count(name) <= 75 for name in "ABCD")
+
+
+def test_a_spread_is_the_median_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import numpy as np
+    from measure import Spread, ratio
+
+    times = {"a": np.array([1.0, 2.0, 4.0]), "b": np.array([2.0, 4.0, 8.0])}
+    assert ratio(times, "b", "a") == Spread(2.0, 2.0, 2.0, 2.0, 2.0, 3)  # drift in both, none in the ratio
+    assert ratio(times, "b", "a").narrow and not Spread.of(np.array([1.0, 1.0, 2.0, 2.0])).narrow
