@@ -27,17 +27,20 @@ class Lowering:
     Attributes:
         name: what `--lowering` takes.
         modes: the modes that it can write.
-        guarded: `(scribe, h, mode, layer, dtype, supervisor) -> (h', c)`.
+        guarded: `(scribe, h, mode, layer, dtype, supervisor, selected) -> (h', c)`.
         correction: the same, giving `delta` of `h' = h + delta`: what a fused skip-norm's branch needs.
+        selects: `(mode, dtype of the stream) -> dtype of selected`.
         why: one clause for the plan.
-        `h` is `[..., d]` in the stream's dtype; `supervisor` `[..., m]` float32; `c` the coordinates `[..., m]` float32,
-        or `None` where the lowering does not compute them.
+        `h` is `[batch, sequence, d]` in the stream's dtype; `supervisor` `[batch, 1, m]` float32; `selected`
+        `[batch, sequence, 1]` of 0 and 1, the tokens to edit, or `None` for all of them; `c` the coordinates
+        `[batch, sequence, m]` float32, or `None` where the lowering does not compute them.
     """
 
     name: str
     modes: frozenset[str]
     guarded: LoweringFunction
     correction: LoweringFunction
+    selects: Callable[[str, str], str]
     why: str
 
     @property
@@ -47,7 +50,7 @@ class Lowering:
 
 
 LoweringFunction = Callable[
-    [Scribe, ir.Value, str, LayerGuard, str, "ir.Value | None"], "tuple[ir.Value, ir.Value | None]"
+    [Scribe, ir.Value, str, LayerGuard, str, "ir.Value | None", "ir.Value | None"], "tuple[ir.Value, ir.Value | None]"
 ]
 
 LOWERINGS: tuple[Lowering, ...] = (
@@ -56,6 +59,7 @@ LOWERINGS: tuple[Lowering, ...] = (
         frozenset(MODES),
         lowering_lowrank.guarded,
         lowering_lowrank.correction,
+        lowering_lowrank.selects,
         "two skinny MatMuls per layer, the cheapest on ONNX Runtime, and every mode (on TensorRT rank1 is cheaper)",
     ),
     Lowering(
@@ -63,6 +67,7 @@ LOWERINGS: tuple[Lowering, ...] = (
         frozenset(MODES),
         lowering_rank1.guarded,
         lowering_rank1.correction,
+        lowering_rank1.selects,
         "a chain of Mul and ReduceSum per row, which TensorRT fuses into the next norm, and every mode "
         "(on ONNX Runtime lowrank is cheaper)",
     ),
@@ -71,6 +76,7 @@ LOWERINGS: tuple[Lowering, ...] = (
         frozenset({"project"}),
         lowering_dense.guarded,
         lowering_dense.correction,
+        lowering_dense.selects,
         "the literal h @ (I - V^T V), one d x d MatMul per layer (to compare with; the others cost less)",
     ),
 )
@@ -83,6 +89,7 @@ def _no_node(*_: object) -> NoReturn:
 FOLDED = Lowering(
     FOLD,
     frozenset({"project"}),
+    _no_node,
     _no_node,
     _no_node,
     "the projection is in the weights that write the stream, no node and no cost, the same in every layer and at every token",

@@ -15,27 +15,45 @@ from .scribe import Scribe
 
 
 def guarded(
-    scribe: Scribe, h: ir.Value, mode: str, layer: LayerGuard, dtype: str, supervisor: ir.Value | None
+    scribe: Scribe,
+    h: ir.Value,
+    mode: str,
+    layer: LayerGuard,
+    dtype: str,
+    supervisor: ir.Value | None,
+    selected: ir.Value | None = None,
 ) -> tuple[ir.Value, None]:
-    """`h' = h P`, or in float16 `h + h (P - I)`."""
-    if dtype == "float16":
-        delta, _ = correction(scribe, h, mode, layer, dtype, supervisor)
+    """`h' = h P`, or, in float16 and where tokens are selected, `h + h (P - I)`."""
+    if dtype == "float16" or selected is not None:
+        delta, _ = correction(scribe, h, mode, layer, dtype, supervisor, selected)
         return scribe.op("guarded", "Add", [h, delta], like=h), None
     matrix = scribe.constant("projection", np.eye(layer.ssd.shape[1]) - _outer(layer), dtype)
     return scribe.op("guarded", "MatMul", [h, matrix], like=h), None
 
 
 def correction(
-    scribe: Scribe, h: ir.Value, mode: str, layer: LayerGuard, dtype: str, supervisor: ir.Value | None
+    scribe: Scribe,
+    h: ir.Value,
+    mode: str,
+    layer: LayerGuard,
+    dtype: str,
+    supervisor: ir.Value | None,
+    selected: ir.Value | None = None,
 ) -> tuple[ir.Value, None]:
     """`delta = h (P - I)`, for the branch of a fused skip-norm: `P` itself would have to be undone by the fused sum."""
     matrix = scribe.constant("projection_minus_identity", -_outer(layer), dtype)
-    if dtype != "float16":
-        return scribe.op("delta", "MatMul", [h, matrix], like=h), None
-    product = scribe.op("product", "MatMul", [h, matrix], like=h)
-    delta = bounded(scribe, "delta", product, dtype)
+    delta = scribe.op("product", "MatMul", [h, matrix], like=h)
+    if dtype == "float16":
+        delta = bounded(scribe, "product_bounded", delta, dtype)
+    if selected is not None:
+        delta = scribe.op("product_selected", "Mul", [delta, selected])
     delta.type, delta.shape = h.type, h.shape
     return delta, None
+
+
+def selects(mode: str, dtype: str) -> str:
+    """The dtype of the selection that the edit is multiplied with."""
+    return dtype
 
 
 def _outer(layer: LayerGuard) -> np.ndarray:

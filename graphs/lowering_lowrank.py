@@ -30,25 +30,48 @@ class _Units:
 
 
 def guarded(
-    scribe: Scribe, h: ir.Value, mode: str, layer: LayerGuard, dtype: str, supervisor: ir.Value | None
+    scribe: Scribe,
+    h: ir.Value,
+    mode: str,
+    layer: LayerGuard,
+    dtype: str,
+    supervisor: ir.Value | None,
+    selected: ir.Value | None = None,
 ) -> tuple[ir.Value, ir.Value | None]:
     """`h' = h + w V`."""
-    delta, coordinates = correction(scribe, h, mode, layer, dtype, supervisor)
+    delta, coordinates = correction(scribe, h, mode, layer, dtype, supervisor, selected)
     return scribe.op("guarded", "Add", [h, delta], like=h), coordinates
 
 
 def correction(
-    scribe: Scribe, h: ir.Value, mode: str, layer: LayerGuard, dtype: str, supervisor: ir.Value | None
+    scribe: Scribe,
+    h: ir.Value,
+    mode: str,
+    layer: LayerGuard,
+    dtype: str,
+    supervisor: ir.Value | None,
+    selected: ir.Value | None = None,
 ) -> tuple[ir.Value, ir.Value | None]:
     """`delta = w V`; a closed gate makes `w`, and so `delta`, exactly zero."""
     units = _half_units(layer) if dtype == "float16" else _Units()
     read = scribe.op("read", "MatMul", [h, scribe.constant("rows", _rows(mode, layer, units).T, dtype)])
     if mode == "project":
-        return _write(scribe, h, read, layer, units, dtype, dtype), None
+        return _write(scribe, h, _at(scribe, read, selected), layer, units, dtype, dtype), None
     if dtype != "float32":
         read = scribe.cast("read_float32", read, "float32")
     weights = _WEIGHTS[mode](scribe, read, layer, units, supervisor)
-    return _write(scribe, h, weights, layer, units, "float32", dtype), _coordinates(scribe, mode, read, units)
+    coordinates = _coordinates(scribe, mode, read, units)
+    return _write(scribe, h, _at(scribe, weights, selected), layer, units, "float32", dtype), coordinates
+
+
+def selects(mode: str, dtype: str) -> str:
+    """The dtype of the selection that `w` is multiplied with."""
+    return dtype if mode == "project" else "float32"
+
+
+def _at(scribe: Scribe, w: ir.Value, selected: ir.Value | None) -> ir.Value:
+    """`w` at the tokens to edit, exact zeros elsewhere."""
+    return w if selected is None else scribe.op("weights_selected", "Mul", [w, selected])
 
 
 def _write(

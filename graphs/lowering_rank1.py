@@ -20,21 +20,36 @@ from .scribe import Scribe
 
 
 def guarded(
-    scribe: Scribe, h: ir.Value, mode: str, layer: LayerGuard, dtype: str, supervisor: ir.Value | None
+    scribe: Scribe,
+    h: ir.Value,
+    mode: str,
+    layer: LayerGuard,
+    dtype: str,
+    supervisor: ir.Value | None,
+    selected: ir.Value | None = None,
 ) -> tuple[ir.Value, ir.Value | None]:
     """`h' = h + w V`."""
-    delta, coordinates = correction(scribe, h, mode, layer, dtype, supervisor)
+    delta, coordinates = correction(scribe, h, mode, layer, dtype, supervisor, selected)
     return scribe.op("guarded", "Add", [h, delta], like=h), coordinates
 
 
 def correction(
-    scribe: Scribe, h: ir.Value, mode: str, layer: LayerGuard, dtype: str, supervisor: ir.Value | None
+    scribe: Scribe,
+    h: ir.Value,
+    mode: str,
+    layer: LayerGuard,
+    dtype: str,
+    supervisor: ir.Value | None,
+    selected: ir.Value | None = None,
 ) -> tuple[ir.Value, ir.Value | None]:
     """`delta = w_1 v_1 + ... + w_m v_m`; a closed gate makes each `w`, and so `delta`, exactly zero."""
     wide = h if dtype == "float32" else scribe.cast("stream_float32", h, "float32")
     rows = [scribe.constant(f"ssd_{number}", row, "float32") for number, row in enumerate(layer.ssd)]
     c = [_read(scribe, f"c_{number}", wide, row) for number, row in enumerate(rows)]
-    w = _weights(scribe, mode, layer, c, _gate(scribe, wide, c, mode, layer, supervisor), supervisor)
+    opened = _gate(scribe, wide, c, mode, layer, supervisor)
+    if selected is not None:
+        opened = selected if opened is None else scribe.op("gate_selected", "Mul", [opened, selected])
+    w = _weights(scribe, mode, layer, c, opened, supervisor)
     edits = [scribe.op(f"edit_{number}", "Mul", [w[number], row]) for number, row in enumerate(rows)]
     delta = edits[0]
     for number, edit in enumerate(edits[1:], start=1):
@@ -78,9 +93,9 @@ def _weights(
     supervisor: ir.Value | None,
 ) -> list[ir.Value]:
     """The numbers of `w`, each `[..., 1]` float32."""
-    if opened is None:
-        return [scribe.op(f"w_{number}", "Neg", [value]) for number, value in enumerate(c)]
-    if mode == "restore":
+    if mode == "project":
+        wanted = [scribe.op(f"minus_c_{number}", "Neg", [value]) for number, value in enumerate(c)]
+    elif mode == "restore":
         wanted = _to_the_target(scribe, layer, c)
     else:
         alpha = scribe.constant("alpha", np.array(layer.alpha), "float32")
@@ -89,7 +104,14 @@ def _weights(
         else:
             assert supervisor is not None
             wanted = _to_the_supervisor(scribe, layer, c, supervisor, alpha)
+    if opened is None:
+        return wanted
     return [scribe.op(f"w_{number}", "Mul", [opened, value]) for number, value in enumerate(wanted)]
+
+
+def selects(mode: str, dtype: str) -> str:
+    """The dtype of the selection that the gate is multiplied with."""
+    return "float32"
 
 
 def _to_the_target(scribe: Scribe, layer: LayerGuard, c: list[ir.Value]) -> list[ir.Value]:

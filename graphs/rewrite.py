@@ -199,12 +199,7 @@ def _guard_site(edit: _Edit, planned: SitePlan) -> GuardedSite:
 def _guard_add(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scribe) -> GuardedSite:
     """Every reader of the sum reads the guarded one."""
     raw = node.outputs[0]
-    if edit.plan.positions == "all":
-        new, c = edit.lowering.guarded(scribe, raw, *_arguments(edit, planned, scribe))
-    else:
-        last = _at_last(edit, scribe, "last", raw)
-        delta, c = edit.lowering.correction(scribe, last, *_arguments(edit, planned, scribe))
-        new = scribe.op("guarded", "Add", [raw, _spread(edit, planned, scribe, delta)], like=raw)
+    new, c = edit.lowering.guarded(scribe, raw, *_arguments(edit, planned, scribe))
     _keep_coordinates(edit, scribe, c)
     new.type, new.shape = raw.type, raw.shape
     readers = _redirect(edit.graph, raw, new, scribe)
@@ -219,17 +214,8 @@ def _guard_skip_norm(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scri
     branch, residual = node.inputs[at], node.inputs[1 - at]
     assert branch is not None and residual is not None
     bias = skip_norm_bias(node)
-    if edit.plan.positions == "all":
-        total = _sum(scribe, residual, branch, bias)
-        delta, c = edit.lowering.correction(scribe, total, *_arguments(edit, planned, scribe))
-    else:
-        last_residual, last_branch = (
-            _at_last(edit, scribe, f"last_{name}", value)
-            for name, value in (("residual", residual), ("branch", branch))
-        )
-        total = _sum(scribe, last_residual, last_branch, bias)
-        delta, c = edit.lowering.correction(scribe, total, *_arguments(edit, planned, scribe))
-        delta = _spread(edit, planned, scribe, delta)
+    total = _sum(scribe, residual, branch, bias)
+    delta, c = edit.lowering.correction(scribe, total, *_arguments(edit, planned, scribe))
     new = scribe.op("guarded", "Add", [branch, delta], like=branch)
     _keep_coordinates(edit, scribe, c)
     node.replace_input_with(at, new)
@@ -238,24 +224,14 @@ def _guard_skip_norm(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scri
     return GuardedSite(planned.layer_index, "skip_norm", *names, 1, edit.body.name)
 
 
-def _arguments(edit: _Edit, planned: SitePlan, scribe: Scribe) -> tuple[str, LayerGuard, str, ir.Value | None]:
-    return edit.plan.mode, planned.guard, planned.site.dtype, _supervisor(edit, scribe, planned)
-
-
-def _at_last(edit: _Edit, scribe: Scribe, name: str, stream: ir.Value) -> ir.Value:
-    """`[batch, d]`: the stream at each row's last token."""
-    assert edit.last is not None
-    return scribe.op(name, "GatherND", [stream, edit.last.pairs])
-
-
-def _spread(edit: _Edit, planned: SitePlan, scribe: Scribe, delta: ir.Value) -> ir.Value:
-    """`[batch, sequence, d]`: the edit at the last token, exact zeros elsewhere.
-
-    A ScatterND would touch fewer numbers, but on a float16 graph ONNX Runtime's CPU provider runs the sums around it in
-    float32 and would have to round where the unguarded graph does not: a closed gate would no longer be the identity.
-    """
-    column = scribe.op("delta_column", "Unsqueeze", [delta, scribe.integers(1)])
-    return scribe.op("delta_spread", "Mul", [column, edit.selections[planned.site.dtype]])
+def _arguments(
+    edit: _Edit, planned: SitePlan, scribe: Scribe
+) -> tuple[str, LayerGuard, str, ir.Value | None, ir.Value | None]:
+    mode, dtype = edit.plan.mode, planned.site.dtype
+    # Every token is read and `w` is multiplied with the selection: on one token, where time counts, that costs less than
+    # gathering it first, and a prefill's MatMuls hide it (docs/performance.md).
+    selected = edit.selections.get(edit.lowering.selects(mode, dtype))
+    return mode, planned.guard, dtype, _supervisor(edit, scribe, planned), selected
 
 
 def _sum(scribe: Scribe, residual: ir.Value, branch: ir.Value, bias: ir.Value | None) -> ir.Value:
@@ -291,7 +267,7 @@ def _last_token(edit: _Edit, planned: SitePlan, node: ir.Node) -> LastToken | No
     stream = next(value for value in node.inputs[:2] if value is not None and value.name == planned.site.residual)
     last = last_token(scribe, stream, mask)
     if edit.plan.positions == "last":
-        for dtype in sorted({site.site.dtype for site in edit.sites}):
+        for dtype in sorted({edit.lowering.selects(edit.plan.mode, site.site.dtype) for site in edit.sites}):
             edit.selections[dtype] = scribe.cast(f"selected_{dtype}", last.selected, dtype)
     scribe.place_before(node)
     edit.shared += _names(scribe)
@@ -315,15 +291,12 @@ def _supervisor_shape(plan: GuardPlan) -> ir.Shape:
 
 
 def _supervisor(edit: _Edit, scribe: Scribe, planned: SitePlan) -> ir.Value | None:
-    """This layer's row of the input: `[batch, m]`, or `[batch, 1, m]` to meet every token."""
+    """This layer's row of the input, `[batch, 1, m]`: it meets every token."""
     if edit.supervisor is None:
         return None
     row = edit.plan.layers.index(planned.layer_index)
     index = scribe.integers(row)
-    kept = scribe.op("supervisor", "Gather", [edit.supervisor, index], axis=1)  # [batch, 1, m]
-    if edit.plan.positions == "all":
-        return kept
-    return scribe.op("supervisor_flat", "Squeeze", [kept, scribe.integers(1)])
+    return scribe.op("supervisor", "Gather", [edit.supervisor, index], axis=1)
 
 
 def _keep_coordinates(edit: _Edit, scribe: Scribe, c: ir.Value | None) -> None:
@@ -331,8 +304,7 @@ def _keep_coordinates(edit: _Edit, scribe: Scribe, c: ir.Value | None) -> None:
     if edit.plan.mode != "supervise":
         return
     assert c is not None and edit.last is not None
-    if edit.plan.positions == "all":
-        c = scribe.op("own_last", "GatherND", [c, edit.last.pairs])
+    c = scribe.op("own_last", "GatherND", [c, edit.last.pairs])
     edit.coordinates.append(scribe.op("own", "Unsqueeze", [c, scribe.integers(1)]))
 
 
