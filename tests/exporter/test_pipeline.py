@@ -159,9 +159,7 @@ def test_a_variant_is_guarded_under_its_own_name(source: Path, directions: Path)
     result = export(source, variant="q4", directions=directions)
     assert [p.name for p in (result.out / "onnx").glob("decoder*")] == ["decoder_model_merged_q4.onnx"]
     sentence = refusal(GuardError, export, source, source.parent / "x", variant="int8", directions=directions)
-    assert sentence == (
-        f"{source / 'onnx'}: variant 'int8' of the decoder was asked for, found 'fp16', 'q4'; name one"
-    )
+    assert sentence == (f"{source / 'onnx'}: variant 'int8' of the decoder was asked for, found 'fp16', 'q4'; name one")
 
 
 def test_a_bare_decoder_without_a_tokenizer_is_guarded(zoo: Callable[[str], Any], tmp_path: Path) -> None:
@@ -183,7 +181,9 @@ def test_a_genai_folder_keeps_its_files_and_its_weights(zoo: Callable[[str], Any
     before, after = digests(source), digests(result.out)
     assert after.keys() == before.keys() | {"directions.safetensors", "guard.json"}
     assert [name for name in before if after[name] != before[name]] == ["model.onnx"]
-    assert read_manifest(result.out).decoders[0].source["external_data"] == {"model.onnx.data": before["model.onnx.data"]}
+    assert read_manifest(result.out).decoders[0].source["external_data"] == {
+        "model.onnx.data": before["model.onnx.data"]
+    }
     answer = vlmguard.GuardedVLM.open(result.out).generate("hello", max_new_tokens=3)
     assert isinstance(answer, str)
 

@@ -153,12 +153,10 @@ def under_other_names(anatomy: DecoderAnatomy, renamed: dict[str, str]) -> Decod
         names = {key: renamed.get(getattr(site, key), "") for key in ("anchor", "value", "residual", "branch")}
         return replace(site, **names)
 
-    return replace(
-        anatomy,
-        sites=tuple(moved(site) for site in anatomy.sites),
-        source=renamed[anatomy.source],
-        sink=renamed[anatomy.sink],
-    )
+    (stream,) = anatomy.streams
+    sites = tuple(moved(site) for site in stream.sites)
+    moved_stream = replace(stream, sites=sites, source=renamed[stream.source], sink=renamed[stream.sink])
+    return replace(anatomy, streams=(moved_stream,))
 
 
 @pytest.mark.parametrize("name", QUICK)

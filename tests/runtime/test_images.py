@@ -251,12 +251,14 @@ def test_pictures_that_are_refused(tmp_path: Path) -> None:
         (
             {"image_processor_type": "Idefics3ImageProcessor"},
             "its image processor is Idefics3ImageProcessor, supported are CLIPImageProcessor, "
-            "Gemma3ImageProcessor, LlavaImageProcessor, Qwen2VLImageProcessor, SiglipImageProcessor; prepare pixel_values elsewhere, or use text-only prompts",
+            "Gemma3ImageProcessor, LlavaImageProcessor, Qwen2VLImageProcessor, SiglipImageProcessor; "
+            "prepare pixel_values elsewhere, or use text-only prompts",
         ),
         (
             {"size": 224},
             "its image processor is nothing, supported are CLIPImageProcessor, "
-            "Gemma3ImageProcessor, LlavaImageProcessor, Qwen2VLImageProcessor, SiglipImageProcessor; prepare pixel_values elsewhere, or use text-only prompts",
+            "Gemma3ImageProcessor, LlavaImageProcessor, Qwen2VLImageProcessor, SiglipImageProcessor; "
+            "prepare pixel_values elsewhere, or use text-only prompts",
         ),
         (
             {"image_processor_type": "CLIPImageProcessor", "do_image_splitting": True, "do_thumbnail": False},

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from tiny_vlm_paths import PROMPTS, SOURCE, Guarded
 
-from vlmguard.graphs.errors import GuardError, ModelUnreadable
+from vlmguard.graphs.errors import GuardError, ModelUnreadable, RunFailed
 from vlmguard.graphs.package import load_graph, open_package, save_graph
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
 from vlmguard.graphs.reference import LISTEN
@@ -359,7 +359,7 @@ def test_a_supervised_graph_without_its_input_refuses(models: Callable[[str], Vi
     feeds = model.decoder.prefill_feeds(batch, np.zeros((1, *model.decoder.supervisor_shape), np.float32))
     model.decoder.runner.run(feeds)
     del feeds[SUPERVISOR_INPUT]
-    with pytest.raises(ValueError, match=rf"Required inputs \(\['{SUPERVISOR_INPUT}'\]\) are missing"):
+    with pytest.raises(RunFailed, match=rf"Required inputs \(\['{SUPERVISOR_INPUT}'\]\) are missing"):
         model.decoder.runner.run(feeds)
 
 

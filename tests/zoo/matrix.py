@@ -53,6 +53,9 @@ RANK = 2
 LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 # No score may come nearer to its threshold than this, or rounding would decide on which side of the gate it is.
 MARGINS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+# How much farther from torch than the unguarded graph a guarded one may be, where that is more than the limit: one float16
+# graph (Qwen3.5's linear attention) is 1e-2 from torch by itself.
+OWN_NOISE = 1.5
 # What a guard changes, and how far a layer is from the next one, in limits: else agreement would mean nothing.
 TELLING = 4
 
@@ -255,17 +258,20 @@ class Subject:
 
     def _threshold(self, layer: int, case: Case, readout: np.ndarray) -> float:
         """In the widest gap of the scores that lies between the rows of the first prompt: one row opens, one does not."""
-        scores, ends = [], None
+        scores, later, ends = [], [], None
         for calls, states in zip(self.unguarded, self.own_states(layer), strict=True):
-            for call, state in zip(calls, states, strict=True):
+            for number, (call, state) in enumerate(zip(calls, states, strict=True)):
                 score = state.astype(np.float64) @ readout
                 if ends is None:
                     ends = score[last_token(self.counted(call))[..., 0] == 1]
                 scores.append(score[(self.selected(call, case.positions)[..., 0] == 1) & self.counted(call)])
+                later += [scores[-1]] * (number > 0)
         assert ends is not None
         ordered = np.unique(np.concatenate(scores))
         low, high = ordered[:-1], ordered[1:]
         between = (low >= ends.min()) & (high <= ends.max())
+        at_a_step = between & (high <= np.concatenate(later).max()) if later else between
+        between = at_a_step if at_a_step.any() else between  # so that a step opens the gate too
         middle = slice(len(low) // 4, len(low) - len(low) // 4)  # there, so that many tokens are on either side
         central = np.zeros_like(between)
         central[middle] = between[middle]
@@ -302,8 +308,22 @@ class Subject:
         ok = compared > 0 and worst <= self.limit and neighbour > TELLING * self.limit
         return Check("states", compared, worst, self.limit, ok, note)
 
+    @cached_property
+    def own_noise(self) -> float:
+        """How far the UNGUARDED graph's logits are from torch's: what its exporter and float16 do without any guard."""
+        worst = 0.0
+        for calls, unhooked in zip(self.unguarded, self.torch_logits, strict=True):
+            start = 0
+            for call in calls:
+                real, here = self.counted(call), slice(start, start + self.counted(call).shape[1])
+                start += real.shape[1]
+                found = call.outputs[self.logits].astype(np.float32)
+                worst = max(worst, relative(unhooked[:, here][real], found[real]))
+        return worst
+
     def check_logits(self, guarded: Guarded) -> list[Check]:
         """The guarded graph as it ships, against torch with hooks: prompts, then steps."""
+        limit = max(self.limit, OWN_NOISE * self.own_noise)
         rolled = self.roll(self.open(guarded.graph))
         expected = self.torch_guarded(guarded.plan)
         parts: dict[str, list[float]] = {"prefill": [], "decode": []}
@@ -324,8 +344,8 @@ class Subject:
                 part,
                 compared[part],
                 max(found),
-                self.limit,
-                max(found) <= self.limit and changed[part] > TELLING * self.limit and compared[part] > 0,
+                limit,
+                max(found) <= limit and changed[part] > max(limit, TELLING * max(found)) and compared[part] > 0,
                 f"the guard changes the logits by {changed[part]:.1e}",
             )
             for part, found in parts.items()
