@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from decoder import Decoder, cache_values, token_ids
 from guarding import ALWAYS_OPEN, guarded, write_directions
-from measure import QUICK, Budget, Spread, interleaved, ratio, say
+from measure import Budget, Spread, asked, interleaved, ratio, say
 from record import parser, write_result
 from shapes import SHAPES, Shape, built, checkpoint
 
@@ -49,7 +49,7 @@ def main() -> None:
             **{name: _decoding(session, args.tokens) for name, session in sessions.items()},
         }
         say(f"hooks: {args.tokens} tokens a call, {args.threads} threads; logits agree within {apart:.1e}")
-        times = interleaved(calls, PLAIN, QUICK if args.quick else BUDGET, warm_up=1, rest=0.1)
+        times = interleaved(calls, PLAIN, asked(args, BUDGET), warm_up=1, rest=0.1)
     rows = [{"name": name, "tokens_per_second": Spread.of(args.tokens / times[name]).to_json()} for name in calls]
     ratios = [
         {"subject": subject, "baseline": baseline, "ratio": ratio(times, subject, baseline).to_json()}

@@ -25,7 +25,7 @@ from typing import Any, cast
 import numpy as np
 from decoder import Decoder
 from guarding import ALWAYS_CLOSED, ALWAYS_OPEN, guarded, write_directions
-from measure import QUICK, Budget, Spread, interleaved, ratio, say
+from measure import QUICK, Budget, Spread, asked, interleaved, ratio, say
 from record import parser, read_parts, write_result
 from shapes import SHAPES, Precision, Shape, built
 
@@ -164,7 +164,7 @@ def _workshop(shape: Shape, precision: str, models: Path) -> Iterator[Workshop]:
 
 def measure(shop: Workshop, phase: str, args: argparse.Namespace) -> dict[str, Any]:
     """All variants of one part, a few sessions at a time, each group with the unguarded graph twice."""
-    budget = QUICK if args.quick else BUDGETS[phase]
+    budget = asked(args, BUDGETS[phase])
     variants = full_matrix() if args.full else default_matrix(shop.precision, phase)
     if args.quick:
         variants = goals(phase)[:: len(RANKS)]  # the first rank, each position

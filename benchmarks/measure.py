@@ -9,10 +9,11 @@ round, and what is reported is the median of these pairs.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,13 @@ class Budget:
 
 
 QUICK = Budget(least=2, most=2, seconds=1.0)
+
+
+def asked(args: argparse.Namespace, usual: Budget) -> Budget:
+    """The script's own budget, or what the command line says; intervals tell what less time costs."""
+    if args.quick:
+        return QUICK
+    return usual if args.seconds is None else replace(usual, seconds=args.seconds)
 
 
 def interleaved(

@@ -27,6 +27,7 @@ def parser(name: str, about: str | None) -> argparse.ArgumentParser:
     """The options that every benchmark takes."""
     options = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--quick", action="store_true", help="few repetitions: shows that it runs, measures nothing")
+    options.add_argument("--seconds", type=float, help="longest time per group of sessions; default: each script's own")
     options.add_argument("--out", type=Path, default=RESULTS / f"{name}.json", help="result file")
     options.add_argument("--models", type=Path, default=DEFAULT_MODELS, help="where models are kept between runs")
     options.add_argument("--shape", choices=tuple(SHAPES), default="qwen2.5-0.5b")

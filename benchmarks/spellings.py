@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 from decoder import session_options
-from measure import QUICK, Budget, Spread, interleaved, say
+from measure import Budget, Spread, asked, interleaved, say
 from record import parser, write_result
 from shapes import SHAPES
 
@@ -123,7 +123,7 @@ def _measure(
     feeds = _feeds(width, *PHASES[phase])
     _require_agreement({name: np.asarray(session.run(None, feeds)[0]) for name, session in sessions.items()})
     calls = {name: _call(session, feeds) for name, session in sessions.items()}
-    times = interleaved(calls, "unguarded", QUICK if args.quick else BUDGET, warm_up=3)
+    times = interleaved(calls, "unguarded", asked(args, BUDGET), warm_up=3)
     rows = []
     for name in graphs:
         cost = Spread.of((times[name] - times["unguarded"]) / sites * 1e6)

@@ -35,20 +35,30 @@ ALL_MAKERS: dict[str, Maker] = {name: maker for table in _TABLES.values() for na
 if len(ALL_MAKERS) != sum(map(len, _TABLES.values())):
     raise AssertionError("two maker modules use one name")
 
-FAST: frozenset[str] = frozenset(makers.MAKERS) | {
-    "gpt2-fp32-ort-cpu",  # B''
-    "gemma3-fp32",  # C
-    "phi-fp32",  # D
-    "granite-fp32",  # E
-    "qwen3-vl-fp32",  # G
-    "mllama-fp32",  # H
-    "qwen2-5-vl-genai-fp16",  # F
-    "qwen3-5-genai-fp32",  # I
-    "llava-merged-fp32",  # J
-    "llama-optimum-merged-fp32",  # J by optimum itself, where VLMGUARD_OPTIMUM says where it is
-    "llama-dynamo-static-int8",  # K: the float sum of a stream that is rounded to int8
-    "llama-dynamo-qlinear-int8",  # K: refused
-}
+FAST: frozenset[str] = frozenset(
+    {
+        "llava-transformers-fp32",  # A
+        "llava-transformers-fp16",  # A3
+        "llava-transformers-fp32-opset23",  # A, one node per norm and attention
+        "llava-transformers-ort-fp32",  # B'
+        "llama-torchscript-fp32",  # A''
+        "llama-torchscript-fp16",  # A4
+        "llama-genai-fp32",  # B
+        "llama-genai-int4",  # B over MatMulNBits
+        "gpt2-fp32-ort-cpu",  # B''
+        "gemma3-fp32",  # C
+        "phi-fp32",  # D
+        "granite-fp32",  # E
+        "qwen3-vl-fp32",  # G
+        "mllama-fp32",  # H
+        "qwen2-5-vl-genai-fp16",  # F
+        "qwen3-5-genai-fp32",  # I
+        "llava-merged-fp32",  # J
+        "llama-optimum-merged-fp32",  # J by optimum itself, where VLMGUARD_OPTIMUM says where it is
+        "llama-dynamo-static-int8",  # K: the float sum of a stream that is rounded to int8
+        "llama-dynamo-qlinear-int8",  # K: refused
+    }
+)
 
 
 def module_of(name: str) -> str:
