@@ -21,6 +21,7 @@ import onnx
 import pytest
 from hand_graphs import decoder
 from random_directions import random_directions, write_directions
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from tiny_vlm_paths import ANCHORS, CHECKPOINT, DECODER, EVALUATION, PROMPTS, SOURCE, Guarded, digests
 
@@ -214,7 +215,7 @@ def inspected(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, anatomy:
     from vlmguard.exporter import pipeline
 
     monkeypatch.setattr(pipeline, "inspect", lambda *_: anatomy)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli, "out", Console(width=200, emoji=False))  # COLUMNS counts only when a console is made
     return squeezed(run("inspect", SOURCE).out)
 
 
