@@ -229,7 +229,7 @@ def _arguments(
 ) -> tuple[str, LayerGuard, str, ir.Value | None, ir.Value | None]:
     mode, dtype = edit.plan.mode, planned.site.dtype
     # Every token is read and `w` is multiplied with the selection: on one token, where time counts, that costs less than
-    # gathering it first, and a prefill's MatMuls hide it (docs/performance.md).
+    # gathering it first, and a prefill's MatMuls hide it (benchmarks/spellings.py).
     selected = edit.selections.get(edit.lowering.selects(mode, dtype))
     return mode, planned.guard, dtype, _supervisor(edit, scribe, planned), selected
 
