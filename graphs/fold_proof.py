@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from . import lowering_lowrank
 from .anatomy import STREAM_DTYPES, DecoderAnatomy
 from .dataflow import is_skip_norm
 from .errors import GuardError
 from .fold import SCOPE, find_writers, left_over, original_name, projected, subspace
+from .lowering import choose_lowering
+from .lowering_task import Task
 from .plan import GuardPlan, last_sites
 from .rewrite import GuardReport
 from .scribe import Scribe
@@ -121,7 +122,7 @@ def project_explicitly(model: ir.Model, plan: GuardPlan) -> int:
         dtype = STREAM_DTYPES.get(raw.dtype or writer.weight.dtype or ir.DataType.UNDEFINED, plan.sites[0].site.dtype)
         assert isinstance(node.graph, ir.Graph)
         scribe = Scribe(node.graph, f"reference_{number}", home=model.graph)
-        new, _ = lowering_lowrank.guarded(scribe, raw, "project", guard, dtype, None)
+        new, _ = choose_lowering("lowrank", "project")[0].guarded(scribe, raw, Task("project", guard, dtype))
         own = set(scribe.nodes)
         for reader, index in tuple(raw.uses()):
             if reader not in own:

@@ -15,9 +15,13 @@ import onnx_ir as ir
 from . import lowering_dense, lowering_lowrank, lowering_rank1
 from .errors import GuardError
 from .fold import FOLD
-from .reference import LayerGuard
+from .lowering_task import Task
 from .scribe import Scribe
 from .spec import MODES
+
+
+def _never_whole(scribe: Scribe, h: ir.Value, task: Task) -> None:
+    """Most lowerings write a correction and an Add."""
 
 
 @dataclass(frozen=True)
@@ -27,21 +31,27 @@ class Lowering:
     Attributes:
         name: what `--lowering` takes.
         modes: the modes that it can write.
-        guarded: `(scribe, h, mode, layer, dtype, supervisor, selected) -> (h', c)`.
-        correction: the same, giving `delta` of `h' = h + delta`: what a fused skip-norm's branch needs.
-        selects: `(mode, dtype of the stream) -> dtype of selected`.
+        correction: `(scribe, h, task) -> (delta, c)` of `h' = h + delta`, `h` `[batch, sequence, d]` in the stream's dtype;
+            `c` the coordinates `[batch, sequence, m]` float32, or `None` where the lowering does not compute them.
+        selects: `(mode, dtype of the stream) -> dtype of the task's selection`.
         why: one clause for the plan.
-        `h` is `[batch, sequence, d]` in the stream's dtype; `supervisor` `[batch, 1, m]` float32; `selected`
-        `[batch, sequence, 1]` of 0 and 1, the tokens to edit, or `None` for all of them; `c` the coordinates
-        `[batch, sequence, m]` float32, or `None` where the lowering does not compute them.
+        whole: `h'` in one step, for a lowering that can sometimes do without a correction, else `None`.
     """
 
     name: str
     modes: frozenset[str]
-    guarded: LoweringFunction
-    correction: LoweringFunction
+    correction: Callable[[Scribe, ir.Value, Task], tuple[ir.Value, ir.Value | None]]
     selects: Callable[[str, str], str]
     why: str
+    whole: Callable[[Scribe, ir.Value, Task], ir.Value | None] = _never_whole
+
+    def guarded(self, scribe: Scribe, h: ir.Value, task: Task) -> tuple[ir.Value, ir.Value | None]:
+        """`(h', c)`"""
+        done = self.whole(scribe, h, task)
+        if done is not None:
+            return done, None
+        delta, coordinates = self.correction(scribe, h, task)
+        return scribe.op("guarded", "Add", [h, delta], like=h), coordinates
 
     @property
     def writes_nodes(self) -> bool:
@@ -49,15 +59,10 @@ class Lowering:
         return self is not FOLDED
 
 
-LoweringFunction = Callable[
-    [Scribe, ir.Value, str, LayerGuard, str, "ir.Value | None", "ir.Value | None"], "tuple[ir.Value, ir.Value | None]"
-]
-
 LOWERINGS: tuple[Lowering, ...] = (
     Lowering(
         "lowrank",
         frozenset(MODES),
-        lowering_lowrank.guarded,
         lowering_lowrank.correction,
         lowering_lowrank.selects,
         "two skinny MatMuls per layer, the cheapest on ONNX Runtime, and every mode (on TensorRT rank1 is cheaper)",
@@ -65,7 +70,6 @@ LOWERINGS: tuple[Lowering, ...] = (
     Lowering(
         "rank1",
         frozenset(MODES),
-        lowering_rank1.guarded,
         lowering_rank1.correction,
         lowering_rank1.selects,
         "a chain of Mul and ReduceSum per row, which TensorRT fuses into the next norm, and every mode "
@@ -74,10 +78,10 @@ LOWERINGS: tuple[Lowering, ...] = (
     Lowering(
         "dense",
         frozenset({"project"}),
-        lowering_dense.guarded,
         lowering_dense.correction,
         lowering_dense.selects,
         "the literal h @ (I - V^T V), one d x d MatMul per layer (to compare with; the others cost less)",
+        lowering_dense.whole,
     ),
 )
 
@@ -89,7 +93,6 @@ def _no_node(*_: object) -> NoReturn:
 FOLDED = Lowering(
     FOLD,
     frozenset({"project"}),
-    _no_node,
     _no_node,
     _no_node,
     "the projection is in the weights that write the stream, no node and no cost, the same in every layer and at every token",

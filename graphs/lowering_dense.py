@@ -10,43 +10,28 @@ import numpy as np
 import onnx_ir as ir
 
 from .lowering_gate import bounded
+from .lowering_task import Task
 from .reference import LayerGuard
 from .scribe import Scribe
 
 
-def guarded(
-    scribe: Scribe,
-    h: ir.Value,
-    mode: str,
-    layer: LayerGuard,
-    dtype: str,
-    supervisor: ir.Value | None,
-    selected: ir.Value | None = None,
-) -> tuple[ir.Value, None]:
-    """`h' = h P`, or, in float16 and where tokens are selected, `h + h (P - I)`."""
-    if dtype == "float16" or selected is not None:
-        delta, _ = correction(scribe, h, mode, layer, dtype, supervisor, selected)
-        return scribe.op("guarded", "Add", [h, delta], like=h), None
-    matrix = scribe.constant("projection", np.eye(layer.ssd.shape[1]) - _outer(layer), dtype)
-    return scribe.op("guarded", "MatMul", [h, matrix], like=h), None
+def whole(scribe: Scribe, h: ir.Value, task: Task) -> ir.Value | None:
+    """`h' = h P`, or `None` where that is not possible: in float16, and where tokens are selected."""
+    if task.dtype == "float16" or task.selected is not None:
+        return None
+    matrix = scribe.constant("projection", np.eye(task.layer.ssd.shape[1]) - _outer(task.layer), task.dtype)
+    return scribe.op("guarded", "MatMul", [h, matrix], like=h)
 
 
-def correction(
-    scribe: Scribe,
-    h: ir.Value,
-    mode: str,
-    layer: LayerGuard,
-    dtype: str,
-    supervisor: ir.Value | None,
-    selected: ir.Value | None = None,
-) -> tuple[ir.Value, None]:
+def correction(scribe: Scribe, h: ir.Value, task: Task) -> tuple[ir.Value, None]:
     """`delta = h (P - I)`, for the branch of a fused skip-norm: `P` itself would have to be undone by the fused sum."""
+    layer, dtype = task.layer, task.dtype
     matrix = scribe.constant("projection_minus_identity", -_outer(layer), dtype)
     delta = scribe.op("product", "MatMul", [h, matrix], like=h)
     if dtype == "float16":
         delta = bounded(scribe, "product_bounded", delta, dtype)
-    if selected is not None:
-        delta = scribe.op("product_selected", "Mul", [delta, selected])
+    if task.selected is not None:
+        delta = scribe.op("product_selected", "Mul", [delta, task.selected])
     delta.type, delta.shape = h.type, h.shape
     return delta, None
 

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .lowering_gate import bounded, columns, gate
+from .lowering_task import Task
 from .reference import LayerGuard
 from .scribe import Scribe
 
@@ -29,39 +30,18 @@ class _Units:
     score: float = 1.0
 
 
-def guarded(
-    scribe: Scribe,
-    h: ir.Value,
-    mode: str,
-    layer: LayerGuard,
-    dtype: str,
-    supervisor: ir.Value | None,
-    selected: ir.Value | None = None,
-) -> tuple[ir.Value, ir.Value | None]:
-    """`h' = h + w V`."""
-    delta, coordinates = correction(scribe, h, mode, layer, dtype, supervisor, selected)
-    return scribe.op("guarded", "Add", [h, delta], like=h), coordinates
-
-
-def correction(
-    scribe: Scribe,
-    h: ir.Value,
-    mode: str,
-    layer: LayerGuard,
-    dtype: str,
-    supervisor: ir.Value | None,
-    selected: ir.Value | None = None,
-) -> tuple[ir.Value, ir.Value | None]:
+def correction(scribe: Scribe, h: ir.Value, task: Task) -> tuple[ir.Value, ir.Value | None]:
     """`delta = w V`; a closed gate makes `w`, and so `delta`, exactly zero."""
+    mode, layer, dtype, supervisor = task.mode, task.layer, task.dtype, task.supervisor
     units = _half_units(layer) if dtype == "float16" else _Units()
     read = scribe.op("read", "MatMul", [h, scribe.constant("rows", _rows(mode, layer, units).T, dtype)])
     if mode == "project":
-        return _write(scribe, h, _at(scribe, read, selected), layer, units, dtype, dtype), None
+        return _write(scribe, h, _at(scribe, read, task.selected), layer, units, dtype, dtype), None
     if dtype != "float32":
         read = scribe.cast("read_float32", read, "float32")
     weights = _WEIGHTS[mode](scribe, read, layer, units, supervisor)
     coordinates = _coordinates(scribe, mode, read, units)
-    return _write(scribe, h, _at(scribe, weights, selected), layer, units, "float32", dtype), coordinates
+    return _write(scribe, h, _at(scribe, weights, task.selected), layer, units, "float32", dtype), coordinates
 
 
 def selects(mode: str, dtype: str) -> str:

@@ -15,40 +15,20 @@ import numpy as np
 import onnx_ir as ir
 
 from .lowering_gate import bounded, columns, gate
+from .lowering_task import Task
 from .reference import LayerGuard
 from .scribe import Scribe
 
 
-def guarded(
-    scribe: Scribe,
-    h: ir.Value,
-    mode: str,
-    layer: LayerGuard,
-    dtype: str,
-    supervisor: ir.Value | None,
-    selected: ir.Value | None = None,
-) -> tuple[ir.Value, ir.Value | None]:
-    """`h' = h + w V`."""
-    delta, coordinates = correction(scribe, h, mode, layer, dtype, supervisor, selected)
-    return scribe.op("guarded", "Add", [h, delta], like=h), coordinates
-
-
-def correction(
-    scribe: Scribe,
-    h: ir.Value,
-    mode: str,
-    layer: LayerGuard,
-    dtype: str,
-    supervisor: ir.Value | None,
-    selected: ir.Value | None = None,
-) -> tuple[ir.Value, ir.Value | None]:
+def correction(scribe: Scribe, h: ir.Value, task: Task) -> tuple[ir.Value, ir.Value | None]:
     """`delta = w_1 v_1 + ... + w_m v_m`; a closed gate makes each `w`, and so `delta`, exactly zero."""
+    mode, layer, dtype, supervisor = task.mode, task.layer, task.dtype, task.supervisor
     wide = h if dtype == "float32" else scribe.cast("stream_float32", h, "float32")
     rows = [scribe.constant(f"ssd_{number}", row, "float32") for number, row in enumerate(layer.ssd)]
     c = [_read(scribe, f"c_{number}", wide, row) for number, row in enumerate(rows)]
     opened = _gate(scribe, wide, c, mode, layer, supervisor)
-    if selected is not None:
-        opened = selected if opened is None else scribe.op("gate_selected", "Mul", [opened, selected])
+    if task.selected is not None:
+        opened = task.selected if opened is None else scribe.op("gate_selected", "Mul", [opened, task.selected])
     w = _weights(scribe, mode, layer, c, opened, supervisor)
     edits = [scribe.op(f"edit_{number}", "Mul", [w[number], row]) for number, row in enumerate(rows)]
     delta = edits[0]

@@ -19,9 +19,9 @@ from .dataflow import skip_norm_bias
 from .errors import GuardIncomplete
 from .fold import FOLD, fold
 from .lowering import LOWERINGS, Lowering
+from .lowering_task import Task
 from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, GuardPlan, SitePlan, require_unguarded
 from .positions import LastToken, last_token
-from .reference import LayerGuard
 from .scribe import Scribe
 
 
@@ -199,7 +199,7 @@ def _guard_site(edit: _Edit, planned: SitePlan) -> GuardedSite:
 def _guard_add(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scribe) -> GuardedSite:
     """Every reader of the sum reads the guarded one."""
     raw = node.outputs[0]
-    new, c = edit.lowering.guarded(scribe, raw, *_arguments(edit, planned, scribe))
+    new, c = edit.lowering.guarded(scribe, raw, _task(edit, planned, scribe))
     _keep_coordinates(edit, scribe, c)
     new.type, new.shape = raw.type, raw.shape
     readers = _redirect(edit.graph, raw, new, scribe)
@@ -215,7 +215,7 @@ def _guard_skip_norm(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scri
     assert branch is not None and residual is not None
     bias = skip_norm_bias(node)
     total = _sum(scribe, residual, branch, bias)
-    delta, c = edit.lowering.correction(scribe, total, *_arguments(edit, planned, scribe))
+    delta, c = edit.lowering.correction(scribe, total, _task(edit, planned, scribe))
     new = scribe.op("guarded", "Add", [branch, delta], like=branch)
     _keep_coordinates(edit, scribe, c)
     node.replace_input_with(at, new)
@@ -224,14 +224,12 @@ def _guard_skip_norm(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scri
     return GuardedSite(planned.layer_index, "skip_norm", *names, 1, edit.body.name)
 
 
-def _arguments(
-    edit: _Edit, planned: SitePlan, scribe: Scribe
-) -> tuple[str, LayerGuard, str, ir.Value | None, ir.Value | None]:
+def _task(edit: _Edit, planned: SitePlan, scribe: Scribe) -> Task:
     mode, dtype = edit.plan.mode, planned.site.dtype
     # Every token is read and `w` is multiplied with the selection: on one token, where time counts, that costs less than
     # gathering it first, and a prefill's MatMuls hide it (benchmarks/spellings.py).
     selected = edit.selections.get(edit.lowering.selects(mode, dtype))
-    return mode, planned.guard, dtype, _supervisor(edit, scribe, planned), selected
+    return Task(mode, planned.guard, dtype, _supervisor(edit, scribe, planned), selected)
 
 
 def _sum(scribe: Scribe, residual: ir.Value, branch: ir.Value, bias: ir.Value | None) -> ir.Value:
