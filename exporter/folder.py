@@ -12,7 +12,7 @@ from typing import Any
 
 from ..graphs.anatomy import DecoderAnatomy
 from ..graphs.digests import sha256_files
-from ..graphs.manifest import MANIFEST_NAME, SCHEMA, DecoderRecord, Manifest, Proved, record_files
+from ..graphs.manifest import MANIFEST_NAME, SCHEMA, DecoderRecord, Manifest, Proved, may_go_unhashed, record_files
 from ..graphs.package import ModelPackage, external_files
 from ..graphs.plan import GuardPlan
 from ..graphs.rewrite import GuardReport
@@ -21,9 +21,6 @@ from ..graphs.staging import Data, bring
 from ..graphs.static_proof import Check
 from .calibrate import Calibration
 from .sources import Watch
-
-# From this size on a file of weights is not hashed if that was asked. Graphs and configs always are.
-_BIG = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def write_manifest(
     """Hash what is in the stage and what it was made from (each content once), and write `guard.json`."""
     files = [path for path in sorted(stage.rglob("*")) if path.is_file()]
     sources = {path for done in decoders for path in _source_files(done)}
-    hashed = [path for path in (*files, *sources) if digests or not _skippable(path)]
+    hashed = [path for path in (*files, *sources) if digests or not may_go_unhashed(path.name, path.stat().st_size)]
     found = sha256_files(hashed, lambda done, total: tell("hashing (bytes)", done, total))
     names = {path.relative_to(stage).as_posix(): path for path in files}
     manifest = Manifest(
@@ -107,10 +104,6 @@ def write_manifest(
 
 def _source_files(done: GuardedDecoder) -> list[Path]:
     return [done.package.decoder, *external_files(done.package.decoder)]
-
-
-def _skippable(path: Path) -> bool:
-    return path.suffix not in {".onnx", ".json"} and path.stat().st_size >= _BIG
 
 
 def _record(done: GuardedDecoder, digests: dict[Path, str]) -> DecoderRecord:

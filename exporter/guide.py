@@ -164,9 +164,10 @@ class Guide:
             return given_inputs(self.given)
         if self.package.companion("tokenizer.json") is None:
             return _random_inputs(view, self.anatomy.width, "the model has no tokenizer.json")
-        if _needs_embeds(self.package) and self.package.embed_tokens is None:
+        needs_embeds = _needs_embeds(self.package)
+        if needs_embeds and self.package.embed_tokens is None:
             return _random_inputs(view, self.anatomy.width, "the model has no embed_tokens graph")
-        if _needs_embeds(view) != _needs_embeds(self.package):
+        if view != self.package and _needs_embeds(view) != needs_embeds:
             return _random_inputs(view, self.anatomy.width, f"{view.decoder.name} takes other inputs than the tokens")
         model = self.running()
         return proof_inputs(model, self._proof_requests(model))

@@ -12,6 +12,8 @@ from threading import Lock
 # (bytes read so far, bytes to read)
 Progress = Callable[[int, int], None]
 
+# From this size on a file is weights: worth sharing instead of copying, and worth not reading twice. Bytes.
+BIG = 16 << 20
 _CHUNK = 8 << 20
 # hashlib lets go of the interpreter's lock, so threads are enough; more of them than this only fight over one disk.
 _WORKERS = min(8, os.cpu_count() or 1)

@@ -13,14 +13,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .digests import Progress, sha256_files
+from .digests import BIG, Progress, sha256_files
 from .errors import ManifestMismatch
 
 MANIFEST_NAME = "guard.json"
 SCHEMA = "vlmguard.guard/2"
-# Whose digest may be taken from the manifest when size and time of change are the recorded ones.
-_BIG = 16 << 20
-
 # How much of the proof was done: `full`, or `structure` alone (nothing was run).
 Proved = Literal["full", "structure"]
 
@@ -108,6 +105,11 @@ def record_files(folder: Path, names: Iterable[str], digests: dict[str, str]) ->
     return found
 
 
+def may_go_unhashed(name: str, size: int) -> bool:
+    """Whether a file's digest may be left out (`--no-digest`): of big weights only, never of a graph or a config."""
+    return size >= BIG and not name.endswith((".onnx", ".json"))
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and validate `guard.json`.
 
@@ -155,7 +157,7 @@ def require_intact(folder: Path, manifest: Manifest, again: bool = True, progres
         path = folder / name
         if not path.is_file():
             raise ManifestMismatch(f"{folder}: {name} is missing; export again")
-        if record.sha256 is None and (record.size < _BIG or name.endswith((".onnx", ".json"))):
+        if record.sha256 is None and not may_go_unhashed(name, record.size):
             raise ManifestMismatch(f"{where}: has no digest of {name}, which only big weights may lack; export again")
         if record.sha256 is None and path.stat().st_size != record.size:
             raise ManifestMismatch(f"{folder}: {name} is not the file that was proved (its size differs); export again")
@@ -175,4 +177,4 @@ def require_intact(folder: Path, manifest: Manifest, again: bool = True, progres
 
 def _unchanged(path: Path, record: FileRecord) -> bool:
     status = path.stat()
-    return record.size >= _BIG and (status.st_size, status.st_mtime_ns) == (record.size, record.modified_ns)
+    return record.size >= BIG and (status.st_size, status.st_mtime_ns) == (record.size, record.modified_ns)

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from .digests import BIG
 from .errors import OutputRefused
 
 _MARK = ".vlmguard-"
 _OLD = "-old"
-_LINKED_FROM = 16 << 20  # bytes
 _FICLONE = 0x40049409  # linux/fs.h
 
 Data = Literal["link", "copy", "reference"]
@@ -108,7 +108,7 @@ def bring(source: Path, destination: Path, data: Data = "link") -> None:
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     source = source.resolve()
-    if source.stat().st_size < _LINKED_FROM or data == "copy":
+    if source.stat().st_size < BIG or data == "copy":
         shutil.copyfile(source, destination)
     elif data == "reference":
         destination.symlink_to(source)

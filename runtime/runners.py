@@ -55,9 +55,16 @@ def open_runner(graph: Path | bytes, folder: Path, runtime: str = "onnxruntime",
     """
     if runtime not in _RUNNERS:
         raise GuardError(f"runtime {runtime!r} is unknown; choose one of {', '.join(_RUNNERS)}")
-    if isinstance(graph, Path) and not graph.is_symlink() and any(data.is_symlink() for data in external_files(graph)):
+    if isinstance(graph, Path) and _by_reference(graph):
         graph, folder = in_memory(load_graph(graph), graph.parent)  # weights by reference, see `in_memory`
     return _RUNNERS[runtime](graph, folder, optimize)
+
+
+def _by_reference(graph: Path) -> bool:
+    """Whether its external data are links. Most folders have none, and then their graph need not be read to know it."""
+    if graph.is_symlink() or not any(path.is_symlink() for path in graph.parent.rglob("*")):
+        return False
+    return any(data.is_symlink() for data in external_files(graph))
 
 
 def _onnxruntime(graph: Path | bytes, folder: Path, optimize: bool) -> Runner:

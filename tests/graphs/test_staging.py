@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from vlmguard.graphs import staging
+from vlmguard.graphs.digests import BIG
 from vlmguard.graphs.errors import OutputRefused
 from vlmguard.graphs.staging import bring, require_writable, staged, write_file
 
@@ -336,7 +337,7 @@ def test_a_file_under_a_file_is_refused(tmp_path: Path) -> None:
 def big_file(path: Path) -> Path:
     """Large enough to be linked; a hole, so that it costs nothing."""
     with path.open("wb") as file:
-        file.truncate(staging._LINKED_FROM)
+        file.truncate(BIG)
     return path
 
 
@@ -360,7 +361,7 @@ def test_where_links_are_impossible_big_files_are_copied(tmp_path: Path, monkeyp
     big = big_file(tmp_path / "big")
     bring(big, tmp_path / "copy")
     assert not (tmp_path / "copy").samefile(big)
-    assert (tmp_path / "copy").stat().st_size == staging._LINKED_FROM
+    assert (tmp_path / "copy").stat().st_size == BIG
 
 
 def test_a_copy_shares_no_bytes(tmp_path: Path) -> None:
@@ -368,7 +369,7 @@ def test_a_copy_shares_no_bytes(tmp_path: Path) -> None:
     bring(big, tmp_path / "out" / "big", "copy")
     copied = tmp_path / "out" / "big"
     assert copied.is_file() and not copied.is_symlink() and not copied.samefile(big)
-    assert copied.stat().st_size == staging._LINKED_FROM and big.stat().st_nlink == 1
+    assert copied.stat().st_size == BIG and big.stat().st_nlink == 1
 
 
 def test_a_reference_leads_to_the_file_itself(tmp_path: Path) -> None:
@@ -418,4 +419,4 @@ def test_a_link_out_of_the_folder_is_followed(tmp_path: Path, size: str) -> None
     copied = tmp_path / "out" / "model.onnx"
     assert copied.is_file() and not copied.is_symlink()
     blob.unlink()
-    assert copied.stat().st_size == (1 if size == "small" else staging._LINKED_FROM)
+    assert copied.stat().st_size == (1 if size == "small" else BIG)
