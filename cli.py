@@ -9,7 +9,7 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -17,6 +17,9 @@ from rich.markup import escape
 
 from .graphs.errors import GuardError
 from .graphs.spec import GuardSpec, parse_layers
+
+if TYPE_CHECKING:
+    from .exporter.engines.folder import EngineResult
 
 # No emoji: ":cat:" in somebody's path is not a cat.
 out, err = Console(emoji=False), Console(stderr=True, emoji=False)
@@ -68,6 +71,20 @@ class ExporterChoice(StrEnum):
     transformers = "transformers"
     genai = "genai"
     optimum = "optimum"
+
+
+class TargetChoice(StrEnum):
+    """Who will run the guarded graph."""
+
+    onnxruntime = "onnxruntime"
+    tensorrt = "tensorrt"
+
+
+class BackendChoice(StrEnum):
+    """Who builds and runs engines."""
+
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt_rtx"
 
 
 class DtypeChoice(StrEnum):
@@ -159,6 +176,16 @@ def export_command(
             "(default: transformers)"
         ),
     ] = None,
+    target: Annotated[
+        TargetChoice | None,
+        typer.Option(help="Who will run it: auto takes the lowering that is cheapest there. (default: onnxruntime)"),
+    ] = None,
+    engine: Annotated[
+        bool,
+        typer.Option(
+            "--engine", help="Also build TensorRT engines, into OUT-engine; `vlmguard engine OUT` has the settings."
+        ),
+    ] = False,
     data: Annotated[
         DataChoice,
         typer.Option(help="Big weights: link (reflink or hard link, else a copy), copy, or reference (symbolic link)."),
@@ -183,6 +210,12 @@ def export_command(
     from .exporter import tables
     from .exporter.pipeline import export
 
+    if engine and (dry_run or proof is ProofChoice.structure or target is TargetChoice.onnxruntime):
+        raise typer.BadParameter("--engine needs a proved guard for TensorRT: no --dry-run, --proof or other --target")
+    if engine:
+        from .runtime.tensorrt_backend import find_backend
+
+        find_backend()  # before minutes of work
     spec = GuardSpec(
         mode=mode.value if mode is not None else None,
         layers=parse_layers(layers),
@@ -192,6 +225,7 @@ def export_command(
         positions=positions.value,
         lowering=lowering,
         direction_of=direction_of,
+        target="tensorrt" if engine or target is TargetChoice.tensorrt else "onnxruntime",
     )
     with tables.bars(err) as watch:
         result = export(
@@ -214,10 +248,95 @@ def export_command(
             force=force,
             watch=watch,
         )
+    built = _engines(result.out, force) if engine else None
+    if as_json:
+        print_json(result.to_json() | ({"engine": built.to_json()} if built is not None else {}))
+        return
+    tables.show_export(out, result)
+    if built is not None:
+        tables.show_engines(out, built)
+
+
+def _engines(guarded: Path, force: bool) -> EngineResult:
+    from .exporter import tables
+    from .exporter.engines.folder import build_engines
+
+    with tables.bars(err) as watch:
+        return build_engines(guarded, force=force, watch=watch)
+
+
+@app.command("engine")
+def engine_command(
+    guarded: Guarded,
+    out_folder: Annotated[
+        Path | None, typer.Argument(metavar="[OUT]", help="folder to write (default: GUARDED-engine)")
+    ] = None,
+    backend: Annotated[
+        BackendChoice | None, typer.Option(help="Who builds. (default: tensorrt if installed, else tensorrt_rtx)")
+    ] = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How the decoder is called, as prefill:batch=1:4,sequence=1:256:2048 or "
+            "decode:batch=1:4,sequence=1,past=1:512:4096 (smallest:typical:largest); may be repeated. "
+            "(default: these two, as far as the model goes)"
+        ),
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="Shapes of an input that no profile tells: pixel_values=1x3x224x224; may be repeated."),
+    ] = None,
+    target_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target-capability",
+            help="Compute capability to build for, such as 8.9; may be repeated (tensorrt_rtx). (default: its own choice)",
+        ),
+    ] = None,
+    workspace: Annotated[int | None, typer.Option(min=1, help="Most scratch memory of a layer, MiB.")] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File of measured tactics: read if there, then updated (tensorrt).")
+    ] = None,
+    print_command: Annotated[
+        bool,
+        typer.Option("--print-command", help="Print the trtexec or tensorrt_rtx command lines instead; build nothing."),
+    ] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Build TensorRT engines of a guarded folder, and show that the guard is in them."""
+    from .exporter import tables
+    from .exporter.engines.build import BuildOptions
+    from .exporter.engines.commands import commands_for
+    from .exporter.engines.folder import build_engines
+    from .exporter.engines.profile import EngineProfile
+
+    profiles = [EngineProfile.parse(text) for text in profile or ()]
+    options = BuildOptions(tuple(target_capability or ()), workspace, timing_cache)
+    name = backend.value if backend is not None else None
+    if print_command:
+        commands = commands_for(guarded, name, profiles, shape or (), options)
+        if as_json:
+            print_json({"commands": commands})
+        else:
+            for command in commands:
+                out.print(command, markup=False, highlight=False, soft_wrap=True)
+        return
+    with tables.bars(err) as watch:
+        result = build_engines(
+            guarded,
+            out_folder,
+            backend=name,
+            profiles=profiles,
+            shapes=shape or (),
+            options=options,
+            force=force,
+            watch=watch,
+        )
     if as_json:
         print_json(result.to_json())
     else:
-        tables.show_export(out, result)
+        tables.show_engines(out, result)
 
 
 @app.command("convert")

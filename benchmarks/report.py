@@ -82,6 +82,9 @@ def report(results: Path, quick: bool = False) -> str:
         ResultsUnusable: a part is missing, or was not measured in earnest.
     """
     blocks = [HOW] + (["> **A draft from --quick runs: its figures measure nothing.**"] if quick else [])
+    conditions = results / "conditions.txt"  # what a reader must know of how these results came about
+    if conditions.is_file():
+        blocks.append(f"> **Conditions.** {conditions.read_text(encoding='utf-8').strip()}")
     for section in SECTIONS:
         parts = _required(results / f"{section.name}.json", section, quick)
         blocks += [*section.told(parts), _measured_on(parts[name] for name in section.parts)]

@@ -157,9 +157,9 @@ class Guide:
         """A file that comes with the model: in its folder, in `prompts/` there, or one level up."""
         return find_file(self.source.home, names)
 
-    def proof_inputs(self, view: ModelPackage) -> ProofInputs:
-        """What to prove one decoder graph on: what was given, else real prompts if the model can read any, else seeded
-        random inputs."""
+    def proof_inputs(self, view: ModelPackage, rows: int = 8) -> ProofInputs:
+        """What to prove one decoder graph on: what was given, else real prompts if the model can read any (at most `rows`
+        a batch), else seeded random inputs."""
         if self.given:
             return given_inputs(self.given)
         if self.package.companion("tokenizer.json") is None:
@@ -170,7 +170,7 @@ class Guide:
         if view != self.package and _needs_embeds(view) != needs_embeds:
             return _random_inputs(view, self.anatomy.width, f"{view.decoder.name} takes other inputs than the tokens")
         model = self.running()
-        return proof_inputs(model, self._proof_requests(model))
+        return proof_inputs(model, self._proof_requests(model), rows)
 
     def _proof_requests(self, model: VisionLanguageModel) -> list[Request]:
         path = self.find(CALIBRATION_FILES) or self.find(ANCHOR_FILES)

@@ -27,6 +27,7 @@ from ..graphs.rewrite import GuardReport, rewrite
 from ..graphs.spec import GuardSpec, Mode
 from ..graphs.staging import Data, require_writable, staged, write_file
 from ..graphs.static_proof import Check, prove_structure
+from ..graphs.tensorrt import require_readable
 from ..runtime.onnxruntime_runner import import_onnxruntime
 from .calibrate import DEFAULT_BUDGET, Calibration
 from .exporters import ExporterName, Precision
@@ -139,6 +140,9 @@ def export(
         if not dry_run:
             require_writable(target, force)
         opened_graphs = [_open(view) for view in source.package.views()]
+        if spec.target == "tensorrt":
+            for one in opened_graphs:
+                require_readable(one.graph, str(one.view.decoder))
         _require_alike(opened_graphs)
         anatomy = opened_graphs[0].anatomy
         require_layers(spec, anatomy)  # before minutes of extraction and calibration

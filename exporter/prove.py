@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -55,9 +55,9 @@ class ProofInputs:
         return any(batch.given is not None for batch in self.batches)
 
 
-def proof_inputs(model: VisionLanguageModel, requests: Sequence[Request]) -> ProofInputs:
-    """Real prompts as proof inputs, batched with padding where the decoder can be padded."""
-    groups = [[requests[index] for index in indices] for indices in model.groups(requests, 8)]
+def proof_inputs(model: VisionLanguageModel, requests: Sequence[Request], rows: int = 8) -> ProofInputs:
+    """Real prompts as proof inputs, at most `rows` a batch, with padding where the decoder can be padded."""
+    groups = [[requests[index] for index in indices] for indices in model.groups(requests, rows)]
     batches = tuple(model.batch(group) for group in groups)
     texts = tuple(model.batch([Request(request.prompt) for request in group]) for group in groups)
     return ProofInputs(batches, texts, f"{len(requests)} real prompts")
@@ -171,7 +171,7 @@ def _compare_runs(
     return compared, differing, worst
 
 
-def roll(session: DecoderSession, batch: PromptBatch, supervisor: np.ndarray | None) -> list[dict[str, np.ndarray]]:
+def roll(session: DecoderSession, batch: PromptBatch, supervisor: np.ndarray | None) -> list[Mapping[str, np.ndarray]]:
     """Outputs of prefill and a few decode steps on fixed tokens: rows of the prompt again, so that runs stay alike."""
     outputs, state = session.prefill(batch, supervisor)
     rolled = [outputs]
@@ -291,7 +291,7 @@ def _close_calls(mode: str, layer: LayerGuard, raw: np.ndarray, limit: float) ->
     return np.abs(raw @ row - layer.threshold) <= rounding
 
 
-def _length(outputs: dict[str, np.ndarray], names: list[tuple[str, str]]) -> int:
+def _length(outputs: Mapping[str, np.ndarray], names: list[tuple[str, str]]) -> int:
     """Tokens of this call."""
     return outputs[names[0][0]].shape[1]
 

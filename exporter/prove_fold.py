@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from ..runtime.decoder import open_decoder
 from .headroom import Headroom
 from .prove import DECODE_STEPS, TOLERANCE, ProofInputs, relative, roll
 
-Rolled = list[list[dict[str, np.ndarray]]]  # per batch, per call
+Rolled = list[list[Mapping[str, np.ndarray]]]  # per batch, per call
 
 
 def prove_fold_by_running(
@@ -81,7 +81,7 @@ def _limit(folded: ir.Model, plan: GuardPlan, report: GuardReport) -> float:
     return max(TOLERANCE[dtype] for dtype in dtypes)
 
 
-def _pairs(left: Rolled, right: Rolled) -> list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+def _pairs(left: Rolled, right: Rolled) -> list[tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]]:
     return [pair for a, b in zip(left, right, strict=True) for pair in zip(a, b, strict=True)]
 
 

@@ -20,6 +20,7 @@ from ..graphs.anatomy import DecoderAnatomy, ResidualSite
 from ..graphs.directions import Directions
 from ..graphs.plan import GuardPlan
 from ..graphs.static_proof import Check
+from .engines.folder import EngineResult
 from .evaluate import Evaluation
 from .pipeline import ExportResult
 
@@ -131,6 +132,26 @@ def show_export(out: Console, result: ExportResult) -> None:
     for decoder in result.decoders:
         show_checks(out, decoder.proof, f"proof of {decoder.path}")
     out.print(f"[bold]guarded[/bold]: {escape(str(result.out))}")
+
+
+def show_engines(out: Console, result: EngineResult) -> None:
+    """What was built, layer counts, and where the guard is in it."""
+    table = Table(title=f"engines by {result.manifest.engines[0].backend} {result.manifest.engines[0].version}")
+    for column in ("engine", "profile", "layers", "kernels", "guard nodes by decoder layer"):
+        table.add_column(column, overflow="fold")
+    for engine in result.manifest.engines:
+        for profile, found in zip(engine.profiles, engine.layers["profiles"], strict=True):
+            guard = ", ".join(f"{layer}: {nodes}" for layer, nodes in found["guard_nodes"].items()) or "-"
+            counts = str(found["layers"]), str(found["kernels"])
+            table.add_row(escape(engine.path), escape(profile["name"]), *counts, guard)
+    out.print(table)
+    for name, warnings in result.warnings.items():
+        for warning in warnings:
+            out.print(f"  - {escape(name)}: {escape(' '.join(warning.split()))}", highlight=False)
+    out.print(f"[bold]guarded[/bold]: {escape(str(result.out))}")
+    if result.manifest.proved != "full":
+        told = f"next: on the GPU that will run it, `vlmguard verify {shlex.quote(str(result.out))} --run --source GUARDED`"
+        out.print(escape(told), highlight=False, soft_wrap=True)
 
 
 def show_evaluation(out: Console, result: Evaluation) -> None:

@@ -40,6 +40,7 @@ from ..graphs.static_proof import (
 from ..graphs.strip import strip_guard
 from ..runtime.guarded import open_guarded_package
 from .calibrate import DEFAULT_BUDGET
+from .engines.verify import check_by_running, check_records, check_sources
 from .guide import Guide
 from .prove import ProofInputs, prove_by_running
 from .prove_fold import prove_fold_by_running
@@ -84,8 +85,8 @@ def verify(
     """Redo the proof.
 
     Args:
-        folder: a guarded folder.
-        source: the unguarded model (file or folder), if at hand.
+        folder: a guarded folder, of graphs or of engines.
+        source: the unguarded model (file or folder), if at hand; for engines the guarded folder that they were built from.
         run: run the guarded graphs against the source's too. Where all holds, a manifest that says that the structure
             alone was proved says so no longer.
         proof_inputs: what to run them on, as for `export`.
@@ -96,7 +97,7 @@ def verify(
         ManifestMismatch: no manifest, a changed file, or a source that is not the one that the manifest names.
     """
     if run and source is None:
-        raise GuardError("running the proof compares with the unguarded model; give it with --source")
+        raise GuardError("running the proof compares with what the folder was made from; give that with --source")
     folder = Path(folder).absolute()
     tell = watch or unwatched
     manifest = read_manifest(folder)
@@ -104,6 +105,8 @@ def verify(
     unhashed = [name for name, record in manifest.files.items() if record.sha256 is None]
     note = f"by size alone, as asked at export: {', '.join(unhashed)}" if unhashed else ""
     checks = [exact("every file has the manifest's SHA-256", files - len(unhashed), [], note)]
+    if manifest.engines:
+        return _finished(folder, manifest, checks + _verify_engines(folder, manifest, source, run, tell), run)
     views = {view.decoder: view for view in open_guarded_package(folder, manifest).views()}
     originals = _originals(source, manifest) if source is not None else {}
     inputs = partial(_inputs, given=tuple(map(Path, proof_inputs)), tell=tell) if run else None
@@ -116,11 +119,28 @@ def verify(
         tell(f"verifying {path.name}", 1, 1)
         several = len(manifest.decoders) > 1
         checks += [replace(check, name=f"{path.name}: {check.name}") if several else check for check in made]
+    return _finished(folder, manifest, checks, run)
+
+
+def _finished(folder: Path, manifest: Manifest, checks: Sequence[Check], run: bool) -> Verification:
+    """What was found; a folder whose structure alone was proved is proved in full once all of it has run."""
     found = Verification(manifest, tuple(checks))
     if run and found.ok and manifest.proved != "full":
         manifest = manifest.model_copy(update={"proved": "full"})
         write_file(folder / MANIFEST_NAME, manifest.to_text().encode())
     return replace(found, manifest=manifest)
+
+
+def _verify_engines(folder: Path, manifest: Manifest, source: Path | str | None, run: bool, tell: Watch) -> list[Check]:
+    checks = check_records(manifest)
+    if source is None:
+        return checks
+    guarded = Path(source).absolute()
+    checks += [replace(check, name=f"guarded graph: {check.name}") for check in verify(guarded, watch=tell).checks]
+    checks += check_sources(manifest, guarded)
+    if run and all(check.ok for check in checks):
+        checks += check_by_running(folder, manifest, guarded, tell)
+    return checks
 
 
 def _verify_decoder(

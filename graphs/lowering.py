@@ -17,7 +17,7 @@ from .errors import GuardError
 from .fold import FOLD
 from .lowering_task import Task
 from .scribe import Scribe
-from .spec import MODES
+from .spec import MODES, Target
 
 
 def _never_whole(scribe: Scribe, h: ir.Value, task: Task) -> None:
@@ -35,6 +35,7 @@ class Lowering:
             `c` the coordinates `[batch, sequence, m]` float32, or `None` where the lowering does not compute them.
         selects: `(mode, dtype of the stream) -> dtype of the task's selection`.
         why: one clause for the plan.
+        target: the runtime that it was made for.
         whole: `h'` in one step, for a lowering that can sometimes do without a correction, else `None`.
     """
 
@@ -43,6 +44,7 @@ class Lowering:
     correction: Callable[[Scribe, ir.Value, Task], tuple[ir.Value, ir.Value | None]]
     selects: Callable[[str, str], str]
     why: str
+    target: Target = "onnxruntime"
     whole: Callable[[Scribe, ir.Value, Task], ir.Value | None] = _never_whole
 
     def guarded(self, scribe: Scribe, h: ir.Value, task: Task) -> tuple[ir.Value, ir.Value | None]:
@@ -74,6 +76,7 @@ LOWERINGS: tuple[Lowering, ...] = (
         lowering_rank1.selects,
         "a chain of Mul and ReduceSum per row, which TensorRT fuses into the next norm, and every mode "
         "(on ONNX Runtime lowrank is cheaper)",
+        target="tensorrt",
     ),
     Lowering(
         "dense",
@@ -81,7 +84,7 @@ LOWERINGS: tuple[Lowering, ...] = (
         lowering_dense.correction,
         lowering_dense.selects,
         "the literal h @ (I - V^T V), one d x d MatMul per layer (to compare with; the others cost less)",
-        lowering_dense.whole,
+        whole=lowering_dense.whole,
     ),
 )
 
@@ -99,14 +102,14 @@ FOLDED = Lowering(
 )
 
 
-def choose_lowering(name: str, mode: str) -> tuple[Lowering, str]:
-    """The lowering for a mode, and the reason for the plan; `auto` takes the table's first that can.
+def choose_lowering(name: str, mode: str, target: Target = "onnxruntime") -> tuple[Lowering, str]:
+    """The lowering for a mode, and the reason for the plan; `auto` takes the table's first for the target that can.
 
     Raises:
         GuardError: unknown name, or one that cannot write this mode.
     """
     if name == "auto":
-        chosen = next(lowering for lowering in LOWERINGS if mode in lowering.modes)
+        chosen = next(lowering for lowering in LOWERINGS if mode in lowering.modes and lowering.target == target)
         return chosen, f"auto: {chosen.why}"
     by_name = {lowering.name: lowering for lowering in (*LOWERINGS, FOLDED)}
     if name not in by_name:

@@ -1,7 +1,8 @@
 """`guard.json`: what a guarded folder promises, and the check that the folder still keeps it.
 
 Schema `vlmguard.guard/2`: every file with its size and digest; for every decoder graph the source's digest, the plan, what
-was changed and the proof; the spec and the versions. `files` covers everything in the folder but the manifest itself.
+was changed and the proof; the spec and the versions. `files` covers everything in the folder but the manifest itself. In a
+folder of engines `engines` says how each was built, and `decoders` what is said of the graphs that they were built from.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from .errors import ManifestMismatch
 
 MANIFEST_NAME = "guard.json"
 SCHEMA = "vlmguard.guard/2"
+# What a runtime would run, were it put into the folder.
+_EXECUTED = (".onnx", ".engine")
+
 # How much of the proof was done: `full`, or `structure` alone (nothing was run).
 Proved = Literal["full", "structure"]
 
@@ -56,6 +60,33 @@ class DecoderRecord(BaseModel):
     proof: list[dict[str, Any]]
 
 
+class EngineRecord(BaseModel):
+    """One TensorRT engine, and what it was built from.
+
+    Attributes:
+        path: relative to the folder.
+        role: which part of the model it is.
+        source: name and SHA-256 of the ONNX graph that was built; for a decoder the guarded one.
+        backend, version: the builder's.
+        capabilities: compute capabilities that it was built for; empty: the GPU of the machine that built it.
+        profiles: per optimisation profile its name and, by input, smallest, typical and largest shape.
+        layers: what the builder made, in numbers (`EngineLayers.to_json`).
+        pads: of a decoder: whether rows of different lengths may share a batch.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    path: str
+    role: Literal["decoder", "vision_encoder", "embed_tokens"]
+    source: dict[str, str]
+    backend: Literal["tensorrt", "tensorrt_rtx"]
+    version: str
+    capabilities: list[str]
+    profiles: list[dict[str, Any]]
+    layers: dict[str, Any]
+    pads: bool = False
+
+
 class Manifest(BaseModel):
     """The content of `guard.json`.
 
@@ -67,6 +98,7 @@ class Manifest(BaseModel):
         versions: of vlmguard and of what wrote and proved the graphs.
         spec: what was asked for.
         calibration: what the calibrator measured, if it ran.
+        engines: the engines of a folder that was built from a guarded one; empty for a folder of graphs.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -80,6 +112,7 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     spec: dict[str, Any]
     calibration: dict[str, Any] | None = None
+    engines: list[EngineRecord] = []
 
     @property
     def decoder(self) -> str:
@@ -106,8 +139,8 @@ def record_files(folder: Path, names: Iterable[str], digests: dict[str, str]) ->
 
 
 def may_go_unhashed(name: str, size: int) -> bool:
-    """Whether a file's digest may be left out (`--no-digest`): of big weights only, never of a graph or a config."""
-    return size >= BIG and not name.endswith((".onnx", ".json"))
+    """Whether a file's digest may be left out (`--no-digest`): of big weights only, never of what is run or read."""
+    return size >= BIG and not name.endswith((*_EXECUTED, ".json"))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -148,8 +181,10 @@ def require_intact(folder: Path, manifest: Manifest, again: bool = True, progres
         ManifestMismatch: a file is missing, changed, or a graph was added.
     """
     where = folder / MANIFEST_NAME
-    unlisted = next((record.path for record in manifest.decoders if record.path not in manifest.files), None)
-    if not manifest.decoders or unlisted is not None:
+    runs = [engine.path for engine in manifest.engines if engine.role == "decoder"] if manifest.engines else None
+    runs = [record.path for record in manifest.decoders] if runs is None else runs
+    unlisted = next((path for path in runs if path not in manifest.files), None)
+    if not manifest.decoders or not runs or unlisted is not None:
         raise ManifestMismatch(f"{where}: does not list the decoder {unlisted!r}; export again")
     for name, record in manifest.files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -168,7 +203,7 @@ def require_intact(folder: Path, manifest: Manifest, again: bool = True, progres
     for name, record in hashed.items():
         if found[folder / name] != record.sha256:
             raise ManifestMismatch(f"{folder}: {name} is not the file that was proved (SHA-256 differs); export again")
-    graphs = {path.relative_to(folder).as_posix() for path in folder.rglob("*.onnx")}
+    graphs = {path.relative_to(folder).as_posix() for kind in _EXECUTED for path in folder.rglob(f"*{kind}")}
     added = sorted(graphs - set(manifest.files))
     if added:
         raise ManifestMismatch(f"{folder}: {added[0]} was added after the proof; remove it, or export again")
@@ -177,4 +212,8 @@ def require_intact(folder: Path, manifest: Manifest, again: bool = True, progres
 
 def _unchanged(path: Path, record: FileRecord) -> bool:
     status = path.stat()
-    return record.size >= BIG and (status.st_size, status.st_mtime_ns) == (record.size, record.modified_ns)
+    return (
+        record.size >= BIG
+        and path.suffix != ".engine"
+        and (status.st_size, status.st_mtime_ns) == (record.size, record.modified_ns)
+    )

@@ -7,6 +7,8 @@ Layouts (docs/graphs.md, section "Layouts that apps load"):
 - `transformers`: `export.json` names the graphs of `OnnxExporter.export_for_generation(...).save_pretrained` (5.23), and the
   decoder's weights are in TWO of them: `language_model` for the prompt, `decode` for each further token
 - `bare`: one `model.onnx`, its external data beside it, tokenizer beside or above it
+- `engines`: TensorRT engines that `vlmguard engine` built; only their `guard.json` says what they are, so only `GuardedVLM`
+  opens them
 
 Several files of a folder may hold the decoder (precision variants, `decode` and `language_model`). All are guarded, or left
 out of the guarded folder: an app that opens another file of it must not find an unguarded one.
@@ -29,7 +31,7 @@ import onnx_ir as ir
 
 from .errors import GuardError, ModelUnreadable, first_line
 
-Layout = Literal["onnx-community", "genai", "transformers", "bare"]
+Layout = Literal["onnx-community", "genai", "transformers", "bare", "engines"]
 
 # Graphs of the onnx-community layout that are not decoders.
 _SIBLINGS = ("vision_encoder", "embed_tokens", "audio_encoder")
@@ -118,6 +120,11 @@ class ModelPackage:
         declared = self._declared("head_dim", "head_size")
         width, heads = self._declared("hidden_size", "n_embd"), self._declared("num_attention_heads", "n_head")
         return declared or (width // heads if width and heads else None)
+
+    @property
+    def longest_sequence(self) -> int | None:
+        """How many tokens the model knows positions for, if a config says."""
+        return self._declared("max_position_embeddings", "n_positions", "context_length")
 
     def _declared(self, *keys: str) -> int | None:
         """A number about the text decoder: from `config.json`, else from `genai_config.json`."""

@@ -143,7 +143,7 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
     mode, notes = _mode(spec, directions)
     layers, why_layers = _layers(spec, directions, anatomy, mode)
     notes += why_layers
-    lowering, reason = choose_lowering(spec.lowering, mode)
+    lowering, reason = choose_lowering(spec.lowering, mode, spec.target)
     directions = _one_direction(spec, directions, layers, mode, notes)
     guards = {  # whatever order, and how often, the directions name them
         number: _layer_guard(number, directions, spec, mode, notes) for number in sorted(set(layers))

@@ -15,9 +15,11 @@ from .errors import GuardError
 
 Mode = Literal["project", "steer", "supervise", "restore"]
 Positions = Literal["all", "last"]
+Target = Literal["onnxruntime", "tensorrt"]
 
 MODES: tuple[str, ...] = get_args(Mode)
 POSITIONS: tuple[str, ...] = get_args(Positions)
+TARGETS: tuple[str, ...] = get_args(Target)
 MAX_RANK = 8
 # A threshold beyond it is passed by every score or by none, and in float32 it could be infinite. The sentinel of a
 # listening pass (`reference.LISTEN`, -1e30) must stay below every threshold.
@@ -45,6 +47,7 @@ class GuardSpec:
         lowering: how the guard is written into the graph; `auto` lets the plan choose and say why.
         direction_of: use this layer's SSD in every guarded layer (`project` only); what `fold` needs, because it changes
             the whole stream by one subspace. The layers are then all of the decoder's, unless `layers` says which.
+        target: who will run the graph; `auto` takes the lowering that is cheapest there. Any runtime runs any of them.
     """
 
     mode: Mode | None = None
@@ -55,12 +58,15 @@ class GuardSpec:
     positions: Positions = "last"
     lowering: str = "auto"
     direction_of: int | None = None
+    target: Target = "onnxruntime"
 
     def __post_init__(self) -> None:
         if self.mode is not None and self.mode not in MODES:
             raise GuardError(f"mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
         if self.positions not in POSITIONS:
             raise GuardError(f"positions {self.positions!r} is unknown; choose one of {', '.join(POSITIONS)}")
+        if self.target not in TARGETS:
+            raise GuardError(f"target {self.target!r} is unknown; choose one of {', '.join(TARGETS)}")
         if self.layers is not None and not self.layers:
             raise GuardError("the list of layers is empty; name at least one layer, or say auto")
         if self.direction_of is not None and self.direction_of < 0:

@@ -17,8 +17,9 @@ from ..graphs.errors import GuardError
 from ..graphs.package import ModelPackage, in_memory
 from ..graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
 from .deepstack import is_embeds
+from .device import DeviceOutputs, DeviceTensor, Tensor, last, where_it_is
 from .prompt_images import PromptImages
-from .runners import Port, Runner, open_runner
+from .runners import DeviceRunner, Port, Runner, open_runner
 
 # optimum, onnx-community, onnxruntime-genai; older optimum; transformers' exporter
 _CACHE_NAMES = (
@@ -27,6 +28,7 @@ _CACHE_NAMES = (
     ("past.", "present."),
     ("input.past_key_values.", "output.past_key_values."),
 )
+CACHE_PREFIXES = tuple(dict.fromkeys(past for past, _ in _CACHE_NAMES))
 
 
 # What merged decoders want to know besides: which branch of their `If` to take (optimum), and how many logits to give
@@ -63,13 +65,16 @@ class PromptBatch:
 
 @dataclass
 class DecoderState:
-    """What one generation carries from call to call."""
+    """What one generation carries from call to call.
+
+    The cache and the supervisor's coordinates stay on the runner's device, where it has one.
+    """
 
     ids: np.ndarray
     mask: np.ndarray
     embeds: np.ndarray | None
-    cache: dict[str, np.ndarray] = field(default_factory=dict)
-    supervisor: np.ndarray | None = None
+    cache: dict[str, Tensor] = field(default_factory=dict)
+    supervisor: Tensor | None = None
     images: PromptImages | None = None
 
 
@@ -124,30 +129,40 @@ class DecoderSession:
 
     def prefill_feeds(self, batch: PromptBatch, supervisor: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """The graph's inputs for a whole prompt on an empty cache."""
-        state = DecoderState(
-            batch.ids, batch.mask, batch.embeds, self._empty_cache(batch.size), supervisor, batch.images
-        )
+        return {name: np.asarray(fed) for name, fed in self._prefill_feeds(batch, supervisor).items()}
+
+    def _prefill_feeds(self, batch: PromptBatch, supervisor: Tensor | None) -> dict[str, Tensor]:
+        cache = self._empty_cache(batch.size)
+        state = DecoderState(batch.ids, batch.mask, batch.embeds, cache, supervisor, batch.images)
         return self._feeds(state, batch.ids, batch.embeds)
 
     def prefill(
-        self, batch: PromptBatch, supervisor: np.ndarray | None = None
-    ) -> tuple[dict[str, np.ndarray], DecoderState]:
+        self, batch: PromptBatch, supervisor: Tensor | None = None
+    ) -> tuple[Mapping[str, np.ndarray], DecoderState]:
         """Run a whole prompt.
 
+        Args:
+            supervisor: the text-only coordinates `[batch, layers, m]` that a supervised graph wants.
+
         Returns:
-            All outputs, and the state for `step`.
+            All outputs, and the state for `step`. Outputs of a runner with a device are copied when they are looked at.
         """
         if batch.given is not None:
-            return self.runner.run(self._given(batch.given, supervisor)), DecoderState(batch.ids, batch.mask, None)
+            return self._run(self._given(batch.given, supervisor)), DecoderState(batch.ids, batch.mask, None)
         if self.one_token:
             return self._prefill_by_token(batch, supervisor)
-        outputs = self.runner.run(self.prefill_feeds(batch, supervisor))
+        outputs = self._run(self._prefill_feeds(batch, supervisor))
         embeds = None if self.cache_inputs else batch.embeds
         state = DecoderState(batch.ids, batch.mask, embeds, {}, supervisor, batch.images)
         self._keep(state, outputs)
         return outputs, state
 
-    def _given(self, given: Mapping[str, np.ndarray], supervisor: np.ndarray | None) -> dict[str, np.ndarray]:
+    def _run(self, feeds: Mapping[str, Tensor], step: bool = False) -> Mapping[str, np.ndarray]:
+        if isinstance(self.runner, DeviceRunner):
+            return DeviceOutputs(self.runner.run_on_device(feeds, step))
+        return self.runner.run({name: np.asarray(fed) for name, fed in feeds.items()})
+
+    def _given(self, given: Mapping[str, np.ndarray], supervisor: Tensor | None) -> dict[str, Tensor]:
         ports = {name: port for name, port in self.runner.inputs.items() if name != SUPERVISOR_INPUT}
         differing = sorted(ports.keys() ^ given.keys())
         if differing:
@@ -155,7 +170,7 @@ class DecoderSession:
                 f"the given inputs are {', '.join(given)}, the decoder takes {', '.join(ports)}; {differing[0]!r} is in one "
                 "of them alone"
             )
-        asked = {} if supervisor is None else {SUPERVISOR_INPUT: supervisor.astype(np.float32)}
+        asked = {} if supervisor is None else {SUPERVISOR_INPUT: _coordinates(supervisor)}
         return {name: given[name].astype(port.dtype) for name, port in ports.items()} | asked
 
     @property
@@ -167,18 +182,18 @@ class DecoderSession:
         return len(text.shape) > 1 and text.shape[1] == 1
 
     def _prefill_by_token(
-        self, batch: PromptBatch, supervisor: np.ndarray | None
-    ) -> tuple[dict[str, np.ndarray], DecoderState]:
+        self, batch: PromptBatch, supervisor: Tensor | None
+    ) -> tuple[Mapping[str, np.ndarray], DecoderState]:
         """A whole prompt, a token a call; the outputs are those of its last token."""
         none = np.zeros((batch.size, 0), np.int64)
         state = DecoderState(none, none, None, self._empty_cache(batch.size), supervisor, batch.images)
-        outputs: dict[str, np.ndarray] = {}
+        outputs: Mapping[str, np.ndarray] = {}
         for at in range(batch.ids.shape[1]):
             embeds = None if batch.embeds is None else batch.embeds[:, at : at + 1]
             outputs = self.step(state, batch.ids[:, at : at + 1], embeds)
         return outputs, state
 
-    def step(self, state: DecoderState, tokens: np.ndarray, embeds: np.ndarray | None) -> dict[str, np.ndarray]:
+    def step(self, state: DecoderState, tokens: np.ndarray, embeds: np.ndarray | None) -> Mapping[str, np.ndarray]:
         """Run one more token per row, `[batch, 1]`; changes `state`."""
         state.ids = np.concatenate([state.ids, tokens], axis=1)
         state.mask = np.concatenate([state.mask, np.ones_like(tokens)], axis=1)
@@ -187,22 +202,21 @@ class DecoderSession:
             current = state.ids
             if embeds is not None and state.embeds is not None:
                 embeds = state.embeds = np.concatenate([state.embeds, embeds], axis=1)
-        outputs = self.runner.run(self._feeds(state, current, embeds))
+        outputs = self._run(self._feeds(state, current, embeds), step=True)
         self._keep(state, outputs)
         return outputs
 
-    def coordinates(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The graph's own coordinates at the last token, `[batch, layers, m]` (supervised graphs)."""
-        return outputs[COORDINATES_OUTPUT]
+    def coordinates(self, outputs: Mapping[str, np.ndarray]) -> Tensor:
+        """The graph's own coordinates at the last token, `[batch, layers, m]` (supervised graphs), where they are."""
+        return where_it_is(outputs, COORDINATES_OUTPUT)
 
     def last_logits(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Logits at the last position, `[batch, vocabulary]` float32; prompts are padded on the left."""
-        logits = outputs[self.logits_output]
-        return (logits[:, -1] if logits.ndim == 3 else logits).astype(np.float32)
+        return last(outputs, self.logits_output).astype(np.float32)
 
-    def _feeds(self, state: DecoderState, current: np.ndarray, embeds: np.ndarray | None) -> dict[str, np.ndarray]:
+    def _feeds(self, state: DecoderState, current: np.ndarray, embeds: np.ndarray | None) -> dict[str, Tensor]:
         ports = self.runner.inputs
-        feeds: dict[str, np.ndarray] = {}
+        feeds: dict[str, Tensor] = {}
         images = state.images or PromptImages()
         window = state.ids.shape[1] - current.shape[1], state.ids.shape[1]
         if self.takes_embeds:
@@ -238,13 +252,13 @@ class DecoderSession:
                     "this graph is guarded in mode supervise and needs the text-only coordinates; run the text-only pass "
                     "first, as GuardedVLM does"
                 )
-            feeds[SUPERVISOR_INPUT] = state.supervisor.astype(np.float32)
+            feeds[SUPERVISOR_INPUT] = _coordinates(state.supervisor)
         return feeds | state.cache
 
     def _keep(self, state: DecoderState, outputs: Mapping[str, np.ndarray]) -> None:
-        state.cache = {name: outputs[present] for name, present in self._present.items()}
+        state.cache = {name: where_it_is(outputs, present) for name, present in self._present.items()}
 
-    def _empty_cache(self, batch: int) -> dict[str, np.ndarray]:
+    def _empty_cache(self, batch: int) -> dict[str, Tensor]:
         return {name: _empty(port, batch, *self._heads) for name, port in self.cache_inputs.items()}
 
 
@@ -282,6 +296,13 @@ def open_decoder(
         path = graph or package.decoder
         runner = open_runner(path, path.parent, runtime, optimize)
     return DecoderSession(runner, package.kv_heads, package.head_size, given)
+
+
+def _coordinates(supervisor: Tensor) -> Tensor:
+    """As graphs take them, in float32; what a graph itself gave is already that, and stays on its device."""
+    if isinstance(supervisor, DeviceTensor) and supervisor.dtype == np.float32:
+        return supervisor
+    return np.asarray(supervisor).astype(np.float32)
 
 
 def _empty(port: Port, batch: int, kv_heads: int | None, head_size: int | None) -> np.ndarray:

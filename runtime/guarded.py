@@ -9,11 +9,12 @@ from pathlib import Path
 from PIL import Image
 
 from ..graphs.anatomy import guarded_layers
-from ..graphs.errors import ManifestMismatch
+from ..graphs.errors import GuardError, ManifestMismatch
 from ..graphs.fold import FOLD, folded_weights
 from ..graphs.manifest import Manifest, read_manifest, require_intact
 from ..graphs.package import ModelPackage, open_package
-from .vlm import Request, Sampling, VisionLanguageModel
+from .runners import Runner
+from .vlm import OpenPart, Request, Sampling, VisionLanguageModel
 
 
 class GuardedVLM(VisionLanguageModel):
@@ -25,37 +26,38 @@ class GuardedVLM(VisionLanguageModel):
         manifest: the folder's `guard.json`.
     """
 
-    def __init__(self, package: ModelPackage, manifest: Manifest, runtime: str = "onnxruntime") -> None:
-        for view, record in zip(package.views(), manifest.decoders, strict=True):
-            graph, promised = view.load_decoder().graph, tuple(record.plan.get("layers", ()))
-            if record.plan.get("lowering") == FOLD:  # no node bears a layer's number: the weights are counted
-                complete = len(folded_weights(graph)) == record.report.get("initializers")
-                found = promised if complete and folded_weights(graph) else ()
-            else:
-                found = guarded_layers(graph)
-            if found != promised or not found:
-                raise ManifestMismatch(
-                    f"{view.decoder}: carries a guard on layers {found}, the manifest promises {promised}; export again"
-                )
-        if manifest.proved != "full":
-            raise ManifestMismatch(
-                f"{package.root}: only the structure of its guard was proved, nothing was run; run "
-                "`vlmguard verify --run` with --source first"
-            )
-        super().__init__(package, runtime=runtime)
+    def __init__(
+        self,
+        package: ModelPackage,
+        manifest: Manifest,
+        runtime: str = "onnxruntime",
+        open_part: OpenPart | None = None,
+        pads: bool | None = None,
+    ) -> None:
+        if open_part is None:
+            _require_guard(package, manifest)
+        super().__init__(package, runtime=runtime, open_part=open_part, pads=pads)
         self.manifest = manifest
 
     @classmethod
-    def open(cls, folder: Path | str, runtime: str = "onnxruntime") -> GuardedVLM:
-        """Open a guarded folder.
+    def open(cls, folder: Path | str, runtime: str | None = None) -> GuardedVLM:
+        """Open a guarded folder, of graphs or of engines.
+
+        Args:
+            folder: what `vlmguard-export` or `vlmguard engine` wrote.
+            runtime: who runs graphs (a row of the runners' table), default `onnxruntime`; engines are run by who built them.
 
         Raises:
-            ManifestMismatch: no manifest, any file's digest differs from it, or the decoder carries no such guard.
+            ManifestMismatch: no manifest, any file's digest differs from it, the decoder carries no such guard, or the guard
+                was never run.
+            GuardError: engines, and another runtime was asked for.
         """
-        folder = Path(folder).absolute()
-        manifest = read_manifest(folder)
-        require_intact(folder, manifest, again=False)
-        return cls(open_guarded_package(folder, manifest), manifest, runtime)
+        return _open(cls, Path(folder).absolute(), runtime, proved_only=True)
+
+    @classmethod
+    def open_unproved(cls, folder: Path | str) -> GuardedVLM:
+        """Open a folder whose guard has not been run yet, for the proof that runs it; everything else is checked."""
+        return _open(cls, Path(folder).absolute(), None, proved_only=False)
 
     def generate(
         self,
@@ -81,6 +83,64 @@ class GuardedVLM(VisionLanguageModel):
     ) -> Iterator[str]:
         """One answer, in pieces as they come."""
         yield from self.stream(Request(prompt, image), Sampling(max_new_tokens, temperature, top_p, seed))
+
+
+def _open(cls: type[GuardedVLM], folder: Path, runtime: str | None, proved_only: bool) -> GuardedVLM:
+    manifest = read_manifest(folder)
+    require_intact(folder, manifest, again=False)
+    if proved_only and manifest.proved != "full":
+        raise ManifestMismatch(
+            f"{folder}: only the structure of its guard was proved, nothing was run; run "
+            "`vlmguard verify --run` with --source first"
+        )
+    if manifest.engines:
+        return _open_engines(cls, folder, manifest, runtime)
+    package = open_guarded_package(folder, manifest)
+    return cls(package, manifest, runtime or "onnxruntime")
+
+
+def _open_engines(cls: type[GuardedVLM], folder: Path, manifest: Manifest, runtime: str | None) -> GuardedVLM:
+    """Engines are opened by their own backend, each against the digest that it was built with."""
+    from .cuda import Cuda
+    from .tensorrt_backend import find_backend
+    from .tensorrt_runner import TensorRTRunner
+
+    parts = {engine.role: engine for engine in manifest.engines}
+    decoder = parts["decoder"]
+    if runtime not in {None, decoder.backend}:
+        raise GuardError(
+            f"{folder}: holds engines of {decoder.backend}, {runtime} cannot run them; leave the runtime out"
+        )
+    backend, device = find_backend(decoder.backend), Cuda()  # one device: a part reads what another left there
+
+    def open_part(path: Path) -> Runner:
+        digest = manifest.files[path.relative_to(folder).as_posix()].sha256
+        assert digest is not None  # an engine never goes unhashed
+        return TensorRTRunner(path, digest, backend, device)
+
+    package = ModelPackage(
+        folder,
+        folder / decoder.path,
+        "engines",
+        vision_encoder=folder / parts["vision_encoder"].path if "vision_encoder" in parts else None,
+        embed_tokens=folder / parts["embed_tokens"].path if "embed_tokens" in parts else None,
+    )
+    return cls(package, manifest, decoder.backend, open_part, decoder.pads)
+
+
+def _require_guard(package: ModelPackage, manifest: Manifest) -> None:
+    """Every decoder graph carries the guard that the manifest promises."""
+    for view, record in zip(package.views(), manifest.decoders, strict=True):
+        graph, promised = view.load_decoder().graph, tuple(record.plan.get("layers", ()))
+        if record.plan.get("lowering") == FOLD:  # no node bears a layer's number: the weights are counted
+            complete = len(folded_weights(graph)) == record.report.get("initializers")
+            found = promised if complete and folded_weights(graph) else ()
+        else:
+            found = guarded_layers(graph)
+        if found != promised or not found:
+            raise ManifestMismatch(
+                f"{view.decoder}: carries a guard on layers {found}, the manifest promises {promised}; export again"
+            )
 
 
 def open_guarded_package(folder: Path, manifest: Manifest) -> ModelPackage:

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the CUDA provider when it is there, else the CPU."""
+"""ONNX Runtime: on the CPU, or on a device where the KV cache stays from call to call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 
 from ..graphs.errors import ExtraMissing, ModelUnreadable, RunFailed, first_line
-from .runners import Port
+from .device import DeviceTensor, Tensor
+from .runners import Port, Runner
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -26,7 +27,18 @@ _NUMPY = {
     "tensor(uint8)": np.uint8,
     "tensor(bool)": np.bool_,
 }
-_PREFERRED_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+_CPU, _CUDA, _TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+_PREFERRED_PROVIDERS = (_CUDA, _CPU)
+# What is asked for by name, what serves the rest of the graph, and what to install where it is missing.
+_NAMED: dict[str, tuple[tuple[str, ...], str]] = {
+    "cpu": ((_CPU,), "install vlmguard[cpu]"),
+    "cuda": ((_CUDA, _CPU), "install vlmguard[gpu] in place of vlmguard[cpu], on a machine with an NVIDIA GPU"),
+    "tensorrt": (
+        (_TENSORRT, _CUDA, _CPU),
+        "install vlmguard[gpu] in place of vlmguard[cpu], and TensorRT 10's libraries, on a machine with an NVIDIA GPU",
+    ),
+}
+_ON_CUDA = (_CUDA, _TENSORRT)
 _FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
 
 
@@ -38,14 +50,20 @@ class OnnxRuntimeRunner:
         folder: where external data is looked for.
         optimize: ONNX Runtime's graph optimisations on (all) or off.
         providers: execution providers in order; `None` takes CUDA when present, then CPU.
+        fallback: whether a provider that does not start may be left out, which onnxruntime does without a word.
 
     Raises:
-        ExtraMissing: onnxruntime is not installed.
+        ExtraMissing: onnxruntime is not installed, or a provider that must start does not.
         ModelUnreadable: onnxruntime refuses the graph.
     """
 
     def __init__(
-        self, graph: Path | bytes, folder: Path, optimize: bool = True, providers: tuple[str, ...] | None = None
+        self,
+        graph: Path | bytes,
+        folder: Path,
+        optimize: bool = True,
+        providers: tuple[str, ...] | None = None,
+        fallback: bool = True,
     ) -> None:
         runtime = import_onnxruntime()
         options = runtime.SessionOptions()
@@ -58,11 +76,12 @@ class OnnxRuntimeRunner:
             options.add_session_config_entry(_FOLDER_OPTION, str(folder))
         try:
             source: Any = graph if isinstance(graph, bytes) else str(graph)
-            self._session = runtime.InferenceSession(source, options, providers=list(chosen))
+            self._session = runtime.InferenceSession(source, options, providers=list(chosen), enable_fallback=fallback)
         except Exception as error:  # onnxruntime raises a family of its own, not exported under one name
             where = "the graph" if isinstance(graph, bytes) else str(graph)
+            on = "" if fallback or chosen[0] == _CPU else f" on the {chosen[0]}, which has to start"
             raise ModelUnreadable(
-                f"{where}: onnxruntime cannot open it ({first_line(error)}); is the file complete?"
+                f"{where}: onnxruntime cannot open it{on} ({first_line(error)}); is the file complete?"
             ) from None
         self.inputs = {port.name: _port(port) for port in self._session.get_inputs()}
         self.outputs = {port.name: _port(port) for port in self._session.get_outputs()}
@@ -73,11 +92,108 @@ class OnnxRuntimeRunner:
         return tuple(self._session.get_providers())
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs by name."""
         names = list(self.outputs)
         try:
             return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
         except Exception as error:  # a family of its own again: shapes that the graph does not take, memory, ...
             raise RunFailed(f"onnxruntime cannot run the graph on these inputs ({first_line(error)})") from error
+
+
+class OnnxRuntimeDeviceRunner(OnnxRuntimeRunner):
+    """A session whose outputs stay on its device, bound there with `IOBinding`.
+
+    Args:
+        device: where outputs are bound, in onnxruntime's words: `cuda`, or `cpu`.
+    """
+
+    def __init__(
+        self,
+        graph: Path | bytes,
+        folder: Path,
+        optimize: bool = True,
+        providers: tuple[str, ...] | None = None,
+        fallback: bool = True,
+        device: str = "cuda",
+    ) -> None:
+        super().__init__(graph, folder, optimize, providers, fallback)
+        self.device = device
+
+    def run_on_device(self, feeds: Mapping[str, Tensor], step: bool = False) -> dict[str, Tensor]:
+        """All outputs by name, on the device.
+
+        Raises:
+            RunFailed: an input is missing, or onnxruntime cannot run the graph on these.
+        """
+        missing = [name for name in self.inputs if name not in feeds]
+        if missing:  # onnxruntime looks at bound inputs only when a node reads them, and not always then
+            raise RunFailed(f"onnxruntime cannot run the graph on these inputs ({', '.join(missing)} is missing)")
+        try:
+            binding = self._session.io_binding()
+            for name, fed in feeds.items():
+                if isinstance(fed, OrtTensor) and fed.value.device_name() == self.device:
+                    binding.bind_ortvalue_input(name, fed.value)
+                else:
+                    binding.bind_cpu_input(name, np.asarray(fed, order="C"))
+            for name in self.outputs:
+                binding.bind_output(name, self.device)
+            self._session.run_with_iobinding(binding)
+            values = binding.get_outputs()
+        except RunFailed:
+            raise
+        except Exception as error:  # a family of its own
+            raise RunFailed(f"onnxruntime cannot run the graph on these inputs ({first_line(error)})") from error
+        ports = self.outputs.values()
+        return {port.name: OrtTensor(value, port.dtype) for port, value in zip(ports, values, strict=True)}
+
+
+class OrtTensor(DeviceTensor):
+    """An `OrtValue`.
+
+    Attributes:
+        value: the tensor, in onnxruntime's hands.
+    """
+
+    def __init__(self, value: Any, dtype: np.dtype) -> None:
+        self.value = value
+        self._dtype = dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape())
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self._dtype
+
+    def numpy(self) -> np.ndarray:
+        try:
+            return self.value.numpy()
+        except Exception as error:  # bfloat16 among others
+            raise RunFailed(f"onnxruntime cannot copy {self.dtype} to the host ({first_line(error)})") from error
+
+
+def open_onnxruntime(graph: Path | bytes, folder: Path, optimize: bool, provider: str | None) -> Runner:
+    """A runner with the provider of that name (`cpu`, `cuda`, `tensorrt`); for `None` with CUDA when it is there.
+
+    Raises:
+        ExtraMissing: the provider that was asked for is not there, or does not start: nothing else serves in its place.
+        ModelUnreadable: onnxruntime refuses the graph.
+    """
+    available = import_onnxruntime().get_available_providers()
+    if provider is None:
+        providers, missing = tuple(name for name in _PREFERRED_PROVIDERS if name in available), ""
+    else:
+        providers, missing = _NAMED[provider]
+        if providers[0] not in available:
+            raise ExtraMissing(f"this onnxruntime has no {providers[0]}, it has {', '.join(available)}; {missing}")
+    kind = OnnxRuntimeDeviceRunner if providers[0] in _ON_CUDA else OnnxRuntimeRunner
+    runner = kind(graph, folder, optimize, providers, fallback=provider is None)
+    if runner.providers[0] == providers[0]:
+        return runner
+    if provider is not None:
+        raise ExtraMissing(f"{providers[0]} does not start, onnxruntime would take {runner.providers[0]}; {missing}")
+    return OnnxRuntimeRunner(graph, folder, optimize, (_CPU,))  # onnxruntime-gpu on a machine without a GPU
 
 
 def import_onnxruntime() -> Any:

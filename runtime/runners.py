@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from ..graphs.errors import GuardError
 from ..graphs.package import external_files, in_memory, load_graph
+from .device import Tensor
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,25 @@ class Runner(Protocol):
         ...
 
 
-# path or serialized graph, folder of its external data, options -> runner
-OpenRunner = Callable[[Path | bytes, Path], Runner]
+@runtime_checkable
+class DeviceRunner(Runner, Protocol):
+    """A runner with memory of its own, in which outputs can stay until the next call."""
+
+    def run_on_device(self, feeds: Mapping[str, Tensor], step: bool = False) -> Mapping[str, Tensor]:
+        """All outputs by name, where they were computed.
+
+        Args:
+            feeds: arrays, and tensors that runners of the same device gave; those are not copied.
+            step: one more token of a generation: the same shapes may come again, and recording the call may pay.
+
+        Raises:
+            RunFailed: the graph does not take these inputs, or the device failed.
+        """
+        ...
+
+
+# path or serialized graph, folder of its external data, whether to optimise -> runner
+_Open = Callable[[Path | bytes, Path, bool], Runner]
 
 
 def open_runner(graph: Path | bytes, folder: Path, runtime: str = "onnxruntime", optimize: bool = True) -> Runner:
@@ -50,9 +68,14 @@ def open_runner(graph: Path | bytes, folder: Path, runtime: str = "onnxruntime",
         optimize: whether the runtime may fuse and reorder; off shows the graph exactly as it is written.
 
     Raises:
-        GuardError: the runtime is unknown.
+        GuardError: the runtime is unknown, or runs engines and no graphs.
         ExtraMissing: it is not installed.
     """
+    if runtime in _ENGINE_RUNTIMES:
+        what = graph.name if isinstance(graph, Path) else "a graph in memory"
+        raise GuardError(
+            f"{runtime} runs engines, not {what}; build one with `vlmguard engine`, and open the folder that it writes"
+        )
     if runtime not in _RUNNERS:
         raise GuardError(f"runtime {runtime!r} is unknown; choose one of {', '.join(_RUNNERS)}")
     if isinstance(graph, Path) and _by_reference(graph):
@@ -67,10 +90,20 @@ def _by_reference(graph: Path) -> bool:
     return any(data.is_symlink() for data in external_files(graph))
 
 
-def _onnxruntime(graph: Path | bytes, folder: Path, optimize: bool) -> Runner:
-    from .onnxruntime_runner import OnnxRuntimeRunner
+def _onnxruntime(provider: str | None) -> _Open:
+    def opened(graph: Path | bytes, folder: Path, optimize: bool) -> Runner:
+        from .onnxruntime_runner import open_onnxruntime
 
-    return OnnxRuntimeRunner(graph, folder, optimize=optimize)
+        return open_onnxruntime(graph, folder, optimize, provider)
+
+    return opened
 
 
-_RUNNERS: dict[str, Callable[[Path | bytes, Path, bool], Runner]] = {"onnxruntime": _onnxruntime}
+_RUNNERS: dict[str, _Open] = {
+    "onnxruntime": _onnxruntime(None),  # CUDA when it is there, else the CPU
+    "onnxruntime-cpu": _onnxruntime("cpu"),
+    "onnxruntime-cuda": _onnxruntime("cuda"),
+    "onnxruntime-tensorrt": _onnxruntime("tensorrt"),
+}
+# What they run is built ahead of time and is executable code: an engine is opened only against a digest (tensorrt_runner.py).
+_ENGINE_RUNTIMES = ("tensorrt", "tensorrt_rtx")

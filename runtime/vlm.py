@@ -8,7 +8,7 @@ mode `supervise` each batch is run twice: a short text-only pass gives the coord
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,9 @@ from ..graphs.errors import GuardError, ModelUnreadable
 from ..graphs.package import ModelPackage
 from ..graphs.reference import LISTEN
 from .chat import ChatTokenizer
-from .decoder import PromptBatch, can_pad, open_decoder
+from .decoder import DecoderSession, PromptBatch, can_pad, open_decoder
 from .deepstack import scatter
+from .device import Tensor
 from .images import open_image
 from .positions_mrope import mrope_positions
 from .prompt_images import PromptImages
@@ -76,7 +77,10 @@ class Step:
     """
 
     tokens: list[int | None]
-    outputs: dict[str, np.ndarray]
+    outputs: Mapping[str, np.ndarray]
+
+
+OpenPart = Callable[[Path], Runner]  # one file of the package -> what runs it
 
 
 class VisionLanguageModel:
@@ -87,6 +91,8 @@ class VisionLanguageModel:
         decoder: the decoder's graph if it is not the package's own (a tapped or guarded copy in memory).
         runtime: a row of the runners' table.
         optimize: whether the runtime may optimise the decoder's graph.
+        open_part: opens the package's files in place of the runtime (engines, each against its digest).
+        pads: whether rows of different lengths may share a batch; default: what the decoder's graph says.
 
     Raises:
         ModelUnreadable: a part is missing or cannot be opened.
@@ -99,12 +105,19 @@ class VisionLanguageModel:
         decoder: ir.Model | None = None,
         runtime: str = "onnxruntime",
         optimize: bool = True,
+        open_part: OpenPart | None = None,
+        pads: bool | None = None,
     ) -> None:
         self.package = package
         self.runtime = runtime
-        graph = package.load_decoder() if decoder is None else decoder
-        self.pads = can_pad(graph.graph)
-        self.decoder = open_decoder(package, decoder, runtime, optimize)
+        self._open_part = open_part or (lambda path: open_runner(path, path.parent, runtime))
+        if pads is None:
+            pads = can_pad((package.load_decoder() if decoder is None else decoder).graph)
+        self.pads = pads
+        if open_part is not None and decoder is None:
+            self.decoder = DecoderSession(open_part(package.decoder), package.kv_heads, package.head_size)
+        else:
+            self.decoder = open_decoder(package, decoder, runtime, optimize)
         if self.decoder.takes_embeds and package.embed_tokens is None:
             raise ModelUnreadable(
                 f"{package.root}: the decoder takes inputs_embeds, but there is no embed_tokens graph"
@@ -112,7 +125,7 @@ class VisionLanguageModel:
 
     def with_decoder(self, decoder: ir.Model, optimize: bool = True) -> VisionLanguageModel:
         """The same model around another decoder graph; the other parts stay open."""
-        other = VisionLanguageModel(self.package, decoder, self.runtime, optimize)
+        other = VisionLanguageModel(self.package, decoder, self.runtime, optimize, self._open_part)
         for part in ("chat", "images", "_vision", "_embed"):
             if part in self.__dict__:
                 other.__dict__[part] = self.__dict__[part]
@@ -173,13 +186,16 @@ class VisionLanguageModel:
         if text != said:  # the other half never came
             yield text[len(said) :]
 
-    def prefill(self, requests: Sequence[Request], batch: PromptBatch | None = None) -> dict[str, np.ndarray]:
+    def prefill(self, requests: Sequence[Request], batch: PromptBatch | None = None) -> Mapping[str, np.ndarray]:
         """All outputs of the decoder for one batch of prompts; requests must fit in one batch."""
         batch = self.batch(requests) if batch is None else batch
         return self.decoder.prefill(batch, self.supervise(requests))[0]
 
-    def supervise(self, requests: Sequence[Request]) -> np.ndarray | None:
-        """The text-only pass of a supervised graph: coordinates `[batch, layers, m]`; `None` for any other graph."""
+    def supervise(self, requests: Sequence[Request]) -> Tensor | None:
+        """The text-only pass of a supervised graph: coordinates `[batch, layers, m]`; `None` for any other graph.
+
+        They stay on the runner's device, where it has one, and the real pass takes them from there.
+        """
         if not self.decoder.supervised:
             return None
         layers, rank = self.decoder.supervisor_shape
@@ -229,13 +245,13 @@ class VisionLanguageModel:
         path = self.package.vision_encoder
         if path is None or not self.decoder.takes_embeds:
             raise GuardError(f"{self.package.root}: has no vision encoder; leave the image out")
-        return open_runner(path, path.parent, self.runtime)
+        return self._open_part(path)
 
     @cached_property
     def _embed(self) -> Runner:
         path = self.package.embed_tokens
         assert path is not None
-        return open_runner(path, path.parent, self.runtime)
+        return self._open_part(path)
 
     def _embeds(self, ids: np.ndarray, at: np.ndarray | None = None, features: np.ndarray | None = None) -> np.ndarray:
         """Embeddings of the tokens, with the features `[image tokens, d]` where `at` says."""

@@ -331,7 +331,7 @@ def test_a_proof_of_the_structure_alone_is_completed_by_verify(tmp_path: Path, t
         assert verify(result.out, source).ok
         assert refusal(ManifestMismatch, vlmguard.GuardedVLM.open, result.out) == sentence
     assert refusal(GuardError, verify, result.out, run=True) == (
-        "running the proof compares with the unguarded model; give it with --source"
+        "running the proof compares with what the folder was made from; give that with --source"
     )
     found = verify(result.out, SOURCE, run=True)
     assert found.ok and found.manifest.proved == read_manifest(result.out).proved == "full"

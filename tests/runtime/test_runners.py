@@ -9,13 +9,21 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from tiny_vlm_paths import DECODER, PROMPTS, SOURCE, Guarded
 
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ModelUnreadable, RunFailed
+from vlmguard.graphs.package import open_package
 from vlmguard.runtime import runners
-from vlmguard.runtime.onnxruntime_runner import OnnxRuntimeRunner
-from vlmguard.runtime.runners import Runner, open_runner
+from vlmguard.runtime.decoder import DecoderSession, PromptBatch
+from vlmguard.runtime.device import DeviceOutputs
+from vlmguard.runtime.onnxruntime_runner import OnnxRuntimeDeviceRunner, OnnxRuntimeRunner, OrtTensor, open_onnxruntime
+from vlmguard.runtime.runners import DeviceRunner, Runner, open_runner
+from vlmguard.runtime.vlm import Request, Sampling, VisionLanguageModel
 
-RUNTIMES = [name for name in runners._RUNNERS if name == "onnxruntime"]  # the others need a GPU
+pytest_plugins = ("tiny_vlm_fixtures",)
+
+NEED_A_GPU = {"onnxruntime-cuda", "onnxruntime-tensorrt"}
+RUNTIMES = [name for name in runners._RUNNERS if name not in NEED_A_GPU]
 WEIGHT = np.arange(12, dtype=np.float32).reshape(4, 3)
 
 
@@ -83,7 +91,148 @@ def test_the_cpu_serves_where_there_is_no_cuda(tmp_path: Path) -> None:
     assert only.providers == ("CPUExecutionProvider",)
 
 
+# ------------------------------------------------------------------------------------------- outputs that stay on a device
+
+
+def on_device(path: Path) -> OnnxRuntimeDeviceRunner:
+    """What CUDA gets, with the CPU for a device."""
+    return OnnxRuntimeDeviceRunner(path, path.parent, providers=("CPUExecutionProvider",), device="cpu")
+
+
+def test_bound_outputs_are_what_a_plain_run_gives(tmp_path: Path) -> None:
+    plain = opened("onnxruntime-cpu", tmp_path, "path")
+    bound = on_device(tmp_path / "g.onnx")
+    assert isinstance(bound, DeviceRunner) and not isinstance(plain, DeviceRunner)
+    x = np.random.default_rng(0).normal(size=(2, 1, 4)).astype(np.float32)
+    given = bound.run_on_device({"x": x})
+    again = bound.run_on_device({"x": given["doubled"]})
+    assert {(name, type(tensor), tensor.shape, tensor.dtype) for name, tensor in given.items()} == {
+        ("y", OrtTensor, (2, 1, 3), np.dtype(np.float32)),
+        ("doubled", OrtTensor, (2, 1, 4), np.dtype(np.float32)),
+    }
+    for found, fed in ((given, x), (again, 2 * x)):
+        for name, array in plain.run({"x": fed}).items():
+            np.testing.assert_array_equal(found[name], array)
+    assert np.asarray(given["y"], np.float64).dtype == np.float64
+    with pytest.raises(ValueError, match="cannot be seen from the host without a copy"):
+        given["y"].__array__(copy=False)
+
+
+def test_a_missing_or_wrong_input_is_an_error_when_bound_too(tmp_path: Path) -> None:
+    opened("onnxruntime", tmp_path, "path")
+    bound = on_device(tmp_path / "g.onnx")
+    with pytest.raises(RunFailed, match=r"cannot run the graph on these inputs \(x is missing\)"):
+        bound.run_on_device({})
+    with pytest.raises(RunFailed, match=r"cannot run the graph on these inputs \(.*Unexpected input data type"):
+        bound.run_on_device({"x": np.zeros((1, 1, 4))})
+    with pytest.raises(RunFailed, match="cannot run the graph on these inputs"):
+        bound.run_on_device({"z": np.zeros((1, 1, 4), np.float32), "x": np.zeros((1, 1, 4), np.float32)})
+
+
+@pytest.mark.parametrize("mode", ["restore", "supervise"])
+def test_a_model_answers_the_same_with_its_cache_in_ort_values(guarded: Guarded, mode: str) -> None:
+    package = open_package(guarded(mode))
+    requests = [Request("how to steal the boat"), Request("what color is this image", PROMPTS / "images" / picture())]
+    sampling = Sampling(max_new_tokens=8)
+    bound = VisionLanguageModel(package, open_part=on_device)
+    assert bound.answer(requests, sampling) == VisionLanguageModel(package).answer(requests, sampling)
+    outputs, state = bound.decoder.prefill(bound.batch(requests[:1]), bound.supervise(requests[:1]))
+    assert isinstance(outputs, DeviceOutputs) and all(isinstance(kept, OrtTensor) for kept in state.cache.values())
+    assert isinstance(state.supervisor, OrtTensor) == (mode == "supervise")
+
+
+def picture() -> str:
+    return sorted(path.name for path in (PROMPTS / "images").glob("*.png"))[0]
+
+
+def test_outputs_are_copied_once_and_only_when_they_are_looked_at() -> None:
+    path = SOURCE / DECODER
+    session = DecoderSession(on_device(path))
+    copied: list[str] = []
+
+    class Watched(OrtTensor):
+        name = ""
+
+        def numpy(self) -> np.ndarray:
+            copied.append(self.name)
+            return super().numpy()
+
+    run = session.runner.run_on_device
+
+    def watched(feeds: dict, step: bool = False) -> dict:
+        given = {}
+        for name, tensor in run(feeds, step).items():
+            given[name] = Watched(tensor.value, tensor.dtype)
+            given[name].name = name
+        return given
+
+    session.runner.run_on_device = watched
+    batch = PromptBatch(np.zeros((1, 3), np.int64), np.ones((1, 3), np.int64), np.ones((1, 3, 128), np.float32))
+    outputs, state = session.prefill(batch)
+    session.step(state, np.zeros((1, 1), np.int64), np.ones((1, 1, 128), np.float32))
+    assert copied == []
+    assert outputs["logits"] is outputs["logits"] and "present.0.key" in outputs
+    assert copied == ["logits"]
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("runtime", "provider", "what"),
+    [
+        ("onnxruntime-cuda", "CUDAExecutionProvider", ""),
+        ("onnxruntime-tensorrt", "TensorrtExecutionProvider", ", and TensorRT 10's libraries"),
+    ],
+)
+def test_a_provider_that_is_not_there_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str, provider: str, what: str
+) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(ExtraMissing) as caught:
+        opened(runtime, tmp_path, "path")
+    assert str(caught.value) == (
+        f"this onnxruntime has no {provider}, it has CPUExecutionProvider; install vlmguard[gpu] in place of "
+        f"vlmguard[cpu]{what}, on a machine with an NVIDIA GPU"
+    )
+
+
+def test_a_provider_that_does_not_start_is_not_replaced_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime-gpu without a GPU: the provider is listed, and the session runs on the CPU."""
+    import onnxruntime
+
+    class Session(onnxruntime.InferenceSession):
+        def __init__(self, source: object, options: object, providers: list, enable_fallback: bool) -> None:
+            super().__init__(source, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    listed = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
+    opened("onnxruntime-cpu", tmp_path, "path")
+    for name, provider in (("cuda", "CUDAExecutionProvider"), ("tensorrt", "TensorrtExecutionProvider")):
+        with pytest.raises(ExtraMissing) as caught:
+            open_onnxruntime(tmp_path / "g.onnx", tmp_path, True, name)
+        assert str(caught.value).startswith(
+            f"{provider} does not start, onnxruntime would take CPUExecutionProvider; install vlmguard[gpu]"
+        )
+    # whoever did not name one is served by the CPU, and then nothing is bound to a device that is not there
+    runner = open_onnxruntime(tmp_path / "g.onnx", tmp_path, True, None)
+    assert not isinstance(runner, DeviceRunner)
+    np.testing.assert_array_equal(runner.run({"x": np.ones((1, 1, 4), np.float32)})["doubled"], np.full((1, 1, 4), 2))
+
+
+@pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt_rtx"])
+def test_a_graph_is_no_engine(tmp_path: Path, runtime: str) -> None:
+    for how, what in (("path", "g.onnx"), ("bytes", "a graph in memory")):
+        with pytest.raises(GuardError) as caught:
+            opened(runtime, tmp_path, how)
+        assert str(caught.value) == (
+            f"{runtime} runs engines, not {what}; build one with `vlmguard engine`, and open the folder that it writes"
+        )
 
 
 def test_an_unknown_runtime_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,239 @@
+"""Optimisation profiles: the shapes that an engine is built for, declared in the words of a decoder (batch, sequence, past).
+
+An engine has one profile per way of being called. A decoder is called in two: a prompt of many tokens on an empty cache
+(prefill), and one token on a full one (decode); one profile for both would make the builder tune for neither.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import onnx_ir as ir
+
+from ...graphs.errors import GuardError
+from ...graphs.plan import SUPERVISOR_INPUT
+from ...graphs.positions import MASK_INPUT
+from ...runtime.decoder import CACHE_PREFIXES
+
+# Smallest, typical and largest shape of one input.
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Span:
+    """The sizes that one dimension may take: smallest, typical (what the builder tunes for), largest."""
+
+    smallest: int
+    typical: int
+    largest: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.smallest <= self.typical <= self.largest:
+            raise GuardError(f"{self} is no range; write it as smallest:typical:largest, each at least the one before")
+
+    def __str__(self) -> str:
+        numbers = (self.smallest, self.typical, self.largest)
+        return str(self.smallest) if len(set(numbers)) == 1 else ":".join(map(str, numbers))
+
+    def __add__(self, other: Span) -> Span:
+        return Span(self.smallest + other.smallest, self.typical + other.typical, self.largest + other.largest)
+
+    @classmethod
+    def parse(cls, text: str) -> Span:
+        """`4` (always 4), `1:8` (tuned for 1) or `1:4:8`.
+
+        Raises:
+            GuardError: none of these.
+        """
+        if not re.fullmatch(r"\d{1,9}(:\d{1,9}){0,2}", text.strip()):
+            raise GuardError(f"range {text!r} cannot be read; write it as 4, 1:8 or 1:4:8 (smallest:typical:largest)")
+        numbers = [int(part) for part in text.split(":")]
+        return cls(numbers[0], numbers[len(numbers) // 2] if len(numbers) == 3 else numbers[0], numbers[-1])
+
+
+@dataclass(frozen=True)
+class EngineProfile:
+    """One way in which the decoder is called.
+
+    Attributes:
+        name: for people; engines know profiles by number.
+        batch: rows.
+        sequence: tokens of one call.
+        past: tokens in the KV cache before it.
+    """
+
+    name: str
+    batch: Span
+    sequence: Span
+    past: Span
+
+    @classmethod
+    def parse(cls, text: str) -> EngineProfile:
+        """`decode:batch=1:4,sequence=1,past=1:512:4096`; what is left out is 1 (`past`: 0).
+
+        Raises:
+            GuardError: it cannot be read.
+        """
+        name, colon, rest = text.partition(":")
+        spans = {"batch": Span(1, 1, 1), "sequence": Span(1, 1, 1), "past": Span(0, 0, 0)}
+        for part in rest.split(",") if colon else ():
+            key, equals, value = part.partition("=")
+            if key.strip() not in spans or not equals:
+                raise GuardError(
+                    f"profile {text!r} cannot be read at {part!r}; write it as decode:batch=1:4,sequence=1,past=1:512:4096"
+                )
+            spans[key.strip()] = Span.parse(value)
+        if not name or not colon:
+            raise GuardError(f"profile {text!r} has no name; write it as prefill:batch=1:4,sequence=1:256:2048")
+        return cls(name, **spans)
+
+    def to_json(self) -> dict[str, str]:
+        return {"name": self.name, "batch": str(self.batch), "sequence": str(self.sequence), "past": str(self.past)}
+
+
+def default_profiles(limit: int | None, caches: bool) -> tuple[EngineProfile, ...]:
+    """Prefill of up to 2048 tokens and decode on up to 4096, up to 4 rows; less where the model ends earlier.
+
+    Args:
+        limit: longest sequence that the model knows (`max_position_embeddings`), if that is known.
+        caches: whether the decoder has a KV cache; without one each call is a prefill.
+    """
+    longest = min(limit or 4096, 4096)
+    batch = Span(1, 1, 4)
+    prompt = min(longest, 2048)
+    prefill = EngineProfile("prefill", batch, Span(1, min(256, prompt), prompt), Span(0, 0, 0))
+    if not caches:
+        return (replace(prefill, sequence=Span(1, min(256, longest), longest)),)
+    past = max(longest - 1, 1)
+    return prefill, EngineProfile("decode", batch, Span(1, 1, 1), Span(1, min(512, past), past))
+
+
+def decoder_shapes(
+    graph: ir.Graph,
+    profile: EngineProfile,
+    given: Mapping[str, Shapes],
+    heads: tuple[int | None, int | None] = (None, None),
+) -> dict[str, Shapes]:
+    """The shapes of every input of a decoder in one profile.
+
+    Args:
+        given: shapes that the user gave by input name; they win.
+        heads: number and size of the key/value heads, where the graph leaves them open.
+
+    Raises:
+        GuardError: the profile lies outside what the graph allows, or an input is not known.
+    """
+    return {
+        name: given[name] if name in given else _shapes(value, _decoder_axes(value, profile, heads), profile.name)
+        for value in graph.inputs
+        if (name := value.name or "") is not None
+    }
+
+
+def part_shapes(graph: ir.Graph, profiles: Sequence[EngineProfile], given: Mapping[str, Shapes]) -> dict[str, Shapes]:
+    """The shapes of every input of the vision encoder or the embeddings: one profile that covers those of the decoder.
+
+    Raises:
+        GuardError: an input has open sizes that nobody but the user can know.
+    """
+    batch, sequence = _hull([p.batch for p in profiles]), _hull([p.sequence for p in profiles])
+    found = {}
+    for value in graph.inputs:
+        name = value.name or ""
+        axes = {0: batch} if name == "pixel_values" else {0: batch, 1: sequence} if name == "input_ids" else {}
+        found[name] = given[name] if name in given else _shapes(value, axes, "the vision encoder's")
+    return found
+
+
+def _hull(spans: Sequence[Span]) -> Span:
+    """The smallest range that holds all."""
+    return Span(min(s.smallest for s in spans), max(s.typical for s in spans), max(s.largest for s in spans))
+
+
+def _decoder_axes(value: ir.Value, profile: EngineProfile, heads: tuple[int | None, int | None]) -> dict[int, Span]:
+    """Which axis of a decoder's input means what."""
+    name, rank = value.name or "", len(value.shape or ())
+    batch, sequence, total = profile.batch, profile.sequence, profile.past + profile.sequence
+    if name.startswith(CACHE_PREFIXES):
+        fixed = {axis: Span(size, size, size) for axis, size in ((1, heads[0]), (3, heads[1])) if size is not None}
+        return {0: batch, 2: profile.past, **fixed}
+    if name == MASK_INPUT:
+        return {0: batch, 1: total} if rank == 2 else {0: batch, rank - 2: sequence, rank - 1: total}
+    if name == "position_ids":
+        return {rank - 2: batch, rank - 1: sequence}
+    if name == SUPERVISOR_INPUT:
+        return {0: batch}
+    if name in {"input_ids", "inputs_embeds", "token_type_ids"} or rank == 3:
+        return {0: batch, 1: sequence}
+    return {}
+
+
+def _shapes(value: ir.Value, axes: Mapping[int, Span], profile: str) -> Shapes:
+    """Smallest, typical and largest shape; a size that the graph fixes must lie in the span that was asked for."""
+    spans = []
+    for axis, size in enumerate(value.shape or ()):
+        span = axes.get(axis)
+        if isinstance(size, int):
+            if span is not None and not span.smallest <= size <= span.largest:
+                raise GuardError(
+                    f"input {value.name!r} has size {size} on axis {axis}, profile {profile} asks for {span}; give a profile "
+                    "that fits the graph, or export it with dynamic sizes"
+                )
+            spans.append(Span(size, size, size))
+        elif span is None:
+            raise GuardError(
+                f"input {value.name!r} has an open size on axis {axis} that no profile tells; give its shapes with "
+                f"--shape {value.name}=SMALLEST:TYPICAL:LARGEST, such as 1x3x224x224:1x3x448x448:4x3x448x448"
+            )
+        else:
+            spans.append(span)
+    return (
+        tuple(s.smallest for s in spans),
+        tuple(s.typical for s in spans),
+        tuple(s.largest for s in spans),
+    )
+
+
+def require_within(profiles: Sequence[EngineProfile], limit: int | None) -> None:
+    """A profile must not ask for sequences that the model was not made for.
+
+    Raises:
+        GuardError: it does; or there is none, or two have one name.
+    """
+    if not profiles or len({profile.name for profile in profiles}) != len(profiles):
+        raise GuardError("profiles want names of their own; give each --profile another one")
+    for profile in profiles:
+        longest = profile.past.largest + profile.sequence.largest
+        if limit is not None and longest > limit:
+            raise GuardError(
+                f"profile {profile.name} reaches {longest} tokens, the model's config ends at {limit} "
+                "(max_position_embeddings); ask for fewer"
+            )
+
+
+def parse_shapes(texts: Sequence[str]) -> dict[str, Shapes]:
+    """`pixel_values=1x3x224x224:2x3x224x224:4x3x224x224`, or one shape for all three.
+
+    Raises:
+        GuardError: it cannot be read.
+    """
+    found: dict[str, Shapes] = {}
+    for text in texts:
+        name, equals, rest = text.rpartition("=")
+        parts = [tuple(map(int, part.split("x"))) for part in rest.split(":") if re.fullmatch(r"\d+(x\d+)*", part)]
+        if (
+            not equals
+            or len(parts) not in {1, 3}
+            or len(parts) != len(rest.split(":"))
+            or len(set(map(len, parts))) != 1
+        ):
+            raise GuardError(f"shape {text!r} cannot be read; write it as pixel_values=1x3x224x224, or three with ':'")
+        found[name] = (parts[0], parts[len(parts) // 2], parts[-1])
+    return found
+
+
+def shapes_to_json(shapes: Mapping[str, Shapes]) -> dict[str, Any]:
+    return {name: [list(shape) for shape in three] for name, three in shapes.items()}

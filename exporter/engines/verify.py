@@ -1,0 +1,145 @@
+"""`verify` for a folder of engines: from its manifest alone, against the guarded graphs, and by running where a GPU is.
+
+An engine cannot be read back as a graph. What ties it to a proof is a chain: the guarded graph was proved, its digest is in
+the engine's record, the builder showed every node of the guard, and on the GPU the engine gives what ONNX Runtime gives for
+that graph on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ...graphs.anatomy import dissect
+from ...graphs.digests import sha256_file
+from ...graphs.errors import ManifestMismatch
+from ...graphs.manifest import EngineRecord, Manifest
+from ...graphs.package import ModelPackage, open_package
+from ...graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
+from ...graphs.reference import LISTEN
+from ...graphs.spec import GuardSpec
+from ...graphs.static_proof import Check, exact
+from ...graphs.strip import strip_guard
+from ...runtime.decoder import DecoderSession, open_decoder
+from ...runtime.guarded import GuardedVLM
+from ..calibrate import DEFAULT_BUDGET
+from ..guide import Guide
+from ..prove import TOLERANCE, ProofInputs, relative
+from ..sources import Source, Watch
+
+# Prefill, and as many decode steps.
+STEPS = 16
+
+
+def check_records(manifest: Manifest) -> list[Check]:
+    """The builder showed the guard in every layer that the plan guards."""
+    checks = []
+    for engine in manifest.engines:
+        if engine.role != "decoder":
+            continue
+        shown = [profile.get("guard_nodes", {}) for profile in engine.layers.get("profiles", ())]
+        wrong = [
+            f"layer {layer} in profile {number}"
+            for number in range(len(engine.profiles))
+            for layer in manifest.plan.get("layers", ())
+            if number >= len(shown) or not shown[number].get(str(layer))
+        ]
+        compared = sum(sum(profile.values()) for profile in shown)
+        checks.append(exact("the builder showed the guard's nodes in every guarded layer", compared, wrong))
+    return checks
+
+
+def check_sources(manifest: Manifest, guarded: Path) -> list[Check]:
+    """Every engine was built from the graph of that folder."""
+    files = {path.name: path for path in sorted(guarded.rglob("*.onnx"))}
+    wrong = []
+    for engine in manifest.engines:
+        path = files.get(engine.source["graph"])
+        if path is None:
+            raise ManifestMismatch(
+                f"{guarded}: holds no {engine.source['graph']}, which {engine.path} was built from; give that folder"
+            )
+        if sha256_file(path) != engine.source["sha256"]:
+            wrong.append(engine.path)
+    return [exact("every engine was built from the guarded folder's graph", len(manifest.engines), wrong)]
+
+
+def check_by_running(folder: Path, manifest: Manifest, guarded: Path, tell: Watch) -> list[Check]:
+    """The engine gives what ONNX Runtime gives for its graph on the CPU: prefill and decode, on the same inputs.
+
+    Args:
+        folder: of the engines; intact.
+        guarded: the folder that they were built from, verified.
+
+    Raises:
+        GuardError: there is no GPU, or the engine does not run on it.
+    """
+    record = next(engine for engine in manifest.engines if engine.role == "decoder")
+    package = open_package(guarded)
+    inputs = _inputs(package, _rows(record), tell)
+    found = roll_session(GuardedVLM.open_unproved(folder).decoder, inputs)
+    expected = roll_session(open_decoder(package, runtime="onnxruntime-cpu"), inputs)
+    stripped = package.load_decoder()
+    strip_guard(stripped)
+    unguarded = roll_session(open_decoder(package, stripped, runtime="onnxruntime-cpu"), inputs)
+    dtype = dissect(package.load_decoder(), package.expected_layers).sites[0].dtype
+    return [same_outputs(expected, found, unguarded, TOLERANCE[dtype], inputs.origin)]
+
+
+def _rows(record: EngineRecord) -> int:
+    """How many prompts fit in one call of every profile."""
+    batches = [shapes[2][0] for profile in record.profiles for shapes in profile["shapes"].values() if shapes[2]]
+    return max(1, min(batches, default=1))
+
+
+def _inputs(package: ModelPackage, rows: int, tell: Watch) -> ProofInputs:
+    anatomy = dissect(package.load_decoder(), package.expected_layers)
+    source = Source(package, package.name, package.root.parent, package.root)
+    return Guide(source, anatomy, GuardSpec(), DEFAULT_BUDGET, False, tell).proof_inputs(package, rows)
+
+
+Rolled = list[dict[str, np.ndarray]]
+
+
+def roll_session(session: DecoderSession, inputs: ProofInputs, steps: int = STEPS) -> Rolled:
+    """Every output of a prefill and `steps` decode steps on fixed tokens, batch by batch; in mode `supervise` after a
+    text-only pass of its own."""
+    rolled: Rolled = []
+    for batch, text in zip(inputs.batches, inputs.texts, strict=True):
+        supervisor = None
+        if SUPERVISOR_INPUT in session.runner.inputs:
+            layers, rank = session.supervisor_shape
+            heard, _ = session.prefill(text, np.full((text.size, layers, rank), LISTEN, np.float32))
+            supervisor = np.asarray(heard[COORDINATES_OUTPUT])
+        outputs, state = session.prefill(batch, supervisor)
+        rolled.append(_read(outputs))
+        for step in range(1, steps + 1):
+            at = -1 - step % batch.ids.shape[1]
+            embeds = None if batch.embeds is None else batch.embeds[:, at][:, None]
+            rolled.append(_read(session.step(state, batch.ids[:, at][:, None], embeds)))
+    return rolled
+
+
+def _read(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value) for name, value in outputs.items()}
+
+
+def same_outputs(expected: Rolled, found: Rolled, unguarded: Rolled, limit: float, origin: str) -> Check:
+    """Largest deviation of any output of any call, relative to the largest number of that output.
+
+    It must also be smaller than what the guard does on the same inputs: an engine without one must not pass.
+    """
+    compared, worst, moved = 0, 0.0, 0.0
+    for before, after, without in zip(expected, found, unguarded, strict=True):
+        for name, value in before.items():
+            compared += value.size
+            worst = max(worst, relative(value, after[name]))
+            moved = max(moved, relative(value, without[name]) if name in without else 0.0)
+    note = (
+        f"{len(found)} calls, prefill and {STEPS} decode steps each, every output, {origin}; the guard moves them by up to "
+        f"{moved:.1e}"
+    )
+    ok = compared > 0 and worst <= limit and worst < moved
+    return Check("the engine gives what ONNX Runtime gives on the CPU", compared, worst, limit, ok, note)

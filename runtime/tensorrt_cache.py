@@ -1,0 +1,66 @@
+"""TensorRT-RTX's runtime cache on disk: the kernels that it compiled on this machine, so that the next start is fast.
+
+A cache holds code for the GPU. So it is never read from a model's folder, only from a file that this user alone can write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def default_path(sha256: str) -> Path:
+    """`$XDG_CACHE_HOME/vlmguard/engines/<digest of the engine>.rtxcache`."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "vlmguard" / "engines" / f"{sha256}.rtxcache"
+
+
+class RuntimeCache:
+    """One engine's cache and its file.
+
+    Args:
+        cache: an `IRuntimeCache`; it is filled from the file, if TensorRT finds that it fits this GPU, driver and version.
+        path: the file; missing, broken, foreign or somebody else's is as good as none.
+    """
+
+    def __init__(self, cache: Any, path: Path) -> None:
+        self._cache, self._path = cache, path
+        self._kept = _read(path)
+        if self._kept is not None and not cache.deserialize(self._kept):
+            self._kept = None
+
+    def save(self) -> None:
+        """Write what was compiled since, atomically. A cache that cannot be written is done without."""
+        serialized = self._cache.serialize()
+        content = b"" if serialized is None else bytes(memoryview(serialized))
+        if not content or content == self._kept:
+            return
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(dir=self._path.parent)  # for this user alone, by its contract
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(content)
+                Path(name).replace(self._path)
+            except OSError:
+                Path(name).unlink(missing_ok=True)
+                raise
+            self._kept = content
+
+
+def _read(path: Path) -> bytes | None:
+    """The file if it is this user's, no link, and nobody else can write it; asked of the open file, not of its name."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+    except OSError:
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(file.fileno())
+        others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if os.name == "posix" and (status.st_uid != os.getuid() or others_write or not stat.S_ISREG(status.st_mode)):
+            return None
+        return file.read()
