@@ -12,7 +12,7 @@ import pytest
 import vlmguard
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("graphs", "runtime", "exporter", "exporter/families")
+FOLDERS = ("graphs", "runtime", "exporter", "exporter/families", "exporter/engines")
 HEAVY = ("torch", "transformers", "onnxruntime", "sklearn", "onnx", "tensorrt")
 
 
