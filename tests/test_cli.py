@@ -338,7 +338,7 @@ def test_evaluate_counts_refusals(run: Callable[..., Ran], guarded: Guarded, tmp
         assert f"{cell['guarded']['refused']}/{cell['asked']} ({cell['guarded']['rate']:.1%})" in ran.out
 
 
-VERBS = ("export", "convert", "inspect", "directions", "verify", "generate", "evaluate")
+VERBS = ("export", "engine", "convert", "inspect", "directions", "verify", "generate", "evaluate")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -361,10 +360,9 @@ def test_a_cache_of_another_version_is_replaced(tmp_path: Path, found: str, expe
     assert path.read_text() == "CACHE 10.9.0 [0]"
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, expected: list[np.ndarray]) -> None:
-    tmp_path.chmod(0o500)
-    np.testing.assert_array_equal(generation(Rig("tensorrt_rtx", tmp_path / "a" / "cache").decoder()), expected)
+    (tmp_path / "file").write_text("")
+    np.testing.assert_array_equal(generation(Rig("tensorrt_rtx", tmp_path / "file" / "cache").decoder()), expected)
 
 
 # ------------------------------------------------------------------------------------------------- other kinds of engines
