@@ -21,7 +21,7 @@ from .fold import FOLD, fold
 from .lowering import LOWERINGS, Lowering
 from .lowering_task import Task
 from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, GuardPlan, SitePlan, require_unguarded
-from .positions import LastToken, last_token
+from .positions import LastToken
 from .scribe import Scribe
 
 
@@ -97,7 +97,7 @@ class _Edit:
     plan: GuardPlan
     lowering: Lowering
     supervisor: ir.Value | None = None
-    last: LastToken | None = None
+    ends: ir.Value | None = None
     selections: dict[str, ir.Value] = field(default_factory=dict)
     shared: list[str] = field(default_factory=list)
     initializers: list[str] = field(default_factory=list)
@@ -130,7 +130,7 @@ def rewrite(model: ir.Model, plan: GuardPlan) -> GuardReport:
     supervisor = _declare_supervisor(model, plan)
     edits = [_Edit(model, body, plan, lowering, supervisor) for body in find_bodies(model, plan.bodies)]
     done = {(site.layer_index, site.body): site for edit in edits for site in _guard_body(edit)}
-    _give_coordinates(model, edits)
+    _give_coordinates(model, edits, supervisor)
     _sign(model, plan)
     planned = [(site.layer_index, site.site.body) for site in plan.sites]
     if sorted(done) != sorted(planned):
@@ -157,6 +157,7 @@ def _fold(model: ir.Model, plan: GuardPlan) -> GuardReport:
 
 
 def _guard_body(edit: _Edit) -> list[GuardedSite]:
+    _find_last_token(edit)
     return [_guard_site(edit, site) for site in edit.sites]
 
 
@@ -189,7 +190,6 @@ def _guard_site(edit: _Edit, planned: SitePlan) -> GuardedSite:
         "vlmguard.lowering": edit.plan.lowering,
     }
     scribe = edit.scribe(f"layer_{planned.layer_index}", properties)
-    edit.last = edit.last or _last_token(edit, planned, node)
     guard = _guard_skip_norm if planned.site.kind == "skip_norm" else _guard_add
     site = guard(edit, planned, node, scribe)
     edit.initializers += scribe.initializers
@@ -256,21 +256,23 @@ def _redirect(graph: ir.Graph, raw: ir.Value, new: ir.Value, scribe: Scribe) -> 
 # Which tokens
 
 
-def _last_token(edit: _Edit, planned: SitePlan, node: ir.Node) -> LastToken | None:
-    """Each row's last token, computed once before the first site."""
-    if edit.plan.positions == "all" and edit.plan.mode != "supervise":
-        return None
-    scribe = edit.scribe("positions")
+def _find_last_token(edit: _Edit) -> None:
+    """Each row's last token, computed once before the first site: `ends` to read by, `selections` to write by."""
+    first = edit.sites[0].site
+    node = find_node(edit.graph, first.anchor)
+    assert node is not None
+    stream = next(value for value in node.inputs[:2] if value is not None and value.name == first.residual)
     mask = next((value for value in edit.model.graph.inputs if value.name == edit.plan.mask and edit.plan.mask), None)
-    stream = next(value for value in node.inputs[:2] if value is not None and value.name == planned.site.residual)
-    last = last_token(scribe, stream, mask)
+    scribe = edit.scribe("positions")
+    last = LastToken(scribe, stream, mask)
     if edit.plan.positions == "last":
         for dtype in sorted({edit.lowering.selects(edit.plan.mode, site.site.dtype) for site in edit.sites}):
             edit.selections[dtype] = scribe.cast(f"selected_{dtype}", last.selected, dtype)
+    if edit.plan.mode == "supervise":
+        edit.ends = last.pairs
     scribe.place_before(node)
     edit.shared += _names(scribe)
     edit.initializers += scribe.initializers
-    return last
 
 
 # The supervisor's coordinates, in and out
@@ -279,13 +281,24 @@ def _last_token(edit: _Edit, planned: SitePlan, node: ir.Node) -> LastToken | No
 def _declare_supervisor(model: ir.Model, plan: GuardPlan) -> ir.Value | None:
     if plan.mode != "supervise":
         return None
-    value = ir.Value(name=SUPERVISOR_INPUT, type=ir.TensorType(ir.DataType.FLOAT), shape=_supervisor_shape(plan))
+    shape = ir.Shape([_batch(model, plan), len(plan.layers), plan.sites[0].guard.rank])
+    value = ir.Value(name=SUPERVISOR_INPUT, type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
     model.graph.inputs.append(value)
     return value
 
 
-def _supervisor_shape(plan: GuardPlan) -> ir.Shape:
-    return ir.Shape(["vlmguard_batch", len(plan.layers), plan.sites[0].guard.rank])
+def _batch(model: ir.Model, plan: GuardPlan) -> ir.SymbolicDim | int | str:
+    """The stream's own batch size, where the exporter wrote it: TensorRT then knows that supervisor and stream fit, and goes
+    on fusing what is behind the guard."""
+    (body, *_) = find_bodies(model, plan.bodies)
+    node = find_node(body.graph, plan.sites[0].site.anchor)
+    assert node is not None and node.inputs[0] is not None
+    stream = node.inputs[0].shape
+    batch = stream[0] if stream else None
+    known = [value.shape[0] for value in model.graph.inputs if value.shape]
+    return (
+        batch if isinstance(batch, int) or (batch is not None and batch.value and batch in known) else "vlmguard_batch"
+    )
 
 
 def _supervisor(edit: _Edit, scribe: Scribe, planned: SitePlan) -> ir.Value | None:
@@ -301,22 +314,23 @@ def _keep_coordinates(edit: _Edit, scribe: Scribe, c: ir.Value | None) -> None:
     """Remember this layer's own coordinates at the last token, as `[batch, 1, m]`."""
     if edit.plan.mode != "supervise":
         return
-    assert c is not None and edit.last is not None
-    c = scribe.op("own_last", "GatherND", [c, edit.last.pairs])
+    assert c is not None and edit.ends is not None
+    c = scribe.op("own_last", "GatherND", [c, edit.ends])
     edit.coordinates.append(scribe.op("own", "Unsqueeze", [c, scribe.integers(1)]))
 
 
-def _give_coordinates(model: ir.Model, edits: list[_Edit]) -> None:
+def _give_coordinates(model: ir.Model, edits: list[_Edit], supervisor: ir.Value | None) -> None:
+    if supervisor is None:
+        return
     given: dict[Body, ir.Value] = {}
     for edit in edits:
-        if edit.supervisor is None:
-            return
         scribe = edit.scribe("coordinates")
         given[edit.body] = scribe.op("all_layers", "Concat", edit.coordinates, axis=1)
         scribe.place_last()
         edit.shared += _names(scribe)
         edit.initializers += scribe.initializers
-    surface(model, given, COORDINATES_OUTPUT, _supervisor_shape(edits[0].plan))
+    assert supervisor.shape is not None
+    surface(model, given, COORDINATES_OUTPUT, supervisor.shape)
 
 
 def _sign(model: ir.Model, plan: GuardPlan) -> None:

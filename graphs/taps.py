@@ -11,7 +11,7 @@ from .bodies import Body, find_bodies, surface
 from .dataflow import skip_norm_bias
 from .errors import AnatomyNotFound
 from .plan import GuardPlan
-from .positions import last_token, mask_input
+from .positions import LastToken, mask_input
 from .rewrite import GuardReport
 from .scribe import Scribe
 
@@ -28,12 +28,12 @@ def tap_last_token(model: ir.Model, sites: Sequence[ResidualSite]) -> None:
         own = [site for site in sites if site.body == body.name]
         scribe = Scribe(body.graph, "taps", home=model.graph, path=body.path)
         streams = [_stream(body.graph, site, scribe) for site in own]
-        pairs = last_token(scribe, streams[0], mask_input(model.graph)).pairs
+        last = LastToken(scribe, streams[0], mask_input(model.graph))
         axis = scribe.integers(1)
         rows = []
         for site, stream in zip(own, streams, strict=True):
             name = f"layer_{site.layer_index}"
-            state = scribe.op(f"{name}_last", "GatherND", [stream, pairs])
+            state = scribe.op(f"{name}_last", "GatherND", [stream, last.pairs])
             if site.dtype != "float32":
                 state = scribe.cast(f"{name}_float32", state, "float32")
             rows.append(scribe.op(f"{name}_row", "Unsqueeze", [state, axis]))

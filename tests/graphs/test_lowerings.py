@@ -449,8 +449,9 @@ def selecting(lowering: str, mode: str, rank: int) -> int:
     return rank if (lowering, mode) == ("rank1", "project") else 1
 
 
-# Which token is the last one: 20 nodes where a mask says it, 13 without, once per graph; and one Cast per stream dtype.
-POSITIONS_WITH_MASK, POSITIONS_WITHOUT = 20, 13
+# Once per graph: which token is the last one (13 nodes where a mask says it, 7 without), the selection to write by and its
+# Cast to the stream's dtype (positions `last`), the pairs to read by and the Concat of all layers' coordinates (`supervise`).
+LAST_WITH_MASK, LAST_WITHOUT, SELECTION, PAIRS_AND_COORDINATES = 13, 7, 5 + 1, 4 + 1
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -469,15 +470,15 @@ def test_the_nodes_of_a_site_are_counted(lowering: str, mode: str, kind: Kind, d
         spec = GuardSpec(mode=mode, positions=positions, lowering=lowering)  # type: ignore[arg-type]
         report = guard_model(model, directions((0, 1), rank), spec).report
         assert [len(site.nodes) for site in report.sites] == [expected] * 2
-        shared = POSITIONS_WITH_MASK + 1 if positions == "last" else POSITIONS_WITH_MASK if mode == "supervise" else 0
-        shared += mode == "supervise"  # the Concat of all layers' coordinates
+        shared = LAST_WITH_MASK if positions == "last" or mode == "supervise" else 0
+        shared += SELECTION * (positions == "last") + PAIRS_AND_COORDINATES * (mode == "supervise")
         assert len(report.shared_nodes) == shared
         assert len(model.graph) - before == report.node_count == shared + 2 * expected
 
 
 def test_without_a_mask_fewer_nodes_find_the_last_token() -> None:
     report = guard_model(decoder(mask=False), directions(), GuardSpec(mode="project")).report
-    assert len(report.shared_nodes) == POSITIONS_WITHOUT + 1
+    assert len(report.shared_nodes) == LAST_WITHOUT + SELECTION
 
 
 INITIALIZERS = {
@@ -520,7 +521,7 @@ def test_no_node_is_one_that_engines_reject() -> None:
     assert {domain for domain, _ in used} == {""}
     assert {op_type for _, op_type in used} == {
         *("Add", "ArgMax", "Cast", "Concat", "Equal", "Gather", "GatherND", "Greater", "MatMul", "Mul", "Neg"),
-        *("Range", "ReduceSum", "Shape", "Slice", "Sub", "Unsqueeze"),
+        *("Range", "ReduceSum", "Reshape", "Shape", "Slice", "Sub", "Unsqueeze"),
     }
 
 

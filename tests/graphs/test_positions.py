@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from vlmguard.graphs import reference
-from vlmguard.graphs.positions import last_token, mask_input
+from vlmguard.graphs.positions import LastToken, mask_input
 from vlmguard.graphs.scribe import Scribe
 
 pytest.importorskip("onnxruntime")
@@ -20,13 +20,14 @@ WIDTH = 3
 
 
 def probe(mask_type: str | None) -> ir.Model:
-    """A graph that shows what `last_token` makes of a stream `x` and a mask."""
+    """A graph that shows what `LastToken` makes of a stream `x` and a mask."""
     inputs = "float[B, S, 3] x" + (f", {mask_type}[B, T] attention_mask" if mask_type else "")
     model = text_model(f"g ({inputs}) => (float[B, S, 3] y) {{ y = Identity(x) }}")
     scribe = Scribe(model.graph, "probe")
-    last = last_token(scribe, model.graph.inputs[0], mask_input(model.graph))
+    last = LastToken(scribe, model.graph.inputs[0], mask_input(model.graph))
+    shown = ((last.pairs, ir.DataType.INT64), (last.selected, ir.DataType.BOOL))
     scribe.place_last()
-    for value, dtype in ((last.pairs, ir.DataType.INT64), (last.selected, ir.DataType.BOOL)):
+    for value, dtype in shown:
         value.dtype = dtype
         model.graph.outputs.append(value)
     return model
