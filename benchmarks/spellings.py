@@ -27,7 +27,7 @@ from shapes import SHAPES
 from vlmguard.graphs.anatomy import ResidualSite
 from vlmguard.graphs.package import graph_bytes
 from vlmguard.graphs.plan import GuardPlan, SitePlan
-from vlmguard.graphs.positions import last_token
+from vlmguard.graphs.positions import LastToken
 from vlmguard.graphs.reference import LayerGuard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.scribe import Scribe
@@ -212,7 +212,7 @@ def _spelled(width: int, guards: list[LayerGuard], positions: str, spelling: Spe
     last = None
     if positions == "last":
         scribe = Scribe(graph, "positions")
-        tokens = last_token(scribe, graph.inputs[0], graph.inputs[1])
+        tokens = LastToken(scribe, graph.inputs[0], graph.inputs[1])
         pairs = tokens.pairs
         if spelling.gather == "sum":  # [batch, 1, 2]: what is gathered keeps the sequence axis
             pairs = scribe.op("pairs_of_one", "Unsqueeze", [pairs, scribe.integers(1)])
