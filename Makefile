@@ -44,7 +44,8 @@ bench: $(VENV)/.full
 	for name in rewriting inference hooks extraction spellings; do \
 		$(BIN)/python benchmarks/$$name.py --quick --out build/bench/$$name.json \
 			$$(test $$name != rewriting || echo --compare) || exit 1; done
-	$(BIN)/python benchmarks/report.py --quick --results build/bench --out build/bench/performance.md
+	$(BIN)/python benchmarks/gpu.py --quick --shape tiny --runtime onnxruntime-cpu --out build/bench/gpu.json
+	$(BIN)/python benchmarks/report.py --quick --results build/bench --docs build/bench
 
 # The tiny VLM again, from nothing: train (a few minutes on one core), then export.
 tiny-vlm: $(VENV)/.full

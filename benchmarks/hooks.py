@@ -22,6 +22,7 @@ from guarding import ALWAYS_OPEN, guarded, write_directions
 from measure import Budget, Spread, asked, interleaved, ratio, say
 from record import parser, write_result
 from shapes import SHAPES, Shape, built, checkpoint
+from torch_decoder import hooked_layers, restore_hook
 
 from vlmguard.graphs.directions import read_directions
 from vlmguard.graphs.spec import GuardSpec
@@ -76,11 +77,7 @@ def _guarded(shape: Shape, models: Path) -> Iterator[tuple[Path, Path, Path]]:
 
 
 class TorchDecoder:
-    """The checkpoint in torch, eager, with a forward hook per layer that can be switched on.
-
-    The hook is what people write: it reads the layer's output, computes `w` and gives back `h + w V`. Its matrices are
-    tensors already and its gate a product, so that nothing waits for the host.
-    """
+    """The checkpoint in torch, eager, with a forward hook per layer that can be switched on."""
 
     def __init__(self, shape: Shape, args: argparse.Namespace, directions: Path) -> None:
         import torch
@@ -90,19 +87,12 @@ class TorchDecoder:
         self._torch, self._shape = torch, shape
         self._model = AutoModelForCausalLM.from_pretrained(checkpoint(shape, args.models), dtype=torch.float32).eval()
         layers = read_directions(directions).layers
-        self._hooks = [self._hook(layers[number]) for number in range(shape.num_hidden_layers)]
+        self._hooks = [restore_hook(layers[number], ALWAYS_OPEN) for number in range(shape.num_hidden_layers)]
 
     def decode(self, tokens: int, hooked: bool) -> np.ndarray:
         """Logits `[vocabulary]` after the last of `tokens` tokens."""
-        handles = []
-        if hooked:
-            pairs = zip(self._model.model.layers, self._hooks, strict=True)
-            handles = [layer.register_forward_hook(hook) for layer, hook in pairs]
-        try:
+        with hooked_layers(self._model.model.layers, self._hooks if hooked else ()):
             return self._decode(tokens)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _decode(self, tokens: int) -> np.ndarray:
         torch, cache, output = self._torch, self._cache(), None
@@ -129,19 +119,6 @@ class TorchDecoder:
             )
             cache.update(key, value, layer)
         return cache
-
-    def _hook(self, layer: Any) -> Callable[..., Any]:
-        ssd, target, readout = (self._torch.from_numpy(a) for a in (layer.ssd, layer.target, layer.readout))
-
-        def restore(module: object, inputs: object, output: Any) -> Any:
-            states = output if self._torch.is_tensor(output) else output[0]
-            last = states[:, -1]
-            gate = (last @ readout > ALWAYS_OPEN).to(states.dtype)[:, None]
-            changed = states.clone()
-            changed[:, -1] = last + (gate * (target - last @ ssd.T)) @ ssd
-            return changed if self._torch.is_tensor(output) else (changed, *output[1:])
-
-        return restore
 
 
 def _decoding(session: Decoder, tokens: int) -> Callable[[], object]:

@@ -1,7 +1,7 @@
-"""docs/performance.md from the result files, and from nothing else: no figure in it was typed.
+"""docs/performance.md, and the times in docs/tensorrt.md, from the result files and from nothing else: no figure was typed.
 
-    python benchmarks/report.py             # writes docs/performance.md
-    python benchmarks/report.py --check     # whether it is what the result files say
+    python benchmarks/report.py             # writes both
+    python benchmarks/report.py --check     # whether they are what the result files say
 
 A section per result file, a sentence per goal. A missing part, or one measured with --quick or on the tiny shape, is refused
 (`--quick` lets those through, to look at a draft).
@@ -18,7 +18,9 @@ from typing import Any
 
 from record import RESULTS, ResultsUnusable, read_parts
 
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, GPU_PAGE = "performance.md", "tensorrt.md"
+BEGIN, END = "<!-- begin: benchmarks/report.py -->", "<!-- end: benchmarks/report.py -->"
 PRECISIONS = ("int4", "fp32")
 Parts = Mapping[str, Any]
 
@@ -57,22 +59,25 @@ class Section:
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--results", type=Path, default=RESULTS)
-    options.add_argument("--out", type=Path, default=PAGE)
+    options.add_argument("--docs", type=Path, default=DOCS, help="folder of the pages")
     options.add_argument("--quick", action="store_true", help="a draft from --quick results")
-    options.add_argument("--check", action="store_true", help="write nothing; fail if the page says something else")
+    options.add_argument("--check", action="store_true", help="write nothing; fail if a page says something else")
     args = options.parse_args()
     try:
-        page = report(args.results, args.quick)
+        pages = {
+            args.docs / PAGE: report(args.results, args.quick),
+            args.docs / GPU_PAGE: with_times(args.docs / GPU_PAGE, args.results / "gpu.json", args.quick),
+        }
     except ResultsUnusable as refusal:
         print(refusal, file=sys.stderr)
         return 1
-    if not args.check:
-        args.out.write_text(page, encoding="utf-8")
-        return 0
-    if args.out.is_file() and args.out.read_text(encoding="utf-8") == page:
-        return 0
-    print(f"{args.out}: is not what {args.results} says; run python benchmarks/report.py", file=sys.stderr)
-    return 1
+    for path, page in pages.items():
+        if not args.check:
+            path.write_text(page, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != page:
+            print(f"{path}: is not what {args.results} says; run python benchmarks/report.py", file=sys.stderr)
+            return 1
+    return 0
 
 
 def report(results: Path, quick: bool = False) -> str:
@@ -276,6 +281,62 @@ SECTIONS = (
     Section("extraction", ("tiny-vlm", "decoder"), _extraction),
     Section("spellings", tuple(f"{p}/{phase}" for p in ("last", "all") for phase in ("decode", "prefill")), _spellings),
 )
+
+
+# On a GPU
+
+
+def with_times(page: Path, results: Path, quick: bool) -> str:
+    """The page with what `gpu.py` measured last between its two marks, or with the sentence that nothing was.
+
+    Raises:
+        ResultsUnusable: the page has no such marks, or the results were not measured in earnest.
+    """
+    text = page.read_text(encoding="utf-8") if page.is_file() else f"{BEGIN}\n{END}\n"
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ResultsUnusable(f"{page}: has no lines {BEGIN} and {END} to write between; put them back")
+    parts = read_parts(results)
+    toys = [name for name, part in parts.items() if part["quick"] or "tiny:" in part["shape"]]
+    if toys and not quick:
+        raise ResultsUnusable(f"{results}: part {toys[0]!r} is from --quick or the tiny shape; run it without them")
+    blocks = _gpu(parts) if parts else ["**Not yet run.** No figure of an engine's speed or numbers has been taken on a GPU."]
+    return f"{before}{begin}\n" + "\n\n".join(blocks) + f"\n{end}{after}"
+
+
+def _gpu(parts: Parts) -> list[str]:
+    blocks = []
+    for name, part in parts.items():
+        blocks.append(f"### {name}: {part['gpu']}")
+        if not part["runs"]:
+            blocks.append(f"**Does not run here:** {part['why']}")
+            continue
+        phases = "; ".join(
+            f"{phase}: {_work({'tokens': tokens, 'past': past})}" for phase, (tokens, past) in part["phases"].items()
+        )
+        blocks.append(f"{part['shape']}; float16, random weights, guard in every layer, rank {part['rank']}. {phases}.")
+        if part["agreement"]:
+            columns = ["mode", "agrees with ONNX Runtime on the CPU", "largest difference", "limit", "about"]
+            blocks.append(_table(columns, [_agreement_cells(one) for one in part["agreement"]]))
+        columns = ["guard", "phase", "ratio", "median's 95%", "p10 to p90", "pairs", "unguarded again", "ms", "kernels added"]
+        blocks.append(_table(columns, [_gpu_cells(row) for row in part["rows"]]))
+        goals = [row for row in part["rows"] if row["lowering"] == "rank1"]
+        if goals:
+            worst = max(goals, key=lambda row: row["ratio"]["median"])
+            named = f"`rank1` in every layer, the worst of {len(goals)} ({worst['name']}, {worst['phase']})"
+            blocks.append(_goal(named, worst["ratio"]["median"], 1.01, "{:.4f}x", worst["ratio"]))
+    return [*blocks, _measured_on(parts.values())]
+
+
+def _agreement_cells(check: Mapping[str, Any]) -> list[str]:
+    return [check["mode"], "yes" if check["ok"] else "**no**", f"{check['worst']:.1e}", f"{check['limit']:.0e}", check["note"]]
+
+
+def _gpu_cells(row: Mapping[str, Any]) -> list[str]:
+    again, ms = f"{row['again']['median']:.4f}", f"{row['ms']['median']:.3f}"
+    added = " / ".join(f"{count:+d}" for count in row.get("kernels_added", ())) or "-"
+    return [row["name"], row["phase"], *_ratio_cells(row["ratio"]), again, ms, added]
 
 
 # Words and tables

@@ -29,6 +29,7 @@ class Shape:
     num_key_value_heads: int
     intermediate_size: int
     vocab_size: int
+    tied: bool = True
 
     @property
     def head_dim(self) -> int:
@@ -38,7 +39,8 @@ class Shape:
     def told(self) -> str:
         return (
             f"{self.name}: {self.num_hidden_layers} layers of width {self.hidden_size}, {self.num_attention_heads} heads, "
-            f"{self.num_key_value_heads} KV heads, MLP {self.intermediate_size}, vocabulary {self.vocab_size}, tied embeddings"
+            f"{self.num_key_value_heads} KV heads, MLP {self.intermediate_size}, vocabulary {self.vocab_size}, "
+            f"{'tied' if self.tied else 'untied'} embeddings"
         )
 
 
@@ -46,6 +48,7 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("qwen2.5-0.5b", 896, 24, 14, 2, 4864, 151936),  # config.json of Qwen/Qwen2.5-0.5B
+        Shape("qwen2.5-7b", 3584, 28, 28, 4, 18944, 152064, tied=False),  # config.json of Qwen/Qwen2.5-7B
         Shape("tiny", 64, 4, 4, 2, 128, 320),  # to see that a script runs; its figures say nothing
     )
 }
@@ -57,24 +60,59 @@ def checkpoint(shape: Shape, models: Path) -> Path:
 
     def make(folder: Path) -> None:
         import torch
-        from transformers import Qwen2Config, Qwen2ForCausalLM
+        from transformers import Qwen2ForCausalLM
 
         torch.manual_seed(0)
-        sizes = {name: value for name, value in vars(shape).items() if name != "name"}
-        config = Qwen2Config(
-            **sizes,
-            tie_word_embeddings=True,
-            max_position_embeddings=32768,
-            rms_norm_eps=1e-6,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-        Qwen2ForCausalLM(config).save_pretrained(folder)
+        Qwen2ForCausalLM(_qwen2(shape)).save_pretrained(folder)
         _write_tokenizer(folder)
 
     return _made_once(target, make)
+
+
+def _qwen2(shape: Shape) -> Any:
+    from transformers import Qwen2Config
+
+    sizes = {name: value for name, value in vars(shape).items() if name not in {"name", "tied"}}
+    return Qwen2Config(
+        **sizes,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def llava_folder(shape: Shape, models: Path) -> tuple[Path, Path]:
+    """A LLaVA checkpoint with a decoder of that shape and the smallest of image towers, and the same in the onnx-community
+    layout as vlmguard exports it, both float16; made on first use."""
+    from vlmguard.exporter.checkpoint import convert_checkpoint
+
+    def make(folder: Path) -> None:
+        import torch
+        from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlavaConfig
+
+        torch.manual_seed(0)
+        tower = CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+        )
+        config = LlavaConfig(tower, _qwen2(shape), image_token_index=shape.vocab_size - 1, tie_word_embeddings=shape.tied)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float16)
+        model.save_pretrained(folder)
+        _write_tokenizer(folder)
+
+    source = _made_once(models / shape.name / "llava", make)
+    graphs = _made_once(
+        models / shape.name / "llava-fp16", lambda folder: convert_checkpoint(source, folder, dtype="fp16", verify=False)
+    )
+    return source, graphs
 
 
 def built(shape: Shape, precision: Precision, models: Path) -> Path:

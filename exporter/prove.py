@@ -25,6 +25,7 @@ from ..graphs.scribe import PREFIX
 from ..graphs.static_proof import Check, exact
 from ..graphs.taps import tap_guard
 from ..runtime.decoder import DecoderSession, PromptBatch, open_decoder
+from ..runtime.device import Tensor
 from ..runtime.vlm import Request, VisionLanguageModel
 from .headroom import Headroom
 
@@ -171,13 +172,15 @@ def _compare_runs(
     return compared, differing, worst
 
 
-def roll(session: DecoderSession, batch: PromptBatch, supervisor: np.ndarray | None) -> list[Mapping[str, np.ndarray]]:
+def roll(
+    session: DecoderSession, batch: PromptBatch, supervisor: Tensor | None, steps: int = DECODE_STEPS
+) -> list[Mapping[str, np.ndarray]]:
     """Outputs of prefill and a few decode steps on fixed tokens: rows of the prompt again, so that runs stay alike."""
     outputs, state = session.prefill(batch, supervisor)
     rolled = [outputs]
     if batch.given is not None:
         return rolled
-    for step in range(1, DECODE_STEPS + 1):
+    for step in range(1, steps + 1):
         at = -1 - step % batch.ids.shape[1]
         embeds = None if batch.embeds is None else batch.embeds[:, at][:, None]
         rolled.append(session.step(state, batch.ids[:, at][:, None], embeds))

@@ -14,14 +14,18 @@ from typing import Any
 
 import pytest
 
+from vlmguard.graphs.spec import MODES
+
 ROOT = Path(__file__).parents[1]
-BENCHMARKS, PAGE = ROOT / "benchmarks", ROOT / "docs" / "performance.md"
+BENCHMARKS, DOCS = ROOT / "benchmarks", ROOT / "docs"
+PAGE, GPU_PAGE = "performance.md", "tensorrt.md"
 SCRIPTS = {
     "rewriting": ["--compare"],
     "inference": [],
     "hooks": ["--tokens", "2"],
     "extraction": [],
     "spellings": ["--rank", "2"],
+    "gpu": ["--runtime", "onnxruntime-cpu", "--runtime", "torch"],
 }
 
 pytest.importorskip("torch")
@@ -65,23 +69,63 @@ def test_a_rewrite_adds_its_own_files_alone(results: Path) -> None:
     assert 0 < part["written"] < 2 * part["bytes"]
 
 
-def test_the_page_is_the_same_each_time_and_names_every_goal(results: Path, tmp_path: Path) -> None:
-    pages = [tmp_path / name for name in ("once.md", "twice.md")]
-    for page in pages:
-        run("report", "--quick", "--results", results, "--out", page)
-    once, twice = (page.read_text() for page in pages)
-    assert once == twice
-    assert once.count("**Met**") + once.count("**Missed**") == 3 + 6 + 2
-    assert run("report", "--quick", "--check", "--results", results, "--out", pages[0]).returncode == 0
-    pages[0].write_text(once.replace("1", "2", 1))
-    changed = run("report", "--quick", "--check", "--results", results, "--out", pages[0], check=False)
-    assert changed.returncode == 1
-    assert changed.stderr == f"{pages[0]}: is not what {results} says; run python benchmarks/report.py\n"
+def pages_of(folder: Path) -> tuple[Path, Path]:
+    """A folder for the two pages; the second exists and is written into."""
+    folder.mkdir()
+    (folder / GPU_PAGE).write_bytes((DOCS / GPU_PAGE).read_bytes())
+    return folder / PAGE, folder / GPU_PAGE
+
+
+def test_the_pages_are_the_same_each_time_and_name_every_goal(results: Path, tmp_path: Path) -> None:
+    page, gpu_page = pages_of(tmp_path / "docs")
+    report = ("report", "--quick", "--results", results, "--docs", page.parent)
+    told = []
+    for _ in range(2):
+        run(*report)
+        told.append((page.read_text(), gpu_page.read_text()))
+    assert told[0] == told[1]
+    assert told[0][0].count("**Met**") + told[0][0].count("**Missed**") == 3 + 6 + 2
+    assert run(*report, "--check").returncode == 0
+    for one, text in ((page, told[0][0]), (gpu_page, told[0][1])):
+        one.write_text(text.replace("Measured on 2", "Measured on 3", 1))
+        changed = run(*report, "--check", check=False)
+        assert changed.returncode == 1
+        assert changed.stderr == f"{one}: is not what {results} says; run python benchmarks/report.py\n"
+        one.write_text(text)
+
+
+def test_the_gpu_page_tells_agreement_cost_and_what_does_not_run(results: Path, tmp_path: Path) -> None:
+    _, page = pages_of(tmp_path / "docs")
+    run("report", "--quick", "--results", results, "--docs", page.parent)
+    text = page.read_text()
+    parts = json.loads((results / "gpu.json").read_text())["parts"]
+    here = parts["onnxruntime-cpu/tiny"]
+    assert [one["mode"] for one in here["agreement"]] == list(MODES) and all(one["ok"] for one in here["agreement"])
+    assert len(here["rows"]) == 2 * 9  # every subject, decode and prefill
+    assert text.count("| restore rank1 last |") == 2 and "Not yet run" not in text
+    if not parts["torch/tiny"]["runs"]:  # no GPU here
+        assert "**Does not run here:** torch finds no CUDA device" in text
+
+
+def test_without_a_result_the_gpu_page_says_so(results: Path, tmp_path: Path) -> None:
+    _, page = pages_of(tmp_path / "docs")
+    page.write_text(page.read_text().replace("**Not yet run.**", "Fast."))
+    kept = tmp_path / "results"
+    kept.mkdir()
+    for path in results.glob("*.json"):
+        if path.stem != "gpu":
+            (kept / path.name).write_bytes(path.read_bytes())
+    run("report", "--quick", "--results", kept, "--docs", page.parent)
+    assert "**Not yet run.**" in page.read_text()
+    page.write_text("no marks")
+    refused = run("report", "--quick", "--results", kept, "--docs", page.parent, check=False)
+    assert refused.returncode == 1 and refused.stderr.startswith(f"{page}: has no lines <!-- begin")
 
 
 def test_quick_results_are_no_report(results: Path, tmp_path: Path) -> None:
-    refused = run("report", "--results", results, "--out", tmp_path / "page.md", check=False)
-    assert refused.returncode == 1 and not (tmp_path / "page.md").exists()
+    page, _ = pages_of(tmp_path / "docs")
+    refused = run("report", "--results", results, "--docs", page.parent, check=False)
+    assert refused.returncode == 1 and not page.exists()
     assert refused.stderr == (
         f"{results / 'rewriting.json'}: part 'export' is from --quick or the tiny shape; "
         "run python benchmarks/rewriting.py without them\n"
@@ -94,24 +138,26 @@ def test_a_missing_part_is_named(results: Path, tmp_path: Path) -> None:
         if path.stem == "inference":
             del content["parts"]["fp32/prefill"]
         (tmp_path / path.name).write_text(json.dumps(content))
-    refused = run("report", "--quick", "--results", tmp_path, "--out", tmp_path / "page.md", check=False)
-    assert refused.returncode == 1 and not (tmp_path / "page.md").exists()
+    page, _ = pages_of(tmp_path / "docs")
+    report = ("report", "--quick", "--results", tmp_path, "--docs", page.parent)
+    refused = run(*report, check=False)
+    assert refused.returncode == 1 and not page.exists()
     assert refused.stderr == (
         f"{tmp_path / 'inference.json'}: has no part 'fp32/prefill'; run python benchmarks/inference.py\n"
     )
     (tmp_path / "hooks.json").write_text('{"schema": "another/1"}')
     (tmp_path / "inference.json").write_bytes((results / "inference.json").read_bytes())
-    refused = run("report", "--quick", "--results", tmp_path, "--out", tmp_path / "page.md", check=False)
+    refused = run(*report, check=False)
     assert refused.stderr == (
         f"{tmp_path / 'hooks.json'}: has schema 'another/1', expected vlmguard.benchmark/1; measure again\n"
     )
 
 
-def test_the_page_in_the_repository_is_what_the_results_in_it_say() -> None:
+def test_the_pages_in_the_repository_are_what_the_results_in_it_say() -> None:
     if (BENCHMARKS / "results").is_dir():
         assert run("report", "--check", check=False).stderr == ""
     else:
-        assert not PAGE.exists(), "docs/performance.md without the results that it was made from"
+        assert not (DOCS / PAGE).exists(), "docs/performance.md without the results that it was made from"
 
 
 def test_two_subjects_alternate_and_more_have_no_favoured_place(monkeypatch: pytest.MonkeyPatch) -> None:

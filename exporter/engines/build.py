@@ -179,17 +179,27 @@ def _apply(backend: Backend, config: Any, options: BuildOptions) -> None:
 
 
 def _target(backend: Backend, config: Any, capabilities: Sequence[str]) -> None:
+    require_capabilities(backend, capabilities)
     known = capabilities_of(backend)
-    for capability in capabilities:
-        if capability not in known:
-            can = f"choose among {', '.join(known)}" if known else "leave it out"
-            raise GuardError(
-                f"{backend.name} {backend.version} cannot build for compute capability {capability}; {can}"
-            )
     config.num_compute_capabilities = len(capabilities)
     for index, capability in enumerate(capabilities):
         if not config.set_compute_capability(known[capability], index):
             raise GuardError(f"{backend.name} {backend.version} refuses compute capability {capability}; leave it out")
+
+
+def require_capabilities(backend: Backend, capabilities: Sequence[str]) -> None:
+    """The builder knows the compute capabilities that were asked for.
+
+    Raises:
+        GuardError: it does not, or it builds only for the GPU that it runs on.
+    """
+    known = capabilities_of(backend)
+    for capability in capabilities:
+        if capability not in known:
+            can = f"choose among {', '.join(known)}" if known else "it builds for the GPU that it runs on; leave it out"
+            raise GuardError(
+                f"{backend.name} {backend.version} cannot build for compute capability {capability}; {can}"
+            )
 
 
 def capabilities_of(backend: Backend) -> dict[str, Any]:

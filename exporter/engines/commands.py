@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 from ...graphs.errors import GuardError
-from ...graphs.package import load_graph
-from ...graphs.tensorrt import settle_sizes
 from .build import BuildOptions
 from .folder import Part, open_buildable, plan_parts
 from .profile import EngineProfile, Shapes, parse_shapes
@@ -32,7 +30,7 @@ def commands_for(
     _, package = open_buildable(Path(guarded).absolute())
     parts = plan_parts(package, profiles, parse_shapes(shapes))
     for part in parts:
-        if settle_sizes(load_graph(part.path)):
+        if part.settled:
             raise GuardError(
                 f"{part.path}: has sizes written as names, which {_tool(backend)} would take for open ones; build it with "
                 "`vlmguard engine`, or export the model with --opset 18 by another exporter"

@@ -9,7 +9,7 @@ The input is a folder that `vlmguard-export` wrote, so what goes into the builde
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,7 @@ from ...runtime.guarded import open_guarded_package
 from ...runtime.tensorrt_backend import Backend, find_backend
 from ..folder import versions
 from ..sources import Watch, require_apart, unwatched
-from .build import BuildOptions, Engine, build_engine, capabilities_of
+from .build import BuildOptions, Engine, build_engine, require_capabilities
 from .layers import require_guard
 from .profile import (
     EngineProfile,
@@ -61,8 +61,9 @@ class Part:
         path: the graph's file.
         relative: the engine's file, relative to the folder.
         profiles: the name and the shapes of each optimisation profile.
-        guard: names of the guard's nodes in it, per decoder layer and shared.
+        guard: names of the guard's nodes in its layers that an engine has to show.
         pads: of a decoder: whether rows of different lengths may share a batch.
+        settled: whether the file writes fixed sizes as names, which our builder puts right before TensorRT reads them.
     """
 
     role: Role
@@ -71,6 +72,7 @@ class Part:
     profiles: tuple[tuple[str, dict[str, Shapes]], ...]
     guard: tuple[str, ...] = ()
     pads: bool = False
+    settled: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def build_engines(
     tell, options = watch or unwatched, options or BuildOptions()
     folder = Path(guarded).absolute()
     chosen = find_backend(backend)
-    require_capabilities(chosen, options)
+    require_capabilities(chosen, options.capabilities)
     manifest, package = open_buildable(folder)
     target = Path(out).absolute() if out is not None else folder.parent / f"{folder.name}-engine"
     require_apart(target, folder, package)
@@ -138,21 +140,6 @@ def build_engines(
         written = _write_manifest(stage, manifest, records, chosen)
     warnings = {part.relative: engine.warnings for part, engine in zip(parts, engines, strict=True) if engine.warnings}
     return EngineResult(target, written, warnings)
-
-
-def require_capabilities(backend: Backend, options: BuildOptions) -> None:
-    """The builder knows the compute capabilities that were asked for.
-
-    Raises:
-        GuardError: it does not, or it builds only for the GPU that it runs on.
-    """
-    known = capabilities_of(backend)
-    for capability in options.capabilities:
-        if capability not in known:
-            can = f"choose among {', '.join(known)}" if known else "it builds for the GPU that it runs on; leave it out"
-            raise GuardError(
-                f"{backend.name} {backend.version} cannot build for compute capability {capability}; {can}"
-            )
 
 
 def open_buildable(folder: Path) -> tuple[Manifest, ModelPackage]:
@@ -192,7 +179,7 @@ def plan_parts(
     }
     for path, model in loaded.values():
         require_readable(model, str(path))
-        settle_sizes(model)
+    settled = {role: bool(settle_sizes(model)) for role, (_, model) in loaded.items()}
     decoder = loaded["decoder"][1].graph
     limit, caches = package.longest_sequence, any(str(v.name).startswith(CACHE_PREFIXES) for v in decoder.inputs)
     chosen = tuple(profiles) or default_profiles(limit, caches)
@@ -202,7 +189,8 @@ def plan_parts(
         raise GuardError(
             f"--shape names {sorted(unknown)[0]!r}, which no graph of {package.root} takes; look at its inputs"
         )
-    return tuple(_part(package, role, path, model, chosen, given) for role, (path, model) in loaded.items())
+    parts = (_part(package, role, path, model, chosen, given) for role, (path, model) in loaded.items())
+    return tuple(replace(part, settled=settled[part.role]) for part in parts)
 
 
 def _part(

@@ -7,26 +7,24 @@ that graph on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from ...graphs.anatomy import dissect
+from ...graphs.anatomy import DecoderAnatomy, dissect
 from ...graphs.digests import sha256_file
 from ...graphs.errors import ManifestMismatch
-from ...graphs.manifest import EngineRecord, Manifest
-from ...graphs.package import ModelPackage, open_package
-from ...graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
+from ...graphs.manifest import EngineRecord, Manifest, read_manifest
+from ...graphs.package import ModelPackage
 from ...graphs.reference import LISTEN
 from ...graphs.spec import GuardSpec
 from ...graphs.static_proof import Check, exact
 from ...graphs.strip import strip_guard
 from ...runtime.decoder import DecoderSession, open_decoder
-from ...runtime.guarded import GuardedVLM
+from ...runtime.guarded import GuardedVLM, open_guarded_package
 from ..calibrate import DEFAULT_BUDGET
 from ..guide import Guide
-from ..prove import TOLERANCE, ProofInputs, relative
+from ..prove import TOLERANCE, ProofInputs, relative, roll
 from ..sources import Source, Watch
 
 # Prefill, and as many decode steps.
@@ -77,15 +75,15 @@ def check_by_running(folder: Path, manifest: Manifest, guarded: Path, tell: Watc
         GuardError: there is no GPU, or the engine does not run on it.
     """
     record = next(engine for engine in manifest.engines if engine.role == "decoder")
-    package = open_package(guarded)
-    inputs = _inputs(package, _rows(record), tell)
-    found = roll_session(GuardedVLM.open_unproved(folder).decoder, inputs)
-    expected = roll_session(open_decoder(package, runtime="onnxruntime-cpu"), inputs)
+    package = open_guarded_package(guarded, read_manifest(guarded))
+    anatomy = dissect(package.load_decoder(), package.expected_layers)
+    inputs = _inputs(package, anatomy, _rows(record), tell)
+    found = rolled(GuardedVLM.open_unproved(folder).decoder, inputs)
+    expected = rolled(open_decoder(package, runtime="onnxruntime-cpu"), inputs)
     stripped = package.load_decoder()
     strip_guard(stripped)
-    unguarded = roll_session(open_decoder(package, stripped, runtime="onnxruntime-cpu"), inputs)
-    dtype = dissect(package.load_decoder(), package.expected_layers).sites[0].dtype
-    return [same_outputs(expected, found, unguarded, TOLERANCE[dtype], inputs.origin)]
+    unguarded = rolled(open_decoder(package, stripped, runtime="onnxruntime-cpu"), inputs)
+    return [same_outputs(expected, found, unguarded, TOLERANCE[anatomy.sites[0].dtype], inputs.origin)]
 
 
 def _rows(record: EngineRecord) -> int:
@@ -94,8 +92,7 @@ def _rows(record: EngineRecord) -> int:
     return max(1, min(batches, default=1))
 
 
-def _inputs(package: ModelPackage, rows: int, tell: Watch) -> ProofInputs:
-    anatomy = dissect(package.load_decoder(), package.expected_layers)
+def _inputs(package: ModelPackage, anatomy: DecoderAnatomy, rows: int, tell: Watch) -> ProofInputs:
     source = Source(package, package.name, package.root.parent, package.root)
     return Guide(source, anatomy, GuardSpec(), DEFAULT_BUDGET, False, tell).proof_inputs(package, rows)
 
@@ -103,27 +100,17 @@ def _inputs(package: ModelPackage, rows: int, tell: Watch) -> ProofInputs:
 Rolled = list[dict[str, np.ndarray]]
 
 
-def roll_session(session: DecoderSession, inputs: ProofInputs, steps: int = STEPS) -> Rolled:
-    """Every output of a prefill and `steps` decode steps on fixed tokens, batch by batch; in mode `supervise` after a
-    text-only pass of its own."""
-    rolled: Rolled = []
+def rolled(session: DecoderSession, inputs: ProofInputs) -> Rolled:
+    """Every output of a prefill and of each decode step, batch by batch; in mode `supervise` after a text-only pass."""
+    found: Rolled = []
     for batch, text in zip(inputs.batches, inputs.texts, strict=True):
         supervisor = None
-        if SUPERVISOR_INPUT in session.runner.inputs:
-            layers, rank = session.supervisor_shape
-            heard, _ = session.prefill(text, np.full((text.size, layers, rank), LISTEN, np.float32))
-            supervisor = np.asarray(heard[COORDINATES_OUTPUT])
-        outputs, state = session.prefill(batch, supervisor)
-        rolled.append(_read(outputs))
-        for step in range(1, steps + 1):
-            at = -1 - step % batch.ids.shape[1]
-            embeds = None if batch.embeds is None else batch.embeds[:, at][:, None]
-            rolled.append(_read(session.step(state, batch.ids[:, at][:, None], embeds)))
-    return rolled
-
-
-def _read(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(value) for name, value in outputs.items()}
+        if session.supervised:
+            heard, _ = session.prefill(text, np.full((text.size, *session.supervisor_shape), LISTEN, np.float32))
+            supervisor = session.coordinates(heard)
+        outputs = roll(session, batch, supervisor, STEPS)
+        found += [{name: np.asarray(call[name]) for name in call} for call in outputs]
+    return found
 
 
 def same_outputs(expected: Rolled, found: Rolled, unguarded: Rolled, limit: float, origin: str) -> Check:
