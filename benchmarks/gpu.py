@@ -103,7 +103,9 @@ class Opened:
 
 def main() -> None:
     options = parser("gpu", __doc__)
-    options.add_argument("--runtime", action="append", choices=(*RUNTIMES, STAND_IN), help="default: all but the stand-in")
+    options.add_argument(
+        "--runtime", action="append", choices=(*RUNTIMES, STAND_IN), help="default: all but the stand-in"
+    )
     options.add_argument("--only", default="", help="part of a subject's name")
     args = options.parse_args()
     shape = SHAPES[args.shape]
@@ -143,7 +145,9 @@ def _workshop(shape: Shape, models: Path) -> Iterator[Workshop]:
     checkpoint, model = llava_folder(shape, models)
     copies = Path(tempfile.mkdtemp(prefix=".guarded-", dir=model.parent))
     try:
-        directions = write_directions(copies / "directions.safetensors", shape.hidden_size, shape.num_hidden_layers, RANK)
+        directions = write_directions(
+            copies / "directions.safetensors", shape.hidden_size, shape.num_hidden_layers, RANK
+        )
         yield Workshop(shape, checkpoint, model, directions, copies)
     finally:
         shutil.rmtree(copies, ignore_errors=True)
@@ -260,7 +264,9 @@ def gpu() -> str:
     """Name, memory and driver, as the driver tells them."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
-        return "; ".join(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")).strip("; ")
+        return "; ".join(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")).strip(
+            "; "
+        )
     except (OSError, subprocess.CalledProcessError):
         return "none"
 

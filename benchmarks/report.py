@@ -301,7 +301,11 @@ def with_times(page: Path, results: Path, quick: bool) -> str:
     toys = [name for name, part in parts.items() if part["quick"] or "tiny:" in part["shape"]]
     if toys and not quick:
         raise ResultsUnusable(f"{results}: part {toys[0]!r} is from --quick or the tiny shape; run it without them")
-    blocks = _gpu(parts) if parts else ["**Not yet run.** No figure of an engine's speed or numbers has been taken on a GPU."]
+    blocks = (
+        _gpu(parts)
+        if parts
+        else ["**Not yet run.** No figure of an engine's speed or numbers has been taken on a GPU."]
+    )
     return f"{before}{begin}\n" + "\n\n".join(blocks) + f"\n{end}{after}"
 
 
@@ -319,7 +323,17 @@ def _gpu(parts: Parts) -> list[str]:
         if part["agreement"]:
             columns = ["mode", "agrees with ONNX Runtime on the CPU", "largest difference", "limit", "about"]
             blocks.append(_table(columns, [_agreement_cells(one) for one in part["agreement"]]))
-        columns = ["guard", "phase", "ratio", "median's 95%", "p10 to p90", "pairs", "unguarded again", "ms", "kernels added"]
+        columns = [
+            "guard",
+            "phase",
+            "ratio",
+            "median's 95%",
+            "p10 to p90",
+            "pairs",
+            "unguarded again",
+            "ms",
+            "kernels added",
+        ]
         blocks.append(_table(columns, [_gpu_cells(row) for row in part["rows"]]))
         goals = [row for row in part["rows"] if row["lowering"] == "rank1"]
         if goals:
@@ -330,7 +344,13 @@ def _gpu(parts: Parts) -> list[str]:
 
 
 def _agreement_cells(check: Mapping[str, Any]) -> list[str]:
-    return [check["mode"], "yes" if check["ok"] else "**no**", f"{check['worst']:.1e}", f"{check['limit']:.0e}", check["note"]]
+    return [
+        check["mode"],
+        "yes" if check["ok"] else "**no**",
+        f"{check['worst']:.1e}",
+        f"{check['limit']:.0e}",
+        check["note"],
+    ]
 
 
 def _gpu_cells(row: Mapping[str, Any]) -> list[str]:

@@ -103,14 +103,17 @@ def llava_folder(shape: Shape, models: Path) -> tuple[Path, Path]:
             image_size=28,
             patch_size=14,
         )
-        config = LlavaConfig(tower, _qwen2(shape), image_token_index=shape.vocab_size - 1, tie_word_embeddings=shape.tied)
+        config = LlavaConfig(
+            tower, _qwen2(shape), image_token_index=shape.vocab_size - 1, tie_word_embeddings=shape.tied
+        )
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float16)
         model.save_pretrained(folder)
         _write_tokenizer(folder)
 
     source = _made_once(models / shape.name / "llava", make)
     graphs = _made_once(
-        models / shape.name / "llava-fp16", lambda folder: convert_checkpoint(source, folder, dtype="fp16", verify=False)
+        models / shape.name / "llava-fp16",
+        lambda folder: convert_checkpoint(source, folder, dtype="fp16", verify=False),
     )
     return source, graphs
 

@@ -1,4 +1,4 @@
-"""The guard as people write it in PyTorch: a forward hook per decoder layer, in eager mode. What the others are compared with."""
+"""The guard as people write it in PyTorch: a forward hook per decoder layer, in eager mode. The others are compared with it."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +50,9 @@ class Cuda:
         # Not the default stream: TensorRT adds synchronisations to that one, and it cannot be captured.
         self.stream = int(self._call("cudaStreamCreateWithFlags", self._api.cudaStreamNonBlocking))
         self._sources: list[np.ndarray] = []  # being copied in: must live until the stream has passed them
+        # Runners that share a device cannot know who is the last; when nobody holds it any more, nothing is on its stream.
+        self._finalizer = weakref.finalize(self, self._api.cudaStreamDestroy, self.stream)
+        self._finalizer.atexit = False  # the process gives everything back, and the driver may be gone by then
 
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of the device."""
@@ -125,6 +129,7 @@ class Cuda:
         """Wait, and give the stream back. Memory and graphs are their owners' to free."""
         if self.stream:
             self.synchronize()
+            self._finalizer.detach()
             self._call("cudaStreamDestroy", self.stream)
             self.stream = 0
 

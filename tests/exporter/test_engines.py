@@ -6,25 +6,32 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
 import pytest
+from hand_graphs import text_model
 from random_directions import random_directions
+from tiny_families import TINY, save_tiny
+from tiny_models import IMAGE_SIZE
 from tiny_vlm_paths import SOURCE, Guarded
 from zoo.model import ZooModel
 from zoo_fixtures import zoo
 
+from vlmguard.exporter.checkpoint import convert_checkpoint
 from vlmguard.exporter.engines.build import BuildOptions, Engine, build_engine
 from vlmguard.exporter.engines.commands import commands_for
-from vlmguard.exporter.engines.folder import build_engines
+from vlmguard.exporter.engines.folder import build_engines, plan_parts
 from vlmguard.exporter.engines.layers import require_guard
-from vlmguard.exporter.engines.profile import EngineProfile, Span, decoder_shapes
+from vlmguard.exporter.engines.profile import EngineProfile, Span, decoder_shapes, parse_shapes
 from vlmguard.exporter.verify import verify
 from vlmguard.graphs.anatomy import dissect
-from vlmguard.graphs.errors import GuardError, ManifestMismatch
+from vlmguard.graphs.errors import GuardError, GuardIncomplete, ManifestMismatch
 from vlmguard.graphs.manifest import read_manifest
-from vlmguard.graphs.package import load_graph
+from vlmguard.graphs.package import load_graph, open_package
 from vlmguard.graphs.plan import plan_guard
 from vlmguard.graphs.rewrite import rewrite
-from vlmguard.graphs.spec import GuardSpec, Mode
+from vlmguard.graphs.spec import GuardSpec, Mode, Positions
 from vlmguard.graphs.tensorrt import require_readable, settle_sizes, unreadable_nodes
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.tensorrt_backend import find_backend
@@ -37,6 +44,9 @@ PROFILES = (
     EngineProfile("prefill", Span(1, 2, 4), Span(1, 8, 32), Span(0, 0, 0)),
     EngineProfile("decode", Span(1, 2, 4), Span(1, 1, 1), Span(1, 16, 64)),
 )
+# Inputs of vision encoders whose sizes no profile tells.
+TILES = [f"pixel_values=1x1x3x{IMAGE_SIZE}x{IMAGE_SIZE}", f"pixel_attention_mask=1x1x{IMAGE_SIZE}x{IMAGE_SIZE}"]
+SHAPES_OF_IMAGES = {"idefics3": TILES, "smolvlm": TILES}
 
 
 def build(path: Path, spec: GuardSpec | None = None, rank: int = 2) -> tuple[Engine, list[str]]:
@@ -67,6 +77,113 @@ def test_rank1_adds_no_layer(zoo: Callable[[str], ZooModel], name: str) -> None:
         require_guard(engine.layers, names, len(PROFILES), name)
         for profile in range(len(PROFILES)):
             assert engine.layers.of_profile(profile).kernels == bare.layers.of_profile(profile).kernels, (mode, profile)
+
+
+@pytest.mark.parametrize(("mode", "positions"), [("restore", "last"), ("supervise", "all"), ("supervise", "last")])
+def test_rank1_adds_a_layer_where_a_computed_tensor_comes_in(
+    zoo: Callable[[str], ZooModel], mode: Mode, positions: Positions
+) -> None:
+    """The selection of the last token, the supervisor's row: one kernel per guarded layer, and not a fusion more is lost."""
+    path = zoo("llava-transformers-fp16").path
+    bare, _ = build(path)
+    engine, names = build(path, GuardSpec(mode=mode, lowering="rank1", positions=positions))
+    require_guard(engine.layers, names, len(PROFILES), mode)
+    shared = 2 if mode == "supervise" else 1  # which token is the last one, and the coordinates that are told
+    for profile in range(len(PROFILES)):
+        added = engine.layers.of_profile(profile).kernels - bare.layers.of_profile(profile).kernels
+        assert added == zoo("llava-transformers-fp16").layers + shared, profile
+
+
+@pytest.fixture(scope="module")
+def bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny LLaVA as transformers' exporter writes it in bfloat16, which onnxruntime on a CPU does not run."""
+    torch = pytest.importorskip("torch")
+    from zoo import makers, model, truth
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(truth.TORCH_DTYPES, "bfloat16", torch.bfloat16)
+        patch.setitem(model.SHORT_DTYPES, "bfloat16", "bf16")
+        patch.setitem(model.TOLERANCES, "bf16", 1.0)
+        return makers.make_llava_transformers(tmp_path_factory.mktemp("bf16"), "bfloat16").path
+
+
+def test_a_bfloat16_decoder_builds_with_its_guard(bfloat16: Path) -> None:
+    engine, names = build(bfloat16, GuardSpec(mode="restore", lowering="rank1", positions="all"))
+    require_guard(engine.layers, names, len(PROFILES), "bfloat16")
+    bare, _ = build(bfloat16)
+    assert [engine.layers.of_profile(n).kernels for n in (0, 1)] == [bare.layers.of_profile(n).kernels for n in (0, 1)]
+
+
+@pytest.mark.parametrize("name", ["llava-transformers-nbits-qdq-int4", "llava-transformers-static-int8"])
+def test_a_quantized_decoder_builds_with_its_guard(zoo: Callable[[str], ZooModel], name: str) -> None:
+    engine, names = build(zoo(name).path, GuardSpec(mode="restore", lowering="rank1", positions="last"))
+    require_guard(engine.layers, names, len(PROFILES), name)
+
+
+def weights_in_float8(model: ir.Model) -> int:
+    """Every MatMul's constant weight as float8 (e4m3) with one scale and a DequantizeLinear; how many there are."""
+    changed = 0
+    for node in list(model.graph):
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        if weight is None or weight.const_value is None:
+            continue
+        array = weight.const_value.numpy()
+        scale = np.array(np.abs(array).max() / 448, array.dtype)  # the largest number of e4m3
+        stored = ir.tensor((array / scale).astype(ml_dtypes.float8_e4m3fn), name=f"{weight.name}_fp8")
+        parts = [
+            ir.Value(name=t.name, const_value=t, type=ir.TensorType(t.dtype), shape=ir.Shape(t.shape))
+            for t in (stored, ir.tensor(scale, name=f"{weight.name}_scale"))
+        ]
+        for part in parts:
+            model.graph.register_initializer(part)
+        dequantize = ir.node("DequantizeLinear", parts, name=f"{weight.name}_dequantize")
+        dequantize.outputs[0].name = f"{weight.name}_wide"
+        model.graph.insert_before(node, dequantize)
+        node.replace_input_with(1, dequantize.outputs[0])
+        changed += 1
+    return changed
+
+
+def test_a_decoder_with_weights_in_float8_builds_with_its_guard(zoo: Callable[[str], ZooModel], tmp_path: Path) -> None:
+    model = load_graph(zoo("llava-transformers-fp32-opset23").path)
+    assert (
+        weights_in_float8(model) == 7 * zoo("llava-transformers-fp32-opset23").layers + 1
+    )  # q k v o, gate up down, head
+    path = tmp_path / "model.onnx"
+    ir.save(model, path)
+    engine, names = build(path, GuardSpec(mode="restore", lowering="rank1", positions="last"))
+    require_guard(engine.layers, names, len(PROFILES), "float8")
+
+
+def test_an_input_that_the_parser_drops_is_an_error(tmp_path: Path) -> None:
+    """Attention-24's `nonpad_kv_seqlen` says which tokens are padding: without it the engine would attend to all of them."""
+    model = text_model(
+        """<ir_version: 10, opset_import: ["" : 24]>
+           g (float16[1, 2, 4, 8] q, float16[1, 2, 4, 8] k, float16[1, 2, 4, 8] v, int64[1] lengths) =>
+           (float16[1, 2, 4, 8] y) { y = Attention(q, k, v, , , , lengths) }"""
+    )
+    path = tmp_path / "model.onnx"
+    ir.save(model, path)
+    shapes = dict.fromkeys("qkv", ((1, 2, 4, 8),) * 3) | {"lengths": ((1,),) * 3}
+    with pytest.raises(GuardIncomplete, match=r"lengths|Unused Input"):
+        build_engine(find_backend("tensorrt_rtx"), model, path, [shapes], BuildOptions(), lambda *_: None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TINY)
+def test_every_part_of_every_family_is_built_or_refused_by_name(family: str, tmp_path: Path) -> None:
+    """Vision encoder, embeddings and decoder of the onnx-community layout, as our own exporter writes them."""
+    pytest.importorskip("torch")
+    save_tiny(family, tmp_path / "checkpoint")
+    convert_checkpoint(tmp_path / "checkpoint", tmp_path / "model", verify=False)
+    package = open_package(tmp_path / "model")
+    shapes = SHAPES_OF_IMAGES.get(family, {})
+    for part in plan_parts(package, PROFILES, parse_shapes(shapes)):
+        model = load_graph(part.path)
+        settle_sizes(model)
+        asked = [shapes for _, shapes in part.profiles]
+        engine = build_engine(find_backend("tensorrt_rtx"), model, part.path, asked, BuildOptions(), lambda *_: None)
+        assert engine.layers.of_profile(0).kernels > 0, part.role
 
 
 def test_our_verdict_is_the_parsers(zoo: Callable[[str], ZooModel]) -> None:
