@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from .errors import GuardError
@@ -111,7 +112,11 @@ def _why_not(node: ir.Node, model: ir.Model) -> str | None:
         return _why_not_attention(node)
     if node.op_type == "DequantizeLinear" and len(node.inputs) > 2 and _dtype(node.inputs[0]) is ir.DataType.UINT4:
         return "int4 with a zero point; quantize it symmetrically (INT4 without zero points)"
-    return _INSTEAD.get(node.op_type) if node.op_type not in {"Attention"} else None
+    if node.op_type in {"QuantizeLinear", "DequantizeLinear"} and len(node.inputs) > 2 and _is_shifted(node.inputs[2]):
+        return (
+            "a zero point that is not 0; quantize it symmetrically (onnxruntime: ActivationSymmetric, WeightSymmetric)"
+        )
+    return _INSTEAD.get(node.op_type)
 
 
 def _why_not_attention(node: ir.Node) -> str | None:
@@ -122,6 +127,11 @@ def _why_not_attention(node: ir.Node) -> str | None:
     if len(inputs) > 6 and inputs[6]:
         return "Attention with nonpad_kv_seqlen, which TensorRT drops without an error; export with opset 18"
     return None
+
+
+def _is_shifted(zero_point: ir.Value | None) -> bool:
+    constant = None if zero_point is None else ir.convenience.get_const_tensor(zero_point)
+    return constant is not None and bool(np.any(constant.numpy() != 0))
 
 
 def _dtype(value: ir.Value | None) -> ir.DataType | None:

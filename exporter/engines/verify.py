@@ -122,7 +122,7 @@ def same_outputs(expected: Rolled, found: Rolled, unguarded: Rolled, limit: floa
     for before, after, without in zip(expected, found, unguarded, strict=True):
         for name, value in before.items():
             compared += value.size
-            worst = max(worst, relative(value, after[name]))
+            worst = max(worst, relative(value, after[name]) if name in after else np.inf)
             moved = max(moved, relative(value, without[name]) if name in without else 0.0)
     note = (
         f"{len(found)} calls, prefill and {STEPS} decode steps each, every output, {origin}; the guard moves them by up to "

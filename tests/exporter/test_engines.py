@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +16,7 @@ from random_directions import random_directions
 from tiny_families import TINY, save_tiny
 from tiny_models import IMAGE_SIZE
 from tiny_vlm_paths import SOURCE, Guarded
+from zoo import quantized
 from zoo.model import ZooModel
 from zoo_fixtures import zoo
 
@@ -24,15 +26,19 @@ from vlmguard.exporter.engines.commands import commands_for
 from vlmguard.exporter.engines.folder import build_engines, plan_parts
 from vlmguard.exporter.engines.layers import require_guard
 from vlmguard.exporter.engines.profile import EngineProfile, Span, decoder_shapes, parse_shapes
+from vlmguard.exporter.engines.verify import STEPS, rolled, same_outputs
+from vlmguard.exporter.prove import ProofInputs
 from vlmguard.exporter.verify import verify
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError, GuardIncomplete, ManifestMismatch
 from vlmguard.graphs.manifest import read_manifest
 from vlmguard.graphs.package import load_graph, open_package
-from vlmguard.graphs.plan import plan_guard
+from vlmguard.graphs.plan import COORDINATES_OUTPUT, plan_guard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import GuardSpec, Mode, Positions
+from vlmguard.graphs.strip import strip_guard
 from vlmguard.graphs.tensorrt import require_readable, settle_sizes, unreadable_nodes
+from vlmguard.runtime.decoder import PromptBatch, open_decoder
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.tensorrt_backend import find_backend
 
@@ -104,7 +110,7 @@ def bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setitem(truth.TORCH_DTYPES, "bfloat16", torch.bfloat16)
         patch.setitem(model.SHORT_DTYPES, "bfloat16", "bf16")
         patch.setitem(model.TOLERANCES, "bf16", 1.0)
-        return makers.make_llava_transformers(tmp_path_factory.mktemp("bf16"), "bfloat16").path
+        return makers.make_llava_transformers(tmp_path_factory.mktemp("bf16") / "model", "bfloat16").path
 
 
 def test_a_bfloat16_decoder_builds_with_its_guard(bfloat16: Path) -> None:
@@ -114,10 +120,18 @@ def test_a_bfloat16_decoder_builds_with_its_guard(bfloat16: Path) -> None:
     assert [engine.layers.of_profile(n).kernels for n in (0, 1)] == [bare.layers.of_profile(n).kernels for n in (0, 1)]
 
 
-@pytest.mark.parametrize("name", ["llava-transformers-nbits-qdq-int4", "llava-transformers-static-int8"])
-def test_a_quantized_decoder_builds_with_its_guard(zoo: Callable[[str], ZooModel], name: str) -> None:
+def test_an_int4_decoder_builds_with_its_guard(zoo: Callable[[str], ZooModel]) -> None:
+    name = "llava-transformers-nbits-qdq-int4"
     engine, names = build(zoo(name).path, GuardSpec(mode="restore", lowering="rank1", positions="last"))
     require_guard(engine.layers, names, len(PROFILES), name)
+
+
+def test_an_int8_decoder_builds_with_its_guard(zoo: Callable[[str], ZooModel], tmp_path: Path) -> None:
+    """Symmetric QDQ; with zero points TensorRT refuses it, and so do we, before the build."""
+    quantized.static(zoo("llava-transformers-fp32"), tmp_path / "model.onnx", "QDQ", ["MatMul"], symmetric=True)
+    assert not unreadable_nodes(load_graph(tmp_path / "model.onnx"))
+    engine, names = build(tmp_path / "model.onnx", GuardSpec(mode="restore", lowering="rank1", positions="last"))
+    require_guard(engine.layers, names, len(PROFILES), "int8")
 
 
 def weights_in_float8(model: ir.Model) -> int:
@@ -149,6 +163,7 @@ def test_a_decoder_with_weights_in_float8_builds_with_its_guard(zoo: Callable[[s
     assert (
         weights_in_float8(model) == 7 * zoo("llava-transformers-fp32-opset23").layers + 1
     )  # q k v o, gate up down, head
+    ir.external_data.load_to_model(model)
     path = tmp_path / "model.onnx"
     ir.save(model, path)
     engine, names = build(path, GuardSpec(mode="restore", lowering="rank1", positions="last"))
@@ -192,6 +207,7 @@ def test_our_verdict_is_the_parsers(zoo: Callable[[str], ZooModel]) -> None:
         ("llama-genai-fp32", "GroupQueryAttention"),
         ("llama-genai-int4", "MatMulNBits"),
         ("llava-merged-fp32", "If"),
+        ("llava-transformers-static-int8", "QuantizeLinear"),
         ("llava-transformers-fp32", None),
         ("llama-torchscript-fp32", None),
     ):
@@ -225,6 +241,49 @@ def test_the_folder_of_engines(guarded: Guarded, engines: Path) -> None:
         "the builder showed the guard's nodes in every guarded layer",
         "every engine was built from the guarded folder's graph",
     }
+
+
+def test_running_tells_an_engine_with_its_guard_from_one_without(
+    engines: Path, guarded: Guarded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `verify --run` asks of a GPU, asked of ONNX Runtime in its place: the guarded graph passes, and is then proved;
+    the graph without its guard does not, however small the difference."""
+    out, source = tmp_path / "engines", guarded("restore")
+    shutil.copytree(engines, out)
+    package = open_package(source)
+    stripped = package.load_decoder()
+    strip_guard(stripped)
+
+    def instead_of_the_gpu(graph: ir.Model | None) -> None:
+        opened = SimpleNamespace(decoder=open_decoder(package, graph, runtime="onnxruntime-cpu"))
+        monkeypatch.setattr(GuardedVLM, "open_unproved", lambda folder: opened)
+
+    instead_of_the_gpu(stripped)
+    found = verify(out, source, run=True)
+    check = found.checks[-1]
+    assert not found.ok and check.name == "the engine gives what ONNX Runtime gives on the CPU" and check.worst > 0
+    assert read_manifest(out).proved == "structure"
+    instead_of_the_gpu(None)
+    found = verify(out, source, run=True)
+    assert found.ok and found.checks[-1].compared > 0 and "the guard moves them by up to" in found.checks[-1].note
+    assert read_manifest(out).proved == "full"
+
+
+def test_a_supervised_decoder_is_run_with_what_it_heard_itself(guarded: Guarded) -> None:
+    package = open_package(guarded("supervise"))
+    stripped = package.load_decoder()
+    strip_guard(stripped)
+    with_guard, without = open_decoder(package, runtime="onnxruntime-cpu"), open_decoder(package, stripped)
+    ids = np.arange(6, 18).reshape(2, 6)
+    width = with_guard.runner.inputs["inputs_embeds"].shape[-1]
+    embeds = np.random.default_rng(0).normal(size=(2, 6, width)).astype(np.float32)
+    prompts = (PromptBatch(ids, np.ones_like(ids), embeds),)
+    inputs = ProofInputs(prompts, prompts, "noise")
+    expected, unguarded = rolled(with_guard, inputs), rolled(without, inputs)
+    assert len(expected) == 1 + STEPS and np.abs(expected[0][COORDINATES_OUTPUT]).max() > 0
+    assert same_outputs(expected, rolled(with_guard, inputs), unguarded, 1e-6, "noise").ok
+    lacking = same_outputs(expected, unguarded, unguarded, 1e-6, "noise")
+    assert not lacking.ok and np.isinf(lacking.worst)  # an output that the engine does not have
 
 
 def test_an_engine_that_nobody_vouches_for_is_not_opened(engines: Path, tmp_path: Path) -> None:

@@ -83,7 +83,14 @@ def nbits(source: ZooModel, target: Path, style: Literal["QOperator", "QDQ"]) ->
     quantizer.model.save_model_to_file(str(target), use_external_data_format=True)
 
 
-def static(source: ZooModel, target: Path, style: Literal["QOperator", "QDQ"], only: list[str] | None = None) -> None:
+def static(
+    source: ZooModel,
+    target: Path,
+    style: Literal["QOperator", "QDQ"],
+    only: list[str] | None = None,
+    symmetric: bool = False,
+) -> None:
+    """Activations as uint8 with zero points, or `symmetric`: as int8 without, which is what TensorRT reads."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Prompts(CalibrationDataReader):
@@ -99,8 +106,9 @@ def static(source: ZooModel, target: Path, style: Literal["QOperator", "QDQ"], o
         Prompts(),
         quant_format=QuantFormat[style],
         op_types_to_quantize=only,
-        activation_type=QuantType.QUInt8,
+        activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
         weight_type=QuantType.QInt8,
+        extra_options={"ActivationSymmetric": symmetric, "WeightSymmetric": True},
     )
 
 
