@@ -27,7 +27,7 @@ from vlmguard.exporter.engines.folder import build_engines, plan_parts
 from vlmguard.exporter.engines.layers import require_guard
 from vlmguard.exporter.engines.profile import EngineProfile, Span, decoder_shapes, parse_shapes
 from vlmguard.exporter.engines.verify import STEPS, rolled, same_outputs
-from vlmguard.exporter.prove import ProofInputs
+from vlmguard.exporter.prove import proof_inputs
 from vlmguard.exporter.verify import verify
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError, GuardIncomplete, ManifestMismatch
@@ -38,9 +38,10 @@ from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import GuardSpec, Mode, Positions
 from vlmguard.graphs.strip import strip_guard
 from vlmguard.graphs.tensorrt import require_readable, settle_sizes, unreadable_nodes
-from vlmguard.runtime.decoder import PromptBatch, open_decoder
+from vlmguard.runtime.decoder import open_decoder
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.tensorrt_backend import find_backend
+from vlmguard.runtime.vlm import Request, VisionLanguageModel
 
 pytest.importorskip("tensorrt_rtx")
 pytest_plugins = ("tiny_vlm_fixtures",)
@@ -274,15 +275,11 @@ def test_a_supervised_decoder_is_run_with_what_it_heard_itself(guarded: Guarded)
     stripped = package.load_decoder()
     strip_guard(stripped)
     with_guard, without = open_decoder(package, runtime="onnxruntime-cpu"), open_decoder(package, stripped)
-    ids = np.arange(6, 18).reshape(2, 6)
-    width = with_guard.runner.inputs["inputs_embeds"].shape[-1]
-    embeds = np.random.default_rng(0).normal(size=(2, 6, width)).astype(np.float32)
-    prompts = (PromptBatch(ids, np.ones_like(ids), embeds),)
-    inputs = ProofInputs(prompts, prompts, "noise")
+    inputs = proof_inputs(VisionLanguageModel(package), [Request("how to steal a car"), Request("how to wash a car")])
     expected, unguarded = rolled(with_guard, inputs), rolled(without, inputs)
     assert len(expected) == 1 + STEPS and np.abs(expected[0][COORDINATES_OUTPUT]).max() > 0
-    assert same_outputs(expected, rolled(with_guard, inputs), unguarded, 1e-6, "noise").ok
-    lacking = same_outputs(expected, unguarded, unguarded, 1e-6, "noise")
+    assert same_outputs(expected, rolled(with_guard, inputs), unguarded, 1e-6, "prompts").ok
+    lacking = same_outputs(expected, unguarded, unguarded, 1e-6, "prompts")
     assert not lacking.ok and np.isinf(lacking.worst)  # an output that the engine does not have
 
 
