@@ -204,14 +204,14 @@ def _row(
 def _open(package: ModelPackage, runtime: str) -> Opened:
     if not runtime.startswith("tensorrt"):
         return Opened(open_decoder(package, runtime=runtime))
-    backend = find_backend(runtime)
+    backend, device = find_backend(runtime), Cuda()  # no GPU is known before anything is built
     (part,) = (part for part in plan_parts(package, PROFILES, {}) if part.role == "decoder")
     model = load_graph(part.path)
     settle_sizes(model)
     shapes = [shapes for _, shapes in part.profiles]
     engine = build_engine(backend, model, part.path, shapes, BuildOptions(), lambda *_: None)
     kernels = tuple(engine.layers.of_profile(number).kernels for number in range(len(shapes)))
-    runner = TensorRTRunner(engine.plan, hashlib.sha256(engine.plan).hexdigest(), backend, Cuda())
+    runner = TensorRTRunner(engine.plan, hashlib.sha256(engine.plan).hexdigest(), backend, device)
     return Opened(DecoderSession(runner, package.kv_heads, package.head_size), kernels)
 
 

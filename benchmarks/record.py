@@ -16,7 +16,20 @@ from shapes import DEFAULT_MODELS, SHAPES
 
 SCHEMA = "vlmguard.benchmark/1"
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("vlmguard", "onnxruntime", "onnxruntime-genai", "onnx", "onnx-ir", "torch", "transformers", "numpy")
+_PACKAGES = (
+    *(
+        "vlmguard",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "onnxruntime-genai",
+        "onnx",
+        "onnx-ir",
+        "torch",
+        "transformers",
+        "numpy",
+    ),
+    *("tensorrt", "tensorrt-rtx-cu13"),
+)
 
 
 class ResultsUnusable(Exception):

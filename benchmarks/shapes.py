@@ -104,7 +104,10 @@ def llava_folder(shape: Shape, models: Path) -> tuple[Path, Path]:
             patch_size=14,
         )
         config = LlavaConfig(
-            tower, _qwen2(shape), image_token_index=shape.vocab_size - 1, tie_word_embeddings=shape.tied
+            vision_config=tower,
+            text_config=_qwen2(shape),
+            image_token_index=shape.vocab_size - 1,
+            tie_word_embeddings=shape.tied,
         )
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float16)
         model.save_pretrained(folder)
