@@ -256,27 +256,23 @@ def _with_drift(
     after: Sequence[Said],
     guarded: VisionLanguageModel,
 ) -> list[Record]:
-    """Drift of the harmless texts of a batch. All in a batch are texts or none is."""
-    if not any((record.setting, record.label) == ("text", "harmless") for record in records):
-        return list(records)
-    told = [one.log_likelihood for one in after]
-    if [one.tokens for one in before] != [one.tokens for one in after]:  # the same words have the same likelihood
-        told = log_likelihoods(guarded, asked, [one.tokens for one in before])
-    return [
-        record
-        if (record.setting, record.label) != ("text", "harmless")
-        else record.model_copy(
-            update={
-                "drift": Drift(
-                    first_token_kl=kl_divergence(first.first, second.first),
-                    tokens=len(first.tokens),
-                    base_log_likelihood=first.log_likelihood,
-                    guarded_log_likelihood=likelihood,
-                )
-            }
+    """Drift of the harmless texts of a batch."""
+    texts = [row for row, record in enumerate(records) if (record.setting, record.label) == ("text", "harmless")]
+    told = {row: after[row].log_likelihood for row in texts}
+    changed = [row for row in texts if before[row].tokens != after[row].tokens]  # the same words are just as likely
+    if changed:
+        requests, answers = [asked[row] for row in changed], [before[row].tokens for row in changed]
+        told |= dict(zip(changed, log_likelihoods(guarded, requests, answers), strict=True))
+    drifts = {
+        row: Drift(
+            first_token_kl=kl_divergence(before[row].first, after[row].first),
+            tokens=len(before[row].tokens),
+            base_log_likelihood=before[row].log_likelihood,
+            guarded_log_likelihood=told[row],
         )
-        for record, first, second, likelihood in zip(records, before, after, told, strict=True)
-    ]
+        for row in texts
+    }
+    return [record.model_copy(update={"drift": drifts.get(row)}) for row, record in enumerate(records)]
 
 
 def _recalled(record: Record, answers: tuple[str, str] | None) -> Record:

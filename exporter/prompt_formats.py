@@ -84,11 +84,13 @@ def _pair(number: int, row: Row, path: Path) -> list[Entry]:
 
 
 def _labelled(number: int, row: Row, path: Path) -> list[Entry]:
-    text, label, setting = row.get("prompt"), row.get("label"), row.get("setting", "text")
+    text, setting = row.get("prompt"), row.get("setting", "text")
+    label = next((label for label in LABELS if label == row.get("label")), None)
     if not isinstance(text, str) or not text.strip():
         raise RowUnusable(f"line {number} has no prompt; give each line a prompt, a label and a setting")
-    if label not in LABELS:
-        raise RowUnusable(f"line {number} has label {label!r}; expected {', '.join(LABELS[:-1])} or {LABELS[-1]}")
+    if label is None:
+        expected = f"{', '.join(LABELS[:-1])} or {LABELS[-1]}"
+        raise RowUnusable(f"line {number} has label {row.get('label')!r}; expected {expected}")
     if setting not in SETTINGS:
         raise RowUnusable(f"line {number} has setting {setting!r}; expected {', '.join(SETTINGS)}")
     # Only where the setting says so: a picture beside a `text` prompt would be shown, and counted as text.

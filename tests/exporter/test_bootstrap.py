@@ -9,7 +9,7 @@ from vlmguard.exporter.bootstrap import interval, rate_interval
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:
-    outcomes = [True] * 30 + [False] * 70
+    outcomes = [True] * 3000 + [False] * 7000
     assert rate_interval(outcomes, 1) == rate_interval(outcomes, 1) != rate_interval(outcomes, 2)
     values = np.arange(20.0)
     first, again, other = (interval(20, lambda chosen: float(values[chosen].mean()), seed) for seed in (1, 1, 2))

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny_vlm_paths import ANCHORS, CALIBRATION, CHECKPOINT, EVALUATION, PROMPTS, SOURCE, Guarded
 
 from vlmguard.exporter import evaluate as evaluate_module
@@ -108,6 +109,9 @@ class Parrot:
 
     def groups(self, requests: list[Request], batch_size: int) -> list[list[int]]:
         return [list(range(len(requests)))]
+
+    def blank_image(self) -> Image.Image:
+        return Image.new("RGB", (4, 4))
 
 
 @pytest.fixture
