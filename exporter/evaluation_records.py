@@ -114,8 +114,9 @@ class RecordFile:
             raise OutputRefused(f"{self.path}: cannot be written or read ({error}); choose another --out") from None
 
     def add(self, records: Sequence[Record]) -> None:
-        """Keep the records of one batch."""
-        self._append([record.model_dump_json(exclude_none=True) for record in records])
+        """Keep the records of one batch; those that a killed run could still write are there already."""
+        new = [record for record in records if record.number not in self.found]
+        self._append([record.model_dump_json(exclude_none=True) for record in new])
         self.found |= {record.number: record for record in records}
 
     def _append(self, lines: Sequence[str]) -> None:

@@ -22,6 +22,8 @@ from ..graphs.errors import PromptsUnusable
 from ..runtime.vlm import Request, VisionLanguageModel
 from .prompt_files import read_rows
 from .prompt_formats import BY_NAME, Entry, Label, RowUnusable, Setting, recognise
+from .prompt_formats import LABELS as LABELS  # who reads prompts wants these too
+from .prompt_formats import SETTINGS as SETTINGS
 
 Source = Path | str
 Sources = Source | Sequence[Source]
@@ -29,7 +31,7 @@ Sources = Source | Sequence[Source]
 BUILTIN = "builtin"
 _BUILTIN_FILE = Path(__file__).with_name("anchors.csv")
 SPLITS = ("extraction", "calibration", "test")
-_PAIRED: tuple[Label, Label] = ("harmful", "harmless")
+PAIRED_LABELS: tuple[Label, Label] = ("harmful", "harmless")
 _FOLDERS = (".", "prompts", "..", "../prompts")
 
 
@@ -144,8 +146,8 @@ def read_anchors(sources: Sources, split: str | None = "extraction") -> list[Anc
         pairs = [pair for found in sets for pair in found.pairs]
     else:
         prompts = [prompt for found in sets for prompt in found.prompts]
-        sides = [list(dict.fromkeys(p.prompt for p in prompts if p.label == label)) for label in _PAIRED]
-        for side, label, other in zip(sides, _PAIRED, reversed(_PAIRED), strict=True):
+        sides = [list(dict.fromkeys(p.prompt for p in prompts if p.label == label)) for label in PAIRED_LABELS]
+        for side, label, other in zip(sides, PAIRED_LABELS, reversed(PAIRED_LABELS), strict=True):
             if not side:
                 raise PromptsUnusable(
                     f"{names}: holds no {label} prompts to pair with the {other} ones; give a second --anchors with some"
@@ -182,7 +184,7 @@ def prompts_from_anchors(pairs: Sequence[AnchorPair], sees: bool) -> list[Labell
         LabelledPrompt(f"{setting}-{number}-{label}", getattr(pair, label), label, setting, intent=pair.intent)
         for setting in settings
         for number, pair in enumerate(pairs)
-        for label in _PAIRED
+        for label in PAIRED_LABELS
     ]
 
 
