@@ -85,7 +85,7 @@ def _pair(number: int, row: Row, path: Path) -> list[Entry]:
 
 def _labelled(number: int, row: Row, path: Path) -> list[Entry]:
     text, setting = row.get("prompt"), row.get("setting", "text")
-    label = next((label for label in LABELS if label == row.get("label")), None)
+    label: Label | None = next((label for label in LABELS if label == row.get("label")), None)
     if not isinstance(text, str) or not text.strip():
         raise RowUnusable(f"line {number} has no prompt; give each line a prompt, a label and a setting")
     if label is None:
@@ -154,7 +154,7 @@ def _mm_safetybench(number: int, row: Row, path: Path) -> list[Entry]:
 
 def _refusal_direction(number: int, row: Row, path: Path) -> list[Entry]:
     """`harmful_train.json`, `harmless_test.json`, ...: the label is in the file's name alone."""
-    label = next((label for label in LABELS if path.name.lower().startswith(label)), None)
+    label: Label | None = next((label for label in LABELS if path.name.lower().startswith(label)), None)
     if label is None:
         raise RowUnusable(
             "its name begins neither with harmful nor with harmless, which is all that says what it holds; name it "

@@ -406,7 +406,7 @@ for moment, prepare in MOMENTS.items():
     child = os.fork()
     if not child:
         prepare()
-        evaluate.compare(base, guarded, prompts, 40, 4, out=Path(root) / f"{moment}.jsonl")
+        evaluate.compare(base, guarded, prompts, 8, 4, out=Path(root) / f"{moment}.jsonl")
         os._exit(0)
     found[moment] = os.waitpid(child, 0)[1]
 print(json.dumps(found))
@@ -426,7 +426,7 @@ def test_a_killed_run_goes_on_where_it_was(
         evaluate_module, "ask", lambda model, some, limit: asked.append(len(some)) or real(model, some, limit)
     )
     complete = (tmp_path / "never.jsonl").read_text(encoding="utf-8")
-    expected = compare(SOURCE, guarded("restore"), file, 40, 4, out=tmp_path / "never.jsonl")
+    expected = compare(SOURCE, guarded("restore"), file, 8, 4, out=tmp_path / "never.jsonl")
     assert asked == [] and ended.pop("never") == 0
     told: list[tuple[str, int, int]] = []
     for moment, status in ended.items():
@@ -435,7 +435,7 @@ def test_a_killed_run_goes_on_where_it_was(
         kept = max(len(path.read_text(encoding="utf-8").splitlines()) - 1, 0)
         asked.clear()
         told.clear()
-        result = compare(SOURCE, guarded("restore"), file, 40, 4, lambda *event: told.append(event), out=path)
+        result = compare(SOURCE, guarded("restore"), file, 8, 4, lambda *event: told.append(event), out=path)
         assert path.read_text(encoding="utf-8") == complete, moment  # the same lines, in the same order
         assert result.to_json() == expected.to_json() and told[-1][1:] == (58, 58)
         # batches are of 4, 4 and 1 texts, then of pictures; the line that was cut is asked again with its whole batch
