@@ -104,17 +104,17 @@ def compare(
         if not rows:
             raise PromptsUnusable(f"{title}: holds no prompt in setting text, and {base} takes no images; add some")
     judge = GuardModel(judge_model) if judge_model is not None else None
-    gates, unread = _open_gates(vlm) if read_gates else (None, "not asked for")
     asked = {
         "prompts": digest_of(*(f"{row.id} {row.setting} {row.label} {fingerprint(row)}" for row in rows)),
         "count": len(rows),
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
         "judge": judge.identity if judge is not None else None,
-        "gates": gates is not None,
+        "gates": read_gates,
         "answers": keep_answers,
     }
     file = RecordFile(out, _identity(unguarded, vlm) | asked) if out is not None else None
+    gates, unread = _open_gates(vlm) if read_gates else (None, "not asked for")
     return evaluate(
         unguarded,
         vlm,

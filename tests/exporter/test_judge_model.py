@@ -88,6 +88,27 @@ def test_a_template_that_takes_lists_of_parts_is_asked_the_same(judge: GuardMode
     assert other.identity != judge.identity
 
 
+def test_an_evaluation_asks_the_judge_about_what_was_said(judge: GuardModel, tmp_path: Path) -> None:
+    from tiny_vlm_paths import EVALUATION, SOURCE
+
+    from vlmguard.exporter.evaluate import evaluate
+    from vlmguard.exporter.evaluation_records import RecordFile
+    from vlmguard.exporter.prompts import read_prompts
+    from vlmguard.graphs.package import open_package
+    from vlmguard.runtime.vlm import VisionLanguageModel
+
+    model = VisionLanguageModel(open_package(SOURCE))
+    prompts = [row for row in read_prompts(EVALUATION) if row.label == "harmful"][:6:2]
+    file = RecordFile(tmp_path / "r.jsonl", {"judge": judge.identity})
+    result = evaluate(model, model, prompts, 6, judge=judge, file=file)
+    expected = judge.unsafe([prompt.prompt for prompt in prompts], list(result.base.answers))
+    assert [record.base.unsafe for record in result.records] == expected
+    assert result.judges == ("keywords", "tiny-guard")
+    told = [row for row in result.to_json()["attack_success"] if row["judge"] == "tiny-guard"]
+    assert sum(row["base"]["hits"] for row in told) == sum(expected)
+    assert RecordFile(tmp_path / "r.jsonl", {"judge": judge.identity}).found.keys() == {0, 1, 2}
+
+
 def refusal(act: Any) -> str:
     with pytest.raises(GuardError) as caught:
         act()
