@@ -121,6 +121,21 @@ ProofInputs = Annotated[
     typer.Option(help=".npz of the decoder's inputs by name, to prove on; may be repeated. (default: prompts)"),
 ]
 
+Anchors = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Pairs to extract from: FILE, FORMAT:FILE (see `vlmguard prompts`) or builtin; may be repeated. "
+        "(default: found beside the model, else builtin)"
+    ),
+]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Labelled prompts to calibrate on: FILE or FORMAT:FILE; may be repeated. "
+        "(default: found beside the anchors, else anchors that are kept back)"
+    ),
+]
+
 
 @app.command("export")
 def export_command(
@@ -131,13 +146,8 @@ def export_command(
     directions: Annotated[
         Path | None, typer.Option(help="Directions file. (default: found beside the model, else extracted)")
     ] = None,
-    anchors: Annotated[
-        Path | None, typer.Option(help="Pairs of harmful and harmless prompts to extract from. (default: found)")
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="Labelled prompts to calibrate on. (default: found, else a third of the anchors)"),
-    ] = None,
+    anchors: Anchors = None,
+    calibration: Calibration = None,
     mode: Annotated[
         ModeChoice | None, typer.Option(help="Intervention. (default: restore; project for directions without a gate)")
     ] = None,
@@ -204,7 +214,8 @@ def export_command(
 ) -> None:
     """Guard a model: plan, rewrite, prove, write a folder with the same layout.
 
-    Without directions they are extracted from anchor pairs and calibrated (mode restore). Nothing is written unless
+    Without directions they are extracted from anchor pairs (your own, or the built-in English ones) and calibrated (mode
+    restore). Nothing is written unless
     every check of the proof holds.
     """
     from .exporter import tables
@@ -233,8 +244,8 @@ def export_command(
             out_folder,
             spec=spec,
             directions=directions,
-            anchors=anchors,
-            calibration=calibration,
+            anchors=anchors or None,
+            calibration=calibration or None,
             budget=budget,
             variant=variant,
             dtype=dtype.value if dtype is not None else None,
@@ -394,13 +405,13 @@ def inspect_command(
 @app.command("directions")
 def directions_command(
     model: Model,
-    anchors: Annotated[Path | None, typer.Option(help="Anchor pairs. (default: found beside the model)")] = None,
+    anchors: Anchors = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("directions.safetensors"),
     rank: Annotated[int, typer.Option(help="Rows to keep per layer, 1 to 8.")] = 4,
     calibrated_for: Annotated[
         ModeChoice | None, typer.Option("--calibrate", help="Also choose layers, thresholds and targets for this mode.")
     ] = None,
-    calibration: Annotated[Path | None, typer.Option(help="Labelled prompts to calibrate on. (default: found)")] = None,
+    calibration: Calibration = None,
     variant: Variant = None,
     force: Force = False,
     as_json: AsJson = False,
@@ -413,10 +424,10 @@ def directions_command(
         found = extract_directions(
             model,
             output,
-            anchors=anchors,
+            anchors=anchors or None,
             rank=rank,
             calibrate_for=calibrated_for.value if calibrated_for is not None else None,
-            calibration=calibration,
+            calibration=calibration or None,
             variant=variant,
             force=force,
             watch=watch,
@@ -490,22 +501,87 @@ def evaluate_command(
     base: Annotated[Path, typer.Argument(help="the unguarded model", metavar="BASE")],
     guarded: Guarded,
     prompts: Annotated[
-        Path | None, typer.Option(help="Labelled prompts. (default: evaluation.jsonl found beside BASE)")
+        list[str] | None,
+        typer.Option(
+            help="Labelled prompts: FILE, FORMAT:FILE (see `vlmguard prompts`) or builtin; may be repeated. "
+            "(default: evaluation.jsonl found beside BASE, else builtin)"
+        ),
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image", "-i", help="Picture, or folder of them, for prompts whose file names none; may be repeated."
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer; refusals can come late.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Prompts that run together.")] = 32,
+    judge_model: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint folder of a LlamaGuard-style model, as a second judge. (needs torch)"),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="File of JSON lines, one per prompt; a killed run goes on with it."),
+    ] = None,
+    answers: Annotated[
+        bool,
+        typer.Option("--answers", help="Keep the answers in --out too; those to harmful prompts can be harmful."),
+    ] = False,
+    no_gates: Annotated[
+        bool, typer.Option("--no-gates", help="Do not read the gates, which opens the decoder once more.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the confidence intervals.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Ask both models the same held-out prompts and count refusals, per setting."""
+    """Ask both models the same held-out prompts: refusals and attacks per setting, open gates, drift on harmless text."""
     from .exporter import tables
     from .exporter.evaluate import compare
+    from .exporter.evaluation_tables import show_evaluation
 
+    if answers and record is None:
+        raise typer.BadParameter("--answers keeps them in the file of --out; name one")
     with tables.bars(err) as watch:
-        result = compare(base, guarded, prompts, max_new_tokens, batch_size, watch)
+        result = compare(
+            base,
+            guarded,
+            prompts or None,
+            max_new_tokens,
+            batch_size,
+            watch,
+            images=image or (),
+            judge_model=judge_model,
+            out=record,
+            keep_answers=answers,
+            read_gates=not no_gates,
+            seed=seed,
+        )
     if as_json:
         print_json(result.to_json())
     else:
-        tables.show_evaluation(out, result)
+        show_evaluation(out, result)
+
+
+@app.command("prompts")
+def prompts_command(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FILE]...", help="FILE, FORMAT:FILE or builtin:PART (default: the built-in prompts)"),
+    ] = None,
+    disjoint: Annotated[bool, typer.Option("--disjoint", help="Refuse sets that share a prompt.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what prompt files hold, and which prompts they share. Without FILE: the known formats, the built-in prompts."""
+    from .exporter.prompt_report import look_at, require_disjoint, show_formats, show_prompts
+
+    report = look_at(sources or ())
+    if as_json:
+        print_json(report.to_json())
+    else:
+        if not sources:
+            show_formats(out)
+        show_prompts(out, report)
+    if disjoint:
+        require_disjoint(report)
 
 
 def print_json(content: dict[str, Any]) -> None:

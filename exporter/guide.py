@@ -9,19 +9,24 @@ from pathlib import Path
 from ..graphs.anatomy import DecoderAnatomy
 from ..graphs.digests import sha256_file
 from ..graphs.directions import Directions, read_directions
-from ..graphs.errors import DirectionMismatch, PromptsUnusable
+from ..graphs.errors import DirectionMismatch
 from ..graphs.package import ModelPackage
 from ..graphs.plan import require_fitting
 from ..graphs.spec import GuardSpec
 from ..runtime.decoder import DecoderSession, can_pad, open_decoder
 from ..runtime.vision import unknown_processor
 from ..runtime.vlm import Request, VisionLanguageModel
+from .anchors import Anchors, open_anchors
 from .calibrate import Calibration, calibrate
 from .extract import extract_all_layers
+from .overlaps import require_held_out
 from .prompts import (
-    AnchorPair,
+    BUILTIN,
     LabelledPrompt,
+    Sources,
     find_file,
+    listed,
+    name_of,
     prompts_from_anchors,
     read_anchors,
     read_prompts,
@@ -60,7 +65,7 @@ class Guide:
         return self.model
 
     def directions(
-        self, given: Path | str | None, anchors: Path | str | None, calibration: Path | str | None
+        self, given: Path | str | None, anchors: Sources | None, calibration: Sources | None
     ) -> tuple[Directions, Calibration | None]:
         """Given, found beside the model, or extracted and calibrated."""
         if self.package.vision_encoder is not None and (unknown := unknown_processor(self.package.root)) is not None:
@@ -80,37 +85,34 @@ class Guide:
         return made.directions, made
 
     def calibrated(
-        self, anchors: Path | str | None, calibration: Path | str | None, given: Directions | None = None
+        self, anchors: Sources | None, calibration: Sources | None, given: Directions | None = None
     ) -> Calibration:
         """Calibrate the given directions, or those extracted from the anchors, on labelled prompts.
 
-        The prompts are those given, or those that come with the anchors, or made of anchor pairs: of all of them where
-        nothing is extracted from them, else of every third, which extraction then leaves out.
+        The prompts are those given, or those that come with the anchors, or made of anchor pairs that nothing is
+        extracted from (`Anchors.divided`).
         """
         model = self.running()
         if given is not None and calibration is not None:
-            self.notes.append(f"calibrated on {Path(calibration).name}")
-            return self._calibrate(given, read_prompts(Path(calibration)))
-        path, pairs = self.pairs(anchors)
-        prompts_path = Path(calibration) if calibration is not None else None
-        if prompts_path is None:
-            prompts_path = next((p for p in (path.parent / name for name in CALIBRATION_FILES) if p.is_file()), None)
+            self.notes.append(f"calibrated on {_named(calibration)}")
+            return self._calibrate(given, read_prompts(calibration, "calibration"), _full(calibration))
+        found = self.anchors(anchors)
+        if calibration is None and found.folder is not None:
+            calibration = next((p for name in CALIBRATION_FILES if (p := found.folder / name).is_file()), None)
         if given is None:
-            self.notes.append(f"directions extracted from {path.name}")
-        self.notes.append(f"calibrated on {(prompts_path or path).name}")
-        if prompts_path is not None:
-            prompts = read_prompts(prompts_path)
-        elif given is not None:
-            prompts = prompts_from_anchors(pairs, model.sees)
+            self.notes.append(f"directions extracted from {found.title}")
+        if calibration is not None:
+            prompts, title = read_prompts(calibration, "calibration"), _full(calibration)
         else:
-            kept, pairs = pairs[::3], [pair for number, pair in enumerate(pairs) if number % 3]
-            if len(kept) < 2 or len(pairs) < 2:
-                raise PromptsUnusable(f"{path}: too few anchors to extract and calibrate on; give at least 6 pairs")
-            prompts = prompts_from_anchors(kept, model.sees)
-        return self._calibrate(given if given is not None else self.extracted(pairs), prompts)
+            found, kept = found.divided(extracts=given is None)
+            prompts, title = prompts_from_anchors(kept, model.sees), found.name
+        self.notes.append(f"calibrated on {_named(calibration) if calibration is not None else found.title}")
+        return self._calibrate(given if given is not None else self.extracted(found), prompts, title)
 
-    def _calibrate(self, raw: Directions, prompts: Sequence[LabelledPrompt]) -> Calibration:
+    def _calibrate(self, raw: Directions, prompts: Sequence[LabelledPrompt], title: str) -> Calibration:
         model = self.running()
+        anchored = (raw.anchors or {}).get("fingerprints", ())
+        require_held_out(title, prompts, anchored, "are anchors that the directions were extracted from", "calibrate")
         if not model.sees:
             prompts = [prompt for prompt in prompts if prompt.setting == "text"]
         return calibrate(model, self.anatomy, raw, prompts, self.spec, self.budget, watch=self.tell)
@@ -133,25 +135,20 @@ class Guide:
             )
         self.notes.append(f"directions of another decoder file ({found.model_sha256[:12]}), accepted by --force")
 
-    def pairs(self, anchors: Path | str | None) -> tuple[Path, list[AnchorPair]]:
-        """The anchor pairs that were given, or those found beside the model."""
-        path = Path(anchors) if anchors is not None else self.find(ANCHOR_FILES)
-        if path is None:
-            raise PromptsUnusable(
-                f"{self.package.root}: no directions and no anchors were given or found; give --directions, or "
-                "--anchors with pairs of harmful and harmless prompts"
-            )
-        return path, read_anchors(path)
+    def anchors(self, given: Sources | None) -> Anchors:
+        """The anchors that were given, or those found beside the model, or the built-in ones."""
+        return open_anchors(given if given is not None else self.find(ANCHOR_FILES) or BUILTIN)
 
-    def extracted(self, pairs: Sequence[AnchorPair], rank: int | None = None) -> Directions:
+    def extracted(self, anchors: Anchors, rank: int | None = None) -> Directions:
         """The SSD of every layer; without a rank, as many rows as a calibration may want to try."""
-        return extract_all_layers(
+        found = extract_all_layers(
             self.running(),
             self.anatomy,
-            pairs,
+            anchors.pairs,
             rank=rank or max(EXTRACTED_RANK, self.spec.rank or 0),
             progress=lambda done, total: self.tell("extracting directions", done, total),
         )
+        return replace(found, anchors=anchors.record())
 
     def find(self, names: Sequence[str]) -> Path | None:
         """A file that comes with the model: in its folder, in `prompts/` there, or one level up."""
@@ -184,6 +181,16 @@ class Guide:
         else:
             prompts = prompts_from_anchors(read_anchors(path)[:_PROOF_PROMPTS], model.sees)
         return [prompt.request(model) for prompt in prompts if model.sees or prompt.setting == "text"]
+
+
+def _named(sources: Sources) -> str:
+    """For notes, which go into the manifest."""
+    return ", ".join(map(name_of, listed(sources)))
+
+
+def _full(sources: Sources) -> str:
+    """For errors, which are to be found by."""
+    return ", ".join(listed(sources))
 
 
 def _needs_embeds(package: ModelPackage) -> bool:

@@ -33,6 +33,7 @@ from .calibrate import DEFAULT_BUDGET, Calibration
 from .exporters import ExporterName, Precision
 from .folder import GuardedDecoder, bring_companions, bring_weights, notes_on_files, write_manifest
 from .guide import DIRECTIONS_FILE, EXTRACTED_RANK, Guide
+from .prompts import Sources
 from .prove import ProofInputs, prove_by_running
 from .prove_fold import prove_fold_by_running
 from .sources import Watch, opened, require_apart, unwatched
@@ -89,8 +90,8 @@ def export(
     *,
     spec: GuardSpec | None = None,
     directions: Path | str | None = None,
-    anchors: Path | str | None = None,
-    calibration: Path | str | None = None,
+    anchors: Sources | None = None,
+    calibration: Sources | None = None,
     budget: float = DEFAULT_BUDGET,
     variant: str | None = None,
     dtype: Precision | None = None,
@@ -111,8 +112,8 @@ def export(
         out: the folder to write; default `<name>-guarded` beside the model.
         spec: what is wanted; `None` follows the directions, or calibrates `restore`.
         directions: a directions file; without one, it is looked for beside the model, else extracted from anchors.
-        anchors: anchor pairs to extract from; found beside the model if not given.
-        calibration: labelled prompts to calibrate on; found beside the anchors, or made from a third of them.
+        anchors: anchor pairs to extract from (`prompts.Sources`); default: found beside the model, else the built-in ones.
+        calibration: labelled prompts to calibrate on; default: found beside the anchors, else anchors that are kept back.
         budget: highest share of harmless calibration prompts that may be refused.
         variant: precision variant of an onnx-community folder; `None` guards all that are there.
         dtype, opset: of the graphs exported from a checkpoint; refused for a model that is ONNX already.
@@ -279,10 +280,10 @@ def extract_directions(
     model: Path | str,
     output: Path | str,
     *,
-    anchors: Path | str | None = None,
+    anchors: Sources | None = None,
     rank: int = EXTRACTED_RANK,
     calibrate_for: Mode | None = None,
-    calibration: Path | str | None = None,
+    calibration: Sources | None = None,
     variant: str | None = None,
     force: bool = False,
     watch: Watch | None = None,
@@ -304,7 +305,7 @@ def extract_directions(
         anatomy = dissect_decoder(source.package, graph)
         guide = Guide(source, anatomy, spec, DEFAULT_BUDGET, force, tell)
         if calibrate_for is None:
-            found = guide.extracted(guide.pairs(anchors)[1], rank)
+            found = guide.extracted(guide.anchors(anchors), rank)
         else:
             found = guide.calibrated(anchors, calibration).directions
         write_file(output, directions_bytes(found))

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: tables of plans, checks and evaluations, and progress bars.
+"""What a person sees in the terminal: tables of plans and checks, and progress bars.
 
 Everything that comes from a file (names, paths, notes) is escaped: it may have been chosen to look like markup.
 """
@@ -21,7 +21,6 @@ from ..graphs.directions import Directions
 from ..graphs.plan import GuardPlan
 from ..graphs.static_proof import Check
 from .engines.folder import EngineResult
-from .evaluate import Evaluation
 from .pipeline import ExportResult
 
 
@@ -152,17 +151,6 @@ def show_engines(out: Console, result: EngineResult) -> None:
     if result.manifest.proved != "full":
         told = f"next: on the GPU that will run it, `vlmguard verify {shlex.quote(str(result.out))} --run --source GUARDED`"
         out.print(escape(told), highlight=False, soft_wrap=True)
-
-
-def show_evaluation(out: Console, result: Evaluation) -> None:
-    table = Table(title=f"{len(result.prompts)} prompts, refusals")
-    for column in ("setting", "prompts", "unguarded", "guarded"):
-        table.add_column(column)
-    for before, after in zip(result.base.cells, result.guarded.cells, strict=True):
-        counts = (f"{cell.refused}/{cell.asked} ({cell.rate:.1%})" for cell in (before, after))
-        table.add_row(before.setting, before.label, *counts)
-    out.print(table)
-    out.print(f"text-only answers that changed word for word: {result.text_answers_changed}")
 
 
 @contextmanager

@@ -9,8 +9,8 @@ Tensors (float32, `d` = the decoder's width, `m` = the rank, 1..8), per layer `l
     layers.{l}.threshold  [1]     optional: the gate opens above it
 
 Metadata (strings, as safetensors has them): `schema`, `width`, `layers` (comma-separated); optionally `model_sha256`
-(the decoder that they were extracted from), `pairs`, `evidence` (JSON, per layer), `mode`, `recommended_layers`,
-`alpha`. Everything is checked here, once, before first use.
+(the decoder that they were extracted from), `pairs`, `anchors` (JSON: which), `evidence` (JSON, per layer), `mode`,
+`recommended_layers`, `alpha`. Everything is checked here, once, before first use.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Directions:
         layers: 0-based layer number to its directions, ascending.
         model_sha256: digest of the decoder file that they were extracted from, if recorded.
         pairs: how many anchor pairs they come from, if recorded.
+        anchors: which: `{"source": their name, "fingerprints": one per distinct prompt}`, if recorded.
         evidence: per layer (as a string): mean, standard deviation and AUC of the anchors along row 1, and more.
         mode: the mode that thresholds and targets were calibrated for, if any.
         recommended_layers: the layers that calibration chose, if any.
@@ -70,6 +71,7 @@ class Directions:
     layers: dict[int, LayerDirections]
     model_sha256: str | None = None
     pairs: int | None = None
+    anchors: dict[str, Any] | None = None
     evidence: dict[str, Any] = field(default_factory=dict)
     mode: str | None = None
     recommended_layers: tuple[int, ...] | None = None
@@ -115,6 +117,7 @@ def read_directions(path: Path | str) -> Directions:
             layers=layers,
             model_sha256=metadata.get("model_sha256"),
             pairs=int(metadata["pairs"]) if "pairs" in metadata else None,
+            anchors=json.loads(metadata["anchors"]) if "anchors" in metadata else None,
             evidence=json.loads(metadata.get("evidence", "{}")),
             mode=metadata.get("mode"),
             recommended_layers=recommended,
@@ -150,6 +153,7 @@ def directions_bytes(directions: Directions) -> bytes:
     optional = {
         "model_sha256": directions.model_sha256,
         "pairs": directions.pairs,
+        "anchors": directions.anchors and json.dumps(directions.anchors, sort_keys=True),
         "mode": directions.mode,
         "alpha": directions.alpha,
         "recommended_layers": directions.recommended_layers and ",".join(map(str, directions.recommended_layers)),
@@ -214,8 +218,19 @@ def _validate(directions: Directions, what: str) -> None:
         raise DirectionMismatch(f"layers {sorted(unknown)} are recommended but have no ssd")
     if directions.alpha is not None and not (math.isfinite(directions.alpha) and directions.alpha >= 0):
         raise DirectionMismatch(f"alpha {directions.alpha} is not a strength; expected 0 or more")
+    if not _names_anchors(directions.anchors):
+        raise DirectionMismatch("the record of the anchors cannot be read; extract the directions again")
     if not isinstance(directions.evidence, dict):
         raise DirectionMismatch("evidence is not a table per layer; extract the directions again")
+
+
+def _names_anchors(record: Any) -> bool:
+    if record is None:
+        return True
+    if not isinstance(record, dict) or record.keys() != {"source", "fingerprints"}:
+        return False
+    prints = record["fingerprints"]
+    return isinstance(record["source"], str) and isinstance(prints, list) and all(isinstance(p, str) for p in prints)
 
 
 def _validate_layer(number: int, layer: LayerDirections, width: int) -> None:

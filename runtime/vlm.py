@@ -81,6 +81,7 @@ class Step:
 
 
 OpenPart = Callable[[Path], Runner]  # one file of the package -> what runs it
+Choose = Callable[[np.ndarray], np.ndarray]  # logits [batch, vocabulary] float32 -> next tokens [batch]
 
 
 class VisionLanguageModel:
@@ -275,9 +276,15 @@ class VisionLanguageModel:
 
     # Generation
 
-    def steps(self, requests: Sequence[Request], sampling: Sampling = GREEDY) -> Iterator[Step]:
-        """Generate for one batch, a token per row at a time, until every row has ended."""
-        choose = _Chooser(sampling)
+    def steps(
+        self, requests: Sequence[Request], sampling: Sampling = GREEDY, choose: Choose | None = None
+    ) -> Iterator[Step]:
+        """Generate for one batch, a token per row at a time, until every row has ended.
+
+        Args:
+            choose: who chooses each next token, in place of the sampling: to measure logits, or to say given words.
+        """
+        choose = choose or Chooser(sampling)
         outputs, state = self.decoder.prefill(self.batch(requests), self.supervise(requests))
         alive = [True] * len(requests)
         for number in range(sampling.max_new_tokens):
@@ -293,8 +300,8 @@ class VisionLanguageModel:
         return self._embeds(column) if self.decoder.takes_embeds else None
 
 
-class _Chooser:
-    """Logits `[batch, vocabulary]` to tokens `[batch]`."""
+class Chooser:
+    """Logits `[batch, vocabulary]` to tokens `[batch]`, as a sampling says."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling

@@ -330,7 +330,7 @@ def test_evaluate_counts_refusals(run: Callable[..., Ran], guarded: Guarded, tmp
     path.write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
     options = [SOURCE, guarded("restore"), "--prompts", path, "--max-new-tokens", "20", "--batch-size", "8"]
     told = run("evaluate", *options, "--json").json
-    assert told["schema"] == "vlmguard.evaluation/1" and sum(cell["asked"] for cell in told["cells"]) == len(some)
+    assert told["schema"] == "vlmguard.evaluation/2" and sum(cell["asked"] for cell in told["cells"]) == len(some)
     ran = run("evaluate", *options)
     assert (ran.code, ran.err) == (0, "")
     assert f"{len(some)} prompts, refusals" in ran.out
@@ -338,7 +338,39 @@ def test_evaluate_counts_refusals(run: Callable[..., Ran], guarded: Guarded, tmp
         assert f"{cell['guarded']['refused']}/{cell['asked']} ({cell['guarded']['rate']:.1%})" in ran.out
 
 
-VERBS = ("export", "engine", "convert", "inspect", "directions", "verify", "generate", "evaluate")
+def test_prompts_shows_formats_and_the_built_in_sets(run: Callable[..., Ran]) -> None:
+    ran = run("prompts")
+    assert (ran.code, ran.err) == (0, "")
+    for name in ("malicious_instruct", "refusal_direction", "builtin:test", "no prompt is in two of them"):
+        assert name in squeezed(ran.out).replace(" ", "") or name in squeezed(ran.out)
+    told = run("prompts", "--disjoint", "--json").json
+    assert [(one["source"], one["harmful"], one["harmless"]) for one in told["sets"]] == [
+        ("builtin:extraction", 40, 40),
+        ("builtin:calibration", 30, 30),
+        ("builtin:test", 30, 30),
+    ]
+    assert told["overlaps"] == []
+
+
+def test_prompts_counts_what_two_files_share(run: Callable[..., Ran], tmp_path: Path) -> None:
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    first.write_text("How to steal a car?\nHow to [bold]rob[/bold] a bank?\n")
+    second.write_text("how to  steal a car\nHow to wash a car\n")
+    sources = [f"harmful:{first}", f"harmless:{second}"]
+    ran = run("prompts", *sources)
+    assert (ran.code, ran.err) == (0, "")
+    assert "share 1 prompts, 1 of them harmful in one alone: 'How to steal a car?'" in squeezed(ran.out)
+    refused = run("prompts", *sources, "--disjoint")
+    assert (refused.code, refused.err) == (
+        1,
+        f"error: harmful:{first} and harmless:{second} share 1 prompts ('How to steal a car?' is one); take them out of "
+        "one of the two\n",
+    )
+    (shared,) = run("prompts", *sources, "--json").json["overlaps"]
+    assert (shared["shared"], shared["conflicting"]) == (1, 1)
+
+
+VERBS = ("export", "engine", "convert", "inspect", "directions", "verify", "generate", "evaluate", "prompts")
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -367,6 +399,7 @@ def test_these_are_all_verbs() -> None:
         (["export", str(SOURCE), "--dtype", "int3"], "Invalid value for '--dtype'"),
         (["generate", str(SOURCE)], "Missing option '--prompt'"),
         (["generate", str(SOURCE), "-p", "x", "--blank", "-i", "x.png"], "--blank and --image exclude each other"),
+        (["evaluate", str(SOURCE), str(SOURCE), "--answers"], "--answers keeps them in the file of --out; name one"),
         (["guard", str(SOURCE)], "No such command 'guard'"),
     ],
 )
@@ -556,12 +589,43 @@ def no_tokenizer(root: Path, good: Path) -> Case:
     )
 
 
-def no_anchors(root: Path, good: Path) -> Case:
-    model = shutil.copytree(SOURCE, root / "model")
+def no_such_part_of_the_built_in_anchors(root: Path, good: Path) -> Case:
     return (
-        ["export", model],
-        f"{model}: no directions and no anchors were given or found; give --directions, or --anchors with pairs of "
-        "harmful and harmless prompts",
+        ["export", SOURCE, root / "out", "--anchors", "builtin:train"],
+        "builtin:train: the built-in prompts have no such part; choose extraction, calibration, test",
+    )
+
+
+def anchors_of_an_unknown_format(root: Path, good: Path) -> Case:
+    return (
+        ["export", SOURCE, root / "out", "--anchors", "advbanch:behaviors.csv"],
+        "advbanch:behaviors.csv: no format is called 'advbanch'; choose one of pairs, labelled, advbench, "
+        "malicious_instruct, harmbench, jailbreakbench, xstest, figstep, mm_safetybench, refusal_direction, harmful, "
+        "harmless, borderline",
+    )
+
+
+def records_that_are_none(root: Path, good: Path) -> Case:
+    path = root / "notes.jsonl"
+    path.write_text("hello\n")
+    return (
+        ["evaluate", SOURCE, good.parent, "--out", path],
+        f"{path}: is not a file of evaluation records (vlmguard.evaluation-records/1); choose another --out",
+    )
+
+
+def a_judge_that_is_no_checkpoint(root: Path, good: Path) -> Case:
+    return (
+        ["evaluate", SOURCE, good.parent, "--judge-model", root],
+        f"{root}: is no checkpoint folder (no config.json); give one of a LlamaGuard model",
+    )
+
+
+def a_picture_that_is_not_there(root: Path, good: Path) -> Case:
+    path = root / "gone.png"
+    return (
+        ["evaluate", SOURCE, good.parent, "--prompts", "builtin", "--image", path],
+        f"{path}: no such picture; name a file, or a folder of them",
     )
 
 
@@ -726,7 +790,11 @@ CASES = (
     missing_external_data,
     truncated_external_data,
     no_tokenizer,
-    no_anchors,
+    no_such_part_of_the_built_in_anchors,
+    anchors_of_an_unknown_format,
+    records_that_are_none,
+    a_judge_that_is_no_checkpoint,
+    a_picture_that_is_not_there,
     empty_anchors,
     unpaired_anchors,
     out_below_a_file,

@@ -272,15 +272,28 @@ def test_given_directions_are_calibrated_on_given_prompts(
 
 
 def test_given_directions_are_calibrated_on_every_anchor_pair(
-    source: Path, raw_directions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without labelled prompts beside the anchors; none of them was used up by an extraction."""
-    anchors = tmp_path / "anchors.jsonl"
-    anchors.write_text("\n".join(ANCHORS.read_text(encoding="utf-8").splitlines()[:9]))
+    lines = ANCHORS.read_text(encoding="utf-8").splitlines()
+    anchors, others = tmp_path / "anchors.jsonl", tmp_path / "others.jsonl"
+    anchors.write_text("\n".join(lines[:9]))
+    others.write_text("\n".join(lines[9:12]))
+    extract_directions(source, tmp_path / "d.safetensors", anchors=others)
     reach_calibrator(monkeypatch)
     with pytest.raises(Reached) as reached:
-        export(source, directions=raw_directions, anchors=anchors)
+        export(source, directions=tmp_path / "d.safetensors", anchors=anchors)
     assert len(reached.value.args[0]) == 9 * 2 * 2  # both labels, as text and with a blank picture
+
+
+def test_directions_are_not_calibrated_on_what_they_were_extracted_from(
+    source: Path, raw_directions: Path, tmp_path: Path
+) -> None:
+    anchors = tmp_path / "anchors.jsonl"
+    anchors.write_text("\n".join(ANCHORS.read_text(encoding="utf-8").splitlines()[:9]))
+    assert refusal(PromptsUnusable, export, source, directions=raw_directions, anchors=anchors) == (
+        f"{anchors}: 36 of 36 prompts are anchors that the directions were extracted from; calibrate on held-out ones"
+    )
 
 
 def test_a_third_of_the_anchors_is_kept_from_extraction(
@@ -327,11 +340,20 @@ def test_too_few_anchors_are_refused(source: Path, tmp_path: Path) -> None:
     )
 
 
-def test_nothing_to_guide_is_refused(source: Path) -> None:
-    assert refusal(PromptsUnusable, export, source) == (
-        f"{source}: no directions and no anchors were given or found; give --directions, or --anchors with pairs of "
-        "harmful and harmless prompts"
-    )
+def test_without_anything_to_guide_it_the_built_in_anchors_are_taken(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those for extraction, calibrated on those for calibration; none of the held-out test."""
+    extracted = reach_calibrator(monkeypatch)
+    with pytest.raises(Reached) as reached:
+        export(source)
+    prompts, _, _, directions = reached.value.args
+    parts = {part: read_anchors(f"builtin:{part}") for part in ("extraction", "calibration", "test")}
+    assert extracted == [parts["extraction"]]
+    assert directions.anchors["source"] == "builtin:extraction" and len(directions.anchors["fingerprints"]) == 80
+    asked = {prompt.prompt for prompt in prompts}
+    assert asked == {text for pair in parts["calibration"] for text in (pair.harmful, pair.harmless)}
+    assert {prompt.setting for prompt in prompts} == {"text", "blank"}
     assert list(source.parent.iterdir()) == [source]
 
 

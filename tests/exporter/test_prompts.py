@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tiny_vlm_paths import ANCHORS, CALIBRATION, EVALUATION, PROMPTS, SOURCE
 
-from vlmguard.exporter import prompts as prompts_module
+from vlmguard.exporter import prompt_files
 from vlmguard.exporter.prompts import (
     AnchorPair,
     LabelledPrompt,
@@ -138,7 +138,7 @@ def test_hostile_files_are_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_too_large_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts_module, "_LARGEST_FILE", 10)
+    monkeypatch.setattr(prompt_files, "LARGEST_FILE", 10)
     path = text(tmp_path / "a.jsonl", "x" * 11)
     assert refusal(read_anchors, path) == f"{path}: 11 bytes is too large for anchors; give a smaller file"
 
@@ -180,9 +180,9 @@ GOOD = {"prompt": "x", "label": "harmful", "setting": "text"}
     [
         ({"prompt": None}, "line 2 has no prompt; give each line a prompt, a label and a setting"),
         ({"prompt": "  "}, "line 2 has no prompt; give each line a prompt, a label and a setting"),
-        ({"label": "bad"}, "line 2 has label 'bad'; expected harmful or harmless"),
-        ({"label": None}, "line 2 has label None; expected harmful or harmless"),
-        ({"label": ["harmful"]}, "line 2 has label ['harmful']; expected harmful or harmless"),
+        ({"label": "bad"}, "line 2 has label 'bad'; expected harmful, harmless or borderline"),
+        ({"label": None}, "line 2 has label None; expected harmful, harmless or borderline"),
+        ({"label": ["harmful"]}, "line 2 has label ['harmful']; expected harmful, harmless or borderline"),
         ({"setting": "video"}, "line 2 has setting 'video'; expected text, blank, image"),
         ({"setting": None}, "line 2 has setting None; expected text, blank, image"),
         ({"setting": "image"}, "line 2 has setting image, but its image None is missing"),
@@ -227,7 +227,7 @@ def test_each_setting_is_shown_as_it_says(tmp_path: Path) -> None:
     assert shown["blank"].image is OneWhite.white
 
 
-def test_a_fingerprint_is_what_the_model_sees(tmp_path: Path) -> None:
+def test_a_fingerprint_is_what_is_asked(tmp_path: Path) -> None:
     pictures = [tmp_path / name for name in ("a.png", "b.png", "copy.png")]
     for path, color in zip(pictures, ("red", "blue", "red"), strict=True):
         Image.new("RGB", (4, 4), color).save(path)
@@ -235,7 +235,8 @@ def test_a_fingerprint_is_what_the_model_sees(tmp_path: Path) -> None:
     text_only, blank, other = (
         LabelledPrompt("1", p, "harmful", s) for p, s in (("x", "text"), ("x", "blank"), ("y", "text"))
     )
-    assert len({fingerprint(prompt) for prompt in (red, blue, text_only, blank, other)}) == 5
+    assert len({fingerprint(prompt) for prompt in (red, blue, text_only, other)}) == 4
+    assert fingerprint(blank) == fingerprint(text_only)  # a blank picture asks nothing
     assert fingerprint(copy) == fingerprint(red)  # neither its file name
     assert fingerprint(LabelledPrompt("2", "x", "harmless", "text")) == fingerprint(text_only)  # nor id and label
 

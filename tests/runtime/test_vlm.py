@@ -23,7 +23,7 @@ from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
 from vlmguard.graphs.reference import LISTEN
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.runners import Runner
-from vlmguard.runtime.vlm import Request, Sampling, VisionLanguageModel, _Chooser
+from vlmguard.runtime.vlm import Chooser, Request, Sampling, VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures", "zoo_fixtures")
 
@@ -209,7 +209,7 @@ PROBABILITIES = np.array([0.05, 0.5, 0.15, 0.3])
 
 def frequencies(sampling: Sampling) -> np.ndarray:
     """How often each of four tokens is chosen in 4000 draws; the standard error is below 0.008."""
-    choose = _Chooser(sampling)
+    choose = Chooser(sampling)
     rows = np.tile(np.log(PROBABILITIES).astype(np.float32), (4000, 1))
     return np.bincount(choose(rows), minlength=4) / 4000
 
@@ -256,10 +256,10 @@ def test_logits_that_overflowed_are_refused(bad: float, temperature: float) -> N
     logits[1, 2] = bad
     for broken in (logits, np.full((1, 4), -np.inf, np.float32)):
         with pytest.raises(GuardError) as caught:
-            _Chooser(Sampling(temperature=temperature))(broken)
+            Chooser(Sampling(temperature=temperature))(broken)
         assert str(caught.value) == ("the decoder gave NaN logits; its arithmetic overflows, export it in fp32 or bf16")
     logits[1, 2] = -np.inf  # a token that is ruled out is fine
-    assert _Chooser(Sampling(temperature=temperature))(logits)[1] != 2
+    assert Chooser(Sampling(temperature=temperature))(logits)[1] != 2
 
 
 def test_a_model_that_gives_nan_refuses_to_answer(guarded: Guarded) -> None:
