@@ -137,6 +137,10 @@ def test_every_option_of_export_arrives_in_the_plan(run: Callable[..., Ran], eve
     assert (plan["mode"], plan["layers"], plan["positions"]) == ("supervise", [1, 3, 4], "all")
     assert (plan["lowering"], plan["added_inputs"]) == ("lowrank", ["vlmguard.supervisor"])
     assert [(site["rank"], site["alpha"], site["tau"]) for site in plan["sites"]] == [(2, 1.5, -0.25)] * 3
+    dials = ["--mode", "restore", "--knobs", "--telemetry", "--gate", "prompt", "--dry-run", "--json"]
+    plan = run("export", SOURCE, "--directions", every_layer, *dials).json["decoders"][0]["plan"]
+    assert (plan["gate"], plan["telemetry"]) == ("prompt", True)
+    assert plan["knobs"] == ["vlmguard.strength", "vlmguard.threshold_offset"]
     dense = ["--mode", "project", "--lowering", "dense", "--dry-run", "--json"]
     (decoder,) = run("export", SOURCE, "--directions", every_layer, *dense).json["decoders"]
     assert decoder["plan"]["lowering"] == "dense"
@@ -315,6 +319,24 @@ def test_generate_runs_an_unguarded_model_only_when_told_to(run: Callable[..., R
     )
 
 
+def test_generate_turns_knobs_and_shows_scores(run: Callable[..., Ran], directions: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--directions", directions, "--knobs", "--telemetry", "--gate", "prompt"]
+    assert "gate held from the prompt" in squeezed(run("export", SOURCE, out, *options).out)
+    asked = ["-p", HARMFUL, "-i", PICTURE]
+    unguarded = run("generate", SOURCE, *asked, "--unguarded").out
+    assert run("generate", out, *asked, "--strength", "0").out == unguarded != run("generate", out, *asked).out
+    assert run("generate", out, *asked, "--threshold-offset", "1e6").out == unguarded
+    shown = run("generate", out, *asked, "--scores")
+    assert shown.code == 0 and shown.out.startswith(run("generate", out, *asked).out.strip())
+    assert "gates, held from the prompt" in squeezed(shown.out)
+    told = run("generate", out, *asked, "--strength", "0", "--json").json
+    assert told["answer"] == unguarded.strip() and told["gate"] == "prompt" and all(map(all, told["opened"]))
+    refused = run("generate", out, *asked, "--strength", "-1")
+    assert (refused.code, refused.out) == (1, "")
+    assert refused.err == "error: strength -1.0 is out of range; choose 0 (only watch) to 2, 1 is as calibrated\n"
+
+
 def test_long_answers_are_not_wrapped(run: Callable[..., Ran], guarded: Guarded) -> None:
     """An answer goes into a file or a pipe as it is, whatever the width of the terminal, markup and emoji codes too."""
     said = "word " * 40 + "[bold]x[/bold] :cat:"
@@ -367,6 +389,8 @@ def test_these_are_all_verbs() -> None:
         (["export", str(SOURCE), "--dtype", "int3"], "Invalid value for '--dtype'"),
         (["generate", str(SOURCE)], "Missing option '--prompt'"),
         (["generate", str(SOURCE), "-p", "x", "--blank", "-i", "x.png"], "--blank and --image exclude each other"),
+        (["generate", str(SOURCE), "-p", "x", "--unguarded", "--scores"], "--unguarded has no gates"),
+        (["export", str(SOURCE), "--gate", "never"], "Invalid value for '--gate'"),
         (["guard", str(SOURCE)], "No such command 'guard'"),
     ],
 )
