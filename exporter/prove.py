@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -125,7 +126,7 @@ def prove_by_running(
     try:
         return (
             _closed_equals_source(package, staged, plan, inputs),
-            *(_strength_zero_equals_source(package, staged, plan, inputs) if plan.knobs else ()),
+            *([_no_strength_equals_source(package, staged, plan, inputs)] if plan.knobs else ()),
             *_states_equal_reference(package, staged, plan, report, inputs),
         )
     except RunFailed as failure:
@@ -142,24 +143,13 @@ def _closed_equals_source(package: ModelPackage, staged: Path, plan: GuardPlan, 
     return _equals_source("closed gate equals the original bit for bit", package, closed, staged.parent, plan, inputs)
 
 
-def _strength_zero_equals_source(
-    package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs
-) -> tuple[Check, ...]:
+def _no_strength_equals_source(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs) -> Check:
     """With every gate open, so that it is the knob that does it."""
     graph = load_graph(staged)
     force_gates(graph, plan, is_open=True)
-    return tuple(
-        _equals_source(
-            f"strength {strength:g} equals the original bit for bit",
-            package,
-            graph,
-            staged.parent,
-            plan,
-            inputs,
-            {STRENGTH_INPUT: np.array(strength, np.float32)},
-        )
-        for strength in _OFF
-    )
+    turned = [{STRENGTH_INPUT: np.array(strength, np.float32)} for strength in _OFF]
+    name = "strength 0, and below, equals the original bit for bit"
+    return _equals_source(name, package, graph, staged.parent, plan, inputs, turned)
 
 
 def _equals_source(
@@ -169,15 +159,15 @@ def _equals_source(
     at: Path,
     plan: GuardPlan,
     inputs: ProofInputs,
-    dials: Mapping[str, np.ndarray] | None = None,
+    turned: Sequence[Mapping[str, np.ndarray]] = ({},),
 ) -> Check:
-    compared, differing, worst = _compare_runs(package, closed, at, plan, inputs, dials, optimize=True)
+    compared, differing, worst = _compare_runs(package, closed, at, plan, inputs, turned, optimize=True)
     if not differing:
         return exact(
             name, compared, [], f"{compared} numbers, prefill and {DECODE_STEPS} decode steps, {inputs.origin}"
         )
     limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
-    plain, plain_differing, _ = _compare_runs(package, closed, at, plan, inputs, dials, optimize=False)
+    plain, plain_differing, _ = _compare_runs(package, closed, at, plan, inputs, turned, optimize=False)
     note = (
         f"exact in {plain} numbers without the runtime's optimiser; with it, {differing} of {compared} differ by its own "
         f"rounding (casts and fusions around the guard)"
@@ -193,10 +183,10 @@ def _compare_runs(
     folder: Path,
     plan: GuardPlan,
     inputs: ProofInputs,
-    dials: Mapping[str, np.ndarray] | None,
+    turned: Sequence[Mapping[str, np.ndarray]],
     optimize: bool,
 ) -> tuple[int, int, float]:
-    """`(numbers compared, numbers that differ, worst relative difference)` over prefill and decode.
+    """`(numbers compared, numbers that differ, worst relative difference)` over prefill and decode, for every setting of dials.
 
     One model after the other: two of them may not fit into memory together.
     """
@@ -205,7 +195,7 @@ def _compare_runs(
     del session
     session = open_decoder(package, guarded, optimize=optimize, folder=folder, given=inputs.given)
     compared, differing, worst = 0, 0, 0.0
-    for batch, expected in zip(inputs.batches, left, strict=True):
+    for (batch, expected), dials in product(zip(inputs.batches, left, strict=True), turned):
         right = roll(session, batch, listen(plan, batch.size), dials)
         for before, after in zip(expected, right, strict=True):
             for key, value in before.items():

@@ -141,6 +141,8 @@ def test_every_option_of_export_arrives_in_the_plan(run: Callable[..., Ran], eve
     plan = run("export", SOURCE, "--directions", every_layer, *dials).json["decoders"][0]["plan"]
     assert (plan["gate"], plan["telemetry"]) == ("prompt", True)
     assert plan["knobs"] == ["vlmguard.strength", "vlmguard.threshold_offset"]
+    shown = run("export", SOURCE, "--directions", every_layer, "--gate", "prompt", "--mode", "steer", "--dry-run")
+    assert "gate held from the prompt" in squeezed(shown.out)
     dense = ["--mode", "project", "--lowering", "dense", "--dry-run", "--json"]
     (decoder,) = run("export", SOURCE, "--directions", every_layer, *dense).json["decoders"]
     assert decoder["plan"]["lowering"] == "dense"
@@ -319,10 +321,8 @@ def test_generate_runs_an_unguarded_model_only_when_told_to(run: Callable[..., R
     )
 
 
-def test_generate_turns_knobs_and_shows_scores(run: Callable[..., Ran], directions: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    options = ["--directions", directions, "--knobs", "--telemetry", "--gate", "prompt"]
-    assert "gate held from the prompt" in squeezed(run("export", SOURCE, out, *options).out)
+def test_generate_turns_knobs_and_shows_scores(run: Callable[..., Ran], guarded: Guarded) -> None:
+    out = guarded("dials")
     asked = ["-p", HARMFUL, "-i", PICTURE]
     unguarded = run("generate", SOURCE, *asked, "--unguarded").out
     assert run("generate", out, *asked, "--strength", "0").out == unguarded != run("generate", out, *asked).out

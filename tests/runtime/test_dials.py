@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tiny_vlm_paths import PROMPTS, SOURCE, Guarded
 
-import vlmguard
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.dials import (
     OFFSET_INPUT,
@@ -265,11 +263,8 @@ def test_given_inputs_are_undecided_too() -> None:
 # ------------------------------------------------------------------------------------------------------- the whole folder
 
 
-def test_a_folder_with_all_dials_is_asked_through_the_public_api(guarded: Guarded, tmp_path: Path) -> None:
-    spec = GuardSpec(knobs=True, telemetry=True, gate="prompt")
-    directions = guarded("restore") / "directions.safetensors"
-    vlmguard.export(SOURCE, tmp_path / "out", spec=spec, directions=directions)
-    vlm, plain = GuardedVLM.open(tmp_path / "out"), GuardedVLM.open(guarded("restore"))
+def test_a_folder_with_all_dials_is_asked_through_the_public_api(guarded: Guarded) -> None:
+    vlm, plain = GuardedVLM.open(guarded("dials")), GuardedVLM.open(guarded("restore"))
     assert vlm.generate(HARMFUL, PICTURE) == plain.generate(HARMFUL, PICTURE) == vlm.generate(HARMFUL)
     watched = vlm.generate_scored(HARMFUL, PICTURE, strength=0.0)
     assert watched.text == VisionLanguageModel(open_package(SOURCE)).answer([Request(HARMFUL, PICTURE)])[0]
