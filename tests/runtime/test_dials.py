@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from vlmguard.graphs.dials import (
 )
 from vlmguard.graphs.directions import read_directions
 from vlmguard.graphs.errors import GuardError
+from vlmguard.graphs.manifest import read_manifest
 from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import plan_guard
 from vlmguard.graphs.reference import UNDECIDED
@@ -30,7 +31,7 @@ from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.knobs import Knobs
 from vlmguard.runtime.runners import Port
 from vlmguard.runtime.telemetry import scored
-from vlmguard.runtime.vlm import GREEDY, Request, VisionLanguageModel
+from vlmguard.runtime.vlm import GREEDY, Request, Step, VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 
@@ -150,15 +151,33 @@ def test_scores_are_refused_where_none_are_told(guarded: Guarded) -> None:
 # ------------------------------------------------------------------------------------------------------------- held gates
 
 
+def told(steps: Iterable[Step]) -> Iterator[np.ndarray]:
+    """The first row's scores, `[layers]`, call by call."""
+    for step in steps:
+        assert step.gate_scores is not None
+        yield step.gate_scores[0]
+
+
 @pytest.mark.parametrize("gate", ["token", "prompt"])
-def test_a_decode_step_after_a_harmful_prompt_is_guarded(dialled: Dialled, gate: str) -> None:
-    """At the end of the prompt, and at every token of the answer while its gate is open: with `prompt` always."""
-    model = dialled(taps=True, telemetry=True, gate=gate)
-    steps = list(model.steps([Request(HARMFUL, PICTURE)]))
+@pytest.mark.parametrize("lowered", [False, True])
+def test_decode_steps_after_a_harmful_prompt_are_guarded(
+    dialled: Dialled, guarded: Guarded, gate: str, lowered: bool
+) -> None:
+    """Held, each of them is; asked at every token, those are whose score is above the threshold. As calibrated the gate sees
+    the harm at the end of the prompt and nothing more in a refusal; `lowered` brings the threshold below its tokens."""
+    model, request = dialled(taps=True, knobs=True, telemetry=True, gate=gate), Request(HARMFUL, PICTURE)
+    tau = np.array([site["tau"] for site in read_manifest(guarded("restore")).plan["sites"]])
+    knobs = Knobs()
+    if lowered:
+        knobs = Knobs(threshold_offset=min(float((row - tau).min()) for row in told(model.steps([request]))) - 1.0)
+    steps = list(model.steps([request], GREEDY, knobs))
+    above = [bool((row > tau + (knobs.threshold_offset or 0.0)).any()) for row in told(steps)]
     moved = [edited(step.outputs) for step in steps]
-    assert len(moved) > 2 and moved[0] and any(moved[1:])
+    assert len(steps) > 2 and above[0]
     if gate == "prompt":
         assert all(moved)
+    else:
+        assert moved == above and any(moved[1:]) == lowered
 
 
 def test_a_gate_that_the_prompt_closed_stays_closed(dialled: Dialled) -> None:
