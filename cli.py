@@ -20,6 +20,7 @@ from .graphs.spec import GuardSpec, parse_layers
 
 if TYPE_CHECKING:
     from .exporter.engines.folder import EngineResult
+    from .runtime.telemetry import ScoredAnswer
 
 # No emoji: ":cat:" in somebody's path is not a cat.
 out, err = Console(emoji=False), Console(stderr=True, emoji=False)
@@ -78,6 +79,13 @@ class TargetChoice(StrEnum):
 
     onnxruntime = "onnxruntime"
     tensorrt = "tensorrt"
+
+
+class GateChoice(StrEnum):
+    """When a gate is decided."""
+
+    token = "token"
+    prompt = "prompt"
 
 
 class BackendChoice(StrEnum):
@@ -162,6 +170,21 @@ def export_command(
         str,
         typer.Option(help="How the guard is written: auto, lowrank, rank1 (for TensorRT), dense, fold (into weights)."),
     ] = "auto",
+    gate: Annotated[
+        GateChoice,
+        typer.Option(
+            help="token: decided at every token; prompt: at the prompt's end, then held for the whole answer."
+        ),
+    ] = GateChoice.token,
+    knobs: Annotated[
+        bool,
+        typer.Option(
+            "--knobs", help="Strength and threshold offset become inputs with defaults, to be set per request."
+        ),
+    ] = False,
+    telemetry: Annotated[
+        bool, typer.Option("--telemetry", help="One output more: what each guarded layer's gate compares.")
+    ] = False,
     direction_of: Annotated[
         int | None,
         typer.Option(
@@ -237,6 +260,9 @@ def export_command(
         lowering=lowering,
         direction_of=direction_of,
         target="tensorrt" if engine or target is TargetChoice.tensorrt else "onnxruntime",
+        knobs=knobs,
+        telemetry=telemetry,
+        gate=gate.value,
     )
     with tables.bars(err) as watch:
         result = export(
@@ -479,21 +505,52 @@ def generate_command(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="Of the guard, where it has knobs: 0 only watches, 1 is as calibrated, at most 2."),
+    ] = None,
+    threshold_offset: Annotated[
+        float | None,
+        typer.Option(help="Added to the gates' thresholds, where the guard has knobs: above 0 they open more rarely."),
+    ] = None,
+    scores: Annotated[
+        bool, typer.Option("--scores", help="Then show what the gates compared (exported with --telemetry).")
+    ] = False,
     unguarded: Annotated[bool, typer.Option("--unguarded", help="Run a model that has no guard.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print answer and scores as JSON; implies --scores.")] = False,
 ) -> None:
     """Ask a guarded model; the answer streams to stdout."""
     from .exporter.sources import open_model
     from .runtime.guarded import GuardedVLM
+    from .runtime.knobs import Knobs
     from .runtime.vlm import Request, Sampling
 
     if blank and image is not None:
         raise typer.BadParameter("--blank and --image exclude each other")
+    if unguarded and (scores or as_json):
+        raise typer.BadParameter("--unguarded has no gates: leave --scores and --json out")
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     vlm = open_model(model) if unguarded else GuardedVLM.open(model)
     shown = vlm.blank_image() if blank else image
-    for piece in vlm.stream(Request(prompt, shown), sampling):
+    if isinstance(vlm, GuardedVLM) and (scores or as_json):
+        answer = vlm.generate_scored(
+            prompt, shown, max_new_tokens, temperature, top_p, seed, strength, threshold_offset
+        )
+        _show_scored(answer, as_json)
+        return
+    for piece in vlm.stream(Request(prompt, shown), sampling, Knobs(strength, threshold_offset)):
         out.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
     out.print()
+
+
+def _show_scored(answer: ScoredAnswer, as_json: bool) -> None:
+    from .exporter import tables
+
+    if as_json:
+        print_json(answer.to_json())
+        return
+    out.print(answer.text, markup=False, highlight=False, soft_wrap=True)
+    tables.show_scores(out, answer)
 
 
 @app.command("evaluate")

@@ -96,7 +96,7 @@ def _run(
 ) -> list[list[int]]:
     """The tokens of each row."""
     rows: list[list[int]] = [[] for _ in requests]
-    for step in model.steps(requests, Sampling(max_new_tokens), measure):
+    for step in model.steps(requests, Sampling(max_new_tokens), choose=measure):
         for row, token in zip(rows, step.tokens, strict=True):
             if token is not None:
                 row.append(token)

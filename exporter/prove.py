@@ -4,22 +4,26 @@
 2. Guarded hidden states equal the numpy reference, with the gates as the inputs set them and with every gate forced open.
 3. Tokens that are not to be edited are untouched, bit for bit.
 4. In a float16 graph: how near the states come to the end of float16 (`headroom`).
+5. Where the graph has dials (`graphs.dials`): strength 0, and below, equals the original bit for bit; states at other settings
+   equal the reference; scores and gates told are the reference's (`prove_gate`); a held gate outlasts what the scores say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 import onnx_ir as ir
 
+from ..graphs.dials import OFFSET_INPUT, PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, STRENGTH_INPUT
 from ..graphs.errors import ModelUnreadable, RunFailed, first_line
 from ..graphs.package import ModelPackage, load_graph
 from ..graphs.plan import COORDINATES_OUTPUT, GuardPlan
-from ..graphs.reference import LISTEN, LayerGuard, guard, last_token
+from ..graphs.reference import LISTEN, Dials, LayerGuard, guard, last_token
 from ..graphs.rewrite import GuardReport
 from ..graphs.scribe import PREFIX
 from ..graphs.static_proof import Check, exact
@@ -28,12 +32,17 @@ from ..runtime.decoder import DecoderSession, PromptBatch, open_decoder
 from ..runtime.device import Tensor
 from ..runtime.vlm import Request, VisionLanguageModel
 from .headroom import Headroom
+from .prove_gate import GatesTold
 
 DECODE_STEPS = 4
 # Largest deviation from the float64 reference, relative to the largest state compared.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 # A threshold that no score passes, and one that all do; finite, so that nothing becomes NaN.
 _NEVER, _ALWAYS = 3.0e38, -3.0e38
+# A threshold offset that opens every gate, and is cut nowhere.
+_LOWERED = -1.0e9
+# Strengths that must leave the original; below 0 the guard must not turn round.
+_OFF = (0.0, -1.0)
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,7 @@ def prove_by_running(
     try:
         return (
             _closed_equals_source(package, staged, plan, inputs),
+            *([_no_strength_equals_source(package, staged, plan, inputs)] if plan.knobs else ()),
             *_states_equal_reference(package, staged, plan, report, inputs),
         )
     except RunFailed as failure:
@@ -129,17 +139,36 @@ def prove_by_running(
 
 def _closed_equals_source(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs) -> Check:
     """Bit for bit as apps run it; where the runtime's own rounding moves, exact without its optimiser, and bounded."""
-    name = "closed gate equals the original bit for bit"
     closed = load_graph(staged)
     force_gates(closed, plan, is_open=False)
-    at = staged.parent
-    compared, differing, worst = _compare_runs(package, closed, at, plan, inputs, optimize=True)
+    return _equals_source("closed gate equals the original bit for bit", package, closed, staged.parent, plan, inputs)
+
+
+def _no_strength_equals_source(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs) -> Check:
+    """With every gate open, so that it is the knob that does it."""
+    graph = load_graph(staged)
+    force_gates(graph, plan, is_open=True)
+    turned = [{STRENGTH_INPUT: np.array(strength, np.float32)} for strength in _OFF]
+    name = "strength 0, and below, equals the original bit for bit"
+    return _equals_source(name, package, graph, staged.parent, plan, inputs, turned)
+
+
+def _equals_source(
+    name: str,
+    package: ModelPackage,
+    closed: ir.Model,
+    at: Path,
+    plan: GuardPlan,
+    inputs: ProofInputs,
+    turned: Sequence[Mapping[str, np.ndarray]] = ({},),
+) -> Check:
+    compared, differing, worst = _compare_runs(package, closed, at, plan, inputs, turned, optimize=True)
     if not differing:
         return exact(
             name, compared, [], f"{compared} numbers, prefill and {DECODE_STEPS} decode steps, {inputs.origin}"
         )
     limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
-    plain, plain_differing, _ = _compare_runs(package, closed, at, plan, inputs, optimize=False)
+    plain, plain_differing, _ = _compare_runs(package, closed, at, plan, inputs, turned, optimize=False)
     note = (
         f"exact in {plain} numbers without the runtime's optimiser; with it, {differing} of {compared} differ by its own "
         f"rounding (casts and fusions around the guard)"
@@ -150,9 +179,15 @@ def _closed_equals_source(package: ModelPackage, staged: Path, plan: GuardPlan, 
 
 
 def _compare_runs(
-    package: ModelPackage, guarded: ir.Model, folder: Path, plan: GuardPlan, inputs: ProofInputs, optimize: bool
+    package: ModelPackage,
+    guarded: ir.Model,
+    folder: Path,
+    plan: GuardPlan,
+    inputs: ProofInputs,
+    turned: Sequence[Mapping[str, np.ndarray]],
+    optimize: bool,
 ) -> tuple[int, int, float]:
-    """`(numbers compared, numbers that differ, worst relative difference)` over prefill and decode.
+    """`(numbers compared, numbers that differ, worst relative difference)` over prefill and decode, for every setting of dials.
 
     One model after the other: two of them may not fit into memory together.
     """
@@ -161,8 +196,8 @@ def _compare_runs(
     del session
     session = open_decoder(package, guarded, optimize=optimize, folder=folder, given=inputs.given)
     compared, differing, worst = 0, 0, 0.0
-    for batch, expected in zip(inputs.batches, left, strict=True):
-        right = roll(session, batch, listen(plan, batch.size))
+    for (batch, expected), dials in product(zip(inputs.batches, left, strict=True), turned):
+        right = roll(session, batch, listen(plan, batch.size), dials)
         for before, after in zip(expected, right, strict=True):
             for key, value in before.items():
                 other = after[key]
@@ -173,10 +208,14 @@ def _compare_runs(
 
 
 def roll(
-    session: DecoderSession, batch: PromptBatch, supervisor: Tensor | None, steps: int = DECODE_STEPS
+    session: DecoderSession,
+    batch: PromptBatch,
+    supervisor: Tensor | None,
+    dials: Mapping[str, np.ndarray] | None = None,
+    steps: int = DECODE_STEPS,
 ) -> list[Mapping[str, np.ndarray]]:
     """Outputs of prefill and a few decode steps on fixed tokens: rows of the prompt again, so that runs stay alike."""
-    outputs, state = session.prefill(batch, supervisor)
+    outputs, state = session.prefill(batch, supervisor, dials)
     rolled = [outputs]
     if batch.given is not None:
         return rolled
@@ -222,19 +261,81 @@ def _states_equal_reference(
     """Raw states through the numpy reference against the graph's guarded states, prefill and decode."""
     checks = []
     supervisors = _supervisors(package, staged, plan, inputs)
-    opened = [False, True] if plan.mode != "project" else [False]
-    headroom = Headroom()
-    for forced in opened:
+    headroom, told = Headroom(), GatesTold(plan, max(TOLERANCE[site.site.dtype] for site in plan.sites))
+    for setting in _settings(plan):
         graph = load_graph(staged)
-        if forced:
-            force_gates(graph, plan, is_open=True)
+        if setting.forced is not None:
+            force_gates(graph, plan, is_open=setting.forced)
         names = tap_guard(graph, plan, report)
         session = open_decoder(package, graph, folder=staged.parent, given=inputs.given)
-        checks.append(_against_reference(session, plan, names, inputs, supervisors, forced, headroom))
+        checks.append(_against_reference(session, plan, names, inputs, supervisors, setting, headroom, told))
+    checks += told.checks()
     if headroom.layers:
         checks.append(headroom.check())
     checks.append(_unedited_tokens(package, staged, plan, report, inputs, supervisors))
     return tuple(checks)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """Gates and dials of one run.
+
+    Attributes:
+        name: for the check's; "" for the graph as it ships, called as an app calls it.
+        what: in words.
+        forced: every gate open, or closed, by its threshold.
+        moves: whether some state must be edited; `None`: as the inputs have it.
+        strength, offset, held: dials that are set, `held` for every gate.
+    """
+
+    name: str
+    what: str
+    forced: bool | None = None
+    moves: bool | None = None
+    strength: float | None = None
+    offset: float | None = None
+    held: float | None = None
+
+    def feeds(self, plan: GuardPlan, batch: int) -> dict[str, np.ndarray]:
+        knobs = {STRENGTH_INPUT: self.strength, OFFSET_INPUT: self.offset}
+        fed = {name: np.array(value, np.float32) for name, value in knobs.items() if value is not None}
+        held = self.held
+        return fed if held is None else fed | {PAST_GATE_INPUT: np.full((batch, len(plan.layers)), held, np.float32)}
+
+    def layer(self, layer: LayerGuard) -> LayerGuard:
+        """The layer's numbers, as the graph has them now."""
+        return layer if self.forced is None else replace(layer, threshold=_ALWAYS if self.forced else _NEVER)
+
+    def dials(self, held: np.ndarray | None) -> Dials:
+        strength = 1.0 if self.strength is None else self.strength
+        return Dials(strength, 0.0 if self.offset is None else self.offset, held)
+
+
+def _settings(plan: GuardPlan) -> list[_Setting]:
+    """Every run of the proof."""
+    gated = plan.mode != "project"
+    found = [_Setting("", "gates as the inputs set them", moves=None if gated else True)]
+    if gated:
+        found.append(_Setting(" (gates forced open)", "every gate forced open", True, True))
+    if OFFSET_INPUT in plan.knobs:
+        what = f"strength 0.5, every threshold lowered by {-_LOWERED:g}"
+        found.append(_Setting(" (knobs turned)", what, None, True, 0.5, _LOWERED))
+    elif plan.knobs:
+        found.append(_Setting(" (knobs turned)", "strength 0.5", None, True, 0.5))
+    if plan.gate == "prompt":  # the thresholds say the opposite of what is held
+        found.append(_Setting(" (held closed)", "held closed, every score above its threshold", True, False, held=0.0))
+        found.append(_Setting(" (held open)", "held open, every score below its threshold", False, True, held=1.0))
+    return found
+
+
+def _held(
+    plan: GuardPlan, setting: _Setting, rolled: Sequence[Mapping[str, np.ndarray]], number: int
+) -> np.ndarray | None:
+    """The gates that go into call `number`, `[batch, layers]`, or `None` where they are decided in it."""
+    if plan.gate != "prompt" or (setting.held is None and number == 0):
+        return None
+    first = rolled[0][PRESENT_GATE_OUTPUT]
+    return first if setting.held is None else np.full_like(first, setting.held)
 
 
 def _against_reference(
@@ -243,26 +344,35 @@ def _against_reference(
     names: list[tuple[str, str]],
     inputs: ProofInputs,
     supervisors: Sequence[np.ndarray | None],
-    forced: bool,
+    setting: _Setting,
     headroom: Headroom,
+    told: GatesTold,
 ) -> Check:
     halves = {site.layer_index for site in plan.sites if site.site.dtype == "float16"}
     limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
     compared, moved, states, undecided, worst = 0, 0, 0, 0, 0.0
     for batch, supervisor in zip(inputs.batches, supervisors, strict=True):
-        for number, outputs in enumerate(roll(session, batch, supervisor)):
+        rolled = roll(session, batch, supervisor, setting.feeds(plan, batch.size))
+        for number, outputs in enumerate(rolled):
             # a cached decode step is one token long; without a cache the whole sequence comes again
             mask = np.pad(batch.mask, ((0, 0), (0, number)), constant_values=1)[:, -_length(outputs, names) :]
-            selected = last_token(mask) if plan.positions == "last" else None
+            ends = last_token(mask)
+            selected = ends if plan.positions == "last" else None
+            all_held = _held(plan, setting, rolled, number)
             for row, (guard_of_layer, (raw_name, guarded_name)) in enumerate(zip(plan.guards, names, strict=True)):
                 raw, found = outputs[raw_name].astype(np.float64), outputs[guarded_name].astype(np.float64)
-                layer = _forced(guard_of_layer) if forced else guard_of_layer
+                layer = setting.layer(guard_of_layer)
                 a = None if supervisor is None else supervisor[:, row : row + 1, :].astype(np.float64)
-                expected = guard(plan.mode, layer, raw, a, selected)
+                held = None if all_held is None else all_held[:, row : row + 1]
+                dials = setting.dials(None if held is None else held[:, None])
+                expected = guard(plan.mode, layer, raw, a, selected, dials)
+                last = raw[ends[..., 0] == 1]
+                told.see(row, layer, last, None if a is None else a[:, 0], setting.dials(held), outputs)
                 real = mask.astype(bool)
                 if plan.layers[row] in halves:
                     headroom.see(plan.layers[row], raw[real], found[real])
-                if not forced:  # by rounding alone such a gate may open here and not there; forced open, it is compared
+                # by rounding alone such a gate may open here and not there; held or forced open, it is compared
+                if setting.forced is None and setting.offset is None and held is None:
                     close = _close_calls(plan.mode, layer, raw, limit) & real
                     real, undecided = real & ~close, undecided + int(close.sum())
                 compared += int(real.sum()) * raw.shape[-1]
@@ -270,16 +380,14 @@ def _against_reference(
                 moved += int((expected[real] != raw[real]).any(axis=-1).sum())
                 states += int(real.sum())
                 if supervisor is not None:  # what the text-only pass tells the other one: this layer's own coordinates
-                    own = raw[last_token(mask)[..., 0] == 1] @ layer.ssd.T.astype(np.float64)
-                    told = outputs[COORDINATES_OUTPUT][:, row].astype(np.float64)
-                    worst = max(worst, float(np.abs(own - told).max()) / max(float(np.abs(raw).max()), 1e-6))
+                    own = last @ layer.ssd.T.astype(np.float64)
+                    shown = outputs[COORDINATES_OUTPUT][:, row].astype(np.float64)
+                    worst = max(worst, float(np.abs(own - shown).max()) / max(float(np.abs(raw).max()), 1e-6))
                     compared += own.size
-    what = "every gate forced open" if forced else "gates as the inputs set them"
-    note = f"{moved} of {states} states edited, {what}, {inputs.origin}"
+    note = f"{moved} of {states} states edited, {setting.what}, {inputs.origin}"
     note += f"; {undecided} too close to the threshold to call" if undecided else ""
-    ok = compared > 0 and worst <= limit and (moved > 0 or not (forced or plan.mode == "project"))
-    title = "guarded states equal the numpy reference" + (" (gates forced open)" if forced else "")
-    return Check(title, compared, worst, limit, ok, note)
+    ok = compared > 0 and worst <= limit and setting.moves in (None, moved > 0)
+    return Check(f"guarded states equal the numpy reference{setting.name}", compared, worst, limit, ok, note)
 
 
 def _close_calls(mode: str, layer: LayerGuard, raw: np.ndarray, limit: float) -> np.ndarray:
@@ -338,10 +446,6 @@ def _supervisors(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: P
         outputs, _ = session.prefill(text, listen(plan, text.size))
         found.append(outputs[COORDINATES_OUTPUT])
     return found
-
-
-def _forced(layer: LayerGuard) -> LayerGuard:
-    return LayerGuard(layer.ssd, layer.origin, layer.target, layer.readout, _ALWAYS, layer.alpha)
 
 
 def relative(a: np.ndarray, b: np.ndarray) -> float:

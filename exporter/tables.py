@@ -20,6 +20,7 @@ from ..graphs.anatomy import DecoderAnatomy, ResidualSite
 from ..graphs.directions import Directions
 from ..graphs.plan import GuardPlan
 from ..graphs.static_proof import Check
+from ..runtime.telemetry import ScoredAnswer
 from .engines.folder import EngineResult
 from .pipeline import ExportResult
 
@@ -90,7 +91,8 @@ def _site_cells(site: ResidualSite) -> tuple[str, str, str]:
 
 
 def show_plan(out: Console, plan: GuardPlan) -> None:
-    table = Table(title=f"plan: {plan.mode}, positions {plan.positions}, lowering {plan.lowering}")
+    held = ", gate held from the prompt" if plan.gate == "prompt" else ""
+    table = Table(title=f"plan: {plan.mode}, positions {plan.positions}, lowering {plan.lowering}{held}")
     for column in ("layer", "kind", "at", "rank", "tau", "alpha"):
         table.add_column(column, overflow="fold")
     for planned in plan.sites:
@@ -151,6 +153,20 @@ def show_engines(out: Console, result: EngineResult) -> None:
     if result.manifest.proved != "full":
         told = f"next: on the GPU that will run it, `vlmguard verify {shlex.quote(str(result.out))} --run --source GUARDED`"
         out.print(escape(told), highlight=False, soft_wrap=True)
+
+
+def show_scores(out: Console, answer: ScoredAnswer) -> None:
+    """What the gates compared while an answer was made, layer by layer."""
+    calls = len(answer.scores)
+    table = Table(title="gates, held from the prompt" if answer.held else "gates, decided at every token")
+    for column in ("layer", "threshold", "score at the prompt", "highest in the answer", f"open at {calls} tokens"):
+        table.add_column(column, justify="right")
+    for row, (layer, threshold) in enumerate(zip(answer.layers, answer.thresholds, strict=True)):
+        scores = answer.scores[:, row]
+        highest = f"{scores[1:].max():.3f}" if calls > 1 else "-"
+        shown = (f"{threshold:.3f}", f"{scores[0]:.3f}", highest, str(int(answer.opened[:, row].sum())))
+        table.add_row(str(layer), *shown)
+    out.print(table)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from . import lowering_dense, lowering_lowrank, lowering_rank1
 from .errors import GuardError
 from .fold import FOLD
-from .lowering_task import Task
+from .lowering_task import Task, Written
 from .scribe import Scribe
 from .spec import MODES, Target
 
@@ -31,29 +31,30 @@ class Lowering:
     Attributes:
         name: what `--lowering` takes.
         modes: the modes that it can write.
-        correction: `(scribe, h, task) -> (delta, c)` of `h' = h + delta`, `h` `[batch, sequence, d]` in the stream's dtype;
-            `c` the coordinates `[batch, sequence, m]` float32, or `None` where the lowering does not compute them.
+        correction: `(scribe, h, task) -> Written`, `h` `[batch, sequence, d]` in the stream's dtype.
         selects: `(mode, dtype of the stream) -> dtype of the task's selection`.
         why: one clause for the plan.
         target: the runtime that it was made for.
         whole: `h'` in one step, for a lowering that can sometimes do without a correction, else `None`.
+        dials: whether its arithmetic can be dialled at each call (`graphs.dials`).
     """
 
     name: str
     modes: frozenset[str]
-    correction: Callable[[Scribe, ir.Value, Task], tuple[ir.Value, ir.Value | None]]
+    correction: Callable[[Scribe, ir.Value, Task], Written]
     selects: Callable[[str, str], str]
     why: str
     target: Target = "onnxruntime"
     whole: Callable[[Scribe, ir.Value, Task], ir.Value | None] = _never_whole
+    dials: bool = True
 
-    def guarded(self, scribe: Scribe, h: ir.Value, task: Task) -> tuple[ir.Value, ir.Value | None]:
-        """`(h', c)`"""
+    def guarded(self, scribe: Scribe, h: ir.Value, task: Task) -> tuple[ir.Value, Written | None]:
+        """`h'`, and what was written for it; `None` where that was `h'` itself."""
         done = self.whole(scribe, h, task)
         if done is not None:
             return done, None
-        delta, coordinates = self.correction(scribe, h, task)
-        return scribe.op("guarded", "Add", [h, delta], like=h), coordinates
+        written = self.correction(scribe, h, task)
+        return scribe.op("guarded", "Add", [h, written.delta], like=h), written
 
     @property
     def writes_nodes(self) -> bool:
@@ -85,6 +86,7 @@ LOWERINGS: tuple[Lowering, ...] = (
         lowering_dense.selects,
         "the literal h @ (I - V^T V), one d x d MatMul per layer (to compare with; the others cost less)",
         whole=lowering_dense.whole,
+        dials=False,
     ),
 )
 
@@ -99,6 +101,7 @@ FOLDED = Lowering(
     _no_node,
     _no_node,
     "the projection is in the weights that write the stream, no node and no cost, the same in every layer and at every token",
+    dials=False,
 )
 
 

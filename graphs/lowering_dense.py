@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .lowering_gate import bounded
-from .lowering_task import Task
+from .lowering_task import Task, Written
 from .reference import LayerGuard
 from .scribe import Scribe
 
@@ -23,7 +23,7 @@ def whole(scribe: Scribe, h: ir.Value, task: Task) -> ir.Value | None:
     return scribe.op("guarded", "MatMul", [h, matrix], like=h)
 
 
-def correction(scribe: Scribe, h: ir.Value, task: Task) -> tuple[ir.Value, None]:
+def correction(scribe: Scribe, h: ir.Value, task: Task) -> Written:
     """`delta = h (P - I)`, for the branch of a fused skip-norm: `P` itself would have to be undone by the fused sum."""
     layer, dtype = task.layer, task.dtype
     matrix = scribe.constant("projection_minus_identity", -_outer(layer), dtype)
@@ -33,7 +33,7 @@ def correction(scribe: Scribe, h: ir.Value, task: Task) -> tuple[ir.Value, None]
     if task.selected is not None:
         delta = scribe.op("product_selected", "Mul", [delta, task.selected])
     delta.type, delta.shape = h.type, h.shape
-    return delta, None
+    return Written(delta)
 
 
 def selects(mode: str, dtype: str) -> str:

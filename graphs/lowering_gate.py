@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from .lowering_task import Gate, Task
 from .scribe import Scribe
 
 # In a float16 graph no channel is moved by more than this (half of float16's range, 65504, less room for rounding): the edit
@@ -16,10 +17,26 @@ from .scribe import Scribe
 LARGEST_HALF_EDIT = 32000.0
 
 
-def gate(scribe: Scribe, score: ir.Value, threshold: float) -> ir.Value:
-    """1 where the score is above the threshold, else 0; float32, `[..., 1]`."""
-    tau = scribe.constant("tau", np.array(threshold), "float32")
-    return scribe.cast("gate", scribe.op("opens", "Greater", [score, tau]), "float32")
+def gate(scribe: Scribe, score: ir.Value, task: Task, unit: float = 1.0) -> Gate:
+    """Open where the score is above the layer's threshold, or where the prompt decided so.
+
+    Args:
+        score: `[..., 1]` float32, times `unit`.
+    """
+    tau = scribe.constant("tau", np.array(task.layer.threshold * unit), "float32")
+    if task.offset is not None:
+        tau = scribe.op("threshold", "Add", [tau, _in_unit(scribe, task.offset, unit)])
+    opened = scribe.cast("gate", scribe.op("opens", "Greater", [score, tau]), "float32")
+    if task.held is not None:
+        opened = scribe.op("gate_now", "Mul", [opened, task.held.deciding])
+        opened = scribe.op("gate_held", "Add", [opened, task.held.is_open])
+    return Gate(score, opened, unit)
+
+
+def _in_unit(scribe: Scribe, offset: ir.Value, unit: float) -> ir.Value:
+    if unit == 1.0:
+        return offset
+    return scribe.op("threshold_offset", "Mul", [offset, scribe.constant("score_unit", np.array(unit), "float32")])
 
 
 def columns(scribe: Scribe, name: str, value: ir.Value, start: int, stop: int) -> ir.Value:

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .lowering_gate import bounded, columns, gate
-from .lowering_task import Task
+from .lowering_task import Gate, Task, Written
 from .reference import LayerGuard
 from .scribe import Scribe
 
@@ -30,18 +30,19 @@ class _Units:
     score: float = 1.0
 
 
-def correction(scribe: Scribe, h: ir.Value, task: Task) -> tuple[ir.Value, ir.Value | None]:
+def correction(scribe: Scribe, h: ir.Value, task: Task) -> Written:
     """`delta = w V`; a closed gate makes `w`, and so `delta`, exactly zero."""
-    mode, layer, dtype, supervisor = task.mode, task.layer, task.dtype, task.supervisor
+    mode, layer, dtype = task.mode, task.layer, task.dtype
     units = _half_units(layer) if dtype == "float16" else _Units()
     read = scribe.op("read", "MatMul", [h, scribe.constant("rows", _rows(mode, layer, units).T, dtype)])
     if mode == "project":
-        return _write(scribe, h, _at(scribe, read, task.selected), layer, units, dtype, dtype), None
+        return Written(_write(scribe, h, _at(scribe, read, task.selected), layer, units, dtype, dtype))
     if dtype != "float32":
         read = scribe.cast("read_float32", read, "float32")
-    weights = _WEIGHTS[mode](scribe, read, layer, units, supervisor)
+    weights, opened = _WEIGHTS[mode](scribe, read, task, units)
     coordinates = _coordinates(scribe, mode, read, units)
-    return _write(scribe, h, _at(scribe, weights, task.selected), layer, units, "float32", dtype), coordinates
+    delta = _write(scribe, h, _at(scribe, weights, task.selected), layer, units, "float32", dtype)
+    return Written(delta, coordinates, opened)
 
 
 def selects(mode: str, dtype: str) -> str:
@@ -93,34 +94,38 @@ def _coordinates(scribe: Scribe, mode: str, read: ir.Value, units: _Units) -> ir
     return scribe.op("coordinates", "Mul", [read, scribe.constant("unit", np.array(1 / units.c), "float32")])
 
 
-def _steer(scribe: Scribe, c: ir.Value, layer: LayerGuard, units: _Units, supervisor: ir.Value | None) -> ir.Value:
+def _steer(scribe: Scribe, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
     """`alpha g c`"""
+    layer = task.layer
     first = columns(scribe, "first", c, 0, 1) if layer.rank > 1 else c
-    opened = gate(scribe, first, layer.threshold * units.c)
-    strength = scribe.op("strength", "Mul", [opened, scribe.constant("alpha", np.array(layer.alpha), "float32")])
-    return scribe.op("weights", "Mul", [strength, c])
+    made = gate(scribe, first, task, units.c)
+    strength = scribe.op("strength", "Mul", [made.opened, scribe.constant("alpha", np.array(layer.alpha), "float32")])
+    return scribe.op("weights", "Mul", [strength, c]), made
 
 
-def _supervise(scribe: Scribe, c: ir.Value, layer: LayerGuard, units: _Units, supervisor: ir.Value | None) -> ir.Value:
+def _supervise(scribe: Scribe, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
     """`g(a) (alpha (a - o) - (c - o))`; `a` comes unscaled."""
+    layer, supervisor = task.layer, task.supervisor
     assert supervisor is not None
     first = columns(scribe, "first", supervisor, 0, 1) if layer.rank > 1 else supervisor
-    opened = gate(scribe, first, layer.threshold)
+    made = gate(scribe, first, task)
     origin = scribe.constant("origin", layer.origin, "float32")
     wanted = scribe.op("supervisor_centred", "Sub", [supervisor, origin])
     wanted = scribe.op("wanted", "Mul", [wanted, scribe.constant("alpha", np.array(layer.alpha * units.c), "float32")])
     if units.c != 1.0:
         origin = scribe.constant("origin_scaled", layer.origin * units.c, "float32")
     present = scribe.op("present", "Sub", [c, origin])
-    return scribe.op("weights", "Mul", [opened, scribe.op("difference", "Sub", [wanted, present])])
+    return scribe.op("weights", "Mul", [made.opened, scribe.op("difference", "Sub", [wanted, present])]), made
 
 
-def _restore(scribe: Scribe, read: ir.Value, layer: LayerGuard, units: _Units, supervisor: ir.Value | None) -> ir.Value:
+def _restore(scribe: Scribe, read: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
     """`g(s) (t - c)`"""
+    layer = task.layer
     c = columns(scribe, "coordinates", read, 0, layer.rank)
     score = columns(scribe, "score", read, layer.rank, layer.rank + 1)
     difference = scribe.op("difference", "Sub", [scribe.constant("target", layer.target * units.c, "float32"), c])
-    return scribe.op("weights", "Mul", [gate(scribe, score, layer.threshold * units.score), difference])
+    made = gate(scribe, score, task, units.score)
+    return scribe.op("weights", "Mul", [made.opened, difference]), made
 
 
 _WEIGHTS = {"steer": _steer, "supervise": _supervise, "restore": _restore}

@@ -15,18 +15,19 @@ import numpy as np
 import onnx_ir as ir
 
 from .lowering_gate import bounded, columns, gate
-from .lowering_task import Task
+from .lowering_task import Gate, Task, Written
 from .reference import LayerGuard
 from .scribe import Scribe
 
 
-def correction(scribe: Scribe, h: ir.Value, task: Task) -> tuple[ir.Value, ir.Value | None]:
+def correction(scribe: Scribe, h: ir.Value, task: Task) -> Written:
     """`delta = w_1 v_1 + ... + w_m v_m`; a closed gate makes each `w`, and so `delta`, exactly zero."""
     mode, layer, dtype, supervisor = task.mode, task.layer, task.dtype, task.supervisor
     wide = h if dtype == "float32" else scribe.cast("stream_float32", h, "float32")
     rows = [scribe.constant(f"ssd_{number}", row, "float32") for number, row in enumerate(layer.ssd)]
     c = [_read(scribe, f"c_{number}", wide, row) for number, row in enumerate(rows)]
-    opened = _gate(scribe, wide, c, mode, layer, supervisor)
+    made = _gate(scribe, wide, c, task)
+    opened = None if made is None else made.opened
     if task.selected is not None:
         opened = task.selected if opened is None else scribe.op("gate_selected", "Mul", [opened, task.selected])
     w = _weights(scribe, mode, layer, c, opened, supervisor)
@@ -39,7 +40,7 @@ def correction(scribe: Scribe, h: ir.Value, task: Task) -> tuple[ir.Value, ir.Va
     if dtype != "float32":
         delta = scribe.cast("delta", delta, dtype)
     delta.type, delta.shape = h.type, h.shape
-    return delta, _coordinates(scribe, mode, c)
+    return Written(delta, _coordinates(scribe, mode, c), made)
 
 
 def _read(scribe: Scribe, name: str, h: ir.Value, row: ir.Value) -> ir.Value:
@@ -48,10 +49,9 @@ def _read(scribe: Scribe, name: str, h: ir.Value, row: ir.Value) -> ir.Value:
     return scribe.op(name, "ReduceSum", [products, scribe.integers(-1)], keepdims=1)
 
 
-def _gate(
-    scribe: Scribe, h: ir.Value, c: list[ir.Value], mode: str, layer: LayerGuard, supervisor: ir.Value | None
-) -> ir.Value | None:
-    """`[..., 1]` of 0 and 1, or `None` for `project`, which has none."""
+def _gate(scribe: Scribe, h: ir.Value, c: list[ir.Value], task: Task) -> Gate | None:
+    """`None` for `project`, which has none."""
+    mode, layer, supervisor = task.mode, task.layer, task.supervisor
     if mode == "project":
         return None
     if mode == "restore":
@@ -61,7 +61,7 @@ def _gate(
         score = columns(scribe, "first", supervisor, 0, 1) if layer.rank > 1 else supervisor
     else:
         score = c[0]
-    return gate(scribe, score, layer.threshold)
+    return gate(scribe, score, task)
 
 
 def _weights(

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from .anatomy import DecoderAnatomy, ResidualSite, find_node
 from .bodies import find_bodies
+from .dials import PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT, knobs_of, notes_on, require_knobs
 from .directions import Directions, LayerDirections
 from .errors import DirectionMismatch, GuardError
 from .fold import find_writers
@@ -78,6 +79,8 @@ class GuardPlan:
         width: hidden size.
         sites: one per guarded layer and body, by layer; the bodies share one `LayerGuard`.
         notes: what a person should know, each a sentence.
+        knobs: names of the inputs with defaults, empty without `--knobs`.
+        telemetry, gate: as in `GuardSpec`.
     """
 
     mode: str
@@ -89,6 +92,9 @@ class GuardPlan:
     decoder_layers: int
     sites: tuple[SitePlan, ...]
     notes: tuple[str, ...]
+    knobs: tuple[str, ...] = ()
+    telemetry: bool = False
+    gate: str = "token"
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -107,11 +113,19 @@ class GuardPlan:
 
     @property
     def added_inputs(self) -> tuple[str, ...]:
-        return (SUPERVISOR_INPUT,) if self.mode == "supervise" else ()
+        """In their order; the knobs come last, because they may be left out."""
+        supervisor = (SUPERVISOR_INPUT,) if self.mode == "supervise" else ()
+        return (*supervisor, *((PAST_GATE_INPUT,) if self.gate == "prompt" else ()), *self.knobs)
 
     @property
     def added_outputs(self) -> tuple[str, ...]:
-        return (COORDINATES_OUTPUT,) if self.mode == "supervise" else ()
+        """In their order."""
+        told = {
+            COORDINATES_OUTPUT: self.mode == "supervise",
+            SCORES_OUTPUT: self.telemetry,
+            PRESENT_GATE_OUTPUT: self.gate == "prompt",
+        }
+        return tuple(name for name, is_told in told.items() if is_told)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -121,6 +135,9 @@ class GuardPlan:
             "lowering": self.lowering,
             "lowering_reason": self.lowering_reason,
             "mask": self.mask,
+            "gate": self.gate,
+            "knobs": list(self.knobs),
+            "telemetry": self.telemetry,
             "width": self.width,
             "decoder_layers": self.decoder_layers,
             "layers": list(self.layers),
@@ -144,6 +161,10 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
     layers, why_layers = _layers(spec, directions, anatomy, mode)
     notes += why_layers
     lowering, reason = choose_lowering(spec.lowering, mode, spec.target)
+    spec.require_dials(mode)
+    knobs = knobs_of(mode) if spec.knobs else ()
+    if knobs:
+        require_knobs(model, lowering.name, lowering.dials)
     directions = _one_direction(spec, directions, layers, mode, notes)
     guards = {  # whatever order, and how often, the directions name them
         number: _layer_guard(number, directions, spec, mode, notes) for number in sorted(set(layers))
@@ -154,6 +175,7 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
     if lowering is FOLDED:
         notes += _require_foldable(model, anatomy, sites, spec)
     notes += _quantized_behind(model, sites)
+    notes += notes_on(knobs, spec.gate)
     if spec.positions == "last" and mask is None:
         notes.append("no attention_mask input: the last index of each call is edited, so pad on the left")
     return GuardPlan(
@@ -166,6 +188,9 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
         decoder_layers=anatomy.layer_count,
         sites=sites,
         notes=tuple(dict.fromkeys(notes)),
+        knobs=knobs,
+        telemetry=spec.telemetry,
+        gate=spec.gate,
     )
 
 

@@ -13,6 +13,13 @@ import numpy as np
 # The supervisor coordinates that mean "no supervisor: listen only" (`supervise`, text-only pass). A finite number, far
 # below every threshold: infinity or NaN times a closed gate would be NaN, and the closed gate must write exact zeros.
 LISTEN = -1e30
+# The largest strength that is taken. In float16 a coordinate is read with one bit to spare (`lowering_lowrank`), and a strength
+# that is not bounded could be infinite, and infinity times a closed gate is not zero.
+LARGEST_STRENGTH = 2.0
+# A threshold offset is cut here: it must not bring a threshold below LISTEN.
+LARGEST_OFFSET = 1e29
+# A held gate that means "not decided yet: decide now".
+UNDECIDED = -1.0
 
 
 @dataclass(frozen=True)
@@ -40,27 +47,75 @@ class LayerGuard:
         return self.ssd.shape[0]
 
 
-def weights(mode: str, layer: LayerGuard, h: np.ndarray, supervisor: np.ndarray | None = None) -> np.ndarray:
+@dataclass(frozen=True)
+class Dials:
+    """What may be set at each call. Ours, not the paper's; the defaults are the guard as it was calibrated.
+
+    Attributes:
+        strength: every weight is multiplied with it: 0 only watches, 1 is as calibrated; taken as 0 to `LARGEST_STRENGTH`.
+        threshold_offset: added to every layer's threshold, in the units of its score.
+        held: gates that were decided before, `[..., 1]`, broadcasts to them: 1 open, 0 closed, below 0 (`UNDECIDED`) decide
+            now; `None` decides all of them now.
+    """
+
+    strength: float = 1.0
+    threshold_offset: float = 0.0
+    held: np.ndarray | None = None
+
+
+AS_CALIBRATED = Dials()
+
+
+def weights(
+    mode: str,
+    layer: LayerGuard,
+    h: np.ndarray,
+    supervisor: np.ndarray | None = None,
+    dials: Dials = AS_CALIBRATED,
+) -> np.ndarray:
     """`w` of `h' = h + w V`, `[..., m]`, for hidden states `h` `[..., d]`; `supervisor` `[..., m]` broadcasts to it.
 
-    A closed gate gives exact zeros.
+    A closed gate gives exact zeros, and so does strength 0.
     """
     c = h @ layer.ssd.T
+    strength = float(np.clip(dials.strength, 0.0, LARGEST_STRENGTH))
     if mode == "project":
-        return -c
+        return strength * -c
+    opened = gate(mode, layer, h, supervisor, dials)
     if mode == "steer":
-        return layer.alpha * opens(c[..., :1], layer) * c
+        return strength * opened * (layer.alpha * c)
     if mode == "supervise":
         assert supervisor is not None, "supervise needs the text-only coordinates"
         a, o = supervisor, layer.origin
-        return opens(a[..., :1], layer) * (layer.alpha * (a - o) - (c - o))
+        return strength * opened * (layer.alpha * (a - o) - (c - o))
     assert mode == "restore", mode
-    return opens(h @ layer.readout[:, None], layer) * (layer.target - c)
+    return strength * opened * (layer.target - c)
 
 
-def opens(score: np.ndarray, layer: LayerGuard) -> np.ndarray:
-    """1 where the gate opens, else 0; the comparison is strict."""
-    return (score > layer.threshold).astype(score.dtype)
+def score(mode: str, layer: LayerGuard, h: np.ndarray, supervisor: np.ndarray | None = None) -> np.ndarray:
+    """What the gate compares with its threshold, `[..., 1]`; `project` has no gate."""
+    if mode == "supervise":
+        assert supervisor is not None, "supervise needs the text-only coordinates"
+        return supervisor[..., :1]
+    assert mode in {"steer", "restore"}, mode
+    row = layer.readout if mode == "restore" else layer.ssd[0]
+    return h @ row[:, None]
+
+
+def gate(
+    mode: str,
+    layer: LayerGuard,
+    h: np.ndarray,
+    supervisor: np.ndarray | None = None,
+    dials: Dials = AS_CALIBRATED,
+) -> np.ndarray:
+    """1 where the gate is open, else 0, `[..., 1]`; the comparison is strict."""
+    offset = float(np.clip(dials.threshold_offset, -LARGEST_OFFSET, LARGEST_OFFSET))
+    found = score(mode, layer, h, supervisor)
+    opened = found > layer.threshold + offset
+    if dials.held is not None:
+        opened = np.where(dials.held >= 0, dials.held > 0, opened)
+    return opened.astype(found.dtype)
 
 
 def guard(
@@ -69,6 +124,7 @@ def guard(
     h: np.ndarray,
     supervisor: np.ndarray | None = None,
     selected: np.ndarray | None = None,
+    dials: Dials = AS_CALIBRATED,
 ) -> np.ndarray:
     """Guarded hidden states.
 
@@ -76,8 +132,9 @@ def guard(
         h: hidden states `[batch, sequence, d]`.
         supervisor: coordinates of the text-only query, `[batch, 1, m]` (`supervise` only).
         selected: `[batch, sequence, 1]` of 0 and 1, the tokens to edit; `None` edits all of them.
+        dials: what is set at this call.
     """
-    delta = weights(mode, layer, h, supervisor) @ layer.ssd
+    delta = weights(mode, layer, h, supervisor, dials) @ layer.ssd
     return h + (delta if selected is None else delta * selected)
 
 

@@ -8,18 +8,33 @@ and with a closed gate its inputs are the old ones bit for bit.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from .anatomy import find_node
 from .bodies import Body, find_bodies, surface
 from .dataflow import skip_norm_bias
+from .dials import (
+    OFFSET_INPUT,
+    PAST_GATE_INPUT,
+    PRESENT_GATE_OUTPUT,
+    SCORES_OUTPUT,
+    STRENGTH_INPUT,
+    declare_knob,
+    held_at,
+    write_held,
+    write_offset,
+    write_strength,
+)
 from .errors import GuardIncomplete
 from .fold import FOLD, fold
 from .lowering import LOWERINGS, Lowering
-from .lowering_task import Task
+from .lowering_task import Held, Task, Written
 from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, GuardPlan, SitePlan, require_unguarded
 from .positions import LastToken
 from .scribe import Scribe
@@ -96,12 +111,14 @@ class _Edit:
     body: Body
     plan: GuardPlan
     lowering: Lowering
-    supervisor: ir.Value | None = None
+    given: dict[str, ir.Value] = field(default_factory=dict)
     ends: ir.Value | None = None
+    offset: ir.Value | None = None
+    held: Held | None = None
     selections: dict[str, ir.Value] = field(default_factory=dict)
     shared: list[str] = field(default_factory=list)
     initializers: list[str] = field(default_factory=list)
-    coordinates: list[ir.Value] = field(default_factory=list)
+    told: dict[str, list[ir.Value]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def graph(self) -> ir.Graph:
@@ -127,10 +144,12 @@ def rewrite(model: ir.Model, plan: GuardPlan) -> GuardReport:
     if plan.lowering == FOLD:
         return _fold(model, plan)
     lowering = next(lowering for lowering in LOWERINGS if lowering.name == plan.lowering)
-    supervisor = _declare_supervisor(model, plan)
-    edits = [_Edit(model, body, plan, lowering, supervisor) for body in find_bodies(model, plan.bodies)]
+    shapes = _shapes(model, plan)  # while the graph is as the exporter wrote it
+    given = _declare_inputs(model, plan, shapes)
+    edits = [_Edit(model, body, plan, lowering, given) for body in find_bodies(model, plan.bodies)]
     done = {(site.layer_index, site.body): site for edit in edits for site in _guard_body(edit)}
-    _give_coordinates(model, edits, supervisor)
+    for output in plan.added_outputs:
+        _give(model, edits, output, shapes[output])
     _sign(model, plan)
     planned = [(site.layer_index, site.site.body) for site in plan.sites]
     if sorted(done) != sorted(planned):
@@ -138,7 +157,7 @@ def rewrite(model: ir.Model, plan: GuardPlan) -> GuardReport:
     return GuardReport(
         tuple(done[key] for key in planned),
         tuple(name for edit in edits for name in edit.shared),
-        tuple(dict.fromkeys(name for edit in edits for name in edit.initializers)),
+        tuple(dict.fromkeys((*plan.knobs, *(name for edit in edits for name in edit.initializers)))),
         plan.added_inputs,
         plan.added_outputs,
     )
@@ -157,6 +176,7 @@ def _fold(model: ir.Model, plan: GuardPlan) -> GuardReport:
 
 
 def _guard_body(edit: _Edit) -> list[GuardedSite]:
+    _read_dials(edit)
     _find_last_token(edit)
     return [_guard_site(edit, site) for site in edit.sites]
 
@@ -199,8 +219,8 @@ def _guard_site(edit: _Edit, planned: SitePlan) -> GuardedSite:
 def _guard_add(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scribe) -> GuardedSite:
     """Every reader of the sum reads the guarded one."""
     raw = node.outputs[0]
-    new, c = edit.lowering.guarded(scribe, raw, _task(edit, planned, scribe))
-    _keep_coordinates(edit, scribe, c)
+    new, written = edit.lowering.guarded(scribe, raw, _task(edit, planned, scribe))
+    _keep(edit, scribe, written)
     new.type, new.shape = raw.type, raw.shape
     readers = _redirect(edit.graph, raw, new, scribe)
     scribe.place_after(node)
@@ -215,9 +235,9 @@ def _guard_skip_norm(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scri
     assert branch is not None and residual is not None
     bias = skip_norm_bias(node)
     total = _sum(scribe, residual, branch, bias)
-    delta, c = edit.lowering.correction(scribe, total, _task(edit, planned, scribe))
-    new = scribe.op("guarded", "Add", [branch, delta], like=branch)
-    _keep_coordinates(edit, scribe, c)
+    written = edit.lowering.correction(scribe, total, _task(edit, planned, scribe))
+    new = scribe.op("guarded", "Add", [branch, written.delta], like=branch)
+    _keep(edit, scribe, written)
     node.replace_input_with(at, new)
     scribe.place_before(node)
     names = branch.name or "", new.name or "", _names(scribe)
@@ -229,7 +249,9 @@ def _task(edit: _Edit, planned: SitePlan, scribe: Scribe) -> Task:
     # Every token is read and `w` is multiplied with the selection: on one token, where time counts, that costs less than
     # gathering it first, and a prefill's MatMuls hide it (benchmarks/spellings.py).
     selected = edit.selections.get(edit.lowering.selects(mode, dtype))
-    return Task(mode, planned.guard, dtype, _supervisor(edit, scribe, planned), selected)
+    supervisor, row = _supervisor(edit, scribe, planned), edit.plan.layers.index(planned.layer_index)
+    held = None if edit.held is None else held_at(scribe, edit.held, row)
+    return Task(mode, planned.guard, dtype, supervisor, selected, edit.offset, held)
 
 
 def _sum(scribe: Scribe, residual: ir.Value, branch: ir.Value, bias: ir.Value | None) -> ir.Value:
@@ -253,38 +275,90 @@ def _redirect(graph: ir.Graph, raw: ir.Value, new: ir.Value, scribe: Scribe) -> 
     return readers
 
 
-# Which tokens
+# Which tokens, and how much of the edit
+
+
+def _read_dials(edit: _Edit) -> None:
+    """What the guard's own inputs say to all layers, computed once before the first site."""
+    knobs = edit.scribe("knobs")
+    if (strength := edit.given.get(STRENGTH_INPUT)) is not None:
+        edit.selections |= {dtype: write_strength(knobs, strength, dtype) for dtype in _selected_dtypes(edit)}
+    if (offset := edit.given.get(OFFSET_INPUT)) is not None:
+        edit.offset = write_offset(knobs, offset)
+    _share(edit, knobs)
+    gate = edit.scribe("gate")
+    if (past := edit.given.get(PAST_GATE_INPUT)) is not None:
+        edit.held = write_held(gate, past)
+    _share(edit, gate)
 
 
 def _find_last_token(edit: _Edit) -> None:
     """Each row's last token, computed once before the first site: `ends` to read by, `selections` to write by."""
     first = edit.sites[0].site
-    node = find_node(edit.graph, first.anchor)
-    assert node is not None
+    node = _first_node(edit)
     stream = next(value for value in node.inputs[:2] if value is not None and value.name == first.residual)
     mask = next((value for value in edit.model.graph.inputs if value.name == edit.plan.mask and edit.plan.mask), None)
     scribe = edit.scribe("positions")
     last = LastToken(scribe, stream, mask)
     if edit.plan.positions == "last":
-        for dtype in sorted({edit.lowering.selects(edit.plan.mode, site.site.dtype) for site in edit.sites}):
-            edit.selections[dtype] = scribe.cast(f"selected_{dtype}", last.selected, dtype)
-    if edit.plan.mode == "supervise":
+        for dtype in _selected_dtypes(edit):
+            selected = scribe.cast(f"selected_{dtype}", last.selected, dtype)
+            edit.selections[dtype] = _with_strength(edit, scribe, selected, dtype)
+    if edit.plan.added_outputs:
         edit.ends = last.pairs
-    scribe.place_before(node)
+    _share(edit, scribe)
+
+
+def _selected_dtypes(edit: _Edit) -> list[str]:
+    """What the lowering multiplies its weights with has these."""
+    return sorted({edit.lowering.selects(edit.plan.mode, site.site.dtype) for site in edit.sites})
+
+
+def _with_strength(edit: _Edit, scribe: Scribe, selected: ir.Value, dtype: str) -> ir.Value:
+    """The strength goes in with the selection, once: no layer needs a node more for it."""
+    strength = edit.selections.get(dtype)
+    if strength is None:
+        return selected
+    return scribe.op(f"selected_{dtype}_strength", "Mul", [selected, strength])
+
+
+def _first_node(edit: _Edit) -> ir.Node:
+    node = find_node(edit.graph, edit.sites[0].site.anchor)
+    assert node is not None
+    return node
+
+
+def _share(edit: _Edit, scribe: Scribe) -> None:
+    """Nodes that serve all sites of the body go before the first."""
+    if scribe.nodes:
+        scribe.place_before(_first_node(edit))
     edit.shared += _names(scribe)
     edit.initializers += scribe.initializers
 
 
-# The supervisor's coordinates, in and out
+# The guard's own inputs and outputs
 
 
-def _declare_supervisor(model: ir.Model, plan: GuardPlan) -> ir.Value | None:
-    if plan.mode != "supervise":
-        return None
-    shape = ir.Shape([_batch(model, plan), len(plan.layers), plan.sites[0].guard.rank])
-    value = ir.Value(name=SUPERVISOR_INPUT, type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
-    model.graph.inputs.append(value)
-    return value
+def _declare_inputs(model: ir.Model, plan: GuardPlan, shapes: Mapping[str, ir.Shape]) -> dict[str, ir.Value]:
+    """The inputs that the plan adds, by name."""
+    given = {}
+    for name in plan.added_inputs:
+        if name in plan.knobs:
+            given[name] = declare_knob(model.graph, name)
+        else:
+            given[name] = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=shapes[name])
+            model.graph.inputs.append(given[name])
+    return given
+
+
+def _shapes(model: ir.Model, plan: GuardPlan) -> dict[str, ir.Shape]:
+    """`[batch, layers, m]` of coordinates, in and out; `[batch, layers]` of what is said of gates."""
+    names = [name for name in (*plan.added_inputs, *plan.added_outputs) if name not in plan.knobs]
+    if not names:
+        return {}
+    of_gates: list[ir.SymbolicDim | int | str] = [_batch(model, plan), len(plan.layers)]
+    ranked = {SUPERVISOR_INPUT, COORDINATES_OUTPUT}
+    return {name: ir.Shape([*of_gates, plan.sites[0].guard.rank] if name in ranked else of_gates) for name in names}
 
 
 def _batch(model: ir.Model, plan: GuardPlan) -> ir.SymbolicDim | int | str:
@@ -303,34 +377,58 @@ def _batch(model: ir.Model, plan: GuardPlan) -> ir.SymbolicDim | int | str:
 
 def _supervisor(edit: _Edit, scribe: Scribe, planned: SitePlan) -> ir.Value | None:
     """This layer's row of the input, `[batch, 1, m]`: it meets every token."""
-    if edit.supervisor is None:
+    supervisor = edit.given.get(SUPERVISOR_INPUT)
+    if supervisor is None:
         return None
     row = edit.plan.layers.index(planned.layer_index)
     index = scribe.integers(row)
-    return scribe.op("supervisor", "Gather", [edit.supervisor, index], axis=1)
+    return scribe.op("supervisor", "Gather", [supervisor, index], axis=1)
 
 
-def _keep_coordinates(edit: _Edit, scribe: Scribe, c: ir.Value | None) -> None:
-    """Remember this layer's own coordinates at the last token, as `[batch, 1, m]`."""
-    if edit.plan.mode != "supervise":
-        return
-    assert c is not None and edit.ends is not None
-    c = scribe.op("own_last", "GatherND", [c, edit.ends])
-    edit.coordinates.append(scribe.op("own", "Unsqueeze", [c, scribe.integers(1)]))
+def _keep(edit: _Edit, scribe: Scribe, written: Written | None) -> None:
+    """Remember what this layer has to tell, at the last token: coordinates `[batch, 1, m]`, what is of gates `[batch, 1]`."""
+    for output in edit.plan.added_outputs:
+        assert written is not None
+        if output == COORDINATES_OUTPUT:
+            value = _own_coordinates(edit, scribe, written)
+        elif output == SCORES_OUTPUT:
+            value = _score(edit, scribe, written)
+        else:
+            assert output == PRESENT_GATE_OUTPUT and written.gate is not None, output
+            value = scribe.op("present_gate", "GatherND", [written.gate.opened, edit.ends])
+        edit.told[output].append(value)
 
 
-def _give_coordinates(model: ir.Model, edits: list[_Edit], supervisor: ir.Value | None) -> None:
-    if supervisor is None:
-        return
+def _own_coordinates(edit: _Edit, scribe: Scribe, written: Written) -> ir.Value:
+    assert written.coordinates is not None and edit.ends is not None
+    c = scribe.op("own_last", "GatherND", [written.coordinates, edit.ends])
+    return scribe.op("own", "Unsqueeze", [c, scribe.integers(1)])
+
+
+def _score(edit: _Edit, scribe: Scribe, written: Written) -> ir.Value:
+    """The gate's score as others know it, out of the unit that it was read in."""
+    made = written.gate
+    assert made is not None and edit.ends is not None
+    if edit.plan.mode == "supervise":  # one score per row, whatever the token
+        return scribe.op("score_told", "Squeeze", [made.score, scribe.integers(-1)])
+    value = scribe.op("score_last", "GatherND", [made.score, edit.ends])
+    if made.unit == 1.0:
+        return value
+    return scribe.op(
+        "score_told", "Mul", [value, scribe.constant("score_told_unit", np.array(1 / made.unit), "float32")]
+    )
+
+
+def _give(model: ir.Model, edits: list[_Edit], output: str, shape: ir.Shape) -> None:
+    """What all layers tell, side by side."""
     given: dict[Body, ir.Value] = {}
     for edit in edits:
-        scribe = edit.scribe("coordinates")
-        given[edit.body] = scribe.op("all_layers", "Concat", edit.coordinates, axis=1)
+        scribe = edit.scribe(output.removeprefix("vlmguard."))
+        given[edit.body] = scribe.op("all_layers", "Concat", edit.told[output], axis=1)
         scribe.place_last()
         edit.shared += _names(scribe)
         edit.initializers += scribe.initializers
-    assert supervisor.shape is not None
-    surface(model, given, COORDINATES_OUTPUT, supervisor.shape)
+    surface(model, given, output, shape)
 
 
 def _sign(model: ir.Model, plan: GuardPlan) -> None:

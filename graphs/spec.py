@@ -16,10 +16,12 @@ from .errors import GuardError
 Mode = Literal["project", "steer", "supervise", "restore"]
 Positions = Literal["all", "last"]
 Target = Literal["onnxruntime", "tensorrt"]
+Decided = Literal["token", "prompt"]
 
 MODES: tuple[str, ...] = get_args(Mode)
 POSITIONS: tuple[str, ...] = get_args(Positions)
 TARGETS: tuple[str, ...] = get_args(Target)
+GATES: tuple[str, ...] = get_args(Decided)
 MAX_RANK = 8
 # A threshold beyond it is passed by every score or by none, and in float32 it could be infinite. The sentinel of a
 # listening pass (`reference.LISTEN`, -1e30) must stay below every threshold.
@@ -48,6 +50,9 @@ class GuardSpec:
         direction_of: use this layer's SSD in every guarded layer (`project` only); what `fold` needs, because it changes
             the whole stream by one subspace. The layers are then all of the decoder's, unless `layers` says which.
         target: who will run the graph; `auto` takes the lowering that is cheapest there. Any runtime runs any of them.
+        knobs: strength and threshold offset become inputs with defaults, for an app to set at each call (`graphs.dials`).
+        telemetry: one output more, the score of each guarded layer's gate at the last token.
+        gate: decided at every `token`, or at the end of the `prompt` and held for the whole answer.
     """
 
     mode: Mode | None = None
@@ -59,6 +64,9 @@ class GuardSpec:
     lowering: str = "auto"
     direction_of: int | None = None
     target: Target = "onnxruntime"
+    knobs: bool = False
+    telemetry: bool = False
+    gate: Decided = "token"
 
     def __post_init__(self) -> None:
         if self.mode is not None and self.mode not in MODES:
@@ -67,6 +75,15 @@ class GuardSpec:
             raise GuardError(f"positions {self.positions!r} is unknown; choose one of {', '.join(POSITIONS)}")
         if self.target not in TARGETS:
             raise GuardError(f"target {self.target!r} is unknown; choose one of {', '.join(TARGETS)}")
+        if self.gate not in GATES:
+            raise GuardError(f"gate {self.gate!r} is unknown; choose one of {', '.join(GATES)}")
+        if self.knobs and self.target == "tensorrt":
+            raise GuardError(
+                "knobs are refused for TensorRT: an engine has no inputs with defaults, so every caller would have to feed "
+                "them, and whoever feeds them can switch the guard off; leave --knobs out"
+            )
+        if self.mode is not None:
+            self.require_dials(self.mode)
         if self.layers is not None and not self.layers:
             raise GuardError("the list of layers is empty; name at least one layer, or say auto")
         if self.direction_of is not None and self.direction_of < 0:
@@ -77,6 +94,25 @@ class GuardSpec:
             raise GuardError(f"alpha {self.alpha} would remove safety or is not a number; choose 0 or more")
         if self.tau is not None and not abs(self.tau) <= LARGEST_TAU:  # not NaN either
             raise GuardError(f"tau {self.tau} is not a finite number; a gate that never or always opens is not a guard")
+
+    def require_dials(self, mode: str) -> None:
+        """The mode has the gate that is to be shown or held.
+
+        Args:
+            mode: as asked, or as the directions decide.
+
+        Raises:
+            GuardError: it has none, or holds it already.
+        """
+        if self.telemetry and mode not in MODES_WITH_GATE:
+            raise GuardError(f"mode {mode} has no gate, so there is no score to tell; leave --telemetry out")
+        if self.gate == "prompt" and mode not in MODES_WITH_GATE:
+            raise GuardError(f"mode {mode} has no gate to hold; leave --gate out, or choose restore or steer")
+        if self.gate == "prompt" and mode == "supervise":
+            raise GuardError(
+                "mode supervise decides once per request already: its gate reads the text-only coordinates, which stay the "
+                "same for the whole answer; leave --gate out"
+            )
 
 
 def parse_layers(text: str) -> tuple[int, ...] | None:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from .anatomy import DecoderAnatomy, ResidualStream
 from .bodies import Body, find_bodies
 from .dataflow import Flow, is_skip_norm
+from .dials import is_default
 from .plan import GuardPlan
 from .rewrite import GuardedSite, GuardReport
 from .scribe import PREFIX
@@ -141,10 +142,12 @@ def _dominates(flow: Flow, on_chain: set[int], site: GuardedSite, new: ir.Value,
 
 
 def initializers_untouched(source: ir.Model, guarded: ir.Model) -> Check:
-    """Every initializer of the source is in the guarded graph, the same bytes; only `vlmguard/` ones are new."""
+    """Every initializer of the source is in the guarded graph, the same bytes; only `vlmguard/` ones are new, and defaults of
+    knobs that leave the guard as it was calibrated."""
     before, after = source.graph.initializers, guarded.graph.initializers
     wrong = [name for name in before if name not in after or not same_tensor(before[name], after[name])]
-    wrong += [name for name in after if name not in before and not name.startswith(PREFIX)]
+    new = {name: value for name, value in after.items() if name not in before}
+    wrong += [name for name, value in new.items() if not (name.startswith(PREFIX) or is_default(value))]
     return exact("untouched initializers identical", len(before), wrong)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from .bodies import branches, branching, unsurface
+from .dials import DEFAULTS, PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT, take_back_inputs
 from .errors import GuardIncomplete
 from .fold import SCOPE, original_name
 from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
@@ -25,12 +26,14 @@ def strip_guard(model: ir.Model) -> None:
     own = [node for node in graph.all_nodes() if (node.name or "").startswith(PREFIX)]
     if not (own or unfold(model)):
         raise GuardIncomplete("the decoder carries no guard; it was never guarded, or the guard was removed")
-    unsurface(model, COORDINATES_OUTPUT)
+    for output in (COORDINATES_OUTPUT, SCORES_OUTPUT, PRESENT_GATE_OUTPUT):
+        unsurface(model, output)
     members = set(own)
     for body in (graph, *(branch.graph for node in branching(graph) for branch in branches(node))):
         _strip_body(body, [node for node in body if node in members], members)
-    for value in [value for value in graph.inputs if value.name == SUPERVISOR_INPUT]:
-        graph.inputs.remove(value)
+    # a number of the guard's that somebody made an input goes too, so that it is seen to be missing when put back as planned
+    fed = {value.name or "" for value in graph.inputs if (value.name or "").startswith(PREFIX)}
+    take_back_inputs(graph, {SUPERVISOR_INPUT, PAST_GATE_INPUT, *DEFAULTS, *fed})
     for name in [name for name in graph.initializers if name.startswith(PREFIX)]:
         graph.initializers.pop(name)
     for key in [key for key in model.metadata_props if key.startswith("vlmguard.")]:

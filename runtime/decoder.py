@@ -13,13 +13,15 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from ..graphs.dials import PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT
 from ..graphs.errors import GuardError
 from ..graphs.package import ModelPackage, in_memory
 from ..graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
+from ..graphs.reference import UNDECIDED
 from .deepstack import is_embeds
 from .device import DeviceOutputs, DeviceTensor, Tensor, last, where_it_is
 from .prompt_images import PromptImages
-from .runners import DeviceRunner, Port, Runner, open_runner
+from .runners import DeviceRunner, OverridableRunner, Port, Runner, open_runner
 
 # optimum, onnx-community, onnxruntime-genai; older optimum; transformers' exporter
 _CACHE_NAMES = (
@@ -35,6 +37,8 @@ CACHE_PREFIXES = tuple(dict.fromkeys(past for past, _ in _CACHE_NAMES))
 # (older transformers; 0 gives all).
 _CACHE_BRANCH, _KEPT_LOGITS = "use_cache_branch", "num_logits_to_keep"
 _SWITCHES = frozenset({_CACHE_BRANCH, _KEPT_LOGITS})
+# What a guard adds; knobs are not among a graph's inputs, because they have defaults.
+_GUARD_INPUTS = frozenset({SUPERVISOR_INPUT, PAST_GATE_INPUT})
 # 1 for the tokens of an image, which see one another in both directions, 0 for text (Gemma 3).
 _TOKEN_TYPES = "token_type_ids"
 
@@ -67,7 +71,10 @@ class PromptBatch:
 class DecoderState:
     """What one generation carries from call to call.
 
-    The cache and the supervisor's coordinates stay on the runner's device, where it has one.
+    The cache, the supervisor's coordinates and held gates stay on the runner's device, where it has one.
+
+    Attributes:
+        dials: inputs of the guard that are the same in every call, by name: knobs, and gates once the prompt decided them.
     """
 
     ids: np.ndarray
@@ -76,6 +83,7 @@ class DecoderState:
     cache: dict[str, Tensor] = field(default_factory=dict)
     supervisor: Tensor | None = None
     images: PromptImages | None = None
+    dials: dict[str, Tensor] = field(default_factory=dict)
 
 
 class DecoderSession:
@@ -105,9 +113,9 @@ class DecoderSession:
             raise GuardError(f"the decoder takes neither input_ids nor inputs_embeds, but {', '.join(inputs)}")
         self.cache_inputs = {n: p for n, p in inputs.items() if n.startswith(tuple(past for past, _ in _CACHE_NAMES))}
         self._present = {name: _present_name(name, runner.outputs) for name in self.cache_inputs}
-        known = {"inputs_embeds", "input_ids", "attention_mask", "position_ids", SUPERVISOR_INPUT, *self.cache_inputs}
+        known = {"inputs_embeds", "input_ids", "attention_mask", "position_ids", *self.cache_inputs}
         self.injected = {name: port for name, port in inputs.items() if is_embeds(name)}
-        known |= {*_SWITCHES, *self.injected, _TOKEN_TYPES}
+        known |= {*_SWITCHES, *self.injected, _TOKEN_TYPES, *_GUARD_INPUTS}
         unknown = [name for name in inputs if name not in known]
         if unknown:
             raise GuardError(
@@ -127,34 +135,50 @@ class DecoderSession:
         assert layers is not None and rank is not None
         return layers, rank
 
+    @property
+    def knobs(self) -> tuple[str, ...]:
+        """Inputs with defaults, which may be fed or left out."""
+        return tuple(self.runner.optional) if isinstance(self.runner, OverridableRunner) else ()
+
+    @property
+    def tells_scores(self) -> bool:
+        """Whether the graph tells its gates' scores."""
+        return SCORES_OUTPUT in self.runner.outputs
+
     def prefill_feeds(self, batch: PromptBatch, supervisor: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """The graph's inputs for a whole prompt on an empty cache."""
-        return {name: np.asarray(fed) for name, fed in self._prefill_feeds(batch, supervisor).items()}
+        return {name: np.asarray(fed) for name, fed in self._prefill_feeds(batch, supervisor, {}).items()}
 
-    def _prefill_feeds(self, batch: PromptBatch, supervisor: Tensor | None) -> dict[str, Tensor]:
+    def _prefill_feeds(
+        self, batch: PromptBatch, supervisor: Tensor | None, dials: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         cache = self._empty_cache(batch.size)
-        state = DecoderState(batch.ids, batch.mask, batch.embeds, cache, supervisor, batch.images)
+        state = DecoderState(batch.ids, batch.mask, batch.embeds, cache, supervisor, batch.images, dict(dials))
         return self._feeds(state, batch.ids, batch.embeds)
 
     def prefill(
-        self, batch: PromptBatch, supervisor: Tensor | None = None
+        self, batch: PromptBatch, supervisor: Tensor | None = None, dials: Mapping[str, Tensor] | None = None
     ) -> tuple[Mapping[str, np.ndarray], DecoderState]:
         """Run a whole prompt.
 
         Args:
             supervisor: the text-only coordinates `[batch, layers, m]` that a supervised graph wants.
+            dials: further inputs of the guard by name, the same in every call (`graphs.dials`). Gates that are held are
+                decided here, at the end of the prompt, unless they are among these.
 
         Returns:
             All outputs, and the state for `step`. Outputs of a runner with a device are copied when they are looked at.
         """
         if batch.given is not None:
-            return self._run(self._given(batch.given, supervisor)), DecoderState(batch.ids, batch.mask, None)
+            outputs = self._run(self._given(batch, batch.given, supervisor) | dict(dials or {}))
+            return outputs, DecoderState(batch.ids, batch.mask, None)
         if self.one_token:
-            return self._prefill_by_token(batch, supervisor)
-        outputs = self._run(self._prefill_feeds(batch, supervisor))
+            return self._prefill_by_token(batch, supervisor, dials or {})
+        outputs = self._run(self._prefill_feeds(batch, supervisor, dials or {}))
         embeds = None if self.cache_inputs else batch.embeds
-        state = DecoderState(batch.ids, batch.mask, embeds, {}, supervisor, batch.images)
+        state = DecoderState(batch.ids, batch.mask, embeds, {}, supervisor, batch.images, dict(dials or {}))
         self._keep(state, outputs)
+        self._hold(state, outputs)
         return outputs, state
 
     def _run(self, feeds: Mapping[str, Tensor], step: bool = False) -> Mapping[str, np.ndarray]:
@@ -162,8 +186,10 @@ class DecoderSession:
             return DeviceOutputs(self.runner.run_on_device(feeds, step))
         return self.runner.run({name: np.asarray(fed) for name, fed in feeds.items()})
 
-    def _given(self, given: Mapping[str, np.ndarray], supervisor: Tensor | None) -> dict[str, Tensor]:
-        ports = {name: port for name, port in self.runner.inputs.items() if name != SUPERVISOR_INPUT}
+    def _given(
+        self, batch: PromptBatch, given: Mapping[str, np.ndarray], supervisor: Tensor | None
+    ) -> dict[str, Tensor]:
+        ports = {name: port for name, port in self.runner.inputs.items() if name not in _GUARD_INPUTS}
         differing = sorted(ports.keys() ^ given.keys())
         if differing:
             raise GuardError(
@@ -171,7 +197,9 @@ class DecoderSession:
                 "of them alone"
             )
         asked = {} if supervisor is None else {SUPERVISOR_INPUT: _coordinates(supervisor)}
-        return {name: given[name].astype(port.dtype) for name, port in ports.items()} | asked
+        return (
+            {name: given[name].astype(port.dtype) for name, port in ports.items()} | asked | self._undecided(batch.size)
+        )
 
     @property
     def one_token(self) -> bool:
@@ -182,15 +210,16 @@ class DecoderSession:
         return len(text.shape) > 1 and text.shape[1] == 1
 
     def _prefill_by_token(
-        self, batch: PromptBatch, supervisor: Tensor | None
+        self, batch: PromptBatch, supervisor: Tensor | None, dials: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, np.ndarray], DecoderState]:
         """A whole prompt, a token a call; the outputs are those of its last token."""
         none = np.zeros((batch.size, 0), np.int64)
-        state = DecoderState(none, none, None, self._empty_cache(batch.size), supervisor, batch.images)
+        state = DecoderState(none, none, None, self._empty_cache(batch.size), supervisor, batch.images, dict(dials))
         outputs: Mapping[str, np.ndarray] = {}
         for at in range(batch.ids.shape[1]):
             embeds = None if batch.embeds is None else batch.embeds[:, at : at + 1]
             outputs = self.step(state, batch.ids[:, at : at + 1], embeds)
+        self._hold(state, outputs)
         return outputs, state
 
     def step(self, state: DecoderState, tokens: np.ndarray, embeds: np.ndarray | None) -> Mapping[str, np.ndarray]:
@@ -253,7 +282,17 @@ class DecoderSession:
                     "first, as GuardedVLM does"
                 )
             feeds[SUPERVISOR_INPUT] = _coordinates(state.supervisor)
-        return feeds | state.cache
+        return feeds | self._undecided(current.shape[0]) | state.dials | state.cache
+
+    def _undecided(self, batch: int) -> dict[str, Tensor]:
+        """What goes in for gates that the prompt is to decide, `[batch, layers]`."""
+        port = self.runner.inputs.get(PAST_GATE_INPUT)
+        return {} if port is None else {PAST_GATE_INPUT: np.full((batch, port.shape[1] or 0), UNDECIDED, np.float32)}
+
+    def _hold(self, state: DecoderState, outputs: Mapping[str, np.ndarray]) -> None:
+        """From here on gates are as the end of the prompt decided them."""
+        if PAST_GATE_INPUT in self.runner.inputs:
+            state.dials.setdefault(PAST_GATE_INPUT, where_it_is(outputs, PRESENT_GATE_OUTPUT))
 
     def _keep(self, state: DecoderState, outputs: Mapping[str, np.ndarray]) -> None:
         state.cache = {name: where_it_is(outputs, present) for name, present in self._present.items()}

@@ -13,7 +13,9 @@ from ..graphs.errors import GuardError, ManifestMismatch
 from ..graphs.fold import FOLD, folded_weights
 from ..graphs.manifest import Manifest, read_manifest, require_intact
 from ..graphs.package import ModelPackage, open_package
+from .knobs import Knobs
 from .runners import Runner
+from .telemetry import ScoredAnswer, scored
 from .vlm import OpenPart, Request, Sampling, VisionLanguageModel
 
 
@@ -67,10 +69,19 @@ class GuardedVLM(VisionLanguageModel):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        strength: float | None = None,
+        threshold_offset: float | None = None,
     ) -> str:
-        """One answer."""
+        """One answer.
+
+        Args:
+            strength, threshold_offset: knobs of a graph that was exported with some (`Knobs`).
+
+        Raises:
+            GuardError: the graph has no such knob, or the prompt, the picture or a number cannot be taken.
+        """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-        return self.answer([Request(prompt, image)], sampling)[0]
+        return self.answer([Request(prompt, image)], sampling, knobs=Knobs(strength, threshold_offset))[0]
 
     def generate_stream(
         self,
@@ -80,9 +91,31 @@ class GuardedVLM(VisionLanguageModel):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        strength: float | None = None,
+        threshold_offset: float | None = None,
     ) -> Iterator[str]:
-        """One answer, in pieces as they come."""
-        yield from self.stream(Request(prompt, image), Sampling(max_new_tokens, temperature, top_p, seed))
+        """One answer, in pieces as they come; arguments and errors as for `generate`."""
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+        yield from self.stream(Request(prompt, image), sampling, Knobs(strength, threshold_offset))
+
+    def generate_scored(
+        self,
+        prompt: str,
+        image: Image.Image | Path | str | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        strength: float | None = None,
+        threshold_offset: float | None = None,
+    ) -> ScoredAnswer:
+        """One answer, and what the gates compared while it was made; arguments as for `generate`.
+
+        Raises:
+            GuardError: as for `generate`, or the graph has no telemetry.
+        """
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+        return scored(self, self.manifest.plan, Request(prompt, image), sampling, Knobs(strength, threshold_offset))
 
 
 def _open(cls: type[GuardedVLM], folder: Path, runtime: str | None, proved_only: bool) -> GuardedVLM:

@@ -84,6 +84,7 @@ class OnnxRuntimeRunner:
                 f"{where}: onnxruntime cannot open it{on} ({first_line(error)}); is the file complete?"
             ) from None
         self.inputs = {port.name: _port(port) for port in self._session.get_inputs()}
+        self.optional = {port.name: _port(port) for port in self._session.get_overridable_initializers()}
         self.outputs = {port.name: _port(port) for port in self._session.get_outputs()}
 
     @property
@@ -133,6 +134,10 @@ class OnnxRuntimeDeviceRunner(OnnxRuntimeRunner):
             for name, fed in feeds.items():
                 if isinstance(fed, OrtTensor) and fed.value.device_name() == self.device:
                     binding.bind_ortvalue_input(name, fed.value)
+                elif name in self.optional:  # `bind_cpu_input` knows inputs without a default only
+                    binding.bind_ortvalue_input(
+                        name, import_onnxruntime().OrtValue.ortvalue_from_numpy(np.asarray(fed))
+                    )
                 else:
                     binding.bind_cpu_input(name, np.asarray(fed, order="C"))
             for name in self.outputs:

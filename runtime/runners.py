@@ -38,6 +38,14 @@ class Runner(Protocol):
 
 
 @runtime_checkable
+class OverridableRunner(Runner, Protocol):
+    """A runner that knows inputs with defaults (overridable initializers); they may be left out of the feeds."""
+
+    @property
+    def optional(self) -> Mapping[str, Port]: ...
+
+
+@runtime_checkable
 class DeviceRunner(Runner, Protocol):
     """A runner with memory of its own, in which outputs can stay until the next call."""
 

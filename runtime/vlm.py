@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from PIL import Image
 
+from ..graphs.dials import SCORES_OUTPUT
 from ..graphs.errors import GuardError, ModelUnreadable
 from ..graphs.package import ModelPackage
 from ..graphs.reference import LISTEN
@@ -25,6 +26,7 @@ from .decoder import DecoderSession, PromptBatch, can_pad, open_decoder
 from .deepstack import scatter
 from .device import Tensor
 from .images import open_image
+from .knobs import AS_EXPORTED, Knobs
 from .positions_mrope import mrope_positions
 from .prompt_images import PromptImages
 from .runners import Runner, open_runner
@@ -78,6 +80,11 @@ class Step:
 
     tokens: list[int | None]
     outputs: Mapping[str, np.ndarray]
+
+    @property
+    def gate_scores(self) -> np.ndarray | None:
+        """What each guarded layer's gate compared at that token, `[batch, layers]` float32; `None` without telemetry."""
+        return self.outputs.get(SCORES_OUTPUT)
 
 
 OpenPart = Callable[[Path], Runner]  # one file of the package -> what runs it
@@ -158,12 +165,18 @@ class VisionLanguageModel:
 
     # Answers
 
-    def answer(self, requests: Sequence[Request], sampling: Sampling = GREEDY, batch_size: int = 16) -> list[str]:
+    def answer(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling = GREEDY,
+        batch_size: int = 16,
+        knobs: Knobs = AS_EXPORTED,
+    ) -> list[str]:
         """One answer per request, in order."""
         answers = [""] * len(requests)
         for indices in self.groups(requests, batch_size):
             tokens: list[list[int]] = [[] for _ in indices]
-            for step in self.steps([requests[index] for index in indices], sampling):
+            for step in self.steps([requests[index] for index in indices], sampling, knobs):
                 for row, token in enumerate(step.tokens):
                     if token is not None:
                         tokens[row].append(token)
@@ -171,11 +184,11 @@ class VisionLanguageModel:
                 answers[index] = self.chat.decode(tokens[row]).strip()
         return answers
 
-    def stream(self, request: Request, sampling: Sampling = GREEDY) -> Iterator[str]:
+    def stream(self, request: Request, sampling: Sampling = GREEDY, knobs: Knobs = AS_EXPORTED) -> Iterator[str]:
         """Pieces of one answer as they come; together they are the answer."""
         tokens: list[int] = []
         said = text = ""
-        for step in self.steps([request], sampling):
+        for step in self.steps([request], sampling, knobs):
             (token,) = step.tokens
             if token is None:
                 break
@@ -277,15 +290,22 @@ class VisionLanguageModel:
     # Generation
 
     def steps(
-        self, requests: Sequence[Request], sampling: Sampling = GREEDY, choose: Choose | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling = GREEDY,
+        knobs: Knobs = AS_EXPORTED,
+        choose: Choose | None = None,
     ) -> Iterator[Step]:
         """Generate for one batch, a token per row at a time, until every row has ended.
 
         Args:
             choose: who chooses each next token, in place of the sampling: to measure logits, or to say given words.
+
+        Raises:
+            GuardError: a knob is to be turned that the graph does not have.
         """
-        choose = choose or Chooser(sampling)
-        outputs, state = self.decoder.prefill(self.batch(requests), self.supervise(requests))
+        choose, dials = choose or Chooser(sampling), knobs.feeds(self.decoder.knobs)
+        outputs, state = self.decoder.prefill(self.batch(requests), self.supervise(requests), dials)
         alive = [True] * len(requests)
         for number in range(sampling.max_new_tokens):
             chosen = choose(self.decoder.last_logits(outputs))

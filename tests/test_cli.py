@@ -137,6 +137,12 @@ def test_every_option_of_export_arrives_in_the_plan(run: Callable[..., Ran], eve
     assert (plan["mode"], plan["layers"], plan["positions"]) == ("supervise", [1, 3, 4], "all")
     assert (plan["lowering"], plan["added_inputs"]) == ("lowrank", ["vlmguard.supervisor"])
     assert [(site["rank"], site["alpha"], site["tau"]) for site in plan["sites"]] == [(2, 1.5, -0.25)] * 3
+    dials = ["--mode", "restore", "--knobs", "--telemetry", "--gate", "prompt", "--dry-run", "--json"]
+    plan = run("export", SOURCE, "--directions", every_layer, *dials).json["decoders"][0]["plan"]
+    assert (plan["gate"], plan["telemetry"]) == ("prompt", True)
+    assert plan["knobs"] == ["vlmguard.strength", "vlmguard.threshold_offset"]
+    shown = run("export", SOURCE, "--directions", every_layer, "--gate", "prompt", "--mode", "steer", "--dry-run")
+    assert "gate held from the prompt" in squeezed(shown.out)
     dense = ["--mode", "project", "--lowering", "dense", "--dry-run", "--json"]
     (decoder,) = run("export", SOURCE, "--directions", every_layer, *dense).json["decoders"]
     assert decoder["plan"]["lowering"] == "dense"
@@ -315,6 +321,22 @@ def test_generate_runs_an_unguarded_model_only_when_told_to(run: Callable[..., R
     )
 
 
+def test_generate_turns_knobs_and_shows_scores(run: Callable[..., Ran], guarded: Guarded) -> None:
+    out = guarded("dials")
+    asked = ["-p", HARMFUL, "-i", PICTURE]
+    unguarded = run("generate", SOURCE, *asked, "--unguarded").out
+    assert run("generate", out, *asked, "--strength", "0").out == unguarded != run("generate", out, *asked).out
+    assert run("generate", out, *asked, "--threshold-offset", "1e6").out == unguarded
+    shown = run("generate", out, *asked, "--scores")
+    assert shown.code == 0 and shown.out.startswith(run("generate", out, *asked).out.strip())
+    assert "gates, held from the prompt" in squeezed(shown.out)
+    told = run("generate", out, *asked, "--strength", "0", "--json").json
+    assert told["answer"] == unguarded.strip() and told["gate"] == "prompt" and all(map(all, told["opened"]))
+    refused = run("generate", out, *asked, "--strength", "-1")
+    assert (refused.code, refused.out) == (1, "")
+    assert refused.err == "error: strength -1.0 is out of range; choose 0 (only watch) to 2, 1 is as calibrated\n"
+
+
 def test_long_answers_are_not_wrapped(run: Callable[..., Ran], guarded: Guarded) -> None:
     """An answer goes into a file or a pipe as it is, whatever the width of the terminal, markup and emoji codes too."""
     said = "word " * 40 + "[bold]x[/bold] :cat:"
@@ -400,6 +422,8 @@ def test_these_are_all_verbs() -> None:
         (["generate", str(SOURCE)], "Missing option '--prompt'"),
         (["generate", str(SOURCE), "-p", "x", "--blank", "-i", "x.png"], "--blank and --image exclude each other"),
         (["evaluate", str(SOURCE), str(SOURCE), "--answers"], "--answers keeps them in the file of --out; name one"),
+        (["generate", str(SOURCE), "-p", "x", "--unguarded", "--scores"], "--unguarded has no gates"),
+        (["export", str(SOURCE), "--gate", "never"], "Invalid value for '--gate'"),
         (["guard", str(SOURCE)], "No such command 'guard'"),
     ],
 )

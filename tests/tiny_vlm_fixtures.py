@@ -18,7 +18,8 @@ import vlmguard
 
 @pytest.fixture(scope="session")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
-    """`guarded("restore")`: the folder that a plain `export` writes; `guarded("supervise")`: the same in that mode.
+    """`guarded("restore")`: the folder that a plain `export` writes; `guarded("supervise")`: the same in that mode;
+    `guarded("dials")`: the first one's directions, with every dial that there is.
 
     Calibrating takes seconds, so that the workers of pytest-xdist share one folder.
     """
@@ -27,7 +28,11 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny-vlm"
     root.mkdir(exist_ok=True)
-    wishes = {"restore": None, "supervise": vlmguard.GuardSpec(mode="supervise")}
+    wishes = {
+        "restore": None,
+        "supervise": vlmguard.GuardSpec(mode="supervise"),
+        "dials": vlmguard.GuardSpec(knobs=True, telemetry=True, gate="prompt"),
+    }
 
     def get(mode: str) -> Path:
         out = root / mode
@@ -35,7 +40,8 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
             if not out.exists():
                 # What the example was before: a test compares it with what it is afterwards.
                 (root / f"{mode}-before.json").write_text(json.dumps(digests(EXAMPLE)))
-                vlmguard.export(SOURCE, out, spec=wishes[mode])
+                directions = get("restore") / "directions.safetensors" if mode == "dials" else None
+                vlmguard.export(SOURCE, out, spec=wishes[mode], directions=directions)
         return out
 
     return get

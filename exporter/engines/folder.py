@@ -146,7 +146,7 @@ def open_buildable(folder: Path) -> tuple[Manifest, ModelPackage]:
     """A guarded folder that engines can be built from.
 
     Raises:
-        ManifestMismatch: it is not guarded, not intact, not proved, or holds engines.
+        ManifestMismatch: it is not guarded, not intact, not proved, has knobs, or holds engines.
     """
     manifest = read_manifest(folder)
     require_intact(folder, manifest, again=False)
@@ -157,6 +157,11 @@ def open_buildable(folder: Path) -> tuple[Manifest, ModelPackage]:
     if manifest.proved != "full":
         raise ManifestMismatch(
             f"{folder}: only the structure of its guard was proved; run `vlmguard verify --run --source MODEL` on it first"
+        )
+    if manifest.plan.get("knobs"):
+        raise ManifestMismatch(
+            f"{folder}: its graph has knobs, and an engine has no inputs with defaults, so whoever feeds it could switch the "
+            "guard off; export it again without --knobs"
         )
     return manifest, open_guarded_package(folder, manifest)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ...graphs.dials import PAST_GATE_INPUT
 from ...graphs.errors import GuardError
 from ...graphs.plan import SUPERVISOR_INPUT
 from ...graphs.positions import MASK_INPUT
@@ -164,7 +165,7 @@ def _decoder_axes(value: ir.Value, profile: EngineProfile, heads: tuple[int | No
         return {0: batch, 1: total} if rank == 2 else {0: batch, rank - 2: sequence, rank - 1: total}
     if name == "position_ids":
         return {rank - 2: batch, rank - 1: sequence}
-    if name == SUPERVISOR_INPUT:
+    if name in {SUPERVISOR_INPUT, PAST_GATE_INPUT}:
         return {0: batch}
     if name in {"input_ids", "inputs_embeds", "token_type_ids"} or rank == 3:
         return {0: batch, 1: sequence}

@@ -108,7 +108,7 @@ def rolled(session: DecoderSession, inputs: ProofInputs) -> Rolled:
         if session.supervised:
             heard, _ = session.prefill(text, np.full((text.size, *session.supervisor_shape), LISTEN, np.float32))
             supervisor = session.coordinates(heard)
-        outputs = roll(session, batch, supervisor, STEPS)
+        outputs = roll(session, batch, supervisor, steps=STEPS)
         found += [{name: np.asarray(call[name]) for name in call} for call in outputs]
     return found
 

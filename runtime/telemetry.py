@@ -1,0 +1,73 @@
+"""An answer with what the gates compared while it was made: for graphs exported with `--telemetry`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..graphs.errors import GuardError
+from .knobs import Knobs
+from .vlm import Request, Sampling, VisionLanguageModel
+
+
+@dataclass(frozen=True)
+class ScoredAnswer:
+    """One answer and its gates.
+
+    Attributes:
+        text: the answer.
+        layers: the guarded layers.
+        thresholds: of each, the offset of the call included.
+        scores: `[calls, layers]` float32: row 0 at the end of the prompt, then at each token of the answer that another
+            followed.
+        held: whether row 0 decides for the whole answer (`--gate prompt`), and not each row for itself.
+    """
+
+    text: str
+    layers: tuple[int, ...]
+    thresholds: tuple[float, ...]
+    scores: np.ndarray
+    held: bool
+
+    @property
+    def opened(self) -> np.ndarray:
+        """Which gates were open, `[calls, layers]` bool."""
+        over = self.scores > np.array(self.thresholds, np.float32)
+        return np.broadcast_to(over[:1], over.shape) if self.held else over
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "answer": self.text,
+            "layers": list(self.layers),
+            "thresholds": list(self.thresholds),
+            "gate": "prompt" if self.held else "token",
+            "scores": self.scores.tolist(),
+            "opened": self.opened.tolist(),
+        }
+
+
+def scored(
+    model: VisionLanguageModel, plan: Mapping[str, Any], request: Request, sampling: Sampling, knobs: Knobs
+) -> ScoredAnswer:
+    """Answer one request and keep the scores.
+
+    Args:
+        plan: of the graph that runs, as the manifest has it.
+
+    Raises:
+        GuardError: the graph does not tell its scores.
+    """
+    if not model.decoder.tells_scores:
+        raise GuardError("the model does not tell its gates' scores; export it again with --telemetry")
+    tokens, rows = [], []
+    for step in model.steps([request], sampling, knobs):
+        assert step.gate_scores is not None
+        rows.append(np.array(step.gate_scores[0]))
+        tokens += [token for token in step.tokens if token is not None]
+    of_layer = {site["layer"]: site["tau"] for site in plan["sites"]}
+    thresholds = tuple(of_layer[layer] + (knobs.threshold_offset or 0.0) for layer in plan["layers"])
+    text = model.chat.decode(tokens).strip()
+    return ScoredAnswer(text, tuple(plan["layers"]), thresholds, np.stack(rows), plan["gate"] == "prompt")
