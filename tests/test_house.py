@@ -12,8 +12,9 @@ import pytest
 import vlmguard
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("graphs", "runtime", "exporter", "exporter/families", "exporter/engines")
-HEAVY = ("torch", "transformers", "onnxruntime", "sklearn", "onnx", "tensorrt")
+FOLDERS = ("graphs", "runtime", "exporter", "exporter/families", "exporter/engines", "exporter/report")
+BESIDES = tuple(f"exporter/report/page.{kind}" for kind in ("html", "css", "js"))  # what is not Python
+HEAVY = ("torch", "transformers", "onnxruntime", "sklearn", "onnx", "tensorrt", "plotly")
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for path in (ROOT / folder).glob("*.py"):
             (copy / folder).mkdir(exist_ok=True)
             (copy / folder / path.name).write_bytes(path.read_bytes())
+    for name in BESIDES:
+        (copy / name).write_bytes((ROOT / name).read_bytes())
     out = tmp_path_factory.mktemp("wheel")
     command = [
         sys.executable,
@@ -47,6 +50,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     expected = {f"vlmguard/{name}" for name in ("__init__.py", "cli.py", "py.typed")}
     expected |= {f"vlmguard/{folder}/{path.name}" for folder in FOLDERS for path in (ROOT / folder).glob("*.py")}
+    expected |= {f"vlmguard/{name}" for name in BESIDES}
     info = f"vlmguard-{vlmguard.__version__}.dist-info"
     records = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE")
     expected |= {f"{info}/{name}" for name in records}
