@@ -68,7 +68,9 @@ class Browser:
         """One command of the protocol, and its answer."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": params}
-        os.write(self._write, json.dumps(message | ({"sessionId": self._session} if self._session else {})).encode() + b"\0")
+        os.write(
+            self._write, json.dumps(message | ({"sessionId": self._session} if self._session else {})).encode() + b"\0"
+        )
         while True:
             received = self._receive()
             if received.get("id") == self._number:
@@ -85,7 +87,7 @@ class Browser:
         self("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
         self("Page.navigate", url=page.resolve().as_uri())
         end = time.monotonic() + _SECONDS
-        while not self.value("document.documentElement.hasAttribute('data-drawn')"):
+        while not self.value("document.documentElement?.hasAttribute('data-drawn')"):
             assert time.monotonic() < end, f"the page never finished drawing; it said {self.said}"
             time.sleep(0.05)
 

@@ -347,7 +347,10 @@ def test_report_writes_a_page_and_tells_its_data(run: Callable[..., Ran], guarde
     told = run("report", *options, "--image", PICTURE, "--json").json
     assert (told["schema"], told["output"], len(told["prompts"])) == ("vlmguard.report/1", str(page), 18)
     assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
-    assert run("report", *options).err == f"error: {page}: exists already; choose another file, or replace it with --force\n"
+    assert (
+        run("report", *options).err
+        == f"error: {page}: exists already; choose another file, or replace it with --force\n"
+    )
     ran = run("report", *options, "--force")
     assert (ran.code, ran.err) == (0, "") and str(page) in ran.out
     assert shows(ran.out, "attack success rate 3/3 (100.0%) 0/3 (0.0%)")

@@ -22,7 +22,7 @@ LABEL_COLORS = {"harmful": "#d55e00", "harmless": "#2f86c8"}
 SETTING_COLORS = {"text": "#2f86c8", "blank": "#d55e00", "image": "#1a9373"}
 SETTING_SYMBOLS = {"text": "circle", "blank": "square", "image": "diamond"}
 SIDE_COLORS = {"unguarded": "#8a8a8a", "guarded": "#1a9373"}
-SETTING_WORDS = {"text": "text only", "blank": "blank image", "image": "image that matters"}
+SETTING_WORDS = {"text": "text only", "blank": "blank image", "image": "real image"}
 _NEUTRAL = "#808080"
 _BAND = "rgba(128,128,128,0.18)"
 _DIGITS = 5  # significant; more are not seen in a figure, and make a page of a deep model long
@@ -60,7 +60,8 @@ def _plane(data: ReportData, points: LayerPoints, side: str) -> Figure:
         chosen = [n for n, p in enumerate(data.prompts) if (p.setting, p.label) == (setting, label)]
         if not count:
             continue
-        marker = {"color": LABEL_COLORS[label], "symbol": _symbol(setting, label), "size": 8, "line": {"width": 1.5}}
+        color = LABEL_COLORS[label]
+        marker = {"color": color, "symbol": _symbol(setting, label), "size": 8, "line": {"width": 1.5, "color": color}}
         traces.append(
             go.Scatter(
                 x=_numbers(placed[chosen, 0]),
@@ -77,7 +78,7 @@ def _plane(data: ReportData, points: LayerPoints, side: str) -> Figure:
         {"title": {"text": f"PC {n + 1} ({share:.0%} of variance)"}, "range": _range(both[:, n])}
         for n, share in enumerate(points.explained)
     ]
-    return _figure(traces, xaxis=axes[0], yaxis=axes[1], height=420)
+    return _figure(traces, xaxis=axes[0], yaxis=axes[1], height=340)
 
 
 def _symbol(setting: str, label: str) -> str:
@@ -109,7 +110,7 @@ def _separation(data: ReportData, measure: str, title: str) -> Figure:
     if measure == "auc" and data.anchors_auc:
         x, y = list(data.anchors_auc), _numbers(data.anchors_auc.values())
         line = {"color": _NEUTRAL, "dash": "dash", "width": 1.5}
-        traces.append(go.Scatter(x=x, y=y, name="anchors, SSD row 1 (from extraction)", mode="lines", line=line))
+        traces.append(go.Scatter(x=x, y=y, name="anchors (extraction)", mode="lines", line=line))
     yaxis: dict[str, Any] = {"title": {"text": title}}
     if measure == "auc":
         yaxis["range"] = [min(0.45, *(row.auc - 0.02 for row in data.separations)) if data.separations else 0.45, 1.03]
@@ -124,7 +125,7 @@ def _separation(data: ReportData, measure: str, title: str) -> Figure:
     }
     if len(data.layers) <= 16:
         xaxis |= {"dtick": 1}
-    return _figure(traces, xaxis=xaxis, yaxis=yaxis, shapes=marks, height=420)
+    return _figure(traces, xaxis=xaxis, yaxis=yaxis, shapes=marks, height=340)
 
 
 def _along(data: ReportData, along: str, setting: str, side: str, measure: str) -> list[tuple[int, float]]:
@@ -148,8 +149,10 @@ def _gate(gates: Sequence[GateScores], gate: GateScores) -> Figure:
         traces.append(go.Bar(x=centres, y=counts.tolist(), width=width, name=label, marker=marker))
     line = {"type": "line", "xref": "x", "yref": "paper", "x0": gate.threshold, "x1": gate.threshold, "y0": 0, "y1": 1}
     line |= {"line": {"color": _NEUTRAL, "width": 2, "dash": "dash"}}
-    note = {"x": gate.threshold, "y": 1, "xref": "x", "yref": "paper", "yanchor": "bottom", "showarrow": False}
-    note |= {"text": f"opens above {gate.threshold:.3g}"}
+    # towards the side with more room, so that a narrow screen does not cut it off
+    side = "right" if gate.threshold > (edges[0] + edges[-1]) / 2 else "left"
+    note = {"x": gate.threshold, "y": 1, "xref": "x", "yref": "paper", "xanchor": side, "yanchor": "top"}
+    note |= {"text": f" opens above {gate.threshold:.3g} ", "showarrow": False}
     return _figure(
         traces,
         barmode="overlay",
@@ -180,9 +183,8 @@ def _rates(data: ReportData, label: str) -> Figure:
                 name=side,
                 marker={"color": SIDE_COLORS[side], "pattern": {"shape": pattern}},
                 error_y=error,
-                text=[f"{row.erred}/{row.asked}" for row in rows],
-                textposition="inside",
-                hovertemplate="%{x}: %{y:.1%} (%{text})<extra>" + side + "</extra>",
+                customdata=[f"{row.erred}/{row.asked}" for row in rows],
+                hovertemplate="%{x}: %{y:.1%} (%{customdata})<extra>" + side + "</extra>",
             )
         )
     yaxis = {"title": {"text": MEASURES[label]}, "range": [0, 1.05], "tickformat": ".0%"}
@@ -218,14 +220,18 @@ def _sweep(data: ReportData, label: str) -> Figure:
     return _figure(traces, xaxis={"title": {"text": "alpha (dashed: shipped)"}}, yaxis=yaxis, shapes=lines)
 
 
-def _figure(traces: Sequence[Any], height: int = 340, **layout: Any) -> Figure:
-    """Checked by plotly, as plain data without its default template: the page has a theme of its own."""
+def _figure(traces: Sequence[Any], height: int = 300, **layout: Any) -> Figure:
+    """Checked by plotly, as plain data without its default template: the page has a theme of its own.
+
+    Args:
+        height: pixels without the legend, which the page adds for as many rows as its width needs.
+    """
     import plotly.graph_objects as go
 
     shared = {
         "height": height,
-        "margin": {"l": 56, "r": 12, "t": 28, "b": 48},
-        "legend": {"orientation": "h", "y": -0.28, "yanchor": "top", "x": 0},
+        "margin": {"l": 56, "r": 12, "t": 8, "b": 44},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "entrywidthmode": "fraction"},
         "hovermode": "closest",
     }
     made = go.Figure(data=list(traces), layout={**shared, **layout}).to_plotly_json()

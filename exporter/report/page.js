@@ -2,15 +2,22 @@
 "use strict";
 (() => {
   const figures = JSON.parse(document.getElementById("figures").textContent);
-  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+  const config = { displayModeBar: false };
+  const LEGEND_ROW = 20, NARROW = 460; // pixels
 
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
   // A copy: plotly writes into the layout that it is given.
-  function themed(layout) {
-    const copy = structuredClone(layout);
+  function themed(figure, width) {
+    const copy = structuredClone(figure.layout);
     const axis = { gridcolor: color("--grid"), zerolinecolor: color("--grid"), linecolor: color("--grid"), automargin: true };
+    const columns = width < NARROW ? 1 : 2;
+    const rows = Math.ceil(figure.data.length / columns);
+    copy.legend.entrywidth = 1 / columns;
+    for (const name of ["xaxis", "yaxis"]) if (copy[name]?.title) copy[name].title.standoff = 8;
     return Object.assign(copy, {
+      width,
+      height: copy.height + LEGEND_ROW * rows,
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "system-ui, sans-serif", size: 13, color: color("--text") },
@@ -24,7 +31,7 @@
     const named = figures[chart.dataset.figure];
     const control = document.querySelector(`input[data-controls="${chart.dataset.group}"]`);
     const figure = Array.isArray(named) ? named[control ? Number(control.value) : 0] : named;
-    return Plotly.react(chart, structuredClone(figure.data), themed(figure.layout), config);
+    return Plotly.react(chart, structuredClone(figure.data), themed(figure, chart.clientWidth), config);
   }
 
   const charts = [...document.querySelectorAll(".chart")];
@@ -40,5 +47,10 @@
     });
   }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+  let pending = 0;
+  addEventListener("resize", () => {
+    cancelAnimationFrame(pending);
+    pending = requestAnimationFrame(drawAll);
+  });
   drawAll().then(() => document.documentElement.setAttribute("data-drawn", String(charts.length)));
 })();

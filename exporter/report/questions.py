@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ...graphs.errors import GuardError, PromptsUnusable
+from ...runtime.images import open_image
 from ..evaluate import EVALUATION_FILES
 from ..prompts import LABELS, SETTINGS, LabelledPrompt, find_file, fingerprint, read_prompts
 from .subject import Subject
@@ -37,6 +38,8 @@ def choose_prompts(
     sees = subject.guarded.sees and subject.unguarded.sees
     if image is not None and not sees:
         raise GuardError(f"--image {image} was given, but {subject.folder.name} takes no images; leave it out")
+    if image is not None:
+        open_image(image)  # before minutes of work
     rows = in_settings(rows, sees, image)
     _require_held_out(subject, found, rows)
     chosen = thinned(rows, most)

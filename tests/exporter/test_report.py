@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,14 @@ def test_the_plane_is_what_the_covariance_has() -> None:
     placed = plane.place(states)
     assert np.all(placed[harmful].mean(axis=0) > placed[~harmful].mean(axis=0))  # turned, whatever sign the SVD gave
     np.testing.assert_allclose(placed, (states - states.mean(axis=0)) @ plane.axes.T)
-    np.testing.assert_allclose(fit_plane(-states, ~harmful).place(-states), -fit_plane(states, ~harmful).place(states) * [
-        np.sign(a @ b) for a, b in zip(fit_plane(states, ~harmful).axes, fit_plane(-states, ~harmful).axes, strict=True)
-    ])
+    np.testing.assert_allclose(
+        fit_plane(-states, ~harmful).place(-states),
+        -fit_plane(states, ~harmful).place(states)
+        * [
+            np.sign(a @ b)
+            for a, b in zip(fit_plane(states, ~harmful).axes, fit_plane(-states, ~harmful).axes, strict=True)
+        ],
+    )
 
 
 def test_a_layer_without_variance_has_a_plane_too() -> None:
@@ -179,7 +185,9 @@ def test_settings_are_added_where_the_file_has_none(tmp_path: Path) -> None:
 
 def test_thinning_is_even_and_by_kind() -> None:
     rows = prompts_of(*BOTH, texts=9)
-    assert [p.id for p in thinned(rows, 3)] == [f"text-{label}-{n}" for label in ("harmful", "harmless") for n in (0, 4, 8)]
+    assert [p.id for p in thinned(rows, 3)] == [
+        f"text-{label}-{n}" for label in ("harmful", "harmless") for n in (0, 4, 8)
+    ]
     assert thinned(rows, 99) == rows
 
 
@@ -196,7 +204,7 @@ def some(tmp_path_factory: pytest.TempPathFactory) -> Path:
             kept += [row for row in rows if (row["setting"], row["label"]) == (setting, label)][3 : 3 + FEW]
     kept = [row | ({"image": str(PROMPTS / row["image"])} if row["image"] else {}) for row in kept]
     kept[0] = kept[0] | {"id": "<b>id</b>", "prompt": HOSTILE}
-    path = tmp_path_factory.mktemp("prompts") / "some <i>held-out</i>.jsonl"
+    path = tmp_path_factory.mktemp("prompts") / "some <i>held-out.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     return path
 
@@ -260,7 +268,9 @@ def test_cost_is_counted(subjects: Callable[[str], Subject]) -> None:
 
 
 @pytest.fixture(scope="module")
-def pages(guarded: Guarded, some: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, ReportData]]:
+def pages(
+    guarded: Guarded, some: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, ReportData]]:
     made: dict[str, tuple[Path, ReportData]] = {}
 
     def get(mode: str) -> tuple[Path, ReportData]:
@@ -279,15 +289,20 @@ class Elements(HTMLParser):
         super().__init__()
         self.found: list[tuple[str, dict[str, str]]] = []
         self.scripts: list[str] = []
+        self._inside = False
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, {name: value or "" for name, value in attrs}))
-        if tag == "script":
+        self._inside = tag == "script"
+        if self._inside:
             self.scripts.append("")
 
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = False
+
     def handle_data(self, data: str) -> None:
-        if self.found and self.found[-1][0] == "script":
+        if self._inside:
             self.scripts[-1] += data
 
 
@@ -297,7 +312,9 @@ def restored(pages: Callable[[str], tuple[Path, ReportData]]) -> Elements:
 
 
 def test_the_page_needs_nothing_else(restored: Elements) -> None:
-    addresses = [a[name] for _, a in restored.found for name in ("src", "href", "action", "data", "srcset") if name in a]
+    addresses = [
+        a[name] for _, a in restored.found for name in ("src", "href", "action", "data", "srcset") if name in a
+    ]
     assert addresses and all(address.startswith(("#", "data:")) for address in addresses)
     assert sum(len(script) > 1_000_000 for script in restored.scripts) == 1  # plotly.js, once
     ids = {a["id"] for _, a in restored.found if "id" in a}
@@ -310,13 +327,19 @@ def test_its_policy_runs_its_own_scripts_alone(restored: Elements) -> None:
     digests = {base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in run}
     assert set(re.findall(r"'sha256-([^']+)'", policy)) == digests and len(digests) == 2
     assert policy.startswith("default-src 'none'; ") and "unsafe-eval" not in policy and "http" not in policy
-    assert json.loads(data).keys() >= {"states-before", "states-after", "separation-auc", "gates-blank", "rates-harmful"}
+    assert json.loads(data).keys() >= {
+        "states-before",
+        "states-after",
+        "separation-auc",
+        "gates-blank",
+        "rates-harmful",
+    }
 
 
 def test_what_files_say_is_text(pages: Callable[[str], tuple[Path, ReportData]], restored: Elements) -> None:
     page = pages("restore")[0].read_text(encoding="utf-8")
     assert "<script>document.title" not in page and "<b>id" not in page and "<i>held-out" not in page
-    assert "some &lt;i&gt;held-out&lt;/i&gt;.jsonl" in page
+    assert "some &lt;i&gt;held-out.jsonl" in page
     assert not any(tag == "img" for tag, _ in restored.found) and len(restored.scripts) == 3
     figures = json.loads(restored.scripts[0])
     hovers = [text for trace in figures["states-before"][0]["data"] for text in trace["text"]]
@@ -328,7 +351,7 @@ def test_the_page_is_for_everybody(restored: Elements) -> None:
     tags = [tag for tag, _ in restored.found]
     assert tags.count("h1") == 1 and ("html", {"lang": "en"}) in restored.found
     headings = [int(tag[1]) for tag in tags if re.fullmatch("h[1-6]", tag)]
-    assert all(later <= earlier + 1 for earlier, later in zip(headings, headings[1:], strict=False))
+    assert all(later <= earlier + 1 for earlier, later in pairwise(headings))
     charts = [a for _, a in restored.found if a.get("class") == "chart"]
     assert len(charts) >= 8 and all(a["role"] == "img" and len(a["aria-label"]) > 20 for a in charts)
     labels = {a["for"] for tag, a in restored.found if tag == "label"}
@@ -379,7 +402,9 @@ def test_the_page_in_a_browser(pages: Callable[[str], tuple[Path, ReportData]], 
             page, _ = pages(mode)
             browser.open(page, width, dark)
             assert browser.said == []
-            assert [address for address in browser.asked if not address.startswith("data:")] == [page.resolve().as_uri()]
+            assert [address for address in browser.asked if not address.startswith("data:")] == [
+                page.resolve().as_uri()
+            ]
             charts = browser.value("document.querySelectorAll('.chart').length")
             assert charts >= 9
             assert browser.value("[...document.querySelectorAll('.chart')].every(c => c.querySelector('svg.main-svg'))")
@@ -427,7 +452,10 @@ def test_a_page_that_exists_is_kept(guarded: Guarded, tmp_path: Path) -> None:
 
 def test_where_a_page_cannot_go(guarded: Guarded, tmp_path: Path) -> None:
     folder = guarded("restore")
-    assert refused(tmp_path, folder, tmp_path) == f"{tmp_path}: is a folder; choose a file for the page, such as report.html"
+    assert (
+        refused(tmp_path, folder, tmp_path)
+        == f"{tmp_path}: is a folder; choose a file for the page, such as report.html"
+    )
     for inside in (folder / "report.html", folder / "guard.json"):
         with pytest.raises(OutputRefused, match="lies in the guarded folder, which nothing may change"):
             report(folder, inside, force=True)
@@ -447,7 +475,7 @@ def test_prompts_that_cannot_be_used(guarded: Guarded, tmp_path: Path) -> None:
     assert said == "1 prompts of each kind say nothing; choose 2 or more"
     absent = tmp_path / "absent.png"
     said = refused(tmp_path, folder, tmp_path / "r.html", prompts=EVALUATION, image=absent, max_prompts=2)
-    assert said == f"{absent}: no such image file; name a PNG, JPEG, WEBP, BMP, GIF or TIFF file"
+    assert said == f"{absent}: no such image file; name a BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP file"
 
 
 def test_without_plotly(guarded: Guarded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -474,14 +502,25 @@ def test_a_guard_that_is_not_the_manifests(guarded: Guarded, tmp_path: Path) -> 
     assert not (tmp_path / "r.html").exists()
 
 
-def test_engines_and_benchmarks_that_do_not_fit(subjects: Callable[[str], Subject], guarded: Guarded, tmp_path: Path) -> None:
+def test_engines_and_benchmarks_that_do_not_fit(
+    subjects: Callable[[str], Subject], guarded: Guarded, tmp_path: Path
+) -> None:
     subject = subjects("restore")
     with pytest.raises(GuardError, match=r"holds no engines; give the folder that `vlmguard engine` wrote"):
         cost_of(subject, engine=guarded("restore"))
     file = tmp_path / "result.json"
-    good = {"quick": False, "threads": 2, "machine": {"cpu": "a cpu", "cores": 2}, "date": "2026-01-01", "shape": "a shape"}
+    good = {
+        "quick": False,
+        "threads": 2,
+        "machine": {"cpu": "a cpu", "cores": 2},
+        "date": "2026-01-01",
+        "shape": "a shape",
+    }
     spread = {"median": 1.01, "low": 1.0, "high": 1.02, "count": 40}
-    rows = [{"name": "unguarded again", "ratio": spread}, {"name": "restore rank 1", "mode": "restore", "ratio": spread}]
+    rows = [
+        {"name": "unguarded again", "ratio": spread},
+        {"name": "restore rank 1", "mode": "restore", "ratio": spread},
+    ]
 
     def measured(**changed: Any) -> tuple[Any, ...]:
         content = {"schema": "vlmguard.benchmark/1", "parts": {"int4/decode": {**good, "rows": rows, **changed}}}
@@ -505,11 +544,20 @@ def test_a_folder_of_engines_is_told_what_to_give(guarded: Guarded, tmp_path: Pa
     folder = shutil.copytree(guarded("restore"), tmp_path / "guarded")
     manifest = json.loads((folder / "guard.json").read_text())
     manifest["engines"] = [
-        {"path": "decoder.engine", "role": "decoder", "source": {}, "backend": "tensorrt", "version": "10", "capabilities": []}
+        {
+            "path": "decoder.engine",
+            "role": "decoder",
+            "source": {},
+            "backend": "tensorrt",
+            "version": "10",
+            "capabilities": [],
+        }
         | {"profiles": [], "layers": {}}
     ]
     (folder / "guard.json").write_text(json.dumps(manifest))
-    with pytest.raises(GuardError, match="report on the guarded folder that they were built from, and give this one with --engine"):
+    with pytest.raises(
+        GuardError, match="report on the guarded folder that they were built from, and give this one with --engine"
+    ):
         report(folder, tmp_path / "r.html", prompts=EVALUATION)
 
 
