@@ -18,9 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import CHROMIUM, Browser
+from hand_graphs import uncalibrated
+from text_decoder import IDS, decoder
 from tiny_vlm_paths import CALIBRATION, DECODER, EVALUATION, PROMPTS, SOURCE, Guarded
 
-from vlmguard.exporter.evaluate import Cell, Evaluation, Tally
+from vlmguard.exporter.evaluate import Evaluation, Tally
+from vlmguard.exporter.pipeline import export
 from vlmguard.exporter.prompts import LabelledPrompt, read_prompts
 from vlmguard.exporter.report import build
 from vlmguard.exporter.report.build import report
@@ -35,8 +38,12 @@ from vlmguard.exporter.report.separation import auc, d_prime, separations
 from vlmguard.exporter.report.states import States, read_states
 from vlmguard.exporter.report.subject import Subject, open_subject
 from vlmguard.graphs import reference
-from vlmguard.graphs.directions import Directions, LayerDirections
-from vlmguard.graphs.errors import ExtraMissing, GuardError, ManifestMismatch, OutputRefused, PromptsUnusable
+from vlmguard.graphs.directions import Directions, LayerDirections, directions_bytes
+from vlmguard.graphs.errors import ExtraMissing, GuardError, OutputRefused, PromptsUnusable
+from vlmguard.graphs.package import save_graph
+from vlmguard.graphs.spec import GuardSpec
+from vlmguard.graphs.taps import STATES_OUTPUT
+from vlmguard.runtime.decoder import PromptBatch
 from vlmguard.runtime.vlm import Sampling
 
 pytest_plugins = ("tiny_vlm_fixtures",)
@@ -262,6 +269,28 @@ def test_cost_is_counted(subjects: Callable[[str], Subject]) -> None:
     width, rank = subject.plan.width, subject.plan.guards[0].rank
     read_and_written = 4 * width * (2 * rank + 1) * len(subject.plan.layers)
     assert read_and_written <= cost.weights_added < read_and_written + 1000
+
+
+def test_a_guard_in_the_weights_needs_the_source(tmp_path: Path) -> None:
+    """Nothing can be taken out of folded weights; with the source both sides are there, and no state has a coordinate left."""
+    (tmp_path / "source").mkdir()
+    source = tmp_path / "source" / "model.onnx"
+    save_graph(decoder(), source)
+    (source.parent / "directions.safetensors").write_bytes(directions_bytes(uncalibrated((0,), 1)))
+    export(source, tmp_path / "out", spec=GuardSpec("project", positions="all", lowering="fold", direction_of=0))
+    with pytest.raises(
+        GuardError, match="its guard is folded into weights and cannot be taken out; give the --source model"
+    ):
+        open_subject(tmp_path / "out")
+    subject = open_subject(tmp_path / "out", source)
+    batch = PromptBatch(IDS, np.ones_like(IDS))
+    row = subject.plan.guards[0].ssd[0]
+    along = {}
+    for name, model in (("before", subject.unguarded_tapped()), ("after", subject.guarded_tapped())):
+        along[name] = np.abs(model.decoder.prefill(batch)[0][STATES_OUTPUT] @ row).max()
+    assert along["before"] > 0.1 and along["after"] < 1e-5
+    cost = cost_of(subject)
+    assert (cost.nodes_added, cost.weights_added) == (0, 0) and cost.rewritten > 0
 
 
 # ----------------------------------------------------------------------------------------------------------------- the page
@@ -559,11 +588,3 @@ def test_a_folder_of_engines_is_told_what_to_give(guarded: Guarded, tmp_path: Pa
         GuardError, match="report on the guarded folder that they were built from, and give this one with --engine"
     ):
         report(folder, tmp_path / "r.html", prompts=EVALUATION)
-
-
-def test_cells_are_not_needed_for_rates() -> None:
-    """The adapter reads refusals per prompt, the one thing that every evaluation has."""
-    prompts = tuple(prompts_of(("text", "harmful"), texts=2))
-    tally = Tally((Cell("text", "harmful", 9, 9),), ("", ""), (True, False))
-    assert {(r.erred, r.asked) for r in rates_of(Evaluation(prompts, tally, tally))} == {(1, 2)}
-    assert isinstance(ManifestMismatch(""), GuardError)
