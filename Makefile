@@ -8,7 +8,7 @@ WORKERS ?= 2
 # One thread per test process: small models do not gain from more, and idle BLAS threads spin.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint fast zoo coverage-check bench tiny-vlm clean
+.PHONY: demo test check lint fast zoo coverage-check bench tiny-vlm report-picture clean
 
 demo: $(VENV)/.light
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
@@ -51,6 +51,14 @@ bench: $(VENV)/.full
 tiny-vlm: $(VENV)/.full
 	$(BIN)/python examples/tiny_vlm/train.py --out examples/tiny_vlm/checkpoint
 	$(BIN)/vlmguard convert examples/tiny_vlm/checkpoint examples/tiny_vlm/onnx-community --force
+
+# docs/report.png: the report of the tiny VLM, in Chromium (Debian's package `chromium`).
+report-picture: $(VENV)/.full
+	rm -rf build/report
+	$(BIN)/vlmguard-export examples/tiny_vlm/onnx-community build/report/tiny-vlm-guarded
+	$(BIN)/vlmguard report build/report/tiny-vlm-guarded -o build/report/report.html \
+		--prompts examples/tiny_vlm/prompts/evaluation.jsonl
+	$(BIN)/python tests/report_picture.py build/report/report.html docs/report.png
 
 $(VENV)/.light: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

@@ -641,6 +641,59 @@ def prompts_command(
         require_disjoint(report)
 
 
+@app.command("report")
+def report_command(
+    guarded: Guarded,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Page to write.")] = Path("report.html"),
+    prompts: Annotated[
+        Path | None, typer.Option(help="Labelled prompts. (default: evaluation.jsonl found beside SOURCE or GUARDED)")
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(help="The unguarded model. (default: the guard is taken out of GUARDED's graph, in memory)"),
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Picture to show with every text prompt. (default: those the prompts name)")
+    ] = None,
+    max_prompts: Annotated[int, typer.Option(help="Prompts of each setting and label.")] = 40,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer; refusals can come late.")] = 100,
+    batch_size: Annotated[int, typer.Option(help="Prompts that run together.")] = 16,
+    engine: Annotated[
+        Path | None, typer.Option(help="Folder of TensorRT engines built from GUARDED, for the cost table.")
+    ] = None,
+    benchmark: Annotated[
+        Path | None, typer.Option(help="Result of benchmarks/inference.py, for the cost table.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the page.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the data behind the figures as JSON on stdout.")
+    ] = False,
+) -> None:
+    """Write one page about a guarded folder: states, separation, gates, refusals, strength, cost, proof. Works offline."""
+    from .exporter import tables
+    from .exporter.report.build import report
+
+    with tables.bars(err) as watch:
+        data = report(
+            guarded,
+            output,
+            prompts=prompts,
+            source=source,
+            image=image,
+            max_prompts=max_prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            engine=engine,
+            benchmark=benchmark,
+            force=force,
+            watch=watch,
+        )
+    if as_json:
+        print_json({"output": str(output), **data.to_json()})
+    else:
+        tables.show_report(out, data, str(output))
+
+
 def print_json(content: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 

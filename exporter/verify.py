@@ -108,7 +108,7 @@ def verify(
     if manifest.engines:
         return _finished(folder, manifest, checks + _verify_engines(folder, manifest, source, run, tell), run)
     views = {view.decoder: view for view in open_guarded_package(folder, manifest).views()}
-    originals = _originals(source, manifest) if source is not None else {}
+    originals = originals_of(source, manifest) if source is not None else {}
     inputs = partial(_inputs, given=tuple(map(Path, proof_inputs)), tell=tell) if run else None
     for record in manifest.decoders:
         path = folder / record.path
@@ -153,7 +153,7 @@ def _verify_decoder(
     shipped, stripped = load_graph(package.decoder), load_graph(package.decoder)
     strip_guard(stripped)
     anatomy = dissect(stripped, package.expected_layers)
-    plan = _plan_again(package.root, manifest, record, stripped, anatomy)
+    plan = plan_again(package.root, manifest, record, stripped, anatomy)
     if plan.lowering == FOLD:
         return _verify_fold(package, shipped, anatomy, plan, original, inputs)
     again = load_graph(package.decoder)
@@ -208,7 +208,7 @@ def _inputs(original: ModelPackage, anatomy: DecoderAnatomy, given: tuple[Path, 
     return Guide(source, anatomy, GuardSpec(), DEFAULT_BUDGET, False, tell, given).proof_inputs(original)
 
 
-def _originals(source: Path | str, manifest: Manifest) -> dict[str, ModelPackage]:
+def originals_of(source: Path | str, manifest: Manifest) -> dict[str, ModelPackage]:
     """The unguarded decoder of every record; by its place in the folder, or by digest where a file was given."""
     package = open_package(source)
     views = {view.decoder.relative_to(view.root).as_posix(): view for view in package.views()}
@@ -231,7 +231,7 @@ def _same_external_data(source: Path, shipped: Path) -> list[Check]:
     return [exact("external weights are the source's files", len(before), sorted(wrong))] if before or after else []
 
 
-def _plan_again(
+def plan_again(
     folder: Path, manifest: Manifest, record: DecoderRecord, stripped: ir.Model, anatomy: DecoderAnatomy
 ) -> GuardPlan:
     """The plan, from the folder's own directions and the manifest's decisions; it must say what the manifest says."""

@@ -1,8 +1,9 @@
-"""Taps: extra outputs that show hidden states, for extraction and for the proof. Never part of what is shipped."""
+"""Taps: extra outputs that show hidden states, for extraction, proof and report. Never part of what is shipped."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 import onnx_ir as ir
 
@@ -12,10 +13,11 @@ from .dataflow import skip_norm_bias
 from .errors import AnatomyNotFound
 from .plan import GuardPlan
 from .positions import LastToken, mask_input
-from .rewrite import GuardReport
+from .rewrite import GuardedSite, GuardReport
 from .scribe import Scribe
 
 STATES_OUTPUT = "vlmguard.states"
+RAW_OUTPUT = "vlmguard.raw_states"
 
 
 def tap_last_token(model: ir.Model, sites: Sequence[ResidualSite]) -> None:
@@ -29,18 +31,41 @@ def tap_last_token(model: ir.Model, sites: Sequence[ResidualSite]) -> None:
         scribe = Scribe(body.graph, "taps", home=model.graph, path=body.path)
         streams = [_stream(body.graph, site, scribe) for site in own]
         last = LastToken(scribe, streams[0], mask_input(model.graph))
-        axis = scribe.integers(1)
-        rows = []
-        for site, stream in zip(own, streams, strict=True):
-            name = f"layer_{site.layer_index}"
-            state = scribe.op(f"{name}_last", "GatherND", [stream, last.pairs])
-            if site.dtype != "float32":
-                state = scribe.cast(f"{name}_float32", state, "float32")
-            rows.append(scribe.op(f"{name}_row", "Unsqueeze", [state, axis]))
-        tapped[body] = scribe.op("states", "Concat", rows, axis=1)
+        tapped[body] = _rows(scribe, last, "states", own, streams)
         scribe.place_last()
-    layers = len({site.layer_index for site in sites})
-    surface(model, tapped, STATES_OUTPUT, ir.Shape(["vlmguard_batch", layers, None]))
+    _show(model, tapped, STATES_OUTPUT, sites)
+
+
+def tap_guard_last_token(model: ir.Model, sites: Sequence[ResidualSite], report: GuardReport) -> None:
+    """Of a guarded graph: two outputs more, float32, at the last token.
+
+    `vlmguard.states` `[batch, layers of sites, d]`: each layer's state as the next layer reads it, behind its guard if it has
+    one. `vlmguard.raw_states` `[batch, guarded layers, d]`: what each guard reads.
+
+    Args:
+        sites: of the graph before it was guarded.
+        report: of what was done to it; one of its layers at least is among the sites.
+    """
+    states, raw = {}, {}
+    guarded = [site for site in sites if site.layer_index in report.layers]
+    for body in find_bodies(model, list(dict.fromkeys(site.body for site in sites))):
+        done = {site.layer_index: site for site in report.sites if site.body == body.name}
+        values = body.values()
+        scribe = Scribe(body.graph, "taps", home=model.graph, path=body.path)
+        behind, before = [], []
+        own = [site for site in sites if site.body == body.name]
+        for site in own:
+            if (guard := done.get(site.layer_index)) is None:
+                behind.append(_stream(body.graph, site, scribe))
+                continue
+            before.append(_at_guard(body.graph, values, site, guard, "raw", scribe))
+            behind.append(_at_guard(body.graph, values, site, guard, "guarded", scribe))
+        last = LastToken(scribe, behind[0], mask_input(model.graph))
+        states[body] = _rows(scribe, last, "states", own, behind)
+        raw[body] = _rows(scribe, last, "raw", [site for site in own if site in guarded], before)
+        scribe.place_last()
+    _show(model, states, STATES_OUTPUT, sites)
+    _show(model, raw, RAW_OUTPUT, guarded)
 
 
 def tap_guard(model: ir.Model, plan: GuardPlan, report: GuardReport) -> list[tuple[str, str]]:
@@ -58,24 +83,52 @@ def tap_guard(model: ir.Model, plan: GuardPlan, report: GuardReport) -> list[tup
             if site.body != body.name:
                 continue
             names[site.layer_index] = f"vlmguard.raw.{site.layer_index}", f"vlmguard.guarded.{site.layer_index}"
-            for what, name, output in zip(
-                ("raw", "guarded"), (site.raw, site.guarded), names[site.layer_index], strict=True
-            ):
-                stream = values[name]
-                if site.kind == "skip_norm":
-                    node = find_node(body.graph, planned.site.anchor)
-                    assert node is not None
-                    # what the node reads now: the residual that was planned may itself be guarded since
-                    residual = next(value for value in node.inputs[:2] if value is not values[site.guarded])
-                    assert residual is not None
-                    parts = _summed(node, residual, stream)
-                    stream = _add_up(scribe, f"layer_{site.layer_index}_{what}", parts)
+            for what, output in zip(_SIDES, names[site.layer_index], strict=True):
+                stream = _at_guard(body.graph, values, planned.site, site, what, scribe)
                 tap = scribe.cast(f"layer_{site.layer_index}_{what}_float32", stream, "float32")
                 tapped.setdefault(output, {})[body] = tap
         scribe.place_last()
     for output, given in tapped.items():
         surface(model, given, output, ir.Shape([None, None, None]))
     return [names[layer] for layer in plan.layers]
+
+
+_Side = Literal["raw", "guarded"]
+_SIDES: tuple[_Side, ...] = get_args(_Side)
+
+
+def _at_guard(
+    graph: ir.Graph, values: Mapping[str, ir.Value], site: ResidualSite, guard: GuardedSite, side: _Side, scribe: Scribe
+) -> ir.Value:
+    """The stream before or behind a guard; at a fused skip-norm the sum with the old or the new branch."""
+    stream = values[guard.raw if side == "raw" else guard.guarded]
+    if guard.kind != "skip_norm":
+        return stream
+    node = find_node(graph, site.anchor)
+    assert node is not None
+    # what the node reads now: the residual that was planned may itself be guarded since
+    residual = next(value for value in node.inputs[:2] if value is not values[guard.guarded])
+    assert residual is not None
+    return _add_up(scribe, f"layer_{guard.layer_index}_{side}", _summed(node, residual, stream))
+
+
+def _rows(
+    scribe: Scribe, last: LastToken, name: str, sites: Sequence[ResidualSite], streams: Sequence[ir.Value]
+) -> ir.Value:
+    """Streams at the last token, `[batch, layers, d]` float32."""
+    axis, rows = scribe.integers(1), []
+    for site, stream in zip(sites, streams, strict=True):
+        layer = f"{name}_layer_{site.layer_index}"
+        state = scribe.op(f"{layer}_last", "GatherND", [stream, last.pairs])
+        if site.dtype != "float32":
+            state = scribe.cast(f"{layer}_float32", state, "float32")
+        rows.append(scribe.op(f"{layer}_row", "Unsqueeze", [state, axis]))
+    return scribe.op(name, "Concat", rows, axis=1)
+
+
+def _show(model: ir.Model, rows: Mapping[Body, ir.Value], name: str, sites: Sequence[ResidualSite]) -> None:
+    layers = len({site.layer_index for site in sites})
+    surface(model, rows, name, ir.Shape(["vlmguard_batch", layers, None]))
 
 
 def _stream(graph: ir.Graph, site: ResidualSite, scribe: Scribe) -> ir.Value:

@@ -392,7 +392,25 @@ def test_prompts_counts_what_two_files_share(run: Callable[..., Ran], tmp_path: 
     assert (shared["shared"], shared["conflicting"]) == (1, 1)
 
 
-VERBS = ("export", "engine", "convert", "inspect", "directions", "verify", "generate", "evaluate", "prompts")
+def test_report_writes_a_page_and_tells_its_data(run: Callable[..., Ran], guarded: Guarded, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    rows = [json.loads(line) for line in EVALUATION.read_text(encoding="utf-8").splitlines()]
+    path, page = tmp_path / "p.jsonl", tmp_path / "page.html"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows if r["setting"] == "text"), encoding="utf-8")
+    options = [guarded("restore"), "-o", page, "--prompts", path, "--max-new-tokens", "16", "--max-prompts", "3"]
+    told = run("report", *options, "--image", PICTURE, "--json").json
+    assert (told["schema"], told["output"], len(told["prompts"])) == ("vlmguard.report/1", str(page), 18)
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert (
+        run("report", *options).err
+        == f"error: {page}: exists already; choose another file, or replace it with --force\n"
+    )
+    ran = run("report", *options, "--force")
+    assert (ran.code, ran.err) == (0, "") and str(page) in ran.out
+    assert shows(ran.out, "attack success rate 3/3 (100.0%) 0/3 (0.0%)")
+
+
+VERBS = ("export", "engine", "convert", "inspect", "directions", "verify", "generate", "evaluate", "prompts", "report")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -12,9 +12,10 @@ import pytest
 import vlmguard
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("graphs", "runtime", "exporter", "exporter/families", "exporter/engines")
-DATA = ("exporter/anchors.csv",)
-HEAVY = ("torch", "transformers", "onnxruntime", "sklearn", "onnx", "tensorrt")
+FOLDERS = ("graphs", "runtime", "exporter", "exporter/families", "exporter/engines", "exporter/report")
+# What is not Python.
+DATA = ("exporter/anchors.csv", *(f"exporter/report/page.{kind}" for kind in ("html", "css", "js")))
+HEAVY = ("torch", "transformers", "onnxruntime", "sklearn", "onnx", "tensorrt", "plotly")
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from vlmguard.graphs.errors import AnatomyNotFound
 from vlmguard.graphs.scribe import NUMPY_DTYPES
 from vlmguard.graphs.spec import POSITIONS, GuardSpec
 from vlmguard.graphs.static_proof import prove_structure
-from vlmguard.graphs.taps import STATES_OUTPUT, tap_guard, tap_last_token
+from vlmguard.graphs.taps import RAW_OUTPUT, STATES_OUTPUT, tap_guard, tap_guard_last_token, tap_last_token
 
 pytest.importorskip("onnxruntime")
 
@@ -95,6 +95,29 @@ def test_states_before_and_after_a_guard(kind: Kind, dtype: str) -> None:
         np.testing.assert_allclose(found[name], expected.astype(np.float32), rtol=0, atol=tolerance)
     assert found["logits"].tobytes() == plain["logits"].tobytes()  # looking changes nothing
     assert np.abs(found["vlmguard.raw.1"] - found["vlmguard.guarded.1"]).max() > 0.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_of_a_guarded_graph_at_the_last_token(kind: Kind, dtype: str) -> None:
+    """Every layer behind its guard, and what the guards read: the numbers that the whole streams have there."""
+    made, again = (
+        guard_model(decoder(kind, 3, dtype), directions((0, 2)), GuardSpec(mode="restore", tau=-100.0))
+        for _ in range(2)
+    )
+    plain = run(copy_of(made.model), feeds(dtype), optimize=False)
+    tap_guard_last_token(made.model, made.anatomy.sites, made.report)
+    found = run(made.model, feeds(dtype), optimize=False)
+    assert found["logits"].tobytes() == plain["logits"].tobytes()
+    assert found[STATES_OUTPUT].shape == (3, 3, WIDTH) and found[RAW_OUTPUT].shape == (3, 2, WIDTH)
+    names = tap_guard(again.model, again.plan, again.report)
+    streams = run(again.model, feeds(dtype), optimize=False)
+    last = (np.arange(3), [3, 3, 1])
+    for row, (layer, (raw, guarded)) in enumerate(zip((0, 2), names, strict=True)):
+        for taken, whole in ((found[RAW_OUTPUT][:, row], raw), (found[STATES_OUTPUT][:, layer], guarded)):
+            near = {"rtol": 0, "atol": 1e-5} if dtype == "float32" else {"rtol": 1e-3, "atol": 2e-2}
+            np.testing.assert_allclose(taken, streams[whole][last], **near)
+        assert np.abs(found[RAW_OUTPUT][:, row] - found[STATES_OUTPUT][:, layer]).max() > 0.5
 
 
 # ---------------------------------------------------------------------------------------- a layer that reads the one below it

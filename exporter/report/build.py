@@ -1,0 +1,139 @@
+"""`report`: one page about a guarded folder, in one screen.
+
+guarded folder ──► both sides ──► states ──► plane, separation, gates ──┐
+       prompts ──► chosen ──────► answers ──► rates, sweep ─────────────┴──► data ──► figures ──► page
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ...graphs.directions import Directions
+from ...graphs.errors import OutputRefused
+from ...graphs.staging import write_file
+from ..evaluate import evaluate
+from ..sources import Watch, unwatched
+from .cost import cost_of
+from .data import ReportData, layer_points
+from .gates import gate_scores
+from .outcomes import mistakes_of, rates_of
+from .page import make_page
+from .plotly_js import require_plotly
+from .questions import choose_prompts
+from .separation import separations
+from .states import read_states
+from .subject import open_subject
+from .sweep import sweep_alpha
+
+MAX_PROMPTS = 40  # of each setting and label
+MAX_NEW_TOKENS = 100  # refusals can come late
+
+
+def report(
+    guarded: Path | str,
+    output: Path | str,
+    *,
+    prompts: Path | str | None = None,
+    source: Path | str | None = None,
+    image: Path | str | None = None,
+    max_prompts: int = MAX_PROMPTS,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = 16,
+    engine: Path | str | None = None,
+    benchmark: Path | str | None = None,
+    force: bool = False,
+    watch: Watch | None = None,
+) -> ReportData:
+    """Measure a guarded folder and write the page.
+
+    Args:
+        guarded: a folder of graphs that `vlmguard-export` wrote.
+        output: the page; one file that needs nothing else.
+        prompts: labelled, held-out prompts; default: `evaluation.jsonl` found beside the source or the folder.
+        source: the unguarded model; default: the guard is taken out of the shipped graph in memory.
+        image: a picture to show with every text prompt, in place of the pictures that the prompts name.
+        max_prompts: of each setting and label.
+        max_new_tokens: longest answer.
+        batch_size: prompts that run together.
+        engine: TensorRT engines built from the folder, for the cost table.
+        benchmark: a result file of `benchmarks/inference.py`, for the cost table.
+        force: replace the output.
+        watch: told what is going on.
+
+    Raises:
+        GuardError: anything wrong with the request or its files; nothing was written.
+    """
+    tell, output = watch or unwatched, Path(output).absolute()
+    require_plotly()  # before minutes of work
+    _require_writable(output, Path(guarded).absolute(), force)
+    subject = open_subject(guarded, source)
+    file, asked = choose_prompts(
+        subject, Path(prompts) if prompts is not None else None, Path(image) if image is not None else None, max_prompts
+    )
+    cost = cost_of(
+        subject, Path(engine) if engine is not None else None, Path(benchmark) if benchmark is not None else None
+    )
+    layers = tuple(sorted({site.layer_index for site in subject.anatomy.sites}))
+    states = read_states(subject, asked, batch_size, lambda done, total: tell("reading states", done, total))
+    answers = evaluate(
+        subject.unguarded,
+        subject.guarded,
+        asked,
+        max_new_tokens,
+        batch_size,
+        lambda done, total: tell("asking both models", done, total),
+    )
+    sweep = sweep_alpha(
+        subject, asked, max_new_tokens, batch_size, lambda done, total: tell("trying strengths", done, total)
+    )
+    data = ReportData(
+        name=subject.folder.name,
+        prompts_file=file.name,
+        prompts=tuple(asked),
+        max_new_tokens=max_new_tokens,
+        manifest=subject.manifest,
+        layers=layers,
+        points=tuple(layer_points(states, asked, layers)),
+        separations=tuple(separations(states, asked, subject.directions, layers)),
+        gates=tuple(gate_scores(states, asked, subject.plan)),
+        rates=tuple(rates_of(answers)),
+        mistakes=tuple(mistakes_of(answers)),
+        text_answers_changed=answers.text_answers_changed,
+        sweep=tuple(sweep),
+        cost=cost,
+        anchors_auc=_anchors_auc(subject.directions),
+    )
+    write_file(output, make_page(data, _now()).encode())
+    return data
+
+
+def _require_writable(output: Path, guarded: Path, force: bool) -> None:
+    folder = guarded.resolve()
+    if folder in (output.resolve(), *output.resolve().parents):
+        raise OutputRefused(f"{output}: lies in the guarded folder, which nothing may change; choose a file beside it")
+    if output.is_dir():
+        raise OutputRefused(f"{output}: is a folder; choose a file for the page, such as report.html")
+    if output.exists() and not force:
+        raise OutputRefused(f"{output}: exists already; choose another file, or replace it with --force")
+    parent = next(folder for folder in output.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputRefused(f"{output}: cannot be written (no permission in {parent}); choose another file")
+
+
+def _anchors_auc(directions: Directions) -> dict[int, float]:
+    """What extraction recorded; a directions file from elsewhere may hold none."""
+    found = {}
+    for layer, seen in directions.evidence.items():
+        value = seen.get("auc") if isinstance(seen, dict) else None
+        if layer.isdecimal() and isinstance(value, int | float) and 0 <= value <= 1:
+            found[int(layer)] = float(value)
+    return dict(sorted(found.items()))
+
+
+def _now() -> str:
+    """Honours SOURCE_DATE_EPOCH, as reproducible builds want it."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    when = datetime.fromtimestamp(int(epoch), UTC) if epoch.isdecimal() else datetime.now(UTC)
+    return when.strftime("%Y-%m-%d %H:%M UTC")

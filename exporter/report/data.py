@@ -1,0 +1,121 @@
+"""Everything that a report's figures and tables are drawn from, as plain data; `--json` prints it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...graphs.manifest import Manifest
+from ..prompts import LABELS, SETTINGS, LabelledPrompt
+from .cost import Cost
+from .gates import GateScores
+from .outcomes import Mistake, Rate
+from .plane import Plane, fit_plane
+from .separation import Separation
+from .states import States
+from .sweep import Strength
+
+SCHEMA = "vlmguard.report/1"
+
+
+@dataclass(frozen=True)
+class LayerPoints:
+    """The states of one layer in the plane of their principal components.
+
+    Attributes:
+        layer: 0-based.
+        explained: share of the unguarded states' variance along each axis.
+        before, after: `[prompts, 2]` float64, unguarded and guarded.
+    """
+
+    layer: int
+    explained: tuple[float, float]
+    before: np.ndarray
+    after: np.ndarray
+
+    def to_json(self) -> dict[str, Any]:
+        points = {"before": self.before.tolist(), "after": self.after.tolist()}
+        return {"layer": self.layer, "explained": list(self.explained), **points}
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What was asked and measured.
+
+    Attributes:
+        name: of the guarded folder.
+        prompts_file: the name of the file that the prompts come from.
+        prompts: those that were asked.
+        max_new_tokens: longest answer that was judged.
+        manifest: of the folder.
+        layers: numbers of all decoder layers.
+        points, separations, gates, rates, mistakes, sweep, cost: one per figure or table.
+        text_answers_changed: how many text-only answers differ word for word.
+        anchors_auc: AUC of the anchors along row 1, by layer, as the directions file recorded it.
+    """
+
+    name: str
+    prompts_file: str
+    prompts: tuple[LabelledPrompt, ...]
+    max_new_tokens: int
+    manifest: Manifest
+    layers: tuple[int, ...]
+    points: tuple[LayerPoints, ...]
+    separations: tuple[Separation, ...]
+    gates: tuple[GateScores, ...]
+    rates: tuple[Rate, ...]
+    mistakes: tuple[Mistake, ...]
+    text_answers_changed: int
+    sweep: tuple[Strength, ...]
+    cost: Cost
+    anchors_auc: dict[int, float]
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        return self.manifest.plan
+
+    @property
+    def guarded_layers(self) -> tuple[int, ...]:
+        return tuple(self.plan["layers"])
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Those that were asked in, in the paper's order."""
+        return tuple(setting for setting in SETTINGS if any(prompt.setting == setting for prompt in self.prompts))
+
+    def counts(self) -> list[tuple[str, str, int]]:
+        """`(setting, label, prompts)`"""
+        found = Counter((prompt.setting, prompt.label) for prompt in self.prompts)
+        return [(setting, label, found[setting, label]) for setting in self.settings for label in LABELS]
+
+    def to_json(self) -> dict[str, Any]:
+        lists = ("points", "separations", "gates", "rates", "mistakes", "sweep")
+        return {
+            "schema": SCHEMA,
+            "name": self.name,
+            "mode": self.plan["mode"],
+            "guarded_layers": list(self.guarded_layers),
+            "layers": list(self.layers),
+            "prompts_file": self.prompts_file,
+            "prompts": [{"id": p.id, "prompt": p.prompt, "label": p.label, "setting": p.setting} for p in self.prompts],
+            **{name: [row.to_json() for row in getattr(self, name)] for name in lists},
+            "max_new_tokens": self.max_new_tokens,
+            "text_answers_changed": self.text_answers_changed,
+            "cost": self.cost.to_json(),
+            "anchors_auc": {str(layer): value for layer, value in self.anchors_auc.items()},
+        }
+
+
+def layer_points(states: States, prompts: Sequence[LabelledPrompt], layers: Sequence[int]) -> list[LayerPoints]:
+    """Both sides of every layer in the plane that its unguarded states have."""
+    harmful = np.array([prompt.label == "harmful" for prompt in prompts])
+    found = []
+    for row, layer in enumerate(layers):
+        plane: Plane = fit_plane(states.before[:, row], harmful)
+        before, after = plane.place(states.before[:, row]), plane.place(states.after[:, row])
+        found.append(LayerPoints(layer, plane.explained, before, after))
+    return found

@@ -1,0 +1,49 @@
+"""Principal components of hidden states in two dimensions: one plane per layer, in which both sides are drawn.
+
+The plane is fitted on the unguarded states of all settings. States behind the guard are put into that same plane: each side in
+a plane of its own would not show what the guard moved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Where points of width `d` are drawn.
+
+    Attributes:
+        mean: `[d]` float64, the origin.
+        axes: `[2, d]` float64, orthonormal: the directions of most variance.
+        explained: share of the variance along each of them.
+    """
+
+    mean: np.ndarray
+    axes: np.ndarray
+    explained: tuple[float, float]
+
+    def place(self, states: np.ndarray) -> np.ndarray:
+        """`[n, 2]` float64 of states `[n, d]`."""
+        return (states.astype(np.float64) - self.mean) @ self.axes.T
+
+
+def fit_plane(states: np.ndarray, harmful: np.ndarray) -> Plane:
+    """PCA by SVD in float64.
+
+    Args:
+        states: `[n, d]`, n and d at least 2.
+        harmful: `[n]` bool. The sign of a principal axis is arbitrary: each is turned so that harmful prompts have the higher
+            mean, and a page does not flip from run to run.
+    """
+    wide = states.astype(np.float64)
+    mean = wide.mean(axis=0)
+    _, singular, rows = np.linalg.svd(wide - mean, full_matrices=False)
+    variance = singular**2
+    shares = variance[:2] / total if (total := variance.sum()) > 0 else np.zeros(2)
+    axes = rows[:2]
+    apart = (wide[harmful].mean(axis=0) - wide[~harmful].mean(axis=0)) @ axes.T
+    axes = axes * np.where(apart < 0, -1.0, 1.0)[:, None]
+    return Plane(mean, axes, (float(shares[0]), float(shares[1])))
