@@ -27,7 +27,7 @@ from vlmguard.exporter.pipeline import export
 from vlmguard.exporter.prompts import LabelledPrompt, read_prompts
 from vlmguard.exporter.report import build
 from vlmguard.exporter.report.build import report
-from vlmguard.exporter.report.cost import cost_of
+from vlmguard.exporter.report.cost import EngineCost, cost_of
 from vlmguard.exporter.report.data import ReportData
 from vlmguard.exporter.report.gates import GateScores, bins
 from vlmguard.exporter.report.intervals import interval_of_share
@@ -567,6 +567,25 @@ def test_engines_and_benchmarks_that_do_not_fit(
         cost_of(subject, benchmark=file)
     with pytest.raises(GuardError, match="cannot be read"):
         cost_of(subject, benchmark=tmp_path / "absent.json")
+
+
+def test_layers_of_engines_are_told(subjects: Callable[[str], Subject], tmp_path: Path) -> None:
+    """From the manifest of the folder that `vlmguard engine` wrote; another guard's engines are refused."""
+    subject, folder = subjects("restore"), tmp_path / "engines"
+    folder.mkdir()
+    (folder / "decoder.engine").write_bytes(b"built")
+    digest = hashlib.sha256(b"built").hexdigest()
+    profile = {"layers": 41, "kernels": 40, "guard_nodes": {"2": 7}}
+    engine = {"path": "decoder.engine", "role": "decoder", "source": {}, "backend": "tensorrt", "version": "10"}
+    engine |= {"capabilities": [], "profiles": [{"name": "decode", "shapes": {}}], "layers": {"profiles": [profile]}}
+    manifest = json.loads((subject.folder / "guard.json").read_text())
+    manifest["files"] = {"decoder.engine": {"size": 5, "modified_ns": 0, "sha256": digest}}
+    manifest["engines"] = [engine]
+    (folder / "guard.json").write_text(json.dumps(manifest))
+    (row,) = cost_of(subject, engine=folder).engines
+    assert row == EngineCost("decoder.engine", "decode", 41, 40, "layer 2: 7")
+    with pytest.raises(GuardError, match=r"its engines carry another guard than .*supervise; build them again"):
+        cost_of(subjects("supervise"), engine=folder)
 
 
 def test_a_folder_of_engines_is_told_what_to_give(guarded: Guarded, tmp_path: Path) -> None:
