@@ -75,12 +75,12 @@ def estimate(name: str, harmful: np.ndarray, harmless: np.ndarray, rank: int) ->
         raise GuardError("the anchors' hidden states do not differ; are harmful and harmless prompts the same?")
     wanted = min(rank, MAX_RANK, len(difference))
     if name == "svd":
-        rows = _singular_rows(difference, wanted)
+        rows = _singular_rows(difference, wanted, np.linalg.norm(difference))
     else:
         labels = np.arange(2 * len(difference)) < len(difference)
         first = fit_readout(name, np.concatenate([harmful, harmless]), labels)[None]
         left = difference - (difference @ first.T) * first
-        rows = np.concatenate([first, _singular_rows(left, wanted - 1)])
+        rows = np.concatenate([first, _singular_rows(left, wanted - 1, np.linalg.norm(difference))])
     return rows * np.where((difference @ rows.T).mean(axis=0) < 0, -1.0, 1.0)[:, None]
 
 
@@ -90,12 +90,10 @@ def require_known(what: str, name: str, table: tuple[str, ...]) -> None:
         raise GuardError(f"{what} {name!r} is unknown; choose one of {', '.join(table)}")
 
 
-def _singular_rows(difference: np.ndarray, rank: int) -> np.ndarray:
-    if rank < 1:
-        return np.zeros((0, difference.shape[1]))
+def _singular_rows(difference: np.ndarray, rank: int, whole: np.floating) -> np.ndarray:
+    """At most `rank` rows, those that are more than rounding beside differences of size `whole`."""
     _, singular, rows = np.linalg.svd(difference, full_matrices=False)
-    kept = min(rank, max(1, int((singular > _NOTHING_LEFT * singular[0]).sum())))
-    return rows[:kept] if singular[0] > 0 else rows[:0]
+    return rows[: min(rank, int((singular > _NOTHING_LEFT * whole).sum()))]
 
 
 def _unit(direction: np.ndarray) -> np.ndarray:

@@ -25,7 +25,12 @@ WIDEST = 4
 
 def plan_for(graph: ir.Model, mode: str, rank: int, **options: Any) -> GuardPlan:
     alpha = 1.5 if mode in MODES_WITH_ALPHA else None
-    return plan_guard(graph, dissect(graph), directions(rank=rank), GuardSpec(mode=mode, alpha=alpha, **options))  # type: ignore[arg-type]
+    return plan_guard(
+        graph,
+        dissect(graph),
+        directions(rank=rank, parts={"threshold": -30.0}),
+        GuardSpec(mode=mode, alpha=alpha, **options),
+    )  # type: ignore[arg-type]
 
 
 def opened(graph: ir.Model, mode: str) -> tuple[onnxruntime.InferenceSession, dict[str, np.ndarray]]:
