@@ -179,9 +179,10 @@ def _scores(
     if study.mode == "supervise":  # its gate reads the text-only query once, not the tokens of the answer
         return None, study.text_states[:, layer].astype(np.float64) @ row
     if study.mode != "restore":
-        return None, _highest(study, layer, dict.fromkeys(set(folds), row), folds)
+        return None, _highest(study, layer, dict.fromkeys(set(folds.tolist()), row), folds)
     readouts = {
-        fold: _readout(study, folds, candidate.readout, layer, without | {fold}) for fold in set(folds) - without
+        fold: _readout(study, folds, candidate.readout, layer, without | {fold})
+        for fold in set(folds.tolist()) - without
     }
     readout = _readout(study, folds, candidate.readout, layer, without).astype(np.float32)
     return readout, _highest(study, layer, readouts, folds)
@@ -206,9 +207,8 @@ def _readout(study: Study, folds: np.ndarray, name: str, layer: int, without: fr
     key = layer, name, without
     if key not in study._readouts:
         used, harmful = ~np.isin(folds, list(without)), study.harmful
-        answers = [
-            study.answer_states[i][:, layer] for i in np.flatnonzero(used & ~harmful) if len(study.answer_states[i])
-        ]
+        told = [study.answer_states[int(index)] for index in np.flatnonzero(used & ~harmful)]
+        answers = [states[:, layer] for states in told if len(states)]
         states = np.concatenate([study.states[used, layer], *answers])
         labels = np.zeros(len(states), bool)
         labels[: used.sum()] = harmful[used]

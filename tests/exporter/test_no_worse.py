@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from random_directions import write_directions
-from tiny_vlm_paths import CALIBRATION, PROMPTS, SOURCE, Guarded
+from tiny_vlm_paths import ANCHORS, CALIBRATION, PROMPTS, SOURCE, Guarded
 
 import vlmguard
 from vlmguard.exporter.evaluate import Cell, Tally
 from vlmguard.exporter.no_worse import MOST_PER_SETTING, compare_refusals, require_no_fewer, some_harmful
-from vlmguard.exporter.pipeline import export
+from vlmguard.exporter.pipeline import export, extract_directions
 from vlmguard.exporter.prompts import read_prompts
 from vlmguard.exporter.verify import verify
 from vlmguard.graphs.directions import Directions, read_directions
@@ -64,16 +65,17 @@ def test_a_wrong_sign_is_not_written(source: Path, guarded: Guarded, tmp_path: P
     assert export(source, out, directions=right).written  # the same with the right sign
 
 
-def test_a_bare_projection_that_removes_safety_is_not_written(
-    source: Path, raw_directions: Path, tmp_path: Path
-) -> None:
-    for layers in BARE:
-        with pytest.raises(GuardWeakens):
-            export(source, tmp_path / "out", directions=raw_directions, spec=GuardSpec(mode="project", layers=layers))
-    assert list(tmp_path.iterdir()) == []
-
-
-BARE = ((5,),)
+def test_a_bare_projection_that_removes_safety_is_not_written(source: Path, tmp_path: Path) -> None:
+    """Along what a logistic regression separates by, `project` takes away what the refusal is read from."""
+    directions = tmp_path / "d.safetensors"
+    extract_directions(source, directions, anchors=ANCHORS, rank=1, estimator="logistic")
+    with pytest.raises(GuardWeakens) as caught:
+        export(source, tmp_path / "out", directions=directions, spec=GuardSpec(mode="project", layers=(3,)))
+    said = re.match(
+        r"with this guard (\d+) of 16 harmful prompts are refused in setting text, without it 16 ", str(caught.value)
+    )
+    assert said is not None and int(said[1]) <= 2
+    assert list(tmp_path.iterdir()) == [directions]
 
 
 def test_a_negative_strength_is_no_wish() -> None:
