@@ -102,6 +102,23 @@ class DtypeChoice(StrEnum):
     fp16 = "fp16"
 
 
+class EstimatorChoice(StrEnum):
+    """What row 1 of a direction is estimated with."""
+
+    svd = "svd"
+    mean = "mean"
+    lda = "lda"
+    logistic = "logistic"
+
+
+class ReadoutChoice(StrEnum):
+    """What the gate of `restore` reads."""
+
+    lda = "lda"
+    logistic = "logistic"
+    mean = "mean"
+
+
 class PrecisionChoice(StrEnum):
     """Precision of graphs exported from a checkpoint."""
 
@@ -122,6 +139,15 @@ Variant = Annotated[
     typer.Option(
         help="Precision variant of an onnx-community folder: fp16, q4, ... (default: all; the plain one runs)"
     ),
+]
+
+Estimator = Annotated[
+    EstimatorChoice,
+    typer.Option(help="Of the directions: svd (the paper's), mean (difference of means), lda or logistic."),
+]
+Readout = Annotated[
+    ReadoutChoice | None,
+    typer.Option(help="What the gate of restore reads: lda, logistic or mean. (default: calibrated)"),
 ]
 
 ProofInputs = Annotated[
@@ -147,9 +173,16 @@ Calibration = Annotated[
 
 @app.command("export")
 def export_command(
+    context: typer.Context,
     model: Model,
     out_folder: Annotated[
         Path | None, typer.Argument(metavar="[OUT]", help="folder to write (default: NAME-guarded beside the model)")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="A guard.toml, as a calibration writes it: the guard with its numbers, read and edited by you."
+        ),
     ] = None,
     directions: Annotated[
         Path | None, typer.Option(help="Directions file. (default: found beside the model, else extracted)")
@@ -194,6 +227,8 @@ def export_command(
     budget: Annotated[
         float, typer.Option(help="Calibration: highest share of harmless prompts refused, in any setting.")
     ] = 0.01,
+    estimator: Estimator = EstimatorChoice.svd,
+    readout: Readout = None,
     variant: Variant = None,
     dtype: Annotated[
         PrecisionChoice | None,
@@ -250,6 +285,8 @@ def export_command(
         from .runtime.tensorrt_backend import find_backend
 
         find_backend()  # before minutes of work
+    if config is not None:
+        _require_alone(context)
     spec = GuardSpec(
         mode=mode.value if mode is not None else None,
         layers=parse_layers(layers),
@@ -268,10 +305,13 @@ def export_command(
         result = export(
             model,
             out_folder,
-            spec=spec,
+            spec=spec if config is None else None,
+            config=config,
             directions=directions,
             anchors=anchors or None,
             calibration=calibration or None,
+            estimator=estimator.value,
+            readout=readout.value if readout is not None else None,
             budget=budget,
             variant=variant,
             dtype=dtype.value if dtype is not None else None,
@@ -292,6 +332,35 @@ def export_command(
     tables.show_export(out, result)
     if built is not None:
         tables.show_engines(out, built)
+
+
+# What a config does not say: which model, where to, and how it is checked. Any other option beside it is refused.
+_BESIDE_CONFIG = frozenset(
+    [
+        "model",
+        "out_folder",
+        "config",
+        "variant",
+        "dtype",
+        "opset",
+        "exporter",
+        "data",
+        "no_digest",
+        "proof",
+        "proof_inputs",
+        "dry_run",
+        "force",
+        "as_json",
+    ]
+)
+
+
+def _require_alone(context: typer.Context) -> None:
+    """Nothing that a config decides was given besides it."""
+    for name in context.params.keys() - _BESIDE_CONFIG:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise typer.BadParameter(f"--config says what is wanted; edit it, or leave --{name.replace('_', '-')} out")
 
 
 def _engines(guarded: Path, force: bool) -> EngineResult:
@@ -438,11 +507,17 @@ def directions_command(
         ModeChoice | None, typer.Option("--calibrate", help="Also choose layers, thresholds and targets for this mode.")
     ] = None,
     calibration: Calibration = None,
+    estimator: Estimator = EstimatorChoice.svd,
+    readout: Readout = None,
     variant: Variant = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Extract safety steering directions from the ONNX model itself: one tapped pass over the anchors, SVD per layer."""
+    """Extract safety steering directions from the model itself: one pass over the anchors, an estimate per layer.
+
+    An ONNX model is read as it is, int4 too; a checkpoint in torch. With --calibrate the guard is also written as a
+    guard.toml beside the directions, to be read and edited. A killed extraction goes on where it was.
+    """
     from .exporter import tables
     from .exporter.pipeline import extract_directions
 
@@ -454,14 +529,15 @@ def directions_command(
             rank=rank,
             calibrate_for=calibrated_for.value if calibrated_for is not None else None,
             calibration=calibration or None,
+            estimator=estimator.value,
+            readout=readout.value if readout is not None else None,
             variant=variant,
             force=force,
             watch=watch,
         )
     if as_json:
-        print_json(
-            {"output": str(output), "layers": list(found.layers), "pairs": found.pairs, "evidence": found.evidence}
-        )
+        shown = {"output": str(output), "layers": list(found.layers), "pairs": found.pairs}
+        print_json(shown | {"estimator": found.estimator, "evidence": found.evidence})
         return
     tables.show_directions(out, found, str(output))
 

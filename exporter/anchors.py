@@ -28,6 +28,7 @@ from .prompts import (
     read_anchors,
     read_set,
 )
+from .study import FEWEST_FOLDS
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,11 @@ class Anchors:
         if not extracts:
             return self, self.pairs
         kept, rest = self.pairs[::3], tuple(pair for number, pair in enumerate(self.pairs) if number % 3)
-        if len(kept) < 2 or len(rest) < 2:
-            raise PromptsUnusable(f"{self.name}: too few anchors to extract and calibrate on; give at least 6 pairs")
+        if len(kept) < FEWEST_FOLDS:
+            fewest = 3 * (FEWEST_FOLDS - 1) + 1
+            raise PromptsUnusable(
+                f"{self.name}: too few anchors to extract and calibrate on; give at least {fewest} pairs"
+            )
         return replace(self, pairs=rest), kept
 
     def record(self) -> dict[str, Any]:

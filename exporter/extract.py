@@ -1,13 +1,14 @@
-"""Safety steering directions from the ONNX model itself: one tapped pass over the anchors, then an SVD per layer.
+"""Safety steering directions from the ONNX model itself: one tapped pass over the anchors, then an estimate per layer.
 
 VLM-Guard (arXiv 2502.10486): `A_l[i] = h_l(q_i-) - h_l(q_i+)`, not centred; `A_l = U S V^T`; the first `m` rows of `V^T`
 are the SSD of layer `l`. The sign that an SVD returns is arbitrary, so each row is oriented from the data: `+` means
-harmful. Text only: the language model inside the VLM is the safety-aligned one.
+harmful. Text only: the language model inside the VLM is the safety-aligned one. Other estimators of row 1 are in
+`estimators.py`; a checkpoint is read in torch by `extract_torch.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from ..graphs.anatomy import DecoderAnatomy
 from ..graphs.digests import sha256_file
 from ..graphs.directions import Directions, LayerDirections
 from ..graphs.errors import GuardError
-from ..graphs.spec import MAX_RANK
 from ..graphs.taps import STATES_OUTPUT, tap_last_token
 from ..runtime.vlm import Request, Sampling, VisionLanguageModel
+from .estimators import DEFAULT_ESTIMATOR, ESTIMATORS, estimate, require_known
+from .kept_states import KeptStates
 from .prompts import AnchorPair
 
 # (done, of how many)
@@ -32,6 +34,8 @@ def extract_all_layers(
     rank: int = 4,
     batch_size: int = 16,
     progress: Progress | None = None,
+    estimator: str = DEFAULT_ESTIMATOR,
+    kept: KeptStates | None = None,
 ) -> Directions:
     """The SSD of every layer, with its evidence.
 
@@ -42,20 +46,35 @@ def extract_all_layers(
         rank: rows to keep per layer, 1..8; never more than there are pairs.
         batch_size: prompts per pass.
         progress: told after each batch.
+        estimator: of row 1, a name of `estimators.ESTIMATORS`.
+        kept: where states are kept until all are there.
     """
-    texts = [Request(text) for pair in pairs for text in (pair.harmful, pair.harmless)]
-    states = collect_states(tapped(model, anatomy), texts, batch_size, progress)
+    require_known("estimator", estimator, ESTIMATORS)
+    states = collect_states(tapped(model, anatomy), anchor_requests(pairs), batch_size, progress, kept)
+    layers = [site.layer_index for site in anatomy.sites]
+    return directions_from_states(states, layers, rank, estimator, sha256_file(model.package.decoder))
+
+
+def anchor_requests(pairs: Sequence[AnchorPair]) -> list[Request]:
+    """Text only; harmful and harmless take turns."""
+    return [Request(text) for pair in pairs for text in (pair.harmful, pair.harmless)]
+
+
+def directions_from_states(
+    states: np.ndarray, layers: Iterable[int], rank: int, estimator: str, model_sha256: str | None
+) -> Directions:
+    """The SSD of each layer from the anchors' states `[2 * pairs, layers of the decoder, d]`, ordered as `anchor_requests`."""
     harmful, harmless = states[0::2], states[1::2]
-    layers, evidence = {}, {}
-    for site in anatomy.sites:
-        number = site.layer_index
-        layers[number], evidence[str(number)] = _direction(harmful[:, number], harmless[:, number], rank)
+    found, evidence = {}, {}
+    for number in layers:
+        found[number], evidence[str(number)] = _direction(harmful[:, number], harmless[:, number], rank, estimator)
     return Directions(
-        width=anatomy.width,
-        layers=layers,
-        model_sha256=sha256_file(model.package.decoder),
-        pairs=len(pairs),
+        width=states.shape[-1],
+        layers=found,
+        model_sha256=model_sha256,
+        pairs=len(harmful),
         evidence=evidence,
+        estimator=estimator,
     )
 
 
@@ -67,15 +86,43 @@ def tapped(model: VisionLanguageModel, anatomy: DecoderAnatomy) -> VisionLanguag
 
 
 def collect_states(
-    model: VisionLanguageModel, requests: Sequence[Request], batch_size: int = 16, progress: Progress | None = None
+    model: VisionLanguageModel,
+    requests: Sequence[Request],
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    kept: KeptStates | None = None,
 ) -> np.ndarray:
-    """Hidden states at the last prompt token, `[requests, layers, d]` float32, in the order of the requests."""
+    """Hidden states at the last prompt token, `[requests, layers, d]` float32, in the order of the requests.
+
+    `model` is tapped.
+    """
+    batches = model.groups(requests, batch_size)
+    return read_batches(lambda batch: model.prefill(batch)[STATES_OUTPUT], requests, batches, progress, kept)
+
+
+def read_batches(
+    read: Callable[[list[Request]], np.ndarray],
+    requests: Sequence[Request],
+    batches: Iterable[list[int]],
+    progress: Progress | None = None,
+    kept: KeptStates | None = None,
+) -> np.ndarray:
+    """States of all requests, batch by batch: those that were kept are not read again.
+
+    Raises:
+        GuardError: a state holds NaN or infinity.
+    """
     states: list[np.ndarray | None] = [None] * len(requests)
     done = 0
-    for indices in model.groups(requests, batch_size):
-        outputs = model.prefill([requests[index] for index in indices])
+    for indices in batches:
+        batch = [requests[index] for index in indices]
+        found = kept.find(batch) if kept is not None else None
+        if found is None:
+            found = read(batch)
+            if kept is not None:
+                kept.keep(batch, found)
         for row, index in enumerate(indices):
-            states[index] = outputs[STATES_OUTPUT][row]
+            states[index] = found[row]
         done += len(indices)
         if progress is not None:
             progress(done, len(requests))
@@ -104,23 +151,22 @@ def collect_answer_states(
     return [np.stack(row) if row else np.zeros((0, 0, 0), np.float32) for row in rows]
 
 
-def _direction(harmful: np.ndarray, harmless: np.ndarray, rank: int) -> tuple[LayerDirections, dict[str, Any]]:
+def _direction(
+    harmful: np.ndarray, harmless: np.ndarray, rank: int, estimator: str
+) -> tuple[LayerDirections, dict[str, Any]]:
     """SSD of one layer from states `[pairs, d]`, and the evidence for its sign."""
     from sklearn.metrics import roc_auc_score  # here: half of the time that the command line takes to start
 
     a, b = harmful.astype(np.float64), harmless.astype(np.float64)
     difference = a - b
-    _, singular, rows = np.linalg.svd(difference, full_matrices=False)
-    rows = rows[: min(rank, MAX_RANK, len(difference))]
-    if not singular[0] > 0:
-        raise GuardError("the anchors' hidden states do not differ; are harmful and harmless prompts the same?")
-    rows = rows * np.where((difference @ rows.T).mean(axis=0) < 0, -1.0, 1.0)[:, None]
+    rows = estimate(estimator, a, b, rank)
     along = difference @ rows[0]
+    shares = ((difference @ rows.T) ** 2).sum(axis=0) / (difference**2).sum()
     return LayerDirections(ssd=rows.astype(np.float32)), {
         "mean": float(along.mean()),
         "std": float(along.std()),
         "auc": float(roc_auc_score([1] * len(a) + [0] * len(b), np.concatenate([a @ rows[0], b @ rows[0]]))),
         "harmful_mean": float((a @ rows[0]).mean()),
         "harmless_mean": float((b @ rows[0]).mean()),
-        "explained": [float(share) for share in (singular**2 / (singular**2).sum())[: len(rows)]],
+        "explained": [float(share) for share in shares],
     }

@@ -20,6 +20,7 @@ from ..graphs.spec import GuardSpec
 from ..graphs.staging import Data, bring
 from ..graphs.static_proof import Check
 from .calibrate import Calibration
+from .no_worse import Refusals
 from .sources import Watch
 
 
@@ -78,6 +79,7 @@ def write_manifest(
     decoders: Sequence[GuardedDecoder],
     spec: GuardSpec,
     calibrated: Calibration | None,
+    refusals: Refusals | None,
     proved: Proved,
     digests: bool,
     tell: Watch,
@@ -98,6 +100,7 @@ def write_manifest(
         versions=versions(),
         spec=_plain(asdict(spec)),
         calibration=calibrated.to_json() if calibrated is not None else None,
+        refusals=refusals.to_json() if refusals is not None else None,
     )
     (stage / MANIFEST_NAME).write_text(manifest.to_text(), encoding="utf-8")
 

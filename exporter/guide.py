@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,15 +11,18 @@ from ..graphs.anatomy import DecoderAnatomy
 from ..graphs.digests import sha256_file
 from ..graphs.directions import Directions, read_directions
 from ..graphs.errors import DirectionMismatch
-from ..graphs.package import ModelPackage
+from ..graphs.package import ModelPackage, open_package
 from ..graphs.plan import require_fitting
 from ..graphs.spec import GuardSpec
 from ..runtime.decoder import DecoderSession, can_pad, open_decoder
 from ..runtime.vision import unknown_processor
 from ..runtime.vlm import Request, VisionLanguageModel
 from .anchors import Anchors, open_anchors
-from .calibrate import Calibration, calibrate
+from .calibrate import ANSWER_TOKENS, Calibration, calibrate
+from .estimators import DEFAULT_ESTIMATOR
 from .extract import extract_all_layers
+from .kept_states import kept_beside, model_digest
+from .no_worse import Refusals, ask_both, require_no_fewer
 from .overlaps import require_held_out
 from .prompts import (
     BUILTIN,
@@ -52,6 +56,9 @@ class Guide:
     force: bool
     tell: Watch
     given: tuple[Path, ...] = ()  # inputs to prove on
+    estimator: str = DEFAULT_ESTIMATOR
+    readout: str | None = None  # of the gate of `restore`; None: calibration chooses
+    output: Path | None = None  # states are kept beside it while they are read; None: nowhere
     model: VisionLanguageModel | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -115,7 +122,9 @@ class Guide:
         require_held_out(title, prompts, anchored, "are anchors that the directions were extracted from", "calibrate")
         if not model.sees:
             prompts = [prompt for prompt in prompts if prompt.setting == "text"]
-        return calibrate(model, self.anatomy, raw, prompts, self.spec, self.budget, watch=self.tell)
+        return calibrate(
+            model, self.anatomy, raw, prompts, self.spec, self.budget, readout=self.readout, watch=self.tell
+        )
 
     def _require_own(self, path: Path, found: Directions, accepts_foreign: bool) -> None:
         """Directions of this decoder: its width, its layers and, where the file says it, its digest."""
@@ -137,18 +146,55 @@ class Guide:
 
     def anchors(self, given: Sources | None) -> Anchors:
         """The anchors that were given, or those found beside the model, or the built-in ones."""
-        return open_anchors(given if given is not None else self.find(ANCHOR_FILES) or BUILTIN)
+        return anchors_for(self.source.home, given)
 
     def extracted(self, anchors: Anchors, rank: int | None = None) -> Directions:
         """The SSD of every layer; without a rank, as many rows as a calibration may want to try."""
-        found = extract_all_layers(
-            self.running(),
-            self.anatomy,
-            anchors.pairs,
-            rank=rank or max(EXTRACTED_RANK, self.spec.rank or 0),
-            progress=lambda done, total: self.tell("extracting directions", done, total),
-        )
+        with contextlib.ExitStack() as stack:
+            kept = None
+            if self.output is not None:
+                kept = stack.enter_context(kept_beside(self.output, model_digest(self.package)))
+            found = extract_all_layers(
+                self.running(),
+                self.anatomy,
+                anchors.pairs,
+                rank=rank or max(EXTRACTED_RANK, self.spec.rank or 0),
+                progress=lambda done, total: self.tell("extracting directions", done, total),
+                estimator=self.estimator,
+                kept=kept,
+            )
         return replace(found, anchors=anchors.record())
+
+    def refusals(self, guarded: Path) -> Refusals | None:
+        """What both models refuse of the harmful prompts that come with the model; `None` where none are at hand.
+
+        Args:
+            guarded: the folder of the guarded model.
+
+        Raises:
+            GuardWeakens: the guarded model refuses fewer, in some setting.
+        """
+        path = self.find(CALIBRATION_FILES) or self.find(ANCHOR_FILES)
+        if path is None or self.package.companion("tokenizer.json") is None:
+            return None
+        if _needs_embeds(self.package) and self.package.embed_tokens is None:
+            return None
+        model = self.running()
+        of_anchors = path.name in ANCHOR_FILES
+        prompts = prompts_from_anchors(read_anchors(path), model.sees) if of_anchors else read_prompts(path)
+        prompts = [prompt for prompt in prompts if model.sees or prompt.setting == "text"]
+        if not any(prompt.label == "harmful" for prompt in prompts):
+            return None
+        found = ask_both(
+            model,
+            VisionLanguageModel(open_package(guarded)),
+            prompts,
+            path.name,
+            ANSWER_TOKENS,
+            lambda done, total: self.tell("asking both models", done, total),
+        )
+        require_no_fewer(found)
+        return found
 
     def find(self, names: Sequence[str]) -> Path | None:
         """A file that comes with the model: in its folder, in `prompts/` there, or one level up."""
@@ -181,6 +227,15 @@ class Guide:
         else:
             prompts = prompts_from_anchors(read_anchors(path)[:_PROOF_PROMPTS], model.sees)
         return [prompt.request(model) for prompt in prompts if model.sees or prompt.setting == "text"]
+
+
+def anchors_for(home: Path, given: Sources | None) -> Anchors:
+    """The anchors that were given, or those that come with a model, or the built-in ones.
+
+    Args:
+        home: the folder that its user knows the model by.
+    """
+    return open_anchors(given if given is not None else find_file(home, ANCHOR_FILES) or BUILTIN)
 
 
 def _named(sources: Sources) -> str:

@@ -30,13 +30,16 @@ from ..graphs.static_proof import Check, prove_structure
 from ..graphs.tensorrt import require_readable
 from ..runtime.onnxruntime_runner import import_onnxruntime
 from .calibrate import DEFAULT_BUDGET, Calibration
+from .estimators import DEFAULT_ESTIMATOR
 from .exporters import ExporterName, Precision
 from .folder import GuardedDecoder, bring_companions, bring_weights, notes_on_files, write_manifest
-from .guide import DIRECTIONS_FILE, EXTRACTED_RANK, Guide
+from .guard_config import CONFIG_NAME, GuardConfig, config_of, read_config, to_toml
+from .guide import DIRECTIONS_FILE, EXTRACTED_RANK, Guide, anchors_for
+from .no_worse import Refusals
 from .prompts import Sources
 from .prove import ProofInputs, prove_by_running
 from .prove_fold import prove_fold_by_running
-from .sources import Watch, opened, require_apart, unwatched
+from .sources import Watch, is_checkpoint, opened, require_apart, unwatched
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,14 @@ class ExportResult:
         out: the folder; not written with `dry_run`.
         decoders: every decoder graph of the folder, the one that runs first.
         calibration: what the calibrator measured, if it ran.
+        refusals: harmful prompts refused without and with the guard, where prompts were at hand.
         written: whether `out` was written.
     """
 
     out: Path
     decoders: tuple[GuardedDecoder, ...]
     calibration: Calibration | None = None
+    refusals: Refusals | None = None
     written: bool = False
 
     @property
@@ -81,6 +86,7 @@ class ExportResult:
             "written": self.written,
             "decoders": [decoder.to_json() for decoder in self.decoders],
             "calibration": self.calibration.to_json() if self.calibration is not None else None,
+            "refusals": self.refusals.to_json() if self.refusals is not None else None,
         }
 
 
@@ -89,9 +95,12 @@ def export(
     out: Path | str | None = None,
     *,
     spec: GuardSpec | None = None,
+    config: Path | str | None = None,
     directions: Path | str | None = None,
     anchors: Sources | None = None,
     calibration: Sources | None = None,
+    estimator: str = DEFAULT_ESTIMATOR,
+    readout: str | None = None,
     budget: float = DEFAULT_BUDGET,
     variant: str | None = None,
     dtype: Precision | None = None,
@@ -111,9 +120,12 @@ def export(
         model: a `.onnx` file, a model folder, a Hugging Face checkpoint folder or a hub id.
         out: the folder to write; default `<name>-guarded` beside the model.
         spec: what is wanted; `None` follows the directions, or calibrates `restore`.
+        config: a `guard.toml`, which says all of that, names its directions and gives the layers' numbers.
         directions: a directions file; without one, it is looked for beside the model, else extracted from anchors.
         anchors: anchor pairs to extract from (`prompts.Sources`); default: found beside the model, else the built-in ones.
         calibration: labelled prompts to calibrate on; default: found beside the anchors, else anchors that are kept back.
+        estimator: of the directions, where they are extracted (`estimators.ESTIMATORS`).
+        readout: of the gate of `restore`, where it is calibrated (`estimators.READOUTS`); `None` chooses.
         budget: highest share of harmless calibration prompts that may be refused.
         variant: precision variant of an onnx-community folder; `None` guards all that are there.
         dtype, opset: of the graphs exported from a checkpoint; refused for a model that is ONNX already.
@@ -133,7 +145,9 @@ def export(
     """
     if proof == "full":
         import_onnxruntime()  # a proof needs a runtime: say so before minutes of work
-    spec = spec or GuardSpec()
+    wished = _config(config, spec, directions, anchors, calibration)
+    spec = wished.spec if wished is not None else spec or GuardSpec()
+    directions = wished.directions if wished is not None else directions
     tell = watch or unwatched
     with opened(model, variant, tell, dtype, opset, exporter) as source:
         target = Path(out) if out is not None else source.beside / f"{source.name}-guarded"
@@ -147,8 +161,21 @@ def export(
         _require_alike(opened_graphs)
         anatomy = opened_graphs[0].anatomy
         require_layers(spec, anatomy)  # before minutes of extraction and calibration
-        guide = Guide(source, anatomy, spec, budget, force, tell, tuple(map(Path, proof_inputs)))
+        guide = Guide(
+            source,
+            anatomy,
+            spec,
+            budget,
+            force,
+            tell,
+            tuple(map(Path, proof_inputs)),
+            estimator,
+            readout,
+            output=None if dry_run else target,
+        )
         found, calibrated = guide.directions(directions, anchors, calibration)
+        if wished is not None:
+            found = wished.applied(found)
         planned = [GuardedDecoder(one.view, one.anatomy, _plan(one, found, spec, guide.notes)) for one in opened_graphs]
         if dry_run:
             return ExportResult(target.absolute(), tuple(planned), calibrated)
@@ -160,9 +187,33 @@ def export(
                 done.append(replace(decoder, report=report, proof=checks))
             bring_companions(source.package, stage, data)
             (stage / DIRECTIONS_FILE).write_bytes(directions_bytes(found))
-            write_manifest(stage, done, spec, calibrated, proof, digests, tell)
+            refusals = calibrated.refusals if calibrated is not None else None
+            if refusals is None and proof == "full":
+                refusals = guide.refusals(stage)
+            write_manifest(stage, done, spec, calibrated, refusals, proof, digests, tell)
+            _write_config(stage, calibrated, wished, found)
         tell("done", 1, 1)
-        return ExportResult(target.absolute(), tuple(done), calibrated, written=True)
+        return ExportResult(target.absolute(), tuple(done), calibrated, refusals, written=True)
+
+
+def _config(path: Path | str | None, *others: object) -> GuardConfig | None:
+    """A `guard.toml`, which must be the only one who says what is wanted."""
+    if path is None:
+        return None
+    if any(other is not None for other in others):
+        raise GuardError(
+            f"{path}: says what is wanted and from which directions; leave spec, directions, anchors and calibration out, "
+            "or edit it"
+        )
+    return read_config(path)
+
+
+def _write_config(stage: Path, calibrated: Calibration | None, wished: GuardConfig | None, found: Directions) -> None:
+    """The guard as a person reads and edits it. Not among the manifest's files: editing it changes no guard by itself."""
+    if calibrated is not None:
+        (stage / CONFIG_NAME).write_text(config_of(calibrated, DIRECTIONS_FILE), encoding="utf-8")
+    elif wished is not None:
+        (stage / CONFIG_NAME).write_text(to_toml(wished.spec, DIRECTIONS_FILE, found), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -284,29 +335,63 @@ def extract_directions(
     rank: int = EXTRACTED_RANK,
     calibrate_for: Mode | None = None,
     calibration: Sources | None = None,
+    estimator: str = DEFAULT_ESTIMATOR,
+    readout: str | None = None,
     variant: str | None = None,
     force: bool = False,
     watch: Watch | None = None,
 ) -> Directions:
     """Extract directions from a model and write the file; with `calibrate_for` choose layers and thresholds too.
 
+    A checkpoint's are read in torch; to calibrate, it is exported first, because a guard is calibrated on the graph that
+    will carry it. A calibration is also written as `guard.toml` has it, beside the file and under its name.
+
     Raises:
         GuardError: anything wrong with the request or its files; nothing was written.
     """
-    import_onnxruntime()
     output = Path(output).absolute()
     tell = watch or unwatched
     spec = GuardSpec(mode=calibrate_for, rank=rank)
-    if output.exists() and not force:
-        raise OutputRefused(f"{output}: exists already; choose another file, or replace it with --force")
+    config = output.with_suffix(".toml")
+    for path in (output, config) if calibrate_for is not None else (output,):
+        if path.exists() and not force:
+            raise OutputRefused(f"{path}: exists already; choose another file, or replace it with --force")
+    if is_checkpoint(model) and calibrate_for is None:
+        return _extract_in_torch(model, output, anchors, rank, estimator, tell)
+    import_onnxruntime()
     with opened(model, variant, tell) as source:
         graph = source.package.load_decoder()
         require_unguarded(graph)
         anatomy = dissect_decoder(source.package, graph)
-        guide = Guide(source, anatomy, spec, DEFAULT_BUDGET, force, tell)
+        guide = Guide(
+            source, anatomy, spec, DEFAULT_BUDGET, force, tell, estimator=estimator, readout=readout, output=output
+        )
         if calibrate_for is None:
-            found = guide.extracted(guide.anchors(anchors), rank)
+            found, calibrated = guide.extracted(guide.anchors(anchors), rank), None
         else:
-            found = guide.calibrated(anchors, calibration).directions
+            calibrated = guide.calibrated(anchors, calibration)
+            found = calibrated.directions
         write_file(output, directions_bytes(found))
+        if calibrated is not None:
+            write_file(config, config_of(calibrated, output.name).encode())
         return found
+
+
+def _extract_in_torch(
+    checkpoint: Path | str, output: Path, given: Sources | None, rank: int, estimator: str, tell: Watch
+) -> Directions:
+    from .extract_torch import extract_from_checkpoint
+
+    home = Path(checkpoint).absolute() if Path(checkpoint).is_dir() else Path.cwd()
+    anchors = anchors_for(home, given)
+    found = extract_from_checkpoint(
+        checkpoint,
+        anchors.pairs,
+        output,
+        rank,
+        estimator=estimator,
+        progress=lambda done, total: tell("extracting directions", done, total),
+    )
+    found = replace(found, anchors=anchors.record())
+    write_file(output, directions_bytes(found))
+    return found

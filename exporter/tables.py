@@ -21,6 +21,7 @@ from ..graphs.directions import Directions
 from ..graphs.plan import GuardPlan
 from ..graphs.static_proof import Check
 from ..runtime.telemetry import ScoredAnswer
+from .calibrate import HeldOut
 from .engines.folder import EngineResult
 from .pipeline import ExportResult
 from .report.data import ReportData
@@ -123,11 +124,16 @@ def show_checks(out: Console, checks: Sequence[Check], title: str) -> None:
 def show_export(out: Console, result: ExportResult) -> None:
     show_plan(out, result.plan)
     if result.calibration is not None:
-        chosen = result.calibration.chosen
+        guarded = result.calibration.guarded
         out.print(
-            f"calibrated on {len(result.calibration.prompts)} prompts: harmful refused at least {chosen.harmful:.1%} "
-            f"(unguarded {result.calibration.base.worst('harmful'):.1%}), harmless at most {chosen.harmless:.1%}, "
+            f"calibrated on {len(result.calibration.prompts)} prompts: harmful refused at least {guarded.worst('harmful'):.1%} "
+            f"(unguarded {result.calibration.base.worst('harmful'):.1%}), harmless at most {guarded.worst('harmless'):.1%}, "
             "in any setting"
+        )
+        _show_held_out(out, result.calibration.held_out)
+    if result.refusals is not None:
+        out.print(
+            f"harmful prompts refused, {escape(str(result.refusals.prompts))}: {result.refusals}", highlight=False
         )
     if not result.written:
         out.print(f"dry run: nothing was written to {escape(str(result.out))}")
@@ -135,6 +141,17 @@ def show_export(out: Console, result: ExportResult) -> None:
     for decoder in result.decoders:
         show_checks(out, decoder.proof, f"proof of {decoder.path}")
     out.print(f"[bold]guarded[/bold]: {escape(str(result.out))}")
+
+
+def _show_held_out(out: Console, held: HeldOut) -> None:
+    """The winner and its controls on prompts that no choice was made on."""
+    table = Table(title="held-out prompts, refused in the worst setting")
+    for column in ("who", "harmful", "harmless"):
+        table.add_column(column)
+    rows = (("unguarded", held.base), ("guarded", held.guarded), *((c.name, c.tally) for c in held.controls))
+    for name, result in rows:
+        table.add_row(name, f"{result.worst('harmful'):.1%}", f"{result.worst('harmless'):.1%}")
+    out.print(table)
 
 
 def show_engines(out: Console, result: EngineResult) -> None:

@@ -42,6 +42,7 @@ from ..runtime.guarded import open_guarded_package
 from .calibrate import DEFAULT_BUDGET
 from .engines.verify import check_by_running, check_records, check_sources
 from .guide import Guide
+from .no_worse import Refusals
 from .prove import ProofInputs, prove_by_running
 from .prove_fold import prove_fold_by_running
 from .sources import Source, Watch, unwatched
@@ -105,6 +106,7 @@ def verify(
     unhashed = [name for name, record in manifest.files.items() if record.sha256 is None]
     note = f"by size alone, as asked at export: {', '.join(unhashed)}" if unhashed else ""
     checks = [exact("every file has the manifest's SHA-256", files - len(unhashed), [], note)]
+    checks += _no_fewer_refused(manifest)
     if manifest.engines:
         return _finished(folder, manifest, checks + _verify_engines(folder, manifest, source, run, tell), run)
     views = {view.decoder: view for view in open_guarded_package(folder, manifest).views()}
@@ -129,6 +131,20 @@ def _finished(folder: Path, manifest: Manifest, checks: Sequence[Check], run: bo
         manifest = manifest.model_copy(update={"proved": "full"})
         write_file(folder / MANIFEST_NAME, manifest.to_text().encode())
     return replace(found, manifest=manifest)
+
+
+def _no_fewer_refused(manifest: Manifest) -> list[Check]:
+    """What was counted at export; none where no prompts were at hand."""
+    if manifest.refusals is None:
+        return []
+    try:
+        found = Refusals.from_json(manifest.refusals)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ManifestMismatch(f"the manifest's refusals cannot be read ({error}); export again") from None
+    weaker = [f"{s.setting}: {s.guarded} of {s.asked}, unguarded {s.unguarded}" for s in found.settings if s.lost]
+    asked = sum(setting.asked for setting in found.settings)
+    name = "no fewer harmful prompts refused than without the guard, as counted at export"
+    return [exact(name, asked, weaker, f"{found.prompts}: {found}")]
 
 
 def _verify_engines(folder: Path, manifest: Manifest, source: Path | str | None, run: bool, tell: Watch) -> list[Check]:

@@ -9,8 +9,8 @@ Tensors (float32, `d` = the decoder's width, `m` = the rank, 1..8), per layer `l
     layers.{l}.threshold  [1]     optional: the gate opens above it
 
 Metadata (strings, as safetensors has them): `schema`, `width`, `layers` (comma-separated); optionally `model_sha256`
-(the decoder that they were extracted from), `pairs`, `anchors` (JSON: which), `evidence` (JSON, per layer), `mode`,
-`recommended_layers`, `alpha`. Everything is checked here, once, before first use.
+(the decoder that they were extracted from), `pairs`, `anchors` (JSON: which), `estimator`, `evidence` (JSON, per layer),
+`mode`, `recommended_layers`, `alpha`. Everything is checked here, once, before first use.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Directions:
         mode: the mode that thresholds and targets were calibrated for, if any.
         recommended_layers: the layers that calibration chose, if any.
         alpha: the strength that calibration chose, if any.
+        estimator: what row 1 of each SSD was estimated with, if recorded.
     """
 
     width: int
@@ -76,6 +77,7 @@ class Directions:
     mode: str | None = None
     recommended_layers: tuple[int, ...] | None = None
     alpha: float | None = None
+    estimator: str | None = None
 
     def __post_init__(self) -> None:
         _validate(self, "directions")
@@ -122,6 +124,7 @@ def read_directions(path: Path | str) -> Directions:
             mode=metadata.get("mode"),
             recommended_layers=recommended,
             alpha=float(metadata["alpha"]) if "alpha" in metadata else None,
+            estimator=metadata.get("estimator"),
         )
     except (ValueError, RecursionError) as error:
         raise DirectionMismatch(f"{path}: metadata cannot be read ({error}); extract the directions again") from None
@@ -156,6 +159,7 @@ def directions_bytes(directions: Directions) -> bytes:
         "anchors": directions.anchors and json.dumps(directions.anchors, sort_keys=True),
         "mode": directions.mode,
         "alpha": directions.alpha,
+        "estimator": directions.estimator,
         "recommended_layers": directions.recommended_layers and ",".join(map(str, directions.recommended_layers)),
     }
     metadata |= {key: str(value) for key, value in optional.items() if value is not None}

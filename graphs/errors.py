@@ -31,6 +31,10 @@ class GuardIncomplete(GuardError):
     """The guard did not go in exactly as planned; nothing was written."""
 
 
+class GuardWeakens(GuardError):
+    """With the guard fewer harmful prompts are refused than without it; nothing was written."""
+
+
 class ProofFailed(GuardError):
     """A check of the proof failed; nothing was written."""
 

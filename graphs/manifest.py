@@ -98,6 +98,7 @@ class Manifest(BaseModel):
         versions: of vlmguard and of what wrote and proved the graphs.
         spec: what was asked for.
         calibration: what the calibrator measured, if it ran.
+        refusals: harmful prompts refused without and with the guard, per setting; `None`: no prompts were at hand.
         engines: the engines of a folder that was built from a guarded one; empty for a folder of graphs.
     """
 
@@ -112,6 +113,7 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     spec: dict[str, Any]
     calibration: dict[str, Any] | None = None
+    refusals: dict[str, Any] | None = None
     engines: list[EngineRecord] = []
 
     @property

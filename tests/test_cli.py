@@ -270,11 +270,39 @@ def test_directions_are_extracted_and_shown(run: Callable[..., Ran], tmp_path: P
     assert told["evidence"].keys() == {str(number) for number in range(LAYERS)}
 
 
+def test_a_config_is_exported_again(run: Callable[..., Ran], guarded: Guarded, tmp_path: Path) -> None:
+    config = guarded("restore") / "guard.toml"
+    told = run("export", SOURCE, tmp_path / "out", "--config", config, "--json").json
+    assert told["decoders"][0]["plan"]["layers"] == vlmguard.verify(guarded("restore")).manifest.plan["layers"]
+    assert told["calibration"] is None and told["refusals"]["prompts"] == "calibration.jsonl"
+    ran = run("export", SOURCE, tmp_path / "gone", "--config", tmp_path / "gone.toml")
+    assert (ran.code, ran.err) == (
+        1,
+        f"error: {tmp_path / 'gone.toml'}: no such config file; a calibrating export writes one, guard.toml\n",
+    )
+
+
+def test_a_calibration_is_shown_with_its_controls(run: Callable[..., Ran], tmp_path: Path) -> None:
+    path = tmp_path / "d.safetensors"
+    ran = run("directions", SOURCE, "--calibrate", "restore", "--rank", "1", "-o", path)
+    assert (ran.code, ran.err) == (0, "")
+    config = (tmp_path / "d.toml").read_text(encoding="utf-8")
+    assert 'directions = "d.safetensors"' in config and 'mode = "restore"' in config
+    ran = run("export", SOURCE, tmp_path / "out", "--config", tmp_path / "d.toml", "--dry-run")
+    assert ran.code == 0 and "plan: restore" in squeezed(ran.out)
+    path.unlink()  # the config alone is not overwritten either
+    ran = run("directions", SOURCE, "--calibrate", "restore", "-o", path)
+    assert (ran.code, ran.err) == (
+        1,
+        f"error: {tmp_path / 'd.toml'}: exists already; choose another file, or replace it with --force\n",
+    )
+
+
 def test_verify_shows_its_checks(run: Callable[..., Ran], guarded: Guarded) -> None:
     ran = run("verify", guarded("restore"), "--source", SOURCE)
     assert (ran.code, ran.err) == (0, "")
     told = run("verify", guarded("restore"), "--source", SOURCE, "--json").json
-    assert told["ok"] is True and len(told["checks"]) == 7
+    assert told["ok"] is True and len(told["checks"]) == 8
     assert all(shows(ran.out, check["name"]) for check in told["checks"])
 
 
@@ -443,6 +471,10 @@ def test_these_are_all_verbs() -> None:
         (["generate", str(SOURCE), "-p", "x", "--unguarded", "--scores"], "--unguarded has no gates"),
         (["export", str(SOURCE), "--gate", "never"], "Invalid value for '--gate'"),
         (["guard", str(SOURCE)], "No such command 'guard'"),
+        (["export", str(SOURCE), "--estimator", "pca"], "Invalid value for '--estimator'"),
+        (["export", str(SOURCE), "--readout", "svm"], "Invalid value for '--readout'"),
+        (["export", str(SOURCE), "--config", "g.toml", "--alpha", "2"], "edit it, or leave --alpha out"),
+        (["export", str(SOURCE), "--config", "g.toml", "--positions", "last"], "edit it, or leave --positions out"),
     ],
 )
 def test_wrong_usage_exits_with_2(run: Callable[..., Ran], arguments: list[str], words: str, tmp_path: Path) -> None:

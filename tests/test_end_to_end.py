@@ -125,7 +125,7 @@ def test_the_model_that_was_guarded_is_what_it_was(guarded: Guarded, mode: str) 
 @pytest.mark.parametrize("mode", ["restore", "supervise"])
 def test_out_has_the_layout_of_the_model(guarded: Guarded, mode: str) -> None:
     before, after = digests(SOURCE), digests(guarded(mode))
-    assert after.keys() == before.keys() | {"directions.safetensors", "guard.json"}
+    assert after.keys() == before.keys() | {"directions.safetensors", "guard.json", "guard.toml"}
     assert [name for name in before if after[name] != before[name]] == [DECODER]
     assert vlmguard.verify(guarded(mode), SOURCE).ok
 
@@ -135,7 +135,8 @@ def test_the_same_export_gives_the_same_bytes(guarded: Guarded, tmp_path: Path) 
     directions = guarded("restore") / "directions.safetensors"
     again = vlmguard.export(SOURCE, tmp_path / "again", directions=directions).out
     first, second = digests(guarded("restore")), digests(again)
-    assert {name for name in first if first[name] != second[name]} == {"guard.json"}
+    assert first.keys() - second.keys() == {"guard.toml"}  # of the calibration
+    assert {name for name in second if first[name] != second[name]} == {"guard.json"}
 
 
 # 2. In place of the unguarded folder

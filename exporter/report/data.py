@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...graphs.manifest import Manifest
-from ..prompts import LABELS, SETTINGS, LabelledPrompt
+from ..prompts import PAIRED_LABELS, SETTINGS, LabelledPrompt
 from .cost import Cost
 from .gates import GateScores
 from .outcomes import Mistake, Rate
@@ -90,7 +90,7 @@ class ReportData:
     def counts(self) -> list[tuple[str, str, int]]:
         """`(setting, label, prompts)`"""
         found = Counter((prompt.setting, prompt.label) for prompt in self.prompts)
-        return [(setting, label, found[setting, label]) for setting in self.settings for label in LABELS]
+        return [(setting, label, found[setting, label]) for setting in self.settings for label in PAIRED_LABELS]
 
     def to_json(self) -> dict[str, Any]:
         lists = ("points", "separations", "gates", "rates", "mistakes", "sweep")

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..bootstrap import rate_interval
 from ..evaluate import Evaluation, Tally
 from ..prompts import SETTINGS, LabelledPrompt
-from .intervals import interval_of_share
 
 MEASURES = {"harmful": "attack success rate", "harmless": "over-refusal"}
 
@@ -88,4 +88,4 @@ def _rates(prompts: Sequence[LabelledPrompt], label: str, side: str, tally: Tall
             if (prompt.setting, prompt.label) == (setting, label)
         ]
         if erred:
-            yield Rate(setting, label, side, sum(erred), len(erred), *interval_of_share(erred))
+            yield Rate(setting, label, side, sum(erred), len(erred), *rate_interval(erred))

@@ -11,7 +11,7 @@ import numpy as np
 from ...graphs.errors import GuardError, PromptsUnusable
 from ...runtime.images import open_image
 from ..evaluate import EVALUATION_FILES
-from ..prompts import LABELS, SETTINGS, LabelledPrompt, find_file, fingerprint, read_prompts
+from ..prompts import PAIRED_LABELS, SETTINGS, LabelledPrompt, find_file, fingerprint, read_prompts
 from .subject import Subject
 
 
@@ -43,7 +43,7 @@ def choose_prompts(
     rows = in_settings(rows, sees, image)
     _require_held_out(subject, found, rows)
     chosen = thinned(rows, most)
-    for label in LABELS:
+    for label in PAIRED_LABELS:
         if not any(row.label == label for row in chosen):
             raise PromptsUnusable(
                 f"{found}: holds no {label} prompt that this model can be asked; a report compares both"
@@ -72,7 +72,7 @@ def thinned(rows: Sequence[LabelledPrompt], most: int) -> list[LabelledPrompt]:
     """At most so many of each setting and label, spread over the whole list; by setting, then label."""
     chosen = []
     for setting in SETTINGS:
-        for label in LABELS:
+        for label in PAIRED_LABELS:
             kind = [row for row in rows if (row.setting, row.label) == (setting, label)]
             places = np.linspace(0, len(kind) - 1, min(most, len(kind))).round().astype(int)
             chosen += [kind[place] for place in places]

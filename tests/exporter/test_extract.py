@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ import pytest
 import torch
 from tiny_vlm_paths import ANCHORS, CHECKPOINT, PROMPTS, SOURCE
 
+from vlmguard.exporter.estimators import ESTIMATORS
 from vlmguard.exporter.extract import collect_answer_states, collect_states, extract_all_layers, tapped
+from vlmguard.exporter.pipeline import extract_directions
 from vlmguard.exporter.prompts import AnchorPair, read_anchors
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.digests import sha256_file
-from vlmguard.graphs.directions import Directions
+from vlmguard.graphs.directions import Directions, read_directions
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.package import open_package
 from vlmguard.graphs.taps import STATES_OUTPUT
@@ -145,6 +148,53 @@ def test_the_evidence_is_that_of_the_states(found: Directions, torch_states: np.
 def test_where_they_come_from_is_recorded(found: Directions, pairs: list[AnchorPair]) -> None:
     assert (found.pairs, found.mode, found.calibrated_layers) == (len(pairs), None, ())
     assert found.model_sha256 == sha256_file(SOURCE / "onnx" / "decoder_model_merged.onnx")
+
+
+# ---------------------------------------------------------------------------------------------------- torch, int4
+
+
+def test_a_checkpoint_read_in_torch_gives_the_same_directions(found: Directions, tmp_path: Path) -> None:
+    """No export in between; the chat template is the same, and so are layers, signs and evidence."""
+    path = tmp_path / "d.safetensors"
+    told: list[tuple[str, int, int]] = []
+    extract_directions(CHECKPOINT, path, anchors=ANCHORS, watch=lambda *event: told.append(event))
+    in_torch = read_directions(path)
+    assert in_torch.layers.keys() == found.layers.keys()
+    assert (in_torch.pairs, in_torch.estimator, in_torch.model_sha256) == (found.pairs, "svd", None)
+    for number, layer in found.layers.items():
+        np.testing.assert_allclose(in_torch.layers[number].ssd[0], layer.ssd[0], atol=1e-4)
+        a, b = in_torch.evidence[str(number)], found.evidence[str(number)]
+        assert a["mean"] == pytest.approx(b["mean"], abs=1e-3) and a["auc"] == pytest.approx(b["auc"], abs=1e-3)
+    assert told[-1] == ("extracting directions", 2 * found.pairs, 2 * found.pairs)
+    assert [file.name for file in tmp_path.iterdir()] == ["d.safetensors"]
+
+
+def test_an_int4_graph_gives_directions_near_those_of_its_float_twin(zoo: Callable[[str], Any]) -> None:
+    """Its weights are rounded, its stream is not: every layer's state can be tapped, and points nearly the same way."""
+    rows = {}
+    pairs = [AnchorPair(f"steal the {thing}", f"wash the {thing}") for thing in ("boat", "car", "vase", "bike", "pen")]
+    for name in ("llama-genai-int4", "llama-genai-fp32"):
+        model = VisionLanguageModel(open_package(zoo(name).folder))
+        graph = model.package.load_decoder()
+        quantized = any(node.op_type == "MatMulNBits" for node in graph.graph)
+        assert quantized == ("int4" in name)
+        anatomy = dissect(graph, model.package.expected_layers)
+        rows[name] = extract_all_layers(model, anatomy, pairs, rank=1)
+    rounded, exact = (found.layers for found in rows.values())
+    assert rounded.keys() == exact.keys() and len(exact) == 4
+    for number, layer in exact.items():
+        assert layer.ssd[0] @ rounded[number].ssd[0] > 0.9
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_estimator_separates_the_anchors(
+    model: VisionLanguageModel, anatomy: DecoderAnatomy, pairs: list[AnchorPair], estimator: str
+) -> None:
+    made = extract_all_layers(model, anatomy, pairs[:24], rank=2, batch_size=48, estimator=estimator)
+    assert made.estimator == estimator
+    for number in (3, 4, 5):
+        assert made.layers[number].ssd.shape == (2, anatomy.width)
+        assert made.evidence[str(number)]["auc"] > 0.95 and made.evidence[str(number)]["mean"] > 0
 
 
 # ------------------------------------------------------------------------------------------------------------------ sign

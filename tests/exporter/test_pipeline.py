@@ -243,7 +243,9 @@ def reach_calibrator(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
     extracted: list[list[Any]] = []
     real = guide_module.extract_all_layers
 
-    def stop(model: Any, anatomy: Any, directions: Any, prompts: Any, spec: Any, budget: float, watch: Any) -> Any:
+    def stop(
+        model: Any, anatomy: Any, directions: Any, prompts: Any, spec: Any, budget: float, readout: Any, watch: Any
+    ) -> Any:
         raise Reached(prompts, spec, budget, directions)
 
     def keep(model: Any, anatomy: Any, pairs: Any, **options: Any) -> Any:
@@ -336,7 +338,7 @@ def test_too_few_anchors_are_refused(source: Path, tmp_path: Path) -> None:
     anchors = tmp_path / "anchors.jsonl"
     anchors.write_text("\n".join(ANCHORS.read_text(encoding="utf-8").splitlines()[:3]))
     assert refusal(PromptsUnusable, export, source, anchors=anchors) == (
-        f"{anchors}: too few anchors to extract and calibrate on; give at least 6 pairs"
+        f"{anchors}: too few anchors to extract and calibrate on; give at least 10 pairs"
     )
 
 

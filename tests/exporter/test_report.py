@@ -30,7 +30,6 @@ from vlmguard.exporter.report.build import report
 from vlmguard.exporter.report.cost import EngineCost, cost_of
 from vlmguard.exporter.report.data import ReportData
 from vlmguard.exporter.report.gates import GateScores, bins
-from vlmguard.exporter.report.intervals import interval_of_share
 from vlmguard.exporter.report.outcomes import mistakes_of, rates_of
 from vlmguard.exporter.report.plane import fit_plane
 from vlmguard.exporter.report.questions import in_settings, thinned
@@ -134,22 +133,6 @@ def test_separation_along_the_folders_own_directions() -> None:
 def _separations(states: np.ndarray, prompts: list[LabelledPrompt]) -> list[Any]:
     unknown = Directions(states.shape[-1], {9: LayerDirections(np.eye(1, states.shape[-1], dtype=np.float32))})
     return separations(States(states, states, None, None), prompts, unknown, (0,))
-
-
-@pytest.mark.parametrize(("true", "count"), [(3, 10), (50, 100), (1, 40)])
-def test_an_interval_holds_the_share_and_is_the_binomials(true: int, count: int) -> None:
-    low, high = interval_of_share([True] * true + [False] * (count - true))
-    assert low < true / count < high
-    drawn = np.random.default_rng(1).random((20_000, count)) < true / count
-    np.testing.assert_allclose((low, high), np.quantile(drawn.mean(axis=1), (0.025, 0.975)), atol=1.5 / count)
-    assert interval_of_share([True] * true + [False] * (count - true)) == (low, high)
-
-
-def test_outcomes_that_are_all_alike_have_an_interval() -> None:
-    """Ten of ten prove little: the bound is where ten of ten still happen once in forty times."""
-    low, high = interval_of_share([True] * 10)
-    assert high == 1.0 and low**10 == pytest.approx(0.025)
-    assert interval_of_share([False] * 10) == pytest.approx((0.0, 1 - low))
 
 
 def test_rates_are_errors_and_mistakes_are_named_without_answers() -> None:

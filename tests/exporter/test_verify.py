@@ -23,6 +23,7 @@ from vlmguard.graphs.errors import DirectionMismatch, GuardError, GuardIncomplet
 pytest_plugins = ("tiny_vlm_fixtures", "zoo_fixtures")
 
 DIGESTS = "every file has the manifest's SHA-256"
+NO_FEWER = "no fewer harmful prompts refused than without the guard, as counted at export"
 REMADE = "the guard is what the manifest's plan and directions make"
 ONCE = "every planned site guarded exactly once"
 DOMINATES = "no path avoids a guard (dominators)"
@@ -118,15 +119,15 @@ def one_weight(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize("mode", ["restore", "supervise"])
 def test_an_untouched_folder_is_verified(guarded: Guarded, mode: str) -> None:
     alone = verify(guarded(mode))
-    assert alone.ok and [check.name for check in alone.checks] == [DIGESTS, REMADE, ONCE, DOMINATES]
+    assert alone.ok and [check.name for check in alone.checks] == [DIGESTS, NO_FEWER, REMADE, ONCE, DOMINATES]
     for source in (SOURCE, SOURCE / DECODER, str(SOURCE)):
         beside = verify(guarded(mode), source)
         assert beside.ok
-        assert [check.name for check in beside.checks][4:] == [STRIPPED, SIGNATURE, UNTOUCHED]
+        assert [check.name for check in beside.checks][5:] == [STRIPPED, SIGNATURE, UNTOUCHED]
         assert all(check.compared > 0 and check.worst == 0 for check in beside.checks)
     assert beside.checks[0].compared == len(beside.manifest.files) == 10
     nodes = len(onnx.load(SOURCE / DECODER).graph.node)
-    assert beside.checks[4].compared > nodes  # nodes and initializers
+    assert beside.checks[5].compared > nodes  # nodes and initializers
 
 
 def test_a_verification_is_told_as_plain_data(guarded: Guarded) -> None:
