@@ -88,8 +88,7 @@ def failing(checks: dict[str, Check]) -> set[str]:
     return {name for name, check in checks.items() if not check.ok}
 
 
-@pytest.mark.parametrize("lowering", ["lowrank", "rank1"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("lowering", "dtype"), [("lowrank", "float32"), ("rank1", "float16")])
 @pytest.mark.parametrize(
     ("mode", "wish", "expected"),
     [

@@ -395,19 +395,18 @@ def test_dials_cost_exactly_these_nodes() -> None:
 @every_kind
 @every_mode
 def test_a_dialled_graph_is_proved_and_stripped_to_the_source(mode: str, kind: Kind) -> None:
-    for lowering in DIALLED:
-        for model in (decoder, merged):
-            found, spec = directions(LAYERS), GuardSpec(mode=mode, lowering=lowering, **dials_of(mode))  # type: ignore[arg-type]
-            made = guard_model(model(kind, 2), found, spec)
-            checks = prove_structure(model(kind, 2), made.model, made.anatomy, made.plan, made.report)
-            assert [check.note for check in checks if not check.ok] == []
-            stripped = copy_of(made.model)
-            strip_guard(stripped)
-            check = same_graph("stripped", copy_of(model(kind, 2)), stripped)
-            assert check.ok, check.note
-            assert graph_bytes(stripped) == graph_bytes(copy_of(model(kind, 2)))
-            again = guard_model(stripped, found, spec).model
-            assert same_graph("again", again, copy_of(made.model)).ok
+    for model, lowering in zip((decoder, merged), DIALLED, strict=True):
+        found, spec = directions(LAYERS), GuardSpec(mode=mode, lowering=lowering, **dials_of(mode))  # type: ignore[arg-type]
+        made = guard_model(model(kind, 2), found, spec)
+        checks = prove_structure(model(kind, 2), made.model, made.anatomy, made.plan, made.report)
+        assert [check.note for check in checks if not check.ok] == []
+        stripped = copy_of(made.model)
+        strip_guard(stripped)
+        check = same_graph("stripped", copy_of(model(kind, 2)), stripped)
+        assert check.ok, check.note
+        assert graph_bytes(stripped) == graph_bytes(copy_of(model(kind, 2)))
+        again = guard_model(stripped, found, spec).model
+        assert same_graph("again", again, copy_of(made.model)).ok
 
 
 # ------------------------------------------------------------------------------------------------------------ tampered with
