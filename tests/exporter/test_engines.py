@@ -84,7 +84,7 @@ def kernels_of(path: Path) -> list[int]:
     "name",
     [
         "llava-transformers-fp16",
-        "llava-transformers-fp32",
+        pytest.param("llava-transformers-fp32", marks=pytest.mark.zoo),
         pytest.param("llava-transformers-fp32-opset23", marks=pytest.mark.zoo),
     ],
 )
