@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +70,7 @@ class OnnxRuntimeRunner:
         levels = runtime.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
         options.log_severity_level = 3
-        present = runtime.get_available_providers()
-        chosen = providers or tuple(name for name in _PREFERRED_PROVIDERS if name in present)
+        chosen = providers or _preferred(runtime.get_available_providers())
         if isinstance(graph, bytes):
             options.add_session_config_entry(_FOLDER_OPTION, str(folder))
         try:
@@ -102,23 +101,12 @@ class OnnxRuntimeRunner:
 
 
 class OnnxRuntimeDeviceRunner(OnnxRuntimeRunner):
-    """A session whose outputs stay on its device, bound there with `IOBinding`.
+    """A session whose outputs stay on its device, bound there with `IOBinding`."""
 
-    Args:
-        device: where outputs are bound, in onnxruntime's words: `cuda`, or `cpu`.
-    """
-
-    def __init__(
-        self,
-        graph: Path | bytes,
-        folder: Path,
-        optimize: bool = True,
-        providers: tuple[str, ...] | None = None,
-        fallback: bool = True,
-        device: str = "cuda",
-    ) -> None:
-        super().__init__(graph, folder, optimize, providers, fallback)
-        self.device = device
+    @property
+    def device(self) -> str:
+        """Where outputs are bound, in onnxruntime's words: `cuda`, or `cpu`."""
+        return "cuda" if self.providers[0] in _ON_CUDA else "cpu"
 
     def run_on_device(self, feeds: Mapping[str, Tensor], step: bool = False) -> dict[str, Tensor]:
         """All outputs by name, on the device.
@@ -187,7 +175,7 @@ def open_onnxruntime(graph: Path | bytes, folder: Path, optimize: bool, provider
     """
     available = import_onnxruntime().get_available_providers()
     if provider is None:
-        providers, missing = tuple(name for name in _PREFERRED_PROVIDERS if name in available), ""
+        providers, missing = _preferred(available), ""
     else:
         providers, missing = _NAMED[provider]
         if providers[0] not in available:
@@ -199,6 +187,11 @@ def open_onnxruntime(graph: Path | bytes, folder: Path, optimize: bool, provider
     if provider is not None:
         raise ExtraMissing(f"{providers[0]} does not start, onnxruntime would take {runner.providers[0]}; {missing}")
     return OnnxRuntimeRunner(graph, folder, optimize, (_CPU,))  # onnxruntime-gpu on a machine without a GPU
+
+
+def _preferred(available: Sequence[str]) -> tuple[str, ...]:
+    """Who runs a graph where nobody was asked for."""
+    return tuple(name for name in _PREFERRED_PROVIDERS if name in available)
 
 
 def import_onnxruntime() -> Any:

@@ -42,14 +42,11 @@ class Engine:
     Attributes:
         plan: what is written to disk.
         layers: what the builder made.
-        inputs, outputs: names, in the network's order.
         warnings: what the builder warned of.
     """
 
     plan: bytes
     layers: EngineLayers
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
@@ -95,8 +92,7 @@ def build_engine(
     if not layers.layers:
         layers = _inspected(backend, content)
     warnings = tuple(dict.fromkeys(m.text.strip() for m in messages if m.severity == "WARNING"))
-    inputs, outputs = _names(network.num_inputs, network.get_input), _names(network.num_outputs, network.get_output)
-    return Engine(content, layers, inputs, outputs, warnings)
+    return Engine(content, layers, warnings)
 
 
 def _network_flags(backend: Backend) -> int:
@@ -126,14 +122,10 @@ def _require_ports(network: Any, model: ir.Model, path: Path) -> None:
         ("output", network.num_outputs, network.get_output, model.graph.outputs),
     ):
         wanted = {value.name for value in values}
-        found = set(_names(count, get))
+        found = {get(index).name for index in range(count)}
         if wanted != found:
             differing = sorted(map(str, wanted ^ found))
             raise GuardIncomplete(f"{path}: {kind} {differing[0]!r} is not in both the graph and TensorRT's network")
-
-
-def _names(count: int, get: Callable[[int], Any]) -> tuple[str, ...]:
-    return tuple(get(index).name for index in range(count))
 
 
 def _make_attention_decomposable(backend: Backend, network: Any) -> None:

@@ -255,9 +255,8 @@ def _build(backend: Backend, part: Part, options: BuildOptions, stage: Path, tel
 
 def _bring_companions(package: ModelPackage, parts: Sequence[Part], stage: Path) -> None:
     """Tokenizer, configs, templates; no graph and no weights: those are in the engines."""
-    built = {data for part in parts for data in (part.path, *external_files(part.path))}
-    graphs = {path for path, _ in package.files() if path.suffix == ".onnx"}
-    unwanted = built | graphs | {data for path in graphs for data in external_files(path)}
+    graphs = {part.path for part in parts} | {path for path, _ in package.files() if path.suffix == ".onnx"}
+    unwanted = graphs | {data for path in graphs for data in external_files(path)}
     for path, relative in package.files():
         if path not in unwanted:
             bring(path, stage / relative, "copy")

@@ -96,7 +96,7 @@ def test_the_cpu_serves_where_there_is_no_cuda(tmp_path: Path) -> None:
 
 def on_device(path: Path) -> OnnxRuntimeDeviceRunner:
     """What CUDA gets, with the CPU for a device."""
-    return OnnxRuntimeDeviceRunner(path, path.parent, providers=("CPUExecutionProvider",), device="cpu")
+    return OnnxRuntimeDeviceRunner(path, path.parent, providers=("CPUExecutionProvider",))
 
 
 def test_bound_outputs_are_what_a_plain_run_gives(tmp_path: Path) -> None:

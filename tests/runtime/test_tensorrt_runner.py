@@ -489,7 +489,7 @@ def test_without_a_device_one_line_says_so() -> None:
 
 
 def test_without_the_bindings_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     with pytest.raises(ExtraMissing) as caught:
         Cuda()
     assert str(caught.value) == (
