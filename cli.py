@@ -42,6 +42,7 @@ class ModeChoice(StrEnum):
     steer = "steer"
     supervise = "supervise"
     restore = "restore"
+    combined = "combined"
 
 
 class PositionsChoice(StrEnum):

@@ -34,7 +34,16 @@ from .extract import collect_answer_states, collect_states, tapped
 from .no_worse import Refusals, compare_refusals, require_no_fewer
 from .prompts import LabelledPrompt, fingerprint
 from .sources import Watch, unwatched
-from .study import FEWEST_FOLDS, NOTHING, Study, deal_into_folds, fit_gate, fitted_directions, groups_of
+from .study import (
+    FEWEST_FOLDS,
+    NOTHING,
+    Study,
+    deal_into_folds,
+    fit_gate,
+    fitted_directions,
+    groups_of,
+    telling_texts,
+)
 from .trials import TrialModel, only, together
 
 DEFAULT_BUDGET = 0.01
@@ -185,6 +194,8 @@ def calibrate(
     _require_layers(spec, directions)
     _require_both_labels(prompts)
     spec = replace(spec, mode=spec.mode or "restore")
+    if spec.mode == "supervise":
+        prompts = _seen_in_the_text(prompts)
     study = _study(model, anatomy, directions, prompts, spec, budget, max_new_tokens, watch or unwatched)
     search = _Search(study, model, anatomy, spec, readout, max_new_tokens, watch or unwatched)
     best = search.run()
@@ -438,6 +449,13 @@ def _text_answers(
     return [answers[prompt.prompt] for prompt in prompts]
 
 
+def _seen_in_the_text(prompts: Sequence[LabelledPrompt]) -> list[LabelledPrompt]:
+    """Without the prompts whose harm is only in the image: no gate that reads the text alone can see it, and nothing is
+    learned from asking for it. `combined` can."""
+    telling = telling_texts(prompts)
+    return [p for p, told in zip(prompts, telling, strict=True) if told or p.label == "harmless"]
+
+
 # What cannot be calibrated on
 
 
@@ -462,7 +480,7 @@ def _require_both_labels(prompts: Sequence[LabelledPrompt]) -> None:
                 raise PromptsUnusable(
                     f"calibration needs harmful and harmless prompts in setting {setting!r}, found {found} {label}; add some"
                 )
-    groups = groups_of(prompts)
+    groups, telling = groups_of(prompts), telling_texts(prompts)
     for label in ("harmful", "harmless"):  # one that comes again and again cannot be held out from itself
         different = {group for group, prompt in zip(groups, prompts, strict=True) if prompt.label == label}
         if len(different) < 2:
@@ -471,6 +489,12 @@ def _require_both_labels(prompts: Sequence[LabelledPrompt]) -> None:
         if len(different) < FEWEST_FOLDS:
             raise PromptsUnusable(
                 f"calibration needs at least {FEWEST_FOLDS} different {label} prompts, found {len(different)}; add some"
+            )
+        texts = {p.prompt for p, told in zip(prompts, telling, strict=True) if told and p.label == label}
+        if len(texts) < FEWEST_FOLDS:
+            raise PromptsUnusable(
+                f"calibration needs at least {FEWEST_FOLDS} {label} prompts whose text alone says so, found {len(texts)}: a "
+                "text that is harmful with one image and harmless with another says nothing; add text prompts"
             )
 
 

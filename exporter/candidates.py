@@ -19,6 +19,11 @@ from .estimators import DEFAULT_READOUT, READOUTS
 RANKS = (1, 2, 4)
 _ENOUGH_TRIALS = 24
 
+# A gate that reads the text-only query is asked once per request: its threshold may lie close to the harmless scores, and what
+# harmful prompts score below those of the calibration are seen too. One that is asked again at every token of every answer
+# keeps its distance.
+ASKED_ONCE = "low"
+
 # What else a mode's formula has, in the order in which it is tried; the first value is where every candidate begins.
 DIALS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "restore": {
@@ -26,7 +31,12 @@ DIALS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "threshold": ("middle", "low", "high"),
         "target": ("mean", "beyond"),
     },
-    "supervise": {"threshold": ("middle", "low", "high"), "alpha": (1.0, 1.5, 2.0), "origin": ("harmless", "zero")},
+    "combined": {"threshold": ("middle", "low", "high"), "target": ("mean", "beyond")},
+    "supervise": {
+        "threshold": (ASKED_ONCE, "middle", "high"),
+        "alpha": (1.0, 1.5, 2.0),
+        "origin": ("harmless", "zero"),
+    },
     "steer": {"alpha": (1.0, 2.0, 4.0, 8.0), "threshold": ("middle", "low", "high")},
     "project": {},
 }
@@ -38,9 +48,9 @@ class Candidate:
 
     Attributes:
         layers, rank: where, and how many rows of the SSD.
-        readout: what the gate of `restore` reads, a name of `estimators.READOUTS`.
+        readout: what the gate of `restore` and `combined` reads, a name of `estimators.READOUTS`.
         threshold: where the gate opens between harmless and harmful scores: `low`, `middle` or `high`.
-        target: the level that `restore` sets: `mean` of harmful text, or `beyond` it by half.
+        target: the level that `restore` and `combined` set: `mean` of harmful text, or `beyond` it by half.
         origin: of the coordinates: `harmless` text's mean, or `zero` as in the paper.
         alpha: strength; `None` where the mode has none.
     """
@@ -69,7 +79,8 @@ def places(
         available: rows that every layer has.
     """
     ranks = (spec.rank,) if spec.rank is not None else [rank for rank in RANKS if rank <= available]
-    start = Candidate((), 0, readout or DEFAULT_READOUT, alpha=_first_alpha(spec, mode))
+    threshold = next(iter(DIALS[mode].get("threshold", ())), Candidate.threshold)
+    start = Candidate((), 0, readout or DEFAULT_READOUT, threshold, alpha=_first_alpha(spec, mode))
     if spec.layers is not None:
         yield from (replace(start, layers=spec.layers, rank=rank) for rank in ranks)
         return

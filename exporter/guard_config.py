@@ -11,7 +11,8 @@
 
     [layers.3]                              # the numbers of a layer; they win over those of the directions file
     threshold = -1.25
-    target = [0.71]                         # `restore`: one number per row, `rank` of them
+    target = [0.71]                         # `restore`, `combined`: one number per row, `rank` of them
+    text_threshold = 0.4                    # `combined`
     origin = [-5.0]                         # `supervise`
 
 Calibration writes it. Nothing in it is ignored: a key that is not known is refused, because a typo in a threshold is a
@@ -30,13 +31,14 @@ import numpy as np
 
 from ..graphs.directions import Directions, LayerDirections
 from ..graphs.errors import DirectionMismatch, GuardError, first_line
-from ..graphs.spec import MODES_WITH_GATE, GuardSpec
+from ..graphs.spec import MODES_WITH_GATE, MODES_WITH_READOUT, GuardSpec
 from .calibrate import Calibration
 
 CONFIG_NAME = "guard.toml"
 SCHEMA = "vlmguard.config/1"
 _TOP = ("schema", "directions", "guard", "layers")
-_NUMBERS = ("threshold", "target", "origin")
+_SINGLE = ("threshold", "text_threshold")
+_NUMBERS = (*_SINGLE, "target", "origin")
 _LARGEST_FILE = 1 << 20  # bytes
 
 
@@ -47,7 +49,7 @@ class GuardConfig:
     Attributes:
         spec: the options.
         directions: the file with the vectors.
-        numbers: per layer `threshold` (a number), `target` and `origin` (one number per row), those that are given.
+        numbers: per layer `threshold` and `text_threshold` (a number), `target` and `origin` (one number per row), those given.
     """
 
     spec: GuardSpec
@@ -139,7 +141,9 @@ def _shown(layer: LayerDirections, mode: str | None, rank: int | None) -> dict[s
     shown: dict[str, Any] = {}
     if mode in MODES_WITH_GATE and layer.threshold is not None:
         shown["threshold"] = layer.threshold
-    if mode == "restore" and layer.target is not None:
+    if mode == "combined" and layer.text_threshold is not None:
+        shown["text_threshold"] = layer.text_threshold
+    if mode in MODES_WITH_READOUT and layer.target is not None:
         shown["target"] = layer.target[:rank]
     if mode == "supervise" and layer.origin is not None:
         shown["origin"] = layer.origin[:rank]
@@ -218,7 +222,9 @@ def _table(path: Path, name: str, value: Any) -> dict[str, Any]:
 def _spec(path: Path, guard: Mapping[str, Any]) -> GuardSpec:
     given = dict(guard)
     for name, kinds in _KINDS.items():
-        if name in given and (isinstance(given[name], bool) or not isinstance(given[name], kinds)):
+        if name in given and (
+            isinstance(given[name], bool) != (kinds == (bool,)) or not isinstance(given[name], kinds)
+        ):
             raise GuardError(f"{path}: guard.{name} is {given[name]!r}, expected {_WORDS[kinds]}")
     if "layers" in given:
         layers = given["layers"]
@@ -232,12 +238,19 @@ def _spec(path: Path, guard: Mapping[str, Any]) -> GuardSpec:
 
 
 _KINDS: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("mode", "positions", "lowering", "target"), (str,)),
+    **dict.fromkeys(("mode", "positions", "lowering", "target", "gate"), (str,)),
     **dict.fromkeys(("rank", "direction_of"), (int,)),
     **dict.fromkeys(("alpha", "tau"), (int, float)),
+    **dict.fromkeys(("knobs", "telemetry"), (bool,)),
     "layers": (list,),
 }
-_WORDS = {(str,): "a text", (int,): "a whole number", (int, float): "a number", (list,): "a list"}
+_WORDS = {
+    (str,): "a text",
+    (int,): "a whole number",
+    (int, float): "a number",
+    (list,): "a list",
+    (bool,): "true or false",
+}
 
 
 def _numbers(path: Path, layers: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
@@ -248,7 +261,7 @@ def _numbers(path: Path, layers: Mapping[str, Any]) -> dict[int, dict[str, Any]]
         table = _table(path, f"layers.{key}", value)
         _only_known(path, f"layers.{key}.", table, _NUMBERS)
         for name, given in table.items():
-            several = name != "threshold"
+            several = name not in _SINGLE
             numbers = given if several and isinstance(given, list) else [given]
             if isinstance(given, list) != several or not all(_is_number(number) for number in numbers):
                 raise GuardError(
@@ -267,7 +280,6 @@ def _with_numbers(layer: LayerDirections, given: Mapping[str, Any], rank: int | 
     changed: dict[str, Any] = {
         name: np.array(given[name], np.float32) for name in ("target", "origin") if name in given
     }
-    if "threshold" in given:
-        changed["threshold"] = float(np.float32(given["threshold"]))
+    changed |= {name: float(np.float32(given[name])) for name in _SINGLE if name in given}
     kept = {name: getattr(layer, name)[:rows] for name in ("target", "origin") if getattr(layer, name) is not None}
     return replace(layer, ssd=layer.ssd[:rows], **{**kept, **changed})

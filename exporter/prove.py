@@ -23,9 +23,10 @@ from ..graphs.dials import OFFSET_INPUT, PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, S
 from ..graphs.errors import ModelUnreadable, RunFailed, first_line
 from ..graphs.package import ModelPackage, load_graph
 from ..graphs.plan import COORDINATES_OUTPUT, GuardPlan
-from ..graphs.reference import LISTEN, Dials, LayerGuard, guard, last_token
+from ..graphs.reference import LISTEN, Dials, LayerGuard, guard, last_token, score
 from ..graphs.rewrite import GuardReport
 from ..graphs.scribe import PREFIX
+from ..graphs.spec import MODES_WITH_SUPERVISOR
 from ..graphs.static_proof import Check, exact
 from ..graphs.taps import tap_guard
 from ..runtime.decoder import DecoderSession, PromptBatch, open_decoder
@@ -51,7 +52,7 @@ class ProofInputs:
 
     Attributes:
         batches: prompts, ready for the decoder.
-        texts: text-only versions of the same rows (for `supervise`), or the same batches.
+        texts: text-only versions of the same rows (for modes with a supervisor), or the same batches.
         origin: where they come from, for the record.
     """
 
@@ -228,7 +229,7 @@ def roll(
 
 def listen(plan: GuardPlan, batch: int) -> np.ndarray | None:
     """Supervisor coordinates of a text-only pass; `None` for modes that take none."""
-    if plan.mode != "supervise":
+    if plan.mode not in MODES_WITH_SUPERVISOR:
         return None
     return np.full((batch, len(plan.layers), plan.sites[0].guard.rank), LISTEN, np.float32)
 
@@ -373,7 +374,7 @@ def _against_reference(
                     headroom.see(plan.layers[row], raw[real], found[real])
                 # by rounding alone such a gate may open here and not there; held or forced open, it is compared
                 if setting.forced is None and setting.offset is None and held is None:
-                    close = _close_calls(plan.mode, layer, raw, limit) & real
+                    close = _close_calls(plan.mode, layer, raw, a, limit) & real
                     real, undecided = real & ~close, undecided + int(close.sum())
                 compared += int(real.sum()) * raw.shape[-1]
                 worst = max(worst, relative(expected[real], found[real]))
@@ -390,16 +391,18 @@ def _against_reference(
     return Check(f"guarded states equal the numpy reference{setting.name}", compared, worst, limit, ok, note)
 
 
-def _close_calls(mode: str, layer: LayerGuard, raw: np.ndarray, limit: float) -> np.ndarray:
+def _close_calls(
+    mode: str, layer: LayerGuard, raw: np.ndarray, supervisor: np.ndarray | None, limit: float
+) -> np.ndarray:
     """`[batch, sequence]` bool: states whose score is within rounding of the threshold.
 
     Each state by its own summands: one outlier channel of one token, which real models have, must not excuse the others.
     """
-    if mode not in {"steer", "restore"}:  # project has no gate; supervise compares numbers that it was given
+    if mode in {"project", "supervise"}:  # the one has no gate; the other compares numbers that it was given
         return np.zeros(raw.shape[:2], bool)
     row = (layer.ssd[0] if mode == "steer" else layer.readout).astype(np.float64)
     rounding = limit * np.linalg.norm(raw * row, axis=-1)
-    return np.abs(raw @ row - layer.threshold) <= rounding
+    return np.abs(score(mode, layer, raw, supervisor)[..., 0] - layer.threshold) <= rounding
 
 
 def _length(outputs: Mapping[str, np.ndarray], names: list[tuple[str, str]]) -> int:
@@ -438,7 +441,7 @@ def _unedited_tokens(
 
 def _supervisors(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs) -> list[np.ndarray | None]:
     """The text-only pass of each batch, through the graph as it ships: with its gates forced, it would not listen."""
-    if plan.mode != "supervise":
+    if plan.mode not in MODES_WITH_SUPERVISOR:
         return [None for _ in inputs.batches]
     session = open_decoder(package, load_graph(staged), folder=staged.parent, given=inputs.given)
     found: list[np.ndarray | None] = []

@@ -52,7 +52,7 @@ class GatesTold:
             row: which of the guarded layers.
             layer: its numbers, as the graph that was run has them.
             state: raw states at the last token, `[batch, d]` float64.
-            supervisor: the text-only coordinates, `[batch, m]` (`supervise` only).
+            supervisor: the text-only coordinates, `[batch, m]` (modes with a supervisor).
             dials: what was set in the call, `held` `[batch, 1]`.
             outputs: of the call.
         """
@@ -95,5 +95,9 @@ def _summed(mode: str, layer: LayerGuard, state: np.ndarray, supervisor: np.ndar
     if mode == "supervise":
         assert supervisor is not None
         return np.maximum(np.abs(supervisor[:, :1]), 1e-6)
-    row = (layer.readout if mode == "restore" else layer.ssd[0]).astype(np.float64)
-    return np.maximum(np.linalg.norm(state * row, axis=-1, keepdims=True), 1e-6)
+    row = (layer.ssd[0] if mode == "steer" else layer.readout).astype(np.float64)
+    length = np.maximum(np.linalg.norm(state * row, axis=-1, keepdims=True), 1e-6)
+    if mode != "combined":
+        return length
+    assert supervisor is not None
+    return np.maximum(length, np.abs(supervisor[:, :1]) + abs(layer.text_shift))

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ..graphs.directions import Directions, LayerDirections
-from .candidates import Candidate
+from ..graphs.spec import MODES_WITH_READOUT
+from .candidates import ASKED_ONCE, Candidate
 from .estimators import fit_readout
 from .prompts import LabelledPrompt
 
@@ -62,6 +63,11 @@ class Study:
         """`[prompts]` bool."""
         return np.array([label == "harmful" for label in self.labels or [prompt.label for prompt in self.prompts]])
 
+    @property
+    def telling(self) -> np.ndarray:
+        """`[prompts]` bool: whose text alone says what they are."""
+        return telling_texts(self.prompts)
+
     def relabelled(self, labels: Sequence[str]) -> Study:
         """The same states under other labels: a control."""
         return replace(self, labels=labels, _readouts={})
@@ -79,19 +85,33 @@ class Gate:
         readout: `[d]` float32, `None` where the mode has none of its own.
         threshold: it opens above.
         margin: how far harmful and harmless scores stand apart, in standard deviations.
+        text_threshold: it opens above it too, in the text-only coordinate (`combined`).
     """
 
     readout: np.ndarray | None
     threshold: float
     margin: float
+    text_threshold: float | None = None
+
+
+def telling_texts(prompts: Sequence[LabelledPrompt]) -> np.ndarray:
+    """`[prompts]` bool: false where the same text is harmful with one image and harmless with another. Such a text says
+    nothing, and what is read from text alone is not fitted to it."""
+    labels = _labels_of_texts(prompts)
+    return np.array([len(labels[prompt.prompt]) == 1 for prompt in prompts])
 
 
 def groups_of(prompts: Sequence[LabelledPrompt]) -> list[str]:
     """What each prompt shares with those that must lie in its fold."""
+    labels = _labels_of_texts(prompts)
+    return [p.prompt if len(labels[p.prompt]) == 1 else f"{p.prompt}\0{p.label}\0{p.image}" for p in prompts]
+
+
+def _labels_of_texts(prompts: Sequence[LabelledPrompt]) -> dict[str, set[str]]:
     labels: dict[str, set[str]] = defaultdict(set)
     for prompt in prompts:
         labels[prompt.prompt].add(prompt.label)
-    return [p.prompt if len(labels[p.prompt]) == 1 else f"{p.prompt}\0{p.label}\0{p.image}" for p in prompts]
+    return labels
 
 
 def deal_into_folds(prompts: Sequence[LabelledPrompt], count: int = FOLDS) -> np.ndarray:
@@ -130,10 +150,15 @@ def fit_gate(study: Study, folds: np.ndarray, candidate: Candidate, layer: int, 
     """Readout, threshold and margin of one layer."""
     used = ~np.isin(folds, list(without))
     readout, scores = _scores(study, folds, candidate, layer, without)
+    told = used & study.telling if study.mode == "supervise" else used
     threshold, margin = threshold_between(
-        scores[used], study.harmful[used], study.budget, candidate.threshold, study.tau
+        scores[told], study.harmful[told], study.budget, candidate.threshold, study.tau
     )
-    return Gate(readout, threshold, margin)
+    if study.mode != "combined":
+        return Gate(readout, threshold, margin)
+    told, row = used & study.telling, study.directions.layers[layer].ssd[0].astype(np.float64)
+    texts = study.text_states[told, layer].astype(np.float64) @ row
+    return Gate(readout, threshold, margin, threshold_between(texts, study.harmful[told], study.budget, ASKED_ONCE)[0])
 
 
 def threshold_between(
@@ -151,7 +176,7 @@ def threshold_between(
 def _layer_numbers(
     study: Study, folds: np.ndarray, candidate: Candidate, layer: int, without: frozenset[int]
 ) -> LayerDirections:
-    used, harmful = ~np.isin(folds, list(without)), study.harmful
+    used, harmful = ~np.isin(folds, list(without)) & study.telling, study.harmful
     ssd = study.directions.layers[layer].ssd[: candidate.rank]
     text = study.text_states[:, layer].astype(np.float64) @ ssd.T.astype(np.float64)
     gate = fit_gate(study, folds, candidate, layer, without)
@@ -162,6 +187,7 @@ def _layer_numbers(
         target=_target(text[used & harmful], origin, candidate.target).astype(np.float32),
         readout=gate.readout,
         threshold=gate.threshold,
+        text_threshold=gate.text_threshold,
     )
 
 
@@ -178,7 +204,7 @@ def _scores(
     row: np.ndarray = study.directions.layers[layer].ssd[0].astype(np.float64)
     if study.mode == "supervise":  # its gate reads the text-only query once, not the tokens of the answer
         return None, study.text_states[:, layer].astype(np.float64) @ row
-    if study.mode != "restore":
+    if study.mode not in MODES_WITH_READOUT:
         return None, _highest(study, layer, dict.fromkeys(set(folds.tolist()), row), folds)
     readouts = {
         fold: _readout(study, folds, candidate.readout, layer, without | {fold})

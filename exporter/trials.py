@@ -129,4 +129,4 @@ def _any_numbers(layer: LayerDirections, rank: int) -> LayerDirections:
     """Numbers that any mode can be planned with; the neutral guard takes their place."""
     ssd = layer.ssd[:rank]  # fewer where there are no more: planning says so
     zeros = np.zeros(len(ssd), np.float32)
-    return LayerDirections(ssd, zeros, zeros, layer.ssd[0], 0.0)
+    return LayerDirections(ssd, zeros, zeros, layer.ssd[0], 0.0, 0.0)

@@ -7,6 +7,7 @@ Tensors (float32, `d` = the decoder's width, `m` = the rank, 1..8), per layer `l
     layers.{l}.target     [m]     optional: the level of harmful text
     layers.{l}.readout    [d]     optional: what the gate of `restore` reads
     layers.{l}.threshold  [1]     optional: the gate opens above it
+    layers.{l}.text_threshold [1] optional: so does that of `combined`, in the text-only query's coordinate
 
 Metadata (strings, as safetensors has them): `schema`, `width`, `layers` (comma-separated); optionally `model_sha256`
 (the decoder that they were extracted from), `pairs`, `anchors` (JSON: which), `estimator`, `evidence` (JSON, per layer),
@@ -31,7 +32,8 @@ from .spec import LARGEST_TAU, MAX_RANK, MODES
 
 SCHEMA = "vlmguard.directions/1"
 ORTHONORMAL_WITHIN = 1e-4
-_TENSOR_NAME = re.compile(r"layers\.(0|[1-9]\d{0,4})\.(ssd|origin|target|readout|threshold)")
+_TENSOR_NAME = re.compile(r"layers\.(0|[1-9]\d{0,4})\.(ssd|origin|target|readout|threshold|text_threshold)")
+_THRESHOLDS = ("threshold", "text_threshold")
 _LARGEST_FILE = 4 << 30  # bytes; 8 rows x 16384 x 256 layers is 0.13 GB, so anything near this is not directions
 
 
@@ -44,6 +46,7 @@ class LayerDirections:
     target: np.ndarray | None = None
     readout: np.ndarray | None = None
     threshold: float | None = None
+    text_threshold: float | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -142,7 +145,7 @@ def directions_bytes(directions: Directions) -> bytes:
             "origin": layer.origin,
             "target": layer.target,
             "readout": layer.readout,
-            "threshold": None if layer.threshold is None else np.array([layer.threshold]),
+            **{name: None if (value := getattr(layer, name)) is None else np.array([value]) for name in _THRESHOLDS},
         }
         for part, value in parts.items():
             if value is not None:
@@ -201,10 +204,11 @@ def _numbers(path: Path, metadata: dict[str, str], key: str) -> tuple[int, ...]:
 def _layer(path: Path, number: int, parts: dict[str, np.ndarray]) -> LayerDirections:
     if "ssd" not in parts:
         raise DirectionMismatch(f"{path}: layer {number} has no ssd, only {', '.join(sorted(parts))}")
-    threshold = parts.pop("threshold", None)
-    if threshold is not None and threshold.shape != (1,):
-        raise DirectionMismatch(f"{path}: layers.{number}.threshold has shape {threshold.shape}, expected (1,)")
-    return LayerDirections(**parts, threshold=None if threshold is None else float(threshold[0]))
+    numbers = {name: parts.pop(name) for name in _THRESHOLDS if name in parts}
+    for name, array in numbers.items():
+        if array.shape != (1,):
+            raise DirectionMismatch(f"{path}: layers.{number}.{name} has shape {array.shape}, expected (1,)")
+    return LayerDirections(**parts, **{name: float(array[0]) for name, array in numbers.items()})
 
 
 def _validate(directions: Directions, what: str) -> None:
@@ -250,8 +254,10 @@ def _validate_layer(number: int, layer: LayerDirections, width: int) -> None:
             raise DirectionMismatch(f"layers.{number}.{name} has shape {array.shape}, expected {expected[name]}")
         if not np.isfinite(array).all():
             raise DirectionMismatch(f"layers.{number}.{name} holds NaN or infinity; extract the directions again")
-    if layer.threshold is not None and not abs(layer.threshold) <= LARGEST_TAU:  # not NaN either
-        raise DirectionMismatch(f"layers.{number}.threshold is {layer.threshold}; calibrate again")
+    for name in _THRESHOLDS:
+        value = getattr(layer, name)
+        if value is not None and not abs(value) <= LARGEST_TAU:  # not NaN either
+            raise DirectionMismatch(f"layers.{number}.{name} is {value}; calibrate again")
     if layer.readout is not None and not layer.readout.any():
         raise DirectionMismatch(f"layers.{number}.readout is all zeros, its gate would never move; calibrate again")
     rows = layer.ssd.astype(np.float64)

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .lowering_task import Gate, Task
+from .reference import HEARING
 from .scribe import Scribe
 
 # In a float16 graph no channel is moved by more than this (half of float16's range, 65504, less room for rounding): the edit
@@ -31,6 +32,27 @@ def gate(scribe: Scribe, score: ir.Value, task: Task, unit: float = 1.0) -> Gate
         opened = scribe.op("gate_now", "Mul", [opened, task.held.deciding])
         opened = scribe.op("gate_held", "Add", [opened, task.held.is_open])
     return Gate(score, opened, unit)
+
+
+def first_told(scribe: Scribe, task: Task) -> ir.Value:
+    """`a_1`, the text-only query's coordinate along row 1, `[batch, 1, 1]`."""
+    assert task.supervisor is not None
+    return columns(scribe, "first", task.supervisor, 0, 1) if task.layer.rank > 1 else task.supervisor
+
+
+def combined_score(scribe: Scribe, read: ir.Value, task: Task, unit: float = 1.0) -> ir.Value:
+    """`max(s, a_1 + shift)`, and nothing while listening (`reference.HEARING`).
+
+    Args:
+        read: the readout's score `s`, `[batch, sequence, 1]` float32, times `unit`.
+    """
+    told = first_told(scribe, task)
+    if unit != 1.0:
+        told = scribe.op("first_scaled", "Mul", [told, scribe.constant("first_unit", np.array(unit), "float32")])
+    shift = scribe.constant("text_shift", np.array(task.layer.text_shift * unit), "float32")
+    heard = scribe.op("either", "Max", [read, scribe.op("first_shifted", "Add", [told, shift])])
+    hearing = scribe.constant("hearing", np.array(HEARING * unit), "float32")
+    return scribe.op("score", "Min", [heard, scribe.op("first_hearing", "Add", [told, hearing])])
 
 
 def _in_unit(scribe: Scribe, offset: ir.Value, unit: float) -> ir.Value:

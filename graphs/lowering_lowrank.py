@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from .lowering_gate import bounded, columns, gate
+from .lowering_gate import bounded, columns, combined_score, first_told, gate
 from .lowering_task import Gate, Task, Written
 from .reference import LayerGuard
 from .scribe import Scribe
+from .spec import MODES_WITH_READOUT, MODES_WITH_SUPERVISOR
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def correction(scribe: Scribe, h: ir.Value, task: Task) -> Written:
     if dtype != "float32":
         read = scribe.cast("read_float32", read, "float32")
     weights, opened = _WEIGHTS[mode](scribe, read, task, units)
-    coordinates = _coordinates(scribe, mode, read, units)
+    coordinates = _coordinates(scribe, mode, layer.rank, read, units)
     delta = _write(scribe, h, _at(scribe, weights, task.selected), layer, units, "float32", dtype)
     return Written(delta, coordinates, opened)
 
@@ -82,14 +83,18 @@ def _rows(mode: str, layer: LayerGuard, units: _Units) -> np.ndarray:
     rows = layer.ssd.astype(np.float64) * units.c
     if mode == "project":
         return -rows
-    if mode == "restore":
+    if mode in MODES_WITH_READOUT:
         return np.vstack([rows, layer.readout[None, :].astype(np.float64) * units.score])
     return rows
 
 
-def _coordinates(scribe: Scribe, mode: str, read: ir.Value, units: _Units) -> ir.Value:
-    """`c` as others know it; only `supervise` tells it to anybody."""
-    if mode != "supervise" or units.c == 1.0:
+def _coordinates(scribe: Scribe, mode: str, rank: int, read: ir.Value, units: _Units) -> ir.Value:
+    """`c` as others know it; only modes with a supervisor tell it to anybody."""
+    if mode not in MODES_WITH_SUPERVISOR:
+        return read
+    if mode in MODES_WITH_READOUT:
+        read = columns(scribe, "coordinates_read", read, 0, rank)
+    if units.c == 1.0:
         return read
     return scribe.op("coordinates", "Mul", [read, scribe.constant("unit", np.array(1 / units.c), "float32")])
 
@@ -107,8 +112,7 @@ def _supervise(scribe: Scribe, c: ir.Value, task: Task, units: _Units) -> tuple[
     """`g(a) (alpha (a - o) - (c - o))`; `a` comes unscaled."""
     layer, supervisor = task.layer, task.supervisor
     assert supervisor is not None
-    first = columns(scribe, "first", supervisor, 0, 1) if layer.rank > 1 else supervisor
-    made = gate(scribe, first, task)
+    made = gate(scribe, first_told(scribe, task), task)
     origin = scribe.constant("origin", layer.origin, "float32")
     wanted = scribe.op("supervisor_centred", "Sub", [supervisor, origin])
     wanted = scribe.op("wanted", "Mul", [wanted, scribe.constant("alpha", np.array(layer.alpha * units.c), "float32")])
@@ -119,13 +123,15 @@ def _supervise(scribe: Scribe, c: ir.Value, task: Task, units: _Units) -> tuple[
 
 
 def _restore(scribe: Scribe, read: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
-    """`g(s) (t - c)`"""
+    """`g (t - c)`; in `combined` the gate hears the supervisor too"""
     layer = task.layer
     c = columns(scribe, "coordinates", read, 0, layer.rank)
-    score = columns(scribe, "score", read, layer.rank, layer.rank + 1)
+    score = columns(scribe, "score" if task.mode == "restore" else "score_read", read, layer.rank, layer.rank + 1)
+    if task.mode == "combined":
+        score = combined_score(scribe, score, task, units.score)
     difference = scribe.op("difference", "Sub", [scribe.constant("target", layer.target * units.c, "float32"), c])
     made = gate(scribe, score, task, units.score)
     return scribe.op("weights", "Mul", [made.opened, difference]), made
 
 
-_WEIGHTS = {"steer": _steer, "supervise": _supervise, "restore": _restore}
+_WEIGHTS = {"steer": _steer, "supervise": _supervise, "restore": _restore, "combined": _restore}

@@ -14,10 +14,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .lowering_gate import bounded, columns, gate
+from .lowering_gate import bounded, columns, combined_score, first_told, gate
 from .lowering_task import Gate, Task, Written
 from .reference import LayerGuard
 from .scribe import Scribe
+from .spec import MODES_WITH_READOUT, MODES_WITH_SUPERVISOR
 
 
 def correction(scribe: Scribe, h: ir.Value, task: Task) -> Written:
@@ -51,17 +52,16 @@ def _read(scribe: Scribe, name: str, h: ir.Value, row: ir.Value) -> ir.Value:
 
 def _gate(scribe: Scribe, h: ir.Value, c: list[ir.Value], task: Task) -> Gate | None:
     """`None` for `project`, which has none."""
-    mode, layer, supervisor = task.mode, task.layer, task.supervisor
-    if mode == "project":
+    if task.mode == "project":
         return None
-    if mode == "restore":
-        score = _read(scribe, "score", h, scribe.constant("readout", layer.readout, "float32"))
-    elif mode == "supervise":
-        assert supervisor is not None
-        score = columns(scribe, "first", supervisor, 0, 1) if layer.rank > 1 else supervisor
-    else:
-        score = c[0]
-    return gate(scribe, score, task)
+    if task.mode == "supervise":
+        return gate(scribe, first_told(scribe, task), task)
+    if task.mode == "steer":
+        return gate(scribe, c[0], task)
+    readout = scribe.constant("readout", task.layer.readout, "float32")
+    if task.mode == "restore":
+        return gate(scribe, _read(scribe, "score", h, readout), task)
+    return gate(scribe, combined_score(scribe, _read(scribe, "score_read", h, readout), task), task)
 
 
 def _weights(
@@ -75,7 +75,7 @@ def _weights(
     """The numbers of `w`, each `[..., 1]` float32."""
     if mode == "project":
         wanted = [scribe.op(f"minus_c_{number}", "Neg", [value]) for number, value in enumerate(c)]
-    elif mode == "restore":
+    elif mode in MODES_WITH_READOUT:
         wanted = _to_the_target(scribe, layer, c)
     else:
         alpha = scribe.constant("alpha", np.array(layer.alpha), "float32")
@@ -119,7 +119,7 @@ def _to_the_supervisor(
 
 
 def _coordinates(scribe: Scribe, mode: str, c: list[ir.Value]) -> ir.Value | None:
-    """`c` side by side; only `supervise` tells it to anybody."""
-    if mode != "supervise":
+    """`c` side by side; only modes with a supervisor tell it to anybody."""
+    if mode not in MODES_WITH_SUPERVISOR:
         return None
     return c[0] if len(c) == 1 else scribe.op("coordinates", "Concat", c, axis=-1)

@@ -17,7 +17,7 @@ class Task:
         mode: the intervention.
         layer: its numbers.
         dtype: of the stream.
-        supervisor: the text-only coordinates `[batch, 1, m]` float32 (`supervise` only).
+        supervisor: the text-only coordinates `[batch, 1, m]` float32 (modes with a supervisor).
         selected: what the weights are multiplied with, in the dtype that the lowering `selects`: `[batch, sequence, 1]` of 0
             and 1, the tokens to edit, times the strength where the guard has that knob (a scalar, if all tokens are
             edited); `None` for all tokens as calibrated.

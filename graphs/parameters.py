@@ -17,7 +17,7 @@ from .lowering_task import Task
 from .plan import GuardPlan, SitePlan
 from .reference import LayerGuard
 from .scribe import IR_DTYPES, PREFIX, Scribe
-from .spec import LARGEST_TAU
+from .spec import LARGEST_TAU, MODES_WITH_SUPERVISOR
 
 
 def neutral(plan: GuardPlan) -> GuardPlan:
@@ -66,4 +66,10 @@ def _scope(layer: int) -> str:
 def _task(plan: GuardPlan, planned: SitePlan) -> Task:
     dtype = planned.site.dtype
     given = ir.Value(name="supervisor", type=ir.TensorType(IR_DTYPES["float32"]))
-    return Task(plan.mode, planned.guard, dtype, given if plan.mode == "supervise" else None, ir.Value(name="selected"))
+    return Task(
+        plan.mode,
+        planned.guard,
+        dtype,
+        given if plan.mode in MODES_WITH_SUPERVISOR else None,
+        ir.Value(name="selected"),
+    )

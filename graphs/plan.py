@@ -22,7 +22,14 @@ from .lowering import FOLDED, choose_lowering
 from .positions import mask_input
 from .reference import LayerGuard
 from .scribe import PREFIX
-from .spec import MAX_RANK, MODES_WITH_ALPHA, MODES_WITH_GATE, GuardSpec
+from .spec import (
+    MAX_RANK,
+    MODES_WITH_ALPHA,
+    MODES_WITH_GATE,
+    MODES_WITH_READOUT,
+    MODES_WITH_SUPERVISOR,
+    GuardSpec,
+)
 
 PLAN_SCHEMA = "vlmguard.plan/1"
 SUPERVISOR_INPUT = "vlmguard.supervisor"
@@ -62,7 +69,9 @@ class SitePlan:
             shown["alpha"] = self.guard.alpha
         if mode == "supervise":
             shown["origin"] = self.guard.origin.tolist()
-        if mode == "restore":
+        if mode == "combined":
+            shown["text_shift"] = self.guard.text_shift
+        if mode in MODES_WITH_READOUT:
             shown["target"] = self.guard.target.tolist()
             shown["readout_sha256"] = _digest(self.guard.readout)
         return shown
@@ -114,14 +123,14 @@ class GuardPlan:
     @property
     def added_inputs(self) -> tuple[str, ...]:
         """In their order; the knobs come last, because they may be left out."""
-        supervisor = (SUPERVISOR_INPUT,) if self.mode == "supervise" else ()
+        supervisor = (SUPERVISOR_INPUT,) if self.mode in MODES_WITH_SUPERVISOR else ()
         return (*supervisor, *((PAST_GATE_INPUT,) if self.gate == "prompt" else ()), *self.knobs)
 
     @property
     def added_outputs(self) -> tuple[str, ...]:
         """In their order."""
         told = {
-            COORDINATES_OUTPUT: self.mode == "supervise",
+            COORDINATES_OUTPUT: self.mode in MODES_WITH_SUPERVISOR,
             SCORES_OUTPUT: self.telemetry,
             PRESENT_GATE_OUTPUT: self.gate == "prompt",
         }
@@ -368,24 +377,26 @@ def _layer_guard(number: int, directions: Directions, spec: GuardSpec, mode: str
     else:
         alpha = 1.0
     if mode == "project" and spec.tau is not None:
-        raise GuardError("mode project has no gate; leave --tau out, or choose steer, supervise or restore")
+        raise GuardError("mode project has no gate; leave --tau out, or choose a mode with one")
     zeros = np.zeros(rank, np.float32)
+    threshold = _threshold(number, layer, spec, mode, notes)
     return LayerGuard(
         ssd=layer.ssd[:rank],
         origin=layer.origin[:rank] if layer.origin is not None else zeros,
         target=_target(number, layer, rank, mode),
         readout=_readout(number, layer, mode, notes),
-        threshold=_threshold(number, layer, spec, mode, notes),
+        threshold=threshold,
         alpha=float(np.float32(alpha)),
+        text_shift=_text_shift(number, layer, mode, threshold),
     )
 
 
 def _target(number: int, layer: LayerDirections, rank: int, mode: str) -> np.ndarray:
-    if mode != "restore":
+    if mode not in MODES_WITH_READOUT:
         return np.zeros(rank, np.float32)
     if layer.target is None:
         raise DirectionMismatch(
-            f"mode restore needs a target level, layer {number} of the directions has none; calibrate with --anchors"
+            f"mode {mode} needs a target level, layer {number} of the directions has none; calibrate with --anchors"
         )
     return layer.target[:rank]
 
@@ -393,7 +404,7 @@ def _target(number: int, layer: LayerDirections, rank: int, mode: str) -> np.nda
 def _readout(number: int, layer: LayerDirections, mode: str, notes: list[str]) -> np.ndarray:
     if layer.readout is not None:
         return layer.readout
-    if mode == "restore":
+    if mode in MODES_WITH_READOUT:
         notes.append(f"layer {number} has no readout of its own: its gate reads the first row of the SSD")
     return layer.ssd[0]
 
@@ -405,13 +416,25 @@ def _threshold(number: int, layer: LayerDirections, spec: GuardSpec, mode: str, 
         return float(np.float32(spec.tau))
     if layer.threshold is not None:
         return float(np.float32(layer.threshold))  # what the graph compares with, and what a directions file holds
-    if mode == "restore":
+    if mode in MODES_WITH_READOUT:
         raise DirectionMismatch(
-            f"mode restore needs a threshold, layer {number} of the directions has none; give --tau, or calibrate "
+            f"mode {mode} needs a threshold, layer {number} of the directions has none; give --tau, or calibrate "
             "with --anchors"
         )
     notes.append("tau = 0, as in the paper: the directions carry no threshold, and coordinates are not centred on 0")
     return 0.0
+
+
+def _text_shift(number: int, layer: LayerDirections, mode: str, threshold: float) -> float:
+    """One threshold for the readout and for the text, each on its own scale."""
+    if mode != "combined":
+        return 0.0
+    if layer.text_threshold is None:
+        raise DirectionMismatch(
+            f"mode combined needs a threshold for the text too, layer {number} of the directions has none; calibrate with "
+            "--anchors"
+        )
+    return float(np.float32(threshold - layer.text_threshold))
 
 
 def _require_expressible(model: ir.Model, sites: tuple[SitePlan, ...], mode: str) -> None:
@@ -421,8 +444,8 @@ def _require_expressible(model: ir.Model, sites: tuple[SitePlan, ...], mode: str
             f"the graph has opset {opset}, the guard needs {OLDEST_OPSET} or later; convert it with onnx.version_converter"
         )
     ranks = {site.guard.rank for site in sites}
-    if mode == "supervise" and len(ranks) > 1:
-        raise GuardError(f"supervise needs one rank in all layers, found {sorted(ranks)}; give --rank {min(ranks)}")
+    if mode in MODES_WITH_SUPERVISOR and len(ranks) > 1:
+        raise GuardError(f"{mode} needs one rank in all layers, found {sorted(ranks)}; give --rank {min(ranks)}")
     for site in sites:
         assert 1 <= site.guard.rank <= MAX_RANK
 

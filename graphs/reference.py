@@ -1,7 +1,7 @@
 """The guard in numpy: the oracle that every lowering, every runner and the PyTorch hooks must agree with.
 
 VLM-Guard (arXiv 2502.10486): per token `h' = h + w V`, where `V` holds the safety steering direction (SSD) of the layer
-and `w` depends on what the layer reads, `c = h V^T`. All four modes are that one shape; only `w` differs.
+and `w` depends on what the layer reads, `c = h V^T`. All modes are that one shape; only `w` differs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# The supervisor coordinates that mean "no supervisor: listen only" (`supervise`, text-only pass). A finite number, far
+# The supervisor coordinates that mean "no supervisor: listen only" (the text-only pass). A finite number, far
 # below every threshold: infinity or NaN times a closed gate would be NaN, and the closed gate must write exact zeros.
 LISTEN = -1e30
 # The largest strength that is taken. In float16 a coordinate is read with one bit to spare (`lowering_lowrank`), and a strength
@@ -18,6 +18,9 @@ LISTEN = -1e30
 LARGEST_STRENGTH = 2.0
 # A threshold offset is cut here: it must not bring a threshold below LISTEN.
 LARGEST_OFFSET = 1e29
+# `combined` hears its readout only where there is a supervisor: the readout's score is cut off this far above the
+# supervisor's coordinate. Above every score that is one; and LISTEN plus it is below every threshold.
+HEARING = 1e29
 # A held gate that means "not decided yet: decide now".
 UNDECIDED = -1.0
 
@@ -29,10 +32,12 @@ class LayerGuard:
     Attributes:
         ssd: `[m, d]`, orthonormal rows, `+` means harmful.
         origin: `[m]`, where the coordinates start (`supervise`).
-        target: `[m]`, the level that the language model has for harmful text (`restore`).
-        readout: `[d]`, what the gate of `restore` reads.
+        target: `[m]`, the level that the language model has for harmful text (`restore`, `combined`).
+        readout: `[d]`, what the gate of `restore` and `combined` reads.
         threshold: the gate opens above it.
         alpha: strength (`steer`, `supervise`).
+        text_shift: brings the text-only query's first coordinate to the readout's scale, so that one threshold serves both
+            (`combined`).
     """
 
     ssd: np.ndarray
@@ -41,6 +46,7 @@ class LayerGuard:
     readout: np.ndarray
     threshold: float
     alpha: float
+    text_shift: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -88,7 +94,7 @@ def weights(
         assert supervisor is not None, "supervise needs the text-only coordinates"
         a, o = supervisor, layer.origin
         return strength * opened * (layer.alpha * (a - o) - (c - o))
-    assert mode == "restore", mode
+    assert mode in {"restore", "combined"}, mode
     return strength * opened * (layer.target - c)
 
 
@@ -97,9 +103,14 @@ def score(mode: str, layer: LayerGuard, h: np.ndarray, supervisor: np.ndarray | 
     if mode == "supervise":
         assert supervisor is not None, "supervise needs the text-only coordinates"
         return supervisor[..., :1]
-    assert mode in {"steer", "restore"}, mode
-    row = layer.readout if mode == "restore" else layer.ssd[0]
-    return h @ row[:, None]
+    assert mode in {"steer", "restore", "combined"}, mode
+    row = layer.ssd[0] if mode == "steer" else layer.readout
+    read = h @ row[:, None]
+    if mode != "combined":
+        return read
+    assert supervisor is not None, "combined needs the text-only coordinates"
+    told = supervisor[..., :1]
+    return np.minimum(np.maximum(read, told + layer.text_shift), told + HEARING)
 
 
 def gate(
@@ -130,7 +141,7 @@ def guard(
 
     Args:
         h: hidden states `[batch, sequence, d]`.
-        supervisor: coordinates of the text-only query, `[batch, 1, m]` (`supervise` only).
+        supervisor: coordinates of the text-only query, `[batch, 1, m]` (`supervise` and `combined`).
         selected: `[batch, sequence, 1]` of 0 and 1, the tokens to edit; `None` edits all of them.
         dials: what is set at this call.
     """

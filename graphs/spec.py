@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from .errors import GuardError
 
-Mode = Literal["project", "steer", "supervise", "restore"]
+Mode = Literal["project", "steer", "supervise", "restore", "combined"]
 Positions = Literal["all", "last"]
 Target = Literal["onnxruntime", "tensorrt"]
 Decided = Literal["token", "prompt"]
@@ -29,7 +29,10 @@ LARGEST_TAU = 1e29
 
 # Modes whose formula has a strength, and modes whose formula has a gate (docs/method.md, section "The interventions").
 MODES_WITH_ALPHA = frozenset({"steer", "supervise"})
-MODES_WITH_GATE = frozenset({"steer", "supervise", "restore"})
+MODES_WITH_GATE = frozenset({"steer", "supervise", "restore", "combined"})
+# Modes that set the level of harmful text and whose gate has a readout of its own; modes that take a text-only pass first.
+MODES_WITH_READOUT = frozenset({"restore", "combined"})
+MODES_WITH_SUPERVISOR = frozenset({"supervise", "combined"})
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,13 @@ class GuardSpec:
     """The wish. Every `None` means "take what the directions file says, else the mode's default".
 
     Attributes:
-        mode: which intervention (docs/method.md): `project`, `steer`, `supervise`, `restore`. `None` follows the
+        mode: which intervention (docs/method.md): `project`, `steer`, `supervise`, `restore`, `combined`. `None` follows the
             directions file: calibrated ones mean `restore`, an SSD alone means `project`.
         layers: decoder layers, 0-based: layer `l` is guarded where its output leaves it (`hidden_states[l + 1]` in
             Hugging Face terms). `None` means those of the directions file.
         rank: how many rows of the SSD to use, 1..8. `None` means all that the file has.
         alpha: strength of `steer` and `supervise`; not negative, because a negative strength removes safety.
-        tau: gate threshold of `steer`, `supervise` and `restore`, for every guarded layer.
+        tau: gate threshold of every mode but `project`, for every guarded layer (of `combined`: the readout's).
         positions: `last` edits the last token of each call (the end of the prompt, then each new token); `all` every
             token of the call.
         lowering: how the guard is written into the graph; `auto` lets the plan choose and say why.

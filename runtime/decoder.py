@@ -278,7 +278,7 @@ class DecoderSession:
         if SUPERVISOR_INPUT in ports:
             if state.supervisor is None:
                 raise GuardError(
-                    "this graph is guarded in mode supervise and needs the text-only coordinates; run the text-only pass "
+                    "this graph is guarded with a supervisor and needs the text-only coordinates; run the text-only pass "
                     "first, as GuardedVLM does"
                 )
             feeds[SUPERVISOR_INPUT] = _coordinates(state.supervisor)

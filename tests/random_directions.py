@@ -24,6 +24,7 @@ def random_layer(seed: int, width: int, rank: int = 2, calibrated: bool = True) 
         target=(2 + random.normal(size=rank)).astype(np.float32),
         readout=(readout / np.linalg.norm(readout)).astype(np.float32),
         threshold=0.0,
+        text_threshold=0.0,
     )
 
 

@@ -34,21 +34,23 @@ class LayerNumbers(Protocol):
     def threshold(self) -> float: ...
     @property
     def alpha(self) -> float: ...
+    @property
+    def text_shift(self) -> float: ...
 
 
 class HookedGuard:
-    """The four modes on the outputs of decoder layers.
+    """Every mode on the outputs of decoder layers.
 
     The stream keeps its dtype: what is read of it is a matmul in that dtype, then float32 for gate and weights, then
     the stream's dtype again for what is written. So do the exported graphs.
 
     Attributes:
         coordinates: per guarded layer, `c` of the last token in the latest forward, before this layer's edit,
-            `[batch, m]` float32. Those of a text-only pass are the supervisor of `supervise`.
+            `[batch, m]` float32. Those of a text-only pass are the supervisor.
     """
 
     def __init__(self, layers: Mapping[int, LayerNumbers], mode: str, positions: str = "last") -> None:
-        assert mode in ("project", "steer", "supervise", "restore"), mode
+        assert mode in ("project", "steer", "supervise", "restore", "combined"), mode
         assert positions in ("all", "last"), positions
         self.layers = dict(layers)
         self.mode = mode
@@ -64,7 +66,7 @@ class HookedGuard:
 
         Args:
             attention_mask: `[batch, past + sequence]` or `[batch, sequence]`, 1 for real tokens; `None`: no padding.
-            supervisor: per guarded layer, the coordinates of the text-only query, `[batch, m]` (`supervise`); `None`
+            supervisor: per guarded layer, the coordinates of the text-only query, `[batch, m]` (modes that take one); `None`
                 closes every gate, so that a text-only pass listens without being changed.
         """
         self._attention_mask = attention_mask
@@ -92,7 +94,7 @@ class HookedGuard:
         layer = self.layers[number]
         rank = layer.ssd.shape[0]
         last = self._last_positions(h)
-        rows = np.concatenate([layer.ssd, layer.readout[None]]) if self.mode == "restore" else layer.ssd
+        rows = np.concatenate([layer.ssd, layer.readout[None]]) if self.mode in ("restore", "combined") else layer.ssd
         read = (h @ _like(h, rows).T).float()
         coordinates = read[..., :rank]
         self.coordinates[number] = coordinates[torch.arange(h.shape[0]), last].detach()
@@ -113,9 +115,13 @@ class HookedGuard:
             wanted, gate = layer.alpha * c, c[..., :1] > layer.threshold
         elif self.mode == "restore":
             wanted, gate = _like(c, layer.target) - c, score > layer.threshold
+        elif self._supervisor is None:
+            return torch.zeros_like(c)
+        elif self.mode == "combined":
+            told = self._supervisor[number].float()[:, None, :1]
+            wanted = _like(c, layer.target) - c
+            gate = (score > layer.threshold) | (told + layer.text_shift > layer.threshold)
         else:
-            if self._supervisor is None:
-                return torch.zeros_like(c)
             text, origin = self._supervisor[number].float()[:, None, :], _like(c, layer.origin)
             wanted = layer.alpha * (text - origin) - (c - origin)
             gate = text[..., :1] > layer.threshold

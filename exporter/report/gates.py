@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...graphs.plan import GuardPlan
-from ...graphs.reference import LayerGuard
+from ...graphs.reference import LayerGuard, score
 from ...graphs.spec import MODES_WITH_GATE
 from ..prompts import SETTINGS, LabelledPrompt
 from .states import States
@@ -18,6 +18,7 @@ READS = {
     "restore": "the readout of the state before the guard",
     "steer": "the state before the guard along row 1 of the direction",
     "supervise": "the text-only pass along row 1 of the direction",
+    "combined": "the readout of the state before the guard, or the text-only pass on its scale, whichever is higher",
 }
 _BINS = 24
 
@@ -79,8 +80,9 @@ def bins(gates: Sequence[GateScores]) -> np.ndarray:
 
 def _scores(states: States, row: int, mode: str, guard: LayerGuard) -> np.ndarray:
     """`[prompts]` float32, as the graph computes it."""
+    told = None if states.supervisor is None else states.supervisor[:, row]
     if mode == "supervise":
-        assert states.supervisor is not None
-        return states.supervisor[:, row, 0]
+        assert told is not None
+        return told[:, 0]
     assert states.raw is not None
-    return states.raw[:, row] @ (guard.readout if mode == "restore" else guard.ssd[0])
+    return score(mode, guard, states.raw[:, row], told)[:, 0]

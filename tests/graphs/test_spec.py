@@ -102,7 +102,7 @@ def test_without_a_word_everything_is_left_to_the_directions() -> None:
 
 
 def test_the_modes_with_a_strength_and_with_a_gate() -> None:
-    assert MODES == ("project", "steer", "supervise", "restore")
+    assert MODES == ("project", "steer", "supervise", "restore", "combined")
     assert {"steer", "supervise"} == MODES_WITH_ALPHA
     assert set(MODES) - MODES_WITH_GATE == {"project"}
 

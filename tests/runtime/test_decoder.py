@@ -143,7 +143,7 @@ def refusal(*names: str, **options: Any) -> str:
 
 def test_a_supervised_graph_without_its_text_only_pass_is_refused() -> None:
     assert refusal("input_ids", SUPERVISOR_INPUT) == (
-        "this graph is guarded in mode supervise and needs the text-only coordinates; run the text-only pass first, as "
+        "this graph is guarded with a supervisor and needs the text-only coordinates; run the text-only pass first, as "
         "GuardedVLM does"
     )
 

@@ -353,7 +353,7 @@ def test_a_supervised_graph_without_its_input_refuses(models: Callable[[str], Vi
     with pytest.raises(GuardError) as caught:
         model.decoder.prefill(batch)
     assert str(caught.value) == (
-        "this graph is guarded in mode supervise and needs the text-only coordinates; run the text-only pass first, as "
+        "this graph is guarded with a supervisor and needs the text-only coordinates; run the text-only pass first, as "
         "GuardedVLM does"
     )
     feeds = model.decoder.prefill_feeds(batch, np.zeros((1, *model.decoder.supervisor_shape), np.float32))
