@@ -33,7 +33,7 @@ from .spec import LARGEST_TAU, MAX_RANK, MODES
 SCHEMA = "vlmguard.directions/1"
 ORTHONORMAL_WITHIN = 1e-4
 _TENSOR_NAME = re.compile(r"layers\.(0|[1-9]\d{0,4})\.(ssd|origin|target|readout|threshold|text_threshold)")
-_THRESHOLDS = ("threshold", "text_threshold")
+_THRESHOLDS = frozenset({"threshold", "text_threshold"})
 _LARGEST_FILE = 4 << 30  # bytes; 8 rows x 16384 x 256 layers is 0.13 GB, so anything near this is not directions
 
 
@@ -145,7 +145,10 @@ def directions_bytes(directions: Directions) -> bytes:
             "origin": layer.origin,
             "target": layer.target,
             "readout": layer.readout,
-            **{name: None if (value := getattr(layer, name)) is None else np.array([value]) for name in _THRESHOLDS},
+            **{
+                name: None if (value := getattr(layer, name)) is None else np.array([value])
+                for name in sorted(_THRESHOLDS)
+            },
         }
         for part, value in parts.items():
             if value is not None:
@@ -201,14 +204,14 @@ def _numbers(path: Path, metadata: dict[str, str], key: str) -> tuple[int, ...]:
         raise DirectionMismatch(f"{path}: metadata {key!r} is {found!r}, expected numbers such as '3,4'") from None
 
 
-def _layer(path: Path, number: int, parts: dict[str, np.ndarray]) -> LayerDirections:
+def _layer(path: Path, number: int, parts: dict[str, Any]) -> LayerDirections:
     if "ssd" not in parts:
         raise DirectionMismatch(f"{path}: layer {number} has no ssd, only {', '.join(sorted(parts))}")
-    numbers = {name: parts.pop(name) for name in _THRESHOLDS if name in parts}
-    for name, array in numbers.items():
-        if array.shape != (1,):
-            raise DirectionMismatch(f"{path}: layers.{number}.{name} has shape {array.shape}, expected (1,)")
-    return LayerDirections(**parts, **{name: float(array[0]) for name, array in numbers.items()})
+    for name in _THRESHOLDS & parts.keys():
+        if parts[name].shape != (1,):
+            raise DirectionMismatch(f"{path}: layers.{number}.{name} has shape {parts[name].shape}, expected (1,)")
+        parts[name] = float(parts[name][0])
+    return LayerDirections(**parts)
 
 
 def _validate(directions: Directions, what: str) -> None:
@@ -254,7 +257,7 @@ def _validate_layer(number: int, layer: LayerDirections, width: int) -> None:
             raise DirectionMismatch(f"layers.{number}.{name} has shape {array.shape}, expected {expected[name]}")
         if not np.isfinite(array).all():
             raise DirectionMismatch(f"layers.{number}.{name} holds NaN or infinity; extract the directions again")
-    for name in _THRESHOLDS:
+    for name in sorted(_THRESHOLDS):
         value = getattr(layer, name)
         if value is not None and not abs(value) <= LARGEST_TAU:  # not NaN either
             raise DirectionMismatch(f"layers.{number}.{name} is {value}; calibrate again")
