@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..graphs.digests import sha256_file
-from ..graphs.directions import read_directions
+from ..graphs.directions import DIRECTIONS_FILE, read_directions
 from ..graphs.errors import PromptsUnusable
 from ..graphs.gate_taps import tap_gates
 from ..graphs.manifest import MANIFEST_NAME
@@ -36,7 +36,6 @@ __all__ = ["Cell", "Evaluation", "Tally", "compare", "evaluate", "tally"]
 
 EVALUATION_FILES = ("evaluation.jsonl", "evaluation.json", "evaluation.csv")
 ENOUGH_TOKENS = 100  # refusals can come late; fewer are for models that say little, and for tests
-_DIRECTIONS_FILE = "directions.safetensors"
 
 
 @dataclass(frozen=True)
@@ -304,7 +303,7 @@ def _require_held_out(title: str, rows: Sequence[LabelledPrompt], vlm: GuardedVL
     """Nothing that the guard was made from: neither its calibration prompts nor its anchors."""
     calibrated = (vlm.manifest.calibration or {}).get("prompt_fingerprints", ())
     require_held_out(title, rows, calibrated, "were calibrated on", "evaluate")
-    file = vlm.package.root / _DIRECTIONS_FILE
+    file = vlm.package.root / DIRECTIONS_FILE
     anchors = (read_directions(file).anchors or {}) if file.is_file() else {}
     how = "are anchors that the directions were extracted from"
     require_held_out(title, rows, anchors.get("fingerprints", ()), how, "evaluate")

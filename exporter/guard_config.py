@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from ..graphs.directions import Directions, LayerDirections
+from ..graphs.directions import DIRECTIONS_FILE, Directions, LayerDirections
 from ..graphs.errors import DirectionMismatch, GuardError, first_line
 from ..graphs.spec import MODES_WITH_GATE, MODES_WITH_READOUT, GuardSpec
 from .calibrate import Calibration
@@ -127,7 +127,7 @@ def read_config(path: Path | str) -> GuardConfig:
         )
     guard, layers = (_table(path, name, content.get(name, {})) for name in ("guard", "layers"))
     _only_known(path, "guard.", guard, [field.name for field in fields(GuardSpec)])
-    named = content.get("directions", "directions.safetensors")
+    named = content.get("directions", DIRECTIONS_FILE)
     if not isinstance(named, str):
         raise GuardError(f"{path}: directions is {named!r}, expected the name of a file beside it")
     return GuardConfig(_spec(path, guard), path.parent / named, _numbers(path, layers))

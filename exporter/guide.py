@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..graphs.anatomy import DecoderAnatomy
 from ..graphs.digests import sha256_file
-from ..graphs.directions import Directions, read_directions
+from ..graphs.directions import DIRECTIONS_FILE, Directions, read_directions
 from ..graphs.errors import DirectionMismatch
 from ..graphs.package import ModelPackage, open_package
 from ..graphs.plan import require_fitting
@@ -40,7 +40,6 @@ from .sources import Source, Watch
 
 ANCHOR_FILES = ("anchors.jsonl", "anchors.json", "anchors.csv")
 CALIBRATION_FILES = ("calibration.jsonl", "calibration.json", "calibration.csv")
-DIRECTIONS_FILE = "directions.safetensors"
 EXTRACTED_RANK = 4
 _PROOF_PROMPTS = 4  # of each label and setting
 

@@ -16,7 +16,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ..graphs.anatomy import DecoderAnatomy, dissect
-from ..graphs.directions import Directions, directions_bytes
+from ..graphs.directions import DIRECTIONS_FILE, Directions, directions_bytes
 from ..graphs.errors import AnatomyNotFound, GuardError, OutputRefused, ProofFailed
 from ..graphs.fold import FOLD
 from ..graphs.fold_proof import prove_fold
@@ -34,7 +34,7 @@ from .estimators import DEFAULT_ESTIMATOR
 from .exporters import ExporterName, Precision
 from .folder import GuardedDecoder, bring_companions, bring_weights, notes_on_files, write_manifest
 from .guard_config import CONFIG_NAME, GuardConfig, config_of, read_config, to_toml
-from .guide import DIRECTIONS_FILE, EXTRACTED_RANK, Guide, anchors_for
+from .guide import EXTRACTED_RANK, Guide, anchors_for
 from .no_worse import Refusals
 from .prompts import Sources
 from .prove import ProofInputs, prove_by_running

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from ..graphs.anatomy import DecoderAnatomy, dissect
 from ..graphs.digests import sha256_file, sha256_files
-from ..graphs.directions import read_directions
+from ..graphs.directions import DIRECTIONS_FILE, read_directions
 from ..graphs.errors import GuardError, ManifestMismatch
 from ..graphs.fold import FOLD
 from ..graphs.fold_proof import prove_fold, refolded, writers_orthogonal
@@ -259,7 +259,7 @@ def plan_again(
         spec = GuardSpec(**wished)
     except TypeError as error:
         raise ManifestMismatch(f"{folder}: the manifest's spec cannot be read ({error}); export again") from None
-    plan = plan_guard(stripped, anatomy, read_directions(folder / "directions.safetensors"), spec)
+    plan = plan_guard(stripped, anatomy, read_directions(folder / DIRECTIONS_FILE), spec)
     made = plan.to_json()
     differing = [key for key in made if key != "notes" and made[key] != recorded.get(key)]
     if differing:

@@ -31,6 +31,7 @@ from .errors import DirectionMismatch, first_line
 from .spec import LARGEST_TAU, MAX_RANK, MODES
 
 SCHEMA = "vlmguard.directions/1"
+DIRECTIONS_FILE = "directions.safetensors"  # in a guarded folder, and beside a model that brings its own
 ORTHONORMAL_WITHIN = 1e-4
 _TENSOR_NAME = re.compile(r"layers\.(0|[1-9]\d{0,4})\.(ssd|origin|target|readout|threshold|text_threshold)")
 _THRESHOLDS = frozenset({"threshold", "text_threshold"})

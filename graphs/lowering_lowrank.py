@@ -96,7 +96,7 @@ def _coordinates(scribe: Scribe, mode: str, rank: int, read: ir.Value, units: _U
         read = columns(scribe, "coordinates_read", read, 0, rank)
     if units.c == 1.0:
         return read
-    return scribe.op("coordinates", "Mul", [read, scribe.constant("unit", np.array(1 / units.c), "float32")])
+    return scribe.op("coordinates_unscaled", "Mul", [read, scribe.constant("unit", np.array(1 / units.c), "float32")])
 
 
 def _steer(scribe: Scribe, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:

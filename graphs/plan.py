@@ -353,7 +353,7 @@ def _layers(
     if directions.recommended_layers:
         chosen = directions.recommended_layers
         return chosen, [f"layers {_spell(chosen)}: what calibration chose"]
-    if mode == "restore" and directions.calibrated_layers:
+    if mode in MODES_WITH_READOUT and directions.calibrated_layers:
         chosen = directions.calibrated_layers
         return chosen, [f"layers {_spell(chosen)}: those that the directions calibrate"]
     chosen = tuple(directions.layers)

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ...graphs.anatomy import DecoderAnatomy, dissect
-from ...graphs.directions import Directions, read_directions
+from ...graphs.directions import DIRECTIONS_FILE, Directions, read_directions
 from ...graphs.errors import GuardError, ManifestMismatch
 from ...graphs.fold import FOLD
 from ...graphs.manifest import Manifest, read_manifest
@@ -143,6 +143,6 @@ def open_subject(folder: Path | str, source: Path | str | None = None) -> Subjec
         strip_guard(graph)
     anatomy = dissect(graph, package.expected_layers)
     plan = plan_again(folder, manifest, manifest.decoders[0], graph, anatomy)
-    subject = Subject(guarded, anatomy, plan, read_directions(folder / "directions.safetensors"), original)
+    subject = Subject(guarded, anatomy, plan, read_directions(folder / DIRECTIONS_FILE), original)
     subject.require_shipped()
     return subject

@@ -1,0 +1,76 @@
+"""What each mode does to the tiny VLM: `python modes.py` measures it and writes the table of docs/method.md.
+
+Each mode is exported as a user would, from the model's folder and nothing else (directions extracted, the rest calibrated), and
+asked the held-out prompts. A mode that is refused stands in the table with its sentence. No figure was typed.
+
+    python modes.py             # measure, write (some minutes on one core)
+    python modes.py --check     # measure, and say whether the page has these figures
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import vlmguard
+from vlmguard.exporter.evaluate import Tally, tally
+from vlmguard.exporter.prompts import LabelledPrompt, read_prompts
+from vlmguard.graphs.spec import MODES
+
+HERE = Path(__file__).parent
+SOURCE = HERE / "onnx-community"
+EVALUATION = HERE / "prompts" / "evaluation.jsonl"
+PAGE = HERE.parents[1] / "docs" / "method.md"
+BEGIN, END = "<!-- begin: examples/tiny_vlm/modes.py -->", "<!-- end: examples/tiny_vlm/modes.py -->"
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--check", action="store_true", help="compare with the page; write nothing")
+    check = options.parse_args().check
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    new = before + "\n".join([BEGIN, *table(read_prompts(EVALUATION)), END]) + after
+    if check:
+        print("docs/method.md is up to date" if new == page else "docs/method.md has other figures; run modes.py")
+        return int(new != page)
+    PAGE.write_text(new, encoding="utf-8")
+    return 0
+
+
+def table(prompts: Sequence[LabelledPrompt]) -> list[str]:
+    """Markdown: a row per mode, a column per setting."""
+    settings = list(dict.fromkeys(prompt.setting for prompt in prompts))
+    columns = ["mode", "layers", *settings, "text answers changed"]
+    lines = ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    base = tally(vlmguard.GuardedVLM.open(SOURCE), prompts)
+    lines.append(_row("unguarded", "", base, base, prompts, settings))
+    with tempfile.TemporaryDirectory() as scratch:
+        for mode in MODES:
+            print(f"{mode} ...", file=sys.stderr)
+            try:
+                made = vlmguard.export(SOURCE, Path(scratch) / mode, spec=vlmguard.GuardSpec(mode=mode))
+            except vlmguard.GuardError as error:
+                lines.append(f"| `{mode}` | not written: {error} |" + " |" * (len(columns) - 2))
+                continue
+            found = tally(vlmguard.GuardedVLM.open(made.out), prompts)
+            lines.append(_row(f"`{mode}`", ", ".join(map(str, made.plan.layers)), found, base, prompts, settings))
+    return [*lines, ""]
+
+
+def _row(
+    name: str, layers: str, found: Tally, base: Tally, prompts: Sequence[LabelledPrompt], settings: Sequence[str]
+) -> str:
+    cells = {(cell.setting, cell.label): f"{cell.refused}/{cell.asked}" for cell in found.cells}
+    refused = [f"{cells.get((s, 'harmful'), '-')} and {cells.get((s, 'harmless'), '-')}" for s in settings]
+    said = zip(prompts, base.answers, found.answers, strict=True)
+    changed = sum(a != b for prompt, a, b in said if prompt.setting == "text")
+    return f"| {name} | {layers} | {' | '.join(refused)} | {changed} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
