@@ -37,7 +37,7 @@ from vlmguard.graphs.manifest import read_manifest
 from vlmguard.graphs.package import load_graph, open_package
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, plan_guard
 from vlmguard.graphs.rewrite import rewrite
-from vlmguard.graphs.spec import GuardSpec, Mode, Positions
+from vlmguard.graphs.spec import MODES_WITH_SUPERVISOR, GuardSpec, Mode, Positions
 from vlmguard.graphs.strip import strip_guard
 from vlmguard.graphs.tensorrt import require_readable, settle_sizes, unreadable_nodes
 from vlmguard.runtime.decoder import open_decoder
@@ -100,7 +100,10 @@ def test_rank1_adds_no_layer(zoo: Callable[[str], ZooModel], name: str) -> None:
             assert engine.layers.of_profile(profile).kernels == bare[profile], (mode, profile)
 
 
-@pytest.mark.parametrize(("mode", "positions"), [("restore", "last"), ("supervise", "last")])
+@pytest.mark.parametrize(
+    ("mode", "positions"),
+    [("restore", "last"), ("supervise", "last"), pytest.param("combined", "last", marks=pytest.mark.zoo)],
+)
 def test_rank1_adds_a_layer_where_a_computed_tensor_comes_in(
     zoo: Callable[[str], ZooModel], mode: Mode, positions: Positions
 ) -> None:
@@ -109,7 +112,7 @@ def test_rank1_adds_a_layer_where_a_computed_tensor_comes_in(
     bare = kernels_of(path)
     engine, names = build(path, GuardSpec(mode=mode, lowering="rank1", positions=positions))
     require_guard(engine.layers, names, len(PROFILES), mode)
-    shared = 2 if mode == "supervise" else 1  # which token is the last one, and the coordinates that are told
+    shared = 2 if mode in MODES_WITH_SUPERVISOR else 1  # which token is the last one, and the coordinates that are told
     for profile in range(len(PROFILES)):
         added = engine.layers.of_profile(profile).kernels - bare[profile]
         assert added == zoo("llava-transformers-fp16").layers + shared, profile
