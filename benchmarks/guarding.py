@@ -26,6 +26,7 @@ def write_directions(path: Path, width: int, layers: int, rank: int = MAX_RANK) 
             target=random.normal(size=rank).astype(np.float32) / 10,
             readout=rows[0].astype(np.float32),
             threshold=0.0,
+            text_threshold=0.0,
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(directions_bytes(Directions(width, made)))

@@ -287,6 +287,7 @@ class _Setting:
         forced: every gate open, or closed, by its threshold.
         moves: whether some state must be edited; `None`: as the inputs have it.
         strength, offset, held: dials that are set, `held` for every gate.
+        listens: without a supervisor, as in the text-only pass; nothing may be edited then.
     """
 
     name: str
@@ -296,6 +297,7 @@ class _Setting:
     strength: float | None = None
     offset: float | None = None
     held: float | None = None
+    listens: bool = False
 
     def feeds(self, plan: GuardPlan, batch: int) -> dict[str, np.ndarray]:
         knobs = {STRENGTH_INPUT: self.strength, OFFSET_INPUT: self.offset}
@@ -318,6 +320,8 @@ def _settings(plan: GuardPlan) -> list[_Setting]:
     found = [_Setting("", "gates as the inputs set them", moves=None if gated else True)]
     if gated:
         found.append(_Setting(" (gates forced open)", "every gate forced open", True, True))
+    if plan.mode in MODES_WITH_SUPERVISOR:
+        found.append(_Setting(" (listening)", "no supervisor", moves=False, listens=True))
     if OFFSET_INPUT in plan.knobs:
         what = f"strength 0.5, every threshold lowered by {-_LOWERED:g}"
         found.append(_Setting(" (knobs turned)", what, None, True, 0.5, _LOWERED))
@@ -352,7 +356,8 @@ def _against_reference(
     halves = {site.layer_index for site in plan.sites if site.site.dtype == "float16"}
     limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
     compared, moved, states, undecided, worst = 0, 0, 0, 0, 0.0
-    for batch, supervisor in zip(inputs.batches, supervisors, strict=True):
+    for batch, told_by_text in zip(inputs.batches, supervisors, strict=True):
+        supervisor = listen(plan, batch.size) if setting.listens else told_by_text
         rolled = roll(session, batch, supervisor, setting.feeds(plan, batch.size))
         for number, outputs in enumerate(rolled):
             # a cached decode step is one token long; without a cache the whole sequence comes again

@@ -40,8 +40,9 @@ def correction(scribe: Scribe, h: ir.Value, task: Task) -> Written:
         return Written(_write(scribe, h, _at(scribe, read, task.selected), layer, units, dtype, dtype))
     if dtype != "float32":
         read = scribe.cast("read_float32", read, "float32")
-    weights, opened = _WEIGHTS[mode](scribe, read, task, units)
-    coordinates = _coordinates(scribe, mode, layer.rank, read, units)
+    c = columns(scribe, "coordinates", read, 0, layer.rank) if mode in MODES_WITH_READOUT else read
+    weights, opened = _WEIGHTS[mode](scribe, read, c, task, units)
+    coordinates = _told(scribe, c, units) if mode in MODES_WITH_SUPERVISOR else None
     delta = _write(scribe, h, _at(scribe, weights, task.selected), layer, units, "float32", dtype)
     return Written(delta, coordinates, opened)
 
@@ -88,18 +89,14 @@ def _rows(mode: str, layer: LayerGuard, units: _Units) -> np.ndarray:
     return rows
 
 
-def _coordinates(scribe: Scribe, mode: str, rank: int, read: ir.Value, units: _Units) -> ir.Value:
-    """`c` as others know it; only modes with a supervisor tell it to anybody."""
-    if mode not in MODES_WITH_SUPERVISOR:
-        return read
-    if mode in MODES_WITH_READOUT:
-        read = columns(scribe, "coordinates_read", read, 0, rank)
+def _told(scribe: Scribe, c: ir.Value, units: _Units) -> ir.Value:
+    """`c` as others know it, out of the unit that it was read in."""
     if units.c == 1.0:
-        return read
-    return scribe.op("coordinates_unscaled", "Mul", [read, scribe.constant("unit", np.array(1 / units.c), "float32")])
+        return c
+    return scribe.op("coordinates_told", "Mul", [c, scribe.constant("unit", np.array(1 / units.c), "float32")])
 
 
-def _steer(scribe: Scribe, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
+def _steer(scribe: Scribe, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
     """`alpha g c`"""
     layer = task.layer
     first = columns(scribe, "first", c, 0, 1) if layer.rank > 1 else c
@@ -108,7 +105,7 @@ def _steer(scribe: Scribe, c: ir.Value, task: Task, units: _Units) -> tuple[ir.V
     return scribe.op("weights", "Mul", [strength, c]), made
 
 
-def _supervise(scribe: Scribe, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
+def _supervise(scribe: Scribe, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
     """`g(a) (alpha (a - o) - (c - o))`; `a` comes unscaled."""
     layer, supervisor = task.layer, task.supervisor
     assert supervisor is not None
@@ -122,10 +119,9 @@ def _supervise(scribe: Scribe, c: ir.Value, task: Task, units: _Units) -> tuple[
     return scribe.op("weights", "Mul", [made.opened, scribe.op("difference", "Sub", [wanted, present])]), made
 
 
-def _restore(scribe: Scribe, read: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
+def _restore(scribe: Scribe, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
     """`g (t - c)`; in `combined` the gate hears the supervisor too"""
     layer = task.layer
-    c = columns(scribe, "coordinates", read, 0, layer.rank)
     score = columns(scribe, "score" if task.mode == "restore" else "score_read", read, layer.rank, layer.rank + 1)
     if task.mode == "combined":
         score = combined_score(scribe, score, task, units.score)

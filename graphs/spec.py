@@ -110,7 +110,7 @@ class GuardSpec:
         if self.telemetry and mode not in MODES_WITH_GATE:
             raise GuardError(f"mode {mode} has no gate, so there is no score to tell; leave --telemetry out")
         if self.gate == "prompt" and mode not in MODES_WITH_GATE:
-            raise GuardError(f"mode {mode} has no gate to hold; leave --gate out, or choose restore or steer")
+            raise GuardError(f"mode {mode} has no gate to hold; leave --gate out, or choose restore, combined or steer")
         if self.gate == "prompt" and mode == "supervise":
             raise GuardError(
                 "mode supervise decides once per request already: its gate reads the text-only coordinates, which stay the "

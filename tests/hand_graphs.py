@@ -231,6 +231,7 @@ def layer_directions(rank: int = 2, width: int = WIDTH, seed: int = 0, **changes
         "target": (2 + random.normal(size=rank)).astype(np.float32),
         "readout": (random.normal(size=width) / width**0.5).astype(np.float32),
         "threshold": 0.125,
+        "text_threshold": 0.25,
     }
     return LayerDirections(**(parts | changes))
 

@@ -33,7 +33,7 @@ from vlmguard.graphs.package import ModelPackage, open_package
 from vlmguard.graphs.plan import GuardPlan, plan_guard
 from vlmguard.graphs.reference import LISTEN, LayerGuard
 from vlmguard.graphs.rewrite import rewrite
-from vlmguard.graphs.spec import MODES, POSITIONS, GuardSpec
+from vlmguard.graphs.spec import MODES, MODES_WITH_READOUT, MODES_WITH_SUPERVISOR, POSITIONS, GuardSpec
 from vlmguard.runtime.decoder import PromptBatch, open_decoder
 from vlmguard.runtime.runners import open_runner
 from vlmguard.runtime.vlm import Request, VisionLanguageModel
@@ -229,9 +229,22 @@ def plan_with_thresholds(subject: Subject, mode: str, positions: str) -> tuple[G
     scores: dict[int, np.ndarray] = {}
     for number in subject.guarded_layers if mode != "project" else ():
         below = {n: layer for n, layer in guards(_plan(subject, directions, mode, positions)).items() if n in scores}
-        scores[number] = gate_scores(subject, mode, positions, below, directions, number)
-        threshold = between_rows(scores[number], MARGINS[subject.precision])
-        changed = replace(directions.layers[number], threshold=threshold)
+        seen = gate_scores(subject, mode, positions, below, directions, number)
+        if mode == "combined":
+            # the readout splits the rows in one layer, the text in the other
+            by_text = number == subject.guarded_layers[-1]
+            told = gate_scores(subject, "supervise", positions, below, directions, number)
+            threshold, text_threshold = (
+                (float(np.nanmax(seen)) + 1, between_rows(told, MARGINS[subject.precision]))
+                if by_text
+                else (between_rows(seen, MARGINS[subject.precision]), float(told.max()) + 1)
+            )
+            changed = replace(directions.layers[number], threshold=threshold, text_threshold=text_threshold)
+            seen = np.maximum(seen, told + (threshold - text_threshold))
+        else:
+            threshold = between_rows(seen, MARGINS[subject.precision])
+            changed = replace(directions.layers[number], threshold=threshold)
+        scores[number] = seen
         directions = replace(directions, layers=directions.layers | {number: changed})
     return _plan(subject, directions, mode, positions), scores
 
@@ -254,8 +267,9 @@ def gate_scores(
     if mode == "supervise":
         _, states = run_torch(subject, subject.text)
         return (states[number][0][:, -1] @ layer.ssd[0])[:, None]
-    _, states = run_torch(subject, subject.prompt, HookedGuard(below, mode, positions))
-    reads = layer.readout if mode == "restore" else layer.ssd[0]
+    told = text_pass(subject, _plan(subject, directions, mode, positions), positions) if mode == "combined" else None
+    _, states = run_torch(subject, subject.prompt, HookedGuard(below, mode, positions), told)
+    reads = layer.readout if mode in MODES_WITH_READOUT else layer.ssd[0]
     prefill, *decode = [call @ reads for call in states[number]]
     last = np.concatenate([prefill[:, -1:], *decode], axis=1)
     if positions == "last":
@@ -287,10 +301,10 @@ def test_the_guarded_graph_equals_torch_with_hooks(
     assert plan.layers == case.guarded_layers and len(plan.layers) == 2
     require_open_and_closed(plan, scores, mode)
 
-    supervisor = text_pass(case, plan, positions) if mode == "supervise" else None
+    supervisor = text_pass(case, plan, positions) if mode in MODES_WITH_SUPERVISOR else None
     expected, _ = run_torch(case, case.prompt, HookedGuard(guards(plan), mode, positions), supervisor)
     unguarded, _ = run_torch(case, case.prompt)
-    found, coordinates = run_onnx(case, plan, supervised=mode == "supervise")
+    found, coordinates = run_onnx(case, plan, supervised=mode in MODES_WITH_SUPERVISOR)
 
     limit = LIMITS[case.precision]
     if supervisor is not None:

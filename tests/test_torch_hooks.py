@@ -16,7 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlmguard.graphs import reference
 from vlmguard.graphs.reference import LISTEN, LayerGuard
-from vlmguard.graphs.spec import MODES, POSITIONS
+from vlmguard.graphs.spec import (
+    LARGEST_TAU,
+    MODES,
+    MODES_WITH_GATE,
+    MODES_WITH_READOUT,
+    MODES_WITH_SUPERVISOR,
+    POSITIONS,
+)
 
 WIDTH, LAYERS = 32, 3
 GUARDED = (0, 2)
@@ -110,7 +117,7 @@ def run(model, guard: HookedGuard | None = None, supervisor=None, mask=LEFT, pro
 def test_hooks_equal_the_reference(model: LlamaForCausalLM, mode: str, positions: str, padding: str, rank: int) -> None:
     layers = {number: layer_guard(number, rank) for number in GUARDED}
     # One row's supervisor opens the gates, the other's closes them.
-    text = {n: torch.tensor([[0.7] * rank, [-0.7] * rank]) for n in GUARDED} if mode == "supervise" else None
+    text = {n: torch.tensor([[0.7] * rank, [-0.7] * rank]) for n in GUARDED} if mode in MODES_WITH_SUPERVISOR else None
     guard = HookedGuard(layers, mode, positions)
     mask, prompt = (LEFT, PROMPT) if padding == "left" else (LEFT.flip(1), PROMPT.flip(1))
     before: dict[int, list[np.ndarray]] = {}
@@ -142,7 +149,7 @@ def test_hooks_equal_the_reference(model: LlamaForCausalLM, mode: str, positions
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("mode", ["steer", "restore", "supervise"])
+@pytest.mark.parametrize("mode", sorted(MODES_WITH_GATE))
 def test_a_closed_gate_leaves_the_logits_bit_for_bit(model: LlamaForCausalLM, mode: str, positions: str) -> None:
     plain = run(model)
     for supervisor in (None, {number: torch.full((2, 2), 5.0) for number in GUARDED}):
@@ -270,7 +277,7 @@ def test_steering_with_strength_zero_is_identity(h: np.ndarray, layer: LayerGuar
     np.testing.assert_array_equal(reference.guard("steer", with_numbers(layer, alpha=0.0), h), h)
 
 
-@given(h=hidden, layer=closed, mode=st.sampled_from(["steer", "supervise", "restore"]))
+@given(h=hidden, layer=closed, mode=st.sampled_from(sorted(MODES_WITH_GATE)))
 @laws
 def test_a_closed_gate_is_identity(h: np.ndarray, layer: LayerGuard, mode: str) -> None:
     """Equal in value: adding a zero turns -0.0 into 0.0."""
@@ -279,7 +286,7 @@ def test_a_closed_gate_is_identity(h: np.ndarray, layer: LayerGuard, mode: str) 
     np.testing.assert_array_equal(reference.guard(mode, layer, h, supervisor), h)
 
 
-@pytest.mark.parametrize("mode", ["steer", "supervise", "restore"])
+@pytest.mark.parametrize("mode", sorted(MODES_WITH_GATE))
 def test_a_gate_at_its_threshold_is_closed(mode: str) -> None:
     ssd = np.eye(1, D, dtype=np.float32)
     layer = with_numbers(layer_guard(8, rank=1, threshold=1.0, width=D), ssd=ssd, readout=ssd[0])
@@ -289,11 +296,56 @@ def test_a_gate_at_its_threshold_is_closed(mode: str) -> None:
     assert (reference.guard(mode, layer, above * h, above * supervisor) != above * h).any()
 
 
-@given(h=hidden, layer=guards)
+@pytest.mark.parametrize("mode", sorted(MODES_WITH_SUPERVISOR))
+@given(
+    h=hidden,
+    layer=guards,
+    threshold=st.sampled_from([-LARGEST_TAU, ALWAYS, 0.0, NEVER, LARGEST_TAU]),
+    text_threshold=st.sampled_from([-LARGEST_TAU, 0.0, LARGEST_TAU]),
+)
 @laws
-def test_listening_closes_the_gate_of_supervise(h: np.ndarray, layer: LayerGuard) -> None:
+def test_listening_closes_every_gate(
+    mode: str, h: np.ndarray, layer: LayerGuard, threshold: float, text_threshold: float
+) -> None:
+    """In `combined` whatever the readout says."""
+    layer = with_numbers(layer, threshold=threshold, text_shift=float(np.float32(threshold - text_threshold)))
     listen = np.full((2, 1, layer.rank), LISTEN, np.float32)
-    np.testing.assert_array_equal(reference.guard("supervise", layer, h, listen), h)
+    assert not reference.gate(mode, layer, h, listen).any()
+    np.testing.assert_array_equal(reference.guard(mode, layer, h, listen), h)
+
+
+@given(h=hidden, layer=guards, told=arrays(np.float32, (2, 1, 1), elements=finite), text_threshold=finite)
+@laws
+def test_combined_opens_if_the_readout_or_the_text_is_above(
+    h: np.ndarray, layer: LayerGuard, told: np.ndarray, text_threshold: float
+) -> None:
+    """The text within the rounding of its way to the readout's scale: numbers up to 8, in float32."""
+    layer = with_numbers(layer, text_shift=float(np.float32(layer.threshold - text_threshold)))
+    supervisor = np.concatenate([told, np.zeros((2, 1, layer.rank - 1), np.float32)], axis=-1)
+    found = reference.gate("combined", layer, h, supervisor) == 1
+    by_readout, by_text = reference.gate("restore", layer, h) == 1, told > text_threshold
+    assert found.shape == (2, 3, 1)
+    clear = np.abs(told - text_threshold) > 2e-6
+    clear = np.broadcast_to(clear, found.shape)
+    np.testing.assert_array_equal(found[clear], (by_readout | by_text)[clear])
+    assert found[by_readout].all()
+
+
+@pytest.mark.parametrize("readout_opens", [False, True])
+@pytest.mark.parametrize("text_opens", [False, True])
+def test_the_hooks_of_combined_open_if_the_readout_or_the_text_is_above(readout_opens: bool, text_opens: bool) -> None:
+    ssd, module = np.eye(1, WIDTH, dtype=np.float32), torch.nn.Identity()
+    layer = with_numbers(
+        layer_guard(3, rank=1, threshold=1.0), ssd=ssd, readout=ssd[0], text_shift=1.0 - 0.25, target=np.full(1, 9.0)
+    )
+    h = torch.from_numpy((1.5 if readout_opens else 0.5) * ssd)[None]
+    guard = HookedGuard({0: layer}, "combined")
+    guard.set_call(supervisor={0: torch.tensor([[0.26 if text_opens else 0.24]])})
+    with guard.attached([module]):
+        found = module(h)
+        guard.set_call(supervisor=None)
+        assert torch.equal(module(h), h)  # listening
+    assert torch.equal(found, 9 * torch.from_numpy(ssd)[None] if readout_opens or text_opens else h)
 
 
 @given(h=hidden, layer=opened)
@@ -312,13 +364,15 @@ def test_supervise_moves_the_coordinates_to_the_supervisors(h: np.ndarray, layer
     np.testing.assert_allclose(moved, np.broadcast_to(expected, moved.shape), atol=2e-5)
 
 
+@pytest.mark.parametrize("mode", sorted(MODES_WITH_READOUT))
 @given(h=hidden, layer=opened)
 @laws
-def test_restore_sets_the_coordinates_to_the_target(h: np.ndarray, layer: LayerGuard) -> None:
-    restored = reference.guard("restore", layer, h)
+def test_the_coordinates_are_set_to_the_target(mode: str, h: np.ndarray, layer: LayerGuard) -> None:
+    told = -np.ones((2, 1, layer.rank), np.float32)
+    restored = reference.guard(mode, layer, h, told)
     moved = restored @ layer.ssd.T
     np.testing.assert_allclose(moved, np.broadcast_to(layer.target, moved.shape), atol=1e-5)
-    np.testing.assert_allclose(reference.guard("restore", layer, restored), restored, atol=1e-5)
+    np.testing.assert_allclose(reference.guard(mode, layer, restored, told), restored, atol=1e-5)
 
 
 @given(h=hidden, layer=guards, mode=st.sampled_from(MODES))

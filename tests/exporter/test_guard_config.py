@@ -46,6 +46,7 @@ SPECS = [
     GuardSpec(mode="supervise", layers=(1,), rank=1, alpha=0.1, positions="all", lowering="rank1", target="tensorrt"),
     GuardSpec(mode="steer", layers=(2,), alpha=4.0, tau=-1e29),
     GuardSpec(mode="project", layers=(0, 1, 2), direction_of=1),
+    GuardSpec(mode="combined", layers=(0, 1), rank=1, gate="prompt", knobs=True, telemetry=True),
     GuardSpec(),
 ]
 
@@ -63,6 +64,7 @@ def test_what_is_written_is_read_back(spec: GuardSpec, tmp_path: Path) -> None:
             rows = expected if name == "readout" else expected[:rank]
             np.testing.assert_array_equal(getattr(same.layers[number], name), rows)
         assert same.layers[number].threshold == found.layers[number].threshold
+        assert same.layers[number].text_threshold == found.layers[number].text_threshold
 
 
 @settings(max_examples=50, deadline=None)
@@ -122,8 +124,16 @@ def refusal(error: type[GuardError], call: Callable[..., Any], *arguments: Any, 
     ("text", "sentence"),
     [
         ("treshold = 1\n" + PLAIN, "treshold is not known; expected schema, directions, guard, layers"),
-        (PLAIN + "[layers.1]\ntreshold = 1\n", "layers.1.treshold is not known; expected threshold, target, origin"),
+        (
+            PLAIN + "[layers.1]\ntreshold = 1\n",
+            "layers.1.treshold is not known; expected threshold, text_threshold, target, origin",
+        ),
         (PLAIN + "[layers.first]\n", "layers.first is not known; expected a layer's number, as in [layers.3]"),
+        (PLAIN + "[layers.1]\ntext_threshold = [1]\n", "layers.1.text_threshold is [1], expected a number"),
+        (PLAIN + 'knobs = "yes"\n', "guard.knobs is 'yes', expected true or false"),
+        (PLAIN + "telemetry = 1\n", "guard.telemetry is 1, expected true or false"),
+        (PLAIN + "gate = true\n", "guard.gate is True, expected a text"),
+        (PLAIN + 'gate = "never"\n', "gate 'never' is unknown; choose one of token, prompt"),
         (PLAIN + '[layers.1]\nthreshold = "low"\n', "layers.1.threshold is 'low', expected a number"),
         (PLAIN + "[layers.1]\ntarget = 3\n", "layers.1.target is 3, expected a list of numbers"),
         (PLAIN + "[layers.1]\nthreshold = true\n", "layers.1.threshold is True, expected a number"),
@@ -131,7 +141,10 @@ def refusal(error: type[GuardError], call: Callable[..., Any], *arguments: Any, 
         (PLAIN.replace("[1]", "[-1]"), "guard.layers is [-1], expected layer numbers from 0, such as [3, 4]"),
         (PLAIN + 'rank = "one"\n', "guard.rank is 'one', expected a whole number"),
         (PLAIN + "rank = 9\n", "rank 9 is out of range; choose 1 to 8"),
-        (PLAIN.replace("restore", "hope"), "mode 'hope' is unknown; choose one of project, steer, supervise, restore"),
+        (
+            PLAIN.replace("restore", "hope"),
+            "mode 'hope' is unknown; choose one of project, steer, supervise, restore, combined",
+        ),
         (PLAIN + "alpha = -1\n", "alpha -1 would remove safety or is not a number; choose 0 or more"),
         ("directions = 3\n" + PLAIN, "directions is 3, expected the name of a file beside it"),
         (

@@ -27,9 +27,9 @@ from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.errors import ProofFailed
 from vlmguard.graphs.package import ModelPackage, open_package, save_graph
 from vlmguard.graphs.plan import GuardPlan, plan_guard
-from vlmguard.graphs.reference import LayerGuard
+from vlmguard.graphs.reference import LISTEN, LayerGuard
 from vlmguard.graphs.rewrite import GuardReport, rewrite
-from vlmguard.graphs.spec import MODES, POSITIONS, GuardSpec
+from vlmguard.graphs.spec import MODES, MODES_WITH_SUPERVISOR, POSITIONS, GuardSpec
 from vlmguard.graphs.static_proof import Check
 from vlmguard.runtime.decoder import open_decoder
 from vlmguard.runtime.vlm import VisionLanguageModel
@@ -39,6 +39,7 @@ pytest_plugins = ("zoo_fixtures",)
 CLOSED = "closed gate equals the original bit for bit"
 REFERENCE = "guarded states equal the numpy reference"
 FORCED = "guarded states equal the numpy reference (gates forced open)"
+LISTENING = "guarded states equal the numpy reference (listening)"
 UNEDITED = "tokens outside the positions are untouched bit for bit"
 
 
@@ -78,16 +79,23 @@ def inputs() -> ProofInputs:
     return found
 
 
+# Thresholds for the text of `combined`, in the middle of what the inputs' texts read along row 1 of the random directions.
+TEXTS = {2: 0.45, 4: -0.3}
+
+
 @pytest.fixture
 def stage(inputs: ProofInputs, tmp_path: Path) -> Callable[..., Staged]:
-    """`stage(mode, positions)`: random directions on two layers, thresholds at 0, written to a file of one's own."""
+    """`stage(mode, positions)`: random directions on two layers, thresholds that some states pass; written to a file."""
 
     def make(mode: Any, positions: Any = "last") -> Staged:
         package = open_package(SOURCE)
         graph = package.load_decoder()
         anatomy = dissect(graph)
         spec = GuardSpec(mode, positions=positions, alpha=1.5 if mode in ("steer", "supervise") else None)
-        plan = plan_guard(graph, anatomy, random_directions(anatomy.width, [2, 4]), spec)
+        found = random_directions(anatomy.width, [2, 4])
+        for layer, middle in TEXTS.items():
+            found.layers[layer] = replace(found.layers[layer], text_threshold=middle)
+        plan = plan_guard(graph, anatomy, found, spec)
         report = rewrite(graph, plan)
         staged = Staged(package, anatomy, plan, report, tmp_path, inputs)
         staged.decoder.parent.mkdir(exist_ok=True)
@@ -109,12 +117,15 @@ def failing(checks: dict[str, Check]) -> set[str]:
 def test_an_untouched_file_is_proved(stage: Callable[..., Staged], mode: str, positions: str) -> None:
     staged = stage(mode, positions)
     checks = staged.run()
-    expected = [CLOSED, REFERENCE, FORCED, UNEDITED] if mode != "project" else [CLOSED, REFERENCE, UNEDITED]
+    listening = [LISTENING] if mode in MODES_WITH_SUPERVISOR else []
+    expected = [CLOSED, REFERENCE, *([FORCED] if mode != "project" else []), *listening, UNEDITED]
     assert list(checks) == expected
     assert not failing(checks)
     assert checks[CLOSED].worst == 0.0 and checks[REFERENCE].worst < 1e-5
     real = sum(int(batch.mask.sum()) + module.DECODE_STEPS * batch.size for batch in staged.inputs.batches)
-    told = 0 if mode != "supervise" else 2 * 2 * (module.DECODE_STEPS + 1) * 8  # coordinates, rank 2 on 2 layers
+    told = (
+        0 if mode not in MODES_WITH_SUPERVISOR else 2 * 2 * (module.DECODE_STEPS + 1) * 8
+    )  # coordinates, rank 2 on 2 layers
     assert checks[REFERENCE].compared == 2 * staged.plan.width * real + told
     if mode != "project":  # thresholds at 0: some states are edited, and some are not
         edited, of = map(int, checks[REFERENCE].note.split(" states edited")[0].split(" of "))
@@ -217,7 +228,15 @@ TAMPERINGS = {
     "alpha of steer": ("steer", numbers("layer_2/alpha", lambda a: 0.95 * a), BOTH),
     "alpha of supervise": ("supervise", numbers("layer_2/alpha", lambda a: 0.95 * a), BOTH),
     "origin": ("supervise", numbers("layer_2/origin", lambda a: a + 0.5), BOTH),
-    "coordinates": ("supervise", quiet_coordinates, BOTH),
+    "tau of combined": ("combined", numbers("layer_2/tau", lambda a: a + 1e6), {REFERENCE}),
+    "text that opens no gate": ("combined", numbers("layer_2/text_shift", lambda a: a - 1e6), {REFERENCE}),
+    "text that opens every gate": ("combined", numbers("layer_4/text_shift", lambda a: a + 1e6), {REFERENCE}),
+    "a gate that hears while listening": (
+        "combined",
+        numbers("layer_2/hearing", lambda a: 1e38 + a),
+        {LISTENING},
+    ),
+    "coordinates": ("supervise", quiet_coordinates, BOTH | {LISTENING}),
     "guard bypassed at prefill": ("restore", only_when("Equal"), BOTH),
     "guard bypassed at decode": ("restore", only_when("Greater"), BOTH),
     "projection bypassed at prefill": ("project", only_when("Equal"), {REFERENCE}),
@@ -242,7 +261,13 @@ def test_a_tampered_file_is_not_proved(stage: Callable[..., Staged], what: str) 
 
 
 def test_every_dynamic_check_can_fail() -> None:
-    assert set.union(*(expected for _, _, expected in TAMPERINGS.values())) == {CLOSED, REFERENCE, FORCED, UNEDITED}
+    assert set.union(*(expected for _, _, expected in TAMPERINGS.values())) == {
+        CLOSED,
+        REFERENCE,
+        FORCED,
+        LISTENING,
+        UNEDITED,
+    }
 
 
 def test_a_reader_that_goes_round_the_guard_is_seen_without_running(stage: Callable[..., Staged]) -> None:
@@ -275,7 +300,13 @@ def test_a_failed_check_is_told_with_its_figures(stage: Callable[..., Staged]) -
 
 def test_nothing_compared_is_nothing_proved(stage: Callable[..., Staged]) -> None:
     staged = replace(stage("restore"), inputs=ProofInputs((), (), "no prompts"))
-    assert failing(staged.run()) == {CLOSED, REFERENCE, FORCED, UNEDITED}
+    assert failing(staged.run()) == {
+        CLOSED,
+        REFERENCE,
+        FORCED,
+        LISTENING,
+        UNEDITED,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- rounding, inputs
@@ -315,12 +346,21 @@ def test_gates_too_close_to_call_are_few_whatever_one_channel_does(limit: float,
     row = random.normal(size=2048)
     row = (row / np.linalg.norm(row)).astype(np.float32)
     layer = LayerGuard(row[None], np.zeros(1), np.zeros(1), row, 0.25, 1.0)
-    close = module._close_calls("restore", layer, states, limit)
+    close = module._close_calls("restore", layer, states, None, limit)
     assert close.mean() < few
     # and those are the ones that rounding could move over the threshold
     states[1, 3] += (0.25 - states[1, 3] @ row) * row.astype(np.float64)
-    assert module._close_calls("restore", layer, states, limit)[1, 3]
-    assert not module._close_calls("supervise", layer, states, limit).any()
+    assert module._close_calls("restore", layer, states, None, limit)[1, 3]
+    assert not module._close_calls("supervise", layer, states, None, limit).any()
+    # in `combined` none of them is, where the text has opened the gate, or where there is nobody to hear
+    told = np.full((4, 1, 1), -9.0)
+    np.testing.assert_array_equal(
+        module._close_calls("combined", layer, states, told, limit),
+        module._close_calls("restore", layer, states, None, limit),
+    )
+    for decided in (9.0, LISTEN):
+        told[1] = decided
+        assert not module._close_calls("combined", layer, states, told, limit)[1, 3]
 
 
 def test_random_inputs_are_seeded_and_padded_only_where_the_graph_can_be(zoo: Callable[[str], Any]) -> None:

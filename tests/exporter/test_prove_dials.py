@@ -40,10 +40,12 @@ CLOSED = "closed gate equals the original bit for bit"
 OFF = "strength 0, and below, equals the original bit for bit"
 REFERENCE = "guarded states equal the numpy reference"
 FORCED, TURNED = f"{REFERENCE} (gates forced open)", f"{REFERENCE} (knobs turned)"
+LISTENING = f"{REFERENCE} (listening)"
 HELD_CLOSED, HELD_OPEN = f"{REFERENCE} (held closed)", f"{REFERENCE} (held open)"
 UNEDITED = "tokens outside the positions are untouched bit for bit"
 HEADROOM = "float16 headroom: the largest state against 65504"
 ALL_DIALS = {"knobs": True, "telemetry": True, "gate": "prompt"}
+EVERY_CHECK = [CLOSED, OFF, REFERENCE, FORCED, TURNED, HELD_CLOSED, HELD_OPEN, SCORES, DECIDED, UNEDITED]
 Prove = Callable[..., dict[str, Check]]
 
 
@@ -93,13 +95,14 @@ def failing(checks: dict[str, Check]) -> set[str]:
     ("mode", "wish", "expected"),
     [
         ("project", {"knobs": True}, [CLOSED, OFF, REFERENCE, TURNED, UNEDITED]),
-        ("supervise", {"knobs": True, "telemetry": True}, [CLOSED, OFF, REFERENCE, FORCED, TURNED, SCORES, UNEDITED]),
-        ("steer", {"gate": "prompt"}, [CLOSED, REFERENCE, FORCED, HELD_CLOSED, HELD_OPEN, DECIDED, UNEDITED]),
         (
-            "restore",
-            ALL_DIALS,
-            [CLOSED, OFF, REFERENCE, FORCED, TURNED, HELD_CLOSED, HELD_OPEN, SCORES, DECIDED, UNEDITED],
+            "supervise",
+            {"knobs": True, "telemetry": True},
+            [CLOSED, OFF, REFERENCE, FORCED, LISTENING, TURNED, SCORES, UNEDITED],
         ),
+        ("steer", {"gate": "prompt"}, [CLOSED, REFERENCE, FORCED, HELD_CLOSED, HELD_OPEN, DECIDED, UNEDITED]),
+        ("restore", ALL_DIALS, EVERY_CHECK),
+        ("combined", ALL_DIALS, [*EVERY_CHECK[:4], LISTENING, *EVERY_CHECK[4:]]),
     ],
 )
 def test_an_untouched_file_is_proved(

@@ -30,7 +30,7 @@ from vlmguard.graphs.package import graph_bytes
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, plan_guard
 from vlmguard.graphs.reference import LISTEN
 from vlmguard.graphs.rewrite import rewrite
-from vlmguard.graphs.spec import GuardSpec
+from vlmguard.graphs.spec import MODES_WITH_GATE, MODES_WITH_SUPERVISOR, GuardSpec
 from vlmguard.graphs.static_proof import guard_dominates, prove_structure, same_graph, sites_guarded_once
 from vlmguard.graphs.strip import strip_guard
 from vlmguard.graphs.taps import STATES_OUTPUT, tap_guard, tap_last_token
@@ -183,9 +183,9 @@ def test_each_branch_says_what_the_decoder_alone_says(kind: Kind) -> None:
     for spec in all_guards():
         found = directions((0, 2), rank=2, parts={"threshold": -9.0})
         together, alone = guard_model(merged(kind, 3), found, spec), guard_model(decoder(kind, 3), found, spec)
-        extra = {SUPERVISOR_INPUT: np.ones((2, 2, 2), np.float32)} if spec.mode == "supervise" else {}
+        extra = {SUPERVISOR_INPUT: np.ones((2, 2, 2), np.float32)} if spec.mode in MODES_WITH_SUPERVISOR else {}
         expected = run(alone.model, feeds | extra)
-        assert (COORDINATES_OUTPUT in expected) == (spec.mode == "supervise")
+        assert (COORDINATES_OUTPUT in expected) == (spec.mode in MODES_WITH_SUPERVISOR)
         assert not np.array_equal(expected["hidden"], run(decoder(kind, 3), feeds)["hidden"])
         for said in both(together.model, feeds | extra).values():
             assert said.keys() == expected.keys()
@@ -211,16 +211,17 @@ def test_the_branches_share_one_set_of_numbers() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", ["steer", "restore", "supervise"])
+@pytest.mark.parametrize("mode", sorted(MODES_WITH_GATE))
 def test_a_closed_gate_is_exact_in_both_branches(kind: Kind, mode: str, dtype: str) -> None:
     source = merged(kind, 2, dtype=dtype)
     feeds = inputs(source, np.dtype(dtype).type)
+    threshold = -1e6 if mode == "combined" else 1e6  # there listening closes what the readout would open
     closed = guard_model(
         merged(kind, 2, dtype=dtype),
-        directions((0, 1), parts={"threshold": 1e6}),
+        directions((0, 1), parts={"threshold": threshold}),
         GuardSpec(mode=mode),  # type: ignore[arg-type]
     )
-    extra = {SUPERVISOR_INPUT: np.full((2, 2, 2), LISTEN, np.float32)} if mode == "supervise" else {}
+    extra = {SUPERVISOR_INPUT: np.full((2, 2, 2), LISTEN, np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
     expected, found = both(source, feeds), both(closed.model, feeds | extra)
     for name in BOTH:
         for output, array in expected[name].items():

@@ -42,7 +42,14 @@ from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, plan_guar
 from vlmguard.graphs.reference import AS_CALIBRATED, LARGEST_STRENGTH, LISTEN, UNDECIDED, Dials, LayerGuard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.scribe import NUMPY_DTYPES
-from vlmguard.graphs.spec import MODES, MODES_WITH_GATE, POSITIONS, GuardSpec
+from vlmguard.graphs.spec import (
+    LARGEST_TAU,
+    MODES,
+    MODES_WITH_GATE,
+    MODES_WITH_SUPERVISOR,
+    POSITIONS,
+    GuardSpec,
+)
 from vlmguard.graphs.static_proof import initializers_untouched, prove_structure, same_graph, signature_unchanged
 from vlmguard.graphs.strip import strip_guard
 from vlmguard.graphs.taps import tap_guard
@@ -50,7 +57,7 @@ from vlmguard.graphs.taps import tap_guard
 pytest.importorskip("onnxruntime")
 
 DIALLED = ("lowrank", "rank1")
-HELD = ("steer", "restore")  # supervise decides once per request already
+HELD = ("steer", "restore", "combined")  # supervise decides once per request already
 LAYERS = (0, 1)
 MASK = np.array([[0, 1, 1, 1, 1], [0, 0, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
 BATCH, SEQUENCE = MASK.shape
@@ -77,7 +84,7 @@ def feeds(mode: str, dtype: str = "float32", rank: int = 2) -> dict[str, np.ndar
     random = np.random.default_rng(3)
     given = {"inputs_embeds": random.normal(size=(BATCH, SEQUENCE, WIDTH)).astype(NUMPY_DTYPES[dtype])}
     given["attention_mask"] = MASK
-    if mode == "supervise":
+    if mode in MODES_WITH_SUPERVISOR:
         coordinates = random.normal(size=(BATCH, len(LAYERS), rank)).astype(np.float32)
         coordinates[:, :, 0] = np.array([-0.9, 0.7, 1.5, -0.2])[:, None]
         given[SUPERVISOR_INPUT] = coordinates
@@ -154,22 +161,40 @@ def test_an_offset_moves_the_threshold(layer: LayerGuard, mode: str) -> None:
     assert opened == sorted(opened, reverse=True) and opened[0] > 0 == opened[-1]
 
 
-def test_no_offset_opens_a_gate_to_a_pass_that_listens(layer: LayerGuard) -> None:
-    h, _ = states()
+@pytest.mark.parametrize("mode", sorted(MODES_WITH_SUPERVISOR))
+@pytest.mark.parametrize("threshold", [-LARGEST_TAU, 0.125, LARGEST_TAU])
+def test_no_offset_opens_a_gate_to_a_pass_that_listens(layer: LayerGuard, mode: str, threshold: float) -> None:
+    """In `combined` whatever the readout says, and however far the text was moved to its scale."""
+    h, a = states()
     listening = np.full((BATCH, 1, 2), LISTEN)
     dials = Dials(threshold_offset=-np.inf)
-    np.testing.assert_array_equal(reference.guard("supervise", layer, h, listening, dials=dials), h)
+    for shift in (-2 * LARGEST_TAU, 0.0, 2 * LARGEST_TAU):
+        deaf = replace(layer, threshold=threshold, text_shift=shift)
+        np.testing.assert_array_equal(reference.guard(mode, deaf, h, listening, dials=dials), h)
+        assert (reference.guard(mode, deaf, h, a, dials=dials) != h).any()
+
+
+def test_combined_is_restore_where_the_text_is_below_and_opens_all_where_it_is_above(layer: LayerGuard) -> None:
+    h, a = states()
+    by_readout = reference.gate("restore", layer, h)
+    assert 0 < by_readout.mean() < 1
+    layer = replace(layer, text_shift=layer.threshold - 0.5)  # opens above 0.5
+    for told, expected in ((-1e6, by_readout), (0.25, by_readout), (0.5, by_readout), (0.75, np.ones_like(by_readout))):
+        a[..., 0] = told
+        np.testing.assert_array_equal(reference.gate("combined", layer, h, a), expected)
+    restored = replace(layer, threshold=-LARGEST_TAU)
+    np.testing.assert_array_equal(reference.guard("combined", layer, h, a), reference.guard("restore", restored, h))
 
 
 @pytest.mark.parametrize("mode", HELD)
 def test_a_held_gate_is_what_was_decided_and_an_undecided_one_decides(layer: LayerGuard, mode: str) -> None:
-    h, _ = states()
-    now = reference.gate(mode, layer, h)
+    h, a = states()
+    now = reference.gate(mode, layer, h, a)
     assert 0 < now.mean() < 1
     for held, expected in ((1.0, np.ones_like(now)), (0.0, np.zeros_like(now)), (UNDECIDED, now), (np.nan, now)):
         dials = Dials(held=np.full((BATCH, 1, 1), held))
-        np.testing.assert_array_equal(reference.gate(mode, layer, h, dials=dials), expected)
-    np.testing.assert_array_equal(reference.guard(mode, layer, h, dials=Dials(held=np.zeros((BATCH, 1, 1)))), h)
+        np.testing.assert_array_equal(reference.gate(mode, layer, h, a, dials), expected)
+    np.testing.assert_array_equal(reference.guard(mode, layer, h, a, dials=Dials(held=np.zeros((BATCH, 1, 1)))), h)
 
 
 # ------------------------------------------------------------------------------------------- dials that nobody turns
@@ -194,7 +219,7 @@ def test_untouched_dials_are_the_plain_guard_bit_for_bit(
 @every_mode
 def test_without_dials_the_contract_of_the_graph_is_what_it_was(mode: str) -> None:
     plain = guarded(mode)
-    supervised = mode == "supervise"
+    supervised = mode in MODES_WITH_SUPERVISOR
     names = [value.name for value in plain.model.graph.inputs], [value.name for value in plain.model.graph.outputs]
     assert names == (
         ["inputs_embeds", "attention_mask", *([SUPERVISOR_INPUT] if supervised else [])],
@@ -237,10 +262,12 @@ TURNED = (Turned(0.5), Turned(2.0, -0.5), Turned(1.5, 0.25), Turned(7.0, -1e9))
 @cases(MODES)
 def test_turned_knobs_equal_the_reference(mode: str, lowering: str, positions: str, kind: Kind, dtype: str) -> None:
     """On one layer, whose raw state is that of the unguarded graph."""
-    source, found = decoder(kind, 1, dtype), directions(rank=3, alpha=3.0 if mode == "steer" else None)
+    # with two ways to open, only high thresholds leave some gate of `combined` closed at each setting but the last
+    parts = {"threshold": 3.0, "text_threshold": 1.25} if mode == "combined" else None
+    source, found = decoder(kind, 1, dtype), directions(rank=3, parts=parts, alpha=3.0 if mode == "steer" else None)
     given = {**feeds("project", dtype)}
     raw = run(source, given)["hidden"].astype(np.float64)
-    supervisor = feeds("supervise", rank=3)[SUPERVISOR_INPUT][:, :1] if mode == "supervise" else None
+    supervisor = feeds(mode, rank=3)[SUPERVISOR_INPUT][:, :1] if mode in MODES_WITH_SUPERVISOR else None
     extra = {} if supervisor is None else {SUPERVISOR_INPUT: supervisor}
     spec = GuardSpec(mode=mode, lowering=lowering, positions=positions, knobs=True)  # type: ignore[arg-type]
     made = guard_model(decoder(kind, 1, dtype), found, spec)
@@ -292,7 +319,7 @@ def test_scores_told_equal_the_reference(mode: str, lowering: str, positions: st
     told = run(made.model, given)[SCORES_OUTPUT]
     assert (told.dtype, told.shape) == (np.float32, (BATCH, len(LAYERS)))
     for row, raw in enumerate(raw_states(made, given)):
-        a = given[SUPERVISOR_INPUT][:, row] if mode == "supervise" else None
+        a = given[SUPERVISOR_INPUT][:, row] if mode in MODES_WITH_SUPERVISOR else None
         expected = reference.score(mode, made.plan.guards[row], at_the_end(raw), a)[:, 0]
         np.testing.assert_allclose(told[:, row], expected, atol=4 * TOLERANCE[dtype] * np.abs(raw).max())
     assert 0 < (told > 0.125).mean() < 1
@@ -323,10 +350,13 @@ def test_held_gates_equal_the_reference(mode: str, lowering: str, positions: str
     selected = reference.last_token(MASK) if positions == "last" else None
     for row, raw in enumerate(states):
         layer, held = made.plan.guards[row], PAST[:, row : row + 1].astype(np.float64)
-        wanted = reference.gate(mode, layer, at_the_end(raw), dials=Dials(held=held))
+        a = given[SUPERVISOR_INPUT][:, row] if mode in MODES_WITH_SUPERVISOR else None
+        wanted = reference.gate(mode, layer, at_the_end(raw), a, Dials(held=held))
         np.testing.assert_array_equal(present[:, row : row + 1], wanted)
         np.testing.assert_array_equal(wanted[held >= 0], held[held >= 0] > 0)
-    expected = reference.guard(mode, layer, states[-1], None, selected, Dials(held=held[:, None]))
+    expected = reference.guard(
+        mode, layer, states[-1], None if a is None else a[:, None], selected, Dials(held=held[:, None])
+    )
     assert np.abs(outputs["hidden"] - expected).max() < TOLERANCE[dtype] * np.abs(expected).max()
     np.testing.assert_array_equal(expected[0], states[-1][0])  # held closed at the last layer
     assert (expected[1] != states[-1][1]).any()  # held open there
@@ -341,7 +371,7 @@ def test_a_gate_held_closed_is_the_source_bit_for_bit_whatever_the_scores(mode: 
     for tau, held, same in ((-1e6, 0.0, True), (1e6, 1.0, False)):
         model = guarded(mode, lowering=lowering, gate="prompt", tau=tau).model
         found = run(model, given | {PAST_GATE_INPUT: np.full((BATCH, 2), held, np.float32)})
-        assert (found["hidden"].tobytes() == run(decoder(layers=2), given)["hidden"].tobytes()) == same
+        assert (found["hidden"].tobytes() == unguarded("add", "float32", given)["hidden"].tobytes()) == same
 
 
 def test_offset_and_held_gate_work_together() -> None:
@@ -469,7 +499,7 @@ def refusal(model: ir.Model | None = None, **wish: Any) -> str:
 
 
 NO_SCORE = "mode project has no gate, so there is no score to tell; leave --telemetry out"
-NO_GATE = "mode project has no gate to hold; leave --gate out, or choose restore or steer"
+NO_GATE = "mode project has no gate to hold; leave --gate out, or choose restore, combined or steer"
 
 
 def test_a_mode_without_a_gate_has_nothing_to_tell_or_to_hold() -> None:
@@ -539,7 +569,7 @@ def test_bound_inputs_may_leave_knobs_out_too(tmp_path: Path) -> None:
     from vlmguard.runtime.onnxruntime_runner import OnnxRuntimeDeviceRunner
 
     model, given = guarded("restore", knobs=True).model, feeds("restore")
-    bound = OnnxRuntimeDeviceRunner(graph_bytes(model), tmp_path, providers=("CPUExecutionProvider",), device="cpu")
+    bound = OnnxRuntimeDeviceRunner(graph_bytes(model), tmp_path, providers=("CPUExecutionProvider",))
     assert bound.optional.keys() == {STRENGTH_INPUT, OFFSET_INPUT} and not bound.optional.keys() & bound.inputs.keys()
     for turned in ({}, knobs(0.0), knobs(0.5, -1e9)):
         found = bound.run_on_device(given | turned)

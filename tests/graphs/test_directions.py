@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from vlmguard.graphs.directions import SCHEMA, Directions, LayerDirections, directions_bytes, read_directions
 from vlmguard.graphs.errors import DirectionMismatch
+from vlmguard.graphs.spec import MODES
 
 WIDTH = 16
 
@@ -40,6 +41,7 @@ def any_layer(draw: st.DrawFn, width: int) -> LayerDirections:
         target=draw(st.none() | arrays(np.float32, rank, elements=numbers)),
         readout=draw(st.none() | readout),
         threshold=draw(st.none() | numbers),
+        text_threshold=draw(st.none() | numbers),
     )
 
 
@@ -58,7 +60,7 @@ def any_directions(draw: st.DrawFn) -> Directions:
         model_sha256=draw(st.none() | st.text("0123456789abcdef", min_size=64, max_size=64)),
         pairs=draw(st.none() | st.integers(1, 10**9)),
         evidence=draw(evidence),
-        mode=draw(st.none() | st.sampled_from(["project", "steer", "supervise", "restore"])),
+        mode=draw(st.none() | st.sampled_from(MODES)),
         recommended_layers=None if recommended is None else tuple(sorted(recommended)),
         alpha=draw(st.none() | st.floats(0, 1e6)),
     )
@@ -70,6 +72,7 @@ def assert_same(found: Directions, expected: Directions) -> None:
     for number, layer in expected.layers.items():
         other = found.layers[number]
         assert other.threshold == layer.threshold
+        assert other.text_threshold == layer.text_threshold
         for part in ("ssd", "origin", "target", "readout"):
             a, b = getattr(other, part), getattr(layer, part)
             assert (a is None) == (b is None)
@@ -127,6 +130,7 @@ def test_the_file_says_what_the_schema_says() -> None:
         "layers.3.target": ("F32", [2]),
         "layers.3.readout": ("F32", [16]),
         "layers.3.threshold": ("F32", [1]),
+        "layers.3.text_threshold": ("F32", [1]),
     }
 
 
@@ -135,6 +139,7 @@ def test_a_layer_is_calibrated_when_restore_can_run_on_it() -> None:
     for part in ("target", "readout", "threshold"):
         assert not layer_directions(**{part: None}).calibrated
     assert layer_directions(origin=None).calibrated
+    assert layer_directions(text_threshold=None).calibrated
     mixed = Directions(WIDTH, {1: layer_directions(), 4: LayerDirections(orthonormal(2)), 6: layer_directions()})
     assert mixed.calibrated_layers == (1, 6)
     assert uncalibrated((0, 1)).calibrated_layers == ()
@@ -150,6 +155,7 @@ def good() -> tuple[Tensors, Metadata]:
     layer = layer_directions()
     tensors = {f"layers.2.{part}": getattr(layer, part) for part in ("ssd", "origin", "target", "readout")}
     tensors["layers.2.threshold"] = np.array([0.125], np.float32)
+    tensors["layers.2.text_threshold"] = np.array([0.25], np.float32)
     return tensors, {"schema": SCHEMA, "width": "16", "layers": "2", "evidence": "{}"}
 
 
@@ -195,6 +201,7 @@ TENSORS: list[tuple[str, np.ndarray, str]] = [
     ("layers.2.target", np.zeros((2, 1), np.float32), "layers.2.target has shape (2, 1), expected (2,)"),
     ("layers.2.readout", np.ones(15, np.float32), "layers.2.readout has shape (15,), expected (16,)"),
     ("layers.2.threshold", np.zeros(2, np.float32), "layers.2.threshold has shape (2,), expected (1,)"),
+    ("layers.2.text_threshold", np.zeros(2, np.float32), "layers.2.text_threshold has shape (2,), expected (1,)"),
     ("layers.2.threshold", np.zeros((), np.float32), "layers.2.threshold has shape (), expected (1,)"),
     (
         "layers.2.readout",
@@ -235,23 +242,24 @@ def test_a_tensor_that_is_not_what_the_schema_promises(
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("part", ["ssd", "origin", "target", "readout", "threshold"])
+@pytest.mark.parametrize("part", ["ssd", "origin", "target", "readout", "threshold", "text_threshold"])
 def test_a_number_that_is_none_is_refused(path: Path, part: str, number: float) -> None:
     tensors, metadata = good()
     broken = tensors[f"layers.2.{part}"].copy()
     broken.flat[-1] = number
     expected = f"layers.2.{part} holds NaN or infinity; extract the directions again"
-    if part == "threshold":
-        expected = f"layers.2.threshold is {number}; calibrate again"
+    if part.endswith("threshold"):
+        expected = f"layers.2.{part} is {number}; calibrate again"
     assert refusal_of(path, tensors | {f"layers.2.{part}": broken}, metadata) == expected
 
 
 @pytest.mark.parametrize("threshold", [1e30, -1e31])
-def test_a_threshold_that_no_score_can_pass_is_refused(path: Path, threshold: float) -> None:
+@pytest.mark.parametrize("part", ["threshold", "text_threshold"])
+def test_a_threshold_that_no_score_can_pass_is_refused(path: Path, part: str, threshold: float) -> None:
     """The second would even open for the coordinates that a listening pass sends."""
     tensors, metadata = good()
-    found = refusal_of(path, tensors | {"layers.2.threshold": np.array([threshold], np.float32)}, metadata)
-    assert found == f"layers.2.threshold is {float(np.float32(threshold))}; calibrate again"
+    found = refusal_of(path, tensors | {f"layers.2.{part}": np.array([threshold], np.float32)}, metadata)
+    assert found == f"layers.2.{part} is {float(np.float32(threshold))}; calibrate again"
 
 
 def test_rounding_is_not_a_lack_of_orthogonality(path: Path) -> None:
@@ -294,7 +302,7 @@ METADATA: list[tuple[str, Any, str]] = [
         "many",
         "metadata cannot be read (invalid literal for int() with base 10: 'many'); extract the directions again",
     ),
-    ("mode", "erase", "mode 'erase' is unknown; expected one of project, steer, supervise, restore"),
+    ("mode", "erase", "mode 'erase' is unknown; expected one of project, steer, supervise, restore, combined"),
     ("alpha", "-1", "alpha -1.0 is not a strength; expected 0 or more"),
     ("alpha", "nan", "alpha nan is not a strength; expected 0 or more"),
     ("alpha", "inf", "alpha inf is not a strength; expected 0 or more"),

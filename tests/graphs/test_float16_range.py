@@ -20,7 +20,7 @@ from vlmguard.graphs.lowering_gate import LARGEST_HALF_EDIT
 from vlmguard.graphs.plan import SUPERVISOR_INPUT
 from vlmguard.graphs.reference import LayerGuard
 from vlmguard.graphs.scribe import NUMPY_DTYPES
-from vlmguard.graphs.spec import MODES, POSITIONS, GuardSpec
+from vlmguard.graphs.spec import MODES, MODES_WITH_SUPERVISOR, POSITIONS, GuardSpec
 
 HALF = float(np.finfo(np.float16).max)
 PAIRS = [(lowering.name, mode) for lowering in LOWERINGS for mode in MODES if mode in lowering.modes]
@@ -82,7 +82,7 @@ def evaluate(model: ir.Model, inputs: dict[str, np.ndarray]) -> dict[str, np.nda
 
 def told(mode: str, rank: int) -> np.ndarray | None:
     """Coordinates of a text-only query, gate open."""
-    return np.full((BATCH, 1, rank), 2.0, np.float32) if mode == "supervise" else None
+    return np.full((BATCH, 1, rank), 2.0, np.float32) if mode in MODES_WITH_SUPERVISOR else None
 
 
 def selected(positions: str) -> np.ndarray | None:
@@ -154,7 +154,9 @@ def test_a_coordinate_beyond_float16_is_still_read(lowering: str, mode: str, pos
     )
     raw = evaluate(stream(), feeds(x))["h"].astype(np.float64)
     assert (raw @ ssd[0] > HALF).all()
-    supervisor = None if mode != "supervise" else np.full((BATCH, 1, 1), 1.1e5, np.float32)
+    # above the threshold in `supervise`; the text of `combined` is below its own, so that its readout alone opens the gate
+    a = {"supervise": 1.1e5, "combined": 0.0}.get(mode)
+    supervisor = None if a is None else np.full((BATCH, 1, 1), a, np.float32)
     found = evaluate(model, feeds(x) | ({} if supervisor is None else {SUPERVISOR_INPUT: supervisor}))["h"]
     expected = reference.guard(mode, layer, raw, supervisor, selected(positions))
     assert (expected != raw).any()
@@ -175,6 +177,7 @@ def test_no_state_up_to_half_the_range_makes_anything_overflow(lowering: str, mo
         "ssd": aligned(rank) if data.draw(st.booleans()) else orthonormal(rank),
         "readout": (scale * np.random.default_rng(2).normal(size=WIDTH)).astype(np.float32),
         "threshold": data.draw(st.sampled_from([-1e29, 0.0, 1e29])),
+        "text_threshold": data.draw(st.sampled_from([-1e29, 0.25, 1e29])),
         "target": np.full(rank, data.draw(st.sampled_from([-1e30, 0.0, 1e30])), np.float32),
         "origin": np.full(rank, data.draw(st.sampled_from([-1e6, 0.0])), np.float32),
     }
@@ -183,9 +186,12 @@ def test_no_state_up_to_half_the_range_makes_anything_overflow(lowering: str, mo
     spec = GuardSpec(mode=mode, positions=positions, lowering=lowering)  # type: ignore[arg-type]
     model = guard_model(stream(), found, spec).model
     a = data.draw(st.sampled_from([reference.LISTEN, 0.0, 1e30]))
-    extra = {SUPERVISOR_INPUT: np.full((BATCH, 1, rank), a, np.float32)} if mode == "supervise" else {}
-    for array in evaluate(model, feeds(x) | extra).values():
+    extra = {SUPERVISOR_INPUT: np.full((BATCH, 1, rank), a, np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
+    outputs = evaluate(model, feeds(x) | extra)
+    for array in outputs.values():
         assert np.isfinite(array).all()
+    if extra and a == reference.LISTEN:  # whatever the thresholds are
+        assert outputs["h"].tobytes() == evaluate(stream(), feeds(x))["h"].tobytes()
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])

@@ -9,7 +9,7 @@ from hand_graphs import WIDTH, decoder, directions, guard_model, merged, run
 from vlmguard.graphs import reference
 from vlmguard.graphs.gate_taps import tap_gates
 from vlmguard.graphs.plan import SUPERVISOR_INPUT
-from vlmguard.graphs.spec import GuardSpec
+from vlmguard.graphs.spec import MODES_WITH_GATE, MODES_WITH_SUPERVISOR, GuardSpec
 from vlmguard.graphs.taps import tap_guard
 
 pytest.importorskip("onnxruntime")
@@ -19,7 +19,7 @@ MASK = np.ones((6, 4), np.int64)
 
 
 @pytest.mark.parametrize("lowering", ["lowrank", "rank1"])
-@pytest.mark.parametrize("mode", ["restore", "steer", "supervise"])
+@pytest.mark.parametrize("mode", sorted(MODES_WITH_GATE))
 def test_a_gate_is_open_where_the_reference_opens_it(mode: str, lowering: str) -> None:
     wish = GuardSpec(mode=mode, lowering=lowering, positions="all")  # type: ignore[arg-type]
     made = guard_model(decoder(layers=3), directions((0, 2)), wish)
@@ -28,17 +28,13 @@ def test_a_gate_is_open_where_the_reference_opens_it(mode: str, lowering: str) -
     assert names == {0: "vlmguard.gate.0", 2: "vlmguard.gate.2"}
     supervisor = np.random.default_rng(1).normal(size=(6, 2, made.plan.sites[0].guard.rank)).astype(np.float32)
     feeds = {"inputs_embeds": EMBEDS, "attention_mask": MASK}
-    found = run(made.model, feeds | ({SUPERVISOR_INPUT: supervisor} if mode == "supervise" else {}))
+    found = run(made.model, feeds | ({SUPERVISOR_INPUT: supervisor} if mode in MODES_WITH_SUPERVISOR else {}))
     seen = set()
     for number, (planned, (raw, _)) in enumerate(zip(made.plan.sites, taps, strict=True)):
         states, guard = found[raw], planned.guard
-        score = {
-            "restore": states @ guard.readout[:, None],
-            "steer": (states @ guard.ssd.T)[..., :1],
-            "supervise": np.broadcast_to(supervisor[:, number, None, :1], (6, 1, 1)),
-        }[mode]
+        told = supervisor[:, number, None, :1]
         gate = found[names[planned.layer_index]]
-        np.testing.assert_array_equal(gate, reference.opens(score, guard).astype(np.float32))
+        np.testing.assert_array_equal(gate, reference.gate(mode, guard, states, told))
         seen |= set(np.unique(gate))
     assert seen == {0.0, 1.0}  # open for some, closed for others
 

@@ -36,7 +36,14 @@ from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, plan_guar
 from vlmguard.graphs.reference import LISTEN, LayerGuard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.scribe import NUMPY_DTYPES
-from vlmguard.graphs.spec import MODES, MODES_WITH_GATE, POSITIONS, GuardSpec
+from vlmguard.graphs.spec import (
+    MODES,
+    MODES_WITH_GATE,
+    MODES_WITH_READOUT,
+    MODES_WITH_SUPERVISOR,
+    POSITIONS,
+    GuardSpec,
+)
 
 pytest.importorskip("onnxruntime")
 
@@ -50,6 +57,8 @@ TOLERANCE = {"float32": 2e-6, "float16": 5e-3, "bfloat16": 3e-2}
 LEFT = np.array([[0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 1], [0, 0, 1, 1, 1, 1]])
 MASKS = {"left": LEFT, "right": LEFT[:, ::-1].copy(), "none": None}
 BATCH, SEQUENCE = LEFT.shape
+# The prompt whose text opens the gates of `combined`, and only it.
+TOLD = 2
 
 
 @dataclass(frozen=True)
@@ -88,8 +97,8 @@ class Case:
         return {"inputs_embeds": embeds} | ({} if self.mask is None else {"attention_mask": self.mask})
 
     def supervisor(self) -> np.ndarray | None:
-        """Text-only coordinates, `[batch, layers, rank]`: two rows open the gate, two do not."""
-        if self.mode != "supervise":
+        """Text-only coordinates, `[batch, layers, rank]`: two rows open the gate, two do not (`combined`: only TOLD does)."""
+        if self.mode not in MODES_WITH_SUPERVISOR:
             return None
         coordinates = np.random.default_rng(self.rank).normal(size=(BATCH, 1, self.rank)).astype(np.float32)
         coordinates[:, 0, 0] = (-0.9, 0.7, 1.5, -0.2)
@@ -113,13 +122,16 @@ def with_split_gates(case: Case, raw: np.ndarray) -> Directions:
         return directions(rank=case.rank)
     if case.mode == "supervise":
         return directions(rank=case.rank, alpha=0.75)
-    scores = raw @ (layer.readout if case.mode == "restore" else layer.ssd[0])
-    edited = np.sort(scores.ravel() if case.selected is None else scores[case.selected[..., 0] == 1])
+    scores = raw @ (layer.readout if case.mode in MODES_WITH_READOUT else layer.ssd[0])
+    edits = np.ones((BATCH, SEQUENCE), bool) if case.selected is None else case.selected[..., 0] == 1
+    if case.mode == "combined":  # there the text opens all gates; the readout is to split the others
+        edits = edits & (np.arange(BATCH) != TOLD)[:, None]
+    edited = np.sort(scores[edits])
     middle = edited[len(edited) // 4 : 1 + 3 * len(edited) // 4]
     widest = int(np.diff(middle).argmax())
     threshold = float(np.float32(middle[widest : widest + 2].mean()))
     alpha = 8.0 if case.mode == "steer" else None
-    return directions(rank=case.rank, parts={"threshold": threshold}, alpha=alpha)
+    return directions(rank=case.rank, parts={"threshold": threshold, "text_threshold": 1.125}, alpha=alpha)
 
 
 def largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
@@ -163,6 +175,10 @@ def assert_says_something(case: Case, layer: LayerGuard, raw: np.ndarray, expect
     assert moved[edited].any()
     assert moved[edited].all() == (case.mode == "project")
     assert largest_difference(raw, expected) > 2 * TOLERANCE[case.dtype]
+    if case.mode == "combined":
+        assert moved[TOLD][edited[TOLD]].all()
+        by_readout = (raw @ layer.readout > layer.threshold)[edited]
+        assert by_readout[edited.nonzero()[0] != TOLD].any()
 
 
 def assert_own_coordinates(case: Case, layer: LayerGuard, raw: np.ndarray, found: np.ndarray) -> None:
@@ -261,9 +277,12 @@ def test_a_closed_gate_is_the_identity_bit_for_bit(
     feeds = Case(kind, mode, lowering, positions, dtype, 2, "left").feeds()
     expected = run(decoder(kind, dtype=dtype), feeds, optimize)
     listening = np.full((BATCH, 1, 2), LISTEN, np.float32)
-    extra = {SUPERVISOR_INPUT: listening} if mode == "supervise" else {}
-    # above every score that is possible here; a listening pass needs no such threshold
-    guarded = guarded_with(0.5 if mode == "supervise" else 1e6, kind, mode, positions, dtype, lowering=lowering)
+    extra = {SUPERVISOR_INPUT: listening} if mode in MODES_WITH_SUPERVISOR else {}
+    # above every score that is possible here; a listening pass needs no such threshold, and in `combined` must not: it is
+    # closed where the readout alone would open it
+    guarded = guarded_with(
+        {"supervise": 0.5, "combined": -1e6}.get(mode, 1e6), kind, mode, positions, dtype, lowering=lowering
+    )
     found = run(guarded.model, feeds | extra, optimize)
     assert_same_bits(found, expected)
     forced = guarded_with(-1e6, kind, mode, positions, dtype, lowering=lowering)
@@ -301,11 +320,13 @@ def test_a_coordinate_beyond_float16_leaves_a_closed_gate_closed(lowering: str, 
 
     feeds = {"x": np.full((2, 3, WIDTH), -3e4, np.float16), "attention_mask": np.ones((2, 3), np.int64)}
     ssd = np.full((1, WIDTH), 0.25, np.float32)
-    found = directions(rank=1, parts={"ssd": ssd, "threshold": 0.5, "readout": ssd[0]})
+    # in `combined` the readout asks for the edit, and listening alone keeps the gate closed
+    readout = -ssd[0] if mode == "combined" else ssd[0]
+    found = directions(rank=1, parts={"ssd": ssd, "threshold": 0.5, "readout": readout})
     spec = GuardSpec(mode=mode, positions=positions, lowering=lowering)  # type: ignore[arg-type]
     guarded = guard_model(model(), found, spec).model
     assert np.abs(feeds["x"].astype(np.float64) @ ssd[0]).min() > np.finfo(np.float16).max
-    extra = {SUPERVISOR_INPUT: np.full((2, 1, 1), LISTEN, np.float32)} if mode == "supervise" else {}
+    extra = {SUPERVISOR_INPUT: np.full((2, 1, 1), LISTEN, np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
     with np.errstate(over="ignore"):
         found_outputs = evaluate(guarded, feeds | extra)
     expected = evaluate(model(), feeds)["y"]
@@ -314,7 +335,7 @@ def test_a_coordinate_beyond_float16_leaves_a_closed_gate_closed(lowering: str, 
 
 
 def _opening(mode: str) -> dict[str, np.ndarray]:
-    return {SUPERVISOR_INPUT: np.ones((BATCH, 1, 2), np.float32)} if mode == "supervise" else {}
+    return {SUPERVISOR_INPUT: np.ones((BATCH, 1, 2), np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -360,6 +381,62 @@ def test_the_gate_is_strict() -> None:
     assert moved.tolist() == [False, True, False, True]
 
 
+@pytest.mark.parametrize("lowering", [lowering for lowering, mode in PAIRS if mode == "combined"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_combined_opens_where_the_readout_or_the_text_is_above_its_threshold(lowering: str, dtype: str) -> None:
+    """Four prompts: neither, the text alone, the readout alone, both."""
+    feeds = Case("add", "combined", lowering, "last", dtype, 2, "left").feeds()
+    plain = run(decoder(dtype=dtype), feeds)["hidden"].astype(np.float64)
+    last = reference.last_token(LEFT)[..., 0] == 1
+    scores = (plain @ layer_directions().readout.astype(np.float64))[last]
+    threshold = float(np.sort(scores)[1:3].mean())  # two prompts are above
+    above = scores > threshold
+    found = directions(parts={"threshold": threshold, "text_threshold": 0.5})
+    spec = GuardSpec(mode="combined", lowering=lowering)  # type: ignore[arg-type]
+    model = guard_model(decoder(dtype=dtype), found, spec).model
+
+    def moved(told: np.ndarray) -> list[bool]:
+        supervisor = np.ones((BATCH, 1, 2), np.float32)
+        supervisor[:, 0, 0] = told
+        outputs = run(model, feeds | {SUPERVISOR_INPUT: supervisor})
+        return (outputs["hidden"].astype(np.float64) != plain).any(axis=(1, 2)).tolist()
+
+    assert sorted(above) == [False, False, True, True]
+    text_above = np.zeros(BATCH, bool)
+    text_above[[above.argmin(), above.argmax()]] = True  # one of each kind
+    assert moved(np.where(text_above, 0.75, 0.25)) == (above | text_above).tolist()
+    assert moved(np.zeros(BATCH)) == above.tolist()
+    assert moved(np.full(BATCH, -1e6)) == above.tolist()
+    assert moved(np.ones(BATCH)) == [True] * BATCH
+    assert moved(np.full(BATCH, LISTEN)) == [False] * BATCH
+
+
+@pytest.mark.parametrize("lowering", [lowering for lowering, mode in PAIRS if mode == "combined"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("threshold", [0.125, -3.0, 40.7])
+def test_the_text_of_combined_is_compared_with_the_number_of_the_directions(
+    lowering: str, dtype: str, threshold: float
+) -> None:
+    """On the readout's scale, so within the rounding of one float32 sum; whatever the readout's own threshold is."""
+    text_threshold = 0.3
+    last = reference.last_token(LEFT)[..., 0] == 1
+    feeds = Case("add", "combined", lowering, "last", dtype, 2, "left").feeds()
+    plain = run(decoder(dtype=dtype), feeds)["hidden"]
+    # a readout whose scores are all 10 below the threshold, so that the text alone decides
+    readout = np.linalg.lstsq(plain[last].astype(np.float64), np.full(BATCH, threshold - 10), rcond=None)[0].astype(
+        np.float32
+    )
+    parts = {"threshold": threshold, "text_threshold": text_threshold, "readout": readout}
+    spec = GuardSpec(mode="combined", lowering=lowering)  # type: ignore[arg-type]
+    guarded = guard_model(decoder(dtype=dtype), directions(parts=parts), spec)
+    # three roundings (the threshold's, the shift's, the sum's), each half a unit of the largest number in it
+    rounding = 1.5 * float(np.spacing(np.float32(abs(threshold) + text_threshold)))
+    supervisor = np.ones((BATCH, 1, 2), np.float32)
+    supervisor[:, 0, 0] = text_threshold + rounding * np.array([-2, 2, -1000, 1000])
+    found = run(guarded.model, feeds | {SUPERVISOR_INPUT: supervisor})["hidden"]
+    assert (found != plain).any(axis=(1, 2)).tolist() == [False, True, False, True]
+
+
 # ------------------------------------------------------------------------------------------------------------ several layers
 
 
@@ -389,8 +466,9 @@ def test_each_layer_gets_its_own_row_of_the_supervisor(kind: Kind, positions: st
     assert (swapped[:2] != found[:2]).any()
 
 
-def test_the_supervised_graph_tells_each_layers_coordinates() -> None:
-    guarded = guard_model(decoder(layers=2), directions((0, 1)), GuardSpec(mode="supervise", tau=0.0))
+@pytest.mark.parametrize("mode", sorted(MODES_WITH_SUPERVISOR))
+def test_the_supervised_graph_tells_each_layers_coordinates(mode: str) -> None:
+    guarded = guard_model(decoder(layers=2), directions((0, 1)), GuardSpec(mode=mode, tau=0.0))  # type: ignore[arg-type]
     feeds = Case("add", "supervise", "lowrank", "last", "float32", 2, "right").feeds()
     listening = np.full((BATCH, 2, 2), LISTEN, np.float32)
     found = run(guarded.model, feeds | {SUPERVISOR_INPUT: listening})[COORDINATES_OUTPUT]
@@ -412,13 +490,16 @@ def lowrank_nodes(mode: str, rank: int, dtype: str) -> int:
     project: read, delta, guarded
     steer: read, opens, gate, strength, weights, delta, guarded
     restore: read, coordinates, score, difference, opens, gate, weights, delta, guarded
+    combined: those of restore; supervisor, first_shifted, either, first_hearing and score, own_last, own
     supervise: read, supervisor, opens, gate, centred, wanted, present, difference, weights, delta, guarded, own_last, own
     From rank 2 on the gate's coordinate is cut out; `restore` cuts out its readout anyway. In a float16 graph the edit is
-    clipped, and behind the read a gate makes all float32, one Cast in and one out; `supervise` tells coordinates unscaled.
+    clipped, and behind the read a gate makes all float32, one Cast in and one out; `supervise` and `combined` tell
+    coordinates unscaled, and `combined` scales what it was told.
     """
-    nodes = {"project": 3, "steer": 7, "restore": 9, "supervise": 13}[mode]
-    nodes += mode in {"steer", "supervise"} and rank > 1
-    return nodes + (dtype == "float16") * {"project": 1, "steer": 3, "restore": 3, "supervise": 4}[mode]
+    nodes = {"project": 3, "steer": 7, "restore": 9, "supervise": 13, "combined": 9 + 7}[mode]
+    nodes += mode in {"steer", "supervise", "combined"} and rank > 1
+    half = {"project": 1, "steer": 3, "restore": 3, "supervise": 4, "combined": 5}
+    return nodes + (dtype == "float16") * half[mode]
 
 
 def dense_nodes(mode: str, rank: int, dtype: str) -> int:
@@ -430,12 +511,13 @@ def rank1_nodes(mode: str, rank: int, dtype: str) -> int:
     """Per row products, c, w and edit; one Add fewer than rows, and the Add to the stream.
 
     steer and restore have wanted, and supervise a_centred, a_strength, present and wanted per row; a gate has opens and
-    gate, that of restore reads products and score. From rank 2 on supervise cuts out each row, and the gate's; its
-    coordinates are put together. In a float16 graph: two Casts, and the edit is clipped.
+    gate, that of restore reads products and score. supervise and combined have supervisor, own_last and own; combined has
+    the gate of restore, and first_shifted, either, first_hearing and score. From rank 2 on supervise cuts out each row,
+    and both the gate's; their coordinates are put together. In a float16 graph: two Casts, and the edit is clipped.
     """
-    rows = {"project": 4, "steer": 5, "restore": 5, "supervise": 8}[mode] * rank + rank
-    gate = {"project": 0, "steer": 2, "restore": 4, "supervise": 2 + 1 + 2}[mode]
-    columns = (rank + 2) * (mode == "supervise" and rank > 1)
+    rows = {"project": 4, "steer": 5, "restore": 5, "supervise": 8, "combined": 5}[mode] * rank + rank
+    gate = {"project": 0, "steer": 2, "restore": 4, "supervise": 2 + 1 + 2, "combined": 4 + 4 + 1 + 2}[mode]
+    columns = {"supervise": rank + 2, "combined": 2}.get(mode, 0) * (rank > 1)
     return rows + gate + columns + (dtype == "float16") * 3
 
 
@@ -450,7 +532,8 @@ def selecting(lowering: str, mode: str, rank: int) -> int:
 
 
 # Once per graph: which token is the last one (13 nodes where a mask says it, 7 without), the selection to write by and its
-# Cast to the stream's dtype (positions `last`), the pairs to read by and the Concat of all layers' coordinates (`supervise`).
+# Cast to the stream's dtype (positions `last`), the pairs to read by and the Concat of all layers' coordinates (with a
+# supervisor).
 LAST_WITH_MASK, LAST_WITHOUT, SELECTION, PAIRS_AND_COORDINATES = 13, 7, 5 + 1, 4 + 1
 
 
@@ -470,8 +553,8 @@ def test_the_nodes_of_a_site_are_counted(lowering: str, mode: str, kind: Kind, d
         spec = GuardSpec(mode=mode, positions=positions, lowering=lowering)  # type: ignore[arg-type]
         report = guard_model(model, directions((0, 1), rank), spec).report
         assert [len(site.nodes) for site in report.sites] == [expected] * 2
-        shared = LAST_WITH_MASK if positions == "last" or mode == "supervise" else 0
-        shared += SELECTION * (positions == "last") + PAIRS_AND_COORDINATES * (mode == "supervise")
+        shared = LAST_WITH_MASK if positions == "last" or mode in MODES_WITH_SUPERVISOR else 0
+        shared += SELECTION * (positions == "last") + PAIRS_AND_COORDINATES * (mode in MODES_WITH_SUPERVISOR)
         assert len(report.shared_nodes) == shared
         assert len(model.graph) - before == report.node_count == shared + 2 * expected
 
@@ -494,6 +577,9 @@ INITIALIZERS = {
     ("steer", "rank1"): 2 + 2,
     ("restore", "rank1"): 2 + 4,
     ("supervise", "rank1"): 2 + 4,
+    # as restore, and text_shift and hearing
+    ("combined", "rank1"): 2 + 4 + 2,
+    ("combined", "lowrank"): 4 + 2,
     # rows, ssd, tau, alpha, origin; the index of the layer's row is shared with others that are called the same
     ("supervise", "lowrank"): 5,
 }
@@ -520,8 +606,8 @@ def test_no_node_is_one_that_engines_reject() -> None:
             }
     assert {domain for domain, _ in used} == {""}
     assert {op_type for _, op_type in used} == {
-        *("Add", "ArgMax", "Cast", "Concat", "Equal", "Gather", "GatherND", "Greater", "MatMul", "Mul", "Neg"),
-        *("Range", "ReduceSum", "Reshape", "Shape", "Slice", "Sub", "Unsqueeze"),
+        *("Add", "ArgMax", "Cast", "Concat", "Equal", "Gather", "GatherND", "Greater", "MatMul", "Max", "Min"),
+        *("Mul", "Neg", "Range", "ReduceSum", "Reshape", "Shape", "Slice", "Sub", "Unsqueeze"),
     }
 
 
@@ -579,6 +665,7 @@ def test_a_lowering_may_be_named() -> None:
         ("dense", "steer", "lowering 'dense' cannot write mode 'steer'; choose lowrank or rank1"),
         ("dense", "restore", "lowering 'dense' cannot write mode 'restore'; choose lowrank or rank1"),
         ("dense", "supervise", "lowering 'dense' cannot write mode 'supervise'; choose lowrank or rank1"),
+        ("dense", "combined", "lowering 'dense' cannot write mode 'combined'; choose lowrank or rank1"),
     ],
 )
 def test_a_lowering_that_cannot_is_refused(name: str, mode: str, sentence: str) -> None:

@@ -18,7 +18,7 @@ from vlmguard.graphs.parameters import guard_numbers, make_overridable, neutral,
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, GuardPlan, plan_guard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.scribe import NUMPY_DTYPES
-from vlmguard.graphs.spec import MODES, MODES_WITH_ALPHA, GuardSpec
+from vlmguard.graphs.spec import MODES, MODES_WITH_ALPHA, MODES_WITH_SUPERVISOR, GuardSpec
 
 WIDEST = 4
 
@@ -50,7 +50,7 @@ def feeds(dtype: str, mode: str, rank: int = WIDEST) -> dict[str, np.ndarray]:
         "inputs_embeds": random.normal(size=(3, 5, WIDTH)).astype(NUMPY_DTYPES[dtype]),
         "attention_mask": np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]),
     }
-    if mode == "supervise":
+    if mode in MODES_WITH_SUPERVISOR:
         coordinates = np.zeros((3, 1, rank), np.float32)
         coordinates[:, 0, :1] = [[-0.9], [0.7], [1.5]]
         given[SUPERVISOR_INPUT] = coordinates
@@ -95,13 +95,13 @@ def test_fed_numbers_compute_what_baked_ones_do(mode: str, kind: Any, rank: int)
     numbers = guard_numbers(wide)
     assert numbers.keys() == defaults.keys()
     given = feeds("float32", mode)
-    narrow = {SUPERVISOR_INPUT: given[SUPERVISOR_INPUT][..., :rank]} if mode == "supervise" else {}
+    narrow = {SUPERVISOR_INPUT: given[SUPERVISOR_INPUT][..., :rank]} if mode in MODES_WITH_SUPERVISOR else {}
     expected = run(baked, given | narrow)
     for _ in range(2):
         names = [output.name for output in session.get_outputs()]
         actual = dict(zip(names, session.run(names, given | numbers), strict=True))
         np.testing.assert_allclose(actual["logits"], expected["logits"], rtol=0, atol=1e-5)
-        if mode == "supervise":
+        if mode in MODES_WITH_SUPERVISOR:
             own = actual[COORDINATES_OUTPUT]
             np.testing.assert_allclose(own[..., :rank], expected[COORDINATES_OUTPUT], rtol=0, atol=1e-5)
             assert not own[..., rank:].any()

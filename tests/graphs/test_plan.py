@@ -17,7 +17,7 @@ from vlmguard.graphs.directions import Directions, LayerDirections
 from vlmguard.graphs.errors import DirectionMismatch, GuardError
 from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import GuardPlan, plan_guard, require_unguarded
-from vlmguard.graphs.spec import MODES, GuardSpec
+from vlmguard.graphs.spec import MODES, MODES_WITH_READOUT, MODES_WITH_SUPERVISOR, GuardSpec
 
 LAYERS = 3
 BARE_NOTE = (
@@ -114,9 +114,9 @@ def test_layers_are_ascending_whatever_the_directions_order() -> None:
     assert plan(uncalibrated((2, 0, 1))).layers == (0, 1, 2)
 
 
-def test_restore_takes_only_the_layers_that_are_calibrated() -> None:
+def test_modes_with_a_readout_take_only_the_layers_that_are_calibrated() -> None:
     mixed = Directions(16, {0: LayerDirections(orthonormal(2)), 2: layer_directions()})
-    assert plan(mixed).layers == (2,)
+    assert plan(mixed).layers == plan(mixed, mode="combined").layers == (2,)
     assert plan(mixed, mode="project").layers == (0, 2)
 
 
@@ -190,13 +190,13 @@ def test_a_strength_that_no_state_survives_is_refused() -> None:
 
 def test_project_has_no_threshold() -> None:
     assert refusal(GuardError, directions(), mode="project", tau=0.0) == (
-        "mode project has no gate; leave --tau out, or choose steer, supervise or restore"
+        "mode project has no gate; leave --tau out, or choose a mode with one"
     )
     assert plan(directions(), mode="project").sites[0].guard.threshold == 0.0
 
 
 def test_the_threshold_is_asked_for_or_calibrated() -> None:
-    for mode in ("restore", "steer", "supervise"):
+    for mode in ("restore", "steer", "supervise", "combined"):
         assert plan(directions(), mode=mode).sites[0].guard.threshold == 0.125
         assert plan(directions(), mode=mode, tau=0.1).sites[0].guard.threshold == float(np.float32(0.1))
 
@@ -207,15 +207,33 @@ def test_a_threshold_is_what_the_graph_compares_with() -> None:
     assert plan(found).sites[0].guard.threshold == float(np.float32(0.1)) != 0.1
 
 
-def test_restore_needs_a_target_and_a_threshold() -> None:
+@pytest.mark.parametrize("mode", sorted(MODES_WITH_READOUT))
+def test_a_mode_with_a_readout_needs_a_target_and_a_threshold(mode: str) -> None:
     no_target, no_threshold = directions(parts={"target": None}), directions(parts={"threshold": None})
-    assert refusal(DirectionMismatch, no_target, mode="restore") == (
-        "mode restore needs a target level, layer 0 of the directions has none; calibrate with --anchors"
+    assert refusal(DirectionMismatch, no_target, mode=mode) == (
+        f"mode {mode} needs a target level, layer 0 of the directions has none; calibrate with --anchors"
     )
-    assert refusal(DirectionMismatch, no_threshold, mode="restore") == (
-        "mode restore needs a threshold, layer 0 of the directions has none; give --tau, or calibrate with --anchors"
+    assert refusal(DirectionMismatch, no_threshold, mode=mode) == (
+        f"mode {mode} needs a threshold, layer 0 of the directions has none; give --tau, or calibrate with --anchors"
     )
-    assert plan(no_threshold, mode="restore", tau=1.0).sites[0].guard.threshold == 1.0
+    assert plan(no_threshold, mode=mode, tau=1.0).sites[0].guard.threshold == 1.0
+
+
+def test_combined_needs_a_threshold_for_the_text_too() -> None:
+    """`--tau` is that of the readout; nothing stands in for the text's."""
+    without = directions((1,), parts={"text_threshold": None})
+    for wish in ({}, {"tau": 1.0}):
+        assert refusal(DirectionMismatch, without, mode="combined", **wish) == (
+            "mode combined needs a threshold for the text too, layer 1 of the directions has none; calibrate with --anchors"
+        )
+    for mode in set(MODES) - {"combined"}:
+        assert plan(without, mode=mode).sites[0].guard.text_shift == 0.0
+
+
+def test_the_text_of_combined_is_moved_to_the_readouts_threshold() -> None:
+    found = directions(parts={"threshold": 0.75, "text_threshold": -1.5})
+    assert plan(found, mode="combined").sites[0].guard.text_shift == 2.25
+    assert plan(found, mode="combined", tau=0.1).sites[0].guard.text_shift == float(np.float32(np.float32(0.1) + 1.5))
 
 
 def test_restore_without_a_readout_reads_the_first_row_and_says_so() -> None:
@@ -241,12 +259,13 @@ def test_supervise_without_an_origin_starts_at_zero() -> None:
     np.testing.assert_array_equal(made.sites[0].guard.origin, np.zeros(2, np.float32))
 
 
-def test_supervise_needs_one_rank_in_all_layers() -> None:
+@pytest.mark.parametrize("mode", sorted(MODES_WITH_SUPERVISOR))
+def test_a_supervisor_needs_one_rank_in_all_layers(mode: str) -> None:
     mixed = Directions(16, {0: layer_directions(3), 1: layer_directions(2)})
-    assert refusal(GuardError, mixed, mode="supervise") == (
-        "supervise needs one rank in all layers, found [2, 3]; give --rank 2"
+    assert refusal(GuardError, mixed, mode=mode) == (
+        f"{mode} needs one rank in all layers, found [2, 3]; give --rank 2"
     )
-    assert [site.guard.rank for site in plan(mixed, mode="supervise", rank=2).sites] == [2, 2]
+    assert [site.guard.rank for site in plan(mixed, mode=mode, rank=2).sites] == [2, 2]
     assert [site.guard.rank for site in plan(mixed, mode="restore").sites] == [3, 2]
 
 
@@ -298,7 +317,7 @@ def test_the_mask_is_planned_for_or_its_absence_is_said() -> None:
 def test_only_a_supervised_graph_gets_another_signature() -> None:
     for mode in MODES:
         made = plan(directions(), mode=mode)
-        expected = (("vlmguard.supervisor",), ("vlmguard.coordinates",)) if mode == "supervise" else ((), ())
+        expected = (("vlmguard.supervisor",), ("vlmguard.coordinates",)) if mode in MODES_WITH_SUPERVISOR else ((), ())
         assert (made.added_inputs, made.added_outputs) == expected
 
 
@@ -340,7 +359,7 @@ def test_the_plan_is_sorted_plain_data(mode: str) -> None:
     made = plan(directions((2, 0)), mode=mode).to_json()
     assert json.loads(json.dumps(made)) == made
     assert made["layers"] == [site["layer"] for site in made["sites"]] == [0, 2]
-    numbers = {"tau", "alpha", "origin", "target", "readout_sha256"} & made["sites"][0].keys()
+    numbers = {"tau", "alpha", "origin", "target", "readout_sha256", "text_shift"} & made["sites"][0].keys()
     assert (
         numbers
         == {
@@ -348,6 +367,7 @@ def test_the_plan_is_sorted_plain_data(mode: str) -> None:
             "steer": {"tau", "alpha"},
             "supervise": {"tau", "alpha", "origin"},
             "restore": {"tau", "target", "readout_sha256"},
+            "combined": {"tau", "target", "readout_sha256", "text_shift"},
         }[mode]
     )
 
@@ -367,6 +387,9 @@ def test_each_number_of_the_guard_shows_in_the_plan() -> None:
     supervised = plan(directions(), mode="supervise").to_json()
     assert plan(directions(parts={"origin": layer.origin + 1}), mode="supervise").to_json() != supervised
     assert plan(directions(alpha=2.0), mode="supervise").to_json() != supervised
+    combined = plan(directions(), mode="combined").to_json()
+    for part, value in (changed | {"text_threshold": 0.5}).items():
+        assert plan(directions(parts={part: value}), mode="combined").to_json() != combined
 
 
 def test_the_plan_of_a_hand_made_decoder_is_pinned(golden: Callable[[str, Any], None]) -> None:

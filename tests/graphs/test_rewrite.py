@@ -36,7 +36,7 @@ from vlmguard.graphs.errors import GuardError, GuardIncomplete
 from vlmguard.graphs.package import ModelPackage, external_files, graph_bytes, load_graph, open_package, save_graph
 from vlmguard.graphs.plan import SUPERVISOR_INPUT, GuardPlan, plan_guard
 from vlmguard.graphs.rewrite import rewrite
-from vlmguard.graphs.spec import POSITIONS, GuardSpec
+from vlmguard.graphs.spec import MODES_WITH_GATE, MODES_WITH_READOUT, MODES_WITH_SUPERVISOR, POSITIONS, GuardSpec
 from vlmguard.graphs.static_proof import guard_dominates, prove_structure, same_graph
 from vlmguard.graphs.strip import strip_guard
 
@@ -96,10 +96,12 @@ ROWS = (
     # B: one fused node reads the branch
     Row("llama-genai-fp32", "restore", "last", nodes=41, initializers=16, readers=(1, 1)),
     Row("llama-genai-fp32", "supervise", "last", nodes=56, initializers=17, readers=(1, 1)),
+    Row("llama-genai-fp32", "combined", "last", nodes=62, initializers=20, readers=(1, 1)),
     Row("llama-genai-fp32", "steer", "all", nodes=18, initializers=11, readers=(1, 1)),
     Row("llama-genai-fp32", "project", "last", nodes=27, initializers=8, readers=(1, 1), lowering="dense"),
     Row("llama-genai-fp16", "restore", "last", nodes=47, initializers=20, readers=(1, 1)),
     Row("llama-genai-fp16", "supervise", "all", nodes=56, initializers=24, readers=(1, 1)),
+    Row("llama-genai-fp16", "combined", "all", nodes=64, initializers=28, readers=(1, 1)),
     Row("llama-genai-int4", "restore", "all", nodes=20, initializers=12, readers=(1, 1)),
     Row("llama-genai-embeds-fp32", "steer", "last", nodes=39, initializers=15, readers=(1, 1)),
     # B': the summands the other way round
@@ -156,7 +158,7 @@ def assert_proved(
 def directions_for(row: Row, model: ZooModel) -> Directions:
     """Thresholds in the middle of what the layers' gates read here, so that some open and some do not."""
     layers = {number: layer_directions(2, model.width, number, threshold=0.0) for number in (MIDDLE, LAST)}
-    if row.mode in ("steer", "restore"):
+    if row.mode in MODES_WITH_GATE - {"supervise"}:
         for number in layers:
             threshold = widest_gap(gate_scores(row, model, layers, number))
             layers[number] = layer_directions(2, model.width, number, threshold=threshold)
@@ -169,10 +171,13 @@ def gate_scores(row: Row, model: ZooModel, layers: dict[int, LayerDirections], n
 
     feeds = prompt(model)
     below = {n: numbers_of(layer) for n, layer in layers.items() if n < number}
-    with hooked(model, below, row, feeds, None), recorded_layers(model.torch_decoder) as states:
+    with (
+        hooked(model, below, row, feeds, supervisor_for(row, len(below))),
+        recorded_layers(model.torch_decoder) as states,
+    ):
         model.run_torch(feeds)
     layer = layers[number]
-    scores = states[number] @ (layer.readout if row.mode == "restore" else layer.ssd[0])
+    scores = states[number] @ (layer.readout if row.mode in MODES_WITH_READOUT else layer.ssd[0])
     return scores[edited_tokens(row, model, feeds)]
 
 
@@ -190,7 +195,8 @@ def widest_gap(scores: np.ndarray) -> float:
 
 
 def numbers_of(layer: LayerDirections) -> reference.LayerGuard:
-    return reference.LayerGuard(layer.ssd, layer.origin, layer.target, layer.readout, layer.threshold, 1.5)
+    shift = float(np.float32(layer.threshold - layer.text_threshold))
+    return reference.LayerGuard(layer.ssd, layer.origin, layer.target, layer.readout, layer.threshold, 1.5, shift)
 
 
 def prompt(model: ZooModel) -> Feeds:
@@ -209,13 +215,13 @@ def hooked(model: ZooModel, layers: dict, row: Row, feeds: Feeds, supervisor: np
     return guard.attached(model.torch_decoder.layers)
 
 
-def supervisor_for(row: Row) -> np.ndarray | None:
-    """`[batch, layers, rank]`: every pair of open and closed gates."""
-    if row.mode != "supervise":
+def supervisor_for(row: Row, layers: int = 2) -> np.ndarray | None:
+    """`[batch, layers, rank]`: every pair of open and closed gates, of the first so many layers."""
+    if row.mode not in MODES_WITH_SUPERVISOR:
         return None
     coordinates = np.random.default_rng(0).normal(size=(4, 2, 2)).astype(np.float32)
     coordinates[:, :, 0] = [(1, -1), (-1, 1), (-1, -1), (1, 1)]
-    return coordinates
+    return coordinates[:, :layers]
 
 
 def assert_equals_hooks(row: Row, model: ZooModel, plan: GuardPlan, execute: Execute) -> None:
@@ -369,7 +375,7 @@ def test_the_guard_is_valid_in_every_operator_set(opset: int) -> None:
     for spec in all_guards():
         model = guard_model(decoder(opset=opset), directions(), spec).model
         onnx.checker.check_model(ir.to_proto(model), full_check=True)
-        extra = {SUPERVISOR_INPUT: np.ones((2, 1, 2), np.float32)} if spec.mode == "supervise" else {}
+        extra = {SUPERVISOR_INPUT: np.ones((2, 1, 2), np.float32)} if spec.mode in MODES_WITH_SUPERVISOR else {}
         seen.append(run(model, feeds | extra)["hidden"])
     assert all(np.isfinite(hidden).all() for hidden in seen)
     oldest = guard_model(decoder(opset=13), directions(), GuardSpec(mode="restore", positions="all")).model

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.reference import LISTEN
-from vlmguard.graphs.spec import LARGEST_TAU, MODES, MODES_WITH_ALPHA, MODES_WITH_GATE, GuardSpec, parse_layers
+from vlmguard.graphs.spec import (
+    LARGEST_TAU,
+    MODES,
+    MODES_WITH_ALPHA,
+    MODES_WITH_GATE,
+    MODES_WITH_READOUT,
+    MODES_WITH_SUPERVISOR,
+    GuardSpec,
+    parse_layers,
+)
 
 # ------------------------------------------------------------------------------------------------------------------ layers
 
@@ -105,6 +114,8 @@ def test_the_modes_with_a_strength_and_with_a_gate() -> None:
     assert MODES == ("project", "steer", "supervise", "restore", "combined")
     assert {"steer", "supervise"} == MODES_WITH_ALPHA
     assert set(MODES) - MODES_WITH_GATE == {"project"}
+    assert {"restore", "combined"} == MODES_WITH_READOUT
+    assert {"supervise", "combined"} == MODES_WITH_SUPERVISOR
 
 
 def test_what_is_wanted_does_not_change_later() -> None:
@@ -133,8 +144,8 @@ def test_what_can_be_wished(wish: dict[str, Any]) -> None:
 
 TAU = "is not a finite number; a gate that never or always opens is not a guard"
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"mode": "erase"}, "mode 'erase' is unknown; choose one of project, steer, supervise, restore"),
-    ({"mode": ""}, "mode '' is unknown; choose one of project, steer, supervise, restore"),
+    ({"mode": "erase"}, "mode 'erase' is unknown; choose one of project, steer, supervise, restore, combined"),
+    ({"mode": ""}, "mode '' is unknown; choose one of project, steer, supervise, restore, combined"),
     ({"positions": "first"}, "positions 'first' is unknown; choose one of all, last"),
     ({"layers": ()}, "the list of layers is empty; name at least one layer, or say auto"),
     ({"rank": 0}, "rank 0 is out of range; choose 1 to 8"),
