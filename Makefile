@@ -8,7 +8,7 @@ WORKERS ?= 2
 # One thread per test process: small models do not gain from more, and idle BLAS threads spin.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint fast zoo coverage-check bench tiny-vlm report-picture clean
+.PHONY: demo test check lint fast long zoo coverage-check bench tiny-vlm report-picture clean
 
 demo: $(VENV)/.light
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
@@ -24,8 +24,12 @@ lint: $(VENV)/.full
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
+# What `make test` leaves out, but for the zoo's matrix: benchmarks that run, engines of every family.
+long: $(VENV)/.full
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "long or zoo" --ignore tests/zoo/test_matrix.py
+
 fast: $(VENV)/.full
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow and not zoo"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow and not zoo and not long"
 
 # The whole matrix: every graph of the zoo, asked everything; then docs/coverage.md, which also says what failed.
 zoo: $(VENV)/.full

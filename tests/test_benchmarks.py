@@ -47,6 +47,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "results"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_result_says_where_it_comes_from(results: Path, name: str) -> None:
     found = json.loads((results / f"{name}.json").read_text())
@@ -57,11 +58,13 @@ def test_a_result_says_where_it_comes_from(results: Path, name: str) -> None:
         assert {"python", "vlmguard", "onnxruntime", "onnx"} <= part["versions"].keys()
 
 
+@pytest.mark.long
 def test_hooked_torch_and_the_guarded_graph_are_the_same_model(results: Path) -> None:
     part = json.loads((results / "hooks.json").read_text())["parts"]["hooks"]
     assert part["logits_apart"] < 1e-4
 
 
+@pytest.mark.long
 def test_a_rewrite_adds_its_own_files_alone(results: Path) -> None:
     part = json.loads((results / "rewriting.json").read_text())["parts"]["export"]
     assert 0 < part["written"] < 2 * part["bytes"]
@@ -74,6 +77,7 @@ def pages_of(folder: Path) -> tuple[Path, Path]:
     return folder / PAGE, folder / GPU_PAGE
 
 
+@pytest.mark.long
 def test_the_pages_are_the_same_each_time_and_name_every_goal(results: Path, tmp_path: Path) -> None:
     page, gpu_page = pages_of(tmp_path / "docs")
     report = ("report", "--quick", "--results", results, "--docs", page.parent)
@@ -92,6 +96,7 @@ def test_the_pages_are_the_same_each_time_and_name_every_goal(results: Path, tmp
         one.write_text(text)
 
 
+@pytest.mark.long
 def test_the_gpu_page_tells_agreement_cost_and_what_does_not_run(results: Path, tmp_path: Path) -> None:
     _, page = pages_of(tmp_path / "docs")
     run("report", "--quick", "--results", results, "--docs", page.parent)
@@ -105,6 +110,7 @@ def test_the_gpu_page_tells_agreement_cost_and_what_does_not_run(results: Path, 
         assert "**Does not run here:** torch finds no CUDA device" in text
 
 
+@pytest.mark.long
 def test_without_a_result_the_gpu_page_says_so(results: Path, tmp_path: Path) -> None:
     _, page = pages_of(tmp_path / "docs")
     page.write_text(page.read_text().replace("**Not yet run.**", "Fast."))
@@ -120,6 +126,7 @@ def test_without_a_result_the_gpu_page_says_so(results: Path, tmp_path: Path) ->
     assert refused.returncode == 1 and refused.stderr.startswith(f"{page}: has no lines <!-- begin")
 
 
+@pytest.mark.long
 def test_quick_results_are_no_report(results: Path, tmp_path: Path) -> None:
     page, _ = pages_of(tmp_path / "docs")
     refused = run("report", "--results", results, "--docs", page.parent, check=False)
@@ -130,6 +137,7 @@ def test_quick_results_are_no_report(results: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long
 def test_a_missing_part_is_named(results: Path, tmp_path: Path) -> None:
     for path in results.glob("*.json"):
         content: dict[str, Any] = json.loads(path.read_text())

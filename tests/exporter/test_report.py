@@ -22,7 +22,8 @@ from hand_graphs import uncalibrated
 from text_decoder import IDS, decoder
 from tiny_vlm_paths import CALIBRATION, DECODER, EVALUATION, PROMPTS, SOURCE, Guarded
 
-from vlmguard.exporter.evaluate import Evaluation, Tally
+from vlmguard.exporter.evaluation import Evaluation
+from vlmguard.exporter.evaluation_records import Record, Reply
 from vlmguard.exporter.pipeline import export
 from vlmguard.exporter.prompts import LabelledPrompt, read_prompts
 from vlmguard.exporter.report import build
@@ -135,11 +136,25 @@ def _separations(states: np.ndarray, prompts: list[LabelledPrompt]) -> list[Any]
     return separations(States(states, states, None, None), prompts, unknown, (0,))
 
 
+def said(answer: str, no: bool = False) -> Reply:
+    return Reply(refused=no, tokens=1, digest=answer, answer=answer)
+
+
 def test_rates_are_errors_and_mistakes_are_named_without_answers() -> None:
     prompts = tuple(prompts_of(*BOTH, texts=2))
-    base = Tally((), ("yes", "yes", "yes", "yes"), (False, False, False, False))
-    guarded = Tally((), ("no", "yes", "no", "yes"), (True, False, True, False))
-    evaluation = Evaluation(prompts, base, guarded)
+    refusals = (True, False, True, False)  # of the guarded model; the unguarded one refuses nothing
+    records = tuple(
+        Record(
+            number=n,
+            id=p.id,
+            setting=p.setting,
+            label=p.label,
+            base=said("yes"),
+            guarded=said("no" if no else "yes", no),
+        )
+        for n, (p, no) in enumerate(zip(prompts, refusals, strict=True))
+    )
+    evaluation = Evaluation(prompts, records)
     counted = {(r.label, r.side): (r.erred, r.asked) for r in rates_of(evaluation)}
     assert counted == {
         ("harmful", "unguarded"): (2, 2), ("harmful", "guarded"): (1, 2),
