@@ -7,6 +7,7 @@ what becomes of it when its worker is lost, is decided in one loop here (`_Run`)
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -58,7 +59,7 @@ def _connect(address: str) -> None:
 
     quiet: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address, log_to_driver=False, logging_level="error", **quiet)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **quiet)
     except Exception as error:  # Ray raises a class of its own for each way in which it is not answered
         raise GuardError(
             f"--ray {address}: no cluster can be used there ({first_line(error)}); start one with `ray start --head`, or "
@@ -167,7 +168,8 @@ class _Run:
         import ray
 
         # SPREAD: over the machines, not all on the first one. No restarts: whoever is free redoes a lost shard.
-        worker = ray.remote(Worker).options(num_cpus=1, num_gpus=int(self.gpus), scheduling_strategy="SPREAD").remote()
+        actor: Any = ray.remote(num_cpus=1, num_gpus=int(self.gpus), scheduling_strategy="SPREAD")(Worker)
+        worker = actor.remote()
         self.busy[worker.open.remote(self.pinned)] = worker, None
 
     def _take(self, answer: Any) -> None:

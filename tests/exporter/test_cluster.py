@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -101,11 +102,18 @@ def two_workers() -> Iterator[Spreader]:
     """A cluster of this machine, started as `--ray local` starts it; runs within find it and do not stop it."""
     pytest.importorskip("ray")
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: sockets lie in it
-    settings = {"RAY_TMPDIR": folder, "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # nothing is left in the user's home
+    settings = {"RAY_TMPDIR": folder, "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # else Ray puts one into the user's home
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
-        with cluster("local", workers=2) as spread:
+        with contextlib.ExitStack() as stack:
+            for attempt in range(3):
+                try:
+                    spread = stack.enter_context(cluster("local", workers=2))
+                    break
+                except GuardError:  # Ray gives its processes 15 seconds to come up, whatever else the machine has to do
+                    if attempt == 2:
+                        raise
             yield spread
     shutil.rmtree(folder, ignore_errors=True)
 
