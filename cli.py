@@ -163,6 +163,20 @@ Anchors = Annotated[
         "(default: found beside the model, else builtin)"
     ),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        help="Ray cluster that does the batches: auto (this machine's), HOST:PORT, or local (one is started). "
+        "(default: this process alone; needs vlmguard[ray])",
+        metavar="ADDRESS",
+    ),
+]
+RayWorkers = Annotated[
+    int | None,
+    typer.Option(
+        help="Processes of --ray, each with the models open. (default: one per GPU of the cluster, else per machine)"
+    ),
+]
 Calibration = Annotated[
     list[str] | None,
     typer.Option(
@@ -511,6 +525,8 @@ def directions_command(
     estimator: Estimator = EstimatorChoice.svd,
     readout: Readout = None,
     variant: Variant = None,
+    ray: Ray = None,
+    ray_workers: RayWorkers = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -533,6 +549,8 @@ def directions_command(
             estimator=estimator.value,
             readout=readout.value if readout is not None else None,
             variant=variant,
+            ray=ray,
+            ray_workers=ray_workers,
             force=force,
             watch=watch,
         )
@@ -665,6 +683,8 @@ def evaluate_command(
         bool, typer.Option("--no-gates", help="Do not read the gates, which opens the decoder once more.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the confidence intervals.")] = 0,
+    ray: Ray = None,
+    ray_workers: RayWorkers = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask both models the same held-out prompts: refusals and attacks per setting, open gates, drift on harmless text."""
@@ -688,6 +708,8 @@ def evaluate_command(
             keep_answers=answers,
             read_gates=not no_gates,
             seed=seed,
+            ray=ray,
+            ray_workers=ray_workers,
         )
     if as_json:
         print_json(result.to_json())

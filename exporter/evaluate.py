@@ -1,60 +1,40 @@
 """Does the guard work? The same prompts to the unguarded and to the guarded model, and what each did with them.
 
 1. The prompts, in their settings, none of which an earlier step has used (`evaluation_prompts`, `overlaps`).
-2. Batch by batch: both models answer (`answers`); judges, drift and gates (`judge`, `judge_model`, `gate_taps`).
+2. Batch by batch, here or on a cluster (`shards`): both models answer; judges, drift and gates (`asking`).
 3. A record per prompt, on request in a file that a killed run goes on with (`evaluation_records`).
 4. The figures, with their intervals (`evaluation`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..graphs.digests import sha256_file
 from ..graphs.directions import DIRECTIONS_FILE, read_directions
 from ..graphs.errors import PromptsUnusable
-from ..graphs.gate_taps import tap_gates
 from ..graphs.manifest import MANIFEST_NAME
 from ..graphs.package import external_files
 from ..runtime.guarded import GuardedVLM
-from ..runtime.vlm import Request, Sampling, VisionLanguageModel
-from .answers import Said, ask, kl_divergence, log_likelihoods
+from ..runtime.vlm import Sampling, VisionLanguageModel
+from .asking import AskBoth, Asking, Gates, open_gates, shard_of
 from .evaluation import KEYWORDS, Cell, Evaluation, Tally, count
 from .evaluation_prompts import shown_prompts
-from .evaluation_records import Drift, Record, RecordFile, Reply, digest_of
+from .evaluation_records import Record, RecordFile, digest_of
 from .extract import Progress
 from .judge import refused
 from .judge_model import GuardModel
 from .overlaps import require_held_out
 from .prompts import BUILTIN, LabelledPrompt, Sources, find_file, fingerprint, listed
+from .shards import Spread, in_turn, spreading
 from .sources import Watch, open_model, unwatched
 
 __all__ = ["Cell", "Evaluation", "Tally", "compare", "evaluate", "tally"]
 
 EVALUATION_FILES = ("evaluation.jsonl", "evaluation.json", "evaluation.csv")
 ENOUGH_TOKENS = 100  # refusals can come late; fewer are for models that say little, and for tests
-
-
-@dataclass(frozen=True)
-class Gates:
-    """The guarded model with its gates as outputs.
-
-    Attributes:
-        model: as `tap_gates` made it; not the file that ships, so it is asked for nothing but its gates.
-        outputs: guarded layer to output name.
-    """
-
-    model: VisionLanguageModel
-    outputs: Mapping[int, str]
-
-    def read(self, requests: Sequence[Request]) -> list[dict[str, bool]]:
-        """Per request of one batch: by layer, whether the gate is open at the last token of the prompt."""
-        found = self.model.prefill(requests)
-        opened = {layer: found[name].reshape(len(requests), -1)[:, -1] > 0 for layer, name in self.outputs.items()}
-        return [{str(layer): bool(column[row]) for layer, column in opened.items()} for row in range(len(requests))]
 
 
 def compare(
@@ -71,6 +51,8 @@ def compare(
     keep_answers: bool = False,
     read_gates: bool = True,
     seed: int = 0,
+    ray: str | None = None,
+    ray_workers: int | None = None,
 ) -> Evaluation:
     """An unguarded and a guarded model on the same prompts.
 
@@ -87,6 +69,8 @@ def compare(
         keep_answers: keep the answers in `out` too, those of the unguarded model to harmful prompts included.
         read_gates: read the gates, which opens the guarded decoder a second time.
         seed: of the confidence intervals.
+        ray, ray_workers: the Ray cluster that asks (`cluster.cluster`), from which the same comes back to the bit;
+            default: this process.
 
     Raises:
         GuardError: a model, the judge or the prompts cannot be opened; prompts that were extracted from or calibrated on;
@@ -102,7 +86,15 @@ def compare(
         rows = [row for row in rows if row.setting == "text"]
         if not rows:
             raise PromptsUnusable(f"{title}: holds no prompt in setting text, and {base} takes no images; add some")
-    judge = GuardModel(judge_model) if judge_model is not None else None
+    asking = AskBoth(
+        Path(base).absolute(),
+        Path(guarded).absolute(),
+        Path(judge_model).absolute() if judge_model is not None else None,
+        max_new_tokens,
+        read_gates,
+        keep_answers,
+    )
+    judge = asking.open_judge()
     asked = {
         "prompts": digest_of(*(f"{row.id} {row.setting} {row.label} {fingerprint(row)}" for row in rows)),
         "count": len(rows),
@@ -113,22 +105,24 @@ def compare(
         "answers": keep_answers,
     }
     file = RecordFile(out, _identity(unguarded, vlm) | asked) if out is not None else None
-    gates, unread = _open_gates(vlm) if read_gates else (None, "not asked for")
-    return evaluate(
-        unguarded,
-        vlm,
-        rows,
-        max_new_tokens,
-        batch_size,
-        lambda done, total: tell("asking both models", done, total),
-        gates=gates,
-        gates_unread=unread,
-        judge=judge,
-        file=file,
-        keep_answers=keep_answers,
-        same_source=_same_source(unguarded, vlm),
-        seed=seed,
-    )
+    gates, unread = open_gates(vlm) if read_gates else (None, "not asked for")
+    with spreading(ray, ray_workers) as spread:
+        return evaluate(
+            unguarded,
+            vlm,
+            rows,
+            max_new_tokens,
+            batch_size,
+            lambda done, total: tell("asking both models", done, total),
+            gates=gates,
+            gates_unread=unread,
+            judge=judge,
+            file=file,
+            keep_answers=keep_answers,
+            same_source=_same_source(unguarded, vlm),
+            seed=seed,
+            spread=spread(asking),
+        )
 
 
 def tally(
@@ -168,32 +162,36 @@ def evaluate(
     keep_answers: bool = False,
     same_source: bool | None = None,
     seed: int = 0,
+    spread: Spread = in_turn,
 ) -> Evaluation:
-    """The same prompts to the unguarded and to the guarded model; what `file` holds already is not asked again."""
+    """The same prompts to the unguarded and to the guarded model; what `file` holds already is not asked again.
+
+    With a `spread` of its own the caller sees to it that its recipe opens the same models as these.
+    """
     requests = [prompt.request(base) for prompt in prompts]
     records = dict(file.found) if file is not None else {}
     answers: dict[int, tuple[str, str]] = {}
-    both, done = 2 * len(prompts), 0
     # Batches are those of the whole set, whatever is done already: another batch has other padding, and other roundings.
-    for indices in (base if base.pads else guarded).groups(requests, batch_size):
-        if not all(index in records for index in indices):
-            asked = [requests[index] for index in indices]
-            before = ask(base, asked, max_new_tokens)
-            if progress is not None:
-                progress(done + len(indices), both)
-            after = ask(guarded, asked, max_new_tokens)
-            batch = [prompts[index] for index in indices]
-            made = _records(indices, batch, before, after, judge, keep_answers)
-            made = _with_drift(made, asked, before, after, guarded)
-            if gates is not None:
-                made = [r.model_copy(update={"gates": g}) for r, g in zip(made, gates.read(asked), strict=True)]
-            if file is not None:
-                file.add(made)
-            records |= {record.number: record for record in made}
-            answers |= {i: (b.answer, a.answer) for i, b, a in zip(indices, before, after, strict=True)}
-        done += 2 * len(indices)
+    batches = list((base if base.pads else guarded).groups(requests, batch_size))
+    missing = [indices for indices in batches if not all(index in records for index in indices)]
+    both, done = 2 * len(prompts), 0
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
         if progress is not None:
             progress(done, both)
+
+    if len(missing) < len(batches):
+        tell(2 * (len(prompts) - sum(map(len, missing))))
+    work = Asking(base, guarded, max_new_tokens, gates, judge, keep_answers, halfway=tell)
+    shards = (shard_of(indices, prompts, requests) for indices in missing)
+    for indices, made in zip(missing, spread(work, shards), strict=True):
+        if file is not None:
+            file.add(made.records)
+        records |= {record.number: record for record in made.records}
+        answers |= dict(zip(indices, made.answers, strict=True))
+        tell(2 * len(indices) - made.told)
     return Evaluation(
         tuple(prompts),
         tuple(_recalled(records[index], answers.get(index)) for index in range(len(prompts))),
@@ -202,76 +200,6 @@ def evaluate(
         same_source,
         seed,
     )
-
-
-# A batch
-
-
-def _records(
-    numbers: Sequence[int],
-    prompts: Sequence[LabelledPrompt],
-    before: Sequence[Said],
-    after: Sequence[Said],
-    judge: GuardModel | None,
-    keep_answers: bool,
-) -> list[Record]:
-    replies = [_replies(prompts, said, judge, keep_answers) for said in (before, after)]
-    return [
-        Record(
-            number=number,
-            id=prompt.id,
-            setting=prompt.setting,
-            label=prompt.label,
-            intent=prompt.intent,
-            base=first,
-            guarded=second,
-        )
-        for number, prompt, first, second in zip(numbers, prompts, *replies, strict=True)
-    ]
-
-
-def _replies(
-    prompts: Sequence[LabelledPrompt], said: Sequence[Said], judge: GuardModel | None, keep_answers: bool
-) -> list[Reply]:
-    unsafe: list[bool | None] = [None] * len(said)
-    if judge is not None:
-        unsafe = [*judge.unsafe([prompt.prompt for prompt in prompts], [one.answer for one in said])]
-    return [
-        Reply(
-            refused=refused(one.answer),
-            unsafe=verdict,
-            tokens=len(one.tokens),
-            digest=digest_of(one.answer),
-            answer=one.answer if keep_answers else None,
-        )
-        for one, verdict in zip(said, unsafe, strict=True)
-    ]
-
-
-def _with_drift(
-    records: Sequence[Record],
-    asked: Sequence[Request],
-    before: Sequence[Said],
-    after: Sequence[Said],
-    guarded: VisionLanguageModel,
-) -> list[Record]:
-    """Drift of the harmless texts of a batch."""
-    texts = [row for row, record in enumerate(records) if (record.setting, record.label) == ("text", "harmless")]
-    told = {row: after[row].log_likelihood for row in texts}
-    changed = [row for row in texts if before[row].tokens != after[row].tokens]  # the same words are just as likely
-    if changed:
-        requests, answers = [asked[row] for row in changed], [before[row].tokens for row in changed]
-        told |= dict(zip(changed, log_likelihoods(guarded, requests, answers), strict=True))
-    drifts = {
-        row: Drift(
-            first_token_kl=kl_divergence(before[row].first, after[row].first),
-            tokens=len(before[row].tokens),
-            base_log_likelihood=before[row].log_likelihood,
-            guarded_log_likelihood=told[row],
-        )
-        for row in texts
-    }
-    return [record.model_copy(update={"drift": drifts.get(row)}) for row, record in enumerate(records)]
 
 
 def _recalled(record: Record, answers: tuple[str, str] | None) -> Record:
@@ -286,17 +214,6 @@ def _recalled(record: Record, answers: tuple[str, str] | None) -> Record:
 
 
 # Models
-
-
-def _open_gates(vlm: GuardedVLM) -> tuple[Gates | None, str | None]:
-    """The gates of a guarded folder, or why they cannot be read."""
-    if vlm.manifest.engines:
-        return None, "engines do not show their gates"
-    graph = vlm.package.load_decoder()
-    outputs = tap_gates(graph, vlm.manifest.plan["layers"])
-    if not outputs:
-        return None, f"mode {vlm.manifest.plan['mode']} has no gate"
-    return Gates(vlm.with_decoder(graph), outputs), None
 
 
 def _require_held_out(title: str, rows: Sequence[LabelledPrompt], vlm: GuardedVLM) -> None:

@@ -9,6 +9,8 @@ harmful. Text only: the language model inside the VLM is the safety-aligned one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,13 @@ from ..graphs.anatomy import DecoderAnatomy
 from ..graphs.digests import sha256_file
 from ..graphs.directions import Directions, LayerDirections
 from ..graphs.errors import GuardError
+from ..graphs.package import ModelPackage
 from ..graphs.taps import STATES_OUTPUT, tap_last_token
 from ..runtime.vlm import Request, Sampling, VisionLanguageModel
 from .estimators import DEFAULT_ESTIMATOR, ESTIMATORS, estimate, require_known
-from .kept_states import KeptStates
+from .kept_states import KeptStates, model_files
 from .prompts import AnchorPair
+from .shards import Spread, Spreader, here, in_turn
 
 # (done, of how many)
 Progress = Callable[[int, int], None]
@@ -36,6 +40,7 @@ def extract_all_layers(
     progress: Progress | None = None,
     estimator: str = DEFAULT_ESTIMATOR,
     kept: KeptStates | None = None,
+    spread: Spreader = here,
 ) -> Directions:
     """The SSD of every layer, with its evidence.
 
@@ -48,9 +53,11 @@ def extract_all_layers(
         progress: told after each batch.
         estimator: of row 1, a name of `estimators.ESTIMATORS`.
         kept: where states are kept until all are there.
+        spread: who reads the batches; others than this process open the model that `model.package` names.
     """
     require_known("estimator", estimator, ESTIMATORS)
-    states = collect_states(tapped(model, anatomy), anchor_requests(pairs), batch_size, progress, kept)
+    over = spread(LastStates(model.package, anatomy, model.runtime))
+    states = collect_states(tapped(model, anatomy), anchor_requests(pairs), batch_size, progress, kept, over)
     layers = [site.layer_index for site in anatomy.sites]
     return directions_from_states(states, layers, rank, estimator, sha256_file(model.package.decoder))
 
@@ -78,6 +85,21 @@ def directions_from_states(
     )
 
 
+@dataclass(frozen=True)
+class LastStates:
+    """How another process reads states: the recipe of a tapped model."""
+
+    package: ModelPackage
+    anatomy: DecoderAnatomy
+    runtime: str
+
+    def files(self) -> list[Path]:
+        return model_files(self.package)
+
+    def open(self) -> Callable[[list[Request]], np.ndarray]:
+        return states_reader(tapped(VisionLanguageModel(self.package, runtime=self.runtime), self.anatomy))
+
+
 def tapped(model: VisionLanguageModel, anatomy: DecoderAnatomy) -> VisionLanguageModel:
     """The model with one output more: every layer's state at the last token."""
     graph = model.package.load_decoder()
@@ -91,13 +113,19 @@ def collect_states(
     batch_size: int = 16,
     progress: Progress | None = None,
     kept: KeptStates | None = None,
+    spread: Spread = in_turn,
 ) -> np.ndarray:
     """Hidden states at the last prompt token, `[requests, layers, d]` float32, in the order of the requests.
 
     `model` is tapped.
     """
     batches = model.groups(requests, batch_size)
-    return read_batches(lambda batch: model.prefill(batch)[STATES_OUTPUT], requests, batches, progress, kept)
+    return read_batches(states_reader(model), requests, batches, progress, kept, spread)
+
+
+def states_reader(model: VisionLanguageModel) -> Callable[[list[Request]], np.ndarray]:
+    """From the requests of one batch to the states `[batch, layers, d]` float32 that a tapped model has."""
+    return lambda batch: model.prefill(batch)[STATES_OUTPUT]
 
 
 def read_batches(
@@ -106,6 +134,7 @@ def read_batches(
     batches: Iterable[list[int]],
     progress: Progress | None = None,
     kept: KeptStates | None = None,
+    spread: Spread = in_turn,
 ) -> np.ndarray:
     """States of all requests, batch by batch: those that were kept are not read again.
 
@@ -114,18 +143,28 @@ def read_batches(
     """
     states: list[np.ndarray | None] = [None] * len(requests)
     done = 0
-    for indices in batches:
-        batch = [requests[index] for index in indices]
-        found = kept.find(batch) if kept is not None else None
-        if found is None:
-            found = read(batch)
-            if kept is not None:
-                kept.keep(batch, found)
+
+    def take(indices: list[int], found: np.ndarray) -> None:
+        nonlocal done
         for row, index in enumerate(indices):
             states[index] = found[row]
         done += len(indices)
         if progress is not None:
             progress(done, len(requests))
+
+    missing: list[tuple[list[int], list[Request]]] = []
+    for indices in batches:
+        batch = [requests[index] for index in indices]
+        found = kept.find(batch) if kept is not None else None
+        if found is None:
+            missing.append((indices, batch))
+        else:
+            take(indices, found)
+    results = spread(read, (batch for _, batch in missing))
+    for (indices, batch), found in zip(missing, results, strict=True):
+        if kept is not None:
+            kept.keep(batch, found)
+        take(indices, found)
     collected = np.stack([state for state in states if state is not None])
     if len(collected) != len(requests) or not np.isfinite(collected).all():
         raise GuardError("the model's hidden states hold NaN or infinity; its arithmetic overflows, use fp32 or bf16")

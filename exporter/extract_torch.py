@@ -8,8 +8,8 @@ length run together, so nothing is padded and no position has to be made up.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ import numpy as np
 from ..graphs.directions import Directions
 from ..graphs.errors import AnatomyNotFound, ExtraMissing
 from ..runtime.chat import ChatTokenizer
+from ..runtime.vlm import Request
 from .checkpoint import load_model, locate, read_config
 from .estimators import DEFAULT_ESTIMATOR, ESTIMATORS, require_known
 from .extract import Progress, anchor_requests, directions_from_states, read_batches
 from .families import find_family
 from .kept_states import digest_of, kept_beside
 from .prompts import AnchorPair
+from .shards import Spreader, here, when_needed
 
 
 def extract_from_checkpoint(
@@ -34,6 +36,7 @@ def extract_from_checkpoint(
     batch_size: int = 16,
     progress: Progress | None = None,
     estimator: str = DEFAULT_ESTIMATOR,
+    spread: Spreader = here,
 ) -> Directions:
     """The SSD of every decoder layer of a checkpoint, in float32 on the CPU.
 
@@ -41,7 +44,7 @@ def extract_from_checkpoint(
         checkpoint: a folder, or a hub id.
         pairs: anchors.
         work: the output; states are kept in a hidden folder beside it until they are all there.
-        rank, batch_size, progress, estimator: as for `extract_all_layers`.
+        rank, batch_size, progress, estimator, spread: as for `extract_all_layers`.
 
     Returns:
         Directions without a decoder's digest: there is no decoder file yet.
@@ -53,49 +56,59 @@ def extract_from_checkpoint(
     require_known("estimator", estimator, ESTIMATORS)
     _require_torch()
     folder = locate(checkpoint)
-    family = find_family(read_config(folder), str(checkpoint))
-    model = load_model(folder, family, "fp32", lambda _: None)
+    find_family(read_config(folder), str(checkpoint))
+    recipe = TorchStates(folder.absolute(), _threads())
     chat = ChatTokenizer.open(folder)
     requests = anchor_requests(pairs)
-    files = [path for path in folder.iterdir() if path.is_file()]
-    with kept_beside(work, f"torch {digest_of(files)}") as kept, _last_states(model, str(checkpoint)) as states_of:
-        ids = {request.prompt: chat.encode(request.prompt) for request in requests}
-        batches = _of_one_length([len(ids[request.prompt]) for request in requests], batch_size)
-        states = read_batches(
-            lambda batch: states_of([ids[request.prompt] for request in batch]), requests, batches, progress, kept
-        )
+    with kept_beside(work, f"torch {digest_of(recipe.files())}") as kept:
+        batches = _of_one_length([len(chat.encode(request.prompt)) for request in requests], batch_size)
+        states = read_batches(when_needed(recipe), requests, batches, progress, kept, spread(recipe))
     return directions_from_states(states, range(states.shape[1]), rank, estimator, None)
 
 
-@contextmanager
-def _last_states(model: Any, checkpoint: str) -> Iterator[Any]:
-    """Within, a function from rows of ids of one length to states at the last token, `[rows, layers, d]` float32."""
-    import torch
+@dataclass(frozen=True)
+class TorchStates:
+    """How a process reads states in torch.
 
-    decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", None)
-    if layers is None:
-        raise AnatomyNotFound(
-            f"{checkpoint}: {type(decoder).__name__} has no list of layers; export it to ONNX and extract from that"
-        )
-    seen: list[np.ndarray] = []
+    Attributes:
+        folder: of the checkpoint.
+        threads: of torch; sums are split among them, so that another number rounds in another way.
+    """
 
-    def record(module: Any, inputs: Any, output: Any) -> None:
-        state = output[0] if isinstance(output, tuple) else output
-        seen.append(state[:, -1].float().numpy())
+    folder: Path
+    threads: int
 
-    def states_of(rows: Sequence[Sequence[int]]) -> np.ndarray:
-        seen.clear()
-        with torch.no_grad():
-            decoder(input_ids=torch.tensor([list(row) for row in rows]), use_cache=False)
-        return np.stack(seen, axis=1)
+    def files(self) -> list[Path]:
+        return [path for path in sorted(self.folder.iterdir()) if path.is_file()]
 
-    hooks = [layer.register_forward_hook(record) for layer in layers]
-    try:
-        yield states_of
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def open(self) -> Callable[[Sequence[Request]], np.ndarray]:
+        """From texts of one length in tokens to states at their last token, `[texts, layers, d]` float32."""
+        import torch
+
+        torch.set_num_threads(self.threads)
+        family = find_family(read_config(self.folder), str(self.folder))
+        decoder = load_model(self.folder, family, "fp32", lambda _: None).get_decoder()
+        layers = getattr(decoder, "layers", None)
+        if layers is None:
+            raise AnatomyNotFound(
+                f"{self.folder}: {type(decoder).__name__} has no list of layers; export it to ONNX and extract from that"
+            )
+        chat = ChatTokenizer.open(self.folder)
+        seen: list[np.ndarray] = []
+
+        def record(module: Any, inputs: Any, output: Any) -> None:
+            state = output[0] if isinstance(output, tuple) else output
+            seen.append(state[:, -1].float().numpy())
+
+        def states_of(batch: Sequence[Request]) -> np.ndarray:
+            seen.clear()
+            with torch.no_grad():
+                decoder(input_ids=torch.tensor([chat.encode(request.prompt) for request in batch]), use_cache=False)
+            return np.stack(seen, axis=1)
+
+        for layer in layers:
+            layer.register_forward_hook(record)
+        return states_of
 
 
 def _of_one_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
@@ -105,6 +118,12 @@ def _of_one_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int
     for members in alike.values():
         for start in range(0, len(members), batch_size):
             yield members[start : start + batch_size]
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
 
 
 def _require_torch() -> None:

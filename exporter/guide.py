@@ -36,6 +36,7 @@ from .prompts import (
     read_prompts,
 )
 from .prove import ProofInputs, given_inputs, proof_inputs, random_inputs
+from .shards import Spreader, here
 from .sources import Source, Watch
 
 ANCHOR_FILES = ("anchors.jsonl", "anchors.json", "anchors.csv")
@@ -58,6 +59,7 @@ class Guide:
     estimator: str = DEFAULT_ESTIMATOR
     readout: str | None = None  # of the gate of `restore`; None: calibration chooses
     output: Path | None = None  # states are kept beside it while they are read; None: nowhere
+    spread: Spreader = here  # who reads the anchors' states
     model: VisionLanguageModel | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -161,6 +163,7 @@ class Guide:
                 progress=lambda done, total: self.tell("extracting directions", done, total),
                 estimator=self.estimator,
                 kept=kept,
+                spread=self.spread,
             )
         return replace(found, anchors=anchors.record())
 

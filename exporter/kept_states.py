@@ -73,9 +73,13 @@ def kept_beside(output: Path, model: str) -> Iterator[KeptStates]:
 
 
 def model_digest(package: ModelPackage) -> str:
-    """Of every file that decides what a prompt's states are."""
-    files = [package.decoder, *external_files(package.decoder), *(path for path, _ in package.files())]
-    return digest_of(files)
+    """Of `model_files`."""
+    return digest_of(model_files(package))
+
+
+def model_files(package: ModelPackage) -> list[Path]:
+    """Every file that decides what a prompt's states are."""
+    return [package.decoder, *external_files(package.decoder), *(path for path, _ in package.files())]
 
 
 def digest_of(files: Iterable[Path]) -> str:

@@ -39,6 +39,7 @@ from .no_worse import Refusals
 from .prompts import Sources
 from .prove import ProofInputs, prove_by_running
 from .prove_fold import prove_fold_by_running
+from .shards import Spreader, spreading
 from .sources import Watch, is_checkpoint, opened, require_apart, unwatched
 
 
@@ -338,6 +339,8 @@ def extract_directions(
     estimator: str = DEFAULT_ESTIMATOR,
     readout: str | None = None,
     variant: str | None = None,
+    ray: str | None = None,
+    ray_workers: int | None = None,
     force: bool = False,
     watch: Watch | None = None,
 ) -> Directions:
@@ -345,6 +348,9 @@ def extract_directions(
 
     A checkpoint's are read in torch; to calibrate, it is exported first, because a guard is calibrated on the graph that
     will carry it. A calibration is also written as `guard.toml` has it, beside the file and under its name.
+
+    Args:
+        ray, ray_workers: the Ray cluster that reads the states (`cluster.cluster`); default: this process.
 
     Raises:
         GuardError: anything wrong with the request or its files; nothing was written.
@@ -357,14 +363,24 @@ def extract_directions(
         if path.exists() and not force:
             raise OutputRefused(f"{path}: exists already; choose another file, or replace it with --force")
     if is_checkpoint(model) and calibrate_for is None:
-        return _extract_in_torch(model, output, anchors, rank, estimator, tell)
+        with spreading(ray, ray_workers) as spread:
+            return _extract_in_torch(model, output, anchors, rank, estimator, tell, spread)
     import_onnxruntime()
-    with opened(model, variant, tell) as source:
+    with spreading(ray, ray_workers) as spread, opened(model, variant, tell) as source:
         graph = source.package.load_decoder()
         require_unguarded(graph)
         anatomy = dissect_decoder(source.package, graph)
         guide = Guide(
-            source, anatomy, spec, DEFAULT_BUDGET, force, tell, estimator=estimator, readout=readout, output=output
+            source,
+            anatomy,
+            spec,
+            DEFAULT_BUDGET,
+            force,
+            tell,
+            estimator=estimator,
+            readout=readout,
+            output=output,
+            spread=spread,
         )
         if calibrate_for is None:
             found, calibrated = guide.extracted(guide.anchors(anchors), rank), None
@@ -378,7 +394,13 @@ def extract_directions(
 
 
 def _extract_in_torch(
-    checkpoint: Path | str, output: Path, given: Sources | None, rank: int, estimator: str, tell: Watch
+    checkpoint: Path | str,
+    output: Path,
+    given: Sources | None,
+    rank: int,
+    estimator: str,
+    tell: Watch,
+    spread: Spreader,
 ) -> Directions:
     from .extract_torch import extract_from_checkpoint
 
@@ -391,6 +413,7 @@ def _extract_in_torch(
         rank,
         estimator=estimator,
         progress=lambda done, total: tell("extracting directions", done, total),
+        spread=spread,
     )
     found = replace(found, anchors=anchors.record())
     write_file(output, directions_bytes(found))

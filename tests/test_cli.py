@@ -838,6 +838,13 @@ def a_checkpoint_is_no_base(root: Path, good: Path) -> Case:
     )
 
 
+def workers_without_a_cluster(root: Path, good: Path) -> Case:
+    return (
+        ["directions", SOURCE, "-o", root / "d.safetensors", "--ray-workers", "2"],
+        "2 workers need a cluster; say which with --ray",
+    )
+
+
 def a_path_that_looks_like_markup(root: Path, good: Path) -> Case:
     path = root / "[red]:cat:[/red] \\[x].onnx"
     return ["inspect", path], f"{path}: no such file or folder; give a .onnx file or a model folder"
@@ -886,6 +893,7 @@ CASES = (
     no_image,
     no_batch,
     a_checkpoint_is_no_base,
+    workers_without_a_cluster,
     a_path_that_looks_like_markup,
 )
 

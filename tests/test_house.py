@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("graphs", "runtime", "exporter", "exporter/families", "exporter/engines", "exporter/report")
 # What is not Python.
 DATA = ("exporter/anchors.csv", *(f"exporter/report/page.{kind}" for kind in ("html", "css", "js")))
-HEAVY = ("torch", "transformers", "onnxruntime", "sklearn", "onnx", "tensorrt", "plotly")
+HEAVY = ("torch", "transformers", "onnxruntime", "sklearn", "onnx", "tensorrt", "plotly", "ray")
 
 
 @pytest.fixture(scope="module")

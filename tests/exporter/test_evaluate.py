@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from tiny_vlm_paths import ANCHORS, CALIBRATION, CHECKPOINT, EVALUATION, PROMPTS, SOURCE, Guarded
 
+from vlmguard.exporter import asking as asking_module
 from vlmguard.exporter import evaluate as evaluate_module
 from vlmguard.exporter.answers import Said
 from vlmguard.exporter.bootstrap import rate_interval
@@ -118,9 +119,9 @@ class Parrot:
 def parrots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parrots are asked, not run."""
     monkeypatch.setattr(
-        evaluate_module, "ask", lambda model, requests, _: [heard(model.says(request.prompt)) for request in requests]
+        asking_module, "ask", lambda model, requests, _: [heard(model.says(request.prompt)) for request in requests]
     )
-    monkeypatch.setattr(evaluate_module, "log_likelihoods", lambda _, requests, tokens: [-2.0 * len(t) for t in tokens])
+    monkeypatch.setattr(asking_module, "log_likelihoods", lambda _, requests, tokens: [-2.0 * len(t) for t in tokens])
 
 
 @pytest.mark.usefixtures("parrots")
@@ -380,7 +381,7 @@ def test_a_guard_without_a_gate_drifts_and_says_that_it_has_none(
     drift = result.drift
     assert drift is not None and drift.kl_mean > 0.01 and drift.perplexity_ratio > 1.05
     assert drift.kl_interval[0] <= drift.kl_mean <= drift.kl_interval[1] <= drift.kl_highest
-    assert evaluate_module._open_gates(vlm) == (None, "mode project has no gate")
+    assert asking_module.open_gates(vlm) == (None, "mode project has no gate")
 
 
 # ------------------------------------------------------------------------------------------------------- killed, and resumed
@@ -436,9 +437,9 @@ def test_a_killed_run_goes_on_where_it_was(
     assert done.returncode == 0, done.stderr
     ended = json.loads(done.stdout)
     asked: list[int] = []
-    real = evaluate_module.ask
+    real = asking_module.ask
     monkeypatch.setattr(
-        evaluate_module, "ask", lambda model, some, limit: asked.append(len(some)) or real(model, some, limit)
+        asking_module, "ask", lambda model, some, limit: asked.append(len(some)) or real(model, some, limit)
     )
     complete = (tmp_path / "never.jsonl").read_text(encoding="utf-8")
     expected = compare(SOURCE, guarded("restore"), file, 8, 4, out=tmp_path / "never.jsonl")
