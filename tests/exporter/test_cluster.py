@@ -118,6 +118,13 @@ def two_workers() -> Iterator[Spreader]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture
+def one_worker(two_workers: Spreader) -> Iterator[Spreader]:
+    """On the same cluster, for what takes no more: a process of Ray's takes a second to start."""
+    with cluster("local", workers=1) as spread:
+        yield spread
+
+
 def test_results_come_in_order_from_both_workers(two_workers: Spreader, weights: Path) -> None:
     from ray_recipes import Numbers
 
@@ -129,10 +136,10 @@ def test_results_come_in_order_from_both_workers(two_workers: Spreader, weights:
     assert list(spread(print, [])) == []
 
 
-def test_a_worker_refuses_a_file_that_was_changed(two_workers: Spreader, weights: Path) -> None:
+def test_a_worker_refuses_a_file_that_was_changed(one_worker: Spreader, weights: Path) -> None:
     from ray_recipes import Numbers
 
-    spread = two_workers(Numbers(weights))
+    spread = one_worker(Numbers(weights))
     weights.write_bytes(b"WEIGHTS")
     with pytest.raises(ModelUnreadable) as caught:
         list(spread(print, [1]))
@@ -155,13 +162,13 @@ def test_a_worker_refuses_a_file_that_was_changed(two_workers: Spreader, weights
     ],
 )
 def test_work_that_fails_ends_the_run(
-    two_workers: Spreader, weights: Path, number: int, error: type[Exception], words: str
+    one_worker: Spreader, weights: Path, number: int, error: type[Exception], words: str
 ) -> None:
     """A refusal is the same sentence as here, a bug has its traceback, and a batch that kills its workers is given up."""
     from ray_recipes import Numbers
 
     with pytest.raises(error, match=words):
-        list(two_workers(Numbers(weights))(print, [1, 2, number, 3]))
+        list(one_worker(Numbers(weights))(print, [1, 2, number, 3]))
 
 
 @pytest.mark.usefixtures("two_workers")
