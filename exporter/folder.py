@@ -17,7 +17,7 @@ from ..graphs.package import ModelPackage, external_files
 from ..graphs.plan import GuardPlan
 from ..graphs.rewrite import GuardReport
 from ..graphs.spec import GuardSpec
-from ..graphs.staging import Data, bring
+from ..graphs.staging import Data, bring, create_file
 from ..graphs.static_proof import Check
 from .calibrate import Calibration
 from .no_worse import Refusals
@@ -102,7 +102,7 @@ def write_manifest(
         calibration=calibrated.to_json() if calibrated is not None else None,
         refusals=refusals.to_json() if refusals is not None else None,
     )
-    (stage / MANIFEST_NAME).write_text(manifest.to_text(), encoding="utf-8")
+    create_file(stage / MANIFEST_NAME, manifest.to_text().encode())
 
 
 def _source_files(done: GuardedDecoder) -> list[Path]:

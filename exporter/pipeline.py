@@ -25,7 +25,7 @@ from ..graphs.package import ModelPackage, external_files, load_graph, save_grap
 from ..graphs.plan import GuardPlan, plan_guard, require_layers, require_unguarded
 from ..graphs.rewrite import GuardReport, rewrite
 from ..graphs.spec import GuardSpec, Mode
-from ..graphs.staging import Data, require_writable, staged, write_file
+from ..graphs.staging import Data, create_file, require_writable, staged, write_file
 from ..graphs.static_proof import Check, prove_structure
 from ..graphs.tensorrt import require_readable
 from ..runtime.onnxruntime_runner import import_onnxruntime
@@ -186,7 +186,7 @@ def export(
                 checks = prove(decoder, report, stage, guide.proof_inputs if proof == "full" else None, tell)
                 done.append(replace(decoder, report=report, proof=checks))
             bring_companions(source.package, stage, data)
-            (stage / DIRECTIONS_FILE).write_bytes(directions_bytes(found))
+            create_file(stage / DIRECTIONS_FILE, directions_bytes(found))
             refusals = calibrated.refusals if calibrated is not None else None
             if refusals is None and proof == "full":
                 refusals = guide.refusals(stage)
@@ -211,9 +211,9 @@ def _config(path: Path | str | None, *others: object) -> GuardConfig | None:
 def _write_config(stage: Path, calibrated: Calibration | None, wished: GuardConfig | None, found: Directions) -> None:
     """The guard as a person reads and edits it. Not among the manifest's files: editing it changes no guard by itself."""
     if calibrated is not None:
-        (stage / CONFIG_NAME).write_text(config_of(calibrated, DIRECTIONS_FILE), encoding="utf-8")
+        create_file(stage / CONFIG_NAME, config_of(calibrated, DIRECTIONS_FILE).encode())
     elif wished is not None:
-        (stage / CONFIG_NAME).write_text(to_toml(wished.spec, DIRECTIONS_FILE, found), encoding="utf-8")
+        create_file(stage / CONFIG_NAME, to_toml(wished.spec, DIRECTIONS_FILE, found).encode())
 
 
 @dataclass(frozen=True)
@@ -307,7 +307,7 @@ def prove(
     source = decoder.package.load_decoder()
     dissect(source)  # inlines functions and infers types exactly as was done to the graph that was rewritten
     structure = prove_fold if decoder.plan.lowering == FOLD else prove_structure
-    checks = structure(source, load_graph(path), decoder.anatomy, decoder.plan, report)
+    checks = structure(source, load_graph(path, vouched=True), decoder.anatomy, decoder.plan, report)
     tell(label, 1, 2)
     _require_all(checks)
     if inputs is not None:
