@@ -39,7 +39,9 @@ from .no_worse import Refusals
 from .prompts import Sources
 from .prove import ProofInputs, prove_by_running
 from .prove_fold import prove_fold_by_running
+from .signing import require_key, write_signature
 from .sources import Watch, is_checkpoint, opened, require_apart, unwatched
+from .stamp import stamp
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,9 @@ def export(
     proof_inputs: Sequence[Path | str] = (),
     dry_run: bool = False,
     force: bool = False,
+    sign: Path | str | None = None,
+    sbom: bool = False,
+    reproducible: bool = False,
     watch: Watch | None = None,
 ) -> ExportResult:
     """Guard a model, prove the guard, write the guarded folder.
@@ -138,6 +143,10 @@ def export(
             more than tokens, which nobody here can make. Without, prompts or seeded random tokens.
         dry_run: plan only; nothing is written.
         force: replace OUT, and accept directions extracted from another file.
+        sign: private key (elliptic curve, PEM) to sign the folder with (`signing`).
+        sbom: write `sbom.cdx.json` too, a CycloneDX bill of materials.
+        reproducible: the same input gives the same bytes, the manifest included: its time is that of `SOURCE_DATE_EPOCH`, or
+            1970, and no file's time of change is kept, so that big files are hashed at each opening.
         watch: told what is going on: `(stage, done, total)`.
 
     Raises:
@@ -145,6 +154,8 @@ def export(
     """
     if proof == "full":
         import_onnxruntime()  # a proof needs a runtime: say so before minutes of work
+    key = require_key(sign) if sign is not None else None
+    stamped = stamp(reproducible)
     wished = _config(config, spec, directions, anchors, calibration)
     spec = wished.spec if wished is not None else spec or GuardSpec()
     directions = wished.directions if wished is not None else directions
@@ -190,8 +201,10 @@ def export(
             refusals = calibrated.refusals if calibrated is not None else None
             if refusals is None and proof == "full":
                 refusals = guide.refusals(stage)
-            write_manifest(stage, done, spec, calibrated, refusals, proof, digests, tell)
+            write_manifest(stage, done, spec, calibrated, refusals, proof, digests, tell, stamped, sbom)
             _write_config(stage, calibrated, wished, found)
+            if key is not None:
+                write_signature(stage, key)
         tell("done", 1, 1)
         return ExportResult(target.absolute(), tuple(done), calibrated, refusals, written=True)
 

@@ -33,7 +33,7 @@ class FileRecord(BaseModel):
 
     Attributes:
         size: bytes.
-        modified_ns: time of its last change, as `os.stat` gives it.
+        modified_ns: time of its last change, as `os.stat` gives it; 0: not kept, and the file is hashed at each opening.
         sha256: hex digest; `None` for a big file that was not hashed because that was asked (`--no-digest`).
     """
 
@@ -133,12 +133,15 @@ class Manifest(BaseModel):
         return json.dumps({"schema": content.pop("schema_"), **content}, indent=2, ensure_ascii=False) + "\n"
 
 
-def record_files(folder: Path, names: Iterable[str], digests: dict[str, str]) -> dict[str, FileRecord]:
-    """What `guard.json` says of these files; those without a digest get none."""
+def record_files(
+    folder: Path, names: Iterable[str], digests: dict[str, str], keeps_times: bool = True
+) -> dict[str, FileRecord]:
+    """What `guard.json` says of these files; those without a digest get none. Times are kept of big files, which need them."""
     found = {}
     for name in sorted(names):
         status = (folder / name).stat()
-        found[name] = FileRecord(size=status.st_size, modified_ns=status.st_mtime_ns, sha256=digests.get(name))
+        modified = status.st_mtime_ns if keeps_times and status.st_size >= BIG else 0
+        found[name] = FileRecord(size=status.st_size, modified_ns=modified, sha256=digests.get(name))
     return found
 
 

@@ -65,7 +65,9 @@ COMPANIONS = (
     "README.md",
 )
 _TRANSFORMERS_MANIFEST = "export.json"
-_NEVER_COPIED = ("guard.json", "guard.toml", "directions.safetensors")
+SIGNATURE_NAME = "model.sig"
+SBOM_NAME = "sbom.cdx.json"
+_NEVER_COPIED = ("guard.json", "guard.toml", "directions.safetensors", SIGNATURE_NAME, SBOM_NAME)
 GUARD_DATA = ".guard.data"  # what the guard's own external data is called, after the graph's file
 _MOVED_FROM = 1024  # bytes; onnxruntime wants the numbers that shapes depend on inside the graph
 _ALIGNED = 64
