@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from .exporter.terminal import SafeConsole, to_json
 from .graphs.errors import GuardError
 from .graphs.spec import GuardSpec, parse_layers
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .runtime.telemetry import ScoredAnswer
 
 # No emoji: ":cat:" in somebody's path is not a cat.
-out, err = Console(emoji=False), Console(stderr=True, emoji=False)
+out, err = SafeConsole(emoji=False), SafeConsole(stderr=True, emoji=False)
 app = typer.Typer(
     name="vlmguard",
     help="Bake VLM-Guard's safety steering into an exported vision-language model, and prove that it is there.",
@@ -808,7 +808,7 @@ def report_command(
 
 
 def print_json(content: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(to_json(content) + "\n")
 
 
 # Entry points

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .digests import BIG, Progress, sha256_files
 from .errors import ManifestMismatch
-from .package import COMPANIONS
+from .package import COMPANIONS, LARGEST_JSON
 
 MANIFEST_NAME = "guard.json"
 SCHEMA = "vlmguard.guard/2"
@@ -159,6 +159,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise ManifestMismatch(f"{folder}: has no {MANIFEST_NAME}, so nothing says that it is guarded; export it first")
+    if path.stat().st_size > LARGEST_JSON:
+        raise ManifestMismatch(f"{path}: is malformed ({path.stat().st_size} bytes); export again")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):

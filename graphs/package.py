@@ -69,6 +69,7 @@ SIGNATURE_NAME = "model.sig"
 SBOM_NAME = "sbom.cdx.json"
 _NEVER_COPIED = ("guard.json", "guard.toml", "directions.safetensors", SIGNATURE_NAME, SBOM_NAME)
 GUARD_DATA = ".guard.data"  # what the guard's own external data is called, after the graph's file
+LARGEST_JSON = 64 << 20  # bytes; a config with a vocabulary in it has a few million
 _MOVED_FROM = 1024  # bytes; onnxruntime wants the numbers that shapes depend on inside the graph
 _ALIGNED = 64
 
@@ -248,7 +249,9 @@ def _from_file(path: Path) -> ModelPackage:
 
 
 def _genai(root: Path) -> ModelPackage:
-    model = read_json(root / "genai_config.json").get("model")
+    config = read_json(root / "genai_config.json")
+    _require_no_library(root, config)
+    model = config.get("model")
     parts = model.items() if isinstance(model, dict) else ()
     named = {part: entry.get("filename") for part, entry in parts if isinstance(entry, dict)}
     paths = {part: _inside(root, name, "genai_config.json") for part, name in named.items() if isinstance(name, str)}
@@ -263,6 +266,19 @@ def _genai(root: Path) -> ModelPackage:
         embed_tokens=around.get("embedding"),
         left_out=_others(root, {paths["decoder"], *around.values()}),
     )
+
+
+def _require_no_library(root: Path, config: Any) -> None:
+    """onnxruntime-genai loads a shared library that the config names: code of whoever packed the folder."""
+    waiting = [config]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict) and part.get("custom_ops_library"):
+            raise ModelUnreadable(
+                f"{root / 'genai_config.json'}: loads a library of its own ({part['custom_ops_library']!r}), which is code that "
+                "would run; refuse it, or remove custom_ops_library"
+            )
+        waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
 
 
 def _onnx_community(root: Path, variant: str | None) -> ModelPackage:
@@ -506,6 +522,10 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelUnreadable: it is not JSON, or not an object.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ModelUnreadable(f"{path}: is no regular file; copy it from the model again")  # a FIFO waits for ever
+        if path.exists() and path.stat().st_size > LARGEST_JSON:
+            raise ModelUnreadable(f"{path}: has {path.stat().st_size} bytes, expected at most {LARGEST_JSON}; is it a config?")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}

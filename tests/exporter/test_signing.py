@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,10 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from small_guarded import edit_graph, edit_manifest, guard_small, make_the_manifest_fit, small_model
+from typer.testing import CliRunner
 
 import vlmguard
+from vlmguard.cli import app
 from vlmguard.exporter.signing import check_signature, sign
 from vlmguard.exporter.verify import verify
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ManifestMismatch
@@ -139,11 +140,8 @@ def test_without_the_package_the_extra_is_named(folder: Path, keys: Callable, mo
 
 
 def test_the_command_line(folder: Path, keys: Callable) -> None:
-    private, public = keys("theirs")
-    code = "import sys, vlmguard.cli as c; sys.argv[0] = 'vlmguard'; c.main()"
-    run = [sys.executable, "-c", code]
-    done = subprocess.run([*run, "sign", str(folder), "--key", str(private)], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"signed: {folder / 'model.sig'}\n")
-    asked = [*run, "verify", str(folder), "--verify-signature", str(public), "--json"]
-    done = subprocess.run(asked, capture_output=True, text=True)
-    assert done.returncode == 0 and json.loads(done.stdout)["checks"][0]["name"] == SIGNED
+    private, public = map(str, keys("theirs"))
+    done = CliRunner().invoke(app, ["sign", str(folder), "--key", private])
+    assert (done.exit_code, done.stdout) == (0, f"signed: {folder / 'model.sig'}\n")
+    done = CliRunner().invoke(app, ["verify", str(folder), "--verify-signature", public, "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout)["checks"][0]["name"] == SIGNED
