@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 refused (one line says why and what to do next), 2 wrong u
 
 from __future__ import annotations
 
-import json
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -156,7 +155,8 @@ ProofInputs = Annotated[
 ]
 
 SigningKey = Annotated[
-    Path | None, typer.Option("--sign", metavar="KEY", help="Sign the folder: elliptic-curve private key, PEM. (extra: sign)")
+    Path | None,
+    typer.Option("--sign", metavar="KEY", help="Sign the folder: elliptic-curve private key, PEM. (extra: sign)"),
 ]
 
 Anchors = Annotated[
@@ -277,7 +277,8 @@ def export_command(
         bool, typer.Option("--sbom", help="Write a CycloneDX bill of materials too, sbom.cdx.json. (extra: sbom)")
     ] = False,
     reproducible: Annotated[
-        bool, typer.Option("--reproducible", help="The same input gives the same bytes: time of SOURCE_DATE_EPOCH, or 1970.")
+        bool,
+        typer.Option("--reproducible", help="The same input gives the same bytes: time of SOURCE_DATE_EPOCH, or 1970."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -593,7 +594,9 @@ def verify_command(
 @app.command("sign")
 def sign_command(
     guarded: Guarded,
-    key: Annotated[Path, typer.Option("--key", metavar="KEY", help="Elliptic-curve private key, PEM, without a password.")],
+    key: Annotated[
+        Path, typer.Option("--key", metavar="KEY", help="Elliptic-curve private key, PEM, without a password.")
+    ],
 ) -> None:
     """Sign a guarded folder: model.sig, which `vlmguard verify --verify-signature` checks. Offline. (extra: sign)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from ..graphs.errors import ExtraMissing
@@ -32,35 +33,39 @@ def bill_of_materials(
     Raises:
         ExtraMissing: cyclonedx-python-lib is not installed.
     """
-    try:
-        from cyclonedx.model import HashAlgorithm, HashType, Property
-        from cyclonedx.model.bom import Bom, BomMetaData
-        from cyclonedx.model.component import Component, ComponentType, Pedigree
-        from cyclonedx.output.json import JsonV1Dot6
-    except ImportError:
-        raise ExtraMissing("a bill of materials needs cyclonedx-python-lib; install vlmguard[sbom]") from None
+    model_of, bom_of, component_of, output = _library()
+    kinds = component_of.ComponentType
 
-    def component(path: str, digest: str | None, kind: Any, of: str) -> Any:
-        hashes = [HashType(alg=HashAlgorithm.SHA_256, content=digest)] if digest is not None else []
-        return Component(name=path, type=kind, hashes=hashes, bom_ref=f"{of}:{path}")
+    def component(path: str, digest: str | None, of: str) -> Any:
+        hashes = [model_of.HashType(alg=model_of.HashAlgorithm.SHA_256, content=digest)] if digest is not None else []
+        return component_of.Component(name=path, type=kinds.FILE, hashes=hashes, bom_ref=f"{of}:{path}")
 
-    model = Component(
+    ancestors = [component(path, digest, "source") for path, digest in sorted(sources.items())]
+    model = component_of.Component(
         name=name,
-        type=ComponentType.MACHINE_LEARNING_MODEL,
+        type=kinds.MACHINE_LEARNING_MODEL,
         bom_ref="model",
-        properties=[Property(name="vlmguard:guarded", value="true")],
-        pedigree=Pedigree(ancestors=[component(n, d, ComponentType.FILE, "source") for n, d in sorted(sources.items())]),
+        properties=[model_of.Property(name="vlmguard:guarded", value="true")],
+        pedigree=component_of.Pedigree(ancestors=ancestors),
     )
     tools = [
-        Component(name=tool, version=version, type=ComponentType.LIBRARY, bom_ref=f"tool:{tool}")
+        component_of.Component(name=tool, version=version, type=kinds.LIBRARY, bom_ref=f"tool:{tool}")
         for tool, version in sorted(versions.items())
     ]
     identity = json.dumps([name, sorted(files.items()), sorted(sources.items()), sorted(versions.items())])
-    bom = Bom(
-        components=[component(path, digest, ComponentType.FILE, "file") for path, digest in sorted(files.items())],
-        metadata=BomMetaData(component=model, timestamp=stamp.created),
+    bom = bom_of.Bom(
+        components=[component(path, digest, "file") for path, digest in sorted(files.items())],
+        metadata=bom_of.BomMetaData(component=model, timestamp=stamp.created),
         serial_number=uuid.uuid5(_NAMESPACE, identity),
     )
     bom.metadata.tools.components.update(tools)
     bom.register_dependency(model, bom.components)
-    return (JsonV1Dot6(bom).output_as_string(indent=2) + "\n").encode()
+    return (output.JsonV1Dot6(bom).output_as_string(indent=2) + "\n").encode()
+
+
+def _library() -> list[Any]:
+    """Its modules, untyped: type checkers do not see through the decorators of its classes."""
+    try:
+        return [import_module(f"cyclonedx.{name}") for name in ("model", "model.bom", "model.component", "output.json")]
+    except ImportError:
+        raise ExtraMissing("a bill of materials needs cyclonedx-python-lib; install vlmguard[sbom]") from None

@@ -84,7 +84,9 @@ def check_signature(folder: Path | str, public_key: Path | str) -> Check:
 
     path = folder / SIGNATURE_NAME
     if not path.is_file():
-        raise ManifestMismatch(f"{folder}: holds no {SIGNATURE_NAME}, so nobody signed it; sign it with `vlmguard sign`")
+        raise ManifestMismatch(
+            f"{folder}: holds no {SIGNATURE_NAME}, so nobody signed it; sign it with `vlmguard sign`"
+        )
     try:
         config = verifying.Config().use_elliptic_key_verifier(public_key=key)
     except Exception as error:
@@ -120,4 +122,6 @@ def _key(path: Path | str) -> Path:
 
 
 def _unusable(key: Path, error: Exception) -> GuardError:
-    return GuardError(f"{key}: cannot be used ({first_line(error)}); name an elliptic-curve key in PEM, without a password")
+    return GuardError(
+        f"{key}: cannot be used ({first_line(error)}); name an elliptic-curve key in PEM, without a password"
+    )

@@ -57,7 +57,9 @@ def _place(path: Path, tensor: onnx.TensorProto) -> tuple[str, int, int]:
             raise ModelUnreadable(f"{path}: the place of {tensor.name!r} says {entry.key!r}, {wrong}; refuse it")
         said[entry.key] = entry.value
     if any(getattr(tensor, field) for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data")):
-        raise ModelUnreadable(f"{path}: {tensor.name!r} has its numbers inside and outside, and readers differ; refuse it")
+        raise ModelUnreadable(
+            f"{path}: {tensor.name!r} has its numbers inside and outside, and readers differ; refuse it"
+        )
     location = said.get("location", "")
     _require_below(path, location)
     start, wanted = _whole(path, tensor.name, said, "offset"), _bytes(path, tensor)

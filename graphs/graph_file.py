@@ -75,7 +75,9 @@ def require_readable_once(path: Path, proto: onnx.ModelProto) -> None:
     size = proto.ByteSize()
     proto.DiscardUnknownFields()
     if proto.ByteSize() != size:
-        raise ModelUnreadable(f"{path}: holds fields that this version of onnx does not know; update onnx, or refuse it")
+        raise ModelUnreadable(
+            f"{path}: holds fields that this version of onnx does not know; update onnx, or refuse it"
+        )
     if proto.training_info:
         raise ModelUnreadable(f"{path}: holds a training graph too; save it for inference")
     _require_once(path, "operator set", (_domain(entry.domain) for entry in proto.opset_import))
@@ -95,7 +97,9 @@ def require_readable_once(path: Path, proto: onnx.ModelProto) -> None:
                 f"{path}: has more than {MOST_NODES} nodes or {MOST_INITIALIZERS} initializers; is it a decoder?"
             )
         if graph.sparse_initializer:
-            raise ModelUnreadable(f"{path}: keeps weights as sparse_initializer, which cannot be guarded; save them dense")
+            raise ModelUnreadable(
+                f"{path}: keeps weights as sparse_initializer, which cannot be guarded; save them dense"
+            )
         _require_once(path, "initializer", (tensor.name for tensor in graph.initializer))
         _require_nodes(path, graph.node)
     for function in proto.functions:
@@ -148,7 +152,9 @@ def _bits(path: Path, tensor: onnx.TensorProto, types: Any) -> int:
     try:
         return types(tensor.data_type).bitwidth
     except (ValueError, TypeError):
-        raise ModelUnreadable(f"{path}: tensor {tensor.name!r} has no known dtype ({tensor.data_type}); refuse it") from None
+        raise ModelUnreadable(
+            f"{path}: tensor {tensor.name!r} has no known dtype ({tensor.data_type}); refuse it"
+        ) from None
 
 
 def _count(dims: Iterable[int]) -> int:

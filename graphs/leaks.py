@@ -19,7 +19,12 @@ from .scribe import PREFIX
 
 
 def leaking_outputs(
-    flow: Flow, outputs: Sequence[ir.Value], source: Vertex, raw_sum: Sequence[Vertex], guard: Vertex, own: Collection[str]
+    flow: Flow,
+    outputs: Sequence[ir.Value],
+    source: Vertex,
+    raw_sum: Sequence[Vertex],
+    guard: Vertex,
+    own: Collection[str],
 ) -> list[str]:
     """Names of the outputs that show a layer's state from before its guard.
 

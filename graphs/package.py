@@ -203,7 +203,9 @@ def open_package(path: Path | str, variant: str | None = None, vouched: bool = F
     path = Path(path).absolute()
     package = replace(_find(path, variant), vouched=vouched)
     graphs = {package.decoder, *package.others, package.vision_encoder, package.embed_tokens} - {path, None}
-    for graph in sorted(filter(None, graphs)) if not vouched else ():  # the one that was named may be a link of the user's
+    for graph in (
+        sorted(filter(None, graphs)) if not vouched else ()
+    ):  # the one that was named may be a link of the user's
         if graph.exists():
             require_own(graph, package.root)
     return package
@@ -275,8 +277,8 @@ def _require_no_library(root: Path, config: Any) -> None:
         part = waiting.pop()
         if isinstance(part, dict) and part.get("custom_ops_library"):
             raise ModelUnreadable(
-                f"{root / 'genai_config.json'}: loads a library of its own ({part['custom_ops_library']!r}), which is code that "
-                "would run; refuse it, or remove custom_ops_library"
+                f"{root / 'genai_config.json'}: loads a library of its own ({part['custom_ops_library']!r}), which is code; refuse it, "
+                "or remove custom_ops_library"
             )
         waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
 
@@ -525,7 +527,9 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.exists() and not path.is_file():
             raise ModelUnreadable(f"{path}: is no regular file; copy it from the model again")  # a FIFO waits for ever
         if path.exists() and path.stat().st_size > LARGEST_JSON:
-            raise ModelUnreadable(f"{path}: has {path.stat().st_size} bytes, expected at most {LARGEST_JSON}; is it a config?")
+            raise ModelUnreadable(
+                f"{path}: has {path.stat().st_size} bytes, expected at most {LARGEST_JSON}; is it a config?"
+            )
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}

@@ -137,7 +137,9 @@ def _avoiding(body: Body, stream: ResidualStream, plan: GuardPlan, report: Guard
         elif not wrong:
             summed, outputs = _summed(flow, values, planned, raw), list(body.graph.outputs)
             leaks = leaking_outputs(flow, outputs, source, summed, guard, plan.added_outputs)
-            wrong = [f"layer {site.layer_index}: output {name!r} shows the state from before the guard" for name in leaks]
+            wrong = [
+                f"layer {site.layer_index}: output {name!r} shows the state from before the guard" for name in leaks
+            ]
         found += wrong
     return found
 

@@ -138,7 +138,9 @@ def if_inside(model: onnx.ModelProto) -> None:
     )
     model.graph.initializer.append(numpy_helper.from_array(np.array(False), "never"))
     at = list(model.graph.node).index(guard)
-    node = helper.make_node("If", ["never"], ["maybe"], name="vlmguard/layer_1/maybe", then_branch=own, else_branch=nothing)
+    node = helper.make_node(
+        "If", ["never"], ["maybe"], name="vlmguard/layer_1/maybe", then_branch=own, else_branch=nothing
+    )
     model.graph.node.insert(at, node)
     guard.input[1] = "maybe"
 
@@ -210,7 +212,9 @@ def swap_logits(model: onnx.ModelProto) -> None:
 def second_threshold(model: onnx.ModelProto) -> None:
     """Two initializers of one name: which of them a runtime takes is its own affair."""
     tensor = tensor_called(model, "vlmguard/layer_1/tau")
-    model.graph.initializer.append(numpy_helper.from_array(np.full_like(numpy_helper.to_array(tensor), 99), tensor.name))
+    model.graph.initializer.append(
+        numpy_helper.from_array(np.full_like(numpy_helper.to_array(tensor), 99), tensor.name)
+    )
 
 
 def sparse_threshold(model: onnx.ModelProto) -> None:
@@ -465,7 +469,9 @@ def test_nothing_is_caught_where_nothing_was_done(made: Path, tmp_path: Path, mo
     assert not caught(folder) and not caught(folder, made / "model")
 
 
-@pytest.mark.parametrize("name", ["more.onnx", "MORE.ONNX", "more.ort", "chat_template.jinja", "libop.so", "vocab.json"])
+@pytest.mark.parametrize(
+    "name", ["more.onnx", "MORE.ONNX", "more.ort", "chat_template.jinja", "libop.so", "vocab.json"]
+)
 def test_a_file_that_a_runtime_would_go_by_cannot_be_added(made: Path, tmp_path: Path, name: str) -> None:
     folder = shutil.copytree(made / "restore", tmp_path / "g")
     (folder / "NOTES.txt").write_text("mine")

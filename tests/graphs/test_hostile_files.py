@@ -54,7 +54,8 @@ def place(model: Path, **says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "location", ["../w.data", "a/../../w.data", "/etc/passwd", "C:\\w.data", "..\\w.data", "\\\\host\\w.data", "C:w.data"]
+    "location",
+    ["../w.data", "a/../../w.data", "/etc/passwd", "C:\\w.data", "..\\w.data", "\\\\host\\w.data", "C:w.data"],
 )
 def test_weights_lie_below_the_graphs_folder(model: Path, location: str) -> None:
     place(model, location=location)
@@ -147,7 +148,9 @@ def test_nothing_but_a_regular_file_is_opened(model: Path, what: str) -> None:
 def test_a_graph_and_a_config_are_regular_files(tmp_path: Path) -> None:
     for name in ("model.onnx", "config.json"):
         os.mkfifo(tmp_path / name)
-    assert refusal(lambda: open_package(tmp_path / "model.onnx")).endswith("no such file or folder; give a .onnx file or a model folder")
+    assert refusal(lambda: open_package(tmp_path / "model.onnx")).endswith(
+        "no such file or folder; give a .onnx file or a model folder"
+    )
     assert refusal(lambda: load_graph(tmp_path / "model.onnx")) == (
         f"{tmp_path / 'model.onnx'}: no such file; give an ONNX model"
     )
@@ -307,7 +310,9 @@ def test_a_graph_has_no_more_nodes_and_initializers_than_a_decoder_can_need(
 def test_bodies_are_not_nested_without_end(model: Path) -> None:
     body = helper.make_graph([helper.make_node("Identity", ["inputs_embeds"], ["y"])], "b", [], [])
     for _ in range(graph_file.DEEPEST + 1):
-        body = helper.make_graph([helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body.__class__())], "b", [], [])
+        body = helper.make_graph(
+            [helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body.__class__())], "b", [], []
+        )
     edit_graph(model.parent, lambda proto: proto.graph.node.extend(body.node))
     assert refusal(lambda: load_graph(model)) == (
         f"{model}: has bodies nested more than {graph_file.DEEPEST} deep; is it a decoder?"
@@ -361,7 +366,9 @@ def test_every_way_to_write_numbers_is_read(model: Path) -> None:
 
 
 def test_an_engine_inside_a_graph_is_refused(model: Path) -> None:
-    node = helper.make_node("EPContext", ["logits"], ["x"], name="engine", domain="com.microsoft", ep_cache_context="x.engine")
+    node = helper.make_node(
+        "EPContext", ["logits"], ["x"], name="engine", domain="com.microsoft", ep_cache_context="x.engine"
+    )
     edit_graph(model.parent, lambda proto: proto.graph.node.append(node))
     assert refusal(lambda: load_graph(model)) == (
         f"{model}: node 'engine' holds an engine that somebody else compiled (EPContext); start from the graph"
@@ -373,8 +380,8 @@ def test_a_library_that_a_config_names_is_refused(tmp_path: Path) -> None:
     config = '{"model": {"decoder": {"filename": "model.onnx", "session_options": {"custom_ops_library": "op.so"}}}}'
     (tmp_path / "m" / "genai_config.json").write_text(config)
     assert refusal(lambda: open_package(tmp_path / "m")) == (
-        f"{tmp_path / 'm' / 'genai_config.json'}: loads a library of its own ('op.so'), which is code that would run; refuse "
-        "it, or remove custom_ops_library"
+        f"{tmp_path / 'm' / 'genai_config.json'}: loads a library of its own ('op.so'), which is code; refuse it, "
+        "or remove custom_ops_library"
     )
 
 
@@ -384,12 +391,20 @@ def test_nothing_in_the_project_loads_code_of_a_model() -> None:
     sources = [path for folder in ("graphs", "runtime", "exporter") for path in (root / folder).rglob("*.py")]
     text = "\n".join(path.read_text(encoding="utf-8") for path in [*sources, root / "cli.py"])
     assert len(sources) > 50
-    for word in ("import pickle", "register_custom_ops_library", "torch.load(", "trust_remote_code=True", "allow_pickle=True"):
+    for word in (
+        "import pickle",
+        "register_custom_ops_library",
+        "torch.load(",
+        "trust_remote_code=True",
+        "allow_pickle=True",
+    ):
         assert word not in text, word
     assert "trust_remote_code=False" in text and "allow_pickle=False" in text
 
 
-def test_a_guarded_folder_by_reference_still_opens(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guarded_folder_by_reference_still_opens(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Links that we made ourselves, under the manifest's digests (`--data reference`)."""
     monkeypatch.setattr(staging, "BIG", 1)
     import vlmguard
