@@ -277,8 +277,8 @@ def _require_no_library(root: Path, config: Any) -> None:
         part = waiting.pop()
         if isinstance(part, dict) and part.get("custom_ops_library"):
             raise ModelUnreadable(
-                f"{root / 'genai_config.json'}: loads a library of its own ({part['custom_ops_library']!r}), which is code; refuse it, "
-                "or remove custom_ops_library"
+                f"{root / 'genai_config.json'}: loads a library of its own ({part['custom_ops_library']!r}), which is code; "
+                "refuse it, or remove custom_ops_library"
             )
         waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
 
