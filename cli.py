@@ -5,16 +5,15 @@ Exit codes: 0 done, 1 refused (one line says why and what to do next), 2 wrong u
 
 from __future__ import annotations
 
-import json
 import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from .exporter.terminal import SafeConsole, to_json
 from .graphs.errors import GuardError
 from .graphs.spec import GuardSpec, parse_layers
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from .runtime.telemetry import ScoredAnswer
 
 # No emoji: ":cat:" in somebody's path is not a cat.
-out, err = Console(emoji=False), Console(stderr=True, emoji=False)
+out, err = SafeConsole(emoji=False), SafeConsole(stderr=True, emoji=False)
 app = typer.Typer(
     name="vlmguard",
     help="Bake VLM-Guard's safety steering into an exported vision-language model, and prove that it is there.",
@@ -156,6 +155,11 @@ ProofInputs = Annotated[
     typer.Option(help=".npz of the decoder's inputs by name, to prove on; may be repeated. (default: prompts)"),
 ]
 
+SigningKey = Annotated[
+    Path | None,
+    typer.Option("--sign", metavar="KEY", help="Sign the folder: elliptic-curve private key, PEM. (extra: sign)"),
+]
+
 Anchors = Annotated[
     list[str] | None,
     typer.Option(
@@ -283,6 +287,14 @@ def export_command(
     proof_inputs: ProofInputs = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
     force: Force = False,
+    sign: SigningKey = None,
+    sbom: Annotated[
+        bool, typer.Option("--sbom", help="Write a CycloneDX bill of materials too, sbom.cdx.json. (extra: sbom)")
+    ] = False,
+    reproducible: Annotated[
+        bool,
+        typer.Option("--reproducible", help="The same input gives the same bytes: time of SOURCE_DATE_EPOCH, or 1970."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Guard a model: plan, rewrite, prove, write a folder with the same layout.
@@ -338,6 +350,9 @@ def export_command(
             proof_inputs=proof_inputs or (),
             dry_run=dry_run,
             force=force,
+            sign=sign,
+            sbom=sbom,
+            reproducible=reproducible,
             watch=watch,
         )
     built = _engines(result.out, force) if engine else None
@@ -365,6 +380,9 @@ _BESIDE_CONFIG = frozenset(
         "proof_inputs",
         "dry_run",
         "force",
+        "sign",
+        "sbom",
+        "reproducible",
         "as_json",
     ]
 )
@@ -569,6 +587,10 @@ def verify_command(
         bool, typer.Option("--run", help="Run both models too: the numerical proof. Needs --source.")
     ] = False,
     proof_inputs: ProofInputs = None,
+    verify_signature: Annotated[
+        Path | None,
+        typer.Option("--verify-signature", metavar="PUBLIC_KEY", help="Check who signed it too: PEM. (extra: sign)"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Redo the structural proof of a guarded folder from its files alone; with --source against the unguarded model too."""
@@ -576,7 +598,7 @@ def verify_command(
     from .exporter.verify import verify
 
     with tables.bars(err) as watch:
-        result = verify(guarded, source, run, proof_inputs or (), watch)
+        result = verify(guarded, source, run, proof_inputs or (), watch, public_key=verify_signature)
     if as_json:
         print_json(result.to_json())
     else:
@@ -586,6 +608,24 @@ def verify_command(
     if not result.ok:
         failed = next((check for check in result.checks if not check.ok), None)
         raise GuardError(f"{guarded}: {failed.name if failed else 'nothing was checked'} does not hold; export again")
+
+
+@app.command("sign")
+def sign_command(
+    guarded: Guarded,
+    key: Annotated[
+        Path, typer.Option("--key", metavar="KEY", help="Elliptic-curve private key, PEM, without a password.")
+    ],
+) -> None:
+    """Sign a guarded folder: model.sig, which `vlmguard verify --verify-signature` checks. Offline. (extra: sign)
+
+    A proof says what a folder is, a signature whose it is. Whoever holds the files can take the guard out, and make all
+    digests fit; without the private key nobody can sign the result.
+    """
+    from .exporter.signing import sign
+
+    path = sign(guarded, key)
+    out.print(f"[bold]signed[/bold]: {escape(str(path))}", highlight=False, soft_wrap=True)
 
 
 @app.command("generate")
@@ -794,7 +834,7 @@ def report_command(
 
 
 def print_json(content: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(to_json(content) + "\n")
 
 
 # Entry points

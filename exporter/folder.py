@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,17 @@ from typing import Any
 from ..graphs.anatomy import DecoderAnatomy
 from ..graphs.digests import sha256_files
 from ..graphs.manifest import MANIFEST_NAME, SCHEMA, DecoderRecord, Manifest, Proved, may_go_unhashed, record_files
-from ..graphs.package import ModelPackage, external_files
+from ..graphs.package import SBOM_NAME, ModelPackage, external_files
 from ..graphs.plan import GuardPlan
 from ..graphs.rewrite import GuardReport
 from ..graphs.spec import GuardSpec
-from ..graphs.staging import Data, bring
+from ..graphs.staging import Data, bring, create_file
 from ..graphs.static_proof import Check
 from .calibrate import Calibration
 from .no_worse import Refusals
+from .sbom import bill_of_materials
 from .sources import Watch
+from .stamp import Stamp
 
 
 @dataclass(frozen=True)
@@ -83,17 +84,29 @@ def write_manifest(
     proved: Proved,
     digests: bool,
     tell: Watch,
+    stamped: Stamp,
+    sbom: bool = False,
 ) -> None:
-    """Hash what is in the stage and what it was made from (each content once), and write `guard.json`."""
+    """Hash what is in the stage and what it was made from (each content once), and write `guard.json`; with `sbom` the bill
+    of materials before it."""
     files = [path for path in sorted(stage.rglob("*")) if path.is_file()]
     sources = {path for done in decoders for path in _source_files(done)}
     hashed = [path for path in (*files, *sources) if digests or not may_go_unhashed(path.name, path.stat().st_size)]
     found = sha256_files(hashed, lambda done, total: tell("hashing (bytes)", done, total))
     names = {path.relative_to(stage).as_posix(): path for path in files}
+    if sbom:
+        listed = {name: found.get(path) for name, path in names.items()}
+        graphs = {done.package.decoder.name: found[done.package.decoder] for done in decoders}
+        content = bill_of_materials(decoders[0].package.name, listed, graphs, versions(), stamped)
+        names[SBOM_NAME] = stage / SBOM_NAME
+        create_file(names[SBOM_NAME], content)
+        found |= sha256_files([names[SBOM_NAME]])
     manifest = Manifest(
         schema_=SCHEMA,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        files=record_files(stage, names, {name: found[path] for name, path in names.items() if path in found}),
+        created=stamped.text,
+        files=record_files(
+            stage, names, {name: found[path] for name, path in names.items() if path in found}, stamped.keeps_times
+        ),
         decoders=[_record(done, found) for done in decoders],
         layout=decoders[0].package.layout,
         proved=proved,
@@ -102,7 +115,7 @@ def write_manifest(
         calibration=calibrated.to_json() if calibrated is not None else None,
         refusals=refusals.to_json() if refusals is not None else None,
     )
-    (stage / MANIFEST_NAME).write_text(manifest.to_text(), encoding="utf-8")
+    create_file(stage / MANIFEST_NAME, manifest.to_text().encode())
 
 
 def _source_files(done: GuardedDecoder) -> list[Path]:

@@ -25,7 +25,7 @@ from ..graphs.package import ModelPackage, external_files, load_graph, save_grap
 from ..graphs.plan import GuardPlan, plan_guard, require_layers, require_unguarded
 from ..graphs.rewrite import GuardReport, rewrite
 from ..graphs.spec import GuardSpec, Mode
-from ..graphs.staging import Data, require_writable, staged, write_file
+from ..graphs.staging import Data, create_file, require_writable, staged, write_file
 from ..graphs.static_proof import Check, prove_structure
 from ..graphs.tensorrt import require_readable
 from ..runtime.onnxruntime_runner import import_onnxruntime
@@ -40,7 +40,9 @@ from .prompts import Sources
 from .prove import ProofInputs, prove_by_running
 from .prove_fold import prove_fold_by_running
 from .shards import Spreader, spreading
+from .signing import require_key, write_signature
 from .sources import Watch, is_checkpoint, opened, require_apart, unwatched
+from .stamp import stamp
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,9 @@ def export(
     proof_inputs: Sequence[Path | str] = (),
     dry_run: bool = False,
     force: bool = False,
+    sign: Path | str | None = None,
+    sbom: bool = False,
+    reproducible: bool = False,
     watch: Watch | None = None,
 ) -> ExportResult:
     """Guard a model, prove the guard, write the guarded folder.
@@ -139,6 +144,10 @@ def export(
             more than tokens, which nobody here can make. Without, prompts or seeded random tokens.
         dry_run: plan only; nothing is written.
         force: replace OUT, and accept directions extracted from another file.
+        sign: private key (elliptic curve, PEM) to sign the folder with (`signing`).
+        sbom: write `sbom.cdx.json` too, a CycloneDX bill of materials.
+        reproducible: the same input gives the same bytes, the manifest included: its time is that of `SOURCE_DATE_EPOCH`, or
+            1970, and no file's time of change is kept, so that big files are hashed at each opening.
         watch: told what is going on: `(stage, done, total)`.
 
     Raises:
@@ -146,6 +155,8 @@ def export(
     """
     if proof == "full":
         import_onnxruntime()  # a proof needs a runtime: say so before minutes of work
+    key = require_key(sign) if sign is not None else None
+    stamped = stamp(reproducible)
     wished = _config(config, spec, directions, anchors, calibration)
     spec = wished.spec if wished is not None else spec or GuardSpec()
     directions = wished.directions if wished is not None else directions
@@ -187,12 +198,14 @@ def export(
                 checks = prove(decoder, report, stage, guide.proof_inputs if proof == "full" else None, tell)
                 done.append(replace(decoder, report=report, proof=checks))
             bring_companions(source.package, stage, data)
-            (stage / DIRECTIONS_FILE).write_bytes(directions_bytes(found))
+            create_file(stage / DIRECTIONS_FILE, directions_bytes(found))
             refusals = calibrated.refusals if calibrated is not None else None
             if refusals is None and proof == "full":
                 refusals = guide.refusals(stage)
-            write_manifest(stage, done, spec, calibrated, refusals, proof, digests, tell)
+            write_manifest(stage, done, spec, calibrated, refusals, proof, digests, tell, stamped, sbom)
             _write_config(stage, calibrated, wished, found)
+            if key is not None:
+                write_signature(stage, key)
         tell("done", 1, 1)
         return ExportResult(target.absolute(), tuple(done), calibrated, refusals, written=True)
 
@@ -212,9 +225,9 @@ def _config(path: Path | str | None, *others: object) -> GuardConfig | None:
 def _write_config(stage: Path, calibrated: Calibration | None, wished: GuardConfig | None, found: Directions) -> None:
     """The guard as a person reads and edits it. Not among the manifest's files: editing it changes no guard by itself."""
     if calibrated is not None:
-        (stage / CONFIG_NAME).write_text(config_of(calibrated, DIRECTIONS_FILE), encoding="utf-8")
+        create_file(stage / CONFIG_NAME, config_of(calibrated, DIRECTIONS_FILE).encode())
     elif wished is not None:
-        (stage / CONFIG_NAME).write_text(to_toml(wished.spec, DIRECTIONS_FILE, found), encoding="utf-8")
+        create_file(stage / CONFIG_NAME, to_toml(wished.spec, DIRECTIONS_FILE, found).encode())
 
 
 @dataclass(frozen=True)
@@ -308,7 +321,7 @@ def prove(
     source = decoder.package.load_decoder()
     dissect(source)  # inlines functions and infers types exactly as was done to the graph that was rewritten
     structure = prove_fold if decoder.plan.lowering == FOLD else prove_structure
-    checks = structure(source, load_graph(path), decoder.anatomy, decoder.plan, report)
+    checks = structure(source, load_graph(path, vouched=True), decoder.anatomy, decoder.plan, report)
     tell(label, 1, 2)
     _require_all(checks)
     if inputs is not None:

@@ -140,14 +140,14 @@ def prove_by_running(
 
 def _closed_equals_source(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs) -> Check:
     """Bit for bit as apps run it; where the runtime's own rounding moves, exact without its optimiser, and bounded."""
-    closed = load_graph(staged)
+    closed = load_graph(staged, vouched=True)
     force_gates(closed, plan, is_open=False)
     return _equals_source("closed gate equals the original bit for bit", package, closed, staged.parent, plan, inputs)
 
 
 def _no_strength_equals_source(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs) -> Check:
     """With every gate open, so that it is the knob that does it."""
-    graph = load_graph(staged)
+    graph = load_graph(staged, vouched=True)
     force_gates(graph, plan, is_open=True)
     turned = [{STRENGTH_INPUT: np.array(strength, np.float32)} for strength in _OFF]
     name = "strength 0, and below, equals the original bit for bit"
@@ -264,7 +264,7 @@ def _states_equal_reference(
     supervisors = _supervisors(package, staged, plan, inputs)
     headroom, told = Headroom(), GatesTold(plan, max(TOLERANCE[site.site.dtype] for site in plan.sites))
     for setting in _settings(plan):
-        graph = load_graph(staged)
+        graph = load_graph(staged, vouched=True)
         if setting.forced is not None:
             force_gates(graph, plan, is_open=setting.forced)
         names = tap_guard(graph, plan, report)
@@ -427,7 +427,7 @@ def _unedited_tokens(
     name = "tokens outside the positions are untouched bit for bit"
     if plan.positions == "all":
         return Check(name, 1, 0.0, 0.0, True, "positions all: there are none")
-    graph = load_graph(staged)
+    graph = load_graph(staged, vouched=True)
     force_gates(graph, plan, is_open=True)
     names = tap_guard(graph, plan, report)
     session = open_decoder(package, graph, optimize=False, folder=staged.parent, given=inputs.given)
@@ -448,7 +448,7 @@ def _supervisors(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: P
     """The text-only pass of each batch, through the graph as it ships: with its gates forced, it would not listen."""
     if plan.mode not in MODES_WITH_SUPERVISOR:
         return [None for _ in inputs.batches]
-    session = open_decoder(package, load_graph(staged), folder=staged.parent, given=inputs.given)
+    session = open_decoder(package, load_graph(staged, vouched=True), folder=staged.parent, given=inputs.given)
     found: list[np.ndarray | None] = []
     for text in inputs.texts:
         outputs, _ = session.prefill(text, listen(plan, text.size))

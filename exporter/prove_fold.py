@@ -46,8 +46,8 @@ def prove_fold_by_running(
 
     unguarded = _run(package, _source(package, lambda model: None), package.decoder.parent, plan, inputs)
     expected = _run(package, _source(package, reference), package.decoder.parent, plan, inputs)
-    found = _run(package, load_graph(staged), staged.parent, plan, inputs)
-    limit = _limit(load_graph(staged), plan, report)
+    found = _run(package, load_graph(staged, vouched=True), staged.parent, plan, inputs)
+    limit = _limit(load_graph(staged, vouched=True), plan, report)
     checks = [
         _same_outputs(limit, report, expected, found, unguarded, projections, inputs),
         _no_coordinate(limit, plan, unguarded, found, inputs),

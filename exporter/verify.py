@@ -23,7 +23,7 @@ from ..graphs.errors import GuardError, ManifestMismatch
 from ..graphs.fold import FOLD
 from ..graphs.fold_proof import prove_fold, refolded, writers_orthogonal
 from ..graphs.manifest import MANIFEST_NAME, DecoderRecord, Manifest, read_manifest, require_intact
-from ..graphs.package import GUARD_DATA, ModelPackage, external_files, load_graph, open_package
+from ..graphs.package import COMPANIONS, GUARD_DATA, SBOM_NAME, ModelPackage, external_files, open_package
 from ..graphs.plan import GuardPlan, plan_guard
 from ..graphs.rewrite import rewrite
 from ..graphs.spec import GuardSpec
@@ -41,10 +41,11 @@ from ..graphs.strip import strip_guard
 from ..runtime.guarded import open_guarded_package
 from .calibrate import DEFAULT_BUDGET
 from .engines.verify import check_by_running, check_records, check_sources
-from .guide import Guide
+from .guide import DIRECTIONS_FILE, Guide
 from .no_worse import Refusals
 from .prove import ProofInputs, prove_by_running
 from .prove_fold import prove_fold_by_running
+from .signing import check_signature
 from .sources import Source, Watch, unwatched
 
 # the unguarded model and its anatomy -> what to run it on
@@ -82,6 +83,8 @@ def verify(
     run: bool = False,
     proof_inputs: Sequence[Path | str] = (),
     watch: Watch | None = None,
+    *,
+    public_key: Path | str | None = None,
 ) -> Verification:
     """Redo the proof.
 
@@ -92,6 +95,7 @@ def verify(
             alone was proved says so no longer.
         proof_inputs: what to run them on, as for `export`.
         watch: told what is going on.
+        public_key: PEM of who must have signed the folder (`signing`).
 
     Raises:
         GuardError: `run` without a source.
@@ -101,11 +105,12 @@ def verify(
         raise GuardError("running the proof compares with what the folder was made from; give that with --source")
     folder = Path(folder).absolute()
     tell = watch or unwatched
+    signed = [check_signature(folder, public_key)] if public_key is not None else []
     manifest = read_manifest(folder)
     files = require_intact(folder, manifest, progress=lambda done, total: tell("hashing (bytes)", done, total))
     unhashed = [name for name, record in manifest.files.items() if record.sha256 is None]
     note = f"by size alone, as asked at export: {', '.join(unhashed)}" if unhashed else ""
-    checks = [exact("every file has the manifest's SHA-256", files - len(unhashed), [], note)]
+    checks = [*signed, exact("every file has the manifest's SHA-256", files - len(unhashed), [], note)]
     checks += _no_fewer_refused(manifest)
     if manifest.engines:
         return _finished(folder, manifest, checks + _verify_engines(folder, manifest, source, run, tell), run)
@@ -121,6 +126,8 @@ def verify(
         tell(f"verifying {path.name}", 1, 1)
         several = len(manifest.decoders) > 1
         checks += [replace(check, name=f"{path.name}: {check.name}") if several else check for check in made]
+    if originals:
+        checks += _same_files_around(folder, manifest, originals[manifest.decoder])
     return _finished(folder, manifest, checks, run)
 
 
@@ -166,13 +173,13 @@ def _verify_decoder(
     original: ModelPackage | None,
     inputs: MakeInputs | None,
 ) -> list[Check]:
-    shipped, stripped = load_graph(package.decoder), load_graph(package.decoder)
+    shipped, stripped = package.load_decoder(), package.load_decoder()
     strip_guard(stripped)
     anatomy = dissect(stripped, package.expected_layers)
     plan = plan_again(package.root, manifest, record, stripped, anatomy)
     if plan.lowering == FOLD:
         return _verify_fold(package, shipped, anatomy, plan, original, inputs)
-    again = load_graph(package.decoder)
+    again = package.load_decoder()
     strip_guard(again)
     dissect(again, package.expected_layers)
     report = rewrite(again, plan)
@@ -245,6 +252,25 @@ def _same_external_data(source: Path, shipped: Path) -> list[Check]:
     before, after = ({path.name: digest for path, digest in files.items()} for files in (before, after))
     wrong = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
     return [exact("external weights are the source's files", len(before), sorted(wrong))] if before or after else []
+
+
+def _same_files_around(folder: Path, manifest: Manifest, original: ModelPackage) -> list[Check]:
+    """Encoders, embeddings, tokenizer, template, configs: what a prompt or a picture becomes before it meets the guard."""
+    decoders = [folder / record.path for record in manifest.decoders]
+    ours = {DIRECTIONS_FILE, SBOM_NAME, *(record.path for record in manifest.decoders)}
+    ours |= {data.relative_to(folder).as_posix() for decoder in decoders for data in external_files(decoder)}
+    before = {relative: path for path, relative in original.files()}
+    shared = sorted(name for name in manifest.files if name not in ours and name in before)
+    digests = sha256_files([before[name] for name in shared] + [folder / name for name in shared])
+    wrong = [name for name in shared if digests[before[name]] != digests[folder / name]]
+    wrong += [f"{name} is not in the source" for name in sorted(manifest.files.keys() - ours - before.keys())]
+    wrong += [f"{name} is missing" for name in sorted(before.keys() - manifest.files.keys()) if _is_needed(name)]
+    return [exact("files around the decoder are the source's", len(shared), wrong)] if shared or wrong else []
+
+
+def _is_needed(name: str) -> bool:
+    """A source may have got notes and prompts since; graphs and what goes with a tokenizer were there."""
+    return name.endswith(".onnx") or Path(name).name in COMPANIONS
 
 
 def plan_again(

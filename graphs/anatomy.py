@@ -272,12 +272,25 @@ def _sources(flow: Flow) -> Iterator[Vertex]:
 
 
 def _is_input_up_to_casts(value: ir.Value | None) -> bool:
+    return _input_behind_casts(value) is not None
+
+
+def _input_behind_casts(value: ir.Value | None) -> ir.Value | None:
     while value is not None and not value.is_graph_input():
         node = value.producer()
         if node is None or node.op_type not in {"Cast", "Identity", "Clip"}:
-            return False
+            return None
         value = node.inputs[0]
-    return value is not None
+    return value
+
+
+def same_lookups(flow: Flow, source: Vertex) -> list[Vertex]:
+    """The source, and every other lookup of the same tokens: a second decoder in the graph would begin there."""
+    if source.node is None or len(source.node.inputs) < 2:
+        return [source]
+    tokens = _input_behind_casts(source.node.inputs[1])
+    others = [vertex for vertex in _sources(flow) if vertex.node is not None and vertex is not source]
+    return [source, *(v for v in others if v.node and _input_behind_casts(v.node.inputs[1]) is tokens)]
 
 
 def _sink(graph: ir.Graph) -> ir.Value:
@@ -374,6 +387,11 @@ def _operands(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
 
 
 # 4. The sums
+
+
+def is_sum(flow: Flow, vertex: Vertex) -> bool:
+    """Whether a vertex adds two parts of the flow, wherever they come from."""
+    return _is_true_sum(flow, vertex, set(flow.predecessors[vertex.index]))
 
 
 def _is_true_sum(flow: Flow, vertex: Vertex, members: set[int]) -> bool:

@@ -16,11 +16,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .digests import BIG, Progress, sha256_files
 from .errors import ManifestMismatch
+from .package import COMPANIONS, LARGEST_JSON
 
 MANIFEST_NAME = "guard.json"
 SCHEMA = "vlmguard.guard/2"
 # What a runtime would run, were it put into the folder.
-_EXECUTED = (".onnx", ".engine")
+_EXECUTED = (".onnx", ".ort", ".engine")
+_CODE = (".so", ".dll", ".dylib", ".py")
 
 # How much of the proof was done: `full`, or `structure` alone (nothing was run).
 Proved = Literal["full", "structure"]
@@ -31,7 +33,7 @@ class FileRecord(BaseModel):
 
     Attributes:
         size: bytes.
-        modified_ns: time of its last change, as `os.stat` gives it.
+        modified_ns: time of its last change, as `os.stat` gives it; 0: not kept, and the file is hashed at each opening.
         sha256: hex digest; `None` for a big file that was not hashed because that was asked (`--no-digest`).
     """
 
@@ -131,12 +133,15 @@ class Manifest(BaseModel):
         return json.dumps({"schema": content.pop("schema_"), **content}, indent=2, ensure_ascii=False) + "\n"
 
 
-def record_files(folder: Path, names: Iterable[str], digests: dict[str, str]) -> dict[str, FileRecord]:
-    """What `guard.json` says of these files; those without a digest get none."""
+def record_files(
+    folder: Path, names: Iterable[str], digests: dict[str, str], keeps_times: bool = True
+) -> dict[str, FileRecord]:
+    """What `guard.json` says of these files; those without a digest get none. Times are kept of big files, which need them."""
     found = {}
     for name in sorted(names):
         status = (folder / name).stat()
-        found[name] = FileRecord(size=status.st_size, modified_ns=status.st_mtime_ns, sha256=digests.get(name))
+        modified = status.st_mtime_ns if keeps_times and status.st_size >= BIG else 0
+        found[name] = FileRecord(size=status.st_size, modified_ns=modified, sha256=digests.get(name))
     return found
 
 
@@ -154,6 +159,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise ManifestMismatch(f"{folder}: has no {MANIFEST_NAME}, so nothing says that it is guarded; export it first")
+    if path.stat().st_size > LARGEST_JSON:
+        raise ManifestMismatch(f"{path}: is malformed ({path.stat().st_size} bytes); export again")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -173,14 +180,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def require_intact(folder: Path, manifest: Manifest, again: bool = True, progress: Progress | None = None) -> int:
-    """Every file is there as the manifest says, and no graph besides; how many were compared.
+    """Every file is there as the manifest says, and none besides that is run or gone by; how many were compared.
 
     Args:
         again: hash every file. Otherwise a big file whose size and time of change are the recorded ones keeps the digest
             that the manifest has: opening a 14 GB model must not read it twice.
 
     Raises:
-        ManifestMismatch: a file is missing, changed, or a graph was added.
+        ManifestMismatch: a file is missing, changed, or one was added that matters.
     """
     where = folder / MANIFEST_NAME
     runs = [engine.path for engine in manifest.engines if engine.role == "decoder"] if manifest.engines else None
@@ -205,11 +212,18 @@ def require_intact(folder: Path, manifest: Manifest, again: bool = True, progres
     for name, record in hashed.items():
         if found[folder / name] != record.sha256:
             raise ManifestMismatch(f"{folder}: {name} is not the file that was proved (SHA-256 differs); export again")
-    graphs = {path.relative_to(folder).as_posix() for kind in _EXECUTED for path in folder.rglob(f"*{kind}")}
-    added = sorted(graphs - set(manifest.files))
+    read = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if _is_read(path)}
+    added = sorted(read - set(manifest.files))
     if added:
         raise ManifestMismatch(f"{folder}: {added[0]} was added after the proof; remove it, or export again")
     return len(manifest.files)
+
+
+def _is_read(path: Path) -> bool:
+    """Whether some runtime would run a file or go by it: a graph, a program, a template, a tokenizer's part."""
+    if path.suffix.lower() in (*_EXECUTED, *_CODE):
+        return True
+    return path.name in COMPANIONS and not path.name.startswith(("README", "LICENSE"))
 
 
 def _unchanged(path: Path, record: FileRecord) -> bool:

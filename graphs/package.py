@@ -28,8 +28,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
+from onnx_ir.external_data import set_base_dir
 
 from .errors import GuardError, ModelUnreadable, first_line
+from .graph_file import read_graph_file
+from .links import require_own
+from .staging import create_file, new_file
 
 Layout = Literal["onnx-community", "genai", "transformers", "bare", "engines"]
 
@@ -61,8 +65,11 @@ COMPANIONS = (
     "README.md",
 )
 _TRANSFORMERS_MANIFEST = "export.json"
-_NEVER_COPIED = ("guard.json", "guard.toml", "directions.safetensors")
+SIGNATURE_NAME = "model.sig"
+SBOM_NAME = "sbom.cdx.json"
+_NEVER_COPIED = ("guard.json", "guard.toml", "directions.safetensors", SIGNATURE_NAME, SBOM_NAME)
 GUARD_DATA = ".guard.data"  # what the guard's own external data is called, after the graph's file
+LARGEST_JSON = 64 << 20  # bytes; a config with a vocabulary in it has a few million
 _MOVED_FROM = 1024  # bytes; onnxruntime wants the numbers that shapes depend on inside the graph
 _ALIGNED = 64
 
@@ -78,6 +85,7 @@ class ModelPackage:
         layout: how the folder is laid out.
         vision_encoder, embed_tokens: absolute paths of the graphs around the decoder, where there are such.
         left_out: graphs of the folder that a guarded copy does not take along, relative to root.
+        vouched: the folder is a guarded one, and links out of it are what its manifest has digests of.
     """
 
     root: Path
@@ -87,6 +95,7 @@ class ModelPackage:
     embed_tokens: Path | None = None
     left_out: tuple[str, ...] = ()
     others: tuple[Path, ...] = ()
+    vouched: bool = False
 
     def views(self) -> tuple[ModelPackage, ...]:
         """This package once per decoder graph, the one that runs first; in each view that graph is `decoder`."""
@@ -147,10 +156,20 @@ class ModelPackage:
 
     def load_decoder(self) -> ir.Model:
         """The decoder's graph, a fresh copy at each call; big weights stay in their files."""
-        return load_graph(self.decoder)
+        return load_graph(self.decoder, self.vouched)
 
     def files(self) -> Iterator[tuple[Path, str]]:
-        """`(source, path relative to root)` of every file that a guarded copy takes along, the decoders' own not."""
+        """`(source, path relative to root)` of every file that a guarded copy takes along, the decoders' own not.
+
+        Raises:
+            ModelUnreadable: one of them is a link out of the folder: the copy would have a file that is not the model's.
+        """
+        for path, relative in self._files():
+            if not self.vouched:
+                require_own(path, path.parent if self.layout == "bare" else self.root)
+            yield path, relative
+
+    def _files(self) -> Iterator[tuple[Path, str]]:
         decoders = (self.decoder, *self.others)
         own = {*decoders, *(data for decoder in decoders for data in external_files(decoder))}
         if self.layout == "bare":
@@ -169,18 +188,30 @@ class ModelPackage:
                 yield path, relative.as_posix()
 
 
-def open_package(path: Path | str, variant: str | None = None) -> ModelPackage:
+def open_package(path: Path | str, variant: str | None = None, vouched: bool = False) -> ModelPackage:
     """Find the decoder of a file or folder.
 
     Args:
         path: a `.onnx` file, or a folder in one of the layouts.
         variant: precision suffix of the onnx-community layout (`fp16`, `q4`, ...): the others are left out. `None` takes
             all that are there; the plain one runs, or else the first.
+        vouched: as in `ModelPackage`.
 
     Raises:
-        ModelUnreadable: nothing there, or no single decoder can be told.
+        ModelUnreadable: nothing there, no single decoder can be told, or a graph is a link out of the folder.
     """
     path = Path(path).absolute()
+    package = replace(_find(path, variant), vouched=vouched)
+    graphs = {package.decoder, *package.others, package.vision_encoder, package.embed_tokens} - {path, None}
+    for graph in (
+        sorted(filter(None, graphs)) if not vouched else ()
+    ):  # the one that was named may be a link of the user's
+        if graph.exists():
+            require_own(graph, package.root)
+    return package
+
+
+def _find(path: Path, variant: str | None) -> ModelPackage:
     if path.is_file():
         return _from_file(path)
     if not path.is_dir():
@@ -220,7 +251,9 @@ def _from_file(path: Path) -> ModelPackage:
 
 
 def _genai(root: Path) -> ModelPackage:
-    model = read_json(root / "genai_config.json").get("model")
+    config = read_json(root / "genai_config.json")
+    _require_no_library(root, config)
+    model = config.get("model")
     parts = model.items() if isinstance(model, dict) else ()
     named = {part: entry.get("filename") for part, entry in parts if isinstance(entry, dict)}
     paths = {part: _inside(root, name, "genai_config.json") for part, name in named.items() if isinstance(name, str)}
@@ -235,6 +268,19 @@ def _genai(root: Path) -> ModelPackage:
         embed_tokens=around.get("embedding"),
         left_out=_others(root, {paths["decoder"], *around.values()}),
     )
+
+
+def _require_no_library(root: Path, config: Any) -> None:
+    """onnxruntime-genai loads a shared library that the config names: code of whoever packed the folder."""
+    waiting = [config]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict) and part.get("custom_ops_library"):
+            raise ModelUnreadable(
+                f"{root / 'genai_config.json'}: loads a library of its own ({part['custom_ops_library']!r}), which is code; "
+                "refuse it, or remove custom_ops_library"
+            )
+        waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
 
 
 def _onnx_community(root: Path, variant: str | None) -> ModelPackage:
@@ -280,7 +326,7 @@ def _transformers(root: Path) -> ModelPackage:
     named = components.values() if isinstance(components, dict) else ()
     names = [entry["file"] for entry in named if isinstance(entry, dict) and isinstance(entry.get("file"), str)]
     paths = [_inside(root, name, _TRANSFORMERS_MANIFEST) for name in names]
-    cached = {path: load_graph(path).graph for path in paths}
+    cached = {path: load_graph(path, vouched=True).graph for path in paths}  # its links are judged with all others'
     if len(paths) > 1:
         cached = {path: graph for path, graph in cached.items() if any(_is_cache(v.name) for v in graph.outputs)}
     if not cached:
@@ -334,25 +380,24 @@ def _some(paths: list[Path]) -> str:
 # Graph files
 
 
-def load_graph(path: Path) -> ir.Model:
+def load_graph(path: Path, vouched: bool = False) -> ir.Model:
     """Open a graph by absolute path; external weights are referenced, not read, and checked to be there in full.
 
+    Args:
+        path: of the graph.
+        vouched: it is ours (on its way to be proved, or under a manifest's digests): its weights may be links out of the
+            folder, as `--data reference` makes them.
+
     Raises:
-        ModelUnreadable: missing, not ONNX, truncated, or external data missing, too short or outside the folder.
+        ModelUnreadable: missing, not ONNX, truncated, or it breaks a rule for files of strangers (`graph_file`).
     """
     path = Path(path).absolute()
-    if not path.is_file():
-        raise ModelUnreadable(f"{path}: no such file; give an ONNX model")
+    proto = read_graph_file(path, vouched)
     try:
-        model = ir.load(str(path))
-    except Exception as error:  # protobuf, onnx_ir and the OS each have exceptions of their own
+        model = ir.from_proto(proto)
+    except Exception as error:  # onnx_ir has exceptions of its own
         raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated ({first_line(error)})") from None
-    if not len(model.graph) or not model.graph.outputs:
-        raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated (no nodes or no outputs)")
-    if not model.opset_imports:  # they stand behind the graph: a file that was cut there still parses
-        raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated (no operator sets)")
-    for tensor in _external_tensors(model):
-        _require_data(path, tensor)
+    set_base_dir(model.graph, str(path.parent))
     return model
 
 
@@ -370,7 +415,7 @@ def external_files(path: Path) -> list[Path]:
 @lru_cache(maxsize=64)
 def _external_files(path: Path, stamp: tuple[int, int]) -> tuple[Path, ...]:
     """Asked for several times in every export, and the answer costs a parse; `stamp` makes a changed file another one."""
-    return tuple(sorted({_data_path(path, tensor) for tensor in _external_tensors(load_graph(path))}))
+    return tuple(sorted({_data_path(path, tensor) for tensor in _external_tensors(load_graph(path, vouched=True))}))
 
 
 def save_graph(model: ir.Model, path: Path, own_data: Collection[str] = ()) -> Path | None:
@@ -386,7 +431,7 @@ def save_graph(model: ir.Model, path: Path, own_data: Collection[str] = ()) -> P
     data = path.with_name(f"{path.name}{GUARD_DATA}")
     moved = _move_out(model, own_data, data)
     try:
-        path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+        create_file(path, ir.to_proto(model).SerializeToString(deterministic=True))
     except ValueError:  # protobuf's 2 GiB limit
         raise GuardError(
             f"{path.name}: the guarded graph passes 2 GiB; save the model with external data first, or choose "
@@ -402,7 +447,7 @@ def _move_out(model: ir.Model, names: Collection[str], data: Path) -> bool:
     chosen = [v for v in values if v.const_value is not None and v.const_value.nbytes >= _MOVED_FROM]
     if not chosen:
         return False
-    with data.open("wb") as file:
+    with new_file(data) as file:
         for value in chosen:
             tensor = value.const_value
             assert tensor is not None
@@ -454,33 +499,19 @@ def in_memory(model: ir.Model, folder: Path) -> tuple[bytes, Path]:
 
 
 def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
-    return [
-        value.const_value
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    ]
+    """Of initializers, and of what nodes hold themselves."""
+    found = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                found.append(attribute.as_tensor())
+            elif attribute.type == ir.AttributeType.TENSORS and not attribute.is_ref():
+                found += attribute.as_tensors()
+    return [tensor for tensor in found if isinstance(tensor, ir.ExternalTensor)]
 
 
 def _data_path(path: Path, tensor: ir.ExternalTensor) -> Path:
     return path.absolute().parent / str(tensor.location)
-
-
-def _require_data(path: Path, tensor: ir.ExternalTensor) -> None:
-    location = Path(str(tensor.location))
-    if location.is_absolute() or ".." in location.parts:
-        raise ModelUnreadable(
-            f"{path}: keeps weights outside its folder ({location}); refuse it, or move them beside it"
-        )
-    data = _data_path(path, tensor)
-    if not data.is_file():
-        raise ModelUnreadable(f"{path}: its external data {location} is missing; put it beside the model")
-    needed = (tensor.offset or 0) + (tensor.length or tensor.nbytes)  # a file need not say the length
-    if data.stat().st_size < needed:
-        raise ModelUnreadable(
-            f"{path}: its external data {location} has {data.stat().st_size} bytes, {tensor.name!r} ends at {needed}; "
-            "it is truncated, copy it again"
-        )
 
 
 # Small files
@@ -493,6 +524,12 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelUnreadable: it is not JSON, or not an object.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ModelUnreadable(f"{path}: is no regular file; copy it from the model again")  # a FIFO waits for ever
+        if path.exists() and path.stat().st_size > LARGEST_JSON:
+            raise ModelUnreadable(
+                f"{path}: has {path.stat().st_size} bytes, expected at most {LARGEST_JSON}; is it a config?"
+            )
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}

@@ -6,6 +6,7 @@ some path avoids the guard. Each check counts what it compared, and an empty com
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,10 @@ import onnx_ir as ir
 
 from .anatomy import DecoderAnatomy, ResidualStream
 from .bodies import Body, find_bodies
-from .dataflow import Flow, is_skip_norm
+from .dataflow import Flow, Vertex, is_skip_norm
 from .dials import is_default
-from .plan import GuardPlan
+from .leaks import leaking_outputs
+from .plan import GuardPlan, SitePlan
 from .rewrite import GuardedSite, GuardReport
 from .scribe import PREFIX
 
@@ -100,7 +102,8 @@ def sites_guarded_once(guarded: ir.Model, plan: GuardPlan, report: GuardReport) 
 
 
 def guard_dominates(guarded: ir.Model, anatomy: DecoderAnatomy, plan: GuardPlan, report: GuardReport) -> Check:
-    """No path from a guarded layer to the output avoids its guard, in any body that holds the decoder."""
+    """No path from a guarded layer to the output avoids its guard, in any body that holds the decoder; and no other output
+    shows the layer's state from before it."""
     bodies = {body.name: body for body in find_bodies(guarded, anatomy.bodies)}
     wrong = [f"body {name!r} is no longer in the graph" for name in anatomy.bodies if name not in bodies]
     for stream in anatomy.streams:
@@ -116,29 +119,44 @@ def _avoiding(body: Body, stream: ResidualStream, plan: GuardPlan, report: Guard
     if source is None or sink is None:
         return [f"{stream.source!r} or {stream.sink!r} is no longer in the graph"]
     on_chain = {vertex.index for vertex in flow.dominator_chain(source, sink)}
-    wrong: list[str] = []
+    found: list[str] = []
     for planned, site in zip(plan.sites, report.sites, strict=True):
         if site.body != body.name:
             continue
+        wrong: list[str] = []
         raw, new = values.get(site.raw) or values.get(f"{site.raw}/unguarded"), values.get(site.guarded)
         if raw is None or new is None:
-            wrong.append(f"layer {site.layer_index}: the guarded value is gone")
+            found.append(f"layer {site.layer_index}: the guarded value is gone")
             continue
         own = set(site.nodes) | set(report.shared_nodes)
         if any(node.name not in own for node in raw.consumers()) or raw.is_graph_output():
             wrong.append(f"layer {site.layer_index}: {site.raw!r} is read past the guard")
-        if not _dominates(flow, on_chain, site, new, planned.site.anchor):
+        guard = _behind(flow, site, new, planned.site.anchor)
+        if guard is None or guard.index not in on_chain:
             wrong.append(f"layer {site.layer_index}: a path avoids the guard")
-    return wrong
+        elif not wrong:
+            summed, outputs = _summed(flow, values, planned, raw), list(body.graph.outputs)
+            leaks = leaking_outputs(flow, outputs, source, summed, guard, plan.added_outputs)
+            wrong = [
+                f"layer {site.layer_index}: output {name!r} shows the state from before the guard" for name in leaks
+            ]
+        found += wrong
+    return found
 
 
-def _dominates(flow: Flow, on_chain: set[int], site: GuardedSite, new: ir.Value, anchor: str) -> bool:
+def _behind(flow: Flow, site: GuardedSite, new: ir.Value, anchor: str) -> Vertex | None:
+    """Where the guarded state is: at a skip-norm the sum of the fused node, which must have the guarded branch as a summand."""
     if site.kind == "add":
-        vertex = flow.vertex(new)
-        return vertex is not None and vertex.index in on_chain
-    # A skip-norm: the sum that the fused node makes must be on the chain, and the guarded branch one of its summands.
+        return flow.vertex(new)
     readers = [node for node in new.consumers() if is_skip_norm(node) and node.outputs[0].name == anchor]
-    return len(readers) == 1 and new in readers[0].inputs[:2] and flow.sum_vertex(readers[0]).index in on_chain
+    one = len(readers) == 1 and new in readers[0].inputs[:2]
+    return flow.sum_vertex(readers[0]) if one else None
+
+
+def _summed(flow: Flow, values: Mapping[str, ir.Value], planned: SitePlan, raw: ir.Value) -> list[Vertex]:
+    """The unguarded sum, or at a skip-norm its two summands."""
+    found = [raw] if planned.site.kind == "add" else [values.get(planned.site.residual), raw]
+    return [vertex for vertex in map(flow.vertex, found) if vertex is not None]
 
 
 def initializers_untouched(source: ir.Model, guarded: ir.Model) -> Check:
@@ -191,7 +209,7 @@ def _node(node: ir.Node) -> tuple[object, ...]:
     """What a node is, comparable."""
     attributes = tuple((key, attribute_bits(value)) for key, value in sorted(node.attributes.items()))
     inputs = tuple(value.name if value is not None else None for value in node.inputs)
-    return node.op_type, node.domain, inputs, tuple(value.name for value in node.outputs), attributes
+    return node.op_type, node.domain, node.overload, inputs, tuple(value.name for value in node.outputs), attributes
 
 
 def attribute_bits(attribute: ir.Attr) -> object:

@@ -182,7 +182,9 @@ def open_guarded_package(folder: Path, manifest: Manifest) -> ModelPackage:
     Raises:
         ManifestMismatch: the folder holds others.
     """
-    views = {view.decoder.relative_to(view.root).as_posix(): view for view in open_package(folder).views()}
+    views = {
+        view.decoder.relative_to(view.root).as_posix(): view for view in open_package(folder, vouched=True).views()
+    }
     listed = [record.path for record in manifest.decoders]
     if sorted(views) != sorted(listed):
         raise ManifestMismatch(

@@ -28,7 +28,7 @@ from ...graphs.manifest import (
 )
 from ...graphs.package import ModelPackage, external_files, load_graph
 from ...graphs.scribe import PREFIX
-from ...graphs.staging import bring, require_writable, staged
+from ...graphs.staging import bring, create_file, require_writable, staged
 from ...graphs.tensorrt import require_readable, settle_sizes
 from ...runtime.decoder import CACHE_PREFIXES, can_pad
 from ...runtime.guarded import open_guarded_package
@@ -180,7 +180,7 @@ def plan_parts(
         "embed_tokens": package.embed_tokens,
     }
     loaded: dict[Role, tuple[Path, ir.Model]] = {
-        role: (path, load_graph(path)) for role, path in graphs.items() if path is not None
+        role: (path, load_graph(path, vouched=True)) for role, path in graphs.items() if path is not None
     }
     for path, model in loaded.values():
         require_readable(model, str(path))
@@ -241,14 +241,14 @@ def _build(backend: Backend, part: Part, options: BuildOptions, stage: Path, tel
         tell(f"{label}: {phase}", done, total)
 
     tell(label, 0, 1)
-    model = load_graph(part.path)
+    model = load_graph(part.path, vouched=True)
     settle_sizes(model)
     engine = build_engine(backend, model, part.path, [shapes for _, shapes in part.profiles], options, steps)
     if part.role == "decoder":
         require_guard(engine.layers, part.guard, len(part.profiles), str(part.path))
     destination = stage / part.relative
     destination.parent.mkdir(parents=True, exist_ok=True)
-    destination.write_bytes(engine.plan)
+    create_file(destination, engine.plan)
     tell(label, 1, 1)
     return engine
 
@@ -291,5 +291,5 @@ def _write_manifest(stage: Path, source: Manifest, engines: list[EngineRecord], 
             "engines": engines,
         }
     )
-    (stage / MANIFEST_NAME).write_text(manifest.to_text(), encoding="utf-8")
+    create_file(stage / MANIFEST_NAME, manifest.to_text().encode())
     return manifest

@@ -1,0 +1,37 @@
+"""A terminal that files cannot talk to: what is printed are characters that one sees.
+
+Names, paths and answers come from files of strangers. An escape sequence among them could clear the screen, rewrite what was
+said before or rename the window; a bidirectional override turns a name round. `rich.markup.escape` knows only markup.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+# Control characters of ASCII and Latin-1 (but for tab and line feed), line separators, and what changes the direction of text.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def seen(text: str) -> str:
+    """The text with a sign in the place of each character that would do something instead of being seen."""
+    return _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+class SafeConsole(Console):
+    """A rich console; its own control sequences (colours, progress bars) stay."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(seen(segment.text), segment.style)
+
+
+def to_json(content: Any) -> str:
+    """JSON for a terminal or a pipe: what `json` itself leaves as it is and a terminal would obey is written as `\\uXXXX`."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

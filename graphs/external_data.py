@@ -1,0 +1,130 @@
+"""Where a graph's weights may lie: what a tensor says of its place in another file, checked before the file is touched.
+
+A location is a relative path below the graph's folder. `offset` and `length` are whole numbers inside the file, and two
+tensors have the same bytes or none in common. Nothing but a regular file is opened: a FIFO would wait for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING
+
+from .errors import ModelUnreadable
+from .links import require_own
+
+if TYPE_CHECKING:
+    import onnx
+
+# Keys of ONNX's external_data. `checksum` is known, and not relied on: the manifest's SHA-256 covers the file.
+_KEYS = frozenset({"location", "offset", "length", "checksum"})
+_LONGEST = 20  # digits of a number that can be a place in a file
+
+
+def require_external_data(path: Path, tensors: Iterable[onnx.TensorProto], vouched: bool = False) -> None:
+    """Every place is where weights may be, and is there in full.
+
+    Args:
+        path: the graph's file, absolute.
+        tensors: those that say that their numbers are elsewhere.
+        vouched: links out of the folder may be followed: they are those of `--data reference`.
+
+    Raises:
+        ModelUnreadable: which tensor breaks which rule.
+    """
+    places: dict[str, list[tuple[int, int, str]]] = {}
+    for tensor in tensors:
+        location, start, stop = _place(path, tensor)
+        places.setdefault(location, []).append((start, stop, tensor.name))
+    for location, taken in places.items():
+        size = _size(path, location, vouched)
+        start, needed, name = max(taken, key=lambda place: place[1])
+        if size < needed:
+            raise ModelUnreadable(
+                f"{path}: its external data {location} has {size} bytes, {name!r} ends at {needed}; it is truncated, "
+                "copy it again"
+            )
+        _require_apart(path, location, taken)
+
+
+def _place(path: Path, tensor: onnx.TensorProto) -> tuple[str, int, int]:
+    """`(location, first byte, byte behind the last)`"""
+    said: dict[str, str] = {}
+    for entry in tensor.external_data:
+        if entry.key not in _KEYS or entry.key in said:
+            wrong = "twice" if entry.key in said else "which is no key of external data"
+            raise ModelUnreadable(f"{path}: the place of {tensor.name!r} says {entry.key!r}, {wrong}; refuse it")
+        said[entry.key] = entry.value
+    if any(getattr(tensor, field) for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data")):
+        raise ModelUnreadable(
+            f"{path}: {tensor.name!r} has its numbers inside and outside, and readers differ; refuse it"
+        )
+    location = said.get("location", "")
+    _require_below(path, location)
+    start, wanted = _whole(path, tensor.name, said, "offset"), _bytes(path, tensor)
+    length = _whole(path, tensor.name, said, "length") if "length" in said else wanted
+    if length != wanted:
+        raise ModelUnreadable(
+            f"{path}: {tensor.name!r} takes {length} bytes of {location}, its shape and dtype take {wanted}; refuse it"
+        )
+    return location, start, start + length
+
+
+def _require_below(path: Path, location: str) -> None:
+    windows = PureWindowsPath(location)  # knows both kinds of slashes, and drives
+    absolute = windows.is_absolute() or bool(windows.drive or windows.root)
+    if absolute or ".." in windows.parts or "\\" in location or "\0" in location:
+        raise ModelUnreadable(
+            f"{path}: keeps weights outside its folder ({location}); refuse it, or move them beside it"
+        )
+    if not windows.parts or windows.suffix.lower() in {".onnx", ".json", ".toml"}:
+        raise ModelUnreadable(f"{path}: keeps weights in {location!r}, which is no file for weights; refuse it")
+
+
+def _whole(path: Path, name: str, said: dict[str, str], key: str) -> int:
+    value = said.get(key, "0")
+    if not (value.isascii() and value.isdigit() and len(value) <= _LONGEST):
+        raise ModelUnreadable(f"{path}: the {key} of {name!r} is {value!r}, expected bytes from 0 on; refuse it")
+    return int(value)
+
+
+def _bytes(path: Path, tensor: onnx.TensorProto) -> int:
+    from onnx_ir import DataType
+
+    count = 1
+    for size in tensor.dims:
+        if size < 0:
+            raise ModelUnreadable(
+                f"{path}: tensor {tensor.name!r} has a negative dimension {list(tensor.dims)}; refuse it"
+            )
+        count *= size
+    try:
+        bits = DataType(tensor.data_type).bitwidth
+    except (ValueError, TypeError):
+        raise ModelUnreadable(
+            f"{path}: tensor {tensor.name!r} has no known dtype ({tensor.data_type}); refuse it"
+        ) from None
+    return -(-count * bits // 8)
+
+
+def _size(path: Path, location: str, vouched: bool) -> int:
+    data = path.parent / location
+    if not data.exists():
+        raise ModelUnreadable(f"{path}: its external data {location} is missing; put it beside the model")
+    if not data.is_file():
+        raise ModelUnreadable(f"{path}: its external data {location} is no regular file; refuse it")
+    if not vouched:
+        require_own(data, path.parent)
+    return data.stat().st_size
+
+
+def _require_apart(path: Path, location: str, taken: list[tuple[int, int, str]]) -> None:
+    """Tied weights have the same bytes; bytes in part the same are nobody's layout."""
+    ranges = sorted({(start, stop) for start, stop, _ in taken if stop > start})
+    for (start, stop), (after, _) in pairwise(ranges):
+        if after < stop:
+            names = {place[:2]: place[2] for place in taken}
+            raise ModelUnreadable(
+                f"{path}: in {location}, {names[start, stop]!r} reaches into the bytes of another tensor at {after}; refuse it"
+            )

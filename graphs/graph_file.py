@@ -1,0 +1,201 @@
+"""Reading a graph file that a stranger wrote: every rule is asked of the protobuf, before anything is built from it.
+
+Two readers of one file must see one graph: what is proved here is run elsewhere. So whatever protobuf lets a file say twice
+(two initializers of one name, two forms of a tensor's numbers, fields of another version) is refused instead of chosen from.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ModelUnreadable, first_line
+from .external_data import require_external_data
+
+if TYPE_CHECKING:
+    import onnx
+
+LARGEST_FILE = (2 << 30) - 1  # bytes; protobuf's own limit
+MOST_NODES = MOST_INITIALIZERS = 1_000_000  # the largest decoders have some ten thousand
+DEEPEST = 16  # bodies within bodies; decoders have two
+_STANDARD = frozenset({"", "ai.onnx", "com.microsoft"})
+_DATA_FIELDS = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
+_ONE_TENSOR, _MANY_TENSORS, _ONE_GRAPH, _MANY_GRAPHS = 4, 9, 5, 10  # onnx.AttributeProto.AttributeType
+_EXTERNAL, _STRING = 1, 8  # onnx.TensorProto.DataLocation, .DataType
+
+
+def read_graph_file(path: Path, vouched: bool = False) -> onnx.ModelProto:
+    """Parse a graph file; its external data is looked at, not read.
+
+    Args:
+        path: absolute.
+        vouched: links out of the folder may be followed, because it was us who made them (`external_data`).
+
+    Raises:
+        ModelUnreadable: it breaks a rule; the sentence says which.
+    """
+    proto = _parse(path)
+    require_readable_once(path, proto)
+    tensors = list(_tensors(path, proto))
+    for tensor in tensors:
+        if tensor.data_location != _EXTERNAL:
+            _require_numbers(path, tensor)
+    require_external_data(path, [tensor for tensor in tensors if tensor.data_location == _EXTERNAL], vouched)
+    return proto
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    import onnx
+
+    if not path.is_file():
+        raise ModelUnreadable(f"{path}: no such file; give an ONNX model")
+    if path.stat().st_size > LARGEST_FILE:
+        raise ModelUnreadable(
+            f"{path}: has {path.stat().st_size} bytes, a graph file ends at {LARGEST_FILE}; save its weights as external data"
+        )
+    try:
+        proto = onnx.ModelProto.FromString(path.read_bytes())
+    except Exception as error:  # protobuf and the OS each have exceptions of their own
+        raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated ({first_line(error)})") from None
+    if not proto.graph.node or not proto.graph.output:
+        raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated (no nodes or no outputs)")
+    if not proto.opset_import:  # they stand behind the graph: a file that was cut there still parses
+        raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated (no operator sets)")
+    return proto
+
+
+def require_readable_once(path: Path, proto: onnx.ModelProto) -> None:
+    """Nothing that another reader would take otherwise, and not more than a decoder can need.
+
+    Raises:
+        ModelUnreadable: which rule it breaks.
+    """
+    size = proto.ByteSize()
+    proto.DiscardUnknownFields()
+    if proto.ByteSize() != size:
+        raise ModelUnreadable(
+            f"{path}: holds fields that this version of onnx does not know; update onnx, or refuse it"
+        )
+    if proto.training_info:
+        raise ModelUnreadable(f"{path}: holds a training graph too; save it for inference")
+    _require_once(path, "operator set", (_domain(entry.domain) for entry in proto.opset_import))
+    _require_once(path, "function", ((_domain(f.domain), f.name, f.overload) for f in proto.functions))
+    for function in proto.functions:
+        if function.domain in _STANDARD:
+            raise ModelUnreadable(
+                f"{path}: defines its own {function.name!r} in the domain {function.domain!r}, which runtimes define; refuse it"
+            )
+    nodes = initializers = 0
+    for graph, depth in _graphs(proto):
+        if depth > DEEPEST:
+            raise ModelUnreadable(f"{path}: has bodies nested more than {DEEPEST} deep; is it a decoder?")
+        nodes, initializers = nodes + len(graph.node), initializers + len(graph.initializer)
+        if nodes > MOST_NODES or initializers > MOST_INITIALIZERS:
+            raise ModelUnreadable(
+                f"{path}: has more than {MOST_NODES} nodes or {MOST_INITIALIZERS} initializers; is it a decoder?"
+            )
+        if graph.sparse_initializer:
+            raise ModelUnreadable(
+                f"{path}: keeps weights as sparse_initializer, which cannot be guarded; save them dense"
+            )
+        _require_once(path, "initializer", (tensor.name for tensor in graph.initializer))
+        _require_nodes(path, graph.node)
+    for function in proto.functions:
+        _require_nodes(path, function.node)
+
+
+def _require_nodes(path: Path, nodes: Iterable[onnx.NodeProto]) -> None:
+    for node in nodes:
+        if node.op_type == "EPContext":
+            raise ModelUnreadable(
+                f"{path}: node {node.name!r} holds an engine that somebody else compiled (EPContext); start from the graph"
+            )
+        if len(node.attribute) > 1:
+            _require_once(path, f"attribute of {node.name!r}", (attribute.name for attribute in node.attribute))
+
+
+def _require_once(path: Path, what: str, names: Iterable[Any]) -> None:
+    counted = Counter(names)
+    twice = next((name for name, count in counted.items() if count > 1), None)
+    if twice is not None:
+        raise ModelUnreadable(f"{path}: has {what} {twice!r} twice, and readers differ in which they take; refuse it")
+
+
+def _require_numbers(path: Path, tensor: onnx.TensorProto) -> None:
+    """A tensor has its numbers in one form, and as many as its shape says."""
+    from onnx_ir import DataType
+
+    forms = [field for field in _DATA_FIELDS if getattr(tensor, field)]
+    if len(forms) > 1 or tensor.external_data or tensor.HasField("segment"):
+        raise ModelUnreadable(
+            f"{path}: tensor {tensor.name!r} has its numbers in several forms, and readers differ; refuse it"
+        )
+    if min(tensor.dims, default=0) < 0:
+        raise ModelUnreadable(f"{path}: tensor {tensor.name!r} has a negative dimension {list(tensor.dims)}; refuse it")
+    wanted = _count(tensor.dims)
+    held = len(getattr(tensor, forms[0])) if forms else 0
+    if forms == ["raw_data"] and tensor.data_type != _STRING:
+        bits = _bits(path, tensor, DataType)
+        fits = held == -(-wanted * bits // 8)
+    else:  # a number of less than a byte shares its place in int32_data with others
+        fits = wanted <= held * (8 if forms == ["int32_data"] else 1)
+    if not fits:
+        unit = "bytes" if forms == ["raw_data"] else "numbers"
+        raise ModelUnreadable(
+            f"{path}: tensor {tensor.name!r} says {list(tensor.dims)} and holds {held} {unit}; it is damaged, refuse it"
+        )
+
+
+def _bits(path: Path, tensor: onnx.TensorProto, types: Any) -> int:
+    try:
+        return types(tensor.data_type).bitwidth
+    except (ValueError, TypeError):
+        raise ModelUnreadable(
+            f"{path}: tensor {tensor.name!r} has no known dtype ({tensor.data_type}); refuse it"
+        ) from None
+
+
+def _count(dims: Iterable[int]) -> int:
+    count = 1
+    for size in dims:
+        count *= size
+    return count
+
+
+def _graphs(proto: onnx.ModelProto) -> Iterator[tuple[onnx.GraphProto, int]]:
+    """The graph and every body in it, those of functions too, each with how deep it lies."""
+    waiting = [(proto.graph, 0)]
+    waiting += [(body, 1) for function in proto.functions for node in function.node for body in _bodies(node)]
+    while waiting:
+        graph, depth = waiting.pop()
+        yield graph, depth
+        waiting += [(body, depth + 1) for node in graph.node for body in _bodies(node)]
+
+
+def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.type == _ONE_GRAPH:
+            yield attribute.g
+        elif attribute.type == _MANY_GRAPHS:
+            yield from attribute.graphs
+
+
+def _tensors(path: Path, proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor: initializers, and what nodes hold themselves."""
+    groups = [function.node for function in proto.functions]
+    for graph, _ in _graphs(proto):
+        yield from graph.initializer
+        groups.append(graph.node)
+    for nodes in groups:
+        for node in nodes:
+            for attribute in node.attribute:
+                if attribute.type == _ONE_TENSOR:
+                    yield attribute.t
+                elif attribute.type == _MANY_TENSORS:
+                    yield from attribute.tensors
+
+
+def _domain(name: str) -> str:
+    return "" if name == "ai.onnx" else name
