@@ -41,7 +41,7 @@ from ..graphs.strip import strip_guard
 from ..runtime.guarded import open_guarded_package
 from .calibrate import DEFAULT_BUDGET
 from .engines.verify import check_by_running, check_records, check_sources
-from .guide import DIRECTIONS_FILE, Guide
+from .guide import Guide
 from .no_worse import Refusals
 from .prove import ProofInputs, prove_by_running
 from .prove_fold import prove_fold_by_running

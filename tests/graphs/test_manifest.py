@@ -85,7 +85,9 @@ def test_a_manifest_is_read_back_as_it_was_written(folder: Path) -> None:
     assert list(manifest.files) == ["config.json", "onnx/model.onnx", "onnx/model.onnx_data"]
     weights = folder / "onnx" / "model.onnx_data"
     assert manifest.files["onnx/model.onnx_data"] == FileRecord(
-        size=len(b"weights"), modified_ns=0, sha256=sha256_file(weights)  # of big files alone a time is kept
+        size=len(b"weights"),
+        modified_ns=0,
+        sha256=sha256_file(weights),  # of big files alone a time is kept
     )
     assert (manifest.decoder, manifest.plan) == ("onnx/model.onnx", {"layers": [1, 2], "notes": ["a – b"]})
 
