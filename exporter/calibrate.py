@@ -48,7 +48,8 @@ class Trial:
 
     Attributes:
         margin: how far the gate's classes stand apart, in standard deviations.
-        restored: share of the harmful prompts answered word for word as the unguarded model answers them as text.
+        restored: share of the prompts with harmful text that are answered word for word as the unguarded model answers that
+            text alone.
         tally: of the prompts that it was asked.
         complete: false where it was stopped because it could no longer win.
     """
@@ -177,6 +178,8 @@ def calibrate(
         GuardError: no candidate refuses more harmful prompts than the unguarded model within the budget, or a control does
             as well as the winner.
         GuardWeakens: fewer harmful prompts are refused than without the guard.
+
+    Of prompts whose harm is in the picture alone `supervise` gets the harmless ones only (`visible`).
     """
     if not 0 <= budget < 1:
         raise GuardError(f"an over-refusal budget of {budget} is out of range; choose 0 or more, below 1")
@@ -185,6 +188,7 @@ def calibrate(
     _require_layers(spec, directions)
     _require_both_labels(prompts)
     spec = replace(spec, mode=spec.mode or "restore")
+    prompts = visible(prompts, spec.mode)
     study = _study(model, anatomy, directions, prompts, spec, budget, max_new_tokens, watch or unwatched)
     search = _Search(study, model, anatomy, spec, readout, max_new_tokens, watch or unwatched)
     best = search.run()
@@ -295,7 +299,7 @@ class _Search:
         restored = [
             answer == self.text_answers[index]
             for index, answer in zip(asked, result.answers, strict=True)
-            if self.prompts[index].label == "harmful"
+            if self.prompts[index].harmful_as_text
         ]
         margin = min(self.margins[layer] for layer in candidate.layers)
         self.trials.append(Trial(candidate, margin, float(np.mean(restored)), result, complete))
@@ -441,6 +445,12 @@ def _text_answers(
 # What cannot be calibrated on
 
 
+def visible(prompts: Sequence[LabelledPrompt], mode: str) -> list[LabelledPrompt]:
+    """The prompts that a mode can learn from: the text-only pass of `supervise` cannot see harm that is in the picture
+    alone, and would be asked to part prompts whose texts are the same. Their harmless texts stay: they have to pass."""
+    return [p for p in prompts if mode != "supervise" or p.label != "harmful" or p.harmful_as_text]
+
+
 def _require_layers(spec: GuardSpec, directions: Directions) -> None:
     absent = [number for number in spec.layers or () if number not in directions.layers]
     if absent:
@@ -472,6 +482,11 @@ def _require_both_labels(prompts: Sequence[LabelledPrompt]) -> None:
             raise PromptsUnusable(
                 f"calibration needs at least {FEWEST_FOLDS} different {label} prompts, found {len(different)}; add some"
             )
+    shown = {prompt.prompt for prompt in prompts if prompt.harmful_as_text}
+    if len(shown) < FEWEST_FOLDS:  # their level is what a guard brings back
+        raise PromptsUnusable(
+            f"calibration needs at least {FEWEST_FOLDS} different prompts whose text is harmful, found {len(shown)}; add some"
+        )
 
 
 def _cells(result: Tally) -> list[dict[str, Any]]:

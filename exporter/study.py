@@ -62,6 +62,11 @@ class Study:
         """`[prompts]` bool."""
         return np.array([label == "harmful" for label in self.labels or [prompt.label for prompt in self.prompts]])
 
+    @property
+    def harmful_text(self) -> np.ndarray:
+        """`[prompts]` bool: whose text shows the harm; of typographic prompts only the picture does."""
+        return self.harmful & np.array([prompt.setting != "typographic" for prompt in self.prompts])
+
     def relabelled(self, labels: Sequence[str]) -> Study:
         """The same states under other labels: a control."""
         return replace(self, labels=labels, _readouts={})
@@ -151,7 +156,7 @@ def threshold_between(
 def _layer_numbers(
     study: Study, folds: np.ndarray, candidate: Candidate, layer: int, without: frozenset[int]
 ) -> LayerDirections:
-    used, harmful = ~np.isin(folds, list(without)), study.harmful
+    used, harmful = ~np.isin(folds, list(without)), study.harmful_text
     ssd = study.directions.layers[layer].ssd[: candidate.rank]
     text = study.text_states[:, layer].astype(np.float64) @ ssd.T.astype(np.float64)
     gate = fit_gate(study, folds, candidate, layer, without)
