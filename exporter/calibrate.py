@@ -188,7 +188,7 @@ def calibrate(
     _require_layers(spec, directions)
     _require_both_labels(prompts)
     spec = replace(spec, mode=spec.mode or "restore")
-    prompts = visible(prompts, spec.mode)
+    prompts = visible(prompts, spec.mode or "restore")
     study = _study(model, anatomy, directions, prompts, spec, budget, max_new_tokens, watch or unwatched)
     search = _Search(study, model, anatomy, spec, readout, max_new_tokens, watch or unwatched)
     best = search.run()
