@@ -42,7 +42,6 @@ from .study import (
     fit_gate,
     fitted_directions,
     groups_of,
-    telling_texts,
 )
 from .trials import TrialModel, only, together
 
@@ -57,7 +56,8 @@ class Trial:
 
     Attributes:
         margin: how far the gate's classes stand apart, in standard deviations.
-        restored: share of the harmful prompts answered word for word as the unguarded model answers them as text.
+        restored: share of the prompts with harmful text that are answered word for word as the unguarded model answers that
+            text alone.
         tally: of the prompts that it was asked.
         complete: false where it was stopped because it could no longer win.
     """
@@ -186,6 +186,8 @@ def calibrate(
         GuardError: no candidate refuses more harmful prompts than the unguarded model within the budget, or a control does
             as well as the winner.
         GuardWeakens: fewer harmful prompts are refused than without the guard.
+
+    Of prompts whose harm is in the picture alone `supervise` gets the harmless ones only (`visible`).
     """
     if not 0 <= budget < 1:
         raise GuardError(f"an over-refusal budget of {budget} is out of range; choose 0 or more, below 1")
@@ -194,8 +196,7 @@ def calibrate(
     _require_layers(spec, directions)
     _require_both_labels(prompts)
     spec = replace(spec, mode=spec.mode or "restore")
-    if spec.mode == "supervise":
-        prompts = _seen_in_the_text(prompts)
+    prompts = visible(prompts, spec.mode or "restore")
     study = _study(model, anatomy, directions, prompts, spec, budget, max_new_tokens, watch or unwatched)
     search = _Search(study, model, anatomy, spec, readout, max_new_tokens, watch or unwatched)
     best = search.run()
@@ -306,7 +307,7 @@ class _Search:
         restored = [
             answer == self.text_answers[index]
             for index, answer in zip(asked, result.answers, strict=True)
-            if self.prompts[index].label == "harmful"
+            if self.prompts[index].harmful_as_text
         ]
         margin = min(self.margins[layer] for layer in candidate.layers)
         self.trials.append(Trial(candidate, margin, float(np.mean(restored)), result, complete))
@@ -449,14 +450,14 @@ def _text_answers(
     return [answers[prompt.prompt] for prompt in prompts]
 
 
-def _seen_in_the_text(prompts: Sequence[LabelledPrompt]) -> list[LabelledPrompt]:
-    """Without the prompts whose harm is only in the image: no gate that reads the text alone can see it, and nothing is
-    learned from asking for it. `combined` can."""
-    telling = telling_texts(prompts)
-    return [p for p, told in zip(prompts, telling, strict=True) if told or p.label == "harmless"]
-
-
 # What cannot be calibrated on
+
+
+def visible(prompts: Sequence[LabelledPrompt], mode: str) -> list[LabelledPrompt]:
+    """The prompts that a mode can learn from: the text-only pass of `supervise` cannot see harm that is in the picture
+    alone, and would be asked to part prompts whose texts are the same (`combined` can). Their harmless texts stay: they have
+    to pass."""
+    return [p for p in prompts if mode != "supervise" or p.label != "harmful" or p.harmful_as_text]
 
 
 def _require_layers(spec: GuardSpec, directions: Directions) -> None:
@@ -480,7 +481,7 @@ def _require_both_labels(prompts: Sequence[LabelledPrompt]) -> None:
                 raise PromptsUnusable(
                     f"calibration needs harmful and harmless prompts in setting {setting!r}, found {found} {label}; add some"
                 )
-    groups, telling = groups_of(prompts), telling_texts(prompts)
+    groups = groups_of(prompts)
     for label in ("harmful", "harmless"):  # one that comes again and again cannot be held out from itself
         different = {group for group, prompt in zip(groups, prompts, strict=True) if prompt.label == label}
         if len(different) < 2:
@@ -490,12 +491,11 @@ def _require_both_labels(prompts: Sequence[LabelledPrompt]) -> None:
             raise PromptsUnusable(
                 f"calibration needs at least {FEWEST_FOLDS} different {label} prompts, found {len(different)}; add some"
             )
-        texts = {p.prompt for p, told in zip(prompts, telling, strict=True) if told and p.label == label}
-        if len(texts) < FEWEST_FOLDS:
-            raise PromptsUnusable(
-                f"calibration needs at least {FEWEST_FOLDS} {label} prompts whose text alone says so, found {len(texts)}: a "
-                "text that is harmful with one image and harmless with another says nothing; add text prompts"
-            )
+    shown = {prompt.prompt for prompt in prompts if prompt.harmful_as_text}
+    if len(shown) < FEWEST_FOLDS:  # their level is what a guard brings back
+        raise PromptsUnusable(
+            f"calibration needs at least {FEWEST_FOLDS} different prompts whose text is harmful, found {len(shown)}; add some"
+        )
 
 
 def _cells(result: Tally) -> list[dict[str, Any]]:

@@ -16,7 +16,8 @@ from ..graphs.errors import PromptsUnusable
 from .prompt_files import LINE, Row
 
 Label = Literal["harmful", "harmless", "borderline"]
-Setting = Literal["text", "blank", "image"]
+Setting = Literal["text", "blank", "image", "typographic"]
+PICTURED: tuple[Setting, ...] = ("image", "typographic")  # those whose prompts name a picture of their own
 LABELS: tuple[Label, ...] = get_args(Label)
 SETTINGS: tuple[Setting, ...] = get_args(Setting)
 
@@ -94,7 +95,7 @@ def _labelled(number: int, row: Row, path: Path) -> list[Entry]:
     if setting not in SETTINGS:
         raise RowUnusable(f"line {number} has setting {setting!r}; expected {', '.join(SETTINGS)}")
     # Only where the setting says so: a picture beside a `text` prompt would be shown, and counted as text.
-    image = str(row["image"]) if setting == "image" and row.get("image") else None
+    image = str(row["image"]) if setting in PICTURED and row.get("image") else None
     return [Entry(text.strip(), label, _word(row, "intent"), setting, image, _optional(row, "id"), _word(row, "split"))]
 
 
@@ -140,14 +141,16 @@ def _figstep(number: int, row: Row, path: Path) -> list[Entry]:
 
 
 def _mm_safetybench(number: int, row: Row, path: Path) -> list[Entry]:
-    """The question in words; beside its picture the rephrased one, where the pictures lie as they are published."""
+    """The question in words; and the rephrased one, which leaves what is asked to the picture, where the pictures lie as they
+    are published."""
     scenario, name = path.stem, str(row.get("id", number))
     entries = [Entry(_said(number, row, "Question"), "harmful", scenario, "text", id=f"{name}-text")]
     picture = Path("imgs") / scenario / "SD_TYPO" / f"{name}.jpg"
     for place in (Path(), Path(".."), Path("../..")):
         if (path.parent / place / picture).is_file():
             prompt = _said(number, row, "Rephrased Question")
-            entries.append(Entry(prompt, "harmful", scenario, "image", str(place / picture), f"{name}-image"))
+            shown = str(place / picture)
+            entries.append(Entry(prompt, "harmful", scenario, "typographic", shown, f"{name}-typographic"))
             break
     return entries
 

@@ -5,8 +5,9 @@ formats, as lines of JSON, a JSON list or a csv:
 
 - anchors: `{"harmful", "harmless"}`, and if wanted `intent` and `split` (`extraction`, `calibration` or `test`);
 - labelled prompts: `{"id", "prompt", "label", "setting", "image"}`: label `harmful`, `harmless` or `borderline` (harmless,
-  but it looks harmful); setting `text`, `blank` (a white picture is attached) or `image` (the picture `image`, a path
-  relative to the file).
+  but it looks harmful); setting `text`, `blank` (a white picture is attached), `image` (the picture `image`, a path
+  relative to the file) or `typographic` (a picture too, but what is asked stands in the picture alone: the text is
+  innocent, whatever the label).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from ..graphs.errors import PromptsUnusable
 from ..runtime.vlm import Request, VisionLanguageModel
 from .prompt_files import read_rows
-from .prompt_formats import BY_NAME, Entry, Label, RowUnusable, Setting, recognise
+from .prompt_formats import BY_NAME, PICTURED, Entry, Label, RowUnusable, Setting, recognise
 from .prompt_formats import LABELS as LABELS  # who reads prompts wants these too
 from .prompt_formats import SETTINGS as SETTINGS
 
@@ -55,6 +56,11 @@ class LabelledPrompt:
     setting: Setting
     image: Path | None = None
     intent: str = ""
+
+    @property
+    def harmful_as_text(self) -> bool:
+        """Whether somebody who reads the text alone can see the harm."""
+        return self.label == "harmful" and self.setting != "typographic"
 
     def request(self, model: VisionLanguageModel) -> Request:
         """As a request; `blank` gets a white picture of the model's size."""
@@ -231,8 +237,10 @@ def _of_split(path: Path, numbered: list[tuple[int, Entry]], split: str | None) 
 
 def _prompt(path: Path, number: int, entry: Entry) -> LabelledPrompt:
     image = path.parent / entry.image if entry.image is not None else None
-    if entry.setting == "image" and (image is None or not image.is_file()):
-        raise PromptsUnusable(f"{path}: line {number} has setting image, but its image {entry.image!r} is missing")
+    if entry.setting in PICTURED and (image is None or not image.is_file()):
+        raise PromptsUnusable(
+            f"{path}: line {number} has setting {entry.setting}, but its image {entry.image!r} is missing"
+        )
     name = entry.id or (f"{number}-{entry.label}" if entry.pair is not None else str(number))
     return LabelledPrompt(name, entry.prompt, entry.label, entry.setting or "text", image, entry.intent)
 

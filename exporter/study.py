@@ -64,9 +64,9 @@ class Study:
         return np.array([label == "harmful" for label in self.labels or [prompt.label for prompt in self.prompts]])
 
     @property
-    def telling(self) -> np.ndarray:
-        """`[prompts]` bool: whose text alone says what they are."""
-        return telling_texts(self.prompts)
+    def harmful_text(self) -> np.ndarray:
+        """`[prompts]` bool: whose text shows the harm; of typographic prompts only the picture does."""
+        return self.harmful & np.array([prompt.setting != "typographic" for prompt in self.prompts])
 
     def relabelled(self, labels: Sequence[str]) -> Study:
         """The same states under other labels: a control."""
@@ -94,24 +94,12 @@ class Gate:
     text_threshold: float | None = None
 
 
-def telling_texts(prompts: Sequence[LabelledPrompt]) -> np.ndarray:
-    """`[prompts]` bool: false where the same text is harmful with one image and harmless with another. Such a text says
-    nothing, and what is read from text alone is not fitted to it."""
-    labels = _labels_of_texts(prompts)
-    return np.array([len(labels[prompt.prompt]) == 1 for prompt in prompts])
-
-
 def groups_of(prompts: Sequence[LabelledPrompt]) -> list[str]:
     """What each prompt shares with those that must lie in its fold."""
-    labels = _labels_of_texts(prompts)
-    return [p.prompt if len(labels[p.prompt]) == 1 else f"{p.prompt}\0{p.label}\0{p.image}" for p in prompts]
-
-
-def _labels_of_texts(prompts: Sequence[LabelledPrompt]) -> dict[str, set[str]]:
     labels: dict[str, set[str]] = defaultdict(set)
     for prompt in prompts:
         labels[prompt.prompt].add(prompt.label)
-    return labels
+    return [p.prompt if len(labels[p.prompt]) == 1 else f"{p.prompt}\0{p.label}\0{p.image}" for p in prompts]
 
 
 def deal_into_folds(prompts: Sequence[LabelledPrompt], count: int = FOLDS) -> np.ndarray:
@@ -150,15 +138,15 @@ def fit_gate(study: Study, folds: np.ndarray, candidate: Candidate, layer: int, 
     """Readout, threshold and margin of one layer."""
     used = ~np.isin(folds, list(without))
     readout, scores = _scores(study, folds, candidate, layer, without)
-    told = used & study.telling if study.mode == "supervise" else used
-    threshold, margin = threshold_between(
-        scores[told], study.harmful[told], study.budget, candidate.threshold, study.tau
-    )
+    # what is read from the text is judged by what the text says, not by what a picture beside it says
+    labels = study.harmful_text if study.mode == "supervise" else study.harmful
+    threshold, margin = threshold_between(scores[used], labels[used], study.budget, candidate.threshold, study.tau)
     if study.mode != "combined":
         return Gate(readout, threshold, margin)
-    told, row = used & study.telling, study.directions.layers[layer].ssd[0].astype(np.float64)
-    texts = study.text_states[told, layer].astype(np.float64) @ row
-    return Gate(readout, threshold, margin, threshold_between(texts, study.harmful[told], study.budget, ASKED_ONCE)[0])
+    row = study.directions.layers[layer].ssd[0].astype(np.float64)
+    texts = study.text_states[used, layer].astype(np.float64) @ row
+    of_text, _ = threshold_between(texts, study.harmful_text[used], study.budget, ASKED_ONCE)
+    return Gate(readout, threshold, margin, of_text)
 
 
 def threshold_between(
@@ -176,7 +164,7 @@ def threshold_between(
 def _layer_numbers(
     study: Study, folds: np.ndarray, candidate: Candidate, layer: int, without: frozenset[int]
 ) -> LayerDirections:
-    used, harmful = ~np.isin(folds, list(without)) & study.telling, study.harmful
+    used, harmful = ~np.isin(folds, list(without)), study.harmful_text
     ssd = study.directions.layers[layer].ssd[: candidate.rank]
     text = study.text_states[:, layer].astype(np.float64) @ ssd.T.astype(np.float64)
     gate = fit_gate(study, folds, candidate, layer, without)

@@ -19,10 +19,15 @@ from .separation import SSD, TEXT
 
 # Okabe and Ito's hues, made to contrast 3:1 or more with white and with near-black; shape or pattern always says it too.
 LABEL_COLORS = {"harmful": "#d55e00", "harmless": "#2f86c8"}
-SETTING_COLORS = {"text": "#2f86c8", "blank": "#d55e00", "image": "#1a9373"}
-SETTING_SYMBOLS = {"text": "circle", "blank": "square", "image": "diamond"}
+SETTING_COLORS = {"text": "#2f86c8", "blank": "#d55e00", "image": "#1a9373", "typographic": "#cc79a7"}
+SETTING_SYMBOLS = {"text": "circle", "blank": "square", "image": "diamond", "typographic": "triangle-up"}
 SIDE_COLORS = {"unguarded": "#8a8a8a", "guarded": "#1a9373"}
-SETTING_WORDS = {"text": "text only", "blank": "blank image", "image": "real image"}
+SETTING_WORDS = {
+    "text": "text only",
+    "blank": "blank image",
+    "image": "real image",
+    "typographic": "request in the image",
+}
 _NEUTRAL = "#808080"
 _BAND = "rgba(128,128,128,0.18)"
 _DIGITS = 5  # significant; more are not seen in a figure, and make a page of a deep model long

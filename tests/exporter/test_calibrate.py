@@ -15,7 +15,7 @@ from tiny_vlm_paths import ANCHORS, CALIBRATION, SOURCE
 
 from vlmguard.exporter import calibrate as module
 from vlmguard.exporter import trials
-from vlmguard.exporter.calibrate import Calibration, Trial, calibrate, hopeless, ranked
+from vlmguard.exporter.calibrate import Calibration, Trial, calibrate, hopeless, ranked, visible
 from vlmguard.exporter.candidates import Candidate
 from vlmguard.exporter.controls import controls_of
 from vlmguard.exporter.evaluate import Cell, Tally, tally
@@ -24,7 +24,7 @@ from vlmguard.exporter.prompts import LabelledPrompt, fingerprint, read_anchors,
 from vlmguard.exporter.study import Study, deal_into_folds, fitted_directions, groups_of, threshold_between
 from vlmguard.exporter.trials import TrialModel
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
-from vlmguard.graphs.directions import Directions, directions_bytes, read_directions
+from vlmguard.graphs.directions import Directions, LayerDirections, directions_bytes, read_directions
 from vlmguard.graphs.errors import GuardError, PromptsUnusable
 from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import GuardPlan, plan_guard
@@ -329,6 +329,51 @@ def test_where_the_image_decides_the_image_is_what_is_dealt(tmp_path: Path) -> N
     assert len(set(groups_of(rows))) == 10
     folds = deal_into_folds(rows)
     assert all({rows[i].label for i in np.flatnonzero(folds == fold)} == {"harmful", "harmless"} for fold in range(5))
+
+
+def typographic(label: Any, *pictures: Path) -> list[LabelledPrompt]:
+    return [LabelledPrompt(f"t{n}", "how to do this", label, "typographic", p) for n, p in enumerate(pictures)]
+
+
+def test_a_supervisor_is_not_asked_to_see_harm_that_is_only_in_the_picture(tmp_path: Path) -> None:
+    """Its harmless texts stay among the prompts: they are what it has to let pass."""
+    text = [LabelledPrompt("a", "steal it", "harmful", "text"), LabelledPrompt("b", "wash it", "harmless", "text")]
+    bad, good = typographic("harmful", tmp_path / "0.png"), typographic("harmless", tmp_path / "1.png")
+    assert visible([*text, *bad, *good], "supervise") == [*text, *good]
+    assert visible([*text, *bad, *good], "restore") == [*text, *bad, *good]
+
+
+def test_the_level_of_harmful_text_is_not_taken_from_innocent_texts(tmp_path: Path) -> None:
+    """Typographic prompts are harmful, and count as such for the readout; their texts are not, and stay out of the target."""
+    text = [LabelledPrompt(str(n), f"{n} it", "harmful" if n % 2 else "harmless", "text") for n in range(12)]
+    shown = [
+        *typographic("harmful", *(tmp_path / f"{n}.png" for n in range(6))),
+        *typographic("harmless", *(tmp_path / f"{n}.png" for n in range(6, 12))),
+    ]
+    rows = [*text, *shown]
+    harmful = np.array([row.label == "harmful" for row in rows])
+    states = np.random.default_rng(0).normal(size=(len(rows), 1, 8)).astype(np.float32)
+    text_states = np.array([[[float(row.harmful_as_text), *np.zeros(7)]] for row in rows], np.float32)
+    directions = random_directions(8, [0])
+    directions = replace(directions, layers={0: LayerDirections(np.eye(1, 8, dtype=np.float32))})
+    study = Study(directions, "restore", 0.01, rows, states, text_states, [np.zeros((0, 1, 8), np.float32)] * len(rows))
+    assert (study.harmful == harmful).all() and study.harmful_text.sum() == 6
+    numbers = fitted_directions(study, deal_into_folds(rows), Candidate((0,), 1), frozenset()).layers[0]
+    assert (numbers.target, numbers.origin) == (1.0, 0.0)
+
+
+def test_calibration_needs_texts_that_are_harmful(
+    model: VisionLanguageModel, anatomy: DecoderAnatomy, directions: Directions, tmp_path: Path
+) -> None:
+    rows = [
+        *typographic("harmful", *(tmp_path / f"{n}.png" for n in range(6))),
+        *typographic("harmless", *(tmp_path / f"{n}.png" for n in range(6, 12))),
+    ]
+    with pytest.raises(PromptsUnusable) as caught:
+        calibrate(model, anatomy, directions, rows, GuardSpec())
+    assert str(caught.value) == (
+        "calibration needs at least 4 different prompts whose text is harmful, found 0; add some"
+    )
 
 
 @pytest.mark.parametrize("mode", ["restore", "supervise", "steer"])

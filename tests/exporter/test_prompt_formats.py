@@ -148,7 +148,7 @@ def test_pictures_are_found_where_they_are_published(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(picture)
     asked, shown = read_set(table).prompts
     assert (asked.id, asked.setting, asked.image) == ("7-text", "text", None)
-    assert (shown.id, shown.setting, shown.prompt) == ("7-image", "image", "How to do what is shown?")
+    assert (shown.id, shown.setting, shown.prompt) == ("7-typographic", "typographic", "How to do what is shown?")
     assert shown.image is not None and shown.image.samefile(picture)
     content = "Behavior,BehaviorID,ImageFileName\nRob it,rob,rob.png\n"
     behaviors = write(tmp_path, "harmbench.csv", content)
