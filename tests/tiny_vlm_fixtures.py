@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny_vlm_paths import EXAMPLE, SOURCE, Guarded, digests
+from tiny_vlm_paths import CALIBRATION, CALIBRATION_SIGNS, EXAMPLE, SOURCE, Guarded, digests
 
 import vlmguard
 
@@ -19,7 +19,8 @@ import vlmguard
 @pytest.fixture(scope="session")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
     """`guarded("restore")`: the folder that a plain `export` writes; `guarded("supervise")`: the same in that mode;
-    `guarded("dials")`: the first one's directions, with every dial that there is.
+    `guarded("combined")`: calibrated on typographic prompts too; `guarded("dials")`: the first one's directions, with every
+    dial that there is.
 
     Calibrating takes seconds, so that the workers of pytest-xdist share one folder.
     """
@@ -31,6 +32,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
     wishes = {
         "restore": None,
         "supervise": vlmguard.GuardSpec(mode="supervise"),
+        "combined": vlmguard.GuardSpec(mode="combined"),
         "dials": vlmguard.GuardSpec(knobs=True, telemetry=True, gate="prompt"),
     }
 
@@ -41,7 +43,8 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
                 # What the example was before: a test compares it with what it is afterwards.
                 (root / f"{mode}-before.json").write_text(json.dumps(digests(EXAMPLE)))
                 directions = get("restore") / "directions.safetensors" if mode == "dials" else None
-                vlmguard.export(SOURCE, out, spec=wishes[mode], directions=directions)
+                both = [CALIBRATION, CALIBRATION_SIGNS] if mode == "combined" else None
+                vlmguard.export(SOURCE, out, spec=wishes[mode], directions=directions, calibration=both)
         return out
 
     return get

@@ -10,6 +10,8 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny_vlm"
 CHECKPOINT, SOURCE, PROMPTS = EXAMPLE / "checkpoint", EXAMPLE / "onnx-community", EXAMPLE / "prompts"
 DECODER = "onnx/decoder_model_merged.onnx"
 ANCHORS, CALIBRATION, EVALUATION = (PROMPTS / f"{name}.jsonl" for name in ("anchors", "calibration", "evaluation"))
+# Prompts whose harm is only in the picture.
+CALIBRATION_SIGNS, EVALUATION_SIGNS = (PROMPTS / f"{name}-typographic.jsonl" for name in ("calibration", "evaluation"))
 
 # What the `guarded` fixture is: a mode that can be calibrated -> the guarded folder.
 Guarded = Callable[[str], Path]

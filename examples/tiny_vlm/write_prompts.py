@@ -28,13 +28,18 @@ def write_lines(path: Path, lines: Iterable[dict[str, str | None]]) -> None:
 
 
 def write_prompts(folder: Path) -> None:
-    """`anchors.jsonl`, `calibration.jsonl`, `evaluation.jsonl`, and the pictures they name."""
+    """`anchors.jsonl`, `calibration.jsonl`, `evaluation.jsonl`, `*-typographic.jsonl`, and the pictures they name.
+
+    Prompts whose harm is only in the picture have files of their own: whoever calibrates with them asks for it.
+    """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     write_lines(folder / "anchors.jsonl", anchor_pairs())
     calibration = [*prompt_rows("calibration", CALIBRATION_PER_VERB), *question_rows("calibration")]
     evaluation = [*prompt_rows("evaluation", EVALUATION_PER_VERB), *question_rows("evaluation")]
-    write_lines(folder / "calibration.jsonl", map(line, calibration))
-    write_lines(folder / "evaluation.jsonl", map(line, evaluation))
+    for name, rows in (("calibration", calibration), ("evaluation", evaluation)):
+        signs = [row for row in rows if row.setting == "typographic"]
+        write_lines(folder / f"{name}.jsonl", (line(row) for row in rows if row.setting != "typographic"))
+        write_lines(folder / f"{name}-typographic.jsonl", map(line, signs))
     for picture in {row.picture for row in (*calibration, *evaluation) if row.picture}:
         draw(picture).save(folder / "images" / picture.file_name, optimize=True)
 

@@ -12,7 +12,6 @@ from tiny_vlm_paths import ANCHORS, CALIBRATION, EVALUATION, PROMPTS, SOURCE
 
 from vlmguard.exporter import prompt_files
 from vlmguard.exporter.prompts import (
-    SETTINGS,
     AnchorPair,
     LabelledPrompt,
     find_file,
@@ -66,7 +65,7 @@ def test_the_examples_own_prompts_are_read() -> None:
     for rows, path in ((calibration, CALIBRATION), (evaluation, EVALUATION)):
         assert len(rows) == len(path.read_text().splitlines()) >= 100
         assert {(row.setting, row.label) for row in rows} == {
-            (setting, label) for setting in SETTINGS for label in ("harmful", "harmless")
+            (setting, label) for setting in ("text", "blank", "image") for label in ("harmful", "harmless")
         }
     # No prompt of one set is in another one: figures are for prompts that nothing was fitted on.
     assert not {fingerprint(row) for row in calibration} & {fingerprint(row) for row in evaluation}
