@@ -351,6 +351,9 @@ def load_graph(path: Path) -> ir.Model:
         raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated (no nodes or no outputs)")
     if not model.opset_imports:  # they stand behind the graph: a file that was cut there still parses
         raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated (no operator sets)")
+    idle = next((node for node in model.graph.all_nodes() if not node.outputs), None)
+    if idle is not None:
+        raise ModelUnreadable(f"{path}: node {idle.name!r} ({idle.op_type}) has no outputs; export it again")
     for tensor in _external_tensors(model):
         _require_data(path, tensor)
     return model

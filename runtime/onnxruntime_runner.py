@@ -69,7 +69,7 @@ class OnnxRuntimeRunner:
         options = runtime.SessionOptions()
         levels = runtime.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong comes as an exception too
         chosen = providers or _preferred(runtime.get_available_providers())
         if isinstance(graph, bytes):
             options.add_session_config_entry(_FOLDER_OPTION, str(folder))
