@@ -4,7 +4,7 @@
     python tests/hostile/fuzz.py --seed 1234 --keep DIR  # one case again, with its files
 
 A case passes if it is refused in one printable line with exit code 1 and leaves no file behind, or if it is guarded, proved
-and verified. A crash, a traceback, more than `SECONDS`, more memory than the budget, or a change to any file but OUT is a finding.
+and verified. A crash, a traceback, more than `SECONDS`, more memory than the budget, a change to any file but OUT: findings.
 """
 
 from __future__ import annotations
