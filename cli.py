@@ -5,7 +5,9 @@ Exit codes: 0 done, 1 refused (one line says why and what to do next), 2 wrong u
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -851,6 +853,9 @@ def main_export() -> NoReturn:
 
 
 def _run(arguments: list[str]) -> NoReturn:
+    # What libraries say about odd files and odd numbers: our own checks find it, and tell it in one line.
+    logging.getLogger("onnx_ir").setLevel(logging.CRITICAL)
+    warnings.simplefilter("ignore")
     try:
         app(arguments, prog_name="vlmguard")
     except GuardError as error:

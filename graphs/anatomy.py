@@ -25,7 +25,7 @@ from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
 from .bodies import branches_on_path
 from .dataflow import Flow, Vertex, is_skip_norm, is_sorted
-from .errors import AnatomyNotFound
+from .errors import AnatomyNotFound, ModelUnreadable, first_line
 from .scribe import PREFIX
 
 SiteKind = Literal["add", "skip_norm"]
@@ -240,9 +240,15 @@ def prepare(model: ir.Model) -> None:
     """Make structure visible: inline model-local functions, put nodes behind what they read, infer types where the
     exporter wrote none."""
     if model.functions:
-        InlinePass()(model)
+        try:
+            InlinePass()(model)
+        except (ir.passes.InvariantError, ir.passes.PassError) as error:
+            raise ModelUnreadable(f"the graph's own functions cannot be inlined ({first_line(error)})") from None
     if not all(is_sorted(graph) for graph in model.graphs()):
-        model.graph.sort()  # onnxruntime's float16 converter appends casts behind their readers, and its runtime sorts
+        try:
+            model.graph.sort()  # onnxruntime's float16 converter appends casts behind their readers, and its runtime sorts
+        except ValueError:
+            raise ModelUnreadable("the graph has a cycle: some node reads what is made of its own output") from None
     missing = any(value.dtype is None for node in model.graph.all_nodes() for value in node.outputs if value.name)
     if missing:  # TorchScript files (optimum) have no value types at all
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)

@@ -398,6 +398,9 @@ def load_graph(path: Path, vouched: bool = False) -> ir.Model:
     except Exception as error:  # onnx_ir has exceptions of its own
         raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated ({first_line(error)})") from None
     set_base_dir(model.graph, str(path.parent))
+    idle = next((node for node in model.graph.all_nodes() if not node.outputs), None)
+    if idle is not None:
+        raise ModelUnreadable(f"{path}: node {idle.name!r} ({idle.op_type}) has no outputs; export it again")
     return model
 
 

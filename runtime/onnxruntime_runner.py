@@ -69,9 +69,8 @@ class OnnxRuntimeRunner:
         options = runtime.SessionOptions()
         levels = runtime.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
-        options.log_severity_level = (
-            4  # what it has to say comes as an exception; its log would print names of files as they are
-        )
+        # What it has to say comes as an exception; its log would print names from files as they are.
+        options.log_severity_level = 4
         chosen = providers or _preferred(runtime.get_available_providers())
         if isinstance(graph, bytes):
             options.add_session_config_entry(_FOLDER_OPTION, str(folder))

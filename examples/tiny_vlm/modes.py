@@ -1,8 +1,8 @@
 """What each mode does to the tiny VLM: `python modes.py` measures it and writes the table of docs/method.md.
 
 Each mode is exported as a user would, from the model's folder and nothing else (directions extracted, the rest calibrated), and
-asked the held-out prompts; modes that can see harm that is only in the picture once more, calibrated on such prompts too. A mode
-that is refused stands in the table with its sentence. No figure was typed.
+asked the held-out prompts; modes that can see harm that is only in the picture once more, calibrated on such prompts too. A
+mode that is refused stands in the table with its sentence. No figure was typed.
 
     python modes.py             # measure, write (some minutes on one core)
     python modes.py --check     # measure, and say whether the page has these figures
