@@ -15,9 +15,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .exporter.checkpoint import convert_checkpoint
+    from .exporter.checkpoints.convert import convert_checkpoint
     from .exporter.pipeline import ExportResult, export, extract_directions, inspect
-    from .exporter.verify import Verification, verify
+    from .exporter.proof.verify import Verification, verify
     from .graphs.anatomy import DecoderAnatomy
     from .graphs.directions import Directions, read_directions
     from .graphs.errors import GuardError
@@ -34,13 +34,13 @@ _PUBLIC = {
     "GuardError": ".graphs.errors",
     "GuardSpec": ".graphs.spec",
     "GuardedVLM": ".runtime.guarded",
-    "Verification": ".exporter.verify",
-    "convert_checkpoint": ".exporter.checkpoint",
+    "Verification": ".exporter.proof.verify",
+    "convert_checkpoint": ".exporter.checkpoints.convert",
     "export": ".exporter.pipeline",
     "extract_directions": ".exporter.pipeline",
     "inspect": ".exporter.pipeline",
     "read_directions": ".graphs.directions",
-    "verify": ".exporter.verify",
+    "verify": ".exporter.proof.verify",
 }
 
 __all__ = [

@@ -493,7 +493,7 @@ def convert_command(
 ) -> None:
     """Export a checkpoint WITHOUT a guard, the base to compare with: the onnx-community layout, or that of --exporter."""
     from .exporter import tables
-    from .exporter.exporters import export_checkpoint
+    from .exporter.checkpoints.exporters import export_checkpoint
     from .graphs.staging import staged
 
     with tables.bars(err) as watch, staged(out_folder, force) as stage:
@@ -597,7 +597,7 @@ def verify_command(
 ) -> None:
     """Redo the structural proof of a guarded folder from its files alone; with --source against the unguarded model too."""
     from .exporter import tables
-    from .exporter.verify import verify
+    from .exporter.proof.verify import verify
 
     with tables.bars(err) as watch:
         result = verify(guarded, source, run, proof_inputs or (), watch, public_key=verify_signature)
@@ -624,7 +624,7 @@ def sign_command(
     A proof says what a folder is, a signature whose it is. Whoever holds the files can take the guard out, and make all
     digests fit; without the private key nobody can sign the result.
     """
-    from .exporter.signing import sign
+    from .exporter.artifact.signing import sign
 
     path = sign(guarded, key)
     out.print(f"[bold]signed[/bold]: {escape(str(path))}", highlight=False, soft_wrap=True)
@@ -731,8 +731,8 @@ def evaluate_command(
 ) -> None:
     """Ask both models the same held-out prompts: refusals and attacks per setting, open gates, drift on harmless text."""
     from .exporter import tables
-    from .exporter.evaluate import compare
-    from .exporter.evaluation_tables import show_evaluation
+    from .exporter.evaluation.evaluate import compare
+    from .exporter.evaluation.tables import show_evaluation
 
     if answers and record is None:
         raise typer.BadParameter("--answers keeps them in the file of --out; name one")
@@ -769,7 +769,7 @@ def prompts_command(
     as_json: AsJson = False,
 ) -> None:
     """Show what prompt files hold, and which prompts they share. Without FILE: the known formats, the built-in prompts."""
-    from .exporter.prompt_report import look_at, require_disjoint, show_formats, show_prompts
+    from .exporter.prompts.holdings import look_at, require_disjoint, show_formats, show_prompts
 
     report = look_at(sources or ())
     if as_json:

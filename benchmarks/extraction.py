@@ -20,7 +20,7 @@ from measure import Spread, say, turns
 from record import parser, write_result
 from shapes import SHAPES, built
 
-from vlmguard.exporter.extract import collect_states, tapped
+from vlmguard.exporter.extraction.extract import collect_states, tapped
 from vlmguard.exporter.pipeline import dissect_decoder
 from vlmguard.graphs.package import open_package
 from vlmguard.runtime.vlm import Request, VisionLanguageModel

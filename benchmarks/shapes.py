@@ -88,7 +88,7 @@ def _qwen2(shape: Shape) -> Any:
 def llava_folder(shape: Shape, models: Path) -> tuple[Path, Path]:
     """A LLaVA checkpoint with a decoder of that shape and the smallest of image towers, and the same in the onnx-community
     layout as vlmguard exports it, both float16; made on first use."""
-    from vlmguard.exporter.checkpoint import convert_checkpoint
+    from vlmguard.exporter.checkpoints.convert import convert_checkpoint
 
     def make(folder: Path) -> None:
         import torch
@@ -123,7 +123,7 @@ def llava_folder(shape: Shape, models: Path) -> tuple[Path, Path]:
 
 def built(shape: Shape, precision: Precision, models: Path) -> Path:
     """The checkpoint as onnxruntime-genai's builder exports it for a CPU; made on first use, which takes minutes."""
-    from vlmguard.exporter.exporters import export_checkpoint
+    from vlmguard.exporter.checkpoints.exporters import export_checkpoint
 
     source = checkpoint(shape, models)
     return _made_once(

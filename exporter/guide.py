@@ -17,14 +17,13 @@ from ..graphs.spec import GuardSpec
 from ..runtime.decoder import DecoderSession, can_pad, open_decoder
 from ..runtime.vision import unknown_processor
 from ..runtime.vlm import Request, VisionLanguageModel
-from .anchors import Anchors, open_anchors
-from .calibrate import ANSWER_TOKENS, Calibration, calibrate
-from .estimators import DEFAULT_ESTIMATOR
-from .extract import extract_all_layers
-from .kept_states import kept_beside, model_digest
-from .no_worse import Refusals, ask_both, require_no_fewer
-from .overlaps import require_held_out
-from .prompts import (
+from .calibration.calibrate import ANSWER_TOKENS, Calibration, calibrate
+from .calibration.no_worse import Refusals, ask_both, require_no_fewer
+from .extraction.estimators import DEFAULT_ESTIMATOR
+from .extraction.extract import extract_all_layers
+from .extraction.kept_states import kept_beside, model_digest
+from .prompts.anchors import Anchors, open_anchors
+from .prompts.labelled import (
     BUILTIN,
     LabelledPrompt,
     Sources,
@@ -35,7 +34,8 @@ from .prompts import (
     read_anchors,
     read_prompts,
 )
-from .prove import ProofInputs, given_inputs, proof_inputs, random_inputs
+from .prompts.overlaps import require_held_out
+from .proof.prove import ProofInputs, given_inputs, proof_inputs, random_inputs
 from .shards import Spreader, here
 from .sources import Source, Watch
 

@@ -29,20 +29,20 @@ from ..graphs.staging import Data, create_file, require_writable, staged, write_
 from ..graphs.static_proof import Check, prove_structure
 from ..graphs.tensorrt import require_readable
 from ..runtime.onnxruntime_runner import import_onnxruntime
-from .calibrate import DEFAULT_BUDGET, Calibration
-from .estimators import DEFAULT_ESTIMATOR
-from .exporters import ExporterName, Precision
-from .folder import GuardedDecoder, bring_companions, bring_weights, notes_on_files, write_manifest
-from .guard_config import CONFIG_NAME, GuardConfig, config_of, read_config, to_toml
+from .artifact.folder import GuardedDecoder, bring_companions, bring_weights, notes_on_files, write_manifest
+from .artifact.signing import require_key, write_signature
+from .artifact.stamp import stamp
+from .calibration.calibrate import DEFAULT_BUDGET, Calibration
+from .calibration.guard_config import CONFIG_NAME, GuardConfig, config_of, read_config, to_toml
+from .calibration.no_worse import Refusals
+from .checkpoints.exporters import ExporterName, Precision
+from .extraction.estimators import DEFAULT_ESTIMATOR
 from .guide import EXTRACTED_RANK, Guide, anchors_for
-from .no_worse import Refusals
-from .prompts import Sources
-from .prove import ProofInputs, prove_by_running
-from .prove_fold import prove_fold_by_running
+from .prompts.labelled import Sources
+from .proof.prove import ProofInputs, prove_by_running
+from .proof.prove_fold import prove_fold_by_running
 from .shards import Spreader, spreading
-from .signing import require_key, write_signature
 from .sources import Watch, is_checkpoint, opened, require_apart, unwatched
-from .stamp import stamp
 
 
 @dataclass(frozen=True)
@@ -415,7 +415,7 @@ def _extract_in_torch(
     tell: Watch,
     spread: Spreader,
 ) -> Directions:
-    from .extract_torch import extract_from_checkpoint
+    from .extraction.extract_torch import extract_from_checkpoint
 
     home = Path(checkpoint).absolute() if Path(checkpoint).is_dir() else Path.cwd()
     anchors = anchors_for(home, given)

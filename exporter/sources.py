@@ -11,7 +11,7 @@ from pathlib import Path
 from ..graphs.errors import GuardError, ModelUnreadable, OutputRefused
 from ..graphs.package import ModelPackage, open_package
 from ..runtime.vlm import VisionLanguageModel
-from .exporters import Precision, export_checkpoint
+from .checkpoints.exporters import Precision, export_checkpoint
 
 # (what is going on, done, of how many)
 Watch = Callable[[str, int, int], None]

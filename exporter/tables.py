@@ -21,7 +21,7 @@ from ..graphs.directions import Directions
 from ..graphs.plan import GuardPlan
 from ..graphs.static_proof import Check
 from ..runtime.telemetry import ScoredAnswer
-from .calibrate import HeldOut
+from .calibration.calibrate import HeldOut
 from .engines.folder import EngineResult
 from .pipeline import ExportResult
 from .report.data import ReportData

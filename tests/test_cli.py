@@ -27,8 +27,8 @@ from tiny_vlm_paths import ANCHORS, CHECKPOINT, DECODER, EVALUATION, PROMPTS, SO
 
 import vlmguard
 from vlmguard import cli
-from vlmguard.exporter import exporters as exporters_module
-from vlmguard.exporter.checkpoint import ConversionReport, GraphFile
+from vlmguard.exporter.checkpoints import exporters as exporters_module
+from vlmguard.exporter.checkpoints.convert import ConversionReport, GraphFile
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import read_directions
 from vlmguard.graphs.static_proof import Check

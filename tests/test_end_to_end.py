@@ -34,9 +34,9 @@ from tiny_vlm_paths import (
 )
 
 import vlmguard
-from vlmguard.exporter.evaluate import Tally, compare, tally
-from vlmguard.exporter.judge import refused
-from vlmguard.exporter.prompts import LabelledPrompt, read_prompts
+from vlmguard.exporter.evaluation.evaluate import Tally, compare, tally
+from vlmguard.exporter.evaluation.judge import refused
+from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
 from vlmguard.exporter.sources import open_model
 from vlmguard.runtime.vlm import Request, Sampling
 
@@ -265,7 +265,9 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 import vlmguard
-from vlmguard.exporter import folder, guide, pipeline
+from vlmguard.exporter.artifact import folder
+from vlmguard.exporter import guide
+from vlmguard.exporter import pipeline
 from vlmguard.graphs import staging
 
 source, directions, root = sys.argv[1:4]

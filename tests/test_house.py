@@ -12,9 +12,23 @@ import pytest
 import vlmguard
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("graphs", "runtime", "exporter", "exporter/families", "exporter/engines", "exporter/report")
+FOLDERS = (
+    "graphs",
+    "runtime",
+    "exporter",
+    "exporter/artifact",
+    "exporter/calibration",
+    "exporter/checkpoints",
+    "exporter/engines",
+    "exporter/evaluation",
+    "exporter/extraction",
+    "exporter/families",
+    "exporter/prompts",
+    "exporter/proof",
+    "exporter/report",
+)
 # What is not Python.
-DATA = ("exporter/anchors.csv", *(f"exporter/report/page.{kind}" for kind in ("html", "css", "js")))
+DATA = ("exporter/prompts/anchors.csv", *(f"exporter/report/page.{kind}" for kind in ("html", "css", "js")))
 HEAVY = ("torch", "transformers", "onnxruntime", "sklearn", "onnx", "tensorrt", "plotly", "ray")
 
 

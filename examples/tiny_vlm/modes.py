@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import vlmguard
-from vlmguard.exporter.evaluate import Tally, tally
-from vlmguard.exporter.prompts import LabelledPrompt, read_prompts
+from vlmguard.exporter.evaluation.evaluate import Tally, tally
+from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
 from vlmguard.graphs.spec import MODES
 
 HERE = Path(__file__).parent

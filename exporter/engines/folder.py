@@ -33,7 +33,7 @@ from ...graphs.tensorrt import require_readable, settle_sizes
 from ...runtime.decoder import CACHE_PREFIXES, can_pad
 from ...runtime.guarded import open_guarded_package
 from ...runtime.tensorrt_backend import Backend, find_backend
-from ..folder import versions
+from ..artifact.folder import versions
 from ..sources import Watch, require_apart, unwatched
 from .build import BuildOptions, Engine, build_engine, require_capabilities
 from .layers import require_guard

@@ -22,9 +22,9 @@ from ...graphs.static_proof import Check, exact
 from ...graphs.strip import strip_guard
 from ...runtime.decoder import DecoderSession, open_decoder
 from ...runtime.guarded import GuardedVLM, open_guarded_package
-from ..calibrate import DEFAULT_BUDGET
+from ..calibration.calibrate import DEFAULT_BUDGET
 from ..guide import Guide
-from ..prove import TOLERANCE, ProofInputs, relative, roll
+from ..proof.prove import TOLERANCE, ProofInputs, relative, roll
 from ..sources import Source, Watch
 
 # Prefill, and as many decode steps.

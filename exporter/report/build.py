@@ -13,7 +13,7 @@ from pathlib import Path
 from ...graphs.directions import Directions
 from ...graphs.errors import OutputRefused
 from ...graphs.staging import write_file
-from ..evaluate import evaluate
+from ..evaluation.evaluate import evaluate
 from ..sources import Watch, unwatched
 from .cost import cost_of
 from .data import ReportData, layer_points

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...graphs.manifest import Manifest
-from ..prompts import PAIRED_LABELS, SETTINGS, LabelledPrompt
+from ..prompts.labelled import PAIRED_LABELS, SETTINGS, LabelledPrompt
 from .cost import Cost
 from .gates import GateScores
 from .outcomes import Mistake, Rate

@@ -11,7 +11,7 @@ import numpy as np
 from ...graphs.plan import GuardPlan
 from ...graphs.reference import LayerGuard, score
 from ...graphs.spec import MODES_WITH_GATE
-from ..prompts import SETTINGS, LabelledPrompt
+from ..prompts.labelled import SETTINGS, LabelledPrompt
 from .states import States
 
 READS = {

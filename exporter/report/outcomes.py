@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..bootstrap import rate_interval
-from ..evaluate import Evaluation, Tally
-from ..prompts import SETTINGS, LabelledPrompt
+from ..evaluation.bootstrap import rate_interval
+from ..evaluation.evaluate import Evaluation, Tally
+from ..prompts.labelled import SETTINGS, LabelledPrompt
 
 MEASURES = {"harmful": "attack success rate", "harmless": "over-refusal"}
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from ...graphs.errors import GuardError, PromptsUnusable
 from ...runtime.images import open_image
-from ..evaluate import EVALUATION_FILES
-from ..prompts import PAIRED_LABELS, SETTINGS, LabelledPrompt, find_file, fingerprint, read_prompts
+from ..evaluation.evaluate import EVALUATION_FILES
+from ..prompts.labelled import PAIRED_LABELS, SETTINGS, LabelledPrompt, find_file, fingerprint, read_prompts
 from .subject import Subject
 
 

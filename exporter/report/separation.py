@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...graphs.directions import Directions
-from ..prompts import SETTINGS, LabelledPrompt
+from ..prompts.labelled import SETTINGS, LabelledPrompt
 from .states import States
 
 TEXT, SSD, READOUT = "text direction", "SSD row 1", "readout"

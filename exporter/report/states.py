@@ -10,8 +10,8 @@ import numpy as np
 from ...graphs.errors import GuardError
 from ...graphs.taps import RAW_OUTPUT, STATES_OUTPUT
 from ...runtime.vlm import Request, VisionLanguageModel
-from ..extract import Progress, collect_states
-from ..prompts import LabelledPrompt
+from ..extraction.extract import Progress, collect_states
+from ..prompts.labelled import LabelledPrompt
 from .subject import Subject
 
 

@@ -26,8 +26,8 @@ from ...graphs.strip import strip_guard
 from ...graphs.taps import tap_guard_last_token, tap_last_token
 from ...runtime.guarded import GuardedVLM
 from ...runtime.vlm import VisionLanguageModel
-from ..extract import tapped
-from ..verify import originals_of, plan_again
+from ..extraction.extract import tapped
+from ..proof.verify import originals_of, plan_again
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...graphs.spec import MODES_WITH_ALPHA
-from ..evaluate import tally
-from ..extract import Progress
-from ..prompts import LabelledPrompt
+from ..evaluation.evaluate import tally
+from ..extraction.extract import Progress
+from ..prompts.labelled import LabelledPrompt
 from .questions import thinned
 from .subject import Subject
 

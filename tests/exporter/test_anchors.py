@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_vlm_paths import ANCHORS
 
-from vlmguard.exporter.anchors import open_anchors
-from vlmguard.exporter.prompts import (
+from vlmguard.exporter.prompts.anchors import open_anchors
+from vlmguard.exporter.prompts.labelled import (
     SPLITS,
     AnchorPair,
     LabelledPrompt,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vlmguard.exporter.bootstrap import interval, rate_interval
+from vlmguard.exporter.evaluation.bootstrap import interval, rate_interval
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:

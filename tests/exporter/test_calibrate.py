@@ -13,16 +13,16 @@ import pytest
 from random_directions import random_directions
 from tiny_vlm_paths import ANCHORS, CALIBRATION, SOURCE
 
-from vlmguard.exporter import calibrate as module
-from vlmguard.exporter import trials
-from vlmguard.exporter.calibrate import Calibration, Trial, calibrate, hopeless, ranked, visible
-from vlmguard.exporter.candidates import Candidate
-from vlmguard.exporter.controls import controls_of
-from vlmguard.exporter.evaluate import Cell, Tally, tally
-from vlmguard.exporter.extract import extract_all_layers
-from vlmguard.exporter.prompts import LabelledPrompt, fingerprint, read_anchors, read_prompts
-from vlmguard.exporter.study import Study, deal_into_folds, fitted_directions, groups_of, threshold_between
-from vlmguard.exporter.trials import TrialModel
+from vlmguard.exporter.calibration import calibrate as module
+from vlmguard.exporter.calibration import trials
+from vlmguard.exporter.calibration.calibrate import Calibration, Trial, calibrate, hopeless, ranked, visible
+from vlmguard.exporter.calibration.candidates import Candidate
+from vlmguard.exporter.calibration.controls import controls_of
+from vlmguard.exporter.calibration.study import Study, deal_into_folds, fitted_directions, groups_of, threshold_between
+from vlmguard.exporter.calibration.trials import TrialModel
+from vlmguard.exporter.evaluation.evaluate import Cell, Tally, tally
+from vlmguard.exporter.extraction.extract import extract_all_layers
+from vlmguard.exporter.prompts.labelled import LabelledPrompt, fingerprint, read_anchors, read_prompts
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.directions import Directions, LayerDirections, directions_bytes, read_directions
 from vlmguard.graphs.errors import GuardError, PromptsUnusable

@@ -29,8 +29,8 @@ from tiny_models import (
 )
 from transformers import LlavaForConditionalGeneration
 
-from vlmguard.exporter import checkpoint as checkpoint_module
-from vlmguard.exporter.checkpoint import (
+from vlmguard.exporter.checkpoints import convert as checkpoint_module
+from vlmguard.exporter.checkpoints.convert import (
     ConversionReport,
     convert_checkpoint,
     copy_companions,
@@ -39,8 +39,8 @@ from vlmguard.exporter.checkpoint import (
     read_config,
     save_graph,
 )
-from vlmguard.exporter.checkpoint_parity import answer_with_torch, check_parity
-from vlmguard.exporter.checkpoint_tidy import require_signature
+from vlmguard.exporter.checkpoints.parity import answer_with_torch, check_parity
+from vlmguard.exporter.checkpoints.tidy import require_signature
 from vlmguard.exporter.families import FAMILIES, find_family
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ModelUnreadable, OutputRefused, ProofFailed
 
@@ -660,7 +660,7 @@ def test_the_runtime_extra_is_named(llava: Path, tmp_path: Path, monkeypatch: py
 
 def test_importing_costs_no_framework() -> None:
     program = (
-        "import sys, vlmguard.exporter.checkpoint; "
+        "import sys, vlmguard.exporter.checkpoints.convert; "
         "print(sorted({'torch', 'transformers', 'onnxruntime', 'huggingface_hub'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"

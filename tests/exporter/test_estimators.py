@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vlmguard.exporter.estimators import ESTIMATORS, READOUTS, estimate, fit_readout, require_known
+from vlmguard.exporter.extraction.estimators import ESTIMATORS, READOUTS, estimate, fit_readout, require_known
 from vlmguard.graphs.errors import GuardError
 
 PAIRS, WIDTH = 60, 24

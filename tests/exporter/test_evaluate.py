@@ -17,13 +17,13 @@ import pytest
 from PIL import Image
 from tiny_vlm_paths import ANCHORS, CALIBRATION, CHECKPOINT, EVALUATION, PROMPTS, SOURCE, Guarded
 
-from vlmguard.exporter import asking as asking_module
-from vlmguard.exporter import evaluate as evaluate_module
-from vlmguard.exporter.answers import Said
-from vlmguard.exporter.bootstrap import rate_interval
-from vlmguard.exporter.evaluate import Cell, Evaluation, Tally, compare, evaluate, tally
-from vlmguard.exporter.judge import refused
-from vlmguard.exporter.prompts import LabelledPrompt, read_prompts
+from vlmguard.exporter.evaluation import asking as asking_module
+from vlmguard.exporter.evaluation import evaluate as evaluate_module
+from vlmguard.exporter.evaluation.answers import Said
+from vlmguard.exporter.evaluation.bootstrap import rate_interval
+from vlmguard.exporter.evaluation.evaluate import Cell, Evaluation, Tally, compare, evaluate, tally
+from vlmguard.exporter.evaluation.judge import refused
+from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
 from vlmguard.graphs.errors import GuardError, OutputRefused, PromptsUnusable
 from vlmguard.graphs.package import open_package
 from vlmguard.runtime.guarded import GuardedVLM
@@ -390,8 +390,8 @@ def test_a_guard_without_a_gate_drifts_and_says_that_it_has_none(
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from vlmguard.exporter import evaluate
-from vlmguard.exporter.evaluation_records import RecordFile
+from vlmguard.exporter.evaluation import evaluate
+from vlmguard.exporter.evaluation.records import RecordFile
 
 base, guarded, prompts, root = sys.argv[1:5]
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)

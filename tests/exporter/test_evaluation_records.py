@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmguard.exporter.evaluation_records import SCHEMA, Drift, Record, RecordFile, Reply
+from vlmguard.exporter.evaluation.records import SCHEMA, Drift, Record, RecordFile, Reply
 from vlmguard.graphs.errors import OutputRefused
 
 ABOUT = {"base": "b" * 64, "count": 3}

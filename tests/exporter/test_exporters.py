@@ -18,8 +18,8 @@ from tiny_models import save_tiny_llava
 from typer.testing import CliRunner
 
 from vlmguard.cli import app
-from vlmguard.exporter import exporters
-from vlmguard.exporter.exporters import EXPORTERS, ExporterName, export_checkpoint
+from vlmguard.exporter.checkpoints import exporters
+from vlmguard.exporter.checkpoints.exporters import EXPORTERS, ExporterName, export_checkpoint
 from vlmguard.exporter.sources import opened, unwatched
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ModelUnreadable

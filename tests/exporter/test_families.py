@@ -16,8 +16,8 @@ from random_directions import random_directions, write_directions
 from tiny_families import LAYERS, TINY, WINDOW, save_tiny
 from tiny_models import HEAD_WIDTH, IMAGE_SIZE, IMAGE_TOKEN_ID, KV_HEADS, TEXT_WIDTH, VOCABULARY_SIZE
 
-from vlmguard.exporter.checkpoint import ConversionReport, convert_checkpoint, read_config
-from vlmguard.exporter.checkpoint_parity import Prompt, empty_cache, sample_prompt
+from vlmguard.exporter.checkpoints.convert import ConversionReport, convert_checkpoint, read_config
+from vlmguard.exporter.checkpoints.parity import Prompt, empty_cache, sample_prompt
 from vlmguard.exporter.families import FAMILIES, find_family
 from vlmguard.exporter.families.family import Family, Turn
 from vlmguard.exporter.families.llava_onevision import pack, place

@@ -30,7 +30,7 @@ from tiny_qwen import (
 from torch_hooks import HookedGuard
 from transformers import Qwen2VLImageProcessorPil
 
-from vlmguard.exporter.checkpoint import ConversionReport, convert_checkpoint, load_model, read_config
+from vlmguard.exporter.checkpoints.convert import ConversionReport, convert_checkpoint, load_model, read_config
 from vlmguard.exporter.families import find_family
 from vlmguard.exporter.families.qwen_vision import image_features, places
 from vlmguard.exporter.pipeline import export

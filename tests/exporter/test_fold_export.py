@@ -13,9 +13,9 @@ from hand_graphs import orthonormal, uncalibrated
 from text_decoder import IDS, decoder
 
 from vlmguard.exporter.pipeline import export
-from vlmguard.exporter.prove import ProofInputs
-from vlmguard.exporter.prove_fold import prove_fold_by_running
-from vlmguard.exporter.verify import verify
+from vlmguard.exporter.proof.prove import ProofInputs
+from vlmguard.exporter.proof.prove_fold import prove_fold_by_running
+from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import directions_bytes
 from vlmguard.graphs.fold import SCOPE, fold

@@ -14,7 +14,7 @@ from random_directions import random_directions, write_directions
 from zoo.generation_folders import DECODE, PROMPT, GenerationFolder
 
 import vlmguard
-from vlmguard.exporter.verify import verify
+from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.anatomy import guarded_layers
 from vlmguard.graphs.digests import sha256_file
 from vlmguard.graphs.errors import ManifestMismatch

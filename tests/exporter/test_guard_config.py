@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from random_directions import random_directions
 from tiny_vlm_paths import DECODER, SOURCE, Guarded, digests
 
-from vlmguard.exporter.guard_config import GuardConfig, read_config, to_toml
+from vlmguard.exporter.calibration.guard_config import GuardConfig, read_config, to_toml
 from vlmguard.exporter.pipeline import export
-from vlmguard.exporter.verify import verify
+from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.directions import Directions, read_directions
 from vlmguard.graphs.errors import DirectionMismatch, GuardError
 from vlmguard.graphs.manifest import read_manifest

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vlmguard.exporter.judge_model import GuardModel
+from vlmguard.exporter.evaluation.judge_model import GuardModel
 from vlmguard.graphs.errors import GuardError
 
 torch = pytest.importorskip("torch")
@@ -91,9 +91,9 @@ def test_a_template_that_takes_lists_of_parts_is_asked_the_same(judge: GuardMode
 def test_an_evaluation_asks_the_judge_about_what_was_said(judge: GuardModel, tmp_path: Path) -> None:
     from tiny_vlm_paths import EVALUATION, SOURCE
 
-    from vlmguard.exporter.evaluate import evaluate
-    from vlmguard.exporter.evaluation_records import RecordFile
-    from vlmguard.exporter.prompts import read_prompts
+    from vlmguard.exporter.evaluation.evaluate import evaluate
+    from vlmguard.exporter.evaluation.records import RecordFile
+    from vlmguard.exporter.prompts.labelled import read_prompts
     from vlmguard.graphs.package import open_package
     from vlmguard.runtime.vlm import VisionLanguageModel
 

@@ -24,7 +24,7 @@ from tiny_vlm_paths import DECODER, SOURCE, digests
 
 import vlmguard
 from vlmguard.exporter.pipeline import export
-from vlmguard.exporter.verify import verify
+from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.anatomy import guarded_layers
 from vlmguard.graphs.errors import AnatomyNotFound, GuardError, ManifestMismatch, ModelUnreadable
 from vlmguard.graphs.manifest import read_manifest

@@ -14,11 +14,11 @@ from random_directions import write_directions
 from tiny_vlm_paths import ANCHORS, CALIBRATION, PROMPTS, SOURCE, Guarded
 
 import vlmguard
-from vlmguard.exporter.evaluate import Cell, Tally
-from vlmguard.exporter.no_worse import MOST_PER_SETTING, compare_refusals, require_no_fewer, some_harmful
+from vlmguard.exporter.calibration.no_worse import MOST_PER_SETTING, compare_refusals, require_no_fewer, some_harmful
+from vlmguard.exporter.evaluation.evaluate import Cell, Tally
 from vlmguard.exporter.pipeline import export, extract_directions
-from vlmguard.exporter.prompts import read_prompts
-from vlmguard.exporter.verify import verify
+from vlmguard.exporter.prompts.labelled import read_prompts
+from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.directions import Directions, read_directions
 from vlmguard.graphs.errors import GuardError, GuardWeakens, ManifestMismatch
 from vlmguard.graphs.manifest import read_manifest

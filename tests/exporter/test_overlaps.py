@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlmguard.exporter.overlaps import Overlap, overlaps, require_held_out
-from vlmguard.exporter.prompts import LabelledPrompt, PromptSet, fingerprint
+from vlmguard.exporter.prompts.labelled import LabelledPrompt, PromptSet, fingerprint
+from vlmguard.exporter.prompts.overlaps import Overlap, overlaps, require_held_out
 from vlmguard.graphs.errors import PromptsUnusable
 
 

@@ -18,7 +18,7 @@ import vlmguard
 from vlmguard.exporter import guide as guide_module
 from vlmguard.exporter import pipeline
 from vlmguard.exporter.pipeline import export, extract_directions, inspect
-from vlmguard.exporter.prompts import read_anchors
+from vlmguard.exporter.prompts.labelled import read_anchors
 from vlmguard.graphs.digests import sha256_file
 from vlmguard.graphs.directions import read_directions
 from vlmguard.graphs.errors import DirectionMismatch, GuardError, OutputRefused, PromptsUnusable, ProofFailed

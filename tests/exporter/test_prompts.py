@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from tiny_vlm_paths import ANCHORS, CALIBRATION, EVALUATION, PROMPTS, SOURCE
 
-from vlmguard.exporter import prompt_files
-from vlmguard.exporter.prompts import (
+from vlmguard.exporter.prompts import files as prompt_files
+from vlmguard.exporter.prompts.labelled import (
     AnchorPair,
     LabelledPrompt,
     find_file,

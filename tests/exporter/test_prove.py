@@ -17,11 +17,11 @@ from onnx import helper, numpy_helper
 from random_directions import random_directions
 from tiny_vlm_paths import CALIBRATION, DECODER, SOURCE
 
-from vlmguard.exporter import prove as module
-from vlmguard.exporter.folder import GuardedDecoder
+from vlmguard.exporter.artifact.folder import GuardedDecoder
 from vlmguard.exporter.pipeline import prove
-from vlmguard.exporter.prompts import read_prompts
-from vlmguard.exporter.prove import ProofInputs, proof_inputs, prove_by_running, random_inputs
+from vlmguard.exporter.prompts.labelled import read_prompts
+from vlmguard.exporter.proof import prove as module
+from vlmguard.exporter.proof.prove import ProofInputs, proof_inputs, prove_by_running, random_inputs
 from vlmguard.exporter.sources import unwatched
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.errors import ProofFailed

@@ -20,8 +20,8 @@ from tiny_vlm_paths import DECODER, SOURCE, Guarded, digests
 
 import vlmguard
 from vlmguard.exporter.engines.folder import open_buildable
-from vlmguard.exporter.prove import ProofInputs, prove_by_running
-from vlmguard.exporter.prove_gate import DECIDED, SCORES
+from vlmguard.exporter.proof.prove import ProofInputs, prove_by_running
+from vlmguard.exporter.proof.prove_gate import DECIDED, SCORES
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.dials import STRENGTH_INPUT
 from vlmguard.graphs.errors import ManifestMismatch

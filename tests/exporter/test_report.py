@@ -22,10 +22,10 @@ from hand_graphs import uncalibrated
 from text_decoder import IDS, decoder
 from tiny_vlm_paths import CALIBRATION, DECODER, EVALUATION, PROMPTS, SOURCE, Guarded
 
-from vlmguard.exporter.evaluation import Evaluation
-from vlmguard.exporter.evaluation_records import Record, Reply
+from vlmguard.exporter.evaluation.outcome import Evaluation
+from vlmguard.exporter.evaluation.records import Record, Reply
 from vlmguard.exporter.pipeline import export
-from vlmguard.exporter.prompts import LabelledPrompt, read_prompts
+from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
 from vlmguard.exporter.report import build
 from vlmguard.exporter.report.build import report
 from vlmguard.exporter.report.cost import EngineCost, cost_of

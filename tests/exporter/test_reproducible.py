@@ -13,7 +13,7 @@ from small_guarded import NAME, sha256, small_model
 from tiny_vlm_paths import digests
 
 import vlmguard
-from vlmguard.exporter.verify import verify
+from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.errors import ExtraMissing, GuardError
 
 

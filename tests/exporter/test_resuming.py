@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from tiny_vlm_paths import ANCHORS, SOURCE
 
-from vlmguard.exporter import extract
-from vlmguard.exporter.kept_states import KeptStates, kept_beside
+from vlmguard.exporter.extraction import extract
+from vlmguard.exporter.extraction.kept_states import KeptStates, kept_beside
 from vlmguard.exporter.pipeline import extract_directions
 from vlmguard.graphs.errors import GuardError
 from vlmguard.runtime.vlm import Request, VisionLanguageModel
@@ -22,7 +22,7 @@ pytest_plugins = ("tiny_vlm_fixtures",)
 
 KILLED = """
 import os, signal, sys
-from vlmguard.exporter.kept_states import KeptStates
+from vlmguard.exporter.extraction.kept_states import KeptStates
 from vlmguard.exporter.pipeline import extract_directions
 
 keep, left = KeptStates.keep, [3]

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import vlmguard
 from vlmguard.cli import app
-from vlmguard.exporter.signing import check_signature, sign
-from vlmguard.exporter.verify import verify
+from vlmguard.exporter.artifact.signing import check_signature, sign
+from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ManifestMismatch
 
 SIGNED = "every file is what the key's owner signed"

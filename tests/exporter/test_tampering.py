@@ -32,7 +32,7 @@ from small_guarded import (
 )
 from tiny_vlm_paths import digests
 
-from vlmguard.exporter.verify import Verification, verify
+from vlmguard.exporter.proof.verify import Verification, verify
 from vlmguard.graphs.errors import GuardError, ManifestMismatch
 
 Attack = Callable[[Path], Any]

@@ -17,7 +17,7 @@ from random_directions import random_directions, write_directions
 from tiny_vlm_paths import DECODER, SOURCE, Guarded
 
 import vlmguard
-from vlmguard.exporter.verify import Verification, verify
+from vlmguard.exporter.proof.verify import Verification, verify
 from vlmguard.graphs.errors import GuardError, GuardIncomplete, ManifestMismatch
 
 pytest_plugins = ("tiny_vlm_fixtures", "zoo_fixtures")

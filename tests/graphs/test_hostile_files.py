@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from small_guarded import NAME, edit_graph, guard_small, small_model, tensor_called
 from tiny_vlm_paths import digests
 
-from vlmguard.exporter.verify import verify
+from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs import graph_file, staging
 from vlmguard.graphs.errors import GuardError, ModelUnreadable, OutputRefused
 from vlmguard.graphs.package import load_graph, open_package, read_json

@@ -44,7 +44,7 @@ pytest.importorskip("onnxruntime")
 
 from zoo.oracle import SLACK
 
-from vlmguard.exporter.prove import prove_by_running, random_inputs
+from vlmguard.exporter.proof.prove import prove_by_running, random_inputs
 from vlmguard.runtime.decoder import open_decoder
 
 Zoo = Callable[[str], ZooModel]

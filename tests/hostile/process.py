@@ -40,9 +40,9 @@ def prepare() -> None:
     import tokenizers  # noqa: F401
 
     import vlmguard.cli
-    import vlmguard.exporter.evaluate
+    import vlmguard.exporter.evaluation.evaluate
     import vlmguard.exporter.pipeline
-    import vlmguard.exporter.verify  # noqa: F401
+    import vlmguard.exporter.proof.verify  # noqa: F401
 
 
 def command(arguments: list[str], seconds: float, memory: int | None = None) -> Ended:

@@ -30,7 +30,7 @@ from zoo.cases import Case
 from zoo.model import TOLERANCES, ZooModel
 
 from vlmguard.exporter.pipeline import ExportResult, export
-from vlmguard.exporter.prove import TOLERANCE, force_gates
+from vlmguard.exporter.proof.prove import TOLERANCE, force_gates
 from vlmguard.graphs import reference
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.directions import Directions
@@ -384,7 +384,7 @@ class Subject:
     def check_closed(self, guarded: Guarded) -> Check:
         """Every output of every call, bit for bit; where the runtime's own rounding moves, exact without its optimiser.
 
-        That exception, and its bound, is what the product's own proof allows (`vlmguard.exporter.prove`).
+        That exception, and its bound, is what the product's own proof allows (`vlmguard.exporter.proof.prove`).
         """
         closed = guarded.graph.clone()
         force_gates(closed, guarded.plan, is_open=False)

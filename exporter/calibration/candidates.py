@@ -1,0 +1,106 @@
+"""Candidates of a calibration, and the order in which they are tried: a plain sweep, the likeliest first.
+
+1. Single layers at the lowest rank, the best separated first; then higher ranks, then neighbouring pairs.
+2. From the best of these on, one dial at a time: readout, target, origin, strength, threshold, as far as the mode has it.
+
+Each dial has a few values. A sampler (optuna) would have to guess at what a sweep of a dozen trials simply tries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from ...graphs.spec import GuardSpec
+from ..extraction.estimators import DEFAULT_READOUT, READOUTS
+
+RANKS = (1, 2, 4)
+_ENOUGH_TRIALS = 24
+
+# A gate that reads the text-only query is asked once per request: its threshold may lie close to the harmless scores, and what
+# harmful prompts score below those of the calibration are seen too. One that is asked again at every token of every answer
+# keeps its distance.
+ASKED_ONCE = "low"
+
+# What else a mode's formula has, in the order in which it is tried; the first value is where every candidate begins.
+DIALS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "restore": {
+        "readout": (DEFAULT_READOUT, *(name for name in READOUTS if name != DEFAULT_READOUT)),
+        "threshold": ("middle", "low", "high"),
+        "target": ("mean", "beyond"),
+    },
+    "combined": {"threshold": ("middle", "low", "high"), "target": ("mean", "beyond")},
+    "supervise": {
+        "threshold": (ASKED_ONCE, "middle", "high"),
+        "alpha": (1.0, 1.5, 2.0),
+        "origin": ("harmless", "zero"),
+    },
+    "steer": {"alpha": (1.0, 2.0, 4.0, 8.0), "threshold": ("middle", "low", "high")},
+    "project": {},
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One guard to try.
+
+    Attributes:
+        layers, rank: where, and how many rows of the SSD.
+        readout: what the gate of `restore` and `combined` reads, a name of `estimators.READOUTS`.
+        threshold: where the gate opens between harmless and harmful scores: `low`, `middle` or `high`.
+        target: the level that `restore` and `combined` set: `mean` of harmful text, or `beyond` it by half.
+        origin: of the coordinates: `harmless` text's mean, or `zero` as in the paper.
+        alpha: strength; `None` where the mode has none.
+    """
+
+    layers: tuple[int, ...]
+    rank: int
+    readout: str = DEFAULT_READOUT
+    threshold: str = "middle"
+    target: str = "mean"
+    origin: str = "harmless"
+    alpha: float | None = None
+
+    def to_json(self, mode: str) -> dict[str, Any]:
+        """Where, and the dials that the mode has."""
+        dials = {name: getattr(self, name) for name in DIALS[mode]}
+        return {"layers": list(self.layers), "rank": self.rank, **dials}
+
+
+def places(
+    margins: Mapping[int, float], available: int, spec: GuardSpec, mode: str, readout: str | None
+) -> Iterator[Candidate]:
+    """Step 1: only what the wish leaves open.
+
+    Args:
+        margins: how well each layer's gate separates.
+        available: rows that every layer has.
+    """
+    ranks = (spec.rank,) if spec.rank is not None else [rank for rank in RANKS if rank <= available]
+    threshold = next(iter(DIALS[mode].get("threshold", ())), Candidate.threshold)
+    start = Candidate((), 0, readout or DEFAULT_READOUT, threshold, alpha=_first_alpha(spec, mode))
+    if spec.layers is not None:
+        yield from (replace(start, layers=spec.layers, rank=rank) for rank in ranks)
+        return
+    order = sorted(margins, key=lambda layer: -margins[layer])[:_ENOUGH_TRIALS]
+    yield from (replace(start, layers=(layer,), rank=rank) for rank in ranks for layer in order)
+    best = set(order[: max(3, len(order) // 2)])
+    neighbours = [pair for pair in pairwise(sorted(margins)) if best & set(pair)]
+    yield from (replace(start, layers=pair, rank=ranks[-1]) for pair in neighbours)
+
+
+def variations(best: Candidate, dial: str, values: Sequence[Any]) -> Iterator[Candidate]:
+    """Step 2: the best so far with one dial elsewhere."""
+    yield from (replace(best, **{dial: value}) for value in values if value != getattr(best, dial))
+
+
+def open_dials(spec: GuardSpec, mode: str, readout: str | None) -> Mapping[str, tuple[Any, ...]]:
+    """The dials of a mode that nobody has decided yet."""
+    decided = {"alpha": spec.alpha is not None, "threshold": spec.tau is not None, "readout": readout is not None}
+    return {name: values for name, values in DIALS[mode].items() if not decided.get(name)}
+
+
+def _first_alpha(spec: GuardSpec, mode: str) -> float | None:
+    return spec.alpha if spec.alpha is not None or "alpha" not in DIALS[mode] else DIALS[mode]["alpha"][0]

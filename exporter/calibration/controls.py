@@ -1,0 +1,82 @@
+"""Controls of a calibration: the same candidate with its meaning taken away, which must not do as well.
+
+- random directions: rows of noise in place of the SSD, all numbers computed along them. If these refuse as much, the
+  directions are not what makes the model refuse.
+- shuffled labels: everything fitted to labels dealt out by chance. If these do as well, the labels decide nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ...graphs.directions import LayerDirections
+from ...graphs.errors import GuardError
+from ..evaluation.evaluate import Tally
+from .candidates import Candidate
+from .study import Study
+
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control on the held-out prompts, beside the winner.
+
+    Attributes:
+        name: what it is.
+        tally: what it did.
+    """
+
+    name: str
+    tally: Tally
+
+    def require_failed(self, winner: Tally, base: Tally, budget: float) -> None:
+        """Refuse a choice that means nothing.
+
+        Raises:
+            GuardError: the control keeps the budget and refuses as many harmful prompts as the winner, in every setting.
+        """
+        harmless = [cell for cell in self.tally.cells if cell.label == "harmless"]
+        kept = all(cell.rate <= max(budget, base.rate(cell.setting, cell.label)) for cell in harmless)
+        if kept and self.tally.worst("harmful") >= winner.worst("harmful"):
+            raise GuardError(
+                f"the control with {self.name} refuses {self.tally.worst('harmful'):.0%} of the held-out harmful prompts in "
+                f"its worst setting, the chosen guard {winner.worst('harmful'):.0%}: the choice means nothing; calibrate on "
+                "more prompts, in settings where the unguarded model answers"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "control": self.name,
+            "harmful_refused_worst_setting": self.tally.worst("harmful"),
+            "harmless_refused_worst_setting": self.tally.worst("harmless"),
+        }
+
+
+def controls_of(study: Study, candidate: Candidate, groups: Sequence[str]) -> Iterator[tuple[str, Study]]:
+    """The controls that a mode can have, by name. `project` fits nothing to the labels, so shuffling them is none."""
+    yield "random directions", along_random_rows(study, candidate)
+    if study.mode != "project":
+        yield "shuffled labels", with_shuffled_labels(study, groups)
+
+
+def along_random_rows(study: Study, candidate: Candidate) -> Study:
+    """The study with random orthonormal rows in place of the SSD."""
+    random = np.random.default_rng(_SEED)
+    layers = {}
+    for layer in candidate.layers:
+        rows = np.linalg.qr(random.normal(size=(study.directions.width, candidate.rank)))[0].T
+        layers[layer] = LayerDirections(np.ascontiguousarray(rows, np.float32))
+    return study.redirected(replace(study.directions, layers=layers, recommended_layers=None))
+
+
+def with_shuffled_labels(study: Study, groups: Sequence[str]) -> Study:
+    """The study under labels dealt out by chance, one to each text, as many of each as there were."""
+    label_of = {group: prompt.label for group, prompt in zip(groups, study.prompts, strict=True)}
+    dealt = np.random.default_rng(_SEED).permutation(list(label_of.values()))
+    shuffled = dict(zip(label_of, map(str, dealt), strict=True))
+    return study.relabelled([shuffled[group] for group in groups])

@@ -1,0 +1,285 @@
+"""`guard.toml`: a guard as a person reads and edits it, and `vlmguard-export --config guard.toml` takes it.
+
+    schema = "vlmguard.config/1"
+    directions = "directions.safetensors"   # beside this file: the long vectors (SSD, readout)
+
+    [guard]                                 # as the options of `vlmguard export`
+    mode = "restore"
+    layers = [3]
+    rank = 1
+    positions = "last"
+
+    [layers.3]                              # the numbers of a layer; they win over those of the directions file
+    threshold = -1.25
+    target = [0.71]                         # `restore`, `combined`: one number per row, `rank` of them
+    text_threshold = 0.4                    # `combined`
+    origin = [-5.0]                         # `supervise`
+
+Calibration writes it. Nothing in it is ignored: a key that is not known is refused, because a typo in a threshold is a
+hole. What was measured stands in comments.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...graphs.directions import DIRECTIONS_FILE, Directions, LayerDirections
+from ...graphs.errors import DirectionMismatch, GuardError, first_line
+from ...graphs.spec import MODES_WITH_GATE, MODES_WITH_READOUT, GuardSpec
+from .calibrate import Calibration
+
+CONFIG_NAME = "guard.toml"
+SCHEMA = "vlmguard.config/1"
+_TOP = ("schema", "directions", "guard", "layers")
+_SINGLE = ("threshold", "text_threshold")
+_NUMBERS = (*_SINGLE, "target", "origin")
+_LARGEST_FILE = 1 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """A wish with its numbers.
+
+    Attributes:
+        spec: the options.
+        directions: the file with the vectors.
+        numbers: per layer `threshold` and `text_threshold` (a number), `target` and `origin` (one number per row), those given.
+    """
+
+    spec: GuardSpec
+    directions: Path
+    numbers: Mapping[int, Mapping[str, Any]]
+
+    def applied(self, found: Directions) -> Directions:
+        """The directions with these numbers in place of the file's.
+
+        Raises:
+            DirectionMismatch: a layer that the directions lack, or another rank.
+        """
+        layers = {number: found.layers[number] for number in self.spec.layers or found.layers if number in found.layers}
+        for number, given in self.numbers.items():
+            if number not in layers:
+                raise DirectionMismatch(
+                    f"[layers.{number}] was given, the guard has layers {', '.join(map(str, layers))}; leave the table out, "
+                    "or add the layer and its directions"
+                )
+            layers[number] = _with_numbers(layers[number], given, self.spec.rank)
+        return replace(found, layers={**found.layers, **layers})
+
+
+def config_of(calibration: Calibration, directions: str) -> str:
+    """The text of a calibration's `guard.toml`, beside a directions file of that name."""
+    chosen = calibration.directions
+    guards = chosen.layers.values()
+    spec = replace(
+        calibration.spec,
+        mode=chosen.mode,
+        layers=chosen.recommended_layers,
+        rank=next(iter(guards)).ssd.shape[0],
+        alpha=chosen.alpha,
+        tau=None,  # each layer has its own
+    )
+    return to_toml(spec, directions, chosen, _figures(calibration))
+
+
+def to_toml(spec: GuardSpec, directions: str, found: Directions, comments: Iterable[str] = ()) -> str:
+    """The text for a decided guard."""
+    lines = [
+        "# A guard, to be read and edited. Export it again with",
+        "#     vlmguard-export MODEL --config guard.toml",
+        *(f"# {line}".rstrip() for line in comments),
+        "",
+        f"schema = {_toml(SCHEMA)}",
+        f"directions = {_toml(directions)}",
+        "",
+        "[guard]",
+    ]
+    default = GuardSpec()
+    for field in fields(GuardSpec):
+        value = getattr(spec, field.name)
+        if value != getattr(default, field.name):
+            lines.append(f"{field.name} = {_toml(value)}")
+    for number in spec.layers or found.layers:
+        shown = _shown(found.layers[number], spec.mode, spec.rank)
+        if shown:
+            lines += ["", f"[layers.{number}]", *(f"{name} = {_toml(value)}" for name, value in shown.items())]
+    return "\n".join(lines) + "\n"
+
+
+def read_config(path: Path | str) -> GuardConfig:
+    """Read and check a `guard.toml`.
+
+    Raises:
+        GuardError: it cannot be read, or says something that is not known.
+    """
+    path = Path(path)
+    content = _content(path)
+    _only_known(path, "", content, _TOP)
+    if content.get("schema") != SCHEMA:
+        raise GuardError(
+            f"{path}: schema is {content.get('schema')!r}, this version reads {SCHEMA!r}; calibrate again, or correct it"
+        )
+    guard, layers = (_table(path, name, content.get(name, {})) for name in ("guard", "layers"))
+    _only_known(path, "guard.", guard, [field.name for field in fields(GuardSpec)])
+    named = content.get("directions", DIRECTIONS_FILE)
+    if not isinstance(named, str):
+        raise GuardError(f"{path}: directions is {named!r}, expected the name of a file beside it")
+    return GuardConfig(_spec(path, guard), path.parent / named, _numbers(path, layers))
+
+
+# Writing
+
+
+def _shown(layer: LayerDirections, mode: str | None, rank: int | None) -> dict[str, Any]:
+    """The numbers that the mode reads."""
+    shown: dict[str, Any] = {}
+    if mode in MODES_WITH_GATE and layer.threshold is not None:
+        shown["threshold"] = layer.threshold
+    if mode == "combined" and layer.text_threshold is not None:
+        shown["text_threshold"] = layer.text_threshold
+    if mode in MODES_WITH_READOUT and layer.target is not None:
+        shown["target"] = layer.target[:rank]
+    if mode == "supervise" and layer.origin is not None:
+        shown["origin"] = layer.origin[:rank]
+    return shown
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, str):
+        escaped = "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or c in '"\\\x7f' else c for c in value)
+        return f'"{escaped}"'
+    if isinstance(value, (bool, np.bool_)):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        # the shortest decimal that gives the same float32 back: what a graph and a directions file hold
+        text = np.format_float_scientific(value, trim="0") if abs(value) >= 1e9 else _plain(value)
+        return text.replace("e+", "e")
+    return f"[{', '.join(_toml(item) for item in (value.tolist() if isinstance(value, np.ndarray) else value))}]"
+
+
+def _plain(value: float) -> str:
+    single = np.float32(value)
+    return np.format_float_positional(single if float(single) == value else value, unique=True, trim="0")
+
+
+def _figures(calibration: Calibration) -> list[str]:
+    """What was measured, in words."""
+    held, chosen = calibration.held_out, calibration.chosen.candidate.to_json(calibration.mode)
+    dials = ", ".join(f"{name} {value}" for name, value in chosen.items() if name not in ("layers", "rank"))
+    told = [
+        "",
+        f"Calibrated on {len(calibration.prompts)} prompts, over-refusal budget {calibration.budget:.1%}",
+        *([f"chosen: {dials}"] if dials else []),
+        "Refused                       harmful   harmless",
+    ]
+    rows = [
+        ("unguarded", calibration.base),
+        ("guarded", calibration.guarded),
+        ("held out, unguarded", held.base),
+        ("held out, guarded", held.guarded),
+        *((f"held out, {control.name}", control.tally) for control in held.controls),
+    ]
+    told += [
+        f"  {name:<27} {result.worst('harmful'):>7.1%}   {result.worst('harmless'):>7.1%}" for name, result in rows
+    ]
+    return [*told, "(worst setting; held out: prompts that no choice was made on)"]
+
+
+# Reading
+
+
+def _content(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise GuardError(f"{path}: no such config file; a calibrating export writes one, {CONFIG_NAME}")
+    if path.stat().st_size > _LARGEST_FILE:
+        raise GuardError(f"{path}: {path.stat().st_size} bytes is too large for a {CONFIG_NAME}; give the right file")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise GuardError(f"{path}: is not TOML ({first_line(error)}); correct it there") from None
+
+
+def _only_known(path: Path, where: str, found: Mapping[str, Any], known: Sequence[str]) -> None:
+    unknown = [key for key in found if key not in known]
+    if unknown:
+        raise GuardError(f"{path}: {where}{unknown[0]} is not known; expected {', '.join(known)}")
+
+
+def _table(path: Path, name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise GuardError(f"{path}: {name} is {value!r}, expected a table [{name}]")
+    return value
+
+
+def _spec(path: Path, guard: Mapping[str, Any]) -> GuardSpec:
+    given = dict(guard)
+    for name, kinds in _KINDS.items():
+        if name in given and (
+            isinstance(given[name], bool) != (kinds == (bool,)) or not isinstance(given[name], kinds)
+        ):
+            raise GuardError(f"{path}: guard.{name} is {given[name]!r}, expected {_WORDS[kinds]}")
+    if "layers" in given:
+        layers = given["layers"]
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in layers):
+            raise GuardError(f"{path}: guard.layers is {layers!r}, expected layer numbers from 0, such as [3, 4]")
+        given["layers"] = tuple(sorted(set(layers)))
+    try:
+        return GuardSpec(**given)
+    except GuardError as error:
+        raise GuardError(f"{path}: {error}") from None
+
+
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("mode", "positions", "lowering", "target", "gate"), (str,)),
+    **dict.fromkeys(("rank", "direction_of"), (int,)),
+    **dict.fromkeys(("alpha", "tau"), (int, float)),
+    **dict.fromkeys(("knobs", "telemetry"), (bool,)),
+    "layers": (list,),
+}
+_WORDS = {
+    (str,): "a text",
+    (int,): "a whole number",
+    (int, float): "a number",
+    (list,): "a list",
+    (bool,): "true or false",
+}
+
+
+def _numbers(path: Path, layers: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = {}
+    for key, value in layers.items():
+        if not key.isdigit():
+            raise GuardError(f"{path}: layers.{key} is not known; expected a layer's number, as in [layers.3]")
+        table = _table(path, f"layers.{key}", value)
+        _only_known(path, f"layers.{key}.", table, _NUMBERS)
+        for name, given in table.items():
+            several = name not in _SINGLE
+            numbers = given if several and isinstance(given, list) else [given]
+            if isinstance(given, list) != several or not all(_is_number(number) for number in numbers):
+                raise GuardError(
+                    f"{path}: layers.{key}.{name} is {given!r}, expected {'a list of numbers' if several else 'a number'}"
+                )
+        found[int(key)] = table
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _with_numbers(layer: LayerDirections, given: Mapping[str, Any], rank: int | None) -> LayerDirections:
+    rows = rank or layer.ssd.shape[0]
+    changed: dict[str, Any] = {
+        name: np.array(given[name], np.float32) for name in ("target", "origin") if name in given
+    }
+    changed |= {name: float(np.float32(given[name])) for name in _SINGLE if name in given}
+    kept = {name: getattr(layer, name)[:rows] for name in ("target", "origin") if getattr(layer, name) is not None}
+    return replace(layer, ssd=layer.ssd[:rows], **{**kept, **changed})

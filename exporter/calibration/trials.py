@@ -1,0 +1,132 @@
+"""Asking candidates: ONE graph, guarded at every layer that may be chosen, its numbers fed with each call.
+
+The graph is rewritten and opened once. By default its guards do nothing (`graphs/parameters.py`); a candidate is its
+numbers, so a trial costs its answers and nothing else. What a candidate's numbers are is decided by `plan_guard`, as it
+will be when the winner is exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ...graphs.anatomy import DecoderAnatomy
+from ...graphs.directions import Directions, LayerDirections
+from ...graphs.parameters import guard_numbers, make_overridable, neutral, widened
+from ...graphs.plan import plan_guard
+from ...graphs.rewrite import rewrite
+from ...graphs.spec import GuardSpec
+from ...runtime.runners import Port, Runner
+from ...runtime.vlm import VisionLanguageModel
+from ..evaluation.evaluate import tally
+from ..evaluation.outcome import Tally, count
+from ..prompts.labelled import LabelledPrompt
+
+
+class TrialModel:
+    """A model whose guard can be changed from call to call.
+
+    Args:
+        model: unguarded.
+        anatomy: of its decoder.
+        directions: an SSD for each layer that may be chosen.
+        spec: mode and positions; the numbers come with each candidate.
+        layers: those that may be chosen.
+        rank: the highest that may be chosen.
+
+    Raises:
+        GuardError: the wish cannot be met on this graph, whatever the candidate.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        anatomy: DecoderAnatomy,
+        directions: Directions,
+        spec: GuardSpec,
+        layers: Sequence[int],
+        rank: int,
+    ) -> None:
+        self._anatomy, self._rank = anatomy, rank
+        # The trials run here, whoever runs the winner: any lowering computes the same guard.
+        self._spec = replace(spec, lowering="auto", target="onnxruntime")
+        self._unguarded, graph = model.package.load_decoder(), model.package.load_decoder()
+        blank = replace(directions, layers={layer: _any_numbers(directions.layers[layer], rank) for layer in layers})
+        everywhere = replace(self._spec, layers=tuple(sorted(layers)), rank=rank)
+        self._open_guard = neutral(plan_guard(self._unguarded, anatomy, blank, everywhere))
+        rewrite(graph, self._open_guard)
+        self._defaults = guard_numbers(self._open_guard)
+        make_overridable(graph, list(self._defaults))
+        self._model = model.with_decoder(graph)
+        self._runner = self._model.decoder.runner = _Overriding(self._model.decoder.runner)
+
+    def numbers(self, directions: Directions) -> dict[str, np.ndarray]:
+        """What to feed for a candidate: its numbers at its layers, neutral ones elsewhere."""
+        layers = directions.recommended_layers
+        assert layers is not None
+        rank = directions.layers[layers[0]].ssd.shape[0]
+        plan = plan_guard(self._unguarded, self._anatomy, directions, replace(self._spec, layers=layers, rank=rank))
+        sites = tuple(replace(site, guard=widened(site.guard, self._rank)) for site in plan.sites)
+        return self._defaults | guard_numbers(replace(plan, sites=sites))
+
+    def ask(
+        self,
+        directions: Directions | None,
+        prompts: Sequence[LabelledPrompt],
+        max_new_tokens: int,
+        batch_size: int = 32,
+    ) -> Tally:
+        """Ask a candidate; `None` asks with every guard neutral."""
+        self._runner.numbers = {} if directions is None else self.numbers(directions)
+        try:
+            return tally(self._model, prompts, max_new_tokens, batch_size)
+        finally:
+            self._runner.numbers = {}
+
+
+class _Overriding:
+    """A runner that feeds the candidate's numbers besides what it is given.
+
+    Not a `DeviceRunner`: outputs come back to the host, so a guard that changes between calls needs no other protocol.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.numbers: Mapping[str, np.ndarray] = {}
+
+    @property
+    def inputs(self) -> Mapping[str, Port]:
+        return self._runner.inputs
+
+    @property
+    def outputs(self) -> Mapping[str, Port]:
+        return self._runner.outputs
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self._runner.run({**feeds, **self.numbers})
+
+
+def only(result: Tally, prompts: Sequence[LabelledPrompt], chosen: Sequence[int]) -> Tally:
+    """The part of a tally that is about some of its prompts."""
+    answers, refusals = [result.answers[i] for i in chosen], [result.refusals[i] for i in chosen]
+    return _counted([prompts[i] for i in chosen], answers, refusals)
+
+
+def together(prompts: Sequence[LabelledPrompt], parts: Sequence[tuple[Sequence[int], Tally]]) -> Tally:
+    """One tally of what was asked in parts, each with the indices of its prompts; in the order of the prompts."""
+    found = {i: (a, r) for at, part in parts for i, a, r in zip(at, part.answers, part.refusals, strict=True)}
+    order = sorted(found)
+    return _counted([prompts[i] for i in order], [found[i][0] for i in order], [found[i][1] for i in order])
+
+
+def _counted(prompts: Sequence[LabelledPrompt], answers: Sequence[str], refusals: Sequence[bool]) -> Tally:
+    return Tally(count(prompts, refusals), tuple(answers), tuple(refusals))
+
+
+def _any_numbers(layer: LayerDirections, rank: int) -> LayerDirections:
+    """Numbers that any mode can be planned with; the neutral guard takes their place."""
+    ssd = layer.ssd[:rank]  # fewer where there are no more: planning says so
+    zeros = np.zeros(len(ssd), np.float32)
+    return LayerDirections(ssd, zeros, zeros, layer.ssd[0], 0.0, 0.0)

@@ -1,0 +1,346 @@
+"""From a Hugging Face checkpoint to the onnx-community layout, without any guard: `convert_checkpoint`.
+
+    out/onnx/vision_encoder.onnx         pixel_values -> image_features [num_images, tokens, width], after the projector
+    out/onnx/embed_tokens.onnx           input_ids -> inputs_embeds
+    out/onnx/decoder_model_merged.onnx   inputs_embeds, attention_mask, position_ids, past -> logits, present
+    out/config.json, tokenizer.json, ... copied
+
+`_fp16` comes before `.onnx` in half precision, where everything float but `pixel_values` is fp16. The caller puts the
+image features at the image tokens: flattened to [num_images * tokens, width], in reading order, as apps do today.
+
+Some families have more inputs: their rows in `families` say which. How a row becomes three graphs is in
+`parts`, how they are cleaned up in `tidy`, and how they are compared with torch in
+`parity`. torch and transformers are imported by what needs them, when it runs.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+from ...graphs.errors import ExtraMissing, GuardError, ModelUnreadable, OutputRefused
+from ...graphs.package import COMPANIONS
+from ...graphs.static_proof import Check
+from ..families import find_family
+from ..families.family import PAST, SEQUENCE, TOTAL, Family
+from .parity import answer_with_torch, check_parity, require_onnxruntime
+from .parts import Part, parts_of
+from .tidy import tidy, weight_bytes
+
+Dtype = Literal["fp32", "fp16"]
+
+SUFFIXES: Mapping[Dtype, str] = {"fp32": "", "fp16": "_fp16"}
+# 18 is what torch's operator library is written in; from 23 on, norms and attention are one node each.
+OPSETS = range(18, 24)
+DEFAULT_OPSET = 18  # the oldest, for the widest choice of runtimes
+# protobuf cannot hold 2 GiB; half of that leaves room for whoever adds to the file.
+EXTERNAL_DATA_ABOVE = 1 << 30
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """One graph as it was written."""
+
+    part: str
+    path: str  # below the output folder
+    nodes: int
+    size_bytes: int  # with its external data
+    external_data: bool
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `convert_checkpoint` did, and how well the result agrees with torch (empty when not verified)."""
+
+    checkpoint: str
+    model_type: str
+    dtype: Dtype
+    opset: int
+    graphs: tuple[GraphFile, ...]
+    copied: tuple[str, ...]
+    parity: tuple[Check, ...]
+
+    @property
+    def compared(self) -> int:
+        """How many values were compared with torch's."""
+        return sum(check.compared for check in self.parity)
+
+    @property
+    def worst(self) -> float | None:
+        """The largest difference relative to torch's largest value; None when nothing was compared."""
+        return max((check.worst for check in self.parity), default=None)
+
+
+def convert_checkpoint(
+    checkpoint: str | Path,
+    out: Path,
+    *,
+    dtype: Dtype = "fp32",
+    opset: int | None = None,
+    progress: Callable[[str], None] | None = None,
+    verify: bool = True,
+) -> ConversionReport:
+    """Export the checkpoint (a folder, or a hub id) to the folder `out`, and compare it with torch.
+
+    `out` is new or empty; on an exception its content is worth nothing and the caller throws it away.
+    """
+    say = progress or (lambda _: None)
+    opset = _supported_opset(opset)
+    _require_known_dtype(dtype)
+    _require_empty(out)
+    _require_extras(verify)
+
+    folder = locate(checkpoint)
+    family = find_family(read_config(folder), str(checkpoint))
+    say(f"loading {checkpoint}")
+    model = load_model(folder, family, dtype, say)
+
+    graphs = []
+    for part in parts_of(family, model):
+        say(f"tracing {part.name}")
+        graph = trace(model, part, opset)
+        sums = {f"{PAST} + {SEQUENCE}": TOTAL}
+        tidy(graph, part.inputs, part.outputs, sums=sums, float32_inputs=part.float32_inputs)
+        graphs.append(save_graph(graph, out, part.name, dtype))
+        del graph  # holds the weights of this part
+    copied = copy_companions(folder, out)
+
+    parity: tuple[Check, ...] = ()
+    if verify:
+        say("running the checkpoint in torch")
+        with _quiet():
+            reference = answer_with_torch(family, model)
+        config = model.config
+        del model  # so that a large model is in memory once, not twice
+        say("running the exported graphs in onnxruntime")
+        parity = check_parity(out / "onnx", SUFFIXES[dtype], dtype, family, config, reference)
+    return ConversionReport(str(checkpoint), family.model_type, dtype, opset, tuple(graphs), copied, parity)
+
+
+def locate(checkpoint: str | Path) -> Path:
+    """The checkpoint's folder; a hub id is downloaded first, weights in safetensors and configs only."""
+    folder = Path(checkpoint)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelUnreadable(f"{checkpoint}: a file; name the folder that holds config.json and *.safetensors")
+    if not _HUB_ID.fullmatch(str(checkpoint)):
+        raise ModelUnreadable(f"{checkpoint}: no such folder; name a checkpoint's folder or a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        wanted = [*COMPANIONS, "*.safetensors", "*.safetensors.index.json"]
+        return Path(snapshot_download(str(checkpoint), allow_patterns=wanted))
+    except (HfHubHTTPError, OSError, ValueError) as failure:
+        raise ModelUnreadable(
+            f"{checkpoint}: no such folder, and not on the Hugging Face hub for us ({_in_one_line(failure)}); "
+            f"check the name, or download it and name its folder"
+        ) from failure
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """The checkpoint's config.json, as plain data."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelUnreadable(f"{folder}: no config.json; name the folder of a Hugging Face checkpoint")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as malformed:
+        raise ModelUnreadable(f"{path}: not JSON ({malformed}); fetch the checkpoint again") from malformed
+    if not isinstance(config, dict):
+        raise ModelUnreadable(f"{path}: a JSON {type(config).__name__}, expected an object; fetch the checkpoint again")
+    return config
+
+
+def load_model(folder: Path, family: Family, dtype: Dtype, say: Callable[[str], None]) -> Any:
+    """The checkpoint as a transformers model on the CPU, every weight of it from the files."""
+    import torch
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    if not any(folder.glob("*.safetensors")):
+        raise ModelUnreadable(
+            f"{folder}: no *.safetensors; save the checkpoint with save_pretrained (pickled weights can run code and "
+            f"are not opened)"
+        )
+    model_class = getattr(transformers, family.model_class)
+    try:
+        config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, StrictDataclassError) as failure:
+        raise ModelUnreadable(
+            f"{folder}: its config.json describes no {family.model_type} model ({_in_one_line(failure)}); "
+            f"fetch the checkpoint again"
+        ) from failure
+    try:
+        with _quiet():
+            model, loading = model_class.from_pretrained(
+                folder,
+                config=config,
+                dtype={"fp32": torch.float32, "fp16": torch.float16}[dtype],
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # refused below, with a name and both shapes
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as failure:
+        raise ModelUnreadable(
+            f"{folder}: its weights cannot be loaded ({_in_one_line(failure)}); fetch the checkpoint again"
+        ) from failure
+    # transformers fills what is missing or does not fit with random numbers, and only warns.
+    if mismatched := sorted(loading["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise ModelUnreadable(
+            f"{folder}: tensors that do not fit its config.json: {len(mismatched)}, the first is {name} "
+            f"(stored {list(stored)}, expected {list(expected)}); fetch the checkpoint again"
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelUnreadable(
+            f"{folder}: tensors of the model missing from its weights: {len(missing)}, the first is {missing[0]}; "
+            f"fetch the checkpoint again"
+        )
+    if surplus := sorted(loading["unexpected_keys"]):
+        say(f"tensors of the checkpoint that are in no part of the model: {len(surplus)}, the first is {surplus[0]}")
+    return model.eval()
+
+
+def trace(model: Any, part: Part, opset: int) -> ir.Model:
+    """One part of the model as transformers' exporter writes it."""
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
+    config = OnnxConfig(
+        dynamic=True,
+        opset_version=opset,
+        dynamic_shapes=_dynamic_shapes(part),
+        # Else a comparison of two lengths in the model ("is the mask as long as the input?") forbids the sample's own.
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    with _quiet(), _runs_as(model, part):
+        return OnnxExporter().export(model, dict(part.sample), config).program
+
+
+def save_graph(graph: ir.Model, out: Path, part: str, dtype: Dtype) -> GraphFile:
+    """Write one graph; its weights go to `<file>_data` beside it only when one file would be too large."""
+    path = out / "onnx" / f"{part}{SUFFIXES[dtype]}.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    external = weight_bytes(graph) > EXTERNAL_DATA_ABOVE
+    ir.save(graph, path, external_data=f"{path.name}_data" if external else None)
+    files = [path, *([path.with_name(f"{path.name}_data")] if external else [])]
+    return GraphFile(
+        part=part,
+        path=path.relative_to(out).as_posix(),
+        nodes=len(graph.graph),
+        size_bytes=sum(file.stat().st_size for file in files),
+        external_data=external,
+    )
+
+
+def copy_companions(folder: Path, out: Path) -> tuple[str, ...]:
+    """Copy what apps read beside the graphs, and return the names."""
+    present = [name for name in COMPANIONS if (folder / name).is_file()]
+    for name in present:
+        shutil.copyfile(folder / name, out / name)  # follows links: the hub's cache is made of them
+    return tuple(present)
+
+
+def _dynamic_shapes(part: Part) -> dict[str, Any]:
+    """The part's named axes, as torch.export wants them: per argument, and per tensor of the cache."""
+    from torch.export import Dim
+
+    # torch has no word for a sum of two lengths (of the mask), nor for a multiple of another (patches, four to a token).
+    # It finds both by itself, where it is not held to a name; `require_signature` sees to it that it finds no number.
+    held = Counter(word for shape in part.inputs.values() for word in shape if word != TOTAL)
+
+    def axes(shape: tuple[str | int, ...]) -> dict[int, Any]:
+        named = {axis: name for axis, name in enumerate(shape) if isinstance(name, str)}
+        return {axis: Dim(name) if held[name] > 1 else Dim.AUTO for axis, name in named.items()}
+
+    of_cache = [axes(shape) for name, shape in part.inputs.items() if name.startswith("past_key_values.")]
+    return {name: of_cache if name == "past_key_values" else axes(part.inputs[name]) for name in part.sample}
+
+
+@contextmanager
+def _runs_as(model: Any, part: Part) -> Iterator[None]:
+    """Within, calling the model runs this part of it; weights keep the names they have in the checkpoint."""
+    model.forward = lambda **inputs: part.run(model, **inputs)
+    try:
+        yield
+    finally:
+        del model.forward  # uncovers the class's own
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch prints its progress to stdout, which belongs to results here, and both warn about what we do on purpose."""
+    from transformers.utils import logging as transformers_logging
+
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    disabled = logging.root.manager.disable
+    transformers_logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _supported_opset(opset: int | None) -> int:
+    if opset is None:
+        return DEFAULT_OPSET
+    if opset not in OPSETS:
+        raise GuardError(
+            f"opset {opset} was asked; checkpoints are exported at {OPSETS[0]} to {OPSETS[-1]}, "
+            f"{DEFAULT_OPSET} if not said"
+        )
+    return opset
+
+
+def _require_known_dtype(dtype: str) -> None:
+    if dtype not in SUFFIXES:
+        raise GuardError(f"dtype {dtype!r} was asked; checkpoints are exported as {' or '.join(SUFFIXES)}")
+
+
+def _require_empty(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputRefused(f"{out}: exists and is not an empty folder; name a new one")
+
+
+def _require_extras(verify: bool) -> None:
+    """Before minutes of work, not after."""
+    try:
+        import onnxscript  # noqa: F401
+        import torch  # noqa: F401
+        import transformers.exporters  # noqa: F401
+    except ImportError as missing:
+        raise ExtraMissing(
+            f"exporting a checkpoint needs {missing.name}, which is not installed: install vlmguard[torch]"
+        ) from missing
+    if verify:
+        require_onnxruntime()
+
+
+def _in_one_line(failure: BaseException) -> str:
+    """Another library's words inside a sentence of ours: some of them list every model they know."""
+    words = " ".join(str(failure).split()) or type(failure).__name__
+    return words if len(words) <= 160 else f"{words[:160]}..."

@@ -1,0 +1,188 @@
+"""Who exports a checkpoint: a table of three. Each writes a model folder that `open_package` opens; the rest is the same.
+
+    transformers   vision encoder, embeddings, decoder (onnx-community layout), compared with torch   vlmguard[torch]
+    genai          onnxruntime-genai's builder: the text decoder, fused, in fp32, fp16 or int4       vlmguard[genai]
+    optimum        optimum-onnx: the text decoder as one `model.onnx` with a cache                    vlmguard[optimum]
+
+optimum-onnx needs transformers 4.57, the others need 5: it lives in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from ...graphs.errors import ExtraMissing, GuardError, ModelUnreadable, first_line
+from ...graphs.static_proof import Check
+from .convert import convert_checkpoint, copy_companions, locate, read_config
+
+ExporterName = Literal["transformers", "genai", "optimum"]
+Precision = Literal["fp32", "fp16", "int4"]
+
+DEFAULT_EXPORTER: ExporterName = "transformers"
+OPTIMUM_NEEDS = "transformers 4.57"
+_BUILDER = "onnxruntime_genai.models.builder"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one exporter is asked for.
+
+    Attributes:
+        checkpoint: a folder, or a hub id.
+        out: where to; new or empty, and worth nothing after an exception.
+        dtype: of the weights, one that the exporter has.
+        opset: `None` is the exporter's own choice.
+        say: told what is going on.
+    """
+
+    checkpoint: str | Path
+    out: Path
+    dtype: Precision
+    opset: int | None
+    say: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """One row of the table.
+
+    Attributes:
+        export: does the job; the comparison with torch, if it makes one.
+        dtypes: what it can write; the first is what it writes if nothing is asked.
+        chooses_opset: whether the opset is its own affair.
+    """
+
+    export: Callable[[Job], tuple[Check, ...]]
+    dtypes: tuple[Precision, ...]
+    chooses_opset: bool = False
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    out: Path,
+    exporter: str | None = None,
+    dtype: str | None = None,
+    opset: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[Check, ...]:
+    """Export a checkpoint to the model folder `out`, with the exporter of that name.
+
+    Returns:
+        How well the graphs agree with torch, where that was compared.
+
+    Raises:
+        GuardError: no such exporter, or one that does not have this dtype or opset.
+        ExtraMissing: it is not installed.
+        ModelUnreadable: it cannot export this checkpoint; in its own words.
+    """
+    name = exporter or DEFAULT_EXPORTER
+    if name not in EXPORTERS:
+        raise GuardError(f"exporter {name!r} was asked; there are {', '.join(EXPORTERS)}")
+    row = EXPORTERS[name]
+    wanted = row.dtypes[0] if dtype is None else dtype
+    if wanted not in row.dtypes:
+        able = " or ".join(other for other, has in EXPORTERS.items() if dtype in has.dtypes) or "no exporter"
+        raise GuardError(
+            f"dtype {dtype!r} was asked of {name}, which writes {' or '.join(row.dtypes)}; {able} writes {dtype}"
+        )
+    if opset is not None and row.chooses_opset:
+        raise GuardError(f"opset {opset} was asked of {name}, which chooses its own; leave --opset out")
+    return row.export(Job(checkpoint, out, wanted, opset, say))
+
+
+def _with_transformers(job: Job) -> tuple[Check, ...]:
+    assert job.dtype != "int4"
+    done = convert_checkpoint(job.checkpoint, job.out, dtype=job.dtype, opset=job.opset, progress=job.say)
+    return done.parity
+
+
+def _with_genai(job: Job) -> tuple[Check, ...]:
+    """`python -m onnxruntime_genai.models.builder`, in a process of its own: it imports by names like `builders`."""
+    for module in ("onnxruntime_genai", "torch", "transformers"):
+        if find_spec(module) is None:
+            raise ExtraMissing(f"exporter genai needs {module}, which is not installed: install vlmguard[genai]")
+    folder = locate(job.checkpoint)
+    read_config(folder)
+    job.say(f"building {job.checkpoint} with onnxruntime-genai")
+    # Its half precision is for CUDA and named so; a CPU runs the same graph.
+    provider = "cuda" if job.dtype == "fp16" else "cpu"
+    with tempfile.TemporaryDirectory(prefix="vlmguard-genai-") as cache:
+        command = [sys.executable, "-m", _BUILDER, "-i", str(folder), "-o", str(job.out)]
+        command += ["-p", job.dtype, "-e", provider, "-c", cache, "--extra_options", "hf_token=false"]
+        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # everything is in the folder
+        built = subprocess.run(command, capture_output=True, text=True, errors="replace", env={**os.environ, **offline})
+    if built.returncode or not (job.out / "genai_config.json").is_file():
+        raise ModelUnreadable(
+            f"{job.checkpoint}: onnxruntime-genai's builder cannot export it ({_last_line(built.stderr)}); "
+            f"try --exporter {DEFAULT_EXPORTER}"
+        )
+    return ()
+
+
+def _with_optimum(job: Job) -> tuple[Check, ...]:
+    """`optimum.exporters.onnx.main_export`, its public function."""
+    main_export = _import_optimum()
+    folder = locate(job.checkpoint)
+    read_config(folder)
+    job.say(f"exporting {job.checkpoint} with optimum")
+    try:
+        with redirect_stdout(sys.stderr):  # stdout belongs to results
+            main_export(
+                str(folder),
+                output=job.out,
+                task="text-generation-with-past",
+                opset=job.opset,
+                dtype=job.dtype,
+                do_validation=False,  # its own comparison; the proof is ours
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+    except Exception as failure:  # whatever torch, transformers and optimum raise is a fact about this checkpoint
+        raise ModelUnreadable(
+            f"{job.checkpoint}: optimum cannot export it ({first_line(failure)}); try --exporter {DEFAULT_EXPORTER}"
+        ) from failure
+    copy_companions(folder, job.out)
+    return ()
+
+
+def _import_optimum() -> Callable[..., None]:
+    """optimum's function; an old transformers in the way is named, because pip cannot have both."""
+    try:
+        from optimum.exporters.onnx import main_export  # pyright: ignore[reportMissingImports]
+    except ImportError as missing:
+        raise ExtraMissing(
+            f"exporter optimum needs optimum-onnx with {OPTIMUM_NEEDS}, found {_installed('optimum-onnx')} with "
+            f"{_installed('transformers')}: install vlmguard[optimum] in an environment of its own"
+        ) from missing
+    return main_export
+
+
+def _installed(distribution: str) -> str:
+    try:
+        return f"{distribution} {metadata.version(distribution)}"
+    except metadata.PackageNotFoundError:
+        return f"no {distribution}"
+
+
+def _last_line(text: str) -> str:
+    """A traceback's own summary."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    last = lines[-1] if lines else "it says nothing"
+    return last if len(last) <= 160 else f"{last[:160]}..."
+
+
+EXPORTERS: Mapping[str, Exporter] = {
+    "transformers": Exporter(_with_transformers, ("fp32", "fp16")),
+    "genai": Exporter(_with_genai, ("fp32", "fp16", "int4"), chooses_opset=True),
+    "optimum": Exporter(_with_optimum, ("fp32", "fp16")),
+}

@@ -1,0 +1,1 @@
+"""What the unguarded and the guarded model do with the same prompts."""

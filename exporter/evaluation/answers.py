@@ -1,0 +1,103 @@
+"""Asking one batch, and measuring while it answers: words, first-token distribution, likelihood of what is said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...graphs.errors import GuardError
+from ...runtime.vlm import Choose, Chooser, Request, Sampling, VisionLanguageModel
+
+
+@dataclass(frozen=True)
+class Said:
+    """One greedy answer.
+
+    Attributes:
+        answer: as text.
+        tokens: its token ids, without the one that ends it.
+        first: log-probabilities of the first token, `[vocabulary]` float32, in nats.
+        log_likelihood: of all tokens together, in nats.
+    """
+
+    answer: str
+    tokens: tuple[int, ...]
+    first: np.ndarray
+    log_likelihood: float
+
+
+def ask(model: VisionLanguageModel, requests: Sequence[Request], max_new_tokens: int) -> list[Said]:
+    """One greedy answer per request; the requests must fit in one batch (`VisionLanguageModel.groups`)."""
+    measure = _Measure(Chooser(Sampling(max_new_tokens)))
+    tokens = _run(model, requests, max_new_tokens, measure)
+    return [
+        Said(
+            model.chat.decode(row).strip(), tuple(row), measure.first[number], measure.log_likelihood(number, len(row))
+        )
+        for number, row in enumerate(tokens)
+    ]
+
+
+def log_likelihoods(
+    model: VisionLanguageModel, requests: Sequence[Request], answers: Sequence[Sequence[int]]
+) -> list[float]:
+    """How likely given answers (token ids) are, in nats: said one token a call, as in generation.
+
+    One call with the whole answer would be another computation: a guard at the last token of each call would see one
+    token of it.
+    """
+    longest = max(map(len, answers), default=0)
+    if longest == 0:
+        return [0.0 for _ in answers]
+    end = next(iter(model.chat.eos_ids), 0)
+    script = np.array([[*row, *[end] * (longest - len(row))] for row in answers])
+    step = iter(script.T)
+    measure = _Measure(lambda logits: next(step))
+    _run(model, requests, longest, measure)
+    return [measure.log_likelihood(number, len(row)) for number, row in enumerate(answers)]
+
+
+def kl_divergence(base: np.ndarray, other: np.ndarray) -> float:
+    """`KL(base || other)` of two distributions over tokens, given as log-probabilities `[vocabulary]`; nats."""
+    possible = np.isfinite(base)  # some models rule tokens out
+    p, q = base[possible].astype(np.float64), other[possible].astype(np.float64)
+    return max(0.0, float((np.exp(p) * (p - q)).sum()))  # below 0 only by rounding
+
+
+class _Measure:
+    """Chooses tokens as it is told, and keeps what it saw: `[batch, vocabulary]` of the first step, one number of each."""
+
+    def __init__(self, choose: Choose) -> None:
+        self._choose = choose
+        self.first = np.zeros(0, np.float32)
+        self._steps: list[np.ndarray] = []
+
+    def __call__(self, logits: np.ndarray) -> np.ndarray:
+        chosen = self._choose(logits)
+        wide = logits.astype(np.float64)
+        highest = wide.max(axis=-1, keepdims=True)
+        total = highest + np.log(np.exp(wide - highest).sum(axis=-1, keepdims=True))
+        if not self._steps:
+            self.first = (wide - total).astype(np.float32)
+        self._steps.append(np.take_along_axis(wide - total, chosen[:, None], axis=-1)[:, 0])
+        return chosen
+
+    def log_likelihood(self, row: int, tokens: int) -> float:
+        found = float(sum(step[row] for step in self._steps[:tokens]))
+        if not np.isfinite(found):
+            raise GuardError("the decoder gave NaN logits; its arithmetic overflows, export it in fp32 or bf16")
+        return found
+
+
+def _run(
+    model: VisionLanguageModel, requests: Sequence[Request], max_new_tokens: int, measure: _Measure
+) -> list[list[int]]:
+    """The tokens of each row."""
+    rows: list[list[int]] = [[] for _ in requests]
+    for step in model.steps(requests, Sampling(max_new_tokens), choose=measure):
+        for row, token in zip(rows, step.tokens, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows

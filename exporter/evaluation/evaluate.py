@@ -1,0 +1,242 @@
+"""Does the guard work? The same prompts to the unguarded and to the guarded model, and what each did with them.
+
+1. The prompts, in their settings, none of which an earlier step has used (`shown`, `overlaps`).
+2. Batch by batch, here or on a cluster (`shards`): both models answer; judges, drift and gates (`asking`).
+3. A record per prompt, on request in a file that a killed run goes on with (`records`).
+4. The figures, with their intervals (`evaluation`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...graphs.digests import sha256_file
+from ...graphs.directions import DIRECTIONS_FILE, read_directions
+from ...graphs.errors import PromptsUnusable
+from ...graphs.manifest import MANIFEST_NAME
+from ...graphs.package import external_files
+from ...runtime.guarded import GuardedVLM
+from ...runtime.vlm import Sampling, VisionLanguageModel
+from ..extraction.extract import Progress
+from ..prompts.labelled import BUILTIN, LabelledPrompt, Sources, find_file, fingerprint, listed
+from ..prompts.overlaps import require_held_out
+from ..shards import Spread, in_turn, spreading
+from ..sources import Watch, open_model, unwatched
+from .asking import AskBoth, Asking, Gates, open_gates, shard_of
+from .judge import refused
+from .judge_model import GuardModel
+from .outcome import KEYWORDS, Cell, Evaluation, Tally, count
+from .records import Record, RecordFile, digest_of
+from .shown import shown_prompts
+
+__all__ = ["Cell", "Evaluation", "Tally", "compare", "evaluate", "tally"]
+
+EVALUATION_FILES = ("evaluation.jsonl", "evaluation.json", "evaluation.csv")
+ENOUGH_TOKENS = 100  # refusals can come late; fewer are for models that say little, and for tests
+
+
+def compare(
+    base: Path | str,
+    guarded: Path | str,
+    prompts: Sources | None = None,
+    max_new_tokens: int = ENOUGH_TOKENS,
+    batch_size: int = 32,
+    watch: Watch | None = None,
+    *,
+    images: Sequence[Path | str] = (),
+    judge_model: Path | str | None = None,
+    out: Path | str | None = None,
+    keep_answers: bool = False,
+    read_gates: bool = True,
+    seed: int = 0,
+    ray: str | None = None,
+    ray_workers: int | None = None,
+) -> Evaluation:
+    """An unguarded and a guarded model on the same prompts.
+
+    Args:
+        base: the unguarded model.
+        guarded: the guarded folder.
+        prompts: sources of labelled prompts; default: found beside the base, else the built-in held-out ones.
+        max_new_tokens: of each answer.
+        batch_size: prompts that run together.
+        watch: told what is going on.
+        images: pictures that matter, to show with prompts whose source names none.
+        judge_model: a checkpoint folder of a LlamaGuard-style model, as a second judge.
+        out: a file of JSON lines, one per prompt; a run that was killed goes on with it.
+        keep_answers: keep the answers in `out` too, those of the unguarded model to harmful prompts included.
+        read_gates: read the gates, which opens the guarded decoder a second time.
+        seed: of the confidence intervals.
+        ray, ray_workers: the Ray cluster that asks (`cluster.cluster`), from which the same comes back to the bit;
+            default: this process.
+
+    Raises:
+        GuardError: a model, the judge or the prompts cannot be opened; prompts that were extracted from or calibrated on;
+            `out` is another evaluation's.
+    """
+    tell = watch or unwatched
+    unguarded, vlm = open_model(base), GuardedVLM.open(guarded)
+    sources = prompts if prompts is not None else find_file(unguarded.package.root, EVALUATION_FILES) or BUILTIN
+    title = ", ".join(listed(sources))
+    rows = shown_prompts(sources, images)
+    _require_held_out(title, rows, vlm)
+    if not unguarded.sees:
+        rows = [row for row in rows if row.setting == "text"]
+        if not rows:
+            raise PromptsUnusable(f"{title}: holds no prompt in setting text, and {base} takes no images; add some")
+    asking = AskBoth(
+        Path(base).absolute(),
+        Path(guarded).absolute(),
+        Path(judge_model).absolute() if judge_model is not None else None,
+        max_new_tokens,
+        read_gates,
+        keep_answers,
+    )
+    judge = asking.open_judge()
+    asked = {
+        "prompts": digest_of(*(f"{row.id} {row.setting} {row.label} {fingerprint(row)}" for row in rows)),
+        "count": len(rows),
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "judge": judge.identity if judge is not None else None,
+        "gates": read_gates,
+        "answers": keep_answers,
+    }
+    file = RecordFile(out, _identity(unguarded, vlm) | asked) if out is not None else None
+    gates, unread = open_gates(vlm) if read_gates else (None, "not asked for")
+    with spreading(ray, ray_workers) as spread:
+        return evaluate(
+            unguarded,
+            vlm,
+            rows,
+            max_new_tokens,
+            batch_size,
+            lambda done, total: tell("asking both models", done, total),
+            gates=gates,
+            gates_unread=unread,
+            judge=judge,
+            file=file,
+            keep_answers=keep_answers,
+            same_source=_same_source(unguarded, vlm),
+            seed=seed,
+            spread=spread(asking),
+        )
+
+
+def tally(
+    model: VisionLanguageModel,
+    prompts: Sequence[LabelledPrompt],
+    max_new_tokens: int = ENOUGH_TOKENS,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> Tally:
+    """Ask one model every prompt (greedy) and count refusals."""
+    requests = [prompt.request(model) for prompt in prompts]
+    answers = [""] * len(requests)
+    done = 0
+    for indices in model.groups(requests, batch_size):
+        replies = model.answer([requests[index] for index in indices], Sampling(max_new_tokens), len(indices))
+        for index, said in zip(indices, replies, strict=True):
+            answers[index] = said
+        done += len(indices)
+        if progress is not None:
+            progress(done, len(requests))
+    refusals = tuple(refused(answer) for answer in answers)
+    return Tally(count(prompts, refusals), tuple(answers), refusals)
+
+
+def evaluate(
+    base: VisionLanguageModel,
+    guarded: VisionLanguageModel,
+    prompts: Sequence[LabelledPrompt],
+    max_new_tokens: int = ENOUGH_TOKENS,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+    *,
+    gates: Gates | None = None,
+    gates_unread: str | None = None,
+    judge: GuardModel | None = None,
+    file: RecordFile | None = None,
+    keep_answers: bool = False,
+    same_source: bool | None = None,
+    seed: int = 0,
+    spread: Spread = in_turn,
+) -> Evaluation:
+    """The same prompts to the unguarded and to the guarded model; what `file` holds already is not asked again.
+
+    With a `spread` of its own the caller sees to it that its recipe opens the same models as these.
+    """
+    requests = [prompt.request(base) for prompt in prompts]
+    records = dict(file.found) if file is not None else {}
+    answers: dict[int, tuple[str, str]] = {}
+    # Batches are those of the whole set, whatever is done already: another batch has other padding, and other roundings.
+    batches = list((base if base.pads else guarded).groups(requests, batch_size))
+    missing = [indices for indices in batches if not all(index in records for index in indices)]
+    both, done = 2 * len(prompts), 0
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, both)
+
+    if len(missing) < len(batches):
+        tell(2 * (len(prompts) - sum(map(len, missing))))
+    work = Asking(base, guarded, max_new_tokens, gates, judge, keep_answers, halfway=tell)
+    shards = (shard_of(indices, prompts, requests) for indices in missing)
+    for indices, made in zip(missing, spread(work, shards), strict=True):
+        if file is not None:
+            file.add(made.records)
+        records |= {record.number: record for record in made.records}
+        answers |= dict(zip(indices, made.answers, strict=True))
+        tell(2 * len(indices) - made.told)
+    return Evaluation(
+        tuple(prompts),
+        tuple(_recalled(records[index], answers.get(index)) for index in range(len(prompts))),
+        (KEYWORDS, *((judge.name,) if judge is not None else ())),
+        gates_unread if gates is None else None,
+        same_source,
+        seed,
+    )
+
+
+def _recalled(record: Record, answers: tuple[str, str] | None) -> Record:
+    """With the answers of this run, whether the file keeps them or not."""
+    if answers is None:
+        return record
+    base, guarded = (
+        reply.model_copy(update={"answer": answer})
+        for reply, answer in zip((record.base, record.guarded), answers, strict=True)
+    )
+    return record.model_copy(update={"base": base, "guarded": guarded})
+
+
+# Models
+
+
+def _require_held_out(title: str, rows: Sequence[LabelledPrompt], vlm: GuardedVLM) -> None:
+    """Nothing that the guard was made from: neither its calibration prompts nor its anchors."""
+    calibrated = (vlm.manifest.calibration or {}).get("prompt_fingerprints", ())
+    require_held_out(title, rows, calibrated, "were calibrated on", "evaluate")
+    file = vlm.package.root / DIRECTIONS_FILE
+    anchors = (read_directions(file).anchors or {}) if file.is_file() else {}
+    how = "are anchors that the directions were extracted from"
+    require_held_out(title, rows, anchors.get("fingerprints", ()), how, "evaluate")
+
+
+def _identity(base: VisionLanguageModel, vlm: GuardedVLM) -> dict[str, Any]:
+    """Who was asked: a decoder by its graph's digest and its weights' sizes, a guarded folder by its manifest's."""
+    weights = {path.name: path.stat().st_size for path in external_files(base.package.decoder)}
+    return {
+        "base": sha256_file(base.package.decoder),
+        "base_weights": weights,
+        "guarded": sha256_file(vlm.package.root / MANIFEST_NAME),
+    }
+
+
+def _same_source(base: VisionLanguageModel, vlm: GuardedVLM) -> bool:
+    """Whether the decoder that was guarded is the one it is compared with."""
+    source = vlm.manifest.decoders[0].source
+    return source.get("sha256") == sha256_file(base.package.decoder)

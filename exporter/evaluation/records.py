@@ -1,0 +1,169 @@
+"""What an evaluation keeps of each prompt, and the file of JSON lines that a killed run goes on with.
+
+The first line says which models were asked what; every other line is one prompt. A batch's lines are written together and
+flushed to the disk, so a killed run loses the batch that it was in. A line that the kill cut short is dropped.
+Answers themselves are kept only on request: those of an unguarded model to harmful prompts are not to lie around.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ...graphs.errors import OutputRefused
+
+SCHEMA = "vlmguard.evaluation-records/1"
+
+
+class Reply(BaseModel):
+    """What one model did with one prompt.
+
+    Attributes:
+        refused: by the keywords.
+        unsafe: by the guard model, where there is one.
+        tokens: length of the answer.
+        digest: of the answer; two answers with the same digest are the same, word for word.
+        answer: the answer, where answers are kept.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    refused: bool
+    unsafe: bool | None = None
+    tokens: int
+    digest: str
+    answer: str | None = None
+
+
+class Drift(BaseModel):
+    """How far the guarded model is from the unguarded one on a harmless text.
+
+    Attributes:
+        first_token_kl: of the first token's distributions, `KL(unguarded || guarded)`, nats.
+        tokens: length of the unguarded model's answer.
+        base_log_likelihood, guarded_log_likelihood: of that answer, nats.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    first_token_kl: float
+    tokens: int
+    base_log_likelihood: float
+    guarded_log_likelihood: float
+
+
+class Record(BaseModel):
+    """One prompt.
+
+    Attributes:
+        number: of the prompt in the set, from 0.
+        gates: by guarded layer, whether the gate was open at the end of the prompt.
+        drift: of harmless prompts in setting `text`.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    number: int
+    id: str
+    setting: str
+    label: str
+    intent: str
+    base: Reply
+    guarded: Reply
+    gates: dict[str, bool] | None = None
+    drift: Drift | None = None
+
+
+def digest_of(*parts: str) -> str:
+    """Short digest of some texts."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+class RecordFile:
+    """Records of one evaluation, in memory and on disk.
+
+    Args:
+        path: a file to write, or to go on with.
+        about: which models are asked what; a file that says otherwise is another evaluation's.
+
+    Attributes:
+        found: the records that were there, by number.
+
+    Raises:
+        OutputRefused: not a file of records, or of another evaluation, or it cannot be written.
+    """
+
+    def __init__(self, path: Path | str, about: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self._about = {"schema": SCHEMA, **about}
+        self.found: dict[int, Record] = {}
+        try:
+            if self.path.exists():
+                self._resume()
+            else:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self.path.exists() or not self.path.stat().st_size:
+                self._append([json.dumps(self._about)])
+        except (OSError, UnicodeDecodeError) as error:
+            raise OutputRefused(f"{self.path}: cannot be written or read ({error}); choose another --out") from None
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Keep the records of one batch; those that a killed run could still write are there already."""
+        new = [record for record in records if record.number not in self.found]
+        self._append([record.model_dump_json(exclude_none=True) for record in new])
+        self.found |= {record.number: record for record in records}
+
+    def _append(self, lines: Sequence[str]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(line + "\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _resume(self) -> None:
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        first, *rest = whole.decode("utf-8").splitlines() or [""]
+        if whole or not _begins(content, self._about):
+            self._require_same(first)
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
+        for number, line in enumerate(rest, start=2):
+            try:
+                record = Record.model_validate_json(line)
+            except ValidationError as error:
+                said = error.errors()[0]["msg"]
+                raise OutputRefused(
+                    f"{self.path}: line {number} is not a record ({said}); choose another --out, or remove it"
+                ) from None
+            self.found[record.number] = record
+
+    def _require_same(self, header: str) -> None:
+        try:
+            theirs = json.loads(header)
+        except ValueError:
+            theirs = None
+        if not isinstance(theirs, dict) or theirs.get("schema") != SCHEMA:
+            raise OutputRefused(f"{self.path}: is not a file of evaluation records ({SCHEMA}); choose another --out")
+        ours = json.loads(json.dumps(self._about))
+        differing = next((name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)), None)
+        if differing is not None:
+            raise OutputRefused(
+                f"{self.path}: records another evaluation ({differing} was {_short(theirs.get(differing))}, now it is "
+                f"{_short(ours.get(differing))}); choose another --out, or remove it"
+            )
+
+
+def _begins(content: bytes, about: Mapping[str, Any]) -> bool:
+    """Whether a file without one whole line is the beginning of our first line: killed before anything was asked."""
+    return json.dumps(about).encode().startswith(content)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 48 else f"{text[:45]}..."

@@ -1,0 +1,65 @@
+"""Which prompts an evaluation asks, and how each is shown: as text, beside a blank picture, beside one that matters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ...graphs.errors import PromptsUnusable
+from ..prompts.labelled import LabelledPrompt, PromptSet, Setting, Sources, listed, read_set
+
+_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def shown_prompts(sources: Sources, images: Sequence[Path | str] = ()) -> list[LabelledPrompt]:
+    """The prompts of some sources, in the settings that they are to be asked in.
+
+    A source that says how its prompts are shown is followed. All others are asked as text, beside a blank picture, and
+    beside the given pictures, which take turns. Of sources that are divided into splits, the split `test`.
+
+    Args:
+        images: picture files, or folders of them.
+
+    Raises:
+        PromptsUnusable: as `read_set`; a picture that is not there.
+    """
+    pictures = _pictures(images)
+    sets = [_shown(read_set(name, "test"), pictures) for name in listed(sources)]
+    if len(sets) == 1:
+        return sets[0]
+    # ids are unique in their own set only
+    return [replace(row, id=f"{number}-{row.id}") for number, rows in enumerate(sets, 1) for row in rows]
+
+
+def _shown(found: PromptSet, pictures: Sequence[Path]) -> list[LabelledPrompt]:
+    if found.placed:
+        return list(found.prompts)
+    settings: list[Setting] = ["text", "blank"]
+    if pictures:
+        settings.append("image")
+    return [
+        replace(
+            prompt,
+            id=f"{prompt.id}-{setting}",
+            setting=setting,
+            image=pictures[number % len(pictures)] if setting == "image" else None,
+        )
+        for setting in settings
+        for number, prompt in enumerate(found.prompts)
+    ]
+
+
+def _pictures(images: Sequence[Path | str]) -> list[Path]:
+    found: list[Path] = []
+    for path in map(Path, images):
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
+            if not inside:
+                raise PromptsUnusable(f"{path}: holds no pictures ({', '.join(_SUFFIXES)}); name another folder")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise PromptsUnusable(f"{path}: no such picture; name a file, or a folder of them")
+    return found

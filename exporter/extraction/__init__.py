@@ -1,0 +1,1 @@
+"""From anchor pairs to a safety steering direction per layer."""

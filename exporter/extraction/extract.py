@@ -1,0 +1,211 @@
+"""Safety steering directions from the ONNX model itself: one tapped pass over the anchors, then an estimate per layer.
+
+VLM-Guard (arXiv 2502.10486): `A_l[i] = h_l(q_i-) - h_l(q_i+)`, not centred; `A_l = U S V^T`; the first `m` rows of `V^T`
+are the SSD of layer `l`. The sign that an SVD returns is arbitrary, so each row is oriented from the data: `+` means
+harmful. Text only: the language model inside the VLM is the safety-aligned one. Other estimators of row 1 are in
+`estimators.py`; a checkpoint is read in torch by `extract_torch.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...graphs.anatomy import DecoderAnatomy
+from ...graphs.digests import sha256_file
+from ...graphs.directions import Directions, LayerDirections
+from ...graphs.errors import GuardError
+from ...graphs.package import ModelPackage
+from ...graphs.taps import STATES_OUTPUT, tap_last_token
+from ...runtime.vlm import Request, Sampling, VisionLanguageModel
+from ..prompts.labelled import AnchorPair
+from ..shards import Spread, Spreader, here, in_turn
+from .estimators import DEFAULT_ESTIMATOR, ESTIMATORS, estimate, require_known
+from .kept_states import KeptStates, model_files
+
+# (done, of how many)
+Progress = Callable[[int, int], None]
+
+
+def extract_all_layers(
+    model: VisionLanguageModel,
+    anatomy: DecoderAnatomy,
+    pairs: Sequence[AnchorPair],
+    rank: int = 4,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    estimator: str = DEFAULT_ESTIMATOR,
+    kept: KeptStates | None = None,
+    spread: Spreader = here,
+) -> Directions:
+    """The SSD of every layer, with its evidence.
+
+    Args:
+        model: unguarded.
+        anatomy: of its decoder.
+        pairs: anchors.
+        rank: rows to keep per layer, 1..8; never more than there are pairs.
+        batch_size: prompts per pass.
+        progress: told after each batch.
+        estimator: of row 1, a name of `estimators.ESTIMATORS`.
+        kept: where states are kept until all are there.
+        spread: who reads the batches; others than this process open the model that `model.package` names.
+    """
+    require_known("estimator", estimator, ESTIMATORS)
+    over = spread(LastStates(model.package, anatomy, model.runtime))
+    states = collect_states(tapped(model, anatomy), anchor_requests(pairs), batch_size, progress, kept, over)
+    layers = [site.layer_index for site in anatomy.sites]
+    return directions_from_states(states, layers, rank, estimator, sha256_file(model.package.decoder))
+
+
+def anchor_requests(pairs: Sequence[AnchorPair]) -> list[Request]:
+    """Text only; harmful and harmless take turns."""
+    return [Request(text) for pair in pairs for text in (pair.harmful, pair.harmless)]
+
+
+def directions_from_states(
+    states: np.ndarray, layers: Iterable[int], rank: int, estimator: str, model_sha256: str | None
+) -> Directions:
+    """The SSD of each layer from the anchors' states `[2 * pairs, layers of the decoder, d]`, ordered as `anchor_requests`."""
+    harmful, harmless = states[0::2], states[1::2]
+    found, evidence = {}, {}
+    for number in layers:
+        found[number], evidence[str(number)] = _direction(harmful[:, number], harmless[:, number], rank, estimator)
+    return Directions(
+        width=states.shape[-1],
+        layers=found,
+        model_sha256=model_sha256,
+        pairs=len(harmful),
+        evidence=evidence,
+        estimator=estimator,
+    )
+
+
+@dataclass(frozen=True)
+class LastStates:
+    """How another process reads states: the recipe of a tapped model."""
+
+    package: ModelPackage
+    anatomy: DecoderAnatomy
+    runtime: str
+
+    def files(self) -> list[Path]:
+        return model_files(self.package)
+
+    def open(self) -> Callable[[list[Request]], np.ndarray]:
+        return states_reader(tapped(VisionLanguageModel(self.package, runtime=self.runtime), self.anatomy))
+
+
+def tapped(model: VisionLanguageModel, anatomy: DecoderAnatomy) -> VisionLanguageModel:
+    """The model with one output more: every layer's state at the last token."""
+    graph = model.package.load_decoder()
+    tap_last_token(graph, anatomy.sites)
+    return model.with_decoder(graph)
+
+
+def collect_states(
+    model: VisionLanguageModel,
+    requests: Sequence[Request],
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    kept: KeptStates | None = None,
+    spread: Spread = in_turn,
+) -> np.ndarray:
+    """Hidden states at the last prompt token, `[requests, layers, d]` float32, in the order of the requests.
+
+    `model` is tapped.
+    """
+    batches = model.groups(requests, batch_size)
+    return read_batches(states_reader(model), requests, batches, progress, kept, spread)
+
+
+def states_reader(model: VisionLanguageModel) -> Callable[[list[Request]], np.ndarray]:
+    """From the requests of one batch to the states `[batch, layers, d]` float32 that a tapped model has."""
+    return lambda batch: model.prefill(batch)[STATES_OUTPUT]
+
+
+def read_batches(
+    read: Callable[[list[Request]], np.ndarray],
+    requests: Sequence[Request],
+    batches: Iterable[list[int]],
+    progress: Progress | None = None,
+    kept: KeptStates | None = None,
+    spread: Spread = in_turn,
+) -> np.ndarray:
+    """States of all requests, batch by batch: those that were kept are not read again.
+
+    Raises:
+        GuardError: a state holds NaN or infinity.
+    """
+    states: list[np.ndarray | None] = [None] * len(requests)
+    done = 0
+
+    def take(indices: list[int], found: np.ndarray) -> None:
+        nonlocal done
+        for row, index in enumerate(indices):
+            states[index] = found[row]
+        done += len(indices)
+        if progress is not None:
+            progress(done, len(requests))
+
+    missing: list[tuple[list[int], list[Request]]] = []
+    for indices in batches:
+        batch = [requests[index] for index in indices]
+        found = kept.find(batch) if kept is not None else None
+        if found is None:
+            missing.append((indices, batch))
+        else:
+            take(indices, found)
+    results = spread(read, (batch for _, batch in missing))
+    for (indices, batch), found in zip(missing, results, strict=True):
+        if kept is not None:
+            kept.keep(batch, found)
+        take(indices, found)
+    collected = np.stack([state for state in states if state is not None])
+    if len(collected) != len(requests) or not np.isfinite(collected).all():
+        raise GuardError("the model's hidden states hold NaN or infinity; its arithmetic overflows, use fp32 or bf16")
+    return collected
+
+
+def collect_answer_states(
+    model: VisionLanguageModel, requests: Sequence[Request], max_new_tokens: int, batch_size: int = 16
+) -> list[np.ndarray]:
+    """Hidden states at the tokens of each request's own greedy answer: per request `[tokens, layers, d]` float32.
+
+    `model` is tapped. A gate is asked again at every token of the answer, so a gate that only ever saw the ends of
+    prompts opens in the middle of harmless answers.
+    """
+    rows: list[list[np.ndarray]] = [[] for _ in requests]
+    for indices in model.groups(requests, batch_size):
+        said: list[int | None] | None = None
+        for step in model.steps([requests[index] for index in indices], Sampling(max_new_tokens=max_new_tokens)):
+            for row, index in enumerate(indices):
+                if said is not None and said[row] is not None:
+                    rows[index].append(step.outputs[STATES_OUTPUT][row])
+            said = step.tokens
+    return [np.stack(row) if row else np.zeros((0, 0, 0), np.float32) for row in rows]
+
+
+def _direction(
+    harmful: np.ndarray, harmless: np.ndarray, rank: int, estimator: str
+) -> tuple[LayerDirections, dict[str, Any]]:
+    """SSD of one layer from states `[pairs, d]`, and the evidence for its sign."""
+    from sklearn.metrics import roc_auc_score  # here: half of the time that the command line takes to start
+
+    a, b = harmful.astype(np.float64), harmless.astype(np.float64)
+    difference = a - b
+    rows = estimate(estimator, a, b, rank)
+    along = difference @ rows[0]
+    shares = ((difference @ rows.T) ** 2).sum(axis=0) / (difference**2).sum()
+    return LayerDirections(ssd=rows.astype(np.float32)), {
+        "mean": float(along.mean()),
+        "std": float(along.std()),
+        "auc": float(roc_auc_score([1] * len(a) + [0] * len(b), np.concatenate([a @ rows[0], b @ rows[0]]))),
+        "harmful_mean": float((a @ rows[0]).mean()),
+        "harmless_mean": float((b @ rows[0]).mean()),
+        "explained": [float(share) for share in shares],
+    }

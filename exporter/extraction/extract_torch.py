@@ -1,0 +1,134 @@
+"""Directions from a Hugging Face checkpoint, read in torch: no ONNX export is needed to know them.
+
+The states are those that the exported graph has: what leaves each decoder layer at the last token of the same ids. They are
+taken by hooks, because transformers' `hidden_states` end with the normed state in place of the last layer's. Prompts of one
+length run together, so nothing is padded and no position has to be made up.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...graphs.directions import Directions
+from ...graphs.errors import AnatomyNotFound, ExtraMissing
+from ...runtime.chat import ChatTokenizer
+from ...runtime.vlm import Request
+from ..checkpoints.convert import load_model, locate, read_config
+from ..families import find_family
+from ..prompts.labelled import AnchorPair
+from ..shards import Spreader, here, when_needed
+from .estimators import DEFAULT_ESTIMATOR, ESTIMATORS, require_known
+from .extract import Progress, anchor_requests, directions_from_states, read_batches
+from .kept_states import digest_of, kept_beside
+
+
+def extract_from_checkpoint(
+    checkpoint: str | Path,
+    pairs: Sequence[AnchorPair],
+    work: Path,
+    rank: int = 4,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    estimator: str = DEFAULT_ESTIMATOR,
+    spread: Spreader = here,
+) -> Directions:
+    """The SSD of every decoder layer of a checkpoint, in float32 on the CPU.
+
+    Args:
+        checkpoint: a folder, or a hub id.
+        pairs: anchors.
+        work: the output; states are kept in a hidden folder beside it until they are all there.
+        rank, batch_size, progress, estimator, spread: as for `extract_all_layers`.
+
+    Returns:
+        Directions without a decoder's digest: there is no decoder file yet.
+
+    Raises:
+        ExtraMissing: torch is not installed.
+        GuardError: no family of ours, or its weights cannot be loaded.
+    """
+    require_known("estimator", estimator, ESTIMATORS)
+    _require_torch()
+    folder = locate(checkpoint)
+    find_family(read_config(folder), str(checkpoint))
+    recipe = TorchStates(folder.absolute(), _threads())
+    chat = ChatTokenizer.open(folder)
+    requests = anchor_requests(pairs)
+    with kept_beside(work, f"torch {digest_of(recipe.files())}") as kept:
+        batches = _of_one_length([len(chat.encode(request.prompt)) for request in requests], batch_size)
+        states = read_batches(when_needed(recipe), requests, batches, progress, kept, spread(recipe))
+    return directions_from_states(states, range(states.shape[1]), rank, estimator, None)
+
+
+@dataclass(frozen=True)
+class TorchStates:
+    """How a process reads states in torch.
+
+    Attributes:
+        folder: of the checkpoint.
+        threads: of torch; sums are split among them, so that another number rounds in another way.
+    """
+
+    folder: Path
+    threads: int
+
+    def files(self) -> list[Path]:
+        return [path for path in sorted(self.folder.iterdir()) if path.is_file()]
+
+    def open(self) -> Callable[[Sequence[Request]], np.ndarray]:
+        """From texts of one length in tokens to states at their last token, `[texts, layers, d]` float32."""
+        import torch
+
+        torch.set_num_threads(self.threads)
+        family = find_family(read_config(self.folder), str(self.folder))
+        decoder = load_model(self.folder, family, "fp32", lambda _: None).get_decoder()
+        layers = getattr(decoder, "layers", None)
+        if layers is None:
+            raise AnatomyNotFound(
+                f"{self.folder}: {type(decoder).__name__} has no list of layers; export it to ONNX and extract from that"
+            )
+        chat = ChatTokenizer.open(self.folder)
+        seen: list[np.ndarray] = []
+
+        def record(module: Any, inputs: Any, output: Any) -> None:
+            state = output[0] if isinstance(output, tuple) else output
+            seen.append(state[:, -1].float().numpy())
+
+        def states_of(batch: Sequence[Request]) -> np.ndarray:
+            seen.clear()
+            with torch.no_grad():
+                decoder(input_ids=torch.tensor([chat.encode(request.prompt) for request in batch]), use_cache=False)
+            return np.stack(seen, axis=1)
+
+        for layer in layers:
+            layer.register_forward_hook(record)
+        return states_of
+
+
+def _of_one_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    alike: dict[int, list[int]] = defaultdict(list)
+    for index, length in enumerate(lengths):
+        alike[length].append(index)
+    for members in alike.values():
+        for start in range(0, len(members), batch_size):
+            yield members[start : start + batch_size]
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _require_torch() -> None:
+    from importlib.util import find_spec
+
+    for module in ("torch", "transformers"):
+        if find_spec(module) is None:
+            raise ExtraMissing(f"reading a checkpoint needs {module}, which is not installed; install vlmguard[torch]")

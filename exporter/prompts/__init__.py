@@ -1,0 +1,1 @@
+"""Labelled prompts: where they come from, which formats, which share prompts."""

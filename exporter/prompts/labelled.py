@@ -1,0 +1,255 @@
+"""Prompts from files: anchor pairs for the directions, labelled prompts for calibration and evaluation.
+
+A source is a file, `FORMAT:FILE` (`formats.FORMATS`), or `builtin`: the pairs that come with the package. Our own
+formats, as lines of JSON, a JSON list or a csv:
+
+- anchors: `{"harmful", "harmless"}`, and if wanted `intent` and `split` (`extraction`, `calibration` or `test`);
+- labelled prompts: `{"id", "prompt", "label", "setting", "image"}`: label `harmful`, `harmless` or `borderline` (harmless,
+  but it looks harmful); setting `text`, `blank` (a white picture is attached), `image` (the picture `image`, a path
+  relative to the file) or `typographic` (a picture too, but what is asked stands in the picture alone: the text is
+  innocent, whatever the label).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...graphs.errors import PromptsUnusable
+from ...runtime.vlm import Request, VisionLanguageModel
+from .files import read_rows
+from .formats import BY_NAME, PICTURED, Entry, Label, RowUnusable, Setting, recognise
+from .formats import LABELS as LABELS  # who reads prompts wants these too
+from .formats import SETTINGS as SETTINGS
+
+Source = Path | str
+Sources = Source | Sequence[Source]
+
+BUILTIN = "builtin"
+_BUILTIN_FILE = Path(__file__).with_name("anchors.csv")
+SPLITS = ("extraction", "calibration", "test")
+PAIRED_LABELS: tuple[Label, Label] = ("harmful", "harmless")
+_FOLDERS = (".", "prompts", "..", "../prompts")
+
+
+@dataclass(frozen=True)
+class AnchorPair:
+    """A harmful query and a harmless one, alike word by word as far as possible."""
+
+    harmful: str
+    harmless: str
+    intent: str = ""
+    split: str = ""
+
+
+@dataclass(frozen=True)
+class LabelledPrompt:
+    """A prompt with what it is and how it is shown."""
+
+    id: str
+    prompt: str
+    label: Label
+    setting: Setting
+    image: Path | None = None
+    intent: str = ""
+
+    @property
+    def harmful_as_text(self) -> bool:
+        """Whether somebody who reads the text alone can see the harm."""
+        return self.label == "harmful" and self.setting != "typographic"
+
+    def request(self, model: VisionLanguageModel) -> Request:
+        """As a request; `blank` gets a white picture of the model's size."""
+        if self.setting == "blank":
+            return Request(self.prompt, model.blank_image())
+        return Request(self.prompt, self.image)
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """What one source holds.
+
+    Attributes:
+        name: the source, as it was given.
+        format: name of its format.
+        prompts: in order; the halves of a pair are neighbours.
+        pairs: the same as pairs, where the source has them.
+        placed: whether the source itself says in which setting each prompt is shown; otherwise all are `text`.
+    """
+
+    name: str
+    format: str
+    prompts: tuple[LabelledPrompt, ...]
+    pairs: tuple[AnchorPair, ...] = ()
+    placed: bool = False
+
+
+def listed(sources: Sources) -> list[str]:
+    """One source or several, as a list of names."""
+    return [str(sources)] if isinstance(sources, str | Path) else [str(source) for source in sources]
+
+
+def file_of(source: Source) -> Path:
+    """The file that a source names."""
+    return _parts(str(source))[1]
+
+
+def name_of(source: Source) -> str:
+    """A source without its folders: for notes, and for files that others get to see."""
+    return str(source) if is_builtin(source) else file_of(source).name
+
+
+def is_builtin(source: Source) -> bool:
+    """Whether a source is (a part of) the prompts that come with the package."""
+    return _parts(str(source))[1] == _BUILTIN_FILE
+
+
+def read_set(source: Source, split: str | None = None, what: str = "prompts") -> PromptSet:
+    """Everything that one source holds.
+
+    Args:
+        source: a file, `FORMAT:FILE`, `builtin`, or `builtin:` and one of its parts.
+        split: of a file that is divided into `extraction`, `calibration` and `test` this part alone; `None` is all of it.
+        what: what it is wanted for, `anchors` or `prompts`.
+
+    Raises:
+        PromptsUnusable: missing, empty, unreadable, of no known format, or a row that is not what the format promises.
+    """
+    name, path, own_split = _parts(str(source))
+    rows = read_rows(path, what)
+    if not rows:
+        example = (
+            '{"harmful": "...", "harmless": "..."}' if what == "anchors" else '{"prompt": "...", "label": "harmful"}'
+        )
+        raise PromptsUnusable(f"{path}: holds no {what}; write lines of {example}")
+    format = BY_NAME[name] if name is not None else recognise(path, rows[0][1], what)
+    try:
+        numbered = [(number, entry) for number, row in rows for entry in format.read(number, row, path)]
+    except RowUnusable as error:
+        raise PromptsUnusable(f"{path}: {error}") from None
+    if any(entry.split for _, entry in numbered):
+        numbered = _of_split(path, numbered, own_split or split)
+    prompts = tuple(_prompt(path, number, entry) for number, entry in numbered)
+    return PromptSet(str(source), format.name, prompts, _paired([entry for _, entry in numbered]), format.places)
+
+
+def read_anchors(sources: Sources, split: str | None = "extraction") -> list[AnchorPair]:
+    """Anchor pairs of one source or several.
+
+    Where a source has no pairs, all harmful prompts are paired with all harmless ones in their order, as far as both go:
+    such pairs are not matched word by word.
+
+    Raises:
+        PromptsUnusable: as `read_set`; no pairs can be made, or fewer than 2.
+    """
+    names = ", ".join(listed(sources))
+    sets = [read_set(source, split, "anchors") for source in listed(sources)]
+    if all(found.pairs for found in sets):
+        pairs = [pair for found in sets for pair in found.pairs]
+    else:
+        prompts = [prompt for found in sets for prompt in found.prompts]
+        sides = [list(dict.fromkeys(p.prompt for p in prompts if p.label == label)) for label in PAIRED_LABELS]
+        for side, label, other in zip(sides, PAIRED_LABELS, reversed(PAIRED_LABELS), strict=True):
+            if not side:
+                raise PromptsUnusable(
+                    f"{names}: holds no {label} prompts to pair with the {other} ones; give a second --anchors with some"
+                )
+        pairs = [AnchorPair(*both) for both in zip(*sides, strict=False)]
+    if len(pairs) < 2:
+        raise PromptsUnusable(f"{names}: holds {len(pairs)} anchor pair; a direction needs at least 2, better 100")
+    return pairs
+
+
+def read_prompts(sources: Sources, split: str | None = None) -> list[LabelledPrompt]:
+    """Labelled prompts of one source or several, in the setting that they name, else as text.
+
+    Raises:
+        PromptsUnusable: as `read_set`.
+    """
+    return [prompt for source in listed(sources) for prompt in read_set(source, split).prompts]
+
+
+def find_file(home: Path, names: Sequence[str]) -> Path | None:
+    """A prompts file that comes with a model: in its folder, in `prompts/`, or one level up."""
+    for folder in _FOLDERS:
+        for name in names:
+            path = (home / folder / name).resolve()
+            if path.is_file():
+                return path
+    return None
+
+
+def prompts_from_anchors(pairs: Sequence[AnchorPair], sees: bool) -> list[LabelledPrompt]:
+    """Labelled prompts made of anchor pairs: as text, and with a blank image where the model takes images."""
+    settings: tuple[Setting, ...] = ("text", "blank") if sees else ("text",)
+    return [
+        LabelledPrompt(f"{setting}-{number}-{label}", getattr(pair, label), label, setting, intent=pair.intent)
+        for setting in settings
+        for number, pair in enumerate(pairs)
+        for label in PAIRED_LABELS
+    ]
+
+
+def normalised(text: str) -> str:
+    """Lower case, without accents' spellings, punctuation and spare white space: prompts that differ in those are one."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(re.findall(r"\w+", folded))
+
+
+def fingerprint(prompt: LabelledPrompt) -> str:
+    """Short digest of what is asked; two sets that share one are not held out from each other.
+
+    A blank picture asks nothing, so that a prompt is the same in `text` and `blank`; a picture that matters is part of it.
+    """
+    image = prompt.image.read_bytes() if prompt.image is not None else b""
+    return hashlib.sha256(normalised(prompt.prompt).encode() + b"\0" + image).hexdigest()[:16]
+
+
+def _parts(source: str) -> tuple[str | None, Path, str | None]:
+    """`(format, file, part)`: what `builtin:test`, `advbench:FILE` or a plain path say."""
+    name, colon, rest = source.partition(":")
+    if name == BUILTIN and not Path(source).exists():
+        if colon and rest not in SPLITS:
+            raise PromptsUnusable(f"{source}: the built-in prompts have no such part; choose {', '.join(SPLITS)}")
+        return "pairs", _BUILTIN_FILE, rest or None
+    if colon and name in BY_NAME:
+        return name, Path(rest), None
+    if colon and re.fullmatch(r"\w{2,}", name) and not Path(source).exists():
+        raise PromptsUnusable(f"{source}: no format is called {name!r}; choose one of {', '.join(BY_NAME)}")
+    return None, Path(source), None
+
+
+def _of_split(path: Path, numbered: list[tuple[int, Entry]], split: str | None) -> list[tuple[int, Entry]]:
+    for number, entry in numbered:
+        if entry.split not in SPLITS:
+            raise PromptsUnusable(
+                f"{path}: line {number} has split {entry.split!r}; expected {', '.join(SPLITS[:-1])} or {SPLITS[-1]}"
+            )
+    kept = [(number, entry) for number, entry in numbered if split is None or entry.split == split]
+    if not kept:
+        raise PromptsUnusable(f"{path}: holds nothing of split {split}; add some, or remove the column split")
+    return kept
+
+
+def _prompt(path: Path, number: int, entry: Entry) -> LabelledPrompt:
+    image = path.parent / entry.image if entry.image is not None else None
+    if entry.setting in PICTURED and (image is None or not image.is_file()):
+        raise PromptsUnusable(
+            f"{path}: line {number} has setting {entry.setting}, but its image {entry.image!r} is missing"
+        )
+    name = entry.id or (f"{number}-{entry.label}" if entry.pair is not None else str(number))
+    return LabelledPrompt(name, entry.prompt, entry.label, entry.setting or "text", image, entry.intent)
+
+
+def _paired(entries: Sequence[Entry]) -> tuple[AnchorPair, ...]:
+    """The pairs of a source whose entries are halves of pairs, which stand side by side; otherwise none."""
+    if not entries or any(entry.pair is None for entry in entries):
+        return ()
+    return tuple(
+        AnchorPair(first.prompt, second.prompt, first.intent, first.split)
+        for first, second in zip(entries[::2], entries[1::2], strict=True)
+    )

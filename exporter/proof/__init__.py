@@ -1,0 +1,1 @@
+"""The proof: by running, and again from the files."""

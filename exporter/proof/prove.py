@@ -1,0 +1,468 @@
+"""The proof by running: on the staged file, before it gets its name. Each check says how much it compared.
+
+1. Closed gate (or zero strength): every original output, prefill and decode, equals the unguarded model's bit for bit.
+2. Guarded hidden states equal the numpy reference, with the gates as the inputs set them and with every gate forced open.
+3. Tokens that are not to be edited are untouched, bit for bit.
+4. In a float16 graph: how near the states come to the end of float16 (`headroom`).
+5. Where the graph has dials (`graphs.dials`): strength 0, and below, equals the original bit for bit; states at other settings
+   equal the reference; scores and gates told are the reference's (`prove_gate`); a held gate outlasts what the scores say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import onnx_ir as ir
+
+from ...graphs.dials import OFFSET_INPUT, PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, STRENGTH_INPUT
+from ...graphs.errors import ModelUnreadable, RunFailed, first_line
+from ...graphs.package import ModelPackage, load_graph
+from ...graphs.plan import COORDINATES_OUTPUT, GuardPlan
+from ...graphs.reference import LISTEN, Dials, LayerGuard, guard, last_token, score
+from ...graphs.rewrite import GuardReport
+from ...graphs.scribe import PREFIX
+from ...graphs.spec import MODES_WITH_SUPERVISOR
+from ...graphs.static_proof import Check, exact
+from ...graphs.taps import tap_guard
+from ...runtime.decoder import DecoderSession, PromptBatch, open_decoder
+from ...runtime.device import Tensor
+from ...runtime.vlm import Request, VisionLanguageModel
+from .headroom import Headroom
+from .prove_gate import GatesTold
+
+DECODE_STEPS = 4
+# Largest deviation from the float64 reference, relative to the largest state compared.
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+# A threshold that no score passes, and one that all do; finite, so that nothing becomes NaN.
+_NEVER, _ALWAYS = 3.0e38, -3.0e38
+# A threshold offset that opens every gate, and is cut nowhere.
+_LOWERED = -1.0e9
+# Strengths that must leave the original; below 0 the guard must not turn round.
+_OFF = (0.0, -1.0)
+
+
+@dataclass(frozen=True)
+class ProofInputs:
+    """What the proof runs on.
+
+    Attributes:
+        batches: prompts, ready for the decoder.
+        texts: text-only versions of the same rows (for modes with a supervisor), or the same batches.
+        origin: where they come from, for the record.
+    """
+
+    batches: tuple[PromptBatch, ...]
+    texts: tuple[PromptBatch, ...]
+    origin: str
+
+    @property
+    def given(self) -> bool:
+        """Whether they are inputs by name, one call each, instead of prompts."""
+        return any(batch.given is not None for batch in self.batches)
+
+
+def proof_inputs(model: VisionLanguageModel, requests: Sequence[Request], rows: int = 8) -> ProofInputs:
+    """Real prompts as proof inputs, at most `rows` a batch, with padding where the decoder can be padded."""
+    groups = [[requests[index] for index in indices] for indices in model.groups(requests, rows)]
+    batches = tuple(model.batch(group) for group in groups)
+    texts = tuple(model.batch([Request(request.prompt) for request in group]) for group in groups)
+    return ProofInputs(batches, texts, f"{len(requests)} real prompts")
+
+
+def random_inputs(session: DecoderSession, width: int, vocabulary: int, pads: bool, why: str) -> ProofInputs:
+    """Seeded random inputs, for a graph that no prompt can be given to; `why` not, for the record."""
+    random = np.random.default_rng(0)
+    batch, length = 2, 12
+    ids = random.integers(0, vocabulary, (batch, length))
+    mask = np.ones_like(ids)
+    if pads:
+        mask[0, :3] = 0
+    embeds = random.normal(0, 0.5, (batch, length, width)).astype(np.float32) if session.takes_embeds else None
+    one = PromptBatch(ids, mask, embeds)
+    return ProofInputs((one,), (one,), f"seeded random inputs ({why})")
+
+
+def given_inputs(paths: Sequence[Path]) -> ProofInputs:
+    """Inputs of the decoder by name, one `.npz` per call, for a graph that wants more than tokens.
+
+    Raises:
+        ModelUnreadable: a file is no such thing.
+    """
+    batches = []
+    for path in paths:
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                given = {name: content[name] for name in content.files}
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
+            raise ModelUnreadable(
+                f"{path}: is no .npz of arrays ({first_line(error)}); write it with numpy.savez"
+            ) from None
+        text = given.get("inputs_embeds", given.get("input_ids"))
+        if text is None or text.ndim < 2:
+            raise ModelUnreadable(
+                f"{path}: holds no input_ids [batch, sequence] or inputs_embeds, but {', '.join(given) or 'nothing'}; add it"
+            )
+        ids = np.zeros((len(text), len(text[0])), np.int64)
+        mask = given["attention_mask"] if "attention_mask" in given else np.ones_like(ids)
+        batches.append(PromptBatch(ids, (mask[:, -ids.shape[1] :] != 0).astype(np.int64), given=given))
+    names = ", ".join(path.name for path in paths)
+    return ProofInputs(tuple(batches), tuple(batches), f"given inputs ({names})")
+
+
+def prove_by_running(
+    package: ModelPackage, staged: Path, plan: GuardPlan, report: GuardReport, inputs: ProofInputs
+) -> tuple[Check, ...]:
+    """All dynamic checks of a staged guarded decoder.
+
+    Args:
+        package: the unguarded model.
+        staged: the guarded decoder's file, as it will ship.
+        plan, report: what was planned and done.
+        inputs: what to run on.
+    """
+    try:
+        return (
+            _closed_equals_source(package, staged, plan, inputs),
+            *([_no_strength_equals_source(package, staged, plan, inputs)] if plan.knobs else ()),
+            *_states_equal_reference(package, staged, plan, report, inputs),
+        )
+    except RunFailed as failure:
+        raise RunFailed(f"{failure}; give inputs that it runs on with --proof-inputs") from None
+
+
+# 1. The closed gate
+
+
+def _closed_equals_source(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs) -> Check:
+    """Bit for bit as apps run it; where the runtime's own rounding moves, exact without its optimiser, and bounded."""
+    closed = load_graph(staged, vouched=True)
+    force_gates(closed, plan, is_open=False)
+    return _equals_source("closed gate equals the original bit for bit", package, closed, staged.parent, plan, inputs)
+
+
+def _no_strength_equals_source(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs) -> Check:
+    """With every gate open, so that it is the knob that does it."""
+    graph = load_graph(staged, vouched=True)
+    force_gates(graph, plan, is_open=True)
+    turned = [{STRENGTH_INPUT: np.array(strength, np.float32)} for strength in _OFF]
+    name = "strength 0, and below, equals the original bit for bit"
+    return _equals_source(name, package, graph, staged.parent, plan, inputs, turned)
+
+
+def _equals_source(
+    name: str,
+    package: ModelPackage,
+    closed: ir.Model,
+    at: Path,
+    plan: GuardPlan,
+    inputs: ProofInputs,
+    turned: Sequence[Mapping[str, np.ndarray]] = ({},),
+) -> Check:
+    compared, differing, worst = _compare_runs(package, closed, at, plan, inputs, turned, optimize=True)
+    if not differing:
+        return exact(
+            name, compared, [], f"{compared} numbers, prefill and {DECODE_STEPS} decode steps, {inputs.origin}"
+        )
+    limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
+    plain, plain_differing, _ = _compare_runs(package, closed, at, plan, inputs, turned, optimize=False)
+    note = (
+        f"exact in {plain} numbers without the runtime's optimiser; with it, {differing} of {compared} differ by its own "
+        f"rounding (casts and fusions around the guard)"
+    )
+    if plain_differing:
+        note = f"{plain_differing} of {plain} numbers differ even without the runtime's optimiser; worst {worst:.1e}"
+    return Check(name, compared, worst, limit, not plain_differing and worst <= limit, note)
+
+
+def _compare_runs(
+    package: ModelPackage,
+    guarded: ir.Model,
+    folder: Path,
+    plan: GuardPlan,
+    inputs: ProofInputs,
+    turned: Sequence[Mapping[str, np.ndarray]],
+    optimize: bool,
+) -> tuple[int, int, float]:
+    """`(numbers compared, numbers that differ, worst relative difference)` over prefill and decode, for every setting of dials.
+
+    One model after the other: two of them may not fit into memory together.
+    """
+    session = open_decoder(package, optimize=optimize, given=inputs.given)
+    left = [roll(session, batch, None) for batch in inputs.batches]
+    del session
+    session = open_decoder(package, guarded, optimize=optimize, folder=folder, given=inputs.given)
+    compared, differing, worst = 0, 0, 0.0
+    for (batch, expected), dials in product(zip(inputs.batches, left, strict=True), turned):
+        right = roll(session, batch, listen(plan, batch.size), dials)
+        for before, after in zip(expected, right, strict=True):
+            for key, value in before.items():
+                other = after[key]
+                compared += value.size
+                differing += int((value != other).sum())
+                worst = max(worst, relative(value, other))
+    return compared, differing, worst
+
+
+def roll(
+    session: DecoderSession,
+    batch: PromptBatch,
+    supervisor: Tensor | None,
+    dials: Mapping[str, np.ndarray] | None = None,
+    steps: int = DECODE_STEPS,
+) -> list[Mapping[str, np.ndarray]]:
+    """Outputs of prefill and a few decode steps on fixed tokens: rows of the prompt again, so that runs stay alike."""
+    outputs, state = session.prefill(batch, supervisor, dials)
+    rolled = [outputs]
+    if batch.given is not None:
+        return rolled
+    for step in range(1, steps + 1):
+        at = -1 - step % batch.ids.shape[1]
+        embeds = None if batch.embeds is None else batch.embeds[:, at][:, None]
+        rolled.append(session.step(state, batch.ids[:, at][:, None], embeds))
+    return rolled
+
+
+def listen(plan: GuardPlan, batch: int) -> np.ndarray | None:
+    """Supervisor coordinates of a text-only pass; `None` for modes that take none."""
+    if plan.mode not in MODES_WITH_SUPERVISOR:
+        return None
+    return np.full((batch, len(plan.layers), plan.sites[0].guard.rank), LISTEN, np.float32)
+
+
+def force_gates(model: ir.Model, plan: GuardPlan, is_open: bool) -> None:
+    """Set a guarded graph's gates open or closed for good; `project` has no gate, so closed means zero strength."""
+    for name, value in model.graph.initializers.items():
+        part = name.rpartition("/")[2]
+        if not name.startswith(f"{PREFIX}layer_") or value.const_value is None:
+            continue
+        array = value.const_value.numpy()
+        if part == "tau":
+            _replace(value, np.full_like(array, _ALWAYS if is_open else _NEVER))
+        elif plan.mode == "project" and not is_open and part.startswith(("ssd", "projection_minus_identity")):
+            _replace(value, np.zeros_like(array))
+        elif plan.mode == "project" and not is_open and part == "projection":
+            _replace(value, np.eye(array.shape[0]).astype(array.dtype))
+
+
+def _replace(value: ir.Value, array: np.ndarray) -> None:
+    value.const_value = ir.Tensor(array, name=value.name)
+
+
+# 2. and 3. The reference
+
+
+def _states_equal_reference(
+    package: ModelPackage, staged: Path, plan: GuardPlan, report: GuardReport, inputs: ProofInputs
+) -> tuple[Check, ...]:
+    """Raw states through the numpy reference against the graph's guarded states, prefill and decode."""
+    checks = []
+    supervisors = _supervisors(package, staged, plan, inputs)
+    headroom, told = Headroom(), GatesTold(plan, max(TOLERANCE[site.site.dtype] for site in plan.sites))
+    for setting in _settings(plan):
+        graph = load_graph(staged, vouched=True)
+        if setting.forced is not None:
+            force_gates(graph, plan, is_open=setting.forced)
+        names = tap_guard(graph, plan, report)
+        session = open_decoder(package, graph, folder=staged.parent, given=inputs.given)
+        checks.append(_against_reference(session, plan, names, inputs, supervisors, setting, headroom, told))
+    checks += told.checks()
+    if headroom.layers:
+        checks.append(headroom.check())
+    checks.append(_unedited_tokens(package, staged, plan, report, inputs, supervisors))
+    return tuple(checks)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """Gates and dials of one run.
+
+    Attributes:
+        name: for the check's; "" for the graph as it ships, called as an app calls it.
+        what: in words.
+        forced: every gate open, or closed, by its threshold.
+        moves: whether some state must be edited; `None`: as the inputs have it.
+        strength, offset, held: dials that are set, `held` for every gate.
+        listens: without a supervisor, as in the text-only pass; nothing may be edited then.
+    """
+
+    name: str
+    what: str
+    forced: bool | None = None
+    moves: bool | None = None
+    strength: float | None = None
+    offset: float | None = None
+    held: float | None = None
+    listens: bool = False
+
+    def feeds(self, plan: GuardPlan, batch: int) -> dict[str, np.ndarray]:
+        knobs = {STRENGTH_INPUT: self.strength, OFFSET_INPUT: self.offset}
+        fed = {name: np.array(value, np.float32) for name, value in knobs.items() if value is not None}
+        held = self.held
+        return fed if held is None else fed | {PAST_GATE_INPUT: np.full((batch, len(plan.layers)), held, np.float32)}
+
+    def layer(self, layer: LayerGuard) -> LayerGuard:
+        """The layer's numbers, as the graph has them now."""
+        return layer if self.forced is None else replace(layer, threshold=_ALWAYS if self.forced else _NEVER)
+
+    def dials(self, held: np.ndarray | None) -> Dials:
+        strength = 1.0 if self.strength is None else self.strength
+        return Dials(strength, 0.0 if self.offset is None else self.offset, held)
+
+
+def _settings(plan: GuardPlan) -> list[_Setting]:
+    """Every run of the proof."""
+    gated = plan.mode != "project"
+    found = [_Setting("", "gates as the inputs set them", moves=None if gated else True)]
+    if gated:
+        found.append(_Setting(" (gates forced open)", "every gate forced open", True, True))
+    if plan.mode in MODES_WITH_SUPERVISOR:
+        found.append(_Setting(" (listening)", "no supervisor", moves=False, listens=True))
+    if OFFSET_INPUT in plan.knobs:
+        what = f"strength 0.5, every threshold lowered by {-_LOWERED:g}"
+        found.append(_Setting(" (knobs turned)", what, None, True, 0.5, _LOWERED))
+    elif plan.knobs:
+        found.append(_Setting(" (knobs turned)", "strength 0.5", None, True, 0.5))
+    if plan.gate == "prompt":  # the thresholds say the opposite of what is held
+        found.append(_Setting(" (held closed)", "held closed, every score above its threshold", True, False, held=0.0))
+        found.append(_Setting(" (held open)", "held open, every score below its threshold", False, True, held=1.0))
+    return found
+
+
+def _held(
+    plan: GuardPlan, setting: _Setting, rolled: Sequence[Mapping[str, np.ndarray]], number: int
+) -> np.ndarray | None:
+    """The gates that go into call `number`, `[batch, layers]`, or `None` where they are decided in it."""
+    if plan.gate != "prompt" or (setting.held is None and number == 0):
+        return None
+    first = rolled[0][PRESENT_GATE_OUTPUT]
+    return first if setting.held is None else np.full_like(first, setting.held)
+
+
+def _against_reference(
+    session: DecoderSession,
+    plan: GuardPlan,
+    names: list[tuple[str, str]],
+    inputs: ProofInputs,
+    supervisors: Sequence[np.ndarray | None],
+    setting: _Setting,
+    headroom: Headroom,
+    told: GatesTold,
+) -> Check:
+    halves = {site.layer_index for site in plan.sites if site.site.dtype == "float16"}
+    limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
+    compared, moved, states, undecided, worst = 0, 0, 0, 0, 0.0
+    for batch, told_by_text in zip(inputs.batches, supervisors, strict=True):
+        supervisor = listen(plan, batch.size) if setting.listens else told_by_text
+        rolled = roll(session, batch, supervisor, setting.feeds(plan, batch.size))
+        for number, outputs in enumerate(rolled):
+            # a cached decode step is one token long; without a cache the whole sequence comes again
+            mask = np.pad(batch.mask, ((0, 0), (0, number)), constant_values=1)[:, -_length(outputs, names) :]
+            ends = last_token(mask)
+            selected = ends if plan.positions == "last" else None
+            all_held = _held(plan, setting, rolled, number)
+            for row, (guard_of_layer, (raw_name, guarded_name)) in enumerate(zip(plan.guards, names, strict=True)):
+                raw, found = outputs[raw_name].astype(np.float64), outputs[guarded_name].astype(np.float64)
+                layer = setting.layer(guard_of_layer)
+                a = None if supervisor is None else supervisor[:, row : row + 1, :].astype(np.float64)
+                held = None if all_held is None else all_held[:, row : row + 1]
+                dials = setting.dials(None if held is None else held[:, None])
+                expected = guard(plan.mode, layer, raw, a, selected, dials)
+                last = raw[ends[..., 0] == 1]
+                told.see(row, layer, last, None if a is None else a[:, 0], setting.dials(held), outputs)
+                real = mask.astype(bool)
+                if plan.layers[row] in halves:
+                    headroom.see(plan.layers[row], raw[real], found[real])
+                # by rounding alone such a gate may open here and not there; held or forced open, it is compared
+                if setting.forced is None and setting.offset is None and held is None:
+                    close = _close_calls(plan.mode, layer, raw, a, limit) & real
+                    real, undecided = real & ~close, undecided + int(close.sum())
+                compared += int(real.sum()) * raw.shape[-1]
+                worst = max(worst, relative(expected[real], found[real]))
+                moved += int((expected[real] != raw[real]).any(axis=-1).sum())
+                states += int(real.sum())
+                if supervisor is not None:  # what the text-only pass tells the other one: this layer's own coordinates
+                    own = last @ layer.ssd.T.astype(np.float64)
+                    shown = outputs[COORDINATES_OUTPUT][:, row].astype(np.float64)
+                    worst = max(worst, float(np.abs(own - shown).max()) / max(float(np.abs(raw).max()), 1e-6))
+                    compared += own.size
+    note = f"{moved} of {states} states edited, {setting.what}, {inputs.origin}"
+    note += f"; {undecided} too close to the threshold to call" if undecided else ""
+    ok = compared > 0 and worst <= limit and setting.moves in (None, moved > 0)
+    return Check(f"guarded states equal the numpy reference{setting.name}", compared, worst, limit, ok, note)
+
+
+def _close_calls(
+    mode: str, layer: LayerGuard, raw: np.ndarray, supervisor: np.ndarray | None, limit: float
+) -> np.ndarray:
+    """`[batch, sequence]` bool: states whose score is within rounding of the threshold.
+
+    Each state by its own summands: one outlier channel of one token, which real models have, must not excuse the others.
+    """
+    if mode in {"project", "supervise"}:  # the one has no gate; the other compares numbers that it was given
+        return np.zeros(raw.shape[:2], bool)
+    row = (layer.ssd[0] if mode == "steer" else layer.readout).astype(np.float64)
+    rounding = limit * np.linalg.norm(raw * row, axis=-1)
+    return np.abs(score(mode, layer, raw, supervisor)[..., 0] - layer.threshold) <= rounding
+
+
+def _length(outputs: Mapping[str, np.ndarray], names: list[tuple[str, str]]) -> int:
+    """Tokens of this call."""
+    return outputs[names[0][0]].shape[1]
+
+
+def _unedited_tokens(
+    package: ModelPackage,
+    staged: Path,
+    plan: GuardPlan,
+    report: GuardReport,
+    inputs: ProofInputs,
+    supervisors: Sequence[np.ndarray | None],
+) -> Check:
+    """With positions `last`, every other token's state passes through bit for bit, whatever the gate says."""
+    name = "tokens outside the positions are untouched bit for bit"
+    if plan.positions == "all":
+        return Check(name, 1, 0.0, 0.0, True, "positions all: there are none")
+    graph = load_graph(staged, vouched=True)
+    force_gates(graph, plan, is_open=True)
+    names = tap_guard(graph, plan, report)
+    session = open_decoder(package, graph, optimize=False, folder=staged.parent, given=inputs.given)
+    if session.one_token:
+        return Check(name, 1, 0.0, 0.0, True, "the graph takes one token a call: there are no others")
+    compared, wrong = 0, []
+    for batch, supervisor in zip(inputs.batches, supervisors, strict=True):
+        outputs, _ = session.prefill(batch, supervisor)
+        others = last_token(batch.mask)[:, -_length(outputs, names) :, 0] == 0
+        for layer, (raw, guarded) in zip(plan.layers, names, strict=True):
+            compared += int(others.sum()) * plan.width
+            if not np.array_equal(outputs[raw][others], outputs[guarded][others]):
+                wrong.append(f"layer {layer}")
+    return exact(name, compared, wrong)
+
+
+def _supervisors(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs) -> list[np.ndarray | None]:
+    """The text-only pass of each batch, through the graph as it ships: with its gates forced, it would not listen."""
+    if plan.mode not in MODES_WITH_SUPERVISOR:
+        return [None for _ in inputs.batches]
+    session = open_decoder(package, load_graph(staged, vouched=True), folder=staged.parent, given=inputs.given)
+    found: list[np.ndarray | None] = []
+    for text in inputs.texts:
+        outputs, _ = session.prefill(text, listen(plan, text.size))
+        found.append(outputs[COORDINATES_OUTPUT])
+    return found
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    """Largest difference, relative to the largest number; two empty arrays differ by nothing."""
+    if not a.size:
+        return 0.0
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    if not (np.isfinite(x) == np.isfinite(y)).all():
+        return float("inf")
+    finite = np.isfinite(x)
+    scale = max(float(np.abs(x[finite]).max(initial=0.0)), 1e-6)
+    return float(np.abs(x - y)[finite].max(initial=0.0)) / scale

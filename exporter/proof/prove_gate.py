@@ -1,0 +1,103 @@
+"""What a guarded graph says of its own gates, against the numpy reference: telemetry, and gates that are held.
+
+Filled while the proof runs the graph anyway (`prove`), as `headroom` is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ...graphs.dials import PRESENT_GATE_OUTPUT, SCORES_OUTPUT
+from ...graphs.plan import GuardPlan
+from ...graphs.reference import Dials, LayerGuard, gate, score
+from ...graphs.static_proof import Check, exact
+
+SCORES = "gate scores told equal the numpy reference"
+DECIDED = "gates told are those that the numpy reference decides"
+
+
+@dataclass
+class GatesTold:
+    """Scores and decisions of every call that was seen.
+
+    Attributes:
+        plan: says what is told.
+        limit: largest deviation of a score, relative to the length of what it sums up.
+    """
+
+    plan: GuardPlan
+    limit: float
+    compared: int = 0
+    worst: float = 0.0
+    decided: int = 0
+    opened: int = 0
+    undecided: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+    def see(
+        self,
+        row: int,
+        layer: LayerGuard,
+        state: np.ndarray,
+        supervisor: np.ndarray | None,
+        dials: Dials,
+        outputs: Mapping[str, np.ndarray],
+    ) -> None:
+        """One layer in one call.
+
+        Args:
+            row: which of the guarded layers.
+            layer: its numbers, as the graph that was run has them.
+            state: raw states at the last token, `[batch, d]` float64.
+            supervisor: the text-only coordinates, `[batch, m]` (modes with a supervisor).
+            dials: what was set in the call, `held` `[batch, 1]`.
+            outputs: of the call.
+        """
+        if not self.plan.added_outputs:
+            return
+        mode = self.plan.mode
+        summed = _summed(mode, layer, state, supervisor)
+        expected = score(mode, layer, state, supervisor) if self.plan.telemetry or dials.held is None else None
+        if self.plan.telemetry:
+            assert expected is not None
+            off = np.abs(outputs[SCORES_OUTPUT][:, row : row + 1] - expected) / summed
+            self.worst = max(self.worst, float(off.max(initial=0.0)) if np.isfinite(off).all() else float("inf"))
+            self.compared += off.size
+        if self.plan.gate == "prompt":
+            wanted, told = gate(mode, layer, state, supervisor, dials), outputs[PRESENT_GATE_OUTPUT][:, row : row + 1]
+            sure = np.ones(told.shape, bool)
+            if dials.held is None and expected is not None:  # by rounding alone such a gate may open here and not there
+                sure = np.abs(expected - (layer.threshold + dials.threshold_offset)) > self.limit * summed
+            self.undecided += int((~sure).sum())
+            self.decided += int(sure.sum())
+            self.opened += int(told[sure].sum())
+            if not np.array_equal(told[sure], wanted[sure]):
+                self.wrong.append(f"layer {self.plan.layers[row]}")
+
+    def checks(self) -> tuple[Check, ...]:
+        """The records for the manifest; none for a graph that tells nothing."""
+        made: list[Check] = []
+        if self.plan.telemetry:
+            ok = self.compared > 0 and self.worst <= self.limit
+            made.append(Check(SCORES, self.compared, self.worst, self.limit, ok, "at the last token of every call"))
+        if self.plan.gate == "prompt":
+            note = f"{self.opened} of {self.decided} open"
+            note += f"; {self.undecided} too close to the threshold to call" if self.undecided else ""
+            made.append(exact(DECIDED, self.decided, list(dict.fromkeys(self.wrong)), note))
+        return tuple(made)
+
+
+def _summed(mode: str, layer: LayerGuard, state: np.ndarray, supervisor: np.ndarray | None) -> np.ndarray:
+    """What rounding is relative to, `[batch, 1]`: the length of the summands, row by row."""
+    if mode == "supervise":
+        assert supervisor is not None
+        return np.maximum(np.abs(supervisor[:, :1]), 1e-6)
+    row = (layer.ssd[0] if mode == "steer" else layer.readout).astype(np.float64)
+    length = np.maximum(np.linalg.norm(state * row, axis=-1, keepdims=True), 1e-6)
+    if mode != "combined":
+        return length
+    assert supervisor is not None
+    return np.maximum(length, np.abs(supervisor[:, :1]) + abs(layer.text_shift))
