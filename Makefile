@@ -8,7 +8,7 @@ WORKERS ?= 2
 # One thread per test process: small models do not gain from more, and idle BLAS threads spin.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint fast long zoo coverage-check bench tiny-vlm report-picture clean
+.PHONY: demo test check lint fast long fuzz soak zoo coverage-check bench tiny-vlm report-picture clean
 
 demo: $(VENV)/.light
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
@@ -27,6 +27,17 @@ lint: $(VENV)/.full
 # What `make test` leaves out, but for the zoo's matrix: benchmarks that run, engines of every family.
 long: $(VENV)/.full
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "long or zoo" --ignore tests/zoo/test_matrix.py
+
+# Damaged models, directions and manifests through the command line; kill -9 at random moments of everything that writes, and
+# many requests at once. docs/security.md has the last results.
+CASES ?= 5000
+fuzz: $(VENV)/.full
+	$(BIN)/python tests/hostile/fuzz.py --cases $(CASES) --docs docs/security.md
+
+KILLS ?= 200
+soak: $(VENV)/.full
+	$(BIN)/python tests/hostile/kills.py --kills $(KILLS) --engines --docs docs/security.md
+	$(BIN)/python tests/hostile/load.py --docs docs/security.md
 
 fast: $(VENV)/.full
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow and not zoo and not long"

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from hand_graphs import decoder, directions, merged
 from hostile.mutations import mutated
 from hostile.process import Ended, command, prepare
+from hostile.told import tell
 
 SECONDS = 10
 MEMORY = 3 << 30  # bytes of address space beyond what the process has when it begins
@@ -158,6 +159,7 @@ def main() -> int:
     options.add_argument("--cases", type=int, default=2000)
     options.add_argument("--first", type=int, default=0, help="seed of the first case")
     options.add_argument("--seed", type=int, help="this case alone")
+    options.add_argument("--docs", type=Path, help="write the counts into this page")
     options.add_argument("--keep", type=Path, help="with --seed: copy the case's files here")
     given = options.parse_args()
     prepare()
@@ -177,8 +179,9 @@ def main() -> int:
         if number % 200 == 199:
             print(f"{number + 1} cases: {dict(counted)}", file=sys.stderr, flush=True)
     seconds = time.monotonic() - started
-    print(f"{sum(counted.values())} cases in {seconds:.0f} s: {dict(counted)}; {len(findings)} findings")
-    print("mutations:", dict(sorted(by_mutation.items())))
+    asked = f"{sum(counted.values())} cases in {seconds:.0f} s, seeds from {given.first}"
+    told = f"{asked}: {dict(counted)}; {len(findings)} findings"
+    tell("fuzz", [told, f"by kind of damage: {dict(sorted(by_mutation.items()))}"], given.docs)
     return 1 if findings else 0
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hostile.process import command, prepare
+from hostile.told import tell
 from tiny_vlm_paths import ANCHORS, EVALUATION, SOURCE
 
 ENOUGH = 600.0  # seconds; for commands that nobody kills
@@ -184,27 +185,27 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--kills", type=int, default=200, help="in all")
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--docs", type=Path, help="write the counts into this page")
     options.add_argument("--engines", action="store_true", help="engine building too; needs tensorrt_rtx")
     given = options.parse_args()
     prepare()
     pick = random.Random(given.seed)
     folder = Path(tempfile.mkdtemp(prefix="vlmguard-kills-"))
     findings: list[str] = []
+    told: list[str] = []
     try:
         chosen = jobs(folder, given.engines)
         inputs = lambda: (digests(SOURCE), digests(folder / "guarded-model"), digest(folder / "d.safetensors"))  # noqa: E731
         for job in chosen:
             counts = kill(job, -(-given.kills // len(chosen)), pick, inputs)
             findings += counts.findings
-            print(
-                f"{job.name}: {counts.killed} kills, {counts.finished_first} ended before; afterwards {dict(counts.left)}",
-                flush=True,
+            told.append(
+                f"{job.name}: {counts.killed} kills, {counts.finished_first} ended before; afterwards {dict(counts.left)}"
             )
+            print(told[-1], file=sys.stderr)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    for finding in findings:
-        print(finding)
-    print(f"{len(findings)} findings")
+    tell("kills", [*told, f"{len(findings)} findings", *findings], given.docs)
     return 1 if findings else 0
 
 

@@ -1,0 +1,48 @@
+"""A small share of the long runs: `make fuzz` and `make soak` do the rest."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="cases are forked")
+
+
+def run(script: str, *arguments: str) -> str:
+    """A process without a runtime's threads, to fork from."""
+    done = subprocess.run([sys.executable, str(HERE / script), *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    return done.stdout
+
+
+def test_damaged_files_are_refused_in_one_line_or_guarded() -> None:
+    told = run("fuzz.py", "--cases", "40")
+    assert told.startswith("40 cases") and "0 findings" in told
+    assert "'guarded'" in told and "'refused'" in told  # both happen
+
+
+def test_a_finding_is_one() -> None:
+    """What is no printable line, no exit code or no answer in time is not taken for a refusal."""
+    from hostile.fuzz import _judged
+    from hostile.process import Ended
+
+    assert _judged(Ended(1, "error: no\n", 0.1)) == ("refused", "error: no")
+    for ended, kind in (
+        (Ended(1, "a warning\nerror: no\n", 0.1), "sentence"),
+        (Ended(1, "error: \x1b[31mno\n", 0.1), "sentence"),
+        (Ended(2, "error: no\n", 0.1), "sentence"),
+        (Ended(1, "Traceback (most recent call last):\n", 0.1), "traceback"),
+        (Ended(1, "MemoryError\n", 0.1), "memory"),
+        (Ended(-9, "", 11.0), "hang"),
+        (Ended(-11, "", 0.1), "crash"),
+    ):
+        assert _judged(ended)[0] == kind
+
+
+def test_killed_commands_leave_what_is_absent_or_complete() -> None:
+    assert "0 findings" in run("kills.py", "--kills", "6")
