@@ -95,6 +95,7 @@ def test_a_worker_with_another_file_or_library_is_refused(weights: Path) -> None
 
 
 # ------------------------------------------------------------------------------------------------------------- on a cluster
+# Ray's processes take half a minute to start, and give up on a busy machine: `make long` runs these.
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,15 @@ def two_workers() -> Iterator[Spreader]:
     """A cluster of this machine, started as `--ray local` starts it; runs within find it and do not stop it."""
     pytest.importorskip("ray")
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: sockets lie in it
-    settings = {"RAY_TMPDIR": folder, "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # else Ray puts one into the user's home
+    paths = [
+        str(Path(__file__).parents[1]),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]  # workers import `ray_recipes`
+    settings = {
+        "RAY_TMPDIR": folder,
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else Ray puts one into the user's home
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
@@ -125,6 +134,7 @@ def one_worker(two_workers: Spreader) -> Iterator[Spreader]:
         yield spread
 
 
+@pytest.mark.long
 def test_results_come_in_order_from_both_workers(two_workers: Spreader, weights: Path) -> None:
     from ray_recipes import Numbers
 
@@ -136,6 +146,7 @@ def test_results_come_in_order_from_both_workers(two_workers: Spreader, weights:
     assert list(spread(print, [])) == []
 
 
+@pytest.mark.long
 def test_a_worker_refuses_a_file_that_was_changed(one_worker: Spreader, weights: Path) -> None:
     from ray_recipes import Numbers
 
@@ -149,6 +160,7 @@ def test_a_worker_refuses_a_file_that_was_changed(one_worker: Spreader, weights:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "error", "words"),
     [
