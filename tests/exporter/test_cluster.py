@@ -183,6 +183,7 @@ def test_work_that_fails_ends_the_run(
         list(one_worker(Numbers(weights))(print, [1, 2, number, 3]))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("two_workers")
 def test_states_are_the_same_to_the_bit(tmp_path: Path, raw_directions: Path) -> None:
     output, told = tmp_path / "d.safetensors", []
@@ -192,6 +193,7 @@ def test_states_are_the_same_to_the_bit(tmp_path: Path, raw_directions: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("two_workers")
 def test_a_killed_workers_batch_is_redone(guarded: Guarded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All settings; the file of records and every figure are those of the run in this process."""
