@@ -14,7 +14,7 @@ demo: $(VENV)/.light
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
 
 test: $(VENV)/.full
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: $(VENV)/.full lint fast
 
@@ -26,7 +26,7 @@ lint: $(VENV)/.full
 
 # What `make test` leaves out, but for the zoo's matrix: benchmarks that run, engines of every family.
 long: $(VENV)/.full
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "long or zoo" --ignore tests/zoo/test_matrix.py
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "long or zoo" --ignore tests/zoo/test_matrix.py
 
 # Damaged models, directions and manifests through the command line; kill -9 at random moments of everything that writes, and
 # many requests at once. docs/security.md has the last results.
@@ -40,13 +40,13 @@ soak: $(VENV)/.full
 	$(BIN)/python tests/hostile/load.py --docs docs/security.md
 
 fast: $(VENV)/.full
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow and not zoo and not long"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not zoo and not long"
 
 # The whole matrix: every graph of the zoo, asked everything; then docs/coverage.md, which also says what failed.
 zoo: $(VENV)/.full
 	rm -rf build/zoo
 	$(BIN)/python tests/zoo/make_optimum.py build/optimum
-	VLMGUARD_OPTIMUM="$(abspath build/optimum)" VLMGUARD_ZOO_RESULTS="$(abspath build/zoo)" $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "" \
+	VLMGUARD_OPTIMUM="$(abspath build/optimum)" VLMGUARD_ZOO_RESULTS="$(abspath build/zoo)" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "" \
 		tests/zoo/test_matrix.py; tested=$$?; \
 	$(BIN)/python tests/zoo/coverage.py build/zoo docs/coverage.md && exit $$tested
 

@@ -16,12 +16,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write what golden tests compare with, and pass them")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process per file, as `--dist loadfile` has it, but for tests that name a group of their own (the zoo's graphs)."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process per file, and per graph of the zoo's matrix: what fixtures make is made once.
+
+    Not by `--dist loadgroup` and marks: pytest-xdist 3.8 renames the tests of a group, which pytest 9.2 does not let it.
+    """
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class ByFileOrGraph(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            return f"{file}@{test.rpartition('@')[2]}" if file.endswith("zoo/test_matrix.py") else file
+
+    config.option.loadscopereorder = False  # files with many tests are not those that take long; exports come first
+    return ByFileOrGraph(config, log)
 
 
 @pytest.fixture

@@ -302,7 +302,7 @@ def test_verify_shows_its_checks(run: Callable[..., Ran], guarded: Guarded) -> N
     ran = run("verify", guarded("restore"), "--source", SOURCE)
     assert (ran.code, ran.err) == (0, "")
     told = run("verify", guarded("restore"), "--source", SOURCE, "--json").json
-    assert told["ok"] is True and len(told["checks"]) == 8
+    assert told["ok"] is True and len(told["checks"]) == 9
     assert all(shows(ran.out, check["name"]) for check in told["checks"])
 
 
@@ -437,7 +437,10 @@ def test_report_writes_a_page_and_tells_its_data(run: Callable[..., Ran], guarde
     assert shows(ran.out, "attack success rate 3/3 (100.0%) 0/3 (0.0%)")
 
 
-VERBS = ("export", "engine", "convert", "inspect", "directions", "verify", "generate", "evaluate", "prompts", "report")
+VERBS = (
+    *("export", "engine", "convert", "inspect", "directions", "verify"),
+    *("sign", "generate", "evaluate", "prompts", "report"),
+)
 
 
 @pytest.mark.parametrize("verb", VERBS)

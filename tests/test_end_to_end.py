@@ -86,7 +86,7 @@ def test_typographic_prompts_are_held_out_and_their_texts_say_nothing(signs: lis
         {row.image.read_bytes() for row in rows if row.image is not None}
         for rows in (read_prompts(CALIBRATION_SIGNS), signs)
     )
-    assert len(held_out) >= 100 and not calibrated & held_out
+    assert len(held_out) >= 90 and not calibrated & held_out  # two signs per verb
     texts, pictures = (
         [Counter(getattr(row, part) for row in signs if row.label == label) for label in ("harmful", "harmless")]
         for part in ("prompt", "image")

@@ -278,7 +278,7 @@ def test_nodes_and_weights_are_named_after_modules(plain: Converted) -> None:
 def test_the_same_checkpoint_gives_the_same_bytes_and_nothing_on_stdout(plain: Converted, tmp_path: Path) -> None:
     """Again in another process, with another hash seed."""
     program = (
-        "import sys; from pathlib import Path; from vlmguard.exporter.checkpoint import convert_checkpoint; "
+        "import sys; from pathlib import Path; from vlmguard.exporter.checkpoints.convert import convert_checkpoint; "
         "print(convert_checkpoint(sys.argv[1], Path(sys.argv[2]), verify=False).parity)"
     )
     again = subprocess.run(

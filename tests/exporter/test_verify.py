@@ -208,7 +208,7 @@ def test_weights_outside_the_graph_are_caught_beside_the_source(zoo: Callable[[s
 
 
 def guarded_layers(folder: Path) -> list[int]:
-    return json.loads((folder / "guard.json").read_text(encoding="utf-8"))["plan"]["layers"]
+    return json.loads((folder / "guard.json").read_text(encoding="utf-8"))["decoders"][0]["plan"]["layers"]
 
 
 def test_other_directions_are_caught(folder: Path, guarded: Guarded) -> None:

@@ -138,6 +138,7 @@ def test_a_graph_that_reads_no_mask_is_not_padded(zoo: Callable[[str], Any], tmp
     graph.graph.inputs.remove(mask)  # baked in: everything is text
     mask.const_value = ir.tensor(np.ones((1, 4), np.int64), name=mask.name)
     graph.graph.register_initializer(mask)
+    (tmp_path / "model.onnx").unlink()
     save_graph(graph, tmp_path / "model.onnx")
     assert with_mask.pads and not VisionLanguageModel(open_package(tmp_path / "model.onnx")).pads
 

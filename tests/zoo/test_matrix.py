@@ -31,9 +31,8 @@ from vlmguard.graphs.static_proof import Check
 
 
 def parameter(name: str) -> Any:
-    """One graph after another, each in one process (`--dist loadgroup`): its torch answers are computed once."""
-    marks = [pytest.mark.xdist_group(name)] + ([] if name in FAST else [pytest.mark.zoo])
-    return pytest.param(name, marks=marks)
+    """One graph after another, each in one process (tests/conftest.py reads the `@`): its torch answers are computed once."""
+    return pytest.param(name, marks=() if name in FAST else pytest.mark.zoo, id=f"@{name}")
 
 
 every_graph = pytest.mark.parametrize("name", [parameter(name) for name in ALL_MAKERS], scope="module")
