@@ -149,6 +149,7 @@ def test_rates_are_errors_and_mistakes_are_named_without_answers() -> None:
             id=p.id,
             setting=p.setting,
             label=p.label,
+            intent=p.intent,
             base=said("yes"),
             guarded=said("no" if no else "yes", no),
         )
