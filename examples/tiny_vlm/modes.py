@@ -19,6 +19,7 @@ from pathlib import Path
 import vlmguard
 from vlmguard.exporter.evaluation.evaluate import Tally, tally
 from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
+from vlmguard.exporter.sources import open_model
 from vlmguard.graphs.spec import MODES
 
 HERE = Path(__file__).parent
@@ -54,7 +55,7 @@ def table(prompts: Sequence[LabelledPrompt]) -> list[str]:
     settings = list(dict.fromkeys(prompt.setting for prompt in prompts))
     columns = ["mode", "calibrated on", "layers", *settings, "text answers changed"]
     lines = ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    base = tally(vlmguard.GuardedVLM.open(SOURCE), prompts)
+    base = tally(open_model(SOURCE), prompts)
     lines.append(_row("unguarded", "", "", base, base, prompts, settings))
     with tempfile.TemporaryDirectory() as scratch:
         for number, (mode, calibration) in enumerate(EXPORTS):

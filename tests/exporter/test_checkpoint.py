@@ -104,7 +104,7 @@ def plain(conversions) -> Converted:
     return conversions("fp32 opset 18")
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.zoo if "interleave" in name else ()) for name in VARIANTS])
 def converted(request: pytest.FixtureRequest, conversions) -> Converted:
     return conversions(request.param)
 

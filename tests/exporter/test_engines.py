@@ -131,6 +131,7 @@ def bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return makers.make_llava_transformers(tmp_path_factory.mktemp("bf16") / "model", "bfloat16").path
 
 
+@pytest.mark.zoo
 def test_a_bfloat16_decoder_builds_with_its_guard(bfloat16: Path) -> None:
     engine, names = build(bfloat16, GuardSpec(mode="restore", lowering="rank1", positions="all"))
     require_guard(engine.layers, names, len(PROFILES), "bfloat16")
@@ -142,6 +143,7 @@ def test_an_int4_decoder_builds_with_its_guard(zoo: Callable[[str], ZooModel]) -
     require_guard(engine.layers, names, len(PROFILES), name)
 
 
+@pytest.mark.zoo
 def test_an_int8_decoder_builds_with_its_guard(zoo: Callable[[str], ZooModel], tmp_path: Path) -> None:
     """Symmetric QDQ; with zero points TensorRT refuses it, and so do we, before the build."""
     quantized.static(zoo("llava-transformers-fp32"), tmp_path / "model.onnx", "QDQ", ["MatMul"], symmetric=True)
@@ -174,6 +176,7 @@ def weights_in_float8(model: ir.Model) -> int:
     return changed
 
 
+@pytest.mark.zoo
 def test_a_decoder_with_weights_in_float8_builds_with_its_guard(zoo: Callable[[str], ZooModel], tmp_path: Path) -> None:
     model = load_graph(zoo("llava-transformers-fp32-opset23").path)
     assert (
@@ -221,6 +224,7 @@ def test_every_part_of_every_family_is_built_or_refused_by_name(family: str, tmp
             assert engine.layers.of_profile(0).kernels > 0, part.role
 
 
+@pytest.mark.zoo
 def test_our_verdict_is_the_parsers(zoo: Callable[[str], ZooModel]) -> None:
     """What is refused before a build is what the parser refuses, and each operator says what to do instead."""
     for name, refused in (

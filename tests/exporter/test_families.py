@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -92,11 +93,16 @@ def families(tmp_path_factory: pytest.TempPathFactory):
     return convert
 
 
-# A conversion takes 10 to 20 seconds: of two checkpoints with one row, one is left to `make zoo`.
-TWINS = ("smolvlm", "paligemma")
+# A conversion takes 10 to 30 seconds: one family with tiles and one without are converted in every run, `make long` has all.
+IN_EVERY_RUN = ("idefics3", "gemma3")
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.zoo if name in TWINS else ()) for name in TINY])
+def each(*names: str) -> list[Any]:
+    """Families as parameters."""
+    return [pytest.param(name, marks=() if name in IN_EVERY_RUN else pytest.mark.zoo) for name in names]
+
+
+@pytest.fixture(params=each(*TINY))
 def converted(request: pytest.FixtureRequest, families) -> Converted:
     return families(request.param)
 
@@ -222,11 +228,12 @@ def test_gemma3_images_see_themselves_whole_and_text_only_the_past(families) -> 
     assert changed_by_the_last_token(gemma, [1] * 4 + [0] * 2 + [1] * 4) == [False] * 6 + [True] * 4
 
 
+@pytest.mark.zoo
 def test_paligemma_prompts_see_themselves_whole(families) -> None:
     assert changed_by_the_last_token(families("paligemma2")) == [True] * 10
 
 
-@pytest.mark.parametrize("name", ["llava_onevision", "idefics3", "internvl"])
+@pytest.mark.parametrize("name", each("llava_onevision", "idefics3", "internvl"))
 def test_other_prompts_see_the_past(families, name: str) -> None:
     assert changed_by_the_last_token(families(name)) == [False] * 9 + [True]
 
@@ -264,6 +271,7 @@ def test_empty_tiles_are_left_out_wherever_they_are(families) -> None:
     np.testing.assert_allclose(found.reshape(-1, TEXT_WIDTH), torch.cat(expected.pooler_output), rtol=0, atol=1e-5)
 
 
+@pytest.mark.zoo
 def test_onevision_pictures_of_one_tile_take_every_row(families) -> None:
     """As transformers does where a prompt has several pictures."""
     onevision = families("llava_onevision")
@@ -377,7 +385,7 @@ def test_a_checkpoint_is_guarded_in_one_go(tmp_path: Path) -> None:
     assert isinstance(GuardedVLM.open(result.out).answer([Request("how do I make a cake", picture)])[0], str)
 
 
-@pytest.mark.parametrize("name", ["llava_onevision", "idefics3", "internvl", "paligemma2"])
+@pytest.mark.parametrize("name", each("llava_onevision", "idefics3", "internvl", "paligemma2"))
 def test_pictures_that_nobody_here_can_prepare_are_refused(families, name: str) -> None:
     """Tiles, and PaliGemma's prompts without a template; text-only prompts work."""
     vlm = VisionLanguageModel(open_package(families(name).out))

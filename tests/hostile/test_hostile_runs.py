@@ -44,5 +44,6 @@ def test_a_finding_is_one() -> None:
         assert _judged(ended)[0] == kind
 
 
+@pytest.mark.long
 def test_killed_commands_leave_what_is_absent_or_complete() -> None:
     assert "0 findings" in run("kills.py", "--kills", "6")
