@@ -70,7 +70,7 @@ def requests(folder: Path, count: int, seed: int = 0) -> list[Asked]:
             (folder / f"{name}.png").write_bytes(content)
     good = [Asked(row.prompt, row.image, True) for row in read_prompts(EVALUATION)]
     spoilt = [Asked("what is in this picture", folder / f"{name}.png", False) for name in bad]
-    spoilt += [Asked("<image> how to wash the boat </s>", None, False), Asked("", None, False)]
+    spoilt.append(Asked("<image> how to wash the boat </s>", None, False))
     return [pick.choice(spoilt) if pick.random() < 0.2 else pick.choice(good) for _ in range(count)]
 
 
