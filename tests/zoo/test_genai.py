@@ -27,7 +27,13 @@ GENERATING = (
     "phi3-genai-int4",
     "qwen3-5-genai-fp32",
 )
+IN_EVERY_RUN = ("llama-tied-genai-int4", "qwen3-5-genai-fp32", "llama-genai-embeds-int4")
 OPENING = ("llama-genai-hidden-fp32", "llama-genai-headless-fp32", "llama-genai-embeds-int4", "qwen2-5-vl-genai-fp32")
+
+
+def each(*names: str) -> list[Any]:
+    """Graphs as parameters; `make long` has all."""
+    return [pytest.param(name, marks=() if name in IN_EVERY_RUN else pytest.mark.zoo) for name in names]
 
 
 def generated(folder: Path) -> tuple[list[int], np.ndarray]:
@@ -57,7 +63,7 @@ def require_untouched(folder: Path, source: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("name", each(*GENERATING))
 def test_genai_generates_from_a_guarded_folder(zoo: Callable[[str], ZooModel], name: str, tmp_path: Path) -> None:
     model = zoo(name)
     out = guarded_folder(model, tmp_path, mode="project")
@@ -71,7 +77,7 @@ def test_genai_generates_from_a_guarded_folder(zoo: Callable[[str], ZooModel], n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", GENERATING[:2])
+@pytest.mark.parametrize("name", each("llama-genai-qdq-int4", "llama-tied-genai-fp32", "llama-tied-genai-int4"))
 def test_genai_generates_the_same_behind_a_closed_gate(
     zoo: Callable[[str], ZooModel], name: str, tmp_path: Path
 ) -> None:
@@ -84,7 +90,7 @@ def test_genai_generates_the_same_behind_a_closed_gate(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OPENING)
+@pytest.mark.parametrize("name", each(*OPENING))
 def test_parts_of_a_pipeline_keep_their_folder(zoo: Callable[[str], ZooModel], name: str, tmp_path: Path) -> None:
     model = zoo(name)
     out = guarded_folder(model, tmp_path, mode="project")
