@@ -180,9 +180,8 @@ class _Run:
         worker, task = self.busy.pop(answer)
         try:
             result = ray.get(answer)
-        except (
-            RayTaskError
-        ) as error:  # the work itself failed, and would again: a refusal in one line, or a bug's traceback
+        except RayTaskError as error:
+            # the work itself failed, and would again: a refusal in one line, or a bug's traceback
             self.idle.append(worker)
             if isinstance(error.cause, GuardError):
                 raise error.cause from None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from .errors import ModelUnreadable
 from .links import require_own
+from .tensor_size import byte_count
 
 if TYPE_CHECKING:
     import onnx
@@ -62,7 +63,7 @@ def _place(path: Path, tensor: onnx.TensorProto) -> tuple[str, int, int]:
         )
     location = said.get("location", "")
     _require_below(path, location)
-    start, wanted = _whole(path, tensor.name, said, "offset"), _bytes(path, tensor)
+    start, wanted = _whole(path, tensor.name, said, "offset"), byte_count(path, tensor)
     length = _whole(path, tensor.name, said, "length") if "length" in said else wanted
     if length != wanted:
         raise ModelUnreadable(
@@ -87,25 +88,6 @@ def _whole(path: Path, name: str, said: dict[str, str], key: str) -> int:
     if not (value.isascii() and value.isdigit() and len(value) <= _LONGEST):
         raise ModelUnreadable(f"{path}: the {key} of {name!r} is {value!r}, expected bytes from 0 on; refuse it")
     return int(value)
-
-
-def _bytes(path: Path, tensor: onnx.TensorProto) -> int:
-    from onnx_ir import DataType
-
-    count = 1
-    for size in tensor.dims:
-        if size < 0:
-            raise ModelUnreadable(
-                f"{path}: tensor {tensor.name!r} has a negative dimension {list(tensor.dims)}; refuse it"
-            )
-        count *= size
-    try:
-        bits = DataType(tensor.data_type).bitwidth
-    except (ValueError, TypeError):
-        raise ModelUnreadable(
-            f"{path}: tensor {tensor.name!r} has no known dtype ({tensor.data_type}); refuse it"
-        ) from None
-    return -(-count * bits // 8)
 
 
 def _size(path: Path, location: str, vouched: bool) -> int:

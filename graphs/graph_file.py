@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ModelUnreadable, first_line
 from .external_data import require_external_data
+from .tensor_size import byte_count, number_count
 
 if TYPE_CHECKING:
     import onnx
@@ -125,20 +126,15 @@ def _require_once(path: Path, what: str, names: Iterable[Any]) -> None:
 
 def _require_numbers(path: Path, tensor: onnx.TensorProto) -> None:
     """A tensor has its numbers in one form, and as many as its shape says."""
-    from onnx_ir import DataType
-
     forms = [field for field in _DATA_FIELDS if getattr(tensor, field)]
     if len(forms) > 1 or tensor.external_data or tensor.HasField("segment"):
         raise ModelUnreadable(
             f"{path}: tensor {tensor.name!r} has its numbers in several forms, and readers differ; refuse it"
         )
-    if min(tensor.dims, default=0) < 0:
-        raise ModelUnreadable(f"{path}: tensor {tensor.name!r} has a negative dimension {list(tensor.dims)}; refuse it")
-    wanted = _count(tensor.dims)
+    wanted = number_count(path, tensor)
     held = len(getattr(tensor, forms[0])) if forms else 0
     if forms == ["raw_data"] and tensor.data_type != _STRING:
-        bits = _bits(path, tensor, DataType)
-        fits = held == -(-wanted * bits // 8)
+        fits = held == byte_count(path, tensor)
     else:  # a number of less than a byte shares its place in int32_data with others
         fits = wanted <= held * (8 if forms == ["int32_data"] else 1)
     if not fits:
@@ -146,22 +142,6 @@ def _require_numbers(path: Path, tensor: onnx.TensorProto) -> None:
         raise ModelUnreadable(
             f"{path}: tensor {tensor.name!r} says {list(tensor.dims)} and holds {held} {unit}; it is damaged, refuse it"
         )
-
-
-def _bits(path: Path, tensor: onnx.TensorProto, types: Any) -> int:
-    try:
-        return types(tensor.data_type).bitwidth
-    except (ValueError, TypeError):
-        raise ModelUnreadable(
-            f"{path}: tensor {tensor.name!r} has no known dtype ({tensor.data_type}); refuse it"
-        ) from None
-
-
-def _count(dims: Iterable[int]) -> int:
-    count = 1
-    for size in dims:
-        count *= size
-    return count
 
 
 def _graphs(proto: onnx.ModelProto) -> Iterator[tuple[onnx.GraphProto, int]]:

@@ -202,11 +202,10 @@ def open_package(path: Path | str, variant: str | None = None, vouched: bool = F
     """
     path = Path(path).absolute()
     package = replace(_find(path, variant), vouched=vouched)
+    # the one that was named may be a link of the user's
     graphs = {package.decoder, *package.others, package.vision_encoder, package.embed_tokens} - {path, None}
-    for graph in (
-        sorted(filter(None, graphs)) if not vouched else ()
-    ):  # the one that was named may be a link of the user's
-        if graph.exists():
+    for graph in sorted(filter(None, graphs)):
+        if graph.exists() and not vouched:
             require_own(graph, package.root)
     return package
 

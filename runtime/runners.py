@@ -87,9 +87,8 @@ def open_runner(graph: Path | bytes, folder: Path, runtime: str = "onnxruntime",
     if runtime not in _RUNNERS:
         raise GuardError(f"runtime {runtime!r} is unknown; choose one of {', '.join(_RUNNERS)}")
     if isinstance(graph, Path) and _by_reference(graph):
-        graph, folder = in_memory(
-            load_graph(graph, vouched=True), graph.parent
-        )  # weights by reference, see `in_memory`
+        # weights by reference, see `in_memory`
+        graph, folder = in_memory(load_graph(graph, vouched=True), graph.parent)
     return _RUNNERS[runtime](graph, folder, optimize)
 
 

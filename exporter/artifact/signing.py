@@ -31,9 +31,9 @@ def sign(folder: Path | str, private_key: Path | str) -> Path:
         ExtraMissing: model-signing is not installed.
     """
     folder, key = Path(folder).absolute(), _key(private_key)
-    signing, hashing = _library()
+    _library()  # before anything is hashed
     require_intact(folder, read_manifest(folder))
-    return write_signature(folder, key, signing, hashing)
+    return write_signature(folder, key)
 
 
 def require_key(private_key: Path | str) -> Path:
@@ -51,10 +51,9 @@ def require_key(private_key: Path | str) -> Path:
     return key
 
 
-def write_signature(folder: Path, private_key: Path, signing: Any = None, hashing: Any = None) -> Path:
+def write_signature(folder: Path, private_key: Path) -> Path:
     """Sign whatever the folder holds now."""
-    if signing is None:
-        signing, hashing = _library()
+    signing, hashing = _library()
     path = folder / SIGNATURE_NAME
     path.unlink(missing_ok=True)
     try:

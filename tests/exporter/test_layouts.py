@@ -6,7 +6,6 @@ The models are small and made by hand, so that each rule is seen alone.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from hand_graphs import WIDTH, decoder, merged
+from hugging_face_cache import into_cache
 from random_directions import random_directions, write_directions
 from tiny_vlm_paths import DECODER, SOURCE, digests
 
@@ -166,20 +166,6 @@ def test_decoders_of_a_manifest_are_those_of_the_folder(variants: Path, directio
 # ------------------------------------------------------------------------------------------------- Hugging Face's cache
 
 
-def cached(folder: Path, cache: Path) -> Path:
-    """The folder as `huggingface_hub` keeps it: blobs named by digest, a snapshot of relative links to them."""
-    root = cache / "models--org--name"
-    snapshot = root / "snapshots" / "0123abcd"
-    (root / "blobs").mkdir(parents=True)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        blob = root / "blobs" / digests(path.parent)[path.name]
-        link = snapshot / path.relative_to(folder)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, blob)
-        link.symlink_to(os.path.relpath(blob, link.parent))
-    return snapshot
-
-
 def outside(folder: Path, directory: Path) -> Path:
     """The tiny VLM with its decoder's weights in a file beside it."""
     shutil.copytree(folder, directory)
@@ -190,7 +176,7 @@ def outside(folder: Path, directory: Path) -> Path:
 
 @pytest.fixture
 def snapshot(tmp_path: Path) -> Path:
-    return cached(outside(SOURCE, tmp_path / "plain"), tmp_path / "hub")
+    return into_cache(outside(SOURCE, tmp_path / "plain"), tmp_path / "hub")
 
 
 def test_a_snapshot_of_the_cache_is_guarded_like_any_folder(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 from random_directions import random_directions, write_directions
+from small_guarded import edit_manifest, make_the_manifest_fit
 from tiny_vlm_paths import DECODER, SOURCE, Guarded
 
 import vlmguard
@@ -44,27 +44,8 @@ def failing(result: Verification) -> set[str]:
     return {check.name for check in result.checks if not check.ok}
 
 
-def edit_manifest(folder: Path, change: Callable[[dict], Any]) -> None:
-    path = folder / "guard.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    change(content)
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
 def plan_in(manifest: dict) -> dict:
     return manifest["decoders"][0]["plan"]
-
-
-def make_the_manifest_fit(folder: Path) -> None:
-    """What somebody would do who changes a file and does not want it seen."""
-
-    def fit(content: dict) -> None:
-        for name in content["files"]:
-            path = folder / name
-            content["files"][name]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-            content["files"][name]["size"] = path.stat().st_size
-
-    edit_manifest(folder, fit)
 
 
 def tamper(folder: Path, change: Callable[[onnx.ModelProto], None]) -> None:

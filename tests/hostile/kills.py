@@ -9,7 +9,6 @@ one the same command runs to its end: it finishes, sweeps up what was left, and 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import shutil
@@ -24,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hostile.process import command, prepare
 from hostile.told import tell
-from tiny_vlm_paths import ANCHORS, EVALUATION, SOURCE
+from small_guarded import sha256
+from tiny_vlm_paths import ANCHORS, EVALUATION, SOURCE, digests
 
 ENOUGH = 600.0  # seconds; for commands that nobody kills
 
@@ -84,7 +84,7 @@ def jobs(folder: Path, engines: bool) -> list[Job]:
             ["directions", str(SOURCE), "--anchors", str(ANCHORS), "-o", "OUT"],
             folder / "work" / "directions" / "out.safetensors",
             lambda out: _must(["inspect", str(SOURCE)]),
-            digest,
+            sha256,
         ),
         Job(
             "evaluate",
@@ -161,14 +161,6 @@ def kill(job: Job, times: int, pick: random.Random, inputs: Callable[[], object]
     return counts
 
 
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def _must(arguments: list[str]) -> None:
     ended = command(arguments, ENOUGH)
     assert ended.code == 0, ended.said[-500:]
@@ -195,7 +187,7 @@ def main() -> int:
     told: list[str] = []
     try:
         chosen = jobs(folder, given.engines)
-        inputs = lambda: (digests(SOURCE), digests(folder / "guarded-model"), digest(folder / "d.safetensors"))  # noqa: E731
+        inputs = lambda: (digests(SOURCE), digests(folder / "guarded-model"), sha256(folder / "d.safetensors"))  # noqa: E731
         for job in chosen:
             counts = kill(job, -(-given.kills // len(chosen)), pick, inputs)
             findings += counts.findings

@@ -7,11 +7,11 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from small_guarded import edit_manifest
 from tiny_vlm_paths import DECODER, PROMPTS, SOURCE, Guarded
 
 from vlmguard.graphs.digests import sha256_file
@@ -47,13 +47,6 @@ def refusal(folder: Path) -> str:
     with pytest.raises(ManifestMismatch) as caught:
         GuardedVLM.open(folder)
     return str(caught.value)
-
-
-def edit_manifest(folder: Path, change: Callable[[dict], None]) -> None:
-    path = folder / "guard.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    change(content)
-    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

@@ -1,0 +1,44 @@
+"""What a tensor's shape and dtype say of its size, asked of the protobuf."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import ModelUnreadable
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def number_count(path: Path, tensor: onnx.TensorProto) -> int:
+    """How many numbers its shape says.
+
+    Args:
+        path: of the graph's file, for the sentence.
+
+    Raises:
+        ModelUnreadable: a dimension is negative.
+    """
+    if min(tensor.dims, default=0) < 0:
+        raise ModelUnreadable(f"{path}: tensor {tensor.name!r} has a negative dimension {list(tensor.dims)}; refuse it")
+    return math.prod(tensor.dims)
+
+
+def byte_count(path: Path, tensor: onnx.TensorProto) -> int:
+    """How many bytes they take, the last one perhaps in part.
+
+    Raises:
+        ModelUnreadable: a dimension is negative, or the dtype is not known.
+    """
+    from onnx_ir import DataType
+
+    count = number_count(path, tensor)
+    try:
+        bits = DataType(tensor.data_type).bitwidth
+    except (ValueError, TypeError):
+        raise ModelUnreadable(
+            f"{path}: tensor {tensor.name!r} has no known dtype ({tensor.data_type}); refuse it"
+        ) from None
+    return -(-count * bits // 8)
