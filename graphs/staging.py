@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Literal
 
 from .digests import BIG
 from .errors import OutputRefused
+from .leftovers import OLD, hold, remove, sibling, sweep, writer
 
-_MARK = ".vlmguard-"
-_OLD = "-old"
 _FICLONE = 0x40049409  # linux/fs.h
 
 Data = Literal["link", "copy", "reference"]
@@ -36,20 +33,31 @@ def staged(directory: Path, force: bool = False) -> Iterator[Path]:
     directory = directory.absolute()
     require_writable(directory, force)
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{directory.name}{_MARK}{os.getpid()}-", dir=directory.parent))
+        stage, lock = _stage(directory)
     except OSError as error:
         raise OutputRefused(f"{directory}: cannot be written ({error.strerror}); choose another OUT") from None
     try:
-        stage.chmod(0o755)
         yield stage
-        _swap(stage, directory)
+        _swap(stage, directory, force)
     except OSError as error:
         raise OutputRefused(
             f"{directory}: cannot be written ({error.strerror or error}); choose another OUT"
         ) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        os.close(lock)
+
+
+def _stage(directory: Path) -> tuple[Path, int]:
+    """A new hidden sibling, and the lock on it. Between the two somebody may sweep: then it is gone, and is made again."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        stage = sibling(directory)
+        stage.mkdir()
+        lock = hold(stage)
+        if stage.exists():
+            return stage, lock
+        os.close(lock)
 
 
 def require_writable(directory: Path, force: bool) -> None:
@@ -59,16 +67,22 @@ def require_writable(directory: Path, force: bool) -> None:
         OutputRefused: as for `staged`.
     """
     directory = directory.absolute()
-    _sweep(directory)
+    sweep(directory)
     if (directory.exists() or directory.is_symlink()) and not directory.is_dir():  # a link to nothing is in the way too
         raise OutputRefused(f"{directory}: is a file; choose a folder for OUT")
     if directory.exists() and not force:
-        raise OutputRefused(f"{directory}: exists already; choose another OUT, or replace it with --force")
+        raise _exists(directory)
+    if writer(directory):
+        raise OutputRefused(f"{directory}: another run is writing it; wait for it, or choose another OUT")
     if directory.exists() and _precious(directory):
         raise OutputRefused(f"{directory}: holds more than a model, --force will not replace it; choose another OUT")
     parent = next(folder for folder in (directory.parent, *directory.parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputRefused(f"{directory}: cannot be written (no permission in {parent}); choose another OUT")
+
+
+def _exists(directory: Path) -> OutputRefused:
+    return OutputRefused(f"{directory}: exists already; choose another OUT, or replace it with --force")
 
 
 def _precious(directory: Path) -> bool:
@@ -84,11 +98,18 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         OutputRefused: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}{_MARK}{os.getpid()}")
+    temporary = sibling(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        sweep(path)
+        with temporary.open("xb") as file:
+            lock = hold(temporary)
+            try:
+                file.write(content)
+                file.flush()
+                temporary.replace(path)
+            finally:
+                os.close(lock)
     except OSError as error:
         raise OutputRefused(f"{path}: cannot be written ({error.strerror}); choose another file") from None
     finally:
@@ -161,46 +182,25 @@ def _reflink(source: Path, destination: Path) -> bool:
     return True
 
 
-def _swap(stage: Path, directory: Path) -> None:
-    """The old folder is moved away, not emptied, so that a reader never sees half of one."""
+def _swap(stage: Path, directory: Path, force: bool) -> None:
+    """The old folder is moved away, not emptied, so that a reader never sees half of one.
+
+    Without `force`, what another run wrote in the meantime stays: a rename does not replace a folder that holds something.
+    """
+    if not force and directory.exists():
+        raise _exists(directory)
     if not directory.exists():
         stage.rename(directory)
         return
-    old = directory.parent / f"{stage.name}{_OLD}"
-    directory.rename(old)
+    old = directory.parent / f"{stage.name}{OLD}"
+    lock = hold(directory)
     try:
-        stage.rename(directory)
-    except OSError:
-        old.rename(directory)
-        raise
-    _remove(old)
-
-
-def _sweep(directory: Path) -> None:
-    """Remove what a killed run left behind; a run that is still alive keeps its stage."""
-    for path in sorted(directory.parent.glob(f".{glob.escape(directory.name)}{_MARK}*")):
-        pid = path.name.partition(_MARK)[2].partition("-")[0]
-        if not pid.isdigit() or int(pid) == os.getpid() or _alive(int(pid)):
-            continue
-        if path.name.endswith(_OLD) and not directory.exists():
-            path.rename(directory)  # killed between the two renames: the old folder is still the one that counts
-        else:
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    """A folder, or a link to one: the link alone."""
-    if path.is_symlink():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+        directory.rename(old)
+        try:
+            stage.rename(directory)
+        except OSError:
+            old.rename(directory)
+            raise
+        remove(old)
+    finally:
+        os.close(lock)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from vlmguard.graphs import staging
+from vlmguard.graphs import leftovers, staging
 from vlmguard.graphs.digests import BIG
 from vlmguard.graphs.errors import OutputRefused
 from vlmguard.graphs.staging import bring, require_writable, staged, write_file
@@ -85,13 +89,93 @@ def test_a_disk_that_fails_inside_the_block_is_said_in_one_line(tmp_path: Path) 
     assert listing(tmp_path) == []
 
 
-def test_a_folder_that_appears_meanwhile_is_not_replaced_by_halves(tmp_path: Path) -> None:
-    """Two runs at once: the second one's rename replaces the first one's folder as a whole."""
+# ------------------------------------------------------------------------------------------------------- two runs at once
+
+
+def writing(out: Path) -> str:
+    return f"{out}: another run is writing it; wait for it, or choose another OUT"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_the_second_of_two_threads_is_refused(tmp_path: Path, force: bool) -> None:
     out = tmp_path / "out"
     with staged(out) as stage:
-        (stage / "file").write_text("second")
-        write(out, "first")
-    assert listing(tmp_path) == ["out", "out/file"]
+        (stage / "file").write_text("first")
+        assert refusal(lambda: write(out, "second", force)) == writing(out)
+        assert refusal(lambda: require_writable(out, force)) == writing(out)
+        write(tmp_path / "other")
+    assert (out / "file").read_text() == "first"
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["other", "out"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_the_second_of_two_processes_is_refused(tmp_path: Path, force: bool) -> None:
+    out = tmp_path / "out"
+    with running(out):
+        assert refusal(lambda: write(out, "second", force)) == writing(out)
+    write(out, "third")
+    assert listing(tmp_path) == ["out", "out/sub", "out/sub/file"]
+
+
+def test_of_many_threads_one_writes(tmp_path: Path) -> None:
+    out, barrier = tmp_path / "out", threading.Barrier(8)
+
+    def attempt(number: int) -> str:
+        barrier.wait()
+        try:
+            write(out, str(number))
+        except OutputRefused as error:
+            return str(error)
+        return str(number)
+
+    with ThreadPoolExecutor(8) as pool:
+        told = list(pool.map(attempt, range(8)))
+    (winner,) = [one for one in told if one.isdigit()]
+    exists = f"{out}: exists already; choose another OUT, or replace it with --force"
+    assert {one for one in told if not one.isdigit()} <= {writing(out), exists}
+    assert (out / "sub" / "file").read_text() == winner
+    assert listing(tmp_path) == ["out", "out/sub", "out/sub/file"]
+
+
+def test_a_folder_that_appears_meanwhile_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def late() -> None:
+        with staged(out) as stage:
+            (stage / "file").write_text("second")
+            out.mkdir()
+            (out / "file").write_text("first")
+
+    assert refusal(late) == f"{out}: exists already; choose another OUT, or replace it with --force"
+    assert listing(tmp_path) == ["out", "out/file"] and (out / "file").read_text() == "first"
+
+
+def test_a_stage_that_is_swept_as_it_is_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, swept = staging.hold, []
+
+    def slow(path: Path) -> int:
+        lock = real(path)
+        if not swept:
+            swept.append(path)
+            path.rmdir()
+        return lock
+
+    monkeypatch.setattr(staging, "hold", slow)
+    write(tmp_path / "out")
+    assert swept and listing(tmp_path) == ["out", "out/sub", "out/sub/file"]
+
+
+def test_without_locks_the_number_of_the_process_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leftovers, "fcntl", None)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead = tmp_path / f".out.vlmguard-{ended.pid}-a"
+    dead.mkdir()
+    out = tmp_path / "out"
+    with staged(out):
+        assert not dead.exists()
+        assert refusal(lambda: write(out)) == writing(out)
+    assert listing(tmp_path) == ["out"]
 
 
 # --------------------------------------------------------------------------------------------------- what is there already
@@ -227,11 +311,11 @@ def test_a_parent_without_permission_is_refused_before_any_work(
 
 
 def test_a_stage_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read_only(**options: object) -> str:
+    def read_only(path: Path) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(staging.tempfile, "mkdtemp", read_only)
     out = tmp_path / "out"
+    monkeypatch.setattr(staging, "_stage", read_only)
     assert refusal(lambda: write(out)) == f"{out}: cannot be written (Read-only file system); choose another OUT"
     assert listing(tmp_path) == []
 
@@ -249,13 +333,23 @@ with staged(Path(sys.argv[1]), force=True) as stage:
 """
 
 
-def kill_in_the_middle(out: Path) -> None:
+@contextlib.contextmanager
+def running(out: Path) -> Iterator[None]:
+    """A process that is writing `out`, and is killed at the end."""
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(out)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process.stdout:
         assert process.stdout.readline() == "started\n"
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(timeout=30) == -signal.SIGKILL
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGKILL)
+            assert process.wait(timeout=30) == -signal.SIGKILL
+
+
+def kill_in_the_middle(out: Path) -> None:
+    with running(out):
+        pass
 
 
 @pytest.mark.parametrize("name", ["out", "out [1]*"])
@@ -279,21 +373,16 @@ def test_after_a_kill_the_old_folder_is_still_there(tmp_path: Path) -> None:
 
 
 def test_only_what_is_ours_and_dead_is_swept(tmp_path: Path) -> None:
-    """A run that is still going keeps its stage; another OUT's leftovers are not ours."""
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    living = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    try:
-        kept = [f".out.vlmguard-{living.pid}-a", f".other.vlmguard-{ended.pid}-a", ".out.vlmguard-notes", ".out"]
-        for name in (*kept, f".out.vlmguard-{ended.pid}-a"):
-            (tmp_path / name).mkdir()
-        write(tmp_path / "out", "old")
-        (tmp_path / f".out.vlmguard-{ended.pid}-b-old").mkdir()
-        write(tmp_path / "out", force=True)
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "out"])
-    finally:
-        living.kill()
-        living.wait()
+    """Another OUT's leftovers are not ours. Whether a run lives is told by its lock, since numbers of processes come again."""
+    ours = f".out.vlmguard-{os.getpid()}-a"
+    kept = [f".other.vlmguard-{os.getpid()}-a", ".out.vlmguard-notes", ".out"]
+    for name in (*kept, ours):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "out", "old")
+    (tmp_path / f"{ours}-old").mkdir()
+    (tmp_path / f".out.vlmguard-{os.getpid()}-file").write_text("half a file")
+    write(tmp_path / "out", force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "out"])
 
 
 # -------------------------------------------------------------------------------------------------------------- single files
@@ -311,16 +400,21 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
     path = tmp_path / "file"
     write_file(path, b"old")
 
-    def full(self: Path, content: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(content[:1])
+    def full(self: Path, target: Path) -> Path:
+        assert self.read_bytes() == b"new"
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "replace", full)
     assert refusal(lambda: write_file(path, b"new")) == (
         f"{path}: cannot be written (No space left on device); choose another file"
     )
     assert path.read_bytes() == b"old"
+    assert listing(tmp_path) == ["file"]
+
+
+def test_the_next_write_sweeps_up_after_a_killed_one(tmp_path: Path) -> None:
+    (tmp_path / f".file.vlmguard-{os.getpid()}-a").write_text("half")
+    write_file(tmp_path / "file", b"whole")
     assert listing(tmp_path) == ["file"]
 
 

@@ -1,0 +1,117 @@
+"""The hidden siblings of OUT: who is writing it now, and what killed runs left behind.
+
+A run holds a lock (`flock`) on what it writes, and the kernel lets go of it when the run ends, however it ends. So a stage
+without a lock is a dead run's, whatever process has its number by now, in this container or in another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: by the process's number alone
+    fcntl = None
+
+MARK = ".vlmguard-"
+OLD = "-old"
+
+
+def sibling(path: Path) -> Path:
+    """A name beside `path` that nobody has, for what will become `path`."""
+    return path.with_name(f".{path.name}{MARK}{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def hold(path: Path) -> int:
+    """Lock a file or folder until its descriptor is closed, waiting for somebody who sweeps; the descriptor.
+
+    Raises:
+        OSError: it is not there any more.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    if fcntl is not None:
+        with contextlib.suppress(
+            OSError
+        ):  # a file system without locks: then the process's number is all that there is
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def writer(path: Path) -> Path | None:
+    """What a living run is writing to become `path`, if there is one."""
+    return next((left for left in _siblings(path) if not left.name.endswith(OLD) and not _dead(left)), None)
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed runs left behind; a run that is still alive keeps its own."""
+    for left in _siblings(path):
+        with _taken(left) as dead:
+            if not dead:
+                continue
+            if left.name.endswith(OLD) and not path.exists():
+                left.rename(path)  # killed between the two renames: the old folder is still the one that counts
+            else:
+                remove(left)
+
+
+def remove(path: Path) -> None:
+    """A file, a folder, or a link to one: the link alone."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _siblings(path: Path) -> Iterator[Path]:
+    for left in sorted(path.parent.glob(f".{glob.escape(path.name)}{MARK}*")):
+        if left.name.partition(MARK)[2].partition("-")[0].isdigit():
+            yield left
+
+
+def _dead(left: Path) -> bool:
+    with _taken(left) as dead:
+        return dead
+
+
+@contextlib.contextmanager
+def _taken(left: Path) -> Iterator[bool]:
+    """Whether nobody writes it; then it is locked meanwhile, so that nobody begins to."""
+    by_number = not _running(_process(left))
+    try:
+        descriptor = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) if fcntl is not None else None
+    except OSError:  # a link, which has no lock of its own
+        descriptor = None
+    if fcntl is None or descriptor is None:
+        yield by_number
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        dead = True
+    except BlockingIOError:
+        dead = False
+    except OSError:  # a file system without locks
+        dead = by_number
+    try:
+        yield dead
+    finally:
+        os.close(descriptor)
+
+
+def _process(left: Path) -> int:
+    return int(left.name.partition(MARK)[2].partition("-")[0])
+
+
+def _running(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
