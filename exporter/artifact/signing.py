@@ -6,12 +6,14 @@ all of them cannot be made again without the private key. It is a file of the fo
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from ...graphs.errors import ExtraMissing, GuardError, ManifestMismatch, first_line
 from ...graphs.manifest import read_manifest, require_intact
 from ...graphs.package import SIGNATURE_NAME
+from ...graphs.staging import write_file
 from ...graphs.static_proof import Check, exact
 
 
@@ -55,13 +57,17 @@ def write_signature(folder: Path, private_key: Path) -> Path:
     """Sign whatever the folder holds now."""
     signing, hashing = _library()
     path = folder / SIGNATURE_NAME
-    path.unlink(missing_ok=True)
     try:
-        config = signing.Config().use_elliptic_key_signer(private_key=private_key)
-        config.set_hashing_config(_hashed(hashing)).sign(folder, path)
+        with tempfile.TemporaryDirectory(
+            prefix="vlmguard-"
+        ) as apart:  # an older signature stays until this one is made
+            made = Path(apart) / SIGNATURE_NAME
+            config = signing.Config().use_elliptic_key_signer(private_key=private_key)
+            config.set_hashing_config(_hashed(hashing)).sign(folder, made)
+            content = made.read_bytes()
     except Exception as error:
-        path.unlink(missing_ok=True)
         raise _unusable(private_key, error) from None
+    write_file(path, content)
     return path
 
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from ...graphs.errors import GuardError, GuardIncomplete
 from ...graphs.package import in_memory
+from ...graphs.staging import write_file
 from ...runtime.tensorrt_backend import Backend, Message, why
 from .layers import EngineLayers, layers_from_inspector, layers_from_log
 from .profile import Shapes
@@ -203,7 +204,7 @@ def capabilities_of(backend: Backend) -> dict[str, Any]:
 
 def _keep_timings(backend: Backend, config: Any, options: BuildOptions) -> None:
     if options.timing_cache is not None and not backend.is_rtx:
-        options.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+        write_file(options.timing_cache, bytes(config.get_timing_cache().serialize()))
 
 
 def _require_nothing_dropped(messages: Sequence[Message], path: Path) -> None:

@@ -7,6 +7,7 @@ Answers themselves are kept only on request: those of an unguarded model to harm
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -109,21 +110,42 @@ class RecordFile:
             else:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self.path.exists() or not self.path.stat().st_size:
-                self._append([json.dumps(self._about)])
+                self._begin()
         except (OSError, UnicodeDecodeError) as error:
             raise OutputRefused(f"{self.path}: cannot be written or read ({error}); choose another --out") from None
 
     def add(self, records: Sequence[Record]) -> None:
         """Keep the records of one batch; those that a killed run could still write are there already."""
         new = [record for record in records if record.number not in self.found]
-        self._append([record.model_dump_json(exclude_none=True) for record in new])
+        try:
+            self._append([record.model_dump_json(exclude_none=True) for record in new])
+        except OSError as error:
+            raise OutputRefused(
+                f"{self.path}: cannot be written ({error.strerror}); make room and run it again: what it holds is gone on with"
+            ) from None
         self.found |= {record.number: record for record in records}
 
+    def _begin(self) -> None:
+        new = not self.path.exists()
+        try:
+            self._append([json.dumps(self._about)])
+        except OSError:
+            if new:
+                self.path.unlink(missing_ok=True)
+            raise
+
     def _append(self, lines: Sequence[str]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(line + "\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
+        """All of the lines or none, as far as a disk that fills up can leave it so."""
+        with self.path.open("ab", buffering=0) as file:
+            held = file.tell()
+            try:
+                content = "".join(line + "\n" for line in lines).encode()
+                if file.write(content) < len(content):  # a disk that is full takes a part of it
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                os.truncate(file.fileno(), held)
+                raise
 
     def _resume(self) -> None:
         content = self.path.read_bytes()

@@ -65,11 +65,7 @@ def jobs(folder: Path, engines: bool) -> list[Job]:
     directions = folder / "d.safetensors"
     _must(["directions", str(SOURCE), "--anchors", str(ANCHORS), "-o", str(directions)])
     _must(["export", str(SOURCE), str(guarded), "--directions", str(directions), "--mode", "steer", "--tau", "0"])
-    rows = [
-        line for line in EVALUATION.read_text(encoding="utf-8").splitlines() if json.loads(line)["setting"] != "image"
-    ]
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text("\n".join(rows[::20]) + "\n", encoding="utf-8")
+    prompts = few_prompts(folder)
     (folder / "work").mkdir()
     made = [
         Job(
@@ -118,6 +114,16 @@ def jobs(folder: Path, engines: bool) -> list[Job]:
             )
         )
     return made
+
+
+def few_prompts(folder: Path) -> Path:
+    """Of the tiny VLM's own, without pictures."""
+    rows = [
+        line for line in EVALUATION.read_text(encoding="utf-8").splitlines() if json.loads(line)["setting"] != "image"
+    ]
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("\n".join(rows[::20]) + "\n", encoding="utf-8")
+    return prompts
 
 
 def kill(job: Job, times: int, pick: random.Random, inputs: Callable[[], object]) -> Counts:

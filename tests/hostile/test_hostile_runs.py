@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +48,17 @@ def test_a_finding_is_one() -> None:
 @pytest.mark.long
 def test_killed_commands_leave_what_is_absent_or_complete() -> None:
     assert "0 findings" in run("kills.py", "--kills", "6")
+
+
+disks = pytest.mark.skipif(shutil.which("unshare") is None, reason="a disk of its own needs a mount namespace")
+
+
+@disks
+def test_a_full_disk_and_a_read_only_one_are_told_in_one_line() -> None:
+    assert "0 findings" in run("disks.py", "--steps", "2", "--only", "export", "sign", "verify --run")
+
+
+@disks
+@pytest.mark.long
+def test_disks_and_the_other_commands() -> None:
+    assert "0 findings" in run("disks.py", "--steps", "4", "--only", "directions", "evaluate", "report")
