@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.markup import escape
 
+from .exporter.budget import MOST_MEMORY, MOST_SECONDS, inside, kept, memory_of, run_within
 from .exporter.terminal import SafeConsole, to_json
 from .graphs.errors import GuardError
 from .graphs.spec import GuardSpec, parse_layers
@@ -190,6 +191,34 @@ Calibration = Annotated[
         "(default: found beside the anchors, else anchors that are kept back)"
     ),
 ]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"vlmguard {version('vlmguard')}")
+        raise typer.Exit
+
+
+@app.callback()
+def budgeted(
+    context: typer.Context,
+    max_seconds: Annotated[
+        float | None,
+        typer.Option(envvar=MOST_SECONDS, min=1, help="Stop after so many seconds; for files of strangers."),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(envvar=MOST_MEMORY, help="Allow so much memory, e.g. 4G; for files of strangers.", metavar="SIZE"),
+    ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    if (max_seconds is None and max_memory is None) or inside():
+        return
+    raise typer.Exit(run_within(context.obj, max_seconds, memory_of(max_memory) if max_memory else None))
 
 
 @app.command("export")
@@ -857,7 +886,8 @@ def _run(arguments: list[str]) -> NoReturn:
     logging.getLogger("onnx_ir").setLevel(logging.CRITICAL)
     warnings.simplefilter("ignore")
     try:
-        app(arguments, prog_name="vlmguard")
+        with kept():
+            app(arguments, prog_name="vlmguard", obj=arguments)
     except GuardError as error:
         line = " ".join(str(error).split())
         err.print(f"[red]error:[/red] {escape(line)}", highlight=False, soft_wrap=True)

@@ -1,0 +1,116 @@
+"""A command within a budget of time and memory: models of strangers that ask for too much of either."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from hand_graphs import decoder, directions
+from onnx import helper, numpy_helper
+from random_directions import write_directions
+from tiny_vlm_paths import SOURCE
+
+from vlmguard.exporter.budget import LEAST, memory_of
+from vlmguard.graphs.errors import GuardError
+
+COMMAND = [sys.executable, "-c", "from vlmguard.cli import main; main()"]
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="limits are those of POSIX")
+
+
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+    )
+
+
+def greedy(folder: Path, numbers: int) -> list[object]:
+    """A decoder that makes a tensor of so many numbers when it runs, and what guards it."""
+    folder.mkdir()
+    proto = ir.to_proto(decoder(layers=2))
+    logits = proto.graph.output[0].name
+    last = next(node for node in proto.graph.node if logits in node.output)
+    last.output[list(last.output).index(logits)] = "plain"
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([numbers], np.int64), "many"))
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "axis"))
+    proto.graph.node.extend(
+        [
+            helper.make_node("ConstantOfShape", ["many"], ["huge"]),
+            helper.make_node("ReduceSum", ["huge", "axis"], ["zero"], keepdims=0),
+            helper.make_node("Add", ["plain", "zero"], [logits]),
+        ]
+    )
+    onnx.save(proto, folder / "model.onnx")
+    found = write_directions(folder / "directions.safetensors", directions((0, 1)))
+    return ["export", folder / "model.onnx", folder / "out", "--directions", found, "--mode", "project"]
+
+
+def test_sizes() -> None:
+    assert memory_of("4G") == memory_of("4GiB") == memory_of("4096m") == 4 << 30
+    assert memory_of("1.5g") == 3 << 29 and memory_of(str(LEAST)) == LEAST
+    for text, sentence in (
+        ("lots", "--max-memory lots: is no size; write 4G or 512M"),
+        ("-4G", "--max-memory -4G: is no size; write 4G or 512M"),
+        ("100M", "--max-memory 100M: nothing runs in less than 512M; allow more"),
+    ):
+        with pytest.raises(GuardError) as told:
+            memory_of(text)
+        assert str(told.value) == sentence
+
+
+def test_a_command_that_stays_within_it_is_the_same_command() -> None:
+    plain = run("inspect", SOURCE, "--json")
+    for asked in (
+        run("--max-seconds", 100, "--max-memory", "4G", "inspect", SOURCE, "--json"),
+        run("inspect", SOURCE, "--json", VLMGUARD_MAX_SECONDS="100", VLMGUARD_MAX_MEMORY="4G"),
+    ):
+        assert (asked.returncode, asked.stdout, asked.stderr) == (0, plain.stdout, plain.stderr)
+    assert json.loads(plain.stdout)
+    assert run("--max-seconds", 100, "inspect", "nowhere").returncode == 1
+    assert run("--max-seconds", 100, "inspect", "--nonsense").returncode == 2
+
+
+def test_a_template_that_never_ends_is_stopped(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(SOURCE, model)
+    loops = "".join(f"{{% for {name} in range(99999) %}}" for name in "abcd")
+    (model / "chat_template.jinja").write_text(loops + "{% endfor %}" * 4)
+    before = sorted(tmp_path.rglob("*"))
+    asked = run("--max-seconds", 3, "export", model, tmp_path / "out")
+    assert (asked.returncode, asked.stderr.splitlines()[-1]) == (
+        1,
+        "error: time is up: it took more than the 3 s of --max-seconds; allow more",
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_graph_that_wants_too_much_memory_is_refused(tmp_path: Path) -> None:
+    modest = greedy(tmp_path / "modest", 1 << 10)
+    assert run("--max-memory", "2G", *modest).returncode == 0
+    model = tmp_path / "greedy"
+    asked = run("--max-memory", "2G", *greedy(model, 1 << 30))
+    assert asked.returncode == 1 and len(asked.stderr.strip().splitlines()) == 1, asked.stderr
+    assert asked.stderr.startswith("error: ")
+    assert sorted(path.name for path in model.iterdir()) == ["directions.safetensors", "model.onnx"]
+
+
+def test_who_ends_the_command_ends_what_it_waits_for(tmp_path: Path) -> None:
+    """And nothing of it is left running."""
+    model = tmp_path / "model"
+    shutil.copytree(SOURCE, model)
+    (model / "chat_template.jinja").write_text(
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    )
+    started = subprocess.Popen([*COMMAND, "--max-seconds", "300", "export", str(model), str(tmp_path / "out")])
+    time.sleep(2)
+    started.send_signal(signal.SIGTERM)
+    assert started.wait(30) == 128 + signal.SIGTERM
