@@ -1,6 +1,6 @@
 """A budget of time and memory for one command, kept from outside by a parent that waits.
 
-Files of strangers can ask for any amount of both: a graph for a huge tensor when it runs, a chat template for loops in loops.
+Files of strangers can ask for any amount of both: a graph for a huge tensor when it runs, or for a loop without an end.
 What native code does cannot be stopped from inside, so the command runs in a process of its own.
 """
 
@@ -12,17 +12,20 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from ..graphs.errors import GuardError
+from ..graphs.leftovers import abandon
 
 MOST_MEMORY, MOST_SECONDS = "VLMGUARD_MAX_MEMORY", "VLMGUARD_MAX_SECONDS"
 LEAST = 512 << 20  # bytes; Python, numpy and a runtime want about half of it before they do anything
 _STOP = getattr(signal, "SIGALRM", signal.SIGTERM)  # Windows has no other
-_INSIDE = "VLMGUARD_WITHIN_BUDGET"
-_GRACE = 5.0  # seconds to clean up in, once time is up
-_WANTED_MORE = 71  # exit code of a child that ran out of memory
+_INSIDE = "VLMGUARD_WITHIN_BUDGET"  # seconds that the process has, or nothing
+_GRACE = 3.0  # seconds to clean up in, once time is up
+_WANTED_MORE, _TIME_IS_UP = 71, 72  # exit codes of the process
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -62,18 +65,16 @@ def run_within(arguments: Sequence[str], seconds: float | None, memory: int | No
     """
     child = subprocess.Popen(
         [sys.executable, "-c", "from vlmguard.cli import main; main()", *arguments],
-        env={**os.environ, _INSIDE: "1"},
+        env={**os.environ, _INSIDE: "" if seconds is None else str(seconds)},
         preexec_fn=_limit(memory) if memory is not None else None,
     )
     with _forwarded(child):
-        try:
-            code = _awaited(child, seconds)
-        except subprocess.TimeoutExpired:
-            _stop(child)
-            raise GuardError(f"time is up: it took more than the {seconds:g} s of --max-seconds; allow more") from None
+        code = _awaited(child, None if seconds is None else seconds + 3 * _GRACE)
+    if code == _TIME_IS_UP:
+        raise GuardError(f"time is up: it took more than the {seconds:g} s of --max-seconds; allow more")
     if code == _WANTED_MORE or (code < 0 and memory is not None):
         how = "" if code == _WANTED_MORE else f" (ended by {signal.Signals(-code).name})"
-        raise GuardError(f"it wanted more memory than --max-memory allows{how}; allow more") from None
+        raise GuardError(f"it wanted more memory than --max-memory allows{how}; allow more")
     return code if code >= 0 else 128 - code
 
 
@@ -83,13 +84,24 @@ def kept() -> Iterator[None]:
     if not inside():
         yield
         return
-    signal.signal(_STOP, _time_is_up)
+    if seconds := os.environ[_INSIDE]:
+        signal.signal(_STOP, _time_is_up)
+        threading.Thread(target=_watch, args=(float(seconds),), daemon=True).start()
     try:
         yield
     except TimeIsUp:
-        sys.exit(1)
+        sys.exit(_TIME_IS_UP)
     except MemoryError:
         sys.exit(_WANTED_MORE)
+
+
+def _watch(seconds: float) -> None:
+    """Ask the command to stop; native code does not hear that, and is not waited for."""
+    time.sleep(seconds)
+    signal.pthread_kill(threading.main_thread().ident or 0, _STOP)
+    time.sleep(_GRACE)
+    abandon()
+    os._exit(_TIME_IS_UP)
 
 
 def _time_is_up(*_: object) -> NoReturn:
@@ -105,20 +117,16 @@ def _limit(memory: int):
 
 
 def _awaited(child: subprocess.Popen[bytes], seconds: float | None) -> int:
+    """Its exit code. A process that does not even end itself is killed."""
     while True:
         try:
             return child.wait(seconds)
         except KeyboardInterrupt:  # the terminal told the child as well, and it cleans up
-            seconds = _GRACE
-
-
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    child.send_signal(_STOP)
-    try:
-        child.wait(_GRACE)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
+            seconds = 3 * _GRACE
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            return _TIME_IS_UP
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ except ImportError:  # Windows: by the process's number alone
 
 MARK = ".vlmguard-"
 OLD = "-old"
+_mine: set[Path] = set()  # what this process is writing
 
 
 def sibling(path: Path) -> Path:
@@ -41,6 +42,24 @@ def hold(path: Path) -> int:
         ):  # a file system without locks: then the process's number is all that there is
             fcntl.flock(descriptor, fcntl.LOCK_EX)
     return descriptor
+
+
+@contextlib.contextmanager
+def written(path: Path, lock: int) -> Iterator[None]:
+    """Meanwhile `path` is this run's to write; afterwards it is gone, if it did not become something, and so is its lock."""
+    _mine.add(path)
+    try:
+        yield
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        _mine.discard(path)
+        os.close(lock)
+
+
+def abandon() -> None:
+    """Remove what this process is writing, from a thread, when the one that writes cannot be stopped any more."""
+    for path in list(_mine):
+        remove(path)
 
 
 def writer(path: Path) -> Path | None:

@@ -519,6 +519,20 @@ def _data_path(path: Path, tensor: ir.ExternalTensor) -> Path:
 # Small files
 
 
+def require_small(path: Path, most: int) -> None:
+    """Before a file is read whole: that it is one, and of a size that such a file has. A file that is not there passes.
+
+    Raises:
+        ModelUnreadable: it is a FIFO, a device or a folder, or larger.
+    """
+    if path.exists() and not path.is_file():
+        raise ModelUnreadable(f"{path}: is no regular file; copy it from the model again")  # a FIFO waits for ever
+    if path.exists() and path.stat().st_size > most:
+        raise ModelUnreadable(
+            f"{path}: has {path.stat().st_size} bytes, expected at most {most}; copy it from the model again"
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, `{}` if there is no such file.
 
@@ -526,12 +540,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelUnreadable: it is not JSON, or not an object.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise ModelUnreadable(f"{path}: is no regular file; copy it from the model again")  # a FIFO waits for ever
-        if path.exists() and path.stat().st_size > LARGEST_JSON:
-            raise ModelUnreadable(
-                f"{path}: has {path.stat().st_size} bytes, expected at most {LARGEST_JSON}; is it a config?"
-            )
+        require_small(path, LARGEST_JSON)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}

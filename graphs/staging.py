@@ -12,7 +12,7 @@ from typing import IO, Literal
 
 from .digests import BIG
 from .errors import OutputRefused
-from .leftovers import OLD, hold, remove, sibling, sweep, writer
+from .leftovers import OLD, hold, remove, sibling, sweep, writer, written
 
 _FICLONE = 0x40049409  # linux/fs.h
 
@@ -36,16 +36,14 @@ def staged(directory: Path, force: bool = False) -> Iterator[Path]:
         stage, lock = _stage(directory)
     except OSError as error:
         raise OutputRefused(f"{directory}: cannot be written ({error.strerror}); choose another OUT") from None
-    try:
-        yield stage
-        _swap(stage, directory, force)
-    except OSError as error:
-        raise OutputRefused(
-            f"{directory}: cannot be written ({error.strerror or error}); choose another OUT"
-        ) from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        os.close(lock)
+    with written(stage, lock):
+        try:
+            yield stage
+            _swap(stage, directory, force)
+        except OSError as error:
+            raise OutputRefused(
+                f"{directory}: cannot be written ({error.strerror or error}); choose another OUT"
+            ) from error
 
 
 def _stage(directory: Path) -> tuple[Path, int]:

@@ -20,21 +20,17 @@ token into the chat, so whoever writes the prompt can end the user's turn, or cl
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer
 
 from ..graphs.errors import GuardError, ModelUnreadable, PromptsUnusable, first_line
-from ..graphs.package import read_json
+from ..graphs.package import read_json, require_small
+from .chat_environment import WORK, ChatEnvironment, Work
 
 # The names that templates may use, as transformers' `special_tokens_map` has them.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -48,6 +44,8 @@ MARKED_PLACEHOLDER_PROCESSORS = {"Gemma3Processor": ("boi_token", "eoi_token", "
 
 # How a message carries the prompt: a list of parts (vision-language templates), or one string (text-only templates).
 Content = Literal["parts", "string"]
+
+LARGEST_TOKENIZER, LARGEST_TEMPLATE = 256 << 20, 1 << 20  # bytes; known ones have at most 40 million and 20 thousand
 
 # Digits: no template changes them by `upper`, `title` or `trim`.
 _PROBE, _CANARY = "31415926535897932", "27182818284590452"
@@ -296,6 +294,7 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     if not path.is_file():
         raise ModelUnreadable(f"{folder}: has no tokenizer.json; copy the tokenizer of the model into this folder")
     try:
+        require_small(path, LARGEST_TOKENIZER)
         tokenizer = Tokenizer.from_file(str(path))
     except BaseException as error:
         # tokenizers raises a bare Exception, and for some files (a Precompiled normalizer without its table) panics,
@@ -318,6 +317,7 @@ def find_template(folder: Path, configs: FolderConfigs) -> str | None:
     """
     file = folder / "chat_template.jinja"
     legacy = read_json(folder / "chat_template.json").get("chat_template")
+    require_small(file, LARGEST_TEMPLATE)
     try:
         jinja = file.read_text(encoding="utf-8") if file.is_file() else None
     except (OSError, ValueError) as error:
@@ -514,8 +514,8 @@ def _numbers(value: Any) -> list[int]:
 class ChatTemplate:
     """A compiled chat template with the special tokens it may write.
 
-    Templates are programs written by strangers. They run in jinja2's immutable sandbox, and see plain strings, lists,
-    dicts and None only: no object of ours with methods to call.
+    Templates are programs written by strangers. They run in jinja2's immutable sandbox and to a bound, and see plain strings,
+    lists, dicts and None only: no object of ours with methods to call.
     """
 
     folder: Path
@@ -526,10 +526,10 @@ class ChatTemplate:
     @classmethod
     def compile(cls, folder: Path, source: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
         """Raises ModelUnreadable if it is not a template."""
-        environment = _environment()
+        environment = ChatEnvironment()
         try:
             tree = environment.parse(source)
-            compiled = environment.from_string(source)
+            compiled = environment.bounded(tree)
         except (TemplateError, RecursionError) as error:
             raise ModelUnreadable(
                 f"{folder}: its chat template is malformed ({first_line(error)}); copy it from the model again"
@@ -546,6 +546,7 @@ class ChatTemplate:
         """
         try:
             return self.compiled.render(
+                {WORK: Work()},
                 messages=[{"role": "user", "content": content}],
                 tools=None,
                 documents=None,
@@ -580,35 +581,3 @@ def content_of(folder: Path, template: ChatTemplate, order: tuple[Content, ...])
     raise ModelUnreadable(
         f"{folder}: its chat template prints no prompt ({reason}); use the chat template that belongs to this model"
     )
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The dialect of jinja that chat templates are written in: that of transformers' `apply_chat_template`."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    return environment
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """jinja's own filter escapes for HTML, which would put `\\u003c` into prompts."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-class GenerationTag(Extension):
-    """`{% generation %}...{% endgeneration %}` marks the model's own words for training; here it just prints them."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
