@@ -1,10 +1,11 @@
-"""The fuzzer: damaged models, directions and manifests through the command line, each in a process of its own.
+"""The fuzzer: damaged files through the command line, each in a process of its own.
 
-    python tests/hostile/fuzz.py --cases 5000            # `make fuzz`; prints the counts, writes them to docs/security.md
-    python tests/hostile/fuzz.py --seed 1234 --keep DIR  # one case again, with its files
+    python tests/hostile/fuzz.py --cases 5000 --docs docs/security.md     # a part of `make fuzz`
 
 A case passes if it is refused in one printable line with exit code 1 and leaves no file behind, or if it is guarded, proved
-and verified. A crash, a traceback, more than `SECONDS`, more memory than the budget, a change to any file but OUT: findings.
+and verified (a picture or prompts: answered). A crash, a traceback, more than `SECONDS`, more memory than the budget, a change
+to any file but OUT: findings. Hypothesis makes the cases (`hostile.strategies`), and shrinks what it finds to the smallest
+case, whose files stay in `--keep`.
 """
 
 from __future__ import annotations
@@ -17,23 +18,20 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import onnx
-import onnx_ir as ir
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from hand_graphs import decoder, directions, merged
-from hostile.mutations import mutated
+from hostile.mutations import damaged
 from hostile.process import Ended, command, prepare
+from hostile.strategies import Case, damaged_files, decoders, some_directions
 from hostile.told import tell
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from tiny_vlm_paths import ANCHORS, SOURCE
 
 SECONDS = 10
 MEMORY = 3 << 30  # bytes of address space beyond what the process has when it begins
-TARGETS = ("model", "directions", "manifest")
 
 
 @dataclass(frozen=True)
@@ -41,108 +39,120 @@ class Outcome:
     """What became of one case.
 
     Attributes:
-        kind: `refused`, `guarded`, or what is wrong: `crash`, `traceback`, `hang`, `memory`, `sentence`, `files`, `unproved`.
+        kind: `refused`, `guarded`, `answered`, or what is wrong: `crash`, `traceback`, `hang`, `memory`, `sentence`, `files`,
+            `unproved`.
         detail: the sentence, or the end of what was printed.
     """
 
-    seed: int
-    target: str
-    done: tuple[str, ...]
     kind: str
     detail: str
 
     @property
     def passed(self) -> bool:
-        return self.kind in ("refused", "guarded")
+        return self.kind in ("refused", "guarded", "answered")
 
 
-def bases() -> list[onnx.ModelProto]:
-    """What is damaged: a plain decoder, a fused one, and one whose layers lie in the branches of an If."""
-    made = [decoder(layers=2), decoder("skip_norm_bias", layers=2), merged(layers=2)]
-    return [ir.to_proto(model) for model in made]
+class Sandbox:
+    """Runs cases, each in a folder of its own.
 
+    Attributes:
+        tiny: directions of the tiny VLM, and the tiny VLM guarded with them.
+    """
 
-def cases(seeds: Iterator[int] | range, keep: Path | None = None) -> Iterator[Outcome]:
-    """Run each seed in a sandbox of its own."""
-    models = bases()
-    for seed in seeds:
-        folder = Path(tempfile.mkdtemp(prefix="vlmguard-fuzz-"))
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tiny = (folder / "tiny.safetensors", folder / "tiny-guarded")
+        _must(["directions", str(SOURCE), "--anchors", str(ANCHORS), "-o", str(self.tiny[0])])
+        _must(["export", str(SOURCE), str(self.tiny[1]), *self._steered()])
+
+    def outcome(self, case: Case, keep: Path) -> Outcome:
+        """What becomes of it; the files of one that does not pass are copied to `keep`."""
+        folder = Path(tempfile.mkdtemp(prefix="case-", dir=self.folder))
         try:
-            yield _case(models, seed, folder)
+            (folder / "canary").write_text("nobody touches this")
+            found = self._judge(case, folder)
+            if not found.passed:
+                shutil.rmtree(keep, ignore_errors=True)
+                shutil.copytree(folder, keep, symlinks=True)
+            return found
         finally:
-            if keep is not None:
-                shutil.copytree(folder, keep, dirs_exist_ok=True, symlinks=True)
             shutil.rmtree(folder, ignore_errors=True)
 
+    def _judge(self, case: Case, folder: Path) -> Outcome:
+        if case.target == "picture":
+            (folder / case.name).write_bytes(case.content)
+            asked = ["generate", str(self.tiny[1]), "--prompt", "what is this", "--image", str(folder / case.name)]
+            return _asked([*asked, "--max-new-tokens", "2"], folder)
+        if case.target == "prompts":
+            (folder / case.name).write_bytes(case.content)
+            return _asked(["prompts", str(folder / case.name)], folder)
+        if case.target == "companion":
+            model = folder / "model"
+            shutil.copytree(SOURCE, model)
+            (model / case.name).write_bytes(case.content)
+            return _exported([str(model), str(folder / "out"), *self._steered()], folder)
+        model, found = folder / "model.onnx", folder / "directions.safetensors"
+        model.write_bytes(decoders()[case.base].SerializeToString())
+        found.write_bytes(some_directions())
+        export = [str(model), str(folder / "out"), "--directions", str(found), "--mode", case.mode]
+        if case.target == "manifest":
+            _must(["export", *export])
+            manifest = folder / "out" / "guard.json"
+            manifest.write_bytes(damaged(manifest.read_bytes(), random.Random(case.seed)))
+            return _asked(["verify", str(folder / "out")], folder, "guarded")
+        (folder / case.name).write_bytes(case.content)
+        return _exported(
+            [*export[:2], "--config", str(folder / case.name)] if case.target == "wish" else export, folder
+        )
 
-def _case(models: list[onnx.ModelProto], seed: int, folder: Path) -> Outcome:
-    pick = random.Random(seed)
-    target = pick.choices(TARGETS, (8, 1, 1))[0]
-    model, found = models[seed % len(models)], folder / "directions.safetensors"
-    (folder / "canary").write_text("nobody touches this")
-    from vlmguard.graphs.directions import directions_bytes
+    def _steered(self) -> list[str]:
+        return ["--directions", str(self.tiny[0]), "--mode", "steer", "--tau", "0"]
 
-    found.write_bytes(directions_bytes(directions((0, 1))))
-    path, done = folder / "model.onnx", ("bytes",)
-    content, names = mutated(model, seed)
-    path.write_bytes(content if target == "model" else model.SerializeToString())
-    if target == "model":
-        done = names
-    if target == "directions":
-        _flip(found, pick)
-    out = folder / "out"
-    export = [
-        "export",
-        str(path),
-        str(out),
-        "--directions",
-        str(found),
-        "--mode",
-        pick.choice(("project", "restore", "steer")),
-    ]
-    if target == "manifest":
-        made = command(export, 60)
-        assert made.code == 0, made.said
-        _flip(out / "guard.json", pick)
+
+def _asked(arguments: list[str], folder: Path, kind: str = "answered") -> Outcome:
+    """A command that writes nothing."""
     before = _digests(folder)
-    kind, detail = _judged(command(["verify", str(out)] if target == "manifest" else export, SECONDS, MEMORY))
+    outcome = _judged(command(arguments, SECONDS, MEMORY), kind)
+    return Outcome("files", f"changed: {_changed(before, folder)}") if _digests(folder) != before else outcome
+
+
+def _exported(arguments: list[str], folder: Path) -> Outcome:
+    """A guarded folder that verifies, or a refusal that leaves nothing."""
+    before = _digests(folder)
+    outcome = _judged(command(["export", *arguments], SECONDS, MEMORY), "guarded")
+    changed = _changed(before, folder)
+    if outcome.kind == "refused" and changed:
+        return Outcome("files", f"left behind: {changed}")
+    if outcome.kind == "guarded":
+        if any(name.partition("/")[0] != "out" for name in changed):
+            return Outcome("files", f"changed: {changed}")
+        checked = command(["verify", arguments[1], "--source", arguments[0]], SECONDS, MEMORY)
+        if checked.code != 0:
+            return Outcome("unproved", checked.said[-300:])
+    return outcome
+
+
+def _changed(before: dict[str, str], folder: Path) -> list[str]:
     after = _digests(folder)
-    new = {name: digest for name, digest in after.items() if before.get(name) != digest}
-    if kind == "refused" and after != before:
-        kind, detail = "files", f"left behind: {sorted(new)[:3]}"
-    elif kind == "guarded" and target != "manifest":
-        if any(name.partition("/")[0] != "out" for name in new) or before.keys() - after.keys():
-            kind, detail = "files", f"changed: {sorted(new)[:3]}"
-        else:
-            checked = command(["verify", str(out), "--source", str(path)], SECONDS, MEMORY)
-            if checked.code != 0:
-                kind, detail = "unproved", checked.said[-300:]
-    return Outcome(seed, target, done, kind, detail)
+    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))[:3]
 
 
-def _flip(path: Path, pick: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    for _ in range(pick.choice((1, 2, 8))):
-        content[pick.randrange(len(content))] ^= 1 << pick.randrange(8)
-    path.write_bytes(bytes(content[: pick.randrange(len(content))] if pick.random() < 0.2 else content))
-
-
-def _judged(ended: Ended) -> tuple[str, str]:
+def _judged(ended: Ended, done: str) -> Outcome:
     end = ended.said.strip()[-400:]
     if "MemoryError" in ended.said or "bad_alloc" in ended.said:
-        return "memory", end
+        return Outcome("memory", end)
     if ended.killed:
-        return "hang", f"{ended.seconds:.1f} s; {end}"
+        return Outcome("hang", f"{ended.seconds:.1f} s; {end}")
     if ended.code < 0:
-        return "crash", f"signal {-ended.code}; {end}"
+        return Outcome("crash", f"signal {-ended.code}; {end}")
     if "Traceback" in ended.said:
-        return "traceback", end
+        return Outcome("traceback", end)
     if ended.code == 0:
-        return "guarded", ""
+        return Outcome(done, "")
     lines = ended.said.strip().splitlines()
     if ended.code != 1 or len(lines) != 1 or not lines[0].startswith("error: ") or not lines[0].isprintable():
-        return "sentence", f"exit code {ended.code}: {end!r}"
-    return "refused", lines[0]
+        return Outcome("sentence", f"exit code {ended.code}: {end!r}")
+    return Outcome("refused", lines[0])
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -154,35 +164,83 @@ def _digests(folder: Path) -> dict[str, str]:
     }
 
 
+def _must(arguments: list[str]) -> None:
+    done = command(arguments, 60)
+    assert done.code == 0, done.said[-500:]
+
+
+@dataclass
+class Counts:
+    """What came of all cases so far."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    targets: Counter[str] = field(default_factory=Counter)
+    damage: Counter[str] = field(default_factory=Counter)
+
+    def add(self, case: Case, outcome: Outcome) -> None:
+        self.outcomes[outcome.kind] += 1
+        self.targets[f"{case.target}, {outcome.kind}"] += 1
+        self.damage.update({f"{case.target}: {one}" if case.target != "model" else one for one in case.done})
+
+
+def fuzz(sandbox: Sandbox, number: int, first: int, keep: Path) -> tuple[Counts, str]:
+    """So many cases; what came of them, and the smallest finding if there is one."""
+    counts, finding = Counts(), ""
+
+    @seed(first)
+    @settings(
+        max_examples=number,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(damaged_files())
+    def every_case_passes(case: Case) -> None:
+        nonlocal finding
+        outcome = sandbox.outcome(case, keep)
+        counts.add(case, outcome)
+        if sum(counts.outcomes.values()) % 200 == 0:
+            print(f"{sum(counts.outcomes.values())} cases: {dict(counts.outcomes)}", file=sys.stderr, flush=True)
+        if not outcome.passed:
+            finding = f"{case!r}: {outcome.kind}: {outcome.detail}"  # the last one is the smallest
+        assert outcome.passed
+
+    try:
+        every_case_passes()
+    except AssertionError:
+        return counts, finding
+    return counts, ""
+
+
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--cases", type=int, default=2000)
-    options.add_argument("--first", type=int, default=0, help="seed of the first case")
-    options.add_argument("--seed", type=int, help="this case alone")
+    options.add_argument("--seed", type=int, default=0)
     options.add_argument("--docs", type=Path, help="write the counts into this page")
-    options.add_argument("--keep", type=Path, help="with --seed: copy the case's files here")
-    given = options.parse_args()
+    options.add_argument("--keep", type=Path, default=Path("build/fuzz"), help="where the files of a finding go")
+    asked = options.parse_args()
     prepare()
-    seeds = range(given.first, given.first + given.cases) if given.seed is None else range(given.seed, given.seed + 1)
-    counted: Counter[str] = Counter()
-    by_mutation: Counter[str] = Counter()
-    findings: list[Outcome] = []
+    folder = Path(tempfile.mkdtemp(prefix="vlmguard-fuzz-"))
     started = time.monotonic()
-    for number, outcome in enumerate(cases(seeds, given.keep)):
-        counted[outcome.kind] += 1
-        by_mutation.update(set(outcome.done))
-        if not outcome.passed:
-            findings.append(outcome)
-            print(f"seed {outcome.seed} {outcome.target} {outcome.done}: {outcome.kind}: {outcome.detail}", flush=True)
-        elif given.seed is not None:
-            print(outcome)
-        if number % 200 == 199:
-            print(f"{number + 1} cases: {dict(counted)}", file=sys.stderr, flush=True)
+    try:
+        counts, finding = fuzz(Sandbox(folder), asked.cases, asked.seed, asked.keep)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     seconds = time.monotonic() - started
-    asked = f"{sum(counted.values())} cases in {seconds:.0f} s, seeds from {given.first}"
-    told = f"{asked}: {dict(counted)}; {len(findings)} findings"
-    tell("fuzz", [told, f"by kind of damage: {dict(sorted(by_mutation.items()))}"], given.docs)
-    return 1 if findings else 0
+    if finding:
+        print(f"{finding}\nits files are in {asked.keep}")
+    told = f"{sum(counts.outcomes.values())} cases in {seconds:.0f} s, seed {asked.seed}: {dict(counts.outcomes)}"
+    tell(
+        "fuzz",
+        [
+            f"{told}; {1 if finding else 0} findings",
+            f"by what was damaged: {dict(sorted(counts.targets.items()))}",
+            f"by kind of damage: {dict(sorted(counts.damage.items()))}",
+        ],
+        asked.docs,
+    )
+    return 1 if finding else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Damage to a valid model, as a seed decides: what a hostile or broken file may look like, and still parse as a protobuf.
+"""Damage to a valid model: what a hostile or broken file may look like, and still parse as a protobuf.
 
-Each mutation takes a `ModelProto` and a random generator and changes the first. They come in kinds:
+Each mutation takes a `ModelProto` and a random generator and changes the first. The generator is Hypothesis's
+(`hostile.strategies`), which shrinks what it finds, or libFuzzer's (`hostile.coverage_guided`). They come in kinds:
 
     names        renamed, duplicated, empty and very long values and nodes; names with control characters
     edges        dangling inputs, swapped inputs, cycles, nodes without outputs, nodes twice, nodes gone
@@ -299,9 +300,8 @@ MUTATIONS: tuple[Mutation, ...] = (
 BYTES = "damage_bytes"
 
 
-def mutated(model: onnx.ModelProto, seed: int) -> tuple[bytes, tuple[str, ...]]:
-    """The damaged file and the names of what was done to it; the same seed does the same."""
-    pick = random.Random(seed)
+def mutated(model: onnx.ModelProto, pick: random.Random) -> tuple[bytes, tuple[str, ...]]:
+    """The damaged file and the names of what was done to it."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     chosen = [pick.choice(MUTATIONS) for _ in range(pick.choice((1, 1, 1, 2, 3, 6)))]
@@ -314,12 +314,13 @@ def mutated(model: onnx.ModelProto, seed: int) -> tuple[bytes, tuple[str, ...]]:
         done.append(mutate.__name__)
     content = copy.SerializeToString()
     if pick.random() < 0.15:
-        content = _damaged(content, pick)
+        content = damaged(content, pick)
         done.append(BYTES)
     return content, tuple(done)
 
 
-def _damaged(content: bytes, pick: random.Random) -> bytes:
+def damaged(content: bytes, pick: random.Random) -> bytes:
+    """Some bits of a file changed, or its end cut off."""
     if pick.random() < 0.3:
         return content[: pick.randrange(len(content) + 1)]
     changed = bytearray(content)

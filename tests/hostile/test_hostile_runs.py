@@ -29,10 +29,11 @@ def test_damaged_files_are_refused_in_one_line_or_guarded() -> None:
 
 def test_a_finding_is_one() -> None:
     """What is no printable line, no exit code or no answer in time is not taken for a refusal."""
-    from hostile.fuzz import _judged
+    from hostile.fuzz import Outcome, _judged
     from hostile.process import Ended
 
-    assert _judged(Ended(1, "error: no\n", 0.1)) == ("refused", "error: no")
+    assert _judged(Ended(1, "error: no\n", 0.1), "guarded") == Outcome("refused", "error: no")
+    assert _judged(Ended(0, "", 0.1), "guarded").passed
     for ended, kind in (
         (Ended(1, "a warning\nerror: no\n", 0.1), "sentence"),
         (Ended(1, "error: \x1b[31mno\n", 0.1), "sentence"),
@@ -42,7 +43,8 @@ def test_a_finding_is_one() -> None:
         (Ended(-9, "", 11.0), "hang"),
         (Ended(-11, "", 0.1), "crash"),
     ):
-        assert _judged(ended)[0] == kind
+        found = _judged(ended, "guarded")
+        assert found.kind == kind and not found.passed
 
 
 @pytest.mark.long
