@@ -118,7 +118,7 @@ def damaged_files(draw: st.DrawFn) -> Case:
     if target == "picture":
         kind = draw(st.sampled_from(PICTURES))
         return Case(target, 0, f"picture.{kind.lower()}", mode, ("bytes",), damaged(_picture(kind), pick), seed)
-    rows = [row for row in EVALUATION.read_bytes().splitlines(keepends=True) if b'"image"' not in row]
+    rows = [row for row in EVALUATION.read_bytes().splitlines(keepends=True) if b'"image": null' in row]
     rows = rows[:: draw(st.integers(20, 60))]
     if draw(st.booleans()):
         at = pick.randrange(len(rows))
