@@ -28,15 +28,18 @@ lint: $(VENV)/.full
 long: $(VENV)/.full
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "long or zoo" --ignore tests/zoo/test_matrix.py
 
-# Damaged models, directions and manifests through the command line; kill -9 at random moments of everything that writes, and
-# many requests at once. docs/security.md has the last results.
+# Damaged files of every kind through the command line, then the opener and the anatomy by coverage; kill -9 at random moments of
+# everything that writes, full disks, and many requests at once. docs/security.md has the last results.
 CASES ?= 5000
 fuzz: $(VENV)/.full
+	$(BIN)/python -m pip install --quiet -e ".[fuzz]"
 	$(BIN)/python tests/hostile/fuzz.py --cases $(CASES) --docs docs/security.md
+	$(BIN)/python tests/hostile/coverage_guided.py --runs $$(( $(CASES) * 4 )) --docs docs/security.md
 
 KILLS ?= 200
 soak: $(VENV)/.full
 	$(BIN)/python tests/hostile/kills.py --kills $(KILLS) --engines --docs docs/security.md
+	$(BIN)/python tests/hostile/disks.py --engines --docs docs/security.md
 	$(BIN)/python tests/hostile/load.py --docs docs/security.md
 
 fast: $(VENV)/.full
