@@ -11,6 +11,7 @@ from vlmguard.graphs.errors import ModelUnreadable
 from vlmguard.runtime.chat import ChatTemplate
 from vlmguard.runtime.chat_environment import MOST_REPEATED, MOST_TURNS, WORK, ChatEnvironment, Work
 
+HELLO = [{"role": "user", "content": "hello"}]
 TOO_MANY = f"more than {MOST_TURNS} turns of loops and calls"
 
 
@@ -65,7 +66,7 @@ def test_a_model_with_such_a_template_is_refused_in_one_line(tmp_path: Path) -> 
     source = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     template = ChatTemplate.compile(tmp_path, source, {})
     with pytest.raises(ModelUnreadable) as told:
-        template.render("hello")
+        template.render(HELLO)
     assert str(told.value) == (
         f"{tmp_path}: its chat template fails ({TOO_MANY}); use the chat template that belongs to this model"
     )
@@ -74,6 +75,6 @@ def test_a_model_with_such_a_template_is_refused_in_one_line(tmp_path: Path) -> 
 def test_each_rendering_has_its_own_bound(tmp_path: Path) -> None:
     template = ChatTemplate.compile(tmp_path, "{% for a in range(60000) %}{% endfor %}{{ messages[0].content }}", {})
     with pytest.raises(ModelUnreadable):  # the loop and the range that it goes through
-        template.render("hello")
+        template.render(HELLO)
     template = ChatTemplate.compile(tmp_path, "{% for a in range(40000) %}{% endfor %}{{ messages[0].content }}", {})
-    assert [template.render("hello") for _ in range(3)] == ["hello"] * 3
+    assert [template.render(HELLO) for _ in range(3)] == ["hello"] * 3
