@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +22,10 @@ from .package import COMPANIONS, LARGEST_JSON
 MANIFEST_NAME = "guard.json"
 SCHEMA = "vlmguard.guard/2"
 # What a runtime would run, were it put into the folder.
-_EXECUTED = (".onnx", ".ort", ".engine")
-_CODE = (".so", ".dll", ".dylib", ".py")
+_EXECUTED = (".onnx", ".ort", ".engine", ".plan")
+_CODE = (".so", ".dll", ".dylib", ".py", ".pyc", ".pbtxt")
+# Triton runs a model's own in the place of its Python.
+_STUB = "triton_python_backend_stub"
 
 # How much of the proof was done: `full`, or `structure` alone (nothing was run).
 Proved = Literal["full", "structure"]
@@ -89,6 +92,30 @@ class EngineRecord(BaseModel):
     pads: bool = False
 
 
+class PackagedRecord(BaseModel):
+    """How a folder was laid out anew (`vlmguard package`).
+
+    Attributes:
+        layout: of the guarded folder that it was made from.
+        moved: path here -> path there, of every file that has another one.
+        written: paths of files that were made for this layout.
+        left_out: paths there of files that this layout has no use for.
+        options: what was asked for.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    layout: str
+    moved: dict[str, str]
+    written: list[str]
+    left_out: list[str]
+    options: dict[str, Any] = {}
+
+    def before(self, path: str) -> str:
+        """Where a file of this folder was."""
+        return self.moved.get(path, path)
+
+
 class Manifest(BaseModel):
     """The content of `guard.json`.
 
@@ -102,6 +129,7 @@ class Manifest(BaseModel):
         calibration: what the calibrator measured, if it ran.
         refusals: harmful prompts refused without and with the guard, per setting; `None`: no prompts were at hand.
         engines: the engines of a folder that was built from a guarded one; empty for a folder of graphs.
+        packaged: how it was laid out anew, if it was.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -117,6 +145,7 @@ class Manifest(BaseModel):
     calibration: dict[str, Any] | None = None
     refusals: dict[str, Any] | None = None
     engines: list[EngineRecord] = []
+    packaged: PackagedRecord | None = None
 
     @property
     def decoder(self) -> str:
@@ -130,6 +159,8 @@ class Manifest(BaseModel):
 
     def to_text(self) -> str:
         content = self.model_dump()
+        if self.packaged is None:  # versions that know nothing of it read all other folders
+            del content["packaged"]
         return json.dumps({"schema": content.pop("schema_"), **content}, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -179,12 +210,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise ManifestMismatch(f"{path}: is malformed ({error}); export again") from None
 
 
-def require_intact(folder: Path, manifest: Manifest, again: bool = True, progress: Progress | None = None) -> int:
+def require_intact(
+    folder: Path, manifest: Manifest, again: bool = True, progress: Progress | None = None, besides: str = ""
+) -> int:
     """Every file is there as the manifest says, and none besides that is run or gone by; how many were compared.
 
     Args:
         again: hash every file. Otherwise a big file whose size and time of change are the recorded ones keeps the digest
             that the manifest has: opening a 14 GB model must not read it twice.
+        besides: pattern of files that may have been added.
 
     Raises:
         ManifestMismatch: a file is missing, changed, or one was added that matters.
@@ -213,7 +247,7 @@ def require_intact(folder: Path, manifest: Manifest, again: bool = True, progres
         if found[folder / name] != record.sha256:
             raise ManifestMismatch(f"{folder}: {name} is not the file that was proved (SHA-256 differs); export again")
     read = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if _is_read(path)}
-    added = sorted(read - set(manifest.files))
+    added = sorted(name for name in read - set(manifest.files) if not fnmatchcase(name, besides))
     if added:
         raise ManifestMismatch(f"{folder}: {added[0]} was added after the proof; remove it, or export again")
     return len(manifest.files)
@@ -223,13 +257,13 @@ def _is_read(path: Path) -> bool:
     """Whether some runtime would run a file or go by it: a graph, a program, a template, a tokenizer's part."""
     if path.suffix.lower() in (*_EXECUTED, *_CODE):
         return True
-    return path.name in COMPANIONS and not path.name.startswith(("README", "LICENSE"))
+    return path.name == _STUB or (path.name in COMPANIONS and not path.name.startswith(("README", "LICENSE")))
 
 
 def _unchanged(path: Path, record: FileRecord) -> bool:
     status = path.stat()
     return (
         record.size >= BIG
-        and path.suffix != ".engine"
+        and path.suffix not in (".engine", ".plan")
         and (status.st_size, status.st_mtime_ns) == (record.size, record.modified_ns)
     )

@@ -7,6 +7,7 @@ Layouts (docs/graphs.md, section "Layouts that apps load"):
 - `transformers`: `export.json` names the graphs of `OnnxExporter.export_for_generation(...).save_pretrained` (5.23), and the
   decoder's weights are in TWO of them: `language_model` for the prompt, `decode` for each further token
 - `bare`: one `model.onnx`, its external data beside it, tokenizer beside or above it
+- `triton`: a model repository of Triton Inference Server, as `vlmguard package --triton` writes it (`triton.py`)
 - `engines`: TensorRT engines that `vlmguard engine` built; only their `guard.json` says what they are, so only `GuardedVLM`
   opens them
 
@@ -30,12 +31,13 @@ from typing import Any, Literal
 import onnx_ir as ir
 from onnx_ir.external_data import set_base_dir
 
+from . import triton
 from .errors import GuardError, ModelUnreadable, first_line
 from .graph_file import read_graph_file
 from .links import require_own
 from .staging import create_file, new_file
 
-Layout = Literal["onnx-community", "genai", "transformers", "bare", "engines"]
+Layout = Literal["onnx-community", "genai", "transformers", "bare", "triton", "engines"]
 
 # Graphs of the onnx-community layout that are not decoders.
 _SIBLINGS = ("vision_encoder", "embed_tokens", "audio_encoder")
@@ -215,6 +217,8 @@ def _find(path: Path, variant: str | None) -> ModelPackage:
         return _from_file(path)
     if not path.is_dir():
         raise ModelUnreadable(f"{path}: no such file or folder; give a .onnx file or a model folder")
+    if triton.is_repository(path):  # first: configs of the layout that it was made from lie in it too
+        return _triton(path)
     if (path / "genai_config.json").is_file():
         return _genai(path)
     if (path / "onnx").is_dir():
@@ -267,6 +271,15 @@ def _genai(root: Path) -> ModelPackage:
         embed_tokens=around.get("embedding"),
         left_out=_others(root, {paths["decoder"], *around.values()}),
     )
+
+
+def _triton(root: Path) -> ModelPackage:
+    decoder = triton.graph_path(root, triton.DECODER)
+    if decoder is None:
+        raise ModelUnreadable(f"{root / triton.DECODER}: holds no {triton.VERSION}/{triton.GRAPH}; package it again")
+    vision, embed = triton.graph_path(root, triton.VISION_ENCODER), triton.graph_path(root, triton.EMBED_TOKENS)
+    kept = {path for path in (decoder, vision, embed) if path is not None}
+    return ModelPackage(root, decoder, "triton", vision, embed, _others(root, kept))
 
 
 def _require_no_library(root: Path, config: Any) -> None:

@@ -37,7 +37,7 @@ class GuardedVLM(VisionLanguageModel):
         pads: bool | None = None,
     ) -> None:
         if open_part is None:
-            _require_guard(package, manifest)
+            require_guard(package, manifest)
         super().__init__(package, runtime=runtime, open_part=open_part, pads=pads)
         self.manifest = manifest
 
@@ -121,17 +121,35 @@ class GuardedVLM(VisionLanguageModel):
 
 
 def _open(cls: type[GuardedVLM], folder: Path, runtime: str | None, proved_only: bool) -> GuardedVLM:
+    manifest = open_manifest(folder, proved_only)
+    if manifest.engines:
+        return _open_engines(cls, folder, manifest, runtime)
+    return cls(package_of(folder, manifest), manifest, runtime or "onnxruntime")
+
+
+def open_manifest(folder: Path, proved_only: bool = True, besides: str = "") -> Manifest:
+    """The manifest of a folder that is what it says; `besides` as for `require_intact`.
+
+    Raises:
+        ManifestMismatch: there is none, a file differs from it, or (`proved_only`) the guard was never run.
+    """
     manifest = read_manifest(folder)
-    require_intact(folder, manifest, again=False)
+    require_intact(folder, manifest, again=False, besides=besides)
     if proved_only and manifest.proved != "full":
         raise ManifestMismatch(
             f"{folder}: only the structure of its guard was proved, nothing was run; run "
             "`vlmguard verify --run` with --source first"
         )
-    if manifest.engines:
-        return _open_engines(cls, folder, manifest, runtime)
-    package = open_guarded_package(folder, manifest)
-    return cls(package, manifest, runtime or "onnxruntime")
+    return manifest
+
+
+def package_of(folder: Path, manifest: Manifest) -> ModelPackage:
+    """The graphs of a guarded folder, or the engines in their place."""
+    if not manifest.engines:
+        return open_guarded_package(folder, manifest)
+    parts = {engine.role: folder / engine.path for engine in manifest.engines}
+    vision, embed = parts.get("vision_encoder"), parts.get("embed_tokens")
+    return ModelPackage(folder, parts["decoder"], "engines", vision_encoder=vision, embed_tokens=embed)
 
 
 def _open_engines(cls: type[GuardedVLM], folder: Path, manifest: Manifest, runtime: str | None) -> GuardedVLM:
@@ -140,8 +158,7 @@ def _open_engines(cls: type[GuardedVLM], folder: Path, manifest: Manifest, runti
     from .tensorrt_backend import find_backend
     from .tensorrt_runner import TensorRTRunner
 
-    parts = {engine.role: engine for engine in manifest.engines}
-    decoder = parts["decoder"]
+    decoder = next(engine for engine in manifest.engines if engine.role == "decoder")
     if runtime not in {None, decoder.backend}:
         raise GuardError(
             f"{folder}: holds engines of {decoder.backend}, {runtime} cannot run them; leave the runtime out"
@@ -153,17 +170,10 @@ def _open_engines(cls: type[GuardedVLM], folder: Path, manifest: Manifest, runti
         assert digest is not None  # an engine never goes unhashed
         return TensorRTRunner(path, digest, backend, device)
 
-    package = ModelPackage(
-        folder,
-        folder / decoder.path,
-        "engines",
-        vision_encoder=folder / parts["vision_encoder"].path if "vision_encoder" in parts else None,
-        embed_tokens=folder / parts["embed_tokens"].path if "embed_tokens" in parts else None,
-    )
-    return cls(package, manifest, decoder.backend, open_part, decoder.pads)
+    return cls(package_of(folder, manifest), manifest, decoder.backend, open_part, decoder.pads)
 
 
-def _require_guard(package: ModelPackage, manifest: Manifest) -> None:
+def require_guard(package: ModelPackage, manifest: Manifest) -> None:
     """Every decoder graph carries the guard that the manifest promises."""
     for view, record in zip(package.views(), manifest.decoders, strict=True):
         graph, promised = view.load_decoder().graph, tuple(record.plan.get("layers", ()))

@@ -44,6 +44,7 @@ from ..calibration.calibrate import DEFAULT_BUDGET
 from ..calibration.no_worse import Refusals
 from ..engines.verify import check_by_running, check_records, check_sources
 from ..guide import Guide
+from ..packaging.triton_files import check_repository
 from ..sources import Source, Watch, unwatched
 from .prove import ProofInputs, prove_by_running
 from .prove_fold import prove_fold_by_running
@@ -126,6 +127,8 @@ def verify(
         tell(f"verifying {path.name}", 1, 1)
         several = len(manifest.decoders) > 1
         checks += [replace(check, name=f"{path.name}: {check.name}") if several else check for check in made]
+    if manifest.layout == "triton" and manifest.packaged is not None:
+        checks += check_repository(folder, manifest, views[folder / manifest.decoder])
     if originals:
         checks += _same_files_around(folder, manifest, originals[manifest.decoder])
     return _finished(folder, manifest, checks, run)
@@ -235,7 +238,7 @@ def originals_of(source: Path | str, manifest: Manifest) -> dict[str, ModelPacka
     """The unguarded decoder of every record; by its place in the folder, or by digest where a file was given."""
     package = open_package(source)
     views = {view.decoder.relative_to(view.root).as_posix(): view for view in package.views()}
-    found = {record.path: views.get(record.path, package) for record in manifest.decoders}
+    found = {record.path: views.get(_before(manifest, record.path), package) for record in manifest.decoders}
     for record in manifest.decoders:
         original = found[record.path]
         if sha256_file(original.decoder) != record.source.get("sha256"):
@@ -259,13 +262,22 @@ def _same_files_around(folder: Path, manifest: Manifest, original: ModelPackage)
     decoders = [folder / record.path for record in manifest.decoders]
     ours = {DIRECTIONS_FILE, SBOM_NAME, *(record.path for record in manifest.decoders)}
     ours |= {data.relative_to(folder).as_posix() for decoder in decoders for data in external_files(decoder)}
+    ours |= set(manifest.packaged.written) if manifest.packaged is not None else set()
     before = {relative: path for path, relative in original.files()}
-    shared = sorted(name for name in manifest.files if name not in ours and name in before)
-    digests = sha256_files([before[name] for name in shared] + [folder / name for name in shared])
-    wrong = [name for name in shared if digests[before[name]] != digests[folder / name]]
-    wrong += [f"{name} is not in the source" for name in sorted(manifest.files.keys() - ours - before.keys())]
-    wrong += [f"{name} is missing" for name in sorted(before.keys() - manifest.files.keys()) if _is_needed(name)]
+    here = {_before(manifest, name): name for name in manifest.files if name not in ours}
+    shared = sorted(here.keys() & before.keys())
+    digests = sha256_files([before[name] for name in shared] + [folder / here[name] for name in shared])
+    wrong = [here[name] for name in shared if digests[before[name]] != digests[folder / here[name]]]
+    wrong += [f"{here[name]} is not in the source" for name in sorted(here.keys() - before.keys())]
+    left = set(manifest.packaged.left_out) if manifest.packaged is not None else set()
+    gone = before.keys() - here.keys() - left - set(manifest.files)
+    wrong += [f"{name} is missing" for name in sorted(gone) if _is_needed(name)]
     return [exact("files around the decoder are the source's", len(shared), wrong)] if shared or wrong else []
+
+
+def _before(manifest: Manifest, path: str) -> str:
+    """Where a file was when the folder had the source's layout."""
+    return manifest.packaged.before(path) if manifest.packaged is not None else path
 
 
 def _is_needed(name: str) -> bool:

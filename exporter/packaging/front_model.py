@@ -1,0 +1,121 @@
+"""The model that clients of this Triton repository ask: a prompt and a picture in, the answer out, whole or in pieces.
+
+Triton runs it in a process of its own per instance ("Python backend"). Every graph is another model of the repository, asked
+by request ("business logic scripting"). The decode loop is here because its length is known only at its end, and the KV cache
+stays in this process from token to token. In modes `supervise` and `combined` each answer takes a text-only pass first; it
+is part of `steps`, and no request can leave it out.
+
+To let requests ask for more or other things, copy this folder to a repository of your own: Triton serves several, and a model
+may ask those of another. Needs `pip install vlmguard` beside Triton; no ONNX Runtime, no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils  # Triton's own, there in its Python processes only
+from PIL import Image
+
+from vlmguard.graphs.errors import GuardError
+from vlmguard.runtime.images import FORMATS
+from vlmguard.runtime.triton_runner import open_in_triton
+from vlmguard.runtime.vlm import Request, Sampling
+
+_LARGEST_IMAGE = 20 << 20  # bytes, encoded
+
+
+class TritonPythonModel:
+    """One instance: one answer at a time."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the repository; Triton does not serve the model if this raises."""
+        config = json.loads(args["model_config"])
+        self.longest = int(config["parameters"]["max_tokens"]["string_value"])
+        repository = Path(args["model_repository"]).parent
+        try:
+            self.vlm = open_in_triton(repository, pb_utils)
+        except GuardError as error:
+            raise pb_utils.TritonModelException(str(error)) from None
+
+    def execute(self, requests: list[Any]) -> None:
+        """Each request gets its responses, the last of them marked as such."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._answer(request, sender)
+            except (
+                GuardError
+            ) as error:  # one sentence about the request; anything else is a bug and is logged by Triton
+                refusal = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+                sender.send(pb_utils.InferenceResponse(output_tensors=[], error=refusal))
+            finally:
+                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _answer(self, request: Any, sender: Any) -> None:
+        """The decode loop: a step per token, until the model ends, the limit is reached, or nobody listens any more."""
+        question = Request(_text(request, "text_input"), _image(request))
+        stream = bool(_given(request, "stream", False))
+        tokens: list[int] = []
+        shown, sent = "", 0
+        reason = "length"
+        for step in self.vlm.steps([question], self._sampling(request)):
+            if sender.is_cancelled():
+                return
+            (token,) = step.tokens
+            if token is None:
+                reason = "stop"
+                break
+            tokens.append(token)
+            text = self.vlm.chat.decode(tokens)
+            if stream and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: the rest is still to come
+                sender.send(_response(text[len(shown) :], tokens[sent:], ""))
+                shown, sent = text, len(tokens)
+        text = self.vlm.chat.decode(tokens)
+        rest = text[len(shown) :] if stream else text.strip()
+        sender.send(_response(rest, tokens[sent:], reason))
+
+    def _sampling(self, request: Any) -> Sampling:
+        wanted = int(_given(request, "max_tokens", min(64, self.longest)))
+        if wanted > self.longest:
+            raise GuardError(f"max_tokens {wanted} is more than this server gives ({self.longest}); ask for fewer")
+        temperature, top_p = float(_given(request, "temperature", 0.0)), float(_given(request, "top_p", 1.0))
+        return Sampling(wanted, temperature, top_p, int(_given(request, "seed", 0)))
+
+
+def _given(request: Any, name: str, otherwise: Any) -> Any:
+    """The one value of an input, or what stands for it."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return otherwise if tensor is None else tensor.as_numpy().reshape(-1)[0]
+
+
+def _text(request: Any, name: str) -> str:
+    try:
+        return _given(request, name, b"").decode("utf-8")
+    except UnicodeDecodeError:
+        raise GuardError(f"{name} is no UTF-8; encode the prompt as such") from None
+
+
+def _image(request: Any) -> Image.Image | None:
+    """An encoded picture (PNG, JPEG, ...); the bytes themselves, never a name of a file."""
+    content = _given(request, "image", b"")
+    if not content:
+        return None
+    if len(content) > _LARGEST_IMAGE:
+        raise GuardError(f"image has {len(content)} bytes, more than {_LARGEST_IMAGE}; scale it down first")
+    try:
+        return Image.open(BytesIO(content), formats=FORMATS)
+    except Exception:  # Pillow raises whatever Python raises at a damaged byte
+        raise GuardError("image is no picture that can be read; send the bytes of a PNG or JPEG file") from None
+
+
+def _response(text: str, tokens: list[int], reason: str) -> Any:
+    tensors = {
+        "text_output": np.array([text.encode()], np.object_),
+        "token_ids": np.array(tokens, np.int64),
+        "finish_reason": np.array([reason.encode()], np.object_),
+    }
+    return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor(name, array) for name, array in tensors.items()])

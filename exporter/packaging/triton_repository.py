@@ -1,0 +1,76 @@
+"""`vlmguard package --triton`: a guarded folder as a model repository of Triton Inference Server.
+
+A model per graph, each in the backend that runs it, and one in front that ties them together. No ensemble: Triton's
+ensembles are graphs without loops, and an answer is a loop whose length only the model knows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from ...graphs import triton
+from ...graphs.errors import GuardError
+from ...graphs.manifest import Manifest
+from ...graphs.package import ModelPackage
+from ...graphs.staging import Data
+from ..sources import Watch
+from .arrangement import Arrangement, Packaged, loose_files, rearrange, with_data
+from .triton_config import TritonOptions
+from .triton_files import graphs_of, written_files
+
+
+def package_triton(
+    guarded: Path | str,
+    out: Path | str,
+    options: TritonOptions | None = None,
+    *,
+    data: Data = "link",
+    force: bool = False,
+    watch: Watch | None = None,
+) -> Packaged:
+    """Write a Triton model repository.
+
+    Args:
+        guarded: a folder that `vlmguard-export` wrote.
+        out: the repository to write.
+        options: how Triton runs it.
+        data, force, watch: as for `rearrange`.
+
+    Raises:
+        GuardError: as for `rearrange`; or a graph cannot be run by Triton.
+    """
+    chosen = options or TritonOptions()
+    return rearrange(
+        guarded, out, lambda manifest, package: arrange(manifest, package, chosen), data=data, force=force, watch=watch
+    )
+
+
+def arrange(manifest: Manifest, package: ModelPackage, options: TritonOptions) -> Arrangement:
+    """What the repository of a guarded folder holds.
+
+    Raises:
+        GuardError: as for `package_triton`.
+    """
+    if manifest.engines:
+        raise _engines_refused(package, manifest)
+    graphs = graphs_of(package)
+    written = written_files(graphs, package, manifest.plan, options)
+    brought = {name: name for name in loose_files(manifest, package) if "/" not in name}  # a folder would be a model
+    for part, graph in graphs.items():
+        brought |= with_data(graph, package.root, f"{part}/{triton.VERSION}/{triton.GRAPH}")
+    decoder = f"{triton.DECODER}/{triton.VERSION}/{triton.GRAPH}"
+    return Arrangement("triton", {brought[decoder]: decoder}, brought, written, asdict(options))
+
+
+def _engines_refused(package: ModelPackage, manifest: Manifest) -> GuardError:
+    backend = manifest.engines[0].backend
+    if backend == "tensorrt_rtx":
+        return GuardError(
+            f"{package.root}: holds engines of TensorRT-RTX, which Triton's TensorRT backend does not load; package the "
+            "guarded ONNX folder, or build engines with `vlmguard engine --backend tensorrt`"
+        )
+    return GuardError(
+        f"{package.root}: holds engines alone, which do not say what they take and give; give the guarded ONNX folder, and "
+        "these with --engine"
+    )
