@@ -16,6 +16,7 @@ FOLDERS = (
     "graphs",
     "runtime",
     "runtime/serving",
+    "runtime/playground",
     "exporter",
     "exporter/artifact",
     "exporter/calibration",
@@ -24,12 +25,12 @@ FOLDERS = (
     "exporter/evaluation",
     "exporter/extraction",
     "exporter/families",
+    "exporter/playground",
     "exporter/prompts",
     "exporter/proof",
     "exporter/report",
 )
 # What is not Python.
-DATA = ("exporter/prompts/anchors.csv", *(f"exporter/report/page.{kind}" for kind in ("html", "css", "js")))
 HEAVY = (
     "torch",
     "transformers",
@@ -42,6 +43,11 @@ HEAVY = (
     "fastapi",
     "uvicorn",
     "openai",
+)
+DATA = (
+    "exporter/prompts/anchors.csv",
+    *(f"exporter/report/page.{kind}" for kind in ("html", "css", "js")),
+    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "runtime/playground/page").iterdir())),
 )
 
 
@@ -56,6 +62,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (copy / folder).mkdir(exist_ok=True)
             (copy / folder / path.name).write_bytes(path.read_bytes())
     for name in DATA:
+        (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_bytes((ROOT / name).read_bytes())
     out = tmp_path_factory.mktemp("wheel")
     command = [
