@@ -1,0 +1,91 @@
+// A guarded vision-language model in transformers.js: its processor, its tokenizer, its generate().
+//
+//   const { model, processor, answer } = await openGuarded("path/to", "guarded");     // path/to/guarded, nothing is downloaded
+//   console.log(await answer("what is in this picture", await load_image("photo.png")));
+//
+// With a guard of mode restore, project or steer, `model` is used like any other. Modes supervise and combined want the
+// text-only coordinates at every call of the decoder; generate() passes no inputs that it does not know, so `supervise`
+// below gives them to the session itself.
+import { readFile } from "node:fs/promises";
+import { join } from "node:path";
+import {
+  AutoTokenizer,
+  CLIPImageProcessor,
+  LlavaForConditionalGeneration,
+  LlavaProcessor,
+  Tensor,
+  env,
+} from "@huggingface/transformers";
+
+const SUPERVISOR = "vlmguard.supervisor";
+const COORDINATES = "vlmguard.coordinates";
+const LISTEN = -1e30; // no gate opens at this: what the text-only pass says is the model's own
+
+export async function openGuarded(parent, name) {
+  env.allowRemoteModels = false;
+  env.localModelPath = parent;
+  const processor = await openProcessor(parent, name);
+  const model = await LlavaForConditionalGeneration.from_pretrained(name, { device: "cpu", dtype: "fp32" });
+  const listen = supervise(model);
+
+  const inputsOf = async (prompt, image) => {
+    const content = [...(image ? [{ type: "image" }] : []), { type: "text", text: prompt }];
+    const text = processor.apply_chat_template([{ role: "user", content }], { add_generation_prompt: true });
+    const options = { add_special_tokens: false }; // the template has them
+    return image ? await processor(image, text, options) : processor.tokenizer(text, options);
+  };
+
+  const answer = async (prompt, image = null) => {
+    if (listen) await listen(await inputsOf(prompt, null));
+    const inputs = await inputsOf(prompt, image);
+    const sequences = await model.generate({ ...inputs, max_new_tokens: 24, do_sample: false });
+    const tokens = sequences.tolist()[0].slice(inputs.input_ids.dims[1]).map(Number);
+    return { tokens, text: processor.tokenizer.decode(tokens, { skip_special_tokens: true }).trim() };
+  };
+  return { model, processor, answer };
+}
+
+/**
+ * Give the decoder its supervisor: from now on `model.generate()` works, and takes what the last `listen(inputs)` said.
+ *
+ * @returns listen: runs the text-only prompt; null for a guard that has no supervisor
+ */
+export function supervise(model) {
+  const session = model.sessions.decoder_model_merged;
+  if (!session.inputNames.includes(SUPERVISOR)) return null;
+  const { shape } = session.inputMetadata.find((input) => input.name === SUPERVISOR);
+  const [layers, rank] = shape.slice(1);
+  const silence = new Tensor("float32", new Float32Array(layers * rank).fill(LISTEN), [1, layers, rank]);
+  let coordinates = null;
+  model.sessions.decoder_model_merged = new Proxy(session, {
+    get(target, key) {
+      if (key === "inputNames") return target.inputNames.filter((name) => name !== SUPERVISOR);
+      if (key === "run") {
+        return (feeds, ...rest) => {
+          if (coordinates === null) throw new Error("the guard listens to the text alone first: call listen(inputs)");
+          return target.run({ ...feeds, [SUPERVISOR]: coordinates.ort_tensor }, ...rest);
+        };
+      }
+      const value = target[key];
+      return typeof value === "function" ? value.bind(target) : value;
+    },
+  });
+  return async (inputs) => {
+    coordinates = silence;
+    coordinates = (await model.forward(inputs))[COORDINATES];
+  };
+}
+
+/** LlavaProcessor.from_pretrained for folders as transformers 5 writes them; transformers.js 4.3 reads those of transformers 4. */
+async function openProcessor(parent, name) {
+  const read = (file) => readFile(join(parent, name, file), "utf8");
+  const config = JSON.parse(await read("processor_config.json"));
+  // The class token counts, but "default" features come without it. In Python the processor takes one off, here nobody does.
+  if (config.vision_feature_select_strategy === "default") config.num_additional_image_tokens -= 1;
+  const components = {
+    tokenizer: await AutoTokenizer.from_pretrained(name),
+    image_processor: new CLIPImageProcessor(config.image_processor), // else in preprocessor_config.json
+  };
+  components.tokenizer.chat_template ??= await read("chat_template.jinja"); // else in tokenizer_config.json
+  return new LlavaProcessor(config, components, null);
+}
