@@ -275,6 +275,7 @@ def test_nodes_and_weights_are_named_after_modules(plain: Converted) -> None:
     assert from_checkpoint - {"model.language_model.rotary_emb.inv_freq"} <= checkpoint_names
 
 
+@pytest.mark.long
 def test_the_same_checkpoint_gives_the_same_bytes_and_nothing_on_stdout(plain: Converted, tmp_path: Path) -> None:
     """Again in another process, with another hash seed."""
     program = (
