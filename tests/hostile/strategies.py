@@ -15,6 +15,7 @@ What is damaged, and why somebody else could have written it:
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import random
@@ -143,7 +144,7 @@ def _json(content: bytes, pick: random.Random) -> tuple[bytes, tuple[str, ...]]:
             break
         kind = pick.choice(("value", "value", "delete", "key", "deep"))
         if kind == "value":
-            holder[key] = pick.choice(ODD_VALUES)
+            holder[key] = copy.deepcopy(pick.choice(ODD_VALUES))  # the next change may be in it
         elif kind == "delete":
             del holder[key]
         elif kind == "key" and isinstance(holder, dict):
