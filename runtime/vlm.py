@@ -53,7 +53,10 @@ class Request:
     def __post_init__(self) -> None:
         shown = sum(turn.shows for turn in self.history)
         if shown > (self.image is not None):
-            raise GuardError(f"a request has one image at most, {shown} of its earlier turns show one; leave one")
+            has = "one image" if self.image is not None else "no image"
+            raise GuardError(
+                f"the request has {has}, and {shown} of its earlier turns show one; give one for all, or none"
+            )
 
     @property
     def turns(self) -> tuple[Turn, ...]:

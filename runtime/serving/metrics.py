@@ -16,8 +16,9 @@ from .answering import Made
 
 _REQUEST_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 _TOKEN_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
-# Units differ from model to model, so both ways by factors; the bucket that ends at 0 holds the closed gates and no other.
-_MARGINS = (-100, -30, -10, -3, -1, -0.3, -0.1, 0, 0.1, 0.3, 1, 3, 10, 30, 100)
+# Of scores above their thresholds. Units differ from model to model, so both ways by factors; the buckets up to 0 hold the
+# closed gates and no other.
+MARGINS = (-100, -30, -10, -3, -1, -0.3, -0.1, 0, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
 class Metrics:
@@ -78,7 +79,7 @@ class Metrics:
             "vlmguard_gate_margin",
             "Highest score of each answer minus the gate's threshold; above 0 the gate opened (--telemetry).",
             ["layer"],
-            buckets=_MARGINS,
+            buckets=MARGINS,
             registry=registry,
         )
 
