@@ -835,6 +835,48 @@ def report_command(
         tables.show_report(out, data, str(output))
 
 
+@app.command("playground")
+def playground_command(
+    guarded: Guarded,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="The unguarded model. (default: the guard is taken out of GUARDED's graph, in memory)"),
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Precision variant of the decoder: fp16, q4, ... (default: the one that runs)")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="Labelled prompts to pick from: FILE or FORMAT:FILE. (default: found beside the model, else builtin)"),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes any that is free.")] = 8365,
+    open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in your browser.")] = True,
+    assets: Annotated[
+        Path | None,
+        typer.Option(help="A node_modules folder with the page's libraries. (default: fetched once from the npm registry)"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the address as JSON on stdout.")] = False,
+) -> None:
+    """Serve a page that asks the model in your browser, without and with its guard, and shows its gates live.
+
+    Both run in the browser (onnxruntime-web); nothing leaves this machine. Ctrl+C ends it. For a browser elsewhere forward the
+    port: ssh -L 8365:127.0.0.1:8365 HOST.
+    """
+    from .exporter import tables
+    from .exporter.playground.open import playground
+
+    with tables.bars(err) as watch:
+        server = playground(
+            guarded, base=base, variant=variant, prompts=prompts, assets=assets, port=port, watch=watch
+        )
+    if as_json:
+        print_json({"url": server.url})
+    else:
+        out.print(f"{escape(str(guarded))}: [bold]{server.url}[/bold] (Ctrl+C ends it)", highlight=False, soft_wrap=True)
+    sys.stdout.flush()
+    server.run(open_page)
+
+
 def print_json(content: dict[str, Any]) -> None:
     sys.stdout.write(to_json(content) + "\n")
 

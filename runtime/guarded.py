@@ -119,6 +119,19 @@ class GuardedVLM(VisionLanguageModel):
 
 
 def _open(cls: type[GuardedVLM], folder: Path, runtime: str | None, proved_only: bool) -> GuardedVLM:
+    manifest = read_intact(folder, proved_only)
+    if manifest.engines:
+        return _open_engines(cls, folder, manifest, runtime)
+    package = open_guarded_package(folder, manifest)
+    return cls(package, manifest, runtime or "onnxruntime")
+
+
+def read_intact(folder: Path, proved_only: bool = True) -> Manifest:
+    """The manifest of a folder that is what was proved.
+
+    Raises:
+        ManifestMismatch: as for `GuardedVLM.open`.
+    """
     manifest = read_manifest(folder)
     require_intact(folder, manifest, again=False)
     if proved_only and manifest.proved != "full":
@@ -126,10 +139,7 @@ def _open(cls: type[GuardedVLM], folder: Path, runtime: str | None, proved_only:
             f"{folder}: only the structure of its guard was proved, nothing was run; run "
             "`vlmguard verify --run` with --source first"
         )
-    if manifest.engines:
-        return _open_engines(cls, folder, manifest, runtime)
-    package = open_guarded_package(folder, manifest)
-    return cls(package, manifest, runtime or "onnxruntime")
+    return manifest
 
 
 def _open_engines(cls: type[GuardedVLM], folder: Path, manifest: Manifest, runtime: str | None) -> GuardedVLM:

@@ -1,0 +1,148 @@
+// One decoder graph, running: the prompt, then a token at a time through the KV cache. As vlmguard's runtime/decoder.py.
+
+import { cast, filled, tensor } from "./tensors.mjs";
+
+const SUPERVISOR = "vlmguard.supervisor";
+const COORDINATES = "vlmguard.coordinates";
+const SCORES = "vlmguard.gate_scores";
+const PAST_GATE = "vlmguard.past_gate";
+const PRESENT_GATE = "vlmguard.present_gate";
+const LISTEN = -1e30; // below every threshold: a pass that is never edited
+const UNDECIDED = -1;
+
+// optimum, onnx-community; older optimum; transformers' exporter
+const CACHE_NAMES = [
+  ["past_key_values.", "present."],
+  ["past_key_values.", "present_key_values."],
+  ["past.", "present."],
+];
+
+/** The graph's cache inputs, and which output refills each. */
+function cachePairs(inputNames, outputNames) {
+  const pairs = new Map();
+  for (const name of inputNames) {
+    const found = CACHE_NAMES.filter(([past]) => name.startsWith(past)).map(([past, present]) => present + name.slice(past.length));
+    const output = found.find((candidate) => outputNames.includes(candidate));
+    if (output !== undefined) pairs.set(name, output);
+  }
+  return pairs;
+}
+
+export class Decoder {
+  /**
+   * @param ort onnxruntime-web
+   * @param session of the graph
+   * @param {object} facts facts.json, for heads that the graph leaves open
+   */
+  constructor(ort, session, facts) {
+    this.ort = ort;
+    this.session = session;
+    this.facts = facts;
+    this.ports = new Map(session.inputMetadata.map((port) => [port.name, port]));
+    this.caches = cachePairs(session.inputNames, session.outputNames);
+  }
+
+  get supervised() {
+    return this.ports.has(SUPERVISOR);
+  }
+
+  get embedsType() {
+    return this.ports.get("inputs_embeds").type;
+  }
+
+  /** The coordinates of a text-only prompt: what a supervised graph takes with the real one. */
+  async listen(embeds) {
+    const [, layers, rank] = this.ports.get(SUPERVISOR).shape;
+    const generation = new Generation(this, filled(this.ort, "float32", LISTEN, [1, layers, rank]));
+    try {
+      const outputs = await generation.feed(embeds);
+      return tensor(this.ort, "float32", outputs[COORDINATES].data, outputs[COORDINATES].dims);
+    } finally {
+      generation.end();
+    }
+  }
+
+  /** A new generation; `supervisor` is what `listen` gave, `null` for a graph that takes none. */
+  begin(supervisor) {
+    return new Generation(this, supervisor);
+  }
+}
+
+/** What one generation carries from call to call. */
+class Generation {
+  constructor(decoder, supervisor) {
+    this.decoder = decoder;
+    this.supervisor = supervisor;
+    this.length = 0;
+    this.gate = null;
+    this.cache = new Map();
+  }
+
+  /**
+   * Run the prompt's embeddings, or the next token's.
+   *
+   * @returns {Promise<object>} all outputs by name, those of the cache not
+   */
+  async feed(embeds) {
+    const { session, caches } = this.decoder;
+    const tokens = embeds.dims[1];
+    this.length += tokens;
+    const outputs = { ...(await session.run(this.#feeds(embeds, tokens))) };
+    for (const [past, present] of caches) {
+      this.cache.get(past)?.dispose();
+      this.cache.set(past, outputs[present]);
+      delete outputs[present];
+    }
+    if (PRESENT_GATE in outputs) this.gate ??= outputs[PRESENT_GATE]; // as the end of the prompt decided it
+    return outputs;
+  }
+
+  /** Give the cache's memory back. */
+  end() {
+    for (const value of this.cache.values()) value.dispose();
+    this.cache.clear();
+  }
+
+  #feeds(embeds, tokens) {
+    const { ort, ports, caches } = this.decoder;
+    const feeds = { inputs_embeds: cast(ort, embeds, ports.get("inputs_embeds").type) };
+    const give = (name, make) => {
+      const port = ports.get(name);
+      if (port !== undefined) feeds[name] = make(port);
+    };
+    const positions = Array.from({ length: tokens }, (_, index) => this.length - tokens + index);
+    give("attention_mask", ({ type }) => filled(ort, type, 1, [1, this.length]));
+    give("position_ids", ({ type }) => tensor(ort, type, positions, [1, tokens]));
+    give("use_cache_branch", ({ type, shape }) => filled(ort, type, Number(this.cache.size > 0), shape.map(() => 1)));
+    give("num_logits_to_keep", ({ type, shape }) => filled(ort, type, 0, shape.map(() => 1)));
+    give(SUPERVISOR, () => this.supervisor);
+    give(PAST_GATE, ({ shape }) => this.gate ?? filled(ort, "float32", UNDECIDED, [1, shape[1]]));
+    for (const past of caches.keys()) feeds[past] = this.cache.get(past) ?? this.#empty(ports.get(past));
+    return feeds;
+  }
+
+  /** A cache of length 0, `[1, heads, 0, head size]`. */
+  #empty({ type, shape }) {
+    const { kvHeads, headSize } = this.decoder.facts;
+    const size = (value, declared) => (typeof value === "number" ? value : declared);
+    return filled(this.decoder.ort, type, 0, [1, size(shape[1], kvHeads), 0, size(shape[3], headSize)]);
+  }
+}
+
+/** Logits at the last position, float32. */
+export function lastLogits(outputs) {
+  const { data, dims } = outputs.logits;
+  return Float32Array.from(data.subarray(data.length - dims.at(-1)));
+}
+
+/** What each gate compared at the last token; `null` where the graph does not tell. */
+export function gateScores(outputs) {
+  return SCORES in outputs ? Array.from(outputs[SCORES].data) : null;
+}
+
+/** The likeliest token. */
+export function likeliest(logits) {
+  let best = 0;
+  for (let token = 1; token < logits.length; token++) if (logits[token] > logits[best]) best = token;
+  return best;
+}
