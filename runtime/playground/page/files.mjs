@@ -20,19 +20,17 @@ export async function fetchAll(name, part, tell) {
   return { graph, externalData };
 }
 
-async function bytes(name, address, tell) {
-  const answer = await answered(`model/${address}`);
-  const total = Number(answer.headers.get("Content-Length"));
-  const content = new Uint8Array(total);
-  let done = 0;
-  for (const reader = answer.body.getReader(); ; ) {
-    const { done: ended, value } = await reader.read();
-    if (ended) break;
-    content.set(value, done);
-    done += value.length;
-    tell(name, done, total);
-  }
-  return content;
+/** By XMLHttpRequest, which tells how far it is. */
+function bytes(name, address, tell) {
+  return new Promise((give, refuse) => {
+    const request = new XMLHttpRequest();
+    request.open("GET", `model/${address}`);
+    request.responseType = "arraybuffer";
+    request.onprogress = ({ loaded, total }) => tell(name, loaded, total);
+    request.onload = () => (request.status === 200 ? give(new Uint8Array(request.response)) : refuse(lacks(address, request.status)));
+    request.onerror = () => refuse(silent());
+    request.send();
+  });
 }
 
 async function answered(address) {
@@ -40,8 +38,11 @@ async function answered(address) {
   try {
     answer = await fetch(address);
   } catch {
-    throw new Refused("The server does not answer; start `vlmguard playground` again, then load this page again.");
+    throw silent();
   }
-  if (!answer.ok) throw new Refused(`The server has no ${address} (${answer.status}); start \`vlmguard playground\` again.`);
+  if (!answer.ok) throw lacks(address, answer.status);
   return answer;
 }
+
+const silent = () => new Refused("The server does not answer; start `vlmguard playground` again, then load this page again.");
+const lacks = (address, status) => new Refused(`The server has no ${address} (${status}); start \`vlmguard playground\` again.`);

@@ -1,7 +1,7 @@
 // What each guarded layer's gate compares with its threshold, token by token: a small line chart per layer, and a table.
 
 const SVG = "http://www.w3.org/2000/svg";
-const [WIDTH, HEIGHT, MARGIN] = [320, 104, 8]; // units of the drawing
+const [WIDTH, HEIGHT, MARGIN] = [480, 112, 8]; // units of the drawing
 const END_OF_PROMPT = "end of the prompt";
 
 export class Gates {
@@ -83,11 +83,10 @@ class Chart {
 
   draw() {
     const [count, last] = [this.scores.length, this.scores.at(-1)];
-    const open = this.open.at(-1) ?? false;
-    this.told.textContent = `${count ? shown(last) : "–"}, threshold ${shown(this.threshold)}`;
-    this.state.textContent = count ? (open ? "open" : "closed") : "not asked";
-    this.state.className = open ? "state open" : "state";
     const opened = this.open.filter(Boolean).length;
+    this.told.textContent = `score ${count ? shown(last) : "–"}, threshold ${shown(this.threshold)}`;
+    this.state.textContent = count ? (opened ? `open at ${opened} of ${count}` : "closed") : "not asked";
+    this.state.className = opened ? "state open" : "state";
     this.drawing.setAttribute("aria-label", `${this.name.textContent}: ${count} scores, ${opened} times open; the table has the numbers`);
     const values = [...this.scores, this.threshold];
     const [low, high] = [Math.min(...values), Math.max(...values)];
