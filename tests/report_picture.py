@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import sys
-import tempfile
 from pathlib import Path
 
-from browser import CHROMIUM, Browser
+from browser import CHROMIUM, NO_CHROMIUM, Browser
 from PIL import Image
 
 WIDTH = 1100
@@ -17,13 +16,18 @@ COLORS = 128  # a page of text and flat marks needs no more
 def main(page: Path, png: Path, up_to: str = "strength") -> None:
     """The page in the light scheme, up to the section of this id."""
     if CHROMIUM is None:
-        sys.exit("no Chromium on this machine: install Debian's package chromium")
-    with tempfile.TemporaryDirectory() as profile, Browser(Path(profile)) as browser:
-        browser.open(page, WIDTH)
+        sys.exit(NO_CHROMIUM)
+    with Browser() as browser:
+        browser.open(page.resolve().as_uri(), "[data-drawn]", WIDTH)
         height = int(browser.value(f"document.getElementById('{up_to}').getBoundingClientRect().top"))
-        picture = Image.open(io.BytesIO(browser.picture()))
-    picture = picture.convert("RGB").crop((0, 0, WIDTH, height))
-    picture.quantize(COLORS, dither=Image.Dither.NONE).save(png, optimize=True)
+        save(browser.picture(), png, height)
+
+
+def save(picture: bytes, png: Path, height: int | None = None) -> None:
+    """In few colours, from the top down to a height."""
+    image = Image.open(io.BytesIO(picture)).convert("RGB")
+    image = image.crop((0, 0, image.width, height or image.height))
+    image.quantize(COLORS, dither=Image.Dither.NONE).save(png, optimize=True)
 
 
 if __name__ == "__main__":

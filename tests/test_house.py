@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = (
     "graphs",
     "runtime",
+    "runtime/playground",
     "exporter",
     "exporter/artifact",
     "exporter/calibration",
@@ -23,12 +24,17 @@ FOLDERS = (
     "exporter/evaluation",
     "exporter/extraction",
     "exporter/families",
+    "exporter/playground",
     "exporter/prompts",
     "exporter/proof",
     "exporter/report",
 )
 # What is not Python.
-DATA = ("exporter/prompts/anchors.csv", *(f"exporter/report/page.{kind}" for kind in ("html", "css", "js")))
+DATA = (
+    "exporter/prompts/anchors.csv",
+    *(f"exporter/report/page.{kind}" for kind in ("html", "css", "js")),
+    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "runtime/playground/page").iterdir())),
+)
 HEAVY = ("torch", "transformers", "onnxruntime", "sklearn", "onnx", "tensorrt", "plotly", "ray")
 
 
@@ -43,6 +49,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (copy / folder).mkdir(exist_ok=True)
             (copy / folder / path.name).write_bytes(path.read_bytes())
     for name in DATA:
+        (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_bytes((ROOT / name).read_bytes())
     out = tmp_path_factory.mktemp("wheel")
     command = [

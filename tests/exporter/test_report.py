@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, Browser
+from browser import CHROMIUM, NO_CHROMIUM, Browser
 from hand_graphs import uncalibrated
 from text_decoder import IDS, decoder
 from tiny_vlm_paths import CALIBRATION, DECODER, EVALUATION, PROMPTS, SOURCE, Guarded
@@ -423,12 +423,12 @@ def test_the_figures_are_the_datas(pages: Callable[[str], tuple[Path, ReportData
 # -------------------------------------------------------------------------------------------------------------- in a browser
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: install Debian's package chromium")
-def test_the_page_in_a_browser(pages: Callable[[str], tuple[Path, ReportData]], tmp_path: Path) -> None:
-    with Browser(tmp_path) as browser:
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+def test_the_page_in_a_browser(pages: Callable[[str], tuple[Path, ReportData]]) -> None:
+    with Browser() as browser:
         for mode, width, dark in (("restore", 400, False), ("restore", 1280, True), ("supervise", 1280, False)):
             page, _ = pages(mode)
-            browser.open(page, width, dark)
+            browser.open(page.resolve().as_uri(), "[data-drawn]", width, dark)
             assert browser.said == []
             assert [address for address in browser.asked if not address.startswith("data:")] == [
                 page.resolve().as_uri()
@@ -449,9 +449,8 @@ def _pick_another_layer(browser: Browser) -> None:
     """With the keyboard: the chart is drawn again, and the words say which layer it is."""
     title = "document.querySelector('[data-figure=states-before] .xtitle').textContent"
     before = browser.value(title)
-    browser.value("document.getElementById('pick-states').focus()")
-    for kind in ("keyDown", "keyUp"):
-        browser("Input.dispatchKeyEvent", type=kind, key="Home", code="Home", windowsVirtualKeyCode=36)
+    browser.page.focus("#pick-states")
+    browser.page.keyboard.press("Home")
     assert browser.value("document.getElementById('told-states').textContent") == "layer 0"
     browser.value("new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")
     assert browser.value(title) != before
