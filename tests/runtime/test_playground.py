@@ -290,8 +290,8 @@ def test_layouts_and_inputs_that_the_page_does_not_know_are_refused(
         "position_ids, use_cache_branch, num_logits_to_keep and a cache"
     )
     monkeypatch.setattr(opening, "LARGEST_MODEL", 1 << 20)
-    assert refused(guarded("restore")).startswith(
-        f"{root}: both sides take 0.0 GiB, a browser's WebAssembly holds 0 GiB of them"
+    assert refused(guarded("restore")) == (
+        f"{root}: both sides take 0.0 GiB, WebAssembly has room for 0 GiB; choose a smaller --variant, such as q4"
     )
 
 
