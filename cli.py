@@ -941,13 +941,17 @@ def playground_command(
     ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(help="Labelled prompts to pick from: FILE or FORMAT:FILE. (default: found beside the model, else builtin)"),
+        typer.Option(
+            help="Labelled prompts to pick from: FILE or FORMAT:FILE. (default: found beside the model, else builtin)"
+        ),
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes any that is free.")] = 8365,
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in your browser.")] = True,
     assets: Annotated[
         Path | None,
-        typer.Option(help="A node_modules folder with the page's libraries. (default: fetched once from the npm registry)"),
+        typer.Option(
+            help="A node_modules folder with the page's libraries. (default: fetched once from the npm registry)"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the address as JSON on stdout.")] = False,
 ) -> None:
@@ -960,13 +964,13 @@ def playground_command(
     from .exporter.playground.open import playground
 
     with tables.bars(err) as watch:
-        server = playground(
-            guarded, base=base, variant=variant, prompts=prompts, assets=assets, port=port, watch=watch
-        )
+        server = playground(guarded, base=base, variant=variant, prompts=prompts, assets=assets, port=port, watch=watch)
     if as_json:
         print_json({"url": server.url})
     else:
-        out.print(f"{escape(str(guarded))}: [bold]{server.url}[/bold] (Ctrl+C ends it)", highlight=False, soft_wrap=True)
+        out.print(
+            f"{escape(str(guarded))}: [bold]{server.url}[/bold] (Ctrl+C ends it)", highlight=False, soft_wrap=True
+        )
     sys.stdout.flush()
     server.run(open_page)
 

@@ -26,17 +26,16 @@ so that a runtime without Python needs a JSON parser and one file. `cases.json`:
         logits                            tensor [1, tokens of the call, vocabulary]
         token                             the likeliest next one; null in the text-only call
 
-A tensor is {"offset", "dtype", "shape"}: bytes into tensors.bin; `float32` or `int64`; the shape may hold a 0 (the empty cache).
+A tensor is {"offset", "dtype", "shape"}: bytes into tensors.bin; `float32` or `int64`; a shape may hold a 0 (an empty cache).
 Replaying `calls` in order needs no knowledge of caches or guards; `integrations/replay.py` does it in Python.
 
-All modes come from one calibration (of `combined`, which needs what the others need). Every expectation is compared with
+All modes come from one calibration (`tiny_vlm.py`). Every expectation is compared with
 `NumpyDecoder`, which never saw the graph, before it is written.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import sys
@@ -49,21 +48,26 @@ import numpy as np
 
 import vlmguard
 from integrations.numpy_vlm import NumpyDecoder
+from integrations.replay import CASES
+from integrations.tiny_vlm import (
+    CHECKPOINT,
+    MODEL_AND_CODE,
+    MODES,
+    PROMPTS,
+    SOURCE,
+    calibrated_directions,
+    digest_of,
+    plan_of,
+    spec_of,
+)
 from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
-from vlmguard.graphs.anatomy import dissect
-from vlmguard.graphs.directions import read_directions
-from vlmguard.graphs.package import open_package
-from vlmguard.graphs.plan import COORDINATES_OUTPUT, GuardPlan, plan_guard
+from vlmguard.graphs.plan import COORDINATES_OUTPUT, GuardPlan
 from vlmguard.graphs.reference import LISTEN
-from vlmguard.graphs.spec import MODES, MODES_WITH_ALPHA, Mode
+from vlmguard.graphs.spec import Mode
+from vlmguard.runtime.images import ImagePreprocessor
 from vlmguard.runtime.runners import Runner, open_runner
 from vlmguard.runtime.vlm import Request, Sampling
 
-ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "build" / "integrations" / "cases"
-EXAMPLE = ROOT / "examples" / "tiny_vlm"
-SOURCE, CHECKPOINT, PROMPTS = EXAMPLE / "onnx-community", EXAMPLE / "checkpoint", EXAMPLE / "prompts"
-CALIBRATION = [PROMPTS / "calibration.jsonl", PROMPTS / "calibration-typographic.jsonl"]
 # Held-out prompts, by id: as text, with a blank image, with one that matters, with harm that is in the picture alone.
 ASKED = {
     "evaluation.jsonl": (
@@ -83,10 +87,10 @@ ORACLE_LIMIT = 1e-4
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("folder", type=Path, nargs="?", default=FOLDER)
+    options.add_argument("folder", type=Path, nargs="?", default=CASES)
     options.add_argument("--mode", choices=MODES, action="append", help="this mode alone (repeat for more)")
     wished = options.parse_args()
-    for mode in wished.mode or MODES:
+    for mode in [one for one in MODES if one in (wished.mode or MODES)]:
         print(f"cases of mode {mode} ...", file=sys.stderr, flush=True)
         write_mode(mode, wished.folder)
     return 0
@@ -98,38 +102,15 @@ def write_mode(mode: Mode, folder: Path) -> Path:
     Returns:
         the mode's folder.
     """
-    out, stamp = folder / mode, _sources("graphs", "runtime", "exporter", "integrations/*.py", "examples/tiny_vlm")
+    out, stamp = folder / mode, digest_of(*MODEL_AND_CODE, "integrations/*.py")
     if (out / "sources").is_file() and (out / "sources").read_text() == stamp:
         return out
-    calibrated_from = _sources("graphs", "runtime", "exporter", "examples/tiny_vlm")
-    directions = folder / "directions" / f"{calibrated_from}.safetensors"
-    if not directions.is_file():
-        shutil.rmtree(directions.parent, ignore_errors=True)
-        directions.parent.mkdir(parents=True)
-        print("calibrating ...", file=sys.stderr, flush=True)
-        combined = vlmguard.export(
-            SOURCE, directions.parent / "combined", spec=vlmguard.GuardSpec(mode="combined"), calibration=CALIBRATION
-        )
-        (combined.out / "directions.safetensors").replace(directions)
-        shutil.rmtree(combined.out)
+    directions = calibrated_directions(folder / "directions")
     shutil.rmtree(out, ignore_errors=True)
-    guard_tiny_vlm(mode, directions, out / "model")
+    vlmguard.export(SOURCE, out / "model", spec=spec_of(mode, directions), directions=directions)
     write_cases(mode, out)
     (out / "sources").write_text(stamp)
     return out
-
-
-def guard_tiny_vlm(mode: Mode, directions: Path, out: Path) -> None:
-    """The guarded folder of a mode, from directions that were calibrated for `combined`."""
-    calibrated = read_directions(directions)
-    layers = calibrated.recommended_layers
-    assert layers is not None and len(layers) == 1, layers  # one threshold serves one layer
-    layer = calibrated.layers[layers[0]]
-    # `supervise` and `steer` compare what `combined` has its second threshold for: the SSD's first coordinate.
-    tau = {"supervise": layer.text_threshold, "steer": layer.text_threshold, "restore": layer.threshold}.get(mode)
-    alpha = 1.0 if mode in MODES_WITH_ALPHA else None
-    spec = vlmguard.GuardSpec(mode=mode, layers=layers, tau=tau, alpha=alpha)
-    vlmguard.export(SOURCE, out, spec=spec, directions=directions)
 
 
 def write_cases(mode: Mode, out: Path) -> None:
@@ -142,7 +123,7 @@ def write_cases(mode: Mode, out: Path) -> None:
     package = vlm.package
     held = {prompt.id: prompt for name in ASKED for prompt in read_prompts([PROMPTS / name])}
     asked = [held[one] for ids in ASKED.values() for one in ids]
-    plan = _plan(out / "model", vlm.manifest.spec)
+    plan = plan_of(out / "model", SOURCE)
     with Tensors(out / "tensors.bin") as tensors:
         asker = Asker(vlm, plan, tensors, out)
         cases = [asker.case(prompt) for prompt in asked]
@@ -221,7 +202,8 @@ class Asker:
         self._decoder = Recorder(vlm.decoder.runner)
         vlm.decoder.runner = self._decoder
         encoder = vlm.package.vision_encoder
-        assert encoder is not None
+        assert encoder is not None and isinstance(vlm.images, ImagePreprocessor)
+        self._images = vlm.images
         self._encoder = open_runner(encoder, encoder.parent, "onnxruntime-cpu")
 
     def case(self, prompt: LabelledPrompt) -> dict[str, Any]:
@@ -240,7 +222,7 @@ class Asker:
         ids = [batch.ids for batch in batches] + [np.array([[call.token]], np.int64) for call in answer[:-1]]
         what = ["text-only"] * len(texts) + ["prompt"] + ["step"] * (len(answer) - 1)
         tokens = [call.token for call in answer]
-        pixels = None if picture is None else self._vlm.images.pixel_values([picture])
+        pixels = None if picture is None else self._images.pixel_values([picture])
         return {
             "name": f"{prompt.setting}-{prompt.label}",
             "prompt": prompt.prompt,
@@ -312,26 +294,6 @@ def _require_close(found: np.ndarray, expected: np.ndarray, what: str) -> None:
     assert found.shape == expected.shape and found.size, (what, found.shape, expected.shape)
     worst = float(np.abs(found - expected).max())
     assert worst < ORACLE_LIMIT, f"{what}: onnxruntime and the numpy oracle differ by {worst}"
-
-
-def _sources(*parts: str) -> str:
-    """A digest of folders and files of the repository, by their names and contents."""
-    found = [path for part in parts for path in ROOT.glob(part)]
-    files = {path for one in found for path in (one.rglob("*") if one.is_dir() else [one]) if path.is_file()}
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        if "__pycache__" not in path.parts:
-            digest.update(
-                f"{path.relative_to(ROOT).as_posix()}\0".encode() + hashlib.sha256(path.read_bytes()).digest()
-            )
-    return digest.hexdigest()[:16]
-
-
-def _plan(folder: Path, spec: Mapping[str, Any]) -> GuardPlan:
-    """The guard's numbers, afresh from the unguarded model and the folder's directions."""
-    graph = open_package(SOURCE).load_decoder()
-    wished = vlmguard.GuardSpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in spec.items()})
-    return plan_guard(graph, dissect(graph), read_directions(folder / "directions.safetensors"), wished)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,16 @@ from playwright.sync_api import BrowserContext, Page, sync_playwright
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NO_CHROMIUM = "no Chromium on this machine: install Debian's package chromium"
 _MILLISECONDS = 60_000  # for any one answer, on a busy machine
+_SOFTWARE_GPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--ignore-gpu-blocklist")
 # What Chromium itself says where it has WebGPU and the machine has no GPU.
 _CHROMIUMS_OWN = ("No available adapters.",)
 
 
 class Browser:
     """One browser with one tab.
+
+    Args:
+        gpu: give pages a GPU (WebGPU) that Chromium's SwiftShader computes on the CPU, so that any machine has one.
 
     Attributes:
         page: the tab, once something was opened.
@@ -28,12 +32,13 @@ class Browser:
 
     page: Page
 
-    def __init__(self) -> None:
+    def __init__(self, gpu: bool = False) -> None:
         assert CHROMIUM is not None
         self.said: list[str] = []
         self.asked: list[str] = []
         self._driver = sync_playwright().start()
-        self._browser = self._driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        arguments = ["--no-sandbox", *(_SOFTWARE_GPU if gpu else ())]
+        self._browser = self._driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
         self._context: BrowserContext | None = None
 
     def __enter__(self) -> Browser:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...graphs.errors import GuardError
-from ...graphs.package import ModelPackage, load_graph
+from ...graphs.package import load_graph
 from ...graphs.plan import GuardPlan
 from ...graphs.spec import MODES_WITH_GATE
 from ...runtime.chat import ChatTokenizer, FolderConfigs, find_template
@@ -36,9 +36,13 @@ def require_page_model(sides: Sides) -> None:
     """
     package, root = sides.package, sides.package.root
     if package.layout != "onnx-community":
-        raise GuardError(f"{root}: is laid out as {package.layout}; the page runs folders of the onnx-community layout alone")
+        raise GuardError(
+            f"{root}: is laid out as {package.layout}; the page runs folders of the onnx-community layout alone"
+        )
     if package.vision_encoder is None or package.embed_tokens is None:
-        raise GuardError(f"{root}: has no vision encoder or no embed_tokens graph; the page runs vision-language models alone")
+        raise GuardError(
+            f"{root}: has no vision encoder or no embed_tokens graph; the page runs vision-language models alone"
+        )
     kind = FolderConfigs.read(root).processor_class or PROCESSOR
     if kind != PROCESSOR:
         raise GuardError(f"{root}: its pictures are prepared by {kind}, the page prepares those of {_FAMILIES}")
@@ -55,7 +59,9 @@ def require_page_model(sides: Sides) -> None:
     ]
     if unknown or not any(value.name == "inputs_embeds" for value in sides.base.graph.inputs):
         asked = repr(unknown[0]) if unknown else "no inputs_embeds"
-        raise GuardError(f"{package.decoder}: takes {asked}; the page runs decoders that take {', '.join(_FED)} and a cache")
+        raise GuardError(
+            f"{package.decoder}: takes {asked}; the page runs decoders that take {', '.join(_FED)} and a cache"
+        )
 
 
 def model_facts(sides: Sides, chat: ChatTokenizer, images: ImagePreprocessor) -> dict[str, Any]:
@@ -127,7 +133,8 @@ def tokenizer_json(chat: ChatTokenizer) -> bytes:
         model |= {
             "type": "WordPiece",
             "continuing_subword_prefix": _NO_SECOND_PART,
-            "max_input_chars_per_word": max(map(len, model["vocab"]), default=0) + 1,  # longer words are unknown either way
+            "max_input_chars_per_word": max(map(len, model["vocab"]), default=0)
+            + 1,  # longer words are unknown either way
         }
     return json.dumps(content, ensure_ascii=False).encode()
 

@@ -111,7 +111,11 @@ def _part(files: dict[str, bytes | Path], name: str, data: Mapping[str, Path], c
     """External data goes by a number: what its file is called is the model's affair, and no part of an address."""
     addresses = {location: f"{name}-{number}.data" for number, location in enumerate(data)}
     files |= {addresses[location]: path for location, path in data.items()}
-    return {"graph": f"{name}.onnx", "data": [{"path": p, "address": a} for p, a in addresses.items()], "cache": list(cache)}
+    return {
+        "graph": f"{name}.onnx",
+        "data": [{"path": p, "address": a} for p, a in addresses.items()],
+        "cache": list(cache),
+    }
 
 
 def _require_room(sides: Sides) -> None:
@@ -125,6 +129,6 @@ def _require_room(sides: Sides) -> None:
     size = sum(file.stat().st_size for part in parts if part for file in (part, *external_files(part)))
     if size > LARGEST_MODEL:
         raise GuardError(
-            f"{package.root}: both sides take {size / 2**30:.1f} GiB, a browser's WebAssembly holds {LARGEST_MODEL >> 30} GiB of "
-            "them; choose a smaller --variant, such as q4"
+            f"{package.root}: both sides take {size / 2**30:.1f} GiB, WebAssembly has room for {LARGEST_MODEL >> 30} GiB; "
+            "choose a smaller --variant, such as q4"
         )

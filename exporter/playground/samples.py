@@ -27,7 +27,7 @@ class Samples:
     pictures: Mapping[str, Path]
 
     def to_json(self) -> dict[str, Any]:
-        names = {path: name for name, path in self.pictures.items()}
+        names: dict[Path | None, str] = {path: name for name, path in self.pictures.items()}
         return {
             "prompts": [
                 {

@@ -59,7 +59,9 @@ def open_sides(folder: Path, source: Path | None = None, variant: str | None = N
     """
     manifest = open_manifest(folder)
     if manifest.engines:
-        raise GuardError(f"{folder}: holds engines, no browser runs those; name the guarded folder that they were built from")
+        raise GuardError(
+            f"{folder}: holds engines, no browser runs those; name the guarded folder that they were built from"
+        )
     package = open_guarded_package(folder, manifest)
     record = _chosen(folder, manifest, variant)
     view = next(view for view in package.views() if view.decoder == folder / record.path)

@@ -26,6 +26,7 @@ from ...graphs.staging import create_file, staged
 Progress = Callable[[str, int, int], None]
 
 REGISTRY = "https://registry.npmjs.org"
+_REGISTRY_NAMES = ("npm_config_registry", "NPM_CONFIG_REGISTRY")  # npm reads both
 _SECONDS = 30  # without a byte
 _LARGEST = 128 << 20  # bytes, of an archive and of a file in it
 _CHUNK = 1 << 18
@@ -103,7 +104,9 @@ def find_libraries(
         home = folder / library.name if folder is not None else _cached(library, progress or (lambda *_: None))
         for name, digest in library.files.items():
             path = home / name
-            if not _is(path, digest):  # only of a folder that the user named: the cache was checked, or written just now
+            if not _is(
+                path, digest
+            ):  # only of a folder that the user named: the cache was checked, or written just now
                 what = "is not that version's" if path.is_file() else "is missing"
                 raise GuardError(
                     f"{path}: the playground runs on {library}, and this file {what}; "
@@ -120,7 +123,7 @@ def cache_folder() -> Path:
 
 def registry() -> str:
     """The registry, or the mirror that npm itself would be told of."""
-    named = os.environ.get("npm_config_registry") or os.environ.get("NPM_CONFIG_REGISTRY") or REGISTRY
+    named = next(filter(None, map(os.environ.get, _REGISTRY_NAMES)), REGISTRY)
     if not named.startswith(("https://", "http://")):
         raise GuardError(f"npm_config_registry is {named!r}; name a registry that begins with https:// or http://")
     return named.rstrip("/")
@@ -163,7 +166,9 @@ def _fetch(library: Library, progress: Progress) -> bytes:
             while chunk := answer.read(_CHUNK):
                 received.write(chunk)
                 if received.tell() > _LARGEST:
-                    raise GuardError(f"{url}: has more than {_LARGEST} bytes, which {library} has not; ask another registry")
+                    raise GuardError(
+                        f"{url}: has more than {_LARGEST} bytes, which {library} has not; ask another registry"
+                    )
                 progress(f"fetching {library} (bytes)", received.tell(), max(total, received.tell()))
     except (urllib.error.URLError, OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
@@ -192,7 +197,9 @@ def _read_archive(library: Library, content: bytes) -> dict[str, bytes]:
                     assert file is not None
                     found[name] = file.read()
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise GuardError(f"the archive of {library} cannot be read ({first_line(error)}); ask another registry") from None
+        raise GuardError(
+            f"the archive of {library} cannot be read ({first_line(error)}); ask another registry"
+        ) from None
     for name, digest in library.files.items():
         if name not in found or hashlib.sha256(found[name]).hexdigest() != digest:
             raise GuardError(f"the archive of {library} has no such {name} as is pinned; ask another registry")

@@ -110,7 +110,7 @@ class PlaygroundServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: PlaygroundServer
+    server: PlaygroundServer  # pyright: ignore[reportIncompatibleVariableOverride] (how http.server is used)
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "vlmguard", ""
     timeout = 60  # seconds; a connection that says nothing holds a thread

@@ -50,7 +50,9 @@ _POLL = 0.01  # seconds until a server notices that it is to end
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Empty files in the libraries' place: nobody runs them here, and nothing is fetched."""
-    found = {(library.name, name): tmp_path / "lib" / Path(name).name for library in LIBRARIES for name in library.files}
+    found = {
+        (library.name, name): tmp_path / "lib" / Path(name).name for library in LIBRARIES for name in library.files
+    }
     for path in found.values():
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -99,7 +101,15 @@ def test_only_what_is_listed_is_served(served: Callable[..., PlaygroundServer], 
     }
     kinds = [found[path][1]["Content-Type"] for path in site]
     assert kinds == ["text/html; charset=utf-8", "text/javascript; charset=utf-8", "application/wasm"]
-    for path in ("/secret", "/../secret", "/lib/../../secret", "/%2e%2e/secret", "//etc/hostname", str(tmp_path / "secret"), "/lib"):
+    for path in (
+        "/secret",
+        "/../secret",
+        "/lib/../../secret",
+        "/%2e%2e/secret",
+        "//etc/hostname",
+        str(tmp_path / "secret"),
+        "/lib",
+    ):
         status, _, content = ask(server, path)
         assert (status, content) == (404, b"404 Not Found\n"), path
     assert ask(server, "/", "HEAD")[::2] == (200, b"")
@@ -185,7 +195,12 @@ def test_the_tokenizer_says_the_same_in_the_pages_words(guarded: Guarded) -> Non
     chat = ChatTokenizer.open(guarded("restore"))
     again = Tokenizer.from_str(tokenizer_json(chat).decode())
     assert json.loads(tokenizer_json(chat))["model"]["type"] == "WordPiece"
-    for text in ("<s>USER: how to steal the boat? ASSISTANT:", "carsx cars boats stealing the", "x" * 500, "é, 漢字\n <image>"):
+    for text in (
+        "<s>USER: how to steal the boat? ASSISTANT:",
+        "carsx cars boats stealing the",
+        "x" * 500,
+        "é, 漢字\n <image>",
+    ):
         expected = chat.tokenizer.encode(text, add_special_tokens=False).ids
         assert again.encode(text, add_special_tokens=False).ids == expected
     checks = token_checks(chat, [PROMPT])
@@ -225,7 +240,9 @@ def test_a_folder_that_is_not_what_was_proved_is_refused(guarded: Guarded, tmp_p
     )
 
 
-def test_a_model_that_the_page_would_prepare_otherwise_is_refused(guarded: Guarded, tmp_path: Path, libraries: None) -> None:
+def test_a_model_that_the_page_would_prepare_otherwise_is_refused(
+    guarded: Guarded, tmp_path: Path, libraries: None
+) -> None:
     folder = tmp_path / "guarded"
     shutil.copytree(guarded("restore"), folder)
     config = folder / "processor_config.json"
@@ -236,14 +253,21 @@ def test_a_model_that_the_page_would_prepare_otherwise_is_refused(guarded: Guard
     )
     for change, kind in (
         ({"processor_class": "Qwen2VLProcessor"}, "Qwen2VLProcessor"),
-        ({"image_processor": plain["image_processor"] | {"image_processor_type": "Idefics3ImageProcessor"}}, "Idefics3ImageProcessor"),
+        (
+            {"image_processor": plain["image_processor"] | {"image_processor_type": "Idefics3ImageProcessor"}},
+            "Idefics3ImageProcessor",
+        ),
     ):
         config.write_text(json.dumps(plain | change))
         make_the_manifest_fit(folder)
-        assert refused(folder) == f"{folder}: its pictures are prepared by {kind}, the page prepares those of {families}"
+        assert (
+            refused(folder) == f"{folder}: its pictures are prepared by {kind}, the page prepares those of {families}"
+        )
 
 
-def test_layouts_and_inputs_that_the_page_does_not_know_are_refused(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layouts_and_inputs_that_the_page_does_not_know_are_refused(
+    guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sides = open_sides(guarded("restore"))
     root = sides.package.root
 
@@ -252,7 +276,10 @@ def test_layouts_and_inputs_that_the_page_does_not_know_are_refused(guarded: Gua
             require_page_model(replace(sides, package=replace(sides.package, **package)))
         return str(caught.value)
 
-    assert said(layout="genai") == f"{root}: is laid out as genai; the page runs folders of the onnx-community layout alone"
+    assert (
+        said(layout="genai")
+        == f"{root}: is laid out as genai; the page runs folders of the onnx-community layout alone"
+    )
     assert said(vision_encoder=None) == (
         f"{root}: has no vision encoder or no embed_tokens graph; the page runs vision-language models alone"
     )
@@ -263,7 +290,9 @@ def test_layouts_and_inputs_that_the_page_does_not_know_are_refused(guarded: Gua
         "position_ids, use_cache_branch, num_logits_to_keep and a cache"
     )
     monkeypatch.setattr(opening, "LARGEST_MODEL", 1 << 20)
-    assert refused(guarded("restore")).startswith(f"{root}: both sides take 0.0 GiB, a browser's WebAssembly holds 0 GiB of them")
+    assert refused(guarded("restore")) == (
+        f"{root}: both sides take 0.0 GiB, WebAssembly has room for 0 GiB; choose a smaller --variant, such as q4"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- command line

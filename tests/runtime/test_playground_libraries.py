@@ -44,7 +44,9 @@ def library(content: bytes, **files: bytes) -> Library:
     return Library(NAME, "1.2.3", integrity, pins)
 
 
-GOOD = archive(("package/package.json", b"{}"), (f"package/{FILE}", CONTENT), (HOSTILE, b"x"), ("/tmp/absolute.mjs", b"x"))
+GOOD = archive(
+    ("package/package.json", b"{}"), (f"package/{FILE}", CONTENT), (HOSTILE, b"x"), ("/tmp/absolute.mjs", b"x")
+)
 
 
 class Registry:
@@ -158,7 +160,9 @@ def test_a_folder_of_the_users_is_checked_too(registry: Registry, tmp_path: Path
     modules = tmp_path / "node_modules"
     path = modules / NAME / FILE
     wanted = [library(GOOD)]
-    asked = f"the playground runs on @us/made@1.2.3, and this file {{}}; run `npm install @us/made@1.2.3` beside {modules}"
+    asked = (
+        f"the playground runs on @us/made@1.2.3, and this file {{}}; run `npm install @us/made@1.2.3` beside {modules}"
+    )
     assert refused(lambda: find_libraries(modules, libraries=wanted)) == f"{path}: {asked.format('is missing')}"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"another version's")

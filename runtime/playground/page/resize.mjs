@@ -1,5 +1,5 @@
 // Pillow's resampling, in its own fixed-point arithmetic: a browser's scaling gives other pixels than the model was trained
-// on. After Pillow's src/libImaging/Resample.c (8 bits per channel).
+// on. After src/libImaging/Resample.c of Pillow 13 (8 bits per channel); older ones always began with the rows.
 
 const PRECISION = 22; // bits behind the point: 32, less 8 of a pixel, less 2 for sums beyond it
 
@@ -18,10 +18,21 @@ const FILTERS = {
 /** `{width, height, data}` with 3 channels, to another size. */
 export function resize(picture, width, height, filter) {
   if (filter === "nearest") return nearest(picture, width, height);
-  let { data } = picture;
-  if (width !== picture.width) data = pass(data, 3, picture.width * 3, picture.height, weights(picture.width, width, filter), 3, width * 3);
-  if (height !== picture.height) data = pass(data, width * 3, 3, width, weights(picture.height, height, filter), width * 3, 3);
-  return { width, height, data };
+  const [fewerRows, fewerColumns] = [picture.height - height, picture.width - width];
+  const columnsFirst = fewerRows > 0 && fewerRows > 2 * fewerColumns; // what each pass rounds is seen in the next
+  return columnsFirst ? toWidth(toHeight(picture, height, filter), width, filter) : toHeight(toWidth(picture, width, filter), height, filter);
+}
+
+function toWidth(picture, width, filter) {
+  if (width === picture.width) return picture;
+  const data = pass(picture.data, 3, picture.width * 3, picture.height, weights(picture.width, width, filter), 3, width * 3);
+  return { width, height: picture.height, data };
+}
+
+function toHeight(picture, height, filter) {
+  if (height === picture.height) return picture;
+  const line = picture.width * 3;
+  return { width: picture.width, height, data: pass(picture.data, line, 3, picture.width, weights(picture.height, height, filter), line, 3) };
 }
 
 /**
@@ -63,12 +74,23 @@ function weights(from, to, filter) {
 
 function nearest({ width: fromWidth, height: fromHeight, data }, width, height) {
   const out = new Uint8ClampedArray(width * height * 3);
-  for (let y = 0; y < height; y++) {
-    const fromY = Math.floor(((y + 0.5) * fromHeight) / height);
-    for (let x = 0; x < width; x++) {
-      const from = (fromY * fromWidth + Math.floor(((x + 0.5) * fromWidth) / width)) * 3;
+  const [columns, rows] = [places(fromWidth, width), places(fromHeight, height)];
+  rows.forEach((fromY, y) => {
+    columns.forEach((fromX, x) => {
+      const from = (fromY * fromWidth + fromX) * 3;
       out.set(data.subarray(from, from + 3), (y * width + x) * 3);
-    }
-  }
+    });
+  });
   return { width, height, data: out };
+}
+
+/** The old place of each new one, summed up as Pillow's Geometry.c does: a product would round elsewhere. */
+function places(from, to) {
+  const scale = from / to;
+  let at = scale * 0.5;
+  return Array.from({ length: to }, () => {
+    const place = Math.trunc(at);
+    at += scale;
+    return place;
+  });
 }

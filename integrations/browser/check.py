@@ -1,0 +1,120 @@
+"""The playground's page (onnxruntime-web, WebAssembly and WebGPU) against the cases: it is told prompts and pictures, no tensors.
+
+So tokenizer, chat template, picture, text-only pass and KV cache are the page's own. Its base side is compared with the
+unguarded model in the same way.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+from browser import CHROMIUM, NO_CHROMIUM, Browser  # tests/browser.py
+from integrations.replay import BUILD, Agreement, CaseFolder, mode_folders, write_result
+
+from vlmguard.exporter.playground.open import playground
+from vlmguard.graphs.package import open_package
+from vlmguard.runtime.playground.libraries import LIBRARIES
+from vlmguard.runtime.vlm import Request, Sampling, VisionLanguageModel
+
+SOURCE = Path(__file__).parents[2] / "examples" / "tiny_vlm" / "onnx-community"
+NAME = "browser"
+ASK = """async ({ provider, prompt, picture, most }) => {
+  const { Engine } = await import("/engine.mjs");
+  window.engine ??= new Engine(provider);
+  const bytes = picture === null ? null : Uint8Array.from(atob(picture), (letter) => letter.charCodeAt(0));
+  const steps = [];
+  for await (const step of window.engine.ask({ prompt, picture: bytes && new Blob([bytes]), most, withLogits: true })) {
+    steps.push({ ...step, logits: Array.from(step.logits) });
+  }
+  return steps;
+}"""
+
+Rows = Sequence[tuple[np.ndarray, int]]  # logits at the last position and the token, call by call
+
+
+def main() -> int:
+    if CHROMIUM is None:
+        sys.exit(NO_CHROMIUM)
+    version = next(library.version for library in LIBRARIES if library.name == "onnxruntime-web")
+    parts, codes = [], []
+    for provider, title in (("wasm", "WebAssembly"), ("webgpu", "WebGPU")):
+        with Browser(gpu=provider == "webgpu") as browser:
+            modes = {mode: ask_the_page(browser, folder, provider) for mode, folder in mode_folders()}
+        note = "`vlmguard playground`, in Chromium" + (
+            " on SwiftShader, a GPU in software" if provider == "webgpu" else ""
+        )
+        codes.append(write_result(NAME, f"onnxruntime-web ({title})", version, modes, note))
+        parts.append(json.loads((BUILD / f"{NAME}.json").read_text(encoding="utf-8")))
+    (BUILD / f"{NAME}.json").write_text(json.dumps(parts, indent=2) + "\n", encoding="utf-8")
+    return max(codes)
+
+
+def ask_the_page(browser: Browser, folder: CaseFolder, provider: str) -> Agreement:
+    """Every case of a mode, both sides.
+
+    Raises:
+        AssertionError: the page said something in the console, or asked another server.
+    """
+    unguarded = VisionLanguageModel(open_package(SOURCE), runtime="onnxruntime-cpu")
+    with page_of(folder.folder / "model") as url:
+        browser.open(url, "[data-ready=true]", 1200)
+        agreements = []
+        for case in folder.content["cases"]:
+            picture = folder.folder / "images" / case["image"] if case["image"] else None
+            steps = browser.page.evaluate(ASK, _question(case, picture, provider))
+            agreements.append(_agreement(steps, "guarded", _expected(folder, case)))
+            agreements.append(
+                _agreement(steps, "base", _asked(unguarded, case["prompt"], picture, len(case["tokens"])))
+            )
+        assert browser.said == [], browser.said
+        assert all(address.startswith((url, f"blob:{url}")) for address in browser.asked), browser.asked
+    worst = float(np.max([agreement.largest_difference for agreement in agreements]))  # NaN stays
+    tokens = sum(agreement.tokens for agreement in agreements)
+    return Agreement(worst, tokens, all(agreement.same_tokens for agreement in agreements))
+
+
+@contextmanager
+def page_of(guarded: Path) -> Iterator[str]:
+    """The address of a guarded folder's page, while it is served."""
+    with playground(guarded, port=0) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield server.url
+        server.shutdown()
+
+
+def _question(case: Mapping[str, Any], picture: Path | None, provider: str) -> dict[str, Any]:
+    content = None if picture is None else base64.b64encode(picture.read_bytes()).decode()
+    return {"provider": provider, "prompt": case["prompt"], "picture": content, "most": len(case["tokens"])}
+
+
+def _expected(folder: CaseFolder, case: Mapping[str, Any]) -> Rows:
+    """What onnxruntime's CPU provider computed, as the cases have it."""
+    calls = [call for call in case["calls"] if call["token"] is not None]
+    return [(folder.tensor(call["logits"])[0, -1], call["token"]) for call in calls]
+
+
+def _asked(model: VisionLanguageModel, prompt: str, picture: Path | None, most: int) -> Rows:
+    steps = model.steps([Request(prompt, picture)], Sampling(most))
+    return [(logits := model.decoder.last_logits(step.outputs)[0], int(logits.argmax())) for step in steps]
+
+
+def _agreement(steps: Sequence[Mapping[str, Any]], side: str, expected: Rows) -> Agreement:
+    found = [step for step in steps if step["side"] == side]
+    assert expected and len(found) == len(expected), (side, len(found), len(expected))
+    worst = np.max(
+        [np.abs(np.array(s["logits"]) - logits).max() for s, (logits, _) in zip(found, expected, strict=True)]
+    )
+    same = all(s["token"] == token for s, (_, token) in zip(found, expected, strict=True))
+    return Agreement(float(worst), len(expected), same)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""A guarded onnxruntime-genai folder, any of the five modes: python answer.py FOLDER PROMPT"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime_genai as og
+from tokenizers import Tokenizer
+
+TEMPLATE = "<s>USER: {} ASSISTANT:"  # your model's chat template
+SUPERVISOR, COORDINATES = "vlmguard.supervisor", "vlmguard.coordinates"
+LISTEN = np.full((1, 1, 1), -1e30, np.float32)  # [batch, guarded layers, rank]: no gate opens
+LONGEST = 64
+
+
+def answer(model: og.Model, ids: list[int], supervised: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """Each token of the likeliest answer, and the logits that it was taken from.
+
+    Args:
+        supervised: the folder was guarded in mode `supervise` or `combined`: the prompt takes two passes, the first of which
+            hears no supervisor and gives the coordinates for the second. Without the input genai does not run such a folder.
+    """
+    generator = start(model, ids, LISTEN if supervised else None)
+    if supervised:
+        generator = start(model, ids, np.array(generator.get_output(COORDINATES)))
+    while not generator.is_done():
+        logits = np.array(generator.get_logits())[0, -1]
+        generator.generate_next_token()
+        yield int(generator.get_next_tokens()[0]), logits
+
+
+def start(model: og.Model, ids: list[int], supervisor: np.ndarray | None) -> og.Generator:
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=len(ids) + LONGEST, do_sample=False)
+    generator = og.Generator(model, params)
+    if supervisor is not None:
+        generator.set_model_input(SUPERVISOR, supervisor)  # stays for every step
+    generator.append_tokens(np.array([ids], np.int32))
+    return generator
+
+
+if __name__ == "__main__":
+    folder, prompt = sys.argv[1:]
+    tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")  # or og.Tokenizer, for the kinds that it knows
+    supervised = SUPERVISOR.encode() in Path(folder, "model.onnx").read_bytes()
+    tokens = answer(og.Model(folder), tokenizer.encode(TEMPLATE.format(prompt)).ids, supervised)
+    print(tokenizer.decode([token for token, _ in tokens]))
