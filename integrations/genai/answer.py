@@ -23,9 +23,13 @@ def answer(model: og.Model, ids: list[int], supervised: bool) -> Iterator[tuple[
         supervised: the folder was guarded in mode `supervise` or `combined`: the prompt takes two passes, the first of which
             hears no supervisor and gives the coordinates for the second. Without the input genai does not run such a folder.
     """
-    generator = start(model, ids, LISTEN if supervised else None)
+    supervisor = None
     if supervised:
-        generator = start(model, ids, np.array(generator.get_output(COORDINATES)))
+        listener = start(model, ids, LISTEN)
+        # A name of its own, because genai takes the array's address and no reference: freed, every later step would read
+        # whatever is in that memory by then, and the gate with it.
+        supervisor = np.array(listener.get_output(COORDINATES))
+    generator = start(model, ids, supervisor)
     while not generator.is_done():
         logits = np.array(generator.get_logits())[0, -1]
         generator.generate_next_token()
@@ -37,7 +41,7 @@ def start(model: og.Model, ids: list[int], supervisor: np.ndarray | None) -> og.
     params.set_search_options(max_length=len(ids) + LONGEST, do_sample=False)
     generator = og.Generator(model, params)
     if supervisor is not None:
-        generator.set_model_input(SUPERVISOR, supervisor)  # stays for every step
+        generator.set_model_input(SUPERVISOR, supervisor)  # for the prompt and every step
     generator.append_tokens(np.array([ids], np.int32))
     return generator
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnxruntime
 
-from integrations.replay import CaseFolder, Feeds, Run, mode_folders, replay, write_result
+from integrations.replay import Feeds, Run, mode_folders, replay, write_result
 
 EXAMPLE = Path(__file__).with_name("answer.py")
 
@@ -33,8 +33,9 @@ def main() -> int:
     return write_result("onnxruntime", "onnxruntime (Python, CPU)", onnxruntime.__version__, agreements)
 
 
-def graph(folder: CaseFolder, part: str) -> Run:
-    session = onnxruntime.InferenceSession(folder.model(part), providers=["CPUExecutionProvider"])
+def graph(path: Path) -> Run:
+    """All outputs of an ONNX file by name, for all inputs by name."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
     def run(feeds: Feeds) -> Feeds:
