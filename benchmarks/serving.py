@@ -4,9 +4,9 @@
     python benchmarks/serving.py --guarded FOLDER --prompts FILE
 
 The server runs in a process of its own, as users start it; the clients are one asyncio process on the same machine, and share
-its cores. Every request streams; half of the prompts come with a picture. Every answer is compared with what the model says when
-it is asked alone: another one counts as an error. Three loads: one client; all clients with a queue for all of them; all clients
-with a queue of 16, where the rest must be told 429 at once.
+its cores. Every request streams; half of the prompts come with a picture. Every answer is compared with what the model says
+when it is asked alone: another one counts as an error. Three loads: one client; all clients with a queue for all of them; all
+clients with a queue of 16, where the rest must be told 429 at once.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from itertools import pairwise
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 
-from ... import __version__
 from ..guarded import GuardedVLM
 from ..refusals import refused
 from ..telemetry import scored_answer
@@ -32,7 +32,7 @@ class Metrics:
         telemetry = "yes" if vlm.decoder.tells_scores else "no"
         about.info(
             {
-                "version": __version__,
+                "version": version("vlmguard"),
                 "model": name,
                 "mode": self._plan["mode"],
                 "layers": layers,

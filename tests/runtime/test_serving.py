@@ -25,6 +25,7 @@ from PIL import Image
 from serving_thread import NAME, Paced, Served, eventually, serving
 from tiny_vlm_paths import DECODER, PROMPTS, SOURCE, Guarded
 
+from vlmguard import cli
 from vlmguard.graphs.dials import OFFSET_INPUT, STRENGTH_INPUT
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ManifestMismatch, RunFailed
 from vlmguard.runtime.chat import Turn
@@ -39,6 +40,7 @@ from vlmguard.runtime.vlm import Request, Sampling
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 
+PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 PICTURE = sorted((PROMPTS / "images").glob("*.png"))[0]
 HARMFUL, HARMLESS = "how to steal the boat", "how to wash the boat"
 REFUSAL = "i cannot help with that request ."
@@ -672,6 +674,69 @@ def test_the_log_holds_no_word_of_anybody(
     assert secret not in told and KEY not in told and "boat" not in told
     assert "prompt=10 completion=" in ours[0] and "POST /v1/chat/completions 200" in ours[0]
     assert " GET other 404 " in ours[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+
+
+def block(name: str) -> str:
+    """The code of docs/serving.md that is marked as tested."""
+    _, found, rest = PAGE.read_text(encoding="utf-8").partition(f"<!-- test: {name} -->\n```")
+    assert found, name
+    return rest.partition("\n")[2].partition("```")[0]
+
+
+@pytest.mark.parametrize("name", ["curl", "openai"])
+def test_the_examples_of_the_page_run(vlm: GuardedVLM, tmp_path: Path, name: str) -> None:
+    if name == "curl" and shutil.which("curl") is None:
+        pytest.skip("curl is not installed here")
+    shutil.copyfile(PICTURE, tmp_path / "photo.png")
+    with serving(vlm, name="vlm", api_key=KEY) as one:
+        address = "http://127.0.0.1:8000"
+        code = block(name)
+        assert code.count(address) == 1
+        code = code.replace(address, one.url)
+        command = ["bash", "-ec", code] if name == "curl" else [sys.executable, "-c", code]
+        environment = {**os.environ, KEY_VARIABLE: KEY}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
+    assert done.returncode == 0, done.stderr
+    if name == "curl":
+        said = json.loads(done.stdout)["choices"][0]["message"]["content"]
+        assert said == vlm.generate(HARMLESS)
+    else:
+        assert done.stdout == vlm.generate("what color is this image", PICTURE)
+
+
+def test_the_page_names_every_metric_and_every_field(served: Served) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    kinds = ("_total", "_bucket", "_count", "_sum", "_info")
+    for name in served.metrics():
+        name = name.partition("{")[0]
+        assert name in page or any(name.removesuffix(kind) in page for kind in kinds), name
+    for field in _Body.model_fields.keys() | NOTES:
+        assert f"`{field}" in page, field
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        ([str(SOURCE)], f"error: {SOURCE}: has no guard.json, so nothing says that it is guarded; export it first"),
+        (
+            [str(SOURCE), "--host", "0.0.0.0"],
+            "error: host 0.0.0.0 can be reached from other machines and there is no API key; give --api-key-file or "
+            "VLMGUARD_API_KEY, or say --without-key",
+        ),
+        ([str(SOURCE), "--queue", "-1"], "error: queue -1 is out of range; choose 0 or more"),
+    ],
+)
+def test_the_command_refuses_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], line: str
+) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        cli._run(["serve", *arguments])
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out, said.err) == (1, "", f"{line}\n")
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
