@@ -8,7 +8,7 @@ WORKERS ?= 2
 # One thread per test process: small models do not gain from more, and idle BLAS threads spin.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint fast long fuzz soak zoo coverage-check bench integration integrations tiny-vlm report-picture clean
+.PHONY: demo test check lint fast long fuzz soak zoo coverage-check bench integration integrations tiny-vlm report-picture playground-picture clean
 
 demo: $(VENV)/.light
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
@@ -91,6 +91,12 @@ report-picture: $(VENV)/.full
 	$(BIN)/vlmguard report build/report/tiny-vlm-guarded -o build/report/report.html \
 		--prompts examples/tiny_vlm/prompts/evaluation.jsonl
 	$(BIN)/python tests/report_picture.py build/report/report.html docs/report.png
+
+# docs/playground.png: the page of the tiny VLM with an answer, in Chromium.
+playground-picture: $(VENV)/.full
+	rm -rf build/playground
+	$(BIN)/vlmguard-export examples/tiny_vlm/onnx-community build/playground/tiny-vlm-guarded
+	$(BIN)/python tests/playground_picture.py build/playground/tiny-vlm-guarded docs/playground.png
 
 $(VENV)/.light: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
