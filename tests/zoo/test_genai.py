@@ -13,6 +13,8 @@ from random_directions import random_directions, write_directions
 from zoo.model import ZooModel
 
 from vlmguard import GuardSpec, export, verify
+from vlmguard.graphs.plan import SUPERVISOR_INPUT
+from vlmguard.graphs.reference import LISTEN
 
 og = pytest.importorskip("onnxruntime_genai")
 
@@ -36,12 +38,18 @@ def each(*names: str) -> list[Any]:
     return [pytest.param(name, marks=() if name in IN_EVERY_RUN else pytest.mark.zoo) for name in names]
 
 
-def generated(folder: Path) -> tuple[list[int], np.ndarray]:
-    """Greedy tokens after the prompt, and the logits of the prompt's last token."""
+def generated(folder: Path, supervisor: np.ndarray | None = None) -> tuple[list[int], np.ndarray]:
+    """Greedy tokens after the prompt, and the logits of the prompt's last token.
+
+    Args:
+        supervisor: the coordinates that a supervised graph takes; they must live as long as the generator.
+    """
     model = og.Model(str(folder))
     params = og.GeneratorParams(model)
     params.set_search_options(max_length=len(PROMPT) + TOKENS, min_length=len(PROMPT) + TOKENS, do_sample=False)
     generator = og.Generator(model, params)
+    if supervisor is not None:
+        generator.set_model_input(SUPERVISOR_INPUT, supervisor)
     generator.append_tokens(np.array([PROMPT], np.int32))
     logits = np.array(generator.get_logits()).reshape(-1)
     while not generator.is_done():
@@ -87,6 +95,18 @@ def test_genai_generates_the_same_behind_a_closed_gate(
     unguarded_tokens, unguarded_logits = generated(model.folder)
     assert tokens == unguarded_tokens
     np.testing.assert_array_equal(logits, unguarded_logits)
+
+
+@pytest.mark.slow
+def test_genai_feeds_a_supervisor(zoo: Callable[[str], ZooModel], tmp_path: Path) -> None:
+    """As `integrations/genai/answer.py` does; without it nothing runs, so that no guard is silently off."""
+    model = zoo(IN_EVERY_RUN[0])
+    out = guarded_folder(model, tmp_path, mode="supervise", tau=0.0)
+    with pytest.raises(Exception, match=f"Missing Input: {SUPERVISOR_INPUT}"):
+        generated(out)
+    unguarded_tokens, unguarded_logits = generated(model.folder)
+    assert generated(out, np.full((1, 2, 2), LISTEN, np.float32))[0] == unguarded_tokens
+    assert np.abs(generated(out, np.full((1, 2, 2), 5, np.float32))[1] - unguarded_logits).max() > 0.01
 
 
 @pytest.mark.slow
