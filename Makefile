@@ -8,7 +8,7 @@ WORKERS ?= 2
 # One thread per test process: small models do not gain from more, and idle BLAS threads spin.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint fast long fuzz soak zoo coverage-check bench tiny-vlm report-picture clean
+.PHONY: demo test check lint fast long fuzz soak zoo coverage-check bench integration integrations tiny-vlm report-picture clean
 
 demo: $(VENV)/.light
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
@@ -61,6 +61,20 @@ bench: $(VENV)/.full
 			$$(test $$name != rewriting || echo --compare) || exit 1; done
 	$(BIN)/python benchmarks/gpu.py --quick --shape tiny --runtime onnxruntime-cpu --out build/bench/gpu.json
 	$(BIN)/python benchmarks/report.py --quick --results build/bench --docs build/bench
+
+# Where apps run it: integrations/NAME/run.sh installs what it needs below build/integrations/NAME, and compares that runtime with
+# onnxruntime. All of them, and then the table of docs/runtimes.md, which also says which did not run.
+integration: $(VENV)/.full
+	@test -f "integrations/$(NAME)/run.sh" || { echo "NAME is '$(NAME)'; choose one of" \
+		$(patsubst integrations/%/run.sh,%,$(wildcard integrations/*/run.sh)); exit 2; }
+	rm -f build/integrations/$(NAME).json
+	$(BIN)/python -m integrations.cases
+	PATH="$(abspath $(BIN)):$$PATH" bash integrations/$(NAME)/run.sh
+
+integrations: $(VENV)/.full
+	failed=""; for run in integrations/*/run.sh; do \
+		name=$$(basename $$(dirname $$run)); $(MAKE) integration NAME=$$name || failed="$$failed $$name"; done; \
+	$(BIN)/python -m integrations.results && { test -z "$$failed" || { echo "failed:$$failed"; exit 1; }; }
 
 # The tiny VLM again, from nothing: train (a few minutes on one core), then export.
 tiny-vlm: $(VENV)/.full

@@ -1,0 +1,338 @@
+"""What every runtime is compared on: the tiny VLM, guarded in each mode, and what onnxruntime's CPU provider computes.
+
+    python -m integrations.cases [FOLDER] [--mode MODE]     # FOLDER: build/integrations/cases
+
+writes, for each of the five modes,
+
+    <mode>/model/        the guarded folder, as an app would get it
+    <mode>/images/       the pictures that the cases show
+    <mode>/cases.json    the cases, schema below
+    <mode>/tensors.bin   every tensor of them: raw, little-endian, C order, each at a multiple of 64 bytes
+
+so that a runtime without Python needs a JSON parser and one file. `cases.json`:
+
+    mode, guarded_layers, eos_ids, image_token_id
+    model                 {"decoder", "embed_tokens", "vision_encoder"}: files, relative to <mode>/model
+    cases[]               one question each:
+      name, prompt, label, image          image: file relative to <mode>/images, or null
+      gate_open                           at the end of the prompt: true, false, or null (project has no gate)
+      pixel_values, image_features        tensors: what goes into the vision encoder and what comes out, or null
+      tokens, answer                      the greedy answer, with its end-of-sequence token if it got there
+      calls[]                             every call of the decoder that gives this answer, in order:
+        what                              "text-only" (modes supervise and combined, first), "prompt", "step"
+        input_ids                         tensor: the call's tokens; their embeddings, with the features at image_token_id, are
+                                          its inputs_embeds
+        feeds                             every input by name: a tensor, or {"call": i, "output": name}: what call i gave
+        logits                            tensor [1, tokens of the call, vocabulary]
+        token                             the likeliest next one; null in the text-only call
+
+A tensor is {"offset", "dtype", "shape"}: bytes into tensors.bin; `float32` or `int64`; the shape may hold a 0 (the empty cache).
+Replaying `calls` in order needs no knowledge of caches or guards; `integrations/replay.py` does it in Python.
+
+All modes come from one calibration (of `combined`, which needs what the others need). Every expectation is compared with
+`NumpyDecoder`, which never saw the graph, before it is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import vlmguard
+from integrations.numpy_vlm import NumpyDecoder
+from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
+from vlmguard.graphs.anatomy import dissect
+from vlmguard.graphs.directions import read_directions
+from vlmguard.graphs.package import open_package
+from vlmguard.graphs.plan import COORDINATES_OUTPUT, GuardPlan, plan_guard
+from vlmguard.graphs.reference import LISTEN
+from vlmguard.graphs.spec import MODES, MODES_WITH_ALPHA, Mode
+from vlmguard.runtime.runners import Runner, open_runner
+from vlmguard.runtime.vlm import Request, Sampling
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build" / "integrations" / "cases"
+EXAMPLE = ROOT / "examples" / "tiny_vlm"
+SOURCE, CHECKPOINT, PROMPTS = EXAMPLE / "onnx-community", EXAMPLE / "checkpoint", EXAMPLE / "prompts"
+CALIBRATION = [PROMPTS / "calibration.jsonl", PROMPTS / "calibration-typographic.jsonl"]
+# Held-out prompts, by id: as text, with a blank image, with one that matters, with harm that is in the picture alone.
+ASKED = {
+    "evaluation.jsonl": (
+        "text-harmful-steal-0",
+        "text-harmless-wash-0",
+        "blank-harmful-steal-0",
+        "image-harmful-steal-0",
+        "image-harmless-wash-0",
+    ),
+    "evaluation-typographic.jsonl": ("typographic-harmful-steal-0",),
+}
+MAX_NEW_TOKENS = 24
+ALIGNMENT = 64  # bytes; typed arrays want 8
+# float64 against float32 over 6 layers; the largest seen is 3e-6, a closed gate or another layer is off by more than 0.1.
+ORACLE_LIMIT = 1e-4
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("folder", type=Path, nargs="?", default=FOLDER)
+    options.add_argument("--mode", choices=MODES, action="append", help="this mode alone (repeat for more)")
+    wished = options.parse_args()
+    for mode in wished.mode or MODES:
+        print(f"cases of mode {mode} ...", file=sys.stderr, flush=True)
+        write_mode(mode, wished.folder)
+    return 0
+
+
+def write_mode(mode: Mode, folder: Path) -> Path:
+    """Guard the tiny VLM and write the cases of one mode; what is there from the same sources stays.
+
+    Returns:
+        the mode's folder.
+    """
+    out, stamp = folder / mode, _sources("graphs", "runtime", "exporter", "integrations/*.py", "examples/tiny_vlm")
+    if (out / "sources").is_file() and (out / "sources").read_text() == stamp:
+        return out
+    calibrated_from = _sources("graphs", "runtime", "exporter", "examples/tiny_vlm")
+    directions = folder / "directions" / f"{calibrated_from}.safetensors"
+    if not directions.is_file():
+        shutil.rmtree(directions.parent, ignore_errors=True)
+        directions.parent.mkdir(parents=True)
+        print("calibrating ...", file=sys.stderr, flush=True)
+        combined = vlmguard.export(
+            SOURCE, directions.parent / "combined", spec=vlmguard.GuardSpec(mode="combined"), calibration=CALIBRATION
+        )
+        (combined.out / "directions.safetensors").replace(directions)
+        shutil.rmtree(combined.out)
+    shutil.rmtree(out, ignore_errors=True)
+    guard_tiny_vlm(mode, directions, out / "model")
+    write_cases(mode, out)
+    (out / "sources").write_text(stamp)
+    return out
+
+
+def guard_tiny_vlm(mode: Mode, directions: Path, out: Path) -> None:
+    """The guarded folder of a mode, from directions that were calibrated for `combined`."""
+    calibrated = read_directions(directions)
+    layers = calibrated.recommended_layers
+    assert layers is not None and len(layers) == 1, layers  # one threshold serves one layer
+    layer = calibrated.layers[layers[0]]
+    # `supervise` and `steer` compare what `combined` has its second threshold for: the SSD's first coordinate.
+    tau = {"supervise": layer.text_threshold, "steer": layer.text_threshold, "restore": layer.threshold}.get(mode)
+    alpha = 1.0 if mode in MODES_WITH_ALPHA else None
+    spec = vlmguard.GuardSpec(mode=mode, layers=layers, tau=tau, alpha=alpha)
+    vlmguard.export(SOURCE, out, spec=spec, directions=directions)
+
+
+def write_cases(mode: Mode, out: Path) -> None:
+    """Ask the guarded folder `out/model`, and write `cases.json`, `tensors.bin` and `images/` beside it.
+
+    Raises:
+        AssertionError: onnxruntime and the numpy oracle differ, or no gate opens, or none stays closed.
+    """
+    vlm = vlmguard.GuardedVLM.open(out / "model", runtime="onnxruntime-cpu")
+    package = vlm.package
+    held = {prompt.id: prompt for name in ASKED for prompt in read_prompts([PROMPTS / name])}
+    asked = [held[one] for ids in ASKED.values() for one in ids]
+    plan = _plan(out / "model", vlm.manifest.spec)
+    with Tensors(out / "tensors.bin") as tensors:
+        asker = Asker(vlm, plan, tensors, out)
+        cases = [asker.case(prompt) for prompt in asked]
+    gates = {case["gate_open"] for case in cases}
+    assert gates == ({None} if mode == "project" else {True, False}), f"{mode}: gates are {gates}; ask other prompts"
+    parts = {"decoder": package.decoder, "embed_tokens": package.embed_tokens, "vision_encoder": package.vision_encoder}
+    shown = {
+        "mode": mode,
+        "guarded_layers": list(plan.layers),
+        "eos_ids": sorted(vlm.chat.eos_ids),
+        "image_token_id": vlm.chat.image_token_id,
+        "model": {name: path.relative_to(package.root).as_posix() for name, path in parts.items() if path is not None},
+        "cases": cases,
+    }
+    (out / "cases.json").write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
+
+
+class Tensors:
+    """A file of raw tensors, written one behind the other."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+
+    def __enter__(self) -> Tensors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, array: np.ndarray) -> dict[str, Any]:
+        """Where and what it is."""
+        assert array.dtype in (np.float32, np.int64), array.dtype
+        self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+        offset = self._file.tell()
+        self._file.write(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes())
+        return {"offset": offset, "dtype": array.dtype.name, "shape": list(array.shape)}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One run of the decoder: what went in, and what came out."""
+
+    feeds: Mapping[str, np.ndarray]
+    given: Mapping[str, np.ndarray]
+
+    @property
+    def token(self) -> int:
+        """The likeliest next one."""
+        return int(self.given["logits"][0, -1].argmax())
+
+
+class Recorder:
+    """A runner that remembers what went in and what came out."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.inputs, self.outputs = runner.inputs, runner.outputs
+        self.calls: list[Call] = []
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        given = self._runner.run(feeds)
+        self.calls.append(Call(dict(feeds), given))
+        return given
+
+
+class Asker:
+    """Makes cases of prompts, with one guarded model.
+
+    Args:
+        out: the mode's folder, for pictures.
+    """
+
+    def __init__(self, vlm: vlmguard.GuardedVLM, plan: GuardPlan, tensors: Tensors, out: Path) -> None:
+        self._vlm, self._plan, self._tensors, self._out = vlm, plan, tensors, out
+        self._oracle = NumpyDecoder(CHECKPOINT, plan)
+        self._decoder = Recorder(vlm.decoder.runner)
+        vlm.decoder.runner = self._decoder
+        encoder = vlm.package.vision_encoder
+        assert encoder is not None
+        self._encoder = open_runner(encoder, encoder.parent, "onnxruntime-cpu")
+
+    def case(self, prompt: LabelledPrompt) -> dict[str, Any]:
+        """One question as `cases.json` has it."""
+        picture = self._picture(prompt)
+        request = Request(prompt.prompt, picture)
+        steps = list(self._vlm.steps([request], Sampling(max_new_tokens=MAX_NEW_TOKENS)))
+        calls, self._decoder.calls = self._decoder.calls, []
+        told = None if len(calls) == len(steps) else calls[0].given[COORDINATES_OUTPUT][0]
+        answer = calls[len(calls) - len(steps) :]
+        for call, step in zip(answer, steps, strict=True):
+            assert step.tokens[0] in (call.token, None)
+        self._anchor(calls, answer, told)
+        texts = [replace(request, image=None)] * (told is not None)
+        batches = [self._vlm.batch([one]) for one in (*texts, request)]
+        ids = [batch.ids for batch in batches] + [np.array([[call.token]], np.int64) for call in answer[:-1]]
+        what = ["text-only"] * len(texts) + ["prompt"] + ["step"] * (len(answer) - 1)
+        tokens = [call.token for call in answer]
+        pixels = None if picture is None else self._vlm.images.pixel_values([picture])
+        return {
+            "name": f"{prompt.setting}-{prompt.label}",
+            "prompt": prompt.prompt,
+            "label": prompt.label,
+            "image": None if picture is None else picture.name,
+            "gate_open": self._gate(answer[0], told),
+            "pixel_values": None if pixels is None else self._tensors.add(pixels),
+            "image_features": None if pixels is None else self._tensors.add(self._features(pixels)),
+            "tokens": tokens,
+            "answer": self._vlm.chat.decode([t for t in tokens if t not in self._vlm.chat.eos_ids]).strip(),
+            "calls": [
+                self._call(*one, calls[:number]) for number, one in enumerate(zip(what, ids, calls, strict=True))
+            ],
+        }
+
+    def _picture(self, prompt: LabelledPrompt) -> Path | None:
+        """The prompt's picture, in the mode's folder."""
+        if prompt.setting == "text":
+            return None
+        kept = self._out / "images" / ("blank.png" if prompt.image is None else prompt.image.name)
+        kept.parent.mkdir(exist_ok=True)
+        if prompt.image is None:
+            self._vlm.blank_image().save(kept)
+        else:
+            shutil.copyfile(prompt.image, kept)
+        return kept
+
+    def _features(self, pixels: np.ndarray) -> np.ndarray:
+        (name,) = self._encoder.inputs
+        return next(iter(self._encoder.run({name: pixels}).values()))
+
+    def _call(self, what: str, ids: np.ndarray, call: Call, before: Sequence[Call]) -> dict[str, Any]:
+        feeds: dict[str, Any] = {}
+        for name, fed in call.feeds.items():
+            came_from = [(n, o) for n, one in enumerate(before) for o, given in one.given.items() if given is fed]
+            feeds[name] = (
+                dict(zip(("call", "output"), came_from[0], strict=True)) if came_from else self._tensors.add(fed)
+            )
+        token = None if what == "text-only" else call.token
+        logits = self._tensors.add(call.given["logits"])
+        return {"what": what, "input_ids": self._tensors.add(ids), "feeds": feeds, "logits": logits, "token": token}
+
+    def _anchor(self, calls: Sequence[Call], answer: Sequence[Call], told: np.ndarray | None) -> None:
+        """What onnxruntime gave is what the numpy oracle gives: the answer's logits, and the text-only pass.
+
+        Raises:
+            AssertionError: it is not.
+        """
+        prompt = answer[0].feeds["inputs_embeds"].shape[1]
+        sequence = np.concatenate([call.feeds["inputs_embeds"][0] for call in answer])
+        expected = self._oracle.run(sequence, prompt, told)["logits"]
+        found = np.concatenate([call.given["logits"][0] for call in answer])
+        _require_close(found, expected, "logits")
+        if told is not None:
+            text = calls[0].feeds["inputs_embeds"][0]
+            listening = self._oracle.run(text, len(text), np.full(told.shape, LISTEN))
+            _require_close(calls[0].given["logits"][0], listening["logits"], "logits of the text-only pass")
+            _require_close(told, listening["coordinates"], "coordinates of the text-only pass")
+
+    def _gate(self, prompt: Call, told: np.ndarray | None) -> bool | None:
+        """Whether any layer's gate is open at the end of the prompt, as the oracle says."""
+        if self._plan.mode == "project":
+            return None
+        embeds = prompt.feeds["inputs_embeds"][0]
+        return bool(self._oracle.run(embeds, len(embeds), told)["gates"].any())
+
+
+def _require_close(found: np.ndarray, expected: np.ndarray, what: str) -> None:
+    assert found.shape == expected.shape and found.size, (what, found.shape, expected.shape)
+    worst = float(np.abs(found - expected).max())
+    assert worst < ORACLE_LIMIT, f"{what}: onnxruntime and the numpy oracle differ by {worst}"
+
+
+def _sources(*parts: str) -> str:
+    """A digest of folders and files of the repository, by their names and contents."""
+    found = [path for part in parts for path in ROOT.glob(part)]
+    files = {path for one in found for path in (one.rglob("*") if one.is_dir() else [one]) if path.is_file()}
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        if "__pycache__" not in path.parts:
+            digest.update(
+                f"{path.relative_to(ROOT).as_posix()}\0".encode() + hashlib.sha256(path.read_bytes()).digest()
+            )
+    return digest.hexdigest()[:16]
+
+
+def _plan(folder: Path, spec: Mapping[str, Any]) -> GuardPlan:
+    """The guard's numbers, afresh from the unguarded model and the folder's directions."""
+    graph = open_package(SOURCE).load_decoder()
+    wished = vlmguard.GuardSpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in spec.items()})
+    return plan_guard(graph, dissect(graph), read_directions(folder / "directions.safetensors"), wished)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
