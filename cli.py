@@ -509,6 +509,63 @@ def engine_command(
         tables.show_engines(out, result)
 
 
+@app.command("package")
+def package_command(
+    guarded: Guarded,
+    triton: Annotated[
+        Path | None, typer.Option("--triton", metavar="DIR", help="Write a Triton Inference Server model repository.")
+    ] = None,
+    genai: Annotated[
+        Path | None,
+        typer.Option("--genai", metavar="DIR", help="Write a folder for onnxruntime-genai (text decoders)."),
+    ] = None,
+    onnx_community: Annotated[
+        Path | None,
+        typer.Option(
+            "--onnx-community", metavar="DIR", help="Write the names and configs that transformers.js looks for."
+        ),
+    ] = None,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Triton: run the graphs on every GPU it sees. (default: CPU)")
+    ] = False,
+    instances: Annotated[int, typer.Option(help="Triton: copies of each graph, per GPU or on the CPU.")] = 1,
+    requests: Annotated[int, typer.Option(help="Triton: answers that are made at the same time.")] = 4,
+    max_batch: Annotated[
+        int, typer.Option(help="Triton: most requests put together for the vision encoder and the embeddings; 0: none.")
+    ] = 8,
+    data: Annotated[
+        DataChoice,
+        typer.Option(help="Big weights: link (reflink or hard link, else a copy), copy, or reference (symbolic link)."),
+    ] = DataChoice.link,
+    force: Annotated[bool, typer.Option("--force", help="Replace DIR.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Lay a guarded folder out for another runtime: proved before and after, graphs unchanged, `verify` works on the result."""
+    from .exporter import tables
+    from .exporter.packaging.genai import package_genai
+    from .exporter.packaging.onnx_community import package_onnx_community
+    from .exporter.packaging.triton_config import TritonOptions
+    from .exporter.packaging.triton_repository import package_triton
+
+    if sum(target is not None for target in (triton, genai, onnx_community)) != 1:
+        raise typer.BadParameter("name one of --triton DIR, --genai DIR and --onnx-community DIR")
+    with tables.bars(err) as watch:
+        if triton is not None:
+            options = TritonOptions("gpu" if gpu else "cpu", instances, requests, max_batch)
+            result = package_triton(guarded, triton, options, data=data.value, force=force, watch=watch)
+        elif genai is not None:
+            result = package_genai(guarded, genai, data=data.value, force=force, watch=watch)
+        else:
+            assert onnx_community is not None
+            result = package_onnx_community(guarded, onnx_community, data=data.value, force=force, watch=watch)
+    for note in result.notes:
+        err.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        tables.show_packaged(out, result)
+
+
 @app.command("convert")
 def convert_command(
     checkpoint: Annotated[str, typer.Argument(help="Hugging Face checkpoint folder or hub id", metavar="CHECKPOINT")],

@@ -23,6 +23,7 @@ from ..graphs.static_proof import Check
 from ..runtime.telemetry import ScoredAnswer
 from .calibration.calibrate import HeldOut
 from .engines.folder import EngineResult
+from .packaging.arrangement import Packaged
 from .pipeline import ExportResult
 from .report.data import ReportData
 from .report.outcomes import MEASURES
@@ -171,6 +172,17 @@ def show_engines(out: Console, result: EngineResult) -> None:
     out.print(f"[bold]guarded[/bold]: {escape(str(result.out))}")
     if result.manifest.proved != "full":
         told = f"next: on the GPU that will run it, `vlmguard verify {shlex.quote(str(result.out))} --run --source GUARDED`"
+        out.print(escape(told), highlight=False, soft_wrap=True)
+
+
+def show_packaged(out: Console, result: Packaged) -> None:
+    """What was laid out, its proof, and what to do next."""
+    show_checks(
+        out, result.proof.checks, f"{result.out}: {result.manifest.plan['mode']}, layout {result.manifest.layout}"
+    )
+    out.print(f"[bold]guarded[/bold]: {escape(str(result.out))}", highlight=False, soft_wrap=True)
+    if result.manifest.layout == "triton":
+        told = f"next: tritonserver --model-repository={shlex.quote(str(result.out))}, and ask its model vlmguard"
         out.print(escape(told), highlight=False, soft_wrap=True)
 
 

@@ -484,6 +484,19 @@ def _move_out(model: ir.Model, names: Collection[str], data: Path) -> bool:
     return True
 
 
+def relocated(tensor: ir.ExternalTensor, location: str) -> ir.ExternalTensor:
+    """The same reference into a file of another name."""
+    return ir.ExternalTensor(
+        location,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape),
+        name=tensor.name or "",
+        base_dir=tensor.base_dir,
+    )
+
+
 def graph_bytes(model: ir.Model) -> bytes:
     """The serialized graph; external tensors stay references."""
     return ir.to_proto(model).SerializeToString(deterministic=True)

@@ -25,6 +25,7 @@ FOLDERS = (
     "exporter/evaluation",
     "exporter/extraction",
     "exporter/families",
+    "exporter/packaging",
     "exporter/playground",
     "exporter/prompts",
     "exporter/proof",

@@ -36,7 +36,7 @@ class Arrangement:
 
     layout: Layout
     decoders: Mapping[str, str]
-    brought: Mapping[str, str]
+    brought: dict[str, str]
     written: Mapping[str, bytes]
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -168,6 +168,7 @@ def _write_manifest(stage: Path, source: Manifest, planned: Arrangement) -> Mani
     files = sorted(path for path in stage.rglob("*") if path.is_file())
     digests = {path.relative_to(stage).as_posix(): digest for path, digest in sha256_files(files).items()}
     by_path = {record.path: record for record in source.decoders}
+    came = {here: there for there, here in planned.decoders.items()}  # with their data named otherwise, perhaps
     known = {*planned.brought.values(), *planned.decoders}
     manifest = source.model_copy(
         update={
@@ -176,7 +177,7 @@ def _write_manifest(stage: Path, source: Manifest, planned: Arrangement) -> Mani
             "layout": planned.layout,
             "packaged": PackagedRecord(
                 layout=source.layout,
-                moved={here: there for here, there in planned.brought.items() if here != there},
+                moved={here: there for here, there in (planned.brought | came).items() if here != there},
                 written=sorted(planned.written),
                 left_out=sorted(name for name in source.files if name not in known),
                 options=dict(planned.options),

@@ -141,7 +141,7 @@ def front_config(options: TritonOptions, told: Mapping[str, str]) -> str:
     """The config of the model that clients ask."""
 
     def tensor(name: str, kind: str, size: int = 1, optional: bool = False) -> Message:
-        one = {"name": name, "data_type": Word(kind), "dims": [size]}
+        one: dict[str, Any] = {"name": name, "data_type": Word(kind), "dims": [size]}
         return one | {"optional": True} if optional else one
 
     config: dict[str, Any] = {
@@ -169,7 +169,7 @@ def front_config(options: TritonOptions, told: Mapping[str, str]) -> str:
     return to_prototext(config | _parameters({**told, "max_tokens": str(_LONGEST_ANSWER)}))
 
 
-def _parameters(told: Mapping[str, str]) -> Message:
+def _parameters(told: Mapping[str, str]) -> dict[str, Any]:
     if not told:
         return {}
     return {"parameters": [{"key": key, "value": {"string_value": value}} for key, value in told.items()]}

@@ -23,7 +23,7 @@ from ...graphs.errors import GuardError, ManifestMismatch
 from ...graphs.fold import FOLD
 from ...graphs.fold_proof import prove_fold, refolded, writers_orthogonal
 from ...graphs.manifest import MANIFEST_NAME, DecoderRecord, Manifest, read_manifest, require_intact
-from ...graphs.package import COMPANIONS, GUARD_DATA, SBOM_NAME, ModelPackage, external_files, open_package
+from ...graphs.package import COMPANIONS, GUARD_DATA, SBOM_NAME, ModelPackage, external_files, open_package, relocated
 from ...graphs.plan import GuardPlan, plan_guard
 from ...graphs.rewrite import rewrite
 from ...graphs.spec import GuardSpec
@@ -181,7 +181,7 @@ def _verify_decoder(
     anatomy = dissect(stripped, package.expected_layers)
     plan = plan_again(package.root, manifest, record, stripped, anatomy)
     if plan.lowering == FOLD:
-        return _verify_fold(package, shipped, anatomy, plan, original, inputs)
+        return _verify_fold(package, manifest, shipped, anatomy, plan, original, inputs)
     again = package.load_decoder()
     strip_guard(again)
     dissect(again, package.expected_layers)
@@ -194,11 +194,13 @@ def _verify_decoder(
     if original is not None:
         graph = original.load_decoder()
         dissect(graph)
+        for model in (stripped, shipped):
+            _name_data_as_before(model, package, manifest)
         checks += [
             same_graph("without its guard it is the source, node for node", stripped, graph),
             signature_unchanged(graph, shipped, plan),
             initializers_untouched(graph, shipped),
-            *_same_external_data(original.decoder, package.decoder),
+            *_same_external_data(original.decoder, package, manifest),
         ]
         if inputs is not None:
             checks += prove_by_running(original, package.decoder, plan, report, inputs(original, anatomy))
@@ -207,6 +209,7 @@ def _verify_decoder(
 
 def _verify_fold(
     package: ModelPackage,
+    manifest: Manifest,
     shipped: ir.Model,
     anatomy: DecoderAnatomy,
     plan: GuardPlan,
@@ -221,8 +224,9 @@ def _verify_fold(
     for model in (graph, again):
         dissect(model, original.expected_layers)
     report = rewrite(again, plan)
+    _name_data_as_before(shipped, package, manifest)
     checks += [refolded(again, shipped), *prove_fold(graph, shipped, anatomy, plan, report)[0::2]]
-    checks += _same_external_data(original.decoder, package.decoder)
+    checks += _same_external_data(original.decoder, package, manifest)
     if inputs is not None:
         checks += prove_fold_by_running(original, package.decoder, plan, report, inputs(original, anatomy))
     return checks
@@ -248,13 +252,30 @@ def originals_of(source: Path | str, manifest: Manifest) -> dict[str, ModelPacka
     return found
 
 
-def _same_external_data(source: Path, shipped: Path) -> list[Check]:
+def _same_external_data(source: Path, package: ModelPackage, manifest: Manifest) -> list[Check]:
     """Weights outside the graph are compared as files: inside it there are only references to them."""
-    before = sha256_files(external_files(source))
-    after = sha256_files(path for path in external_files(shipped) if not path.name.endswith(GUARD_DATA))
-    before, after = ({path.name: digest for path, digest in files.items()} for files in (before, after))
+    before = {path.name: digest for path, digest in sha256_files(external_files(source)).items()}
+    here = {
+        path: _before(manifest, path.relative_to(package.root).as_posix()) for path in external_files(package.decoder)
+    }
+    found = sha256_files(path for path, there in here.items() if not there.endswith(GUARD_DATA))
+    after = {Path(here[path]).name: digest for path, digest in found.items()}
     wrong = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
     return [exact("external weights are the source's files", len(before), sorted(wrong))] if before or after else []
+
+
+def _name_data_as_before(model: ir.Model, package: ModelPackage, manifest: Manifest) -> None:
+    """Let references to external data be those of the folder that this one was packaged from, to be compared as references."""
+    if manifest.packaged is None:
+        return
+    folder = package.decoder.parent.relative_to(package.root)
+    graph = Path(_before(manifest, package.decoder.relative_to(package.root).as_posix()))
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            there = Path(_before(manifest, (folder / str(tensor.location)).as_posix()))
+            location = there.relative_to(graph.parent).as_posix()
+            value.const_value = relocated(tensor, location)
 
 
 def _same_files_around(folder: Path, manifest: Manifest, original: ModelPackage) -> list[Check]:

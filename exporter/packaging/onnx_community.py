@@ -1,0 +1,158 @@
+"""`vlmguard package --onnx-community`: names and configs as transformers.js looks for them on the hub.
+
+onnx/model.onnx, or decoder_model_merged.onnx with embed_tokens.onnx and vision_encoder.onnx
+external data NAME.onnx_data, NAME.onnx_data_1, ...; config.json counts them, because a browser cannot list a folder
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ...graphs.errors import GuardError
+from ...graphs.manifest import Manifest
+from ...graphs.package import ModelPackage, external_files, graph_bytes, load_graph, read_json, relocated
+from ...graphs.staging import Data
+from ..sources import Watch
+from .arrangement import Arrangement, Packaged, loose_files, rearrange
+from .known_inputs import require_known
+
+_RUNTIME = "transformers.js"
+_FED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "num_logits_to_keep", "use_cache_branch")
+_GENAI = "genai_config.json"
+# `genai_config.json` says of the decoder what `config.json` says under other names.
+_SAME = {
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_key_value_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+}
+_ALSO = {"vocab_size": "vocab_size", "context_length": "max_position_embeddings", "type": "model_type"}
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def package_onnx_community(
+    guarded: Path | str,
+    out: Path | str,
+    *,
+    data: Data = "link",
+    force: bool = False,
+    watch: Watch | None = None,
+) -> Packaged:
+    """Write the onnx-community layout; arguments and errors as for `rearrange`.
+
+    Raises:
+        GuardError: transformers.js would not feed the decoder, or there is no config to go by.
+    """
+    return rearrange(guarded, out, arrange, data=data, force=force, watch=watch)
+
+
+def arrange(manifest: Manifest, package: ModelPackage) -> Arrangement:
+    """What the folder holds.
+
+    Raises:
+        GuardError: as for `package_onnx_community`.
+    """
+    if package.layout in ("onnx-community", "engines", "transformers"):
+        raise GuardError(_refusal(package))
+    decoder = load_graph(package.decoder, vouched=True)
+    require_known(decoder, str(package.decoder), _RUNTIME, _FED)
+    graphs = _names(package, any(value.name == "inputs_embeds" for value in decoder.graph.inputs))
+    brought = {name: name for name in loose_files(manifest, package) if name != _GENAI}
+    written: dict[str, bytes] = {}
+    chunks: dict[str, int] = {}
+    for here, graph in graphs.items():
+        there = graph.relative_to(package.root).as_posix()
+        files = external_files(graph)
+        if not files:
+            brought[here] = there
+            continue
+        renamed = {path.relative_to(graph.parent).as_posix(): _data_name(here, at) for at, path in enumerate(files)}
+        written[here] = _referring(graph, renamed)
+        chunks[Path(here).name] = len(files)
+        for path in files:
+            name = renamed[path.relative_to(graph.parent).as_posix()]
+            brought[f"onnx/{name}"] = path.relative_to(package.root).as_posix()
+    config, generation = _configs(package, chunks)
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        if content is not None:
+            brought.pop(name, None)
+            written[name] = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    runs = next(here for here, graph in graphs.items() if graph == package.decoder)
+    return Arrangement("onnx-community", {package.decoder.relative_to(package.root).as_posix(): runs}, brought, written)
+
+
+def _refusal(package: ModelPackage) -> str:
+    if package.layout == "onnx-community":
+        return f"{package.root}: has the onnx-community layout already; use it as it is"
+    if package.layout == "engines":
+        return f"{package.root}: holds TensorRT engines, which {_RUNTIME} cannot run; give the guarded ONNX folder"
+    return (
+        f"{package.root}: was written by transformers' exporter, whose decoder is two graphs with other input names than "
+        f"{_RUNTIME} feeds; convert the checkpoint with `vlmguard convert` and guard that"
+    )
+
+
+def _names(package: ModelPackage, takes_embeds: bool) -> dict[str, Path]:
+    """Path in the folder -> graph."""
+    if not takes_embeds:
+        return {"onnx/model.onnx": package.decoder}
+    embed, vision = package.embed_tokens, package.vision_encoder
+    if embed is None:
+        raise GuardError(
+            f"{package.root}: the decoder takes inputs_embeds, but there is no embed_tokens graph; package a whole model"
+        )
+    taken = [str(value.name) for value in load_graph(embed, vouched=True).graph.inputs]
+    if taken != ["input_ids"]:
+        raise GuardError(
+            f"{embed}: takes {', '.join(taken)}, {_RUNTIME} gives input_ids alone and puts the image features in itself; "
+            "keep the layout that it has"
+        )
+    graphs = {"onnx/decoder_model_merged.onnx": package.decoder, "onnx/embed_tokens.onnx": embed}
+    return graphs | ({"onnx/vision_encoder.onnx": vision} if vision is not None else {})
+
+
+def _data_name(graph: str, at: int) -> str:
+    return f"{Path(graph).name}_data" + (f"_{at}" if at else "")
+
+
+def _referring(graph: Path, renamed: Mapping[str, str]) -> bytes:
+    """The graph with its external data under other names; nothing else is changed."""
+    model = load_graph(graph, vouched=True)
+    for part in model.graphs():
+        for value in part.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                value.const_value = relocated(tensor, renamed[str(tensor.location)])
+    return graph_bytes(model)
+
+
+def _configs(package: ModelPackage, chunks: Mapping[str, int]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """`config.json` and `generation_config.json` where they must be written; `None`: the folder's own will do."""
+    generation = package.companion("generation_config.json")
+    genai = read_json(package.root / _GENAI).get("model")
+    config = package.config
+    made = None
+    if not config:
+        if not isinstance(genai, dict) or not isinstance(genai.get("decoder"), dict):
+            raise GuardError(
+                f"{package.root}: has no config.json, by which {_RUNTIME} goes; put the model's beside the graph"
+            )
+        config = {new: genai["decoder"][old] for old, new in _SAME.items() if old in genai["decoder"]}
+        config |= {new: genai[old] for old, new in _ALSO.items() if old in genai}
+        made = config = config | {name: genai[name] for name in _TOKENS if name in genai}
+    if chunks:
+        own = config.get("transformers.js_config")
+        made = config | {
+            "transformers.js_config": {
+                **(own if isinstance(own, dict) else {}),
+                "use_external_data_format": dict(chunks),
+            }
+        }
+    tokens = {name: genai[name] for name in _TOKENS if name in genai} if isinstance(genai, dict) else {}
+    return made, tokens if generation is None and tokens else None
