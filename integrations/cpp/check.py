@@ -1,6 +1,6 @@
 """Whether the C++ program answers every case as it should: the same tokens, and logits that agree.
 
-python -m integrations.cpp.check PROGRAM VERSION
+    python -m integrations.cpp.check PROGRAM VERSION
 """
 
 from __future__ import annotations
