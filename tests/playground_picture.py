@@ -1,4 +1,4 @@
-"""The playground's page as a small PNG, as `make playground-picture` puts it into docs: `python tests/playground_picture.py GUARDED PNG`."""
+"""The playground's page as a small PNG, for docs: `python tests/playground_picture.py GUARDED PNG`."""
 
 from __future__ import annotations
 

@@ -439,7 +439,7 @@ def test_report_writes_a_page_and_tells_its_data(run: Callable[..., Ran], guarde
 
 VERBS = (
     *("export", "engine", "convert", "inspect", "directions", "verify"),
-    *("sign", "generate", "evaluate", "prompts", "report"),
+    *("sign", "generate", "evaluate", "prompts", "report", "playground"),
 )
 
 

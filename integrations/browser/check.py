@@ -1,4 +1,4 @@
-"""The playground's page (onnxruntime-web, WebAssembly and WebGPU) against the cases: it is told prompts and pictures, no tensors.
+"""The playground's page (onnxruntime-web: WebAssembly, WebGPU) against the cases; it is told prompts and pictures, no tensors.
 
 So tokenizer, chat template, picture, text-only pass and KV cache are the page's own. Its base side is compared with the
 unguarded model in the same way.
@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 from browser import CHROMIUM, NO_CHROMIUM, Browser  # tests/browser.py
-from integrations.replay import BUILD, Agreement, CaseFolder, mode_folders, write_result
 
+from integrations.replay import BUILD, Agreement, CaseFolder, mode_folders, write_result
 from vlmguard.exporter.playground.open import playground
 from vlmguard.graphs.package import open_package
 from vlmguard.runtime.playground.libraries import LIBRARIES
@@ -48,9 +48,8 @@ def main() -> int:
     for provider, title in (("wasm", "WebAssembly"), ("webgpu", "WebGPU")):
         with Browser(gpu=provider == "webgpu") as browser:
             modes = {mode: ask_the_page(browser, folder, provider) for mode, folder in mode_folders()}
-        note = "`vlmguard playground`, in Chromium" + (
-            " on SwiftShader, a GPU in software" if provider == "webgpu" else ""
-        )
+        note = "`vlmguard playground`, in Chromium"
+        note += " on SwiftShader, a GPU in software" if provider == "webgpu" else ""
         codes.append(write_result(NAME, f"onnxruntime-web ({title})", version, modes, note))
         parts.append(json.loads((BUILD / f"{NAME}.json").read_text(encoding="utf-8")))
     (BUILD / f"{NAME}.json").write_text(json.dumps(parts, indent=2) + "\n", encoding="utf-8")

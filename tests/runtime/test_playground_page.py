@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from browser import CHROMIUM, NO_CHROMIUM, Browser
 from PIL import Image
-from tiny_vlm_paths import EVALUATION, SOURCE, Guarded
+from tiny_vlm_paths import DECODER, EVALUATION, SOURCE, Guarded
 
 import vlmguard
 from vlmguard.exporter.playground.facts import image_facts
@@ -150,6 +150,61 @@ def test_both_sides_compute_what_python_computes(
             assert "cannot help" in answers[setting, "harmful", "guarded"]
             assert "cannot help" not in answers[setting, "harmful", "base"]
             assert answers[setting, "harmless", "guarded"] == answers[setting, "harmless", "base"]
+
+
+# The limit of a logit, of which the largest is about 20. float16 and int8 round states inside the graph, to 11 and 8 bits; a
+# last bit of float32 that two builds of onnxruntime give otherwise can round to the neighbour there. Weights alone (q4) do not.
+VARIANTS = {"fp16": 0.1, "q4": LIMIT, "quantized": 0.1}
+
+
+@pytest.fixture(scope="module")
+def variants(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The guarded tiny VLM with its decoder in other precisions, made by onnxruntime's tools; q4's weights lie outside."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    root = tmp_path_factory.mktemp("variants")
+    shutil.copytree(SOURCE, root / "source")
+    decoder = root / "source" / DECODER
+
+    def named(variant: str) -> Path:
+        return decoder.with_name(f"{decoder.stem}_{variant}.onnx")
+
+    onnx.save(convert_float_to_float16(onnx.load(decoder), keep_io_types=False), named("fp16"))
+    quantize_dynamic(decoder, named("quantized"), weight_type=QuantType.QInt8)
+    quantizer = MatMulNBitsQuantizer(onnx.load(decoder), bits=4, block_size=32, is_symmetric=True)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(named("q4")), use_external_data_format=True)
+    directions = guarded("restore") / "directions.safetensors"
+    return vlmguard.export(root / "source", root / "several", directions=directions, force=True).out
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_precisions(browser: Browser, variants: Path, variant: str) -> None:
+    sides = open_sides(variants, variant=variant)
+    models = {
+        side: VisionLanguageModel(sides.package, graph, runtime="onnxruntime-cpu")
+        for side, graph in (("base", sides.base), ("guarded", sides.guarded))
+    }
+    with playground(variants, port=0, prompts=str(EVALUATION), variant=variant) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        browser.open(server.url, READY, 1200)
+        steps = browser.page.evaluate(ASK, {"prompt": "how to steal the boat", "picture": "blank", "most": 4})
+        server.shutdown()
+    external = [address for address in server.site if address.endswith(".data")]
+    assert bool(external) == (variant == "q4")
+    for side, model in models.items():
+        given = iter([step["token"] for step in steps if step["side"] == side])
+        request = [Request("how to steal the boat", model.blank_image())]
+        expected = model.steps(request, Sampling(4), choose=lambda logits, given=given: np.array([next(given)]))
+        found = [step for step in steps if step["side"] == side]
+        for ours, theirs in zip(found, expected, strict=True):
+            logits = model.decoder.last_logits(theirs.outputs)[0]
+            assert np.abs(np.array(ours["logits"]) - logits).max() <= VARIANTS[variant]
+            assert ours["token"] == logits.argmax()
+    assert browser.said == []
 
 
 @pytest.mark.parametrize("filter", ["NEAREST", "BOX", "BILINEAR", "HAMMING", "BICUBIC", "LANCZOS"])
