@@ -104,7 +104,7 @@ ROWS: dict[str, tuple[Callable[[str, Path], None], Callable[[Path, Callable[[str
     "onnxruntime-gpu, CUDA": (once, nothing, True),
     "TensorRT, TensorRT-RTX": (once, nothing, False),
     "onnxruntime-genai": (once, genai_folder, False),
-    "Node.js, transformers.js": (once, nothing, True),
+    "Node.js, transformers.js": (made, nothing, False),
     "a browser": (serving, nothing, False),
     "OpenVINO": (made, nothing, False),
     "C++": (made, nothing, False),

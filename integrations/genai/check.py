@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 import vlmguard
 from integrations.genai.answer import answer, start
-from integrations.numpy_vlm import NumpyDecoder
+from integrations.numpy_vlm import ORACLE_LIMIT, NumpyDecoder
 from integrations.replay import BUILD, CASES, Agreement, write_result
 from integrations.tiny_vlm import CHECKPOINT, MODES, PROMPTS, calibrated_directions, plan_of, spec_of
 from vlmguard.exporter.checkpoints.exporters import export_checkpoint
@@ -28,7 +28,6 @@ from vlmguard.graphs.reference import LISTEN
 from vlmguard.runtime.vlm import Request, Sampling
 
 ASKED = ("text-harmful-steal-0", "text-harmful-steal-1", "text-harmless-wash-0", "text-harmless-wash-1")
-ORACLE_LIMIT = 1e-4
 NOTE = (
     "text prompts, of the tiny VLM's language model as genai builds it (fp32); the supervisor is fed with "
     "`Generator.set_model_input`, without it genai refuses to run"
