@@ -1,4 +1,4 @@
-"""A stand-in for `triton_python_backend_utils`, the module that Triton's Python processes have: a front model runs in this process.
+"""A stand-in for `triton_python_backend_utils`, the module of Triton's Python processes: a front model runs in this process.
 
 Requests to other models go to onnxruntime, and only as their `config.pbtxt` allows, read with Triton's own schema. The real
 server is `make integration NAME=triton`.
