@@ -44,10 +44,11 @@ class Agreement {
 
   /** The logits of every call of one question, in order, and the answer's tokens. */
   take(expected, found, question, tokens) {
-    if (expected.length !== found.length) throw new Error(`${question.name}: ${found.length} calls, expected ${expected.length}`);
-    expected.forEach((logits, call) => this.compare(logits.data, found[call].data));
+    const same = JSON.stringify(tokens) === JSON.stringify(question.tokens);
+    if (same && expected.length !== found.length) throw new Error(`${question.name}: ${found.length} calls, not ${expected.length}`);
+    found.slice(0, expected.length).forEach((logits, call) => this.compare(expected[call].data, logits.data));
     this.tokens += question.tokens.length;
-    this.same_tokens &&= JSON.stringify(tokens) === JSON.stringify(question.tokens);
+    this.same_tokens &&= same;
   }
 
   compare(expected, found) {
@@ -108,7 +109,7 @@ async function withTransformersJs(cases) {
   return compared(cases, [model.sessions, "decoder_model_merged"], async (question) => {
     const image = question.image && (await load_image(join(cases.folder, "images", question.image)));
     const { tokens, text } = await answer(question.prompt, image);
-    if (text !== question.answer) throw new Error(`${question.name}: said ${text}, expected ${question.answer}`);
+    if (`${tokens}` === `${question.tokens}` && text !== question.answer) throw new Error(`${question.name}: said ${text}, expected ${question.answer}`);
     return tokens;
   });
 }
