@@ -219,7 +219,7 @@ def _stream(body: str, flow: Flow, sink: ir.Value, expected_layers: int | None) 
     if best is None:
         raise AnatomyNotFound(_reason_for_nothing(flow))
     layers, source = best
-    _require_one_stream(flow, layers, source, expected_layers)
+    _require_one_stream(flow, layers, source, _vertex(flow, sink), expected_layers)
     sites = tuple(_site(flow, index, layer[1], body) for index, layer in enumerate(layers))
     if expected_layers is not None and len(sites) != expected_layers:
         raise AnatomyNotFound(
@@ -411,11 +411,17 @@ def _is_true_sum(flow: Flow, vertex: Vertex, members: set[int]) -> bool:
     return sum(part is not None and part.index in members for part in parts) >= 2
 
 
-def _require_one_stream(flow: Flow, layers: list[tuple[Vertex, Vertex]], source: Vertex, expected: int | None) -> None:
-    """Two attentions in a row without a common sum between them: several streams run side by side (Gemma3n)."""
+def _require_one_stream(
+    flow: Flow, layers: list[tuple[Vertex, Vertex]], source: Vertex, sink: Vertex, expected: int | None
+) -> None:
+    """Two attentions in a row without a common sum between them: several streams run side by side (Gemma3n).
+
+    Only on the way from the source: an image tower in the same graph has attentions too, and enters before layer 0.
+    """
+    members = set(flow.between(source, sink))
     boundaries = [source.index, *(output.index for _, output in layers)]
     for layer, (low, high) in enumerate(pairwise(boundaries)):
-        inside = [v for v in flow.vertices[low + 1 : high] if _is_attention(flow, v)]
+        inside = [v for v in flow.vertices[low + 1 : high] if v.index in members and _is_attention(flow, v)]
         for first, second in pairwise(inside):
             if flow.between(first, second):
                 wanted = f" of the config's {expected}" if expected is not None else ""
