@@ -23,6 +23,7 @@ FOLDERS = (
     "exporter/evaluation",
     "exporter/extraction",
     "exporter/families",
+    "exporter/plugins",
     "exporter/prompts",
     "exporter/proof",
     "exporter/report",
