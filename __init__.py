@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .exporter.checkpoints.convert import convert_checkpoint
     from .exporter.pipeline import ExportResult, export, extract_directions, inspect
+    from .exporter.plugins.exported import guard_exported
     from .exporter.proof.verify import Verification, verify
     from .graphs.anatomy import DecoderAnatomy
     from .graphs.directions import Directions, read_directions
@@ -38,6 +39,7 @@ _PUBLIC = {
     "convert_checkpoint": ".exporter.checkpoints.convert",
     "export": ".exporter.pipeline",
     "extract_directions": ".exporter.pipeline",
+    "guard_exported": ".exporter.plugins.exported",
     "inspect": ".exporter.pipeline",
     "read_directions": ".graphs.directions",
     "verify": ".exporter.proof.verify",
@@ -54,6 +56,7 @@ __all__ = [
     "convert_checkpoint",
     "export",
     "extract_directions",
+    "guard_exported",
     "inspect",
     "read_directions",
     "verify",

@@ -27,6 +27,7 @@ FOLDERS = (
     "exporter/families",
     "exporter/packaging",
     "exporter/playground",
+    "exporter/plugins",
     "exporter/prompts",
     "exporter/proof",
     "exporter/report",

@@ -12,6 +12,7 @@ exits with 0. A few it raises (`olive.exception.EXCEPTIONS_TO_RAISE`), so a refu
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -19,6 +20,7 @@ import logging
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -99,14 +101,13 @@ class VLMGuard(Pass):
         return _handler(model, out)
 
 
-class _refusing:  # noqa: N801 - reads as a verb
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
     """Within, a refusal of ours is one that Olive raises."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, GuardError):
-            raise GuardRefused(f"VLMGuard: {error}") from None
+    try:
+        yield
+    except GuardError as error:
+        raise GuardRefused(f"VLMGuard: {error}") from None
 
 
 # Settings, made from what `GuardSpec` and `export` say themselves

@@ -539,6 +539,17 @@ def test_several_streams_without_any_sum_in_common_are_refused() -> None:
     )
 
 
+def test_an_image_tower_in_the_same_graph_is_no_second_stream() -> None:
+    """As transformers exports a whole LLaVA: its attentions stand between the embedding and layer 0, on another way."""
+    tower = "flat = Reshape(picture, shape) " + attention("v0", "flat") + attention("v1", "v0")
+    body = tower + "both = Concat <axis = 1> (v1, x) " + sandwich(0, "both") + sandwich(1, "h0") + "y = Identity(h1)"
+    model = text_model(
+        f"""g (float[B, S, 8] x, float[B, 3, 8, 8] picture) => (float[B, T, 8] y)
+        <float[8, 8] w, float[8] g, int64[3] shape = {{0, 24, 8}}> {{ {body} }}"""
+    )
+    assert site_values(model) == ["h0", "h1"]
+
+
 def test_two_attentions_side_by_side_are_one_layer() -> None:
     """They do not follow one another: a hybrid's heads in parallel."""
     body = attention("a", "x") + attention("b", "x") + "ab = Add(a, b) h = Add(x, ab) y = MatMul(h, w)"
