@@ -95,6 +95,8 @@ def digest_of(files: Iterable[Path]) -> str:
 def _image(request: Request) -> bytes:
     if request.image is None:
         return b""
+    if isinstance(request.image, bytes):
+        return request.image
     if isinstance(request.image, (str, Path)):
         return Path(request.image).read_bytes()
     return f"{request.image.mode} {request.image.size} ".encode() + request.image.tobytes()

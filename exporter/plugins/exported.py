@@ -32,7 +32,7 @@ from ..sources import Watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
-    from transformers.exporters import ExportedModel
+    from transformers.exporters.base import ExportedModel
 
 
 def guard_exported(
