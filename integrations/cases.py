@@ -88,9 +88,10 @@ def main() -> int:
     options.add_argument("folder", type=Path, nargs="?", default=CASES)
     options.add_argument("--mode", choices=MODES, action="append", help="this mode alone (repeat for more)")
     wished = options.parse_args()
-    for mode in [one for one in MODES if one in (wished.mode or MODES)]:
-        print(f"cases of mode {mode} ...", file=sys.stderr, flush=True)
-        write_mode(mode, wished.folder)
+    for mode in MODES:
+        if not wished.mode or mode in wished.mode:
+            print(f"cases of mode {mode} ...", file=sys.stderr, flush=True)
+            write_mode(mode, wished.folder)
     return 0
 
 
