@@ -747,6 +747,71 @@ def _show_scored(answer: ScoredAnswer, as_json: bool) -> None:
     tables.show_scores(out, answer)
 
 
+@app.command("serve")
+def serve_command(
+    guarded: Guarded,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the key that requests must bear. (default: the variable VLMGUARD_API_KEY, else none)"
+        ),
+    ] = None,
+    without_key: Annotated[
+        bool, typer.Option("--without-key", help="Let anybody ask who can reach a --host of other machines.")
+    ] = False,
+    model_name: Annotated[
+        str | None, typer.Option(help="What requests call the model. (default: the folder's name)")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Answers made at the same time. (default: 4; 1 for engines)")
+    ] = None,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; one more gets 429 and Retry-After.")] = 64,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer that a request may ask for.")] = 512,
+    max_prompt_tokens: Annotated[int, typer.Option(help="Longest conversation, its image included.")] = 4096,
+    max_image_mib: Annotated[int, typer.Option(help="Largest image file, MiB.")] = 10,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take, waiting included.")] = 120.0,
+    grace: Annotated[float, typer.Option(help="Seconds that running answers get after SIGTERM.")] = 30.0,
+) -> None:
+    """Serve a guarded folder over an OpenAI-compatible HTTP API, until SIGTERM or Ctrl-C. (extra: serve)
+
+    /v1/chat/completions (images as data: URLs, streaming), /v1/models, /healthz, /metrics for Prometheus. A folder that is
+    not what was proved is not served, and nothing in a request changes the guard. See docs/serving.md.
+    """
+    import os
+
+    from .runtime.serving.server import log_to_stderr, require_extra, serve
+    from .runtime.serving.settings import MIB, ServeSettings, read_api_key, require_key_or_loopback
+
+    require_extra()
+    api_key = read_api_key(api_key_file, os.environ)
+    require_key_or_loopback(host, api_key, without_key)
+    settings = ServeSettings(
+        name=model_name or guarded.absolute().name,
+        host=host,
+        port=port,
+        api_key=api_key,
+        concurrency=concurrency,
+        queue=queue,
+        max_tokens=max_tokens,
+        max_prompt_tokens=max_prompt_tokens,
+        max_image=max_image_mib * MIB,
+        timeout=timeout,
+        grace=grace,
+    )
+
+    def listening(plan: dict[str, Any], address: str) -> None:
+        guard = f"{plan['mode']} on layers {', '.join(map(str, plan['layers']))}"
+        asked = "with an API key" if api_key is not None else "without an API key"
+        err.print(f"serving {escape(settings.name)} ({guard}), {asked}; Ctrl-C stops", highlight=False, soft_wrap=True)
+        out.print(address, markup=False, highlight=False, soft_wrap=True)
+        out.file.flush()
+
+    log_to_stderr()
+    serve(guarded, settings, listening)
+
+
 @app.command("evaluate")
 def evaluate_command(
     base: Annotated[Path, typer.Argument(help="the unguarded model", metavar="BASE")],

@@ -27,6 +27,8 @@ _PACKAGES = (
         "torch",
         "transformers",
         "numpy",
+        "fastapi",
+        "uvicorn",
     ),
     *("tensorrt", "tensorrt-rtx-cu13"),
 )

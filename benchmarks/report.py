@@ -1,6 +1,6 @@
-"""docs/performance.md, and the times in docs/tensorrt.md, from the result files and from nothing else: no figure was typed.
+"""docs/performance.md, the times in docs/tensorrt.md and in docs/serving.md, from the result files: no figure was typed.
 
-    python benchmarks/report.py             # writes both
+    python benchmarks/report.py             # writes all three
     python benchmarks/report.py --check     # whether they are what the result files say
 
 A section per result file, a sentence per goal. A missing part, or one measured with --quick or on the tiny shape, is refused
@@ -19,8 +19,9 @@ from typing import Any
 from record import RESULTS, ResultsUnusable, read_parts
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGE, GPU_PAGE = "performance.md", "tensorrt.md"
-BEGIN, END = "<!-- begin: benchmarks/report.py -->", "<!-- end: benchmarks/report.py -->"
+PAGE, GPU_PAGE, SERVING_PAGE = "performance.md", "tensorrt.md", "serving.md"
+GPU_MARKS = "<!-- begin: benchmarks/report.py -->", "<!-- end: benchmarks/report.py -->"
+LOAD_MARKS = "<!-- begin: load -->", "<!-- end: load -->"
 PRECISIONS = ("int4", "fp32")
 Parts = Mapping[str, Any]
 
@@ -35,6 +36,7 @@ python benchmarks/inference.py             # the guard's cost when the model run
 python benchmarks/hooks.py                 # against PyTorch with forward hooks
 python benchmarks/extraction.py            # the taps' cost
 python benchmarks/spellings.py             # the guard's arithmetic in isolation, in several spellings
+python benchmarks/serving.py               # `vlmguard serve` under load: docs/serving.md has its figures
 python benchmarks/report.py                # this page
 make bench                                 # all of it with --quick: shows that it runs, measures nothing
 ```
@@ -67,6 +69,7 @@ def main() -> int:
         pages = {
             args.docs / PAGE: report(args.results, args.quick),
             args.docs / GPU_PAGE: with_times(args.docs / GPU_PAGE, args.results / "gpu.json", args.quick),
+            args.docs / SERVING_PAGE: with_load(args.docs / SERVING_PAGE, args.results / "serving.json", args.quick),
         }
     except ResultsUnusable as refusal:
         print(refusal, file=sys.stderr)
@@ -292,21 +295,56 @@ def with_times(page: Path, results: Path, quick: bool) -> str:
     Raises:
         ResultsUnusable: the page has no such marks, or the results were not measured in earnest.
     """
-    text = page.read_text(encoding="utf-8") if page.is_file() else f"{BEGIN}\n{END}\n"
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ResultsUnusable(f"{page}: has no lines {BEGIN} and {END} to write between; put them back")
+    parts = _in_earnest(results, quick)
+    nothing = ["**Not yet run.** No figure of an engine's speed or numbers has been taken on a GPU."]
+    return _between(page, GPU_MARKS, _gpu(parts) if parts else nothing)
+
+
+def with_load(page: Path, results: Path, quick: bool) -> str:
+    """The page with what `serving.py` measured last between its two marks; as `with_times`."""
+    parts = _in_earnest(results, quick)
+    return _between(page, LOAD_MARKS, _load(parts) if parts else ["**Not yet measured.**"])
+
+
+def _in_earnest(results: Path, quick: bool) -> Parts:
     parts = read_parts(results)
-    toys = [name for name, part in parts.items() if part["quick"] or "tiny:" in part["shape"]]
+    toys = [name for name, part in parts.items() if part["quick"] or "tiny:" in part.get("shape", "")]
     if toys and not quick:
         raise ResultsUnusable(f"{results}: part {toys[0]!r} is from --quick or the tiny shape; run it without them")
-    blocks = (
-        _gpu(parts)
-        if parts
-        else ["**Not yet run.** No figure of an engine's speed or numbers has been taken on a GPU."]
-    )
+    return parts
+
+
+def _between(page: Path, marks: tuple[str, str], blocks: Sequence[str]) -> str:
+    text = page.read_text(encoding="utf-8") if page.is_file() else "\n".join((*marks, ""))
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not begin or not end:
+        raise ResultsUnusable(f"{page}: has no lines {marks[0]} and {marks[1]} to write between; put them back")
     return f"{before}{begin}\n" + "\n\n".join(blocks) + f"\n{end}{after}"
+
+
+def _load(parts: Parts) -> list[str]:
+    first = next(iter(parts.values()))
+    columns = ["load", "requests", "outcomes", "requests/s", "tokens/s", "first token ms", "whole answer ms", "429 ms"]
+    rows = []
+    for name, part in parts.items():
+        outcomes = ", ".join(f"{count} {outcome}" for outcome, count in part["outcomes"].items())
+        speeds = [f"{part[speed]:.1f}" for speed in ("requests_per_second", "tokens_per_second")]
+        times = [_percentile_cell(part[kind]) for kind in ("first_token_ms", "latency_ms", "refused_ms")]
+        asked = f"{part['clients']} x {part['rounds']}"
+        rows.append([f"{name}, queue {part['queue']}", asked, outcomes, *speeds, *times])
+    return [
+        f"{first['model']}, {first['concurrency']} answers at a time, answers of at most {first['longest_answer']} tokens, "
+        "all streamed, half of the prompts with a picture; times are p50 / p95 / p99. The clients run on the same machine and "
+        "share its cores, so this is the server's own cost under many connections, and not a model's. Every answer was "
+        f"compared with the one that the model gives alone. Load average of the machine before: {first['load_before']}.",
+        _table(columns, rows),
+        _measured_on(parts.values()),
+    ]
+
+
+def _percentile_cell(found: Mapping[str, float] | None) -> str:
+    return " / ".join(f"{found[name]:.0f}" for name in ("p50", "p95", "p99")) if found else ""
 
 
 def _gpu(parts: Parts) -> list[str]:

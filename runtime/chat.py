@@ -1,11 +1,13 @@
-"""Prompts to token ids, from the files of a model folder: one user turn through the model's own chat template.
+"""Prompts to token ids, from the files of a model folder: one question, or a conversation, through the model's chat template.
 
 Needs `tokenizers` and `jinja2` only, and gives the ids that transformers 5 gives:
 
 1. `ChatTokenizer.open`    tokenizer, special tokens, chat template and image token of a folder (Hugging Face,
                            onnx-community or onnxruntime-genai layout)
-2. `ChatTokenizer.render`  prompt -> text, as `apply_chat_template(..., add_generation_prompt=True)`
-3. `ChatTokenizer.encode`  prompt -> ids, the image placeholder expanded as `LlavaProcessor` does
+2. `ChatTokenizer.render_turns`  turns -> text, as `apply_chat_template(..., add_generation_prompt=True)`
+3. `ChatTokenizer.encode_turns`  turns -> ids, the image placeholder expanded as `LlavaProcessor` does
+
+`render` and `encode` are the same for one question.
 
 Where transformers has two answers, the folder decides, because the two differ in a token that models are sensitive to:
 
@@ -21,7 +23,7 @@ token into the chat, so whoever writes the prompt can end the user's turn, or cl
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -49,8 +51,20 @@ MARKED_PLACEHOLDER_PROCESSORS = {"Gemma3Processor": ("boi_token", "eoi_token", "
 # How a message carries the prompt: a list of parts (vision-language templates), or one string (text-only templates).
 Content = Literal["parts", "string"]
 
+# Who speaks in a conversation. Not every template knows a system message.
+Role = Literal["system", "user", "assistant"]
+
 # Digits: no template changes them by `upper`, `title` or `trim`.
 _PROBE, _CANARY = "31415926535897932", "27182818284590452"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation; `shows` says whether the image belongs to it."""
+
+    role: Role
+    text: str
+    shows: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,47 +152,60 @@ class ChatTokenizer:
         )
 
     def render(self, prompt: str, with_image: bool = False) -> str:
-        """The text of one user turn, up to where the model answers; the image placeholder once, not yet expanded.
+        """The text of one question; see `render_turns`."""
+        return self.render_turns([Turn("user", prompt, with_image)])
 
-        Without a chat template the prompt itself is the text, and an image goes in front of it, as LLaVA was trained:
+    def render_turns(self, turns: Sequence[Turn]) -> str:
+        """The text of a conversation, up to where the model answers; image placeholders once each, not yet expanded.
+
+        Without a chat template a question itself is the text, and an image goes in front of it, as LLaVA was trained:
         `<image>`, a newline, the prompt. The same where a template of a vision-language model takes strings only.
 
         Raises:
-            PromptsUnusable: the prompt contains a control token.
+            PromptsUnusable: a turn contains a control token, or the folder's template cannot say this conversation.
             GuardError: the folder cannot do images, or its template fails or writes another number of images.
         """
-        self._refuse_control_tokens(prompt)
-        if with_image and self.image_refusal is not None:
+        images = sum(turn.shows for turn in turns)
+        for turn in turns:
+            self._refuse_control_tokens(turn.text)
+        if images and self.image_refusal is not None:
             raise GuardError(f"{self.folder}: {self.image_refusal}")
         written = self.placeholder.written if self.placeholder is not None else None
-        in_front = f"{written}\n" if with_image else ""
         if self.template is None:
-            return in_front + prompt
+            if len(turns) != 1:
+                raise PromptsUnusable(f"{self.folder}: has no chat template, so it takes one question; ask one")
+            return _in_front(turns[0], written)
         if self.content == "parts":
-            text = self.template.render(parts(prompt, with_image))
+            text = self.template.render([message(turn.role, parts(turn.text, turn.shows)) for turn in turns])
         else:
-            text = self.template.render(in_front + prompt)
+            text = self.template.render([message(turn.role, _in_front(turn, written)) for turn in turns])
         times = text.count(written) if written else 0
-        if times != int(with_image):
+        if times != images:
             raise GuardError(
                 f"{self.folder}: its chat template writes the image token {written!r} {times} times for "
-                f"{int(with_image)} images; use the chat template that belongs to this model"
+                f"{images} images; use the chat template that belongs to this model"
             )
+        if len(turns) > 1:
+            self._require_said(turns, text)
         return text
 
     def encode(self, prompt: str, image_tokens: int = 0) -> list[int]:
-        """Token ids of one user turn.
+        """Token ids of one question; see `encode_turns`."""
+        return self.encode_turns([Turn("user", prompt, image_tokens > 0)], image_tokens)
+
+    def encode_turns(self, turns: Sequence[Turn], image_tokens: int = 0) -> list[int]:
+        """Token ids of a conversation.
 
         Args:
-            prompt: what the user says.
+            turns: what was said; the last of them is answered. One of them shows the image, if there is one.
             image_tokens: how many tokens the image takes (`images.image_token_count`); 0 is a text-only prompt.
 
         Raises:
-            PromptsUnusable: as `render`; or the prompt gives no tokens, or is not text that UTF-8 can hold.
-            GuardError: as `render`.
+            PromptsUnusable: as `render_turns`; or they give no tokens, or are not text that UTF-8 can hold.
+            GuardError: as `render_turns`.
         """
-        assert image_tokens >= 0, image_tokens
-        text = self.render(prompt, with_image=image_tokens > 0)
+        assert image_tokens >= 0 and sum(turn.shows for turn in turns) == (image_tokens > 0), image_tokens
+        text = self.render_turns(turns)
         add_special_tokens = self._adds_special_tokens(text)
         if image_tokens:
             assert self.image_token is not None and self.placeholder is not None  # render refused otherwise
@@ -186,7 +213,7 @@ class ChatTokenizer:
             text = text.replace(self.placeholder.written, image)
         ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         if not ids:
-            raise PromptsUnusable(f"{self.folder}: the prompt {prompt!r} gives no tokens; write a prompt")
+            raise PromptsUnusable(f"{self.folder}: the prompt {turns[-1].text!r} gives no tokens; write a prompt")
         found = sum(number == self.image_token_id for number in ids)
         if found != image_tokens:
             raise GuardError(
@@ -206,6 +233,15 @@ class ChatTokenizer:
         bos = self.special_tokens.get("bos_token")
         return self.multimodal and not (bos is not None and text.startswith(bos))
 
+    def _require_said(self, turns: Sequence[Turn], text: str) -> None:
+        """Some templates leave out what they do not expect, a system message first of all: whoever wrote it must know."""
+        for turn in turns:
+            if turn.text.strip() not in text:
+                raise PromptsUnusable(
+                    f"{self.folder}: its chat template leaves the {turn.role} message {_shortened(turn.text)!r} out; "
+                    "leave it out, or say it in the question"
+                )
+
     def _refuse_control_tokens(self, prompt: str) -> None:
         """Both spellings: the literal text, and whatever the tokenizer normalises into a control token."""
         try:
@@ -221,6 +257,16 @@ class ChatTokenizer:
                 f"the prompt {_shortened(prompt)!r} contains {found[0]!r}, a control token of {self.folder}; "
                 "remove it from the prompt"
             )
+
+
+def message(role: Role, content: str | list[dict[str, str]]) -> dict[str, Any]:
+    """A message as chat templates read it."""
+    return {"role": role, "content": content}
+
+
+def _in_front(turn: Turn, written: str | None) -> str:
+    """A turn as one string, the image's placeholder in front."""
+    return f"{written}\n{turn.text}" if turn.shows else turn.text
 
 
 def parts(prompt: str, with_image: bool, **more: str) -> list[dict[str, str]]:
@@ -538,15 +584,15 @@ class ChatTemplate:
         constants = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
         return cls(folder, compiled, "\0".join([*written, *constants]), special_tokens)
 
-    def render(self, content: str | list[dict[str, str]]) -> str:
-        """One user turn and the opening of the answer.
+    def render(self, messages: list[dict[str, Any]]) -> str:
+        """A conversation and the opening of the answer.
 
         Raises:
             ModelUnreadable: the template raises.
         """
         try:
             return self.compiled.render(
-                messages=[{"role": "user", "content": content}],
+                messages=messages,
                 tools=None,
                 documents=None,
                 add_generation_prompt=True,
@@ -571,7 +617,8 @@ def content_of(folder: Path, template: ChatTemplate, order: tuple[Content, ...])
     reason = "it leaves the prompt out"
     for content in order:
         try:
-            text = template.render(parts(_PROBE, False, canary=_CANARY) if content == "parts" else _PROBE)
+            probe = parts(_PROBE, False, canary=_CANARY) if content == "parts" else _PROBE
+            text = template.render([message("user", probe)])
         except ModelUnreadable as error:
             reason = str(error).removeprefix(f"{folder}: ").split("; ")[0]
             continue

@@ -80,8 +80,10 @@ class GuardedVLM(VisionLanguageModel):
         Raises:
             GuardError: the graph has no such knob, or the prompt, the picture or a number cannot be taken.
         """
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-        return self.answer([Request(prompt, image)], sampling, knobs=Knobs(strength, threshold_offset))[0]
+        pieces = self.generate_stream(
+            prompt, image, max_new_tokens, temperature, top_p, seed, strength, threshold_offset
+        )
+        return "".join(pieces)
 
     def generate_stream(
         self,

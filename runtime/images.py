@@ -14,11 +14,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..graphs.errors import GuardError, ModelUnreadable, first_line
 from ..graphs.package import read_json
@@ -283,11 +284,14 @@ def _center_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------- opening images
 
 
-def open_image(source: Image.Image | Path | str) -> Image.Image:
+def open_image(source: Image.Image | Path | str | bytes) -> Image.Image:
     """An RGB picture, upright, transparency on white.
 
     A file is turned as its EXIF orientation says, and of an animation the first frame counts. transformers does the
     same, except that it drops the transparency of a file, where it puts that of a Pillow image on white.
+
+    Args:
+        source: a picture, the path of a file, or a file's content.
 
     Raises:
         GuardError: no such file, not one of `FORMATS`, damaged, empty, or more than `MAX_PIXELS`.
@@ -298,24 +302,31 @@ def open_image(source: Image.Image | Path | str) -> Image.Image:
             return _to_rgb(source)
         except Exception as error:  # Pillow decodes late: a damaged file shows only now
             raise GuardError(f"the image cannot be read ({first_line(error)}); save it again as PNG or JPEG") from None
+    if isinstance(source, bytes):
+        return _decoded(BytesIO(source), "the image", "the image cannot be read")
     path = Path(source)
     if not path.is_file():
         raise GuardError(f"{path}: no such image file; name a {', '.join(FORMATS)} file")
+    return _decoded(path, f"{path}: the image", f"{path}: is not an image that can be read")
+
+
+def _decoded(file: Path | BytesIO, what: str, damaged: str) -> Image.Image:
+    """A file's picture; `what` and `damaged` begin the sentences that refuse it."""
     try:
         with warnings.catch_warnings():
             # Pillow warns at a limit of its own; ours is lower and refuses.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                refuse_huge(image.width, image.height, f"{path}: the image")
+            with Image.open(file, formats=FORMATS) as image:
+                refuse_huge(image.width, image.height, what)
                 return _to_rgb(ImageOps.exif_transpose(image))
     except GuardError:
         raise
     except Image.DecompressionBombError:
-        raise GuardError(f"{path}: the image has more than {MAX_PIXELS:,} pixels; scale it down first") from None
+        raise GuardError(f"{what} has more than {MAX_PIXELS:,} pixels; scale it down first") from None
     except Exception as error:  # decoders fail on damaged files with whatever Python raises at that byte
-        raise GuardError(
-            f"{path}: is not an image that can be read ({first_line(error)}); save it again as PNG or JPEG"
-        ) from None
+        unknown = isinstance(error, UnidentifiedImageError) and isinstance(file, BytesIO)  # Pillow names the object
+        reason = "of no known format" if unknown else first_line(error)
+        raise GuardError(f"{damaged} ({reason}); save it again as PNG or JPEG") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

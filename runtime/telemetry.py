@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..graphs.errors import GuardError
-from .knobs import Knobs
+from .knobs import AS_EXPORTED, Knobs
 from .vlm import Request, Sampling, VisionLanguageModel
 
 
@@ -62,12 +62,18 @@ def scored(
     """
     if not model.decoder.tells_scores:
         raise GuardError("the model does not tell its gates' scores; export it again with --telemetry")
-    tokens, rows = [], []
-    for step in model.steps([request], sampling, knobs):
-        assert step.gate_scores is not None
-        rows.append(np.array(step.gate_scores[0]))
-        tokens += [token for token in step.tokens if token is not None]
+    said, rows = "", []
+    for piece in model.pieces(request, sampling, knobs):
+        said += piece.text
+        assert piece.step.gate_scores is not None
+        rows.append(np.array(piece.step.gate_scores[0]))
+    return scored_answer(plan, said, rows, knobs)
+
+
+def scored_answer(
+    plan: Mapping[str, Any], text: str, rows: Sequence[np.ndarray], knobs: Knobs = AS_EXPORTED
+) -> ScoredAnswer:
+    """An answer and the scores `[layers]` that each of its steps told."""
     of_layer = {site["layer"]: site["tau"] for site in plan["sites"]}
     thresholds = tuple(of_layer[layer] + (knobs.threshold_offset or 0.0) for layer in plan["layers"])
-    text = model.chat.decode(tokens).strip()
     return ScoredAnswer(text, tuple(plan["layers"]), thresholds, np.stack(rows), plan["gate"] == "prompt")

@@ -12,16 +12,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 from PIL import Image
 
 from ..graphs.dials import SCORES_OUTPUT
-from ..graphs.errors import GuardError, ModelUnreadable
+from ..graphs.errors import GuardError, ModelUnreadable, RunFailed
 from ..graphs.package import ModelPackage
 from ..graphs.reference import LISTEN
-from .chat import ChatTokenizer
+from .chat import ChatTokenizer, Turn
 from .decoder import DecoderSession, PromptBatch, can_pad, open_decoder
 from .deepstack import scatter
 from .device import Tensor
@@ -30,15 +31,43 @@ from .knobs import AS_EXPORTED, Knobs
 from .positions_mrope import mrope_positions
 from .prompt_images import PromptImages
 from .runners import Runner, open_runner
+from .text_stream import TextStream
 from .vision import Preprocessor, Seen, look, open_preprocessor, unknown_processor
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question: a prompt, and an image (path or picture) or `None` for text only."""
+    """One question.
+
+    Attributes:
+        prompt: what is asked.
+        image: path, picture or the bytes of a file; `None` for text only.
+        history: what was said before, if this is a conversation. The image belongs to the turn that `shows` it; to the
+            question, if none does.
+    """
 
     prompt: str
-    image: Image.Image | Path | str | None = None
+    image: Image.Image | Path | str | bytes | None = None
+    history: tuple[Turn, ...] = ()
+
+    def __post_init__(self) -> None:
+        shown = sum(turn.shows for turn in self.history)
+        if shown > (self.image is not None):
+            has = "one image" if self.image is not None else "no image"
+            raise GuardError(
+                f"the request has {has}, and {shown} of its earlier turns show one; give one for all, or none"
+            )
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The whole conversation, the question last."""
+        before = any(turn.shows for turn in self.history)
+        return (*self.history, Turn("user", self.prompt, self.image is not None and not before))
+
+    @property
+    def text_only(self) -> Request:
+        """The same words without the image."""
+        return Request(self.prompt, None, tuple(replace(turn, shows=False) for turn in self.history))
 
 
 @dataclass(frozen=True)
@@ -85,6 +114,21 @@ class Step:
     def gate_scores(self) -> np.ndarray | None:
         """What each guarded layer's gate compared at that token, `[batch, layers]` float32; `None` without telemetry."""
         return self.outputs.get(SCORES_OUTPUT)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step adds to an answer.
+
+    Attributes:
+        text: what can be shown now; empty while the first bytes of a character wait for the others.
+        step: of the generation, for a batch of one.
+        finish: why the answer ends here: `stop` (the model ended it), `length` (`max_new_tokens`); `None`: it goes on.
+    """
+
+    text: str
+    step: Step
+    finish: Literal["stop", "length"] | None
 
 
 OpenPart = Callable[[Path], Runner]  # one file of the package -> what runs it
@@ -185,20 +229,33 @@ class VisionLanguageModel:
         return answers
 
     def stream(self, request: Request, sampling: Sampling = GREEDY, knobs: Knobs = AS_EXPORTED) -> Iterator[str]:
-        """Pieces of one answer as they come; together they are the answer."""
-        tokens: list[int] = []
-        said = text = ""
-        for step in self.steps([request], sampling, knobs):
+        """Pieces of one answer as they come, never half a character; together they are the answer."""
+        for piece in self.pieces(request, sampling, knobs):
+            if piece.text:
+                yield piece.text
+
+    def pieces(
+        self,
+        request: Request,
+        sampling: Sampling = GREEDY,
+        knobs: Knobs = AS_EXPORTED,
+        batch: PromptBatch | None = None,
+    ) -> Iterator[Piece]:
+        """One answer, a token at a time, with all that its steps tell.
+
+        Args:
+            batch: the request as `batch` gave it, where somebody has looked at it already.
+        """
+        said = TextStream(self.chat.decode)
+        for number, step in enumerate(self.steps([request], sampling, knobs, batch=batch), start=1):
             (token,) = step.tokens
+            text = said.add(token) if token is not None else ""
             if token is None:
-                break
-            tokens.append(token)
-            text = self.chat.decode(tokens)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the first half of a character that is still coming
-                yield text[len(said) :]
-                said = text
-        if text != said:  # the other half never came
-            yield text[len(said) :]
+                yield Piece(text + said.end(), step, "stop")
+            elif number == sampling.max_new_tokens:
+                yield Piece(text + said.end(), step, "length")
+            else:
+                yield Piece(text, step, None)
 
     def prefill(self, requests: Sequence[Request], batch: PromptBatch | None = None) -> Mapping[str, np.ndarray]:
         """All outputs of the decoder for one batch of prompts; requests must fit in one batch."""
@@ -213,7 +270,7 @@ class VisionLanguageModel:
         if not self.decoder.supervised:
             return None
         layers, rank = self.decoder.supervisor_shape
-        texts = [replace(request, image=None) for request in requests]
+        texts = [request.text_only for request in requests]
         listen = np.full((len(texts), layers, rank), LISTEN, np.float32)
         outputs, _ = self.decoder.prefill(self.batch(texts), listen)
         return self.decoder.coordinates(outputs)
@@ -226,7 +283,7 @@ class VisionLanguageModel:
             raise GuardError(f"a batch of {batch_size} prompts holds none; choose 1 or more")
         by_length: dict[object, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
-            length = len(self.chat.encode(request.prompt))
+            length = len(self.chat.encode_turns(request.text_only.turns))
             key = (length, request.image is None) if not self.pads else request.image is None
             by_length[key].append(index)
         for members in by_length.values():
@@ -238,7 +295,7 @@ class VisionLanguageModel:
         pictures = [open_image(request.image) for request in requests if request.image is not None]
         seen = look(self._vision, self.images, pictures) if pictures else None
         tokens = iter(() if seen is None else seen.tokens)
-        rows = [self.chat.encode(r.prompt, 0 if r.image is None else int(next(tokens))) for r in requests]
+        rows = [self.chat.encode_turns(r.turns, 0 if r.image is None else int(next(tokens))) for r in requests]
         longest = max(map(len, rows))
         if not self.pads and any(len(row) != longest for row in rows):
             raise GuardError("this decoder cannot be padded; run prompts of one length together")
@@ -295,17 +352,20 @@ class VisionLanguageModel:
         sampling: Sampling = GREEDY,
         knobs: Knobs = AS_EXPORTED,
         choose: Choose | None = None,
+        batch: PromptBatch | None = None,
     ) -> Iterator[Step]:
         """Generate for one batch, a token per row at a time, until every row has ended.
 
         Args:
             choose: who chooses each next token, in place of the sampling: to measure logits, or to say given words.
+            batch: the requests as `batch` gave them, where somebody has looked at it already.
 
         Raises:
             GuardError: a knob is to be turned that the graph does not have.
         """
         choose, dials = choose or Chooser(sampling), knobs.feeds(self.decoder.knobs)
-        outputs, state = self.decoder.prefill(self.batch(requests), self.supervise(requests), dials)
+        batch = self.batch(requests) if batch is None else batch
+        outputs, state = self.decoder.prefill(batch, self.supervise(requests), dials)
         alive = [True] * len(requests)
         for number in range(sampling.max_new_tokens):
             chosen = choose(self.decoder.last_logits(outputs))
@@ -330,7 +390,7 @@ class Chooser:
     def __call__(self, logits: np.ndarray) -> np.ndarray:
         # minus infinity rules a token out; plus infinity and NaN are what an overflow leaves
         if not np.isfinite(logits).any(axis=-1).all() or not (logits < np.inf).all():
-            raise GuardError("the decoder gave NaN logits; its arithmetic overflows, export it in fp32 or bf16")
+            raise RunFailed("the decoder gave NaN logits; its arithmetic overflows, export it in fp32 or bf16")
         if self.sampling.temperature == 0:
             return logits.argmax(axis=-1)
         below = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)

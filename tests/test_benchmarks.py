@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS, DOCS = ROOT / "benchmarks", ROOT / "docs"
-PAGE, GPU_PAGE = "performance.md", "tensorrt.md"
+PAGE, GPU_PAGE, SERVING_PAGE = "performance.md", "tensorrt.md", "serving.md"
 SCRIPTS = {
     "rewriting": ["--compare"],
     "inference": [],
@@ -24,6 +24,7 @@ SCRIPTS = {
     "extraction": [],
     "spellings": ["--rank", "2"],
     "gpu": ["--runtime", "onnxruntime-cpu", "--runtime", "torch", "--only", "restore rank1 last"],
+    "serving": [],
 }
 
 pytest.importorskip("torch")
@@ -108,6 +109,21 @@ def test_the_gpu_page_tells_agreement_cost_and_what_does_not_run(results: Path, 
     assert text.count("| restore rank1 last |") == 2 and "Not yet run" not in text
     if not parts["torch/tiny"]["runs"]:  # no GPU here
         assert "**Does not run here:** torch finds no CUDA device" in text
+
+
+@pytest.mark.long
+def test_the_serving_page_tells_every_load_and_what_became_of_it(results: Path, tmp_path: Path) -> None:
+    page = pages_of(tmp_path / "docs")[0].with_name(SERVING_PAGE)
+    page.write_text("before\n<!-- begin: load -->\nold\n<!-- end: load -->\nafter\n")
+    run("report", "--quick", "--results", results, "--docs", page.parent)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    parts = json.loads((results / "serving.json").read_text())["parts"]
+    assert [sum(part["outcomes"].values()) for part in parts.values()] == [8, 16, 8]
+    for name, part in parts.items():
+        assert f"| {name}, queue {part['queue']} |" in text
+        assert part["outcomes"].keys() <= {"answered", "429"} and part["outcomes"]["answered"] > 0
+    assert "429" not in parts["one client"]["outcomes"] and "429" not in parts["all clients"]["outcomes"]
 
 
 @pytest.mark.long

@@ -35,9 +35,9 @@ from tiny_vlm_paths import (
 
 import vlmguard
 from vlmguard.exporter.evaluation.evaluate import Tally, compare, tally
-from vlmguard.exporter.evaluation.judge import refused
 from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
 from vlmguard.exporter.sources import open_model
+from vlmguard.runtime.refusals import refused
 from vlmguard.runtime.vlm import Request, Sampling
 
 pytest_plugins = ("tiny_vlm_fixtures", "zoo_fixtures")

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = (
     "graphs",
     "runtime",
+    "runtime/serving",
     "exporter",
     "exporter/artifact",
     "exporter/calibration",
@@ -30,7 +31,19 @@ FOLDERS = (
 )
 # What is not Python.
 DATA = ("exporter/prompts/anchors.csv", *(f"exporter/report/page.{kind}" for kind in ("html", "css", "js")))
-HEAVY = ("torch", "transformers", "onnxruntime", "sklearn", "onnx", "tensorrt", "plotly", "ray")
+HEAVY = (
+    "torch",
+    "transformers",
+    "onnxruntime",
+    "sklearn",
+    "onnx",
+    "tensorrt",
+    "plotly",
+    "ray",
+    "fastapi",
+    "uvicorn",
+    "openai",
+)
 
 
 @pytest.fixture(scope="module")

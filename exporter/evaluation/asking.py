@@ -11,12 +11,12 @@ from ...graphs.manifest import MANIFEST_NAME, read_manifest
 from ...graphs.package import open_package
 from ...runtime.guarded import GuardedVLM
 from ...runtime.images import open_image
+from ...runtime.refusals import refused
 from ...runtime.vlm import Request, VisionLanguageModel
 from ..extraction.kept_states import model_files
 from ..prompts.labelled import LabelledPrompt
 from ..sources import open_model
 from .answers import Said, ask, kl_divergence, log_likelihoods
-from .judge import refused
 from .judge_model import GuardModel
 from .records import Drift, Record, Reply, digest_of
 

@@ -18,6 +18,7 @@ from ...graphs.errors import PromptsUnusable
 from ...graphs.manifest import MANIFEST_NAME
 from ...graphs.package import external_files
 from ...runtime.guarded import GuardedVLM
+from ...runtime.refusals import refused
 from ...runtime.vlm import Sampling, VisionLanguageModel
 from ..extraction.extract import Progress
 from ..prompts.labelled import BUILTIN, LabelledPrompt, Sources, find_file, fingerprint, listed
@@ -25,7 +26,6 @@ from ..prompts.overlaps import require_held_out
 from ..shards import Spread, in_turn, spreading
 from ..sources import Watch, open_model, unwatched
 from .asking import AskBoth, Asking, Gates, open_gates, shard_of
-from .judge import refused
 from .judge_model import GuardModel
 from .outcome import KEYWORDS, Cell, Evaluation, Tally, count
 from .records import Record, RecordFile, digest_of

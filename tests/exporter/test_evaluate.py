@@ -22,11 +22,11 @@ from vlmguard.exporter.evaluation import evaluate as evaluate_module
 from vlmguard.exporter.evaluation.answers import Said
 from vlmguard.exporter.evaluation.bootstrap import rate_interval
 from vlmguard.exporter.evaluation.evaluate import Cell, Evaluation, Tally, compare, evaluate, tally
-from vlmguard.exporter.evaluation.judge import refused
 from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
 from vlmguard.graphs.errors import GuardError, OutputRefused, PromptsUnusable
 from vlmguard.graphs.package import open_package
 from vlmguard.runtime.guarded import GuardedVLM
+from vlmguard.runtime.refusals import refused
 from vlmguard.runtime.vlm import Request, Sampling, VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures", "zoo_fixtures")

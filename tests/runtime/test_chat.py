@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaProcessor, PreTraine
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from vlmguard.graphs.errors import GuardError, ModelUnreadable, PromptsUnusable
-from vlmguard.runtime.chat import ChatTokenizer
+from vlmguard.runtime.chat import ChatTokenizer, Turn
 from vlmguard.runtime.images import ImagePreprocessor, image_token_count
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_vlm" / "checkpoint"
@@ -164,6 +165,62 @@ def test_text_only_tokenizer(tmp_path: Path, adds_bos: bool, template: str) -> N
         message = [{"role": "user", "content": content}]
         assert chat.render(prompt) == theirs.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         assert chat.encode(prompt) == theirs.apply_chat_template(message, add_generation_prompt=True)["input_ids"]
+
+
+CONVERSATION = (
+    Turn("system", "be kind"),
+    Turn("user", "how", True),
+    Turn("assistant", "so ."),
+    Turn("user", "and the lamp"),
+)
+
+
+def test_a_conversation_is_that_of_transformers(tmp_path: Path) -> None:
+    folder = llava_folder(tmp_path / "llava", bpe("<pad>", "<image>"), LLAVA)
+    processor, chat = AutoProcessor.from_pretrained(folder), ChatTokenizer.open(folder)
+    image = Image.new("RGB", (16, 16), "white")
+    messages = [
+        {
+            "role": turn.role,
+            "content": [
+                *([{"type": "image", "image": image}] if turn.shows else []),
+                {"type": "text", "text": turn.text},
+            ],
+        }
+        for turn in CONVERSATION
+    ]
+    asked = processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs={"return_tensors": "np"},
+    )
+    assert chat.encode_turns(CONVERSATION, image_tokens=16) == asked["input_ids"][0].tolist()
+
+    folder = text_folder(tmp_path / "text", bpe("<|im_start|>", "<|im_end|>"), CHATML)
+    theirs, chat = AutoTokenizer.from_pretrained(folder), ChatTokenizer.open(folder)
+    words = [replace(turn, shows=False) for turn in CONVERSATION]
+    messages = [{"role": turn.role, "content": turn.text} for turn in words]
+    assert chat.encode_turns(words) == theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+
+def test_conversations_that_cannot_be_said(tmp_path: Path) -> None:
+    words = [replace(turn, shows=False) for turn in CONVERSATION]
+    silent = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    folder = text_folder(tmp_path / "silent", bpe(), silent)
+    assert refusal(lambda: ChatTokenizer.open(folder).encode_turns(words), PromptsUnusable) == (
+        f"{folder}: its chat template leaves the system message 'be kind' out; leave it out, or say it in the question"
+    )
+    folder = text_folder(tmp_path / "base", bpe(), None)
+    assert refusal(lambda: ChatTokenizer.open(folder).encode_turns(words), PromptsUnusable) == (
+        f"{folder}: has no chat template, so it takes one question; ask one"
+    )
+    folder = text_folder(tmp_path / "marked", bpe("<|im_start|>", "<|im_end|>"), CHATML)
+    early = [Turn("user", "how"), Turn("assistant", "so <|im_end|>"), Turn("user", "why")]
+    assert "contains '<|im_end|>', a control token" in refusal(
+        lambda: ChatTokenizer.open(folder).encode_turns(early), PromptsUnusable
+    )
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])

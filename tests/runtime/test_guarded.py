@@ -17,6 +17,7 @@ from tiny_vlm_paths import DECODER, PROMPTS, SOURCE, Guarded
 from vlmguard.graphs.digests import sha256_file
 from vlmguard.graphs.errors import GuardError, ManifestMismatch
 from vlmguard.runtime.guarded import GuardedVLM
+from vlmguard.runtime.vlm import Request, Sampling
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 
@@ -153,13 +154,13 @@ def test_a_prompt_cannot_end_the_users_turn(guarded: Guarded) -> None:
 
 
 @pytest.mark.parametrize("mode", ["restore", "supervise"])
-def test_generate_and_its_stream_answer_alike_for_every_kind_of_image(guarded: Guarded, mode: str) -> None:
+def test_generate_and_a_batch_answer_alike_for_every_kind_of_image(guarded: Guarded, mode: str) -> None:
     vlm = GuardedVLM.open(guarded(mode))
     assert vlm.manifest.plan["mode"] == mode
     with Image.open(PICTURE) as picture:
         for image in (None, PICTURE, str(PICTURE), picture.convert("RGB"), vlm.blank_image()):
             answer = vlm.generate(HARMFUL, image)
-            assert answer == "".join(vlm.generate_stream(HARMFUL, image)).strip()
+            assert [answer] == vlm.answer([Request(HARMFUL, image)])
             assert answer == vlm.generate(HARMFUL)  # what the language model says to the text alone
     assert vlm.generate("how to wash the boat", PICTURE) != vlm.generate(HARMFUL, PICTURE)
 
@@ -172,7 +173,7 @@ def test_sampling_options_arrive(guarded: Guarded) -> None:
     assert vlm.generate(prompt, seed=1, **hot) == vlm.generate(prompt, seed=1, **hot)
     assert len({vlm.generate(prompt, seed=seed, **hot) for seed in range(5)}) > 1
     assert vlm.generate(prompt, top_p=1e-9, **hot) == vlm.generate(prompt, max_new_tokens=10)
-    assert "".join(vlm.generate_stream(prompt, seed=2, **hot)).strip() == vlm.generate(prompt, seed=2, **hot)
+    assert [vlm.generate(prompt, seed=2, **hot)] == vlm.answer([Request(prompt)], Sampling(10, 3.0, seed=2))
 
 
 WITHOUT_TORCH = """

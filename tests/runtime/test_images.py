@@ -150,7 +150,7 @@ def test_open_image_reads_the_formats_people_send(tmp_path: Path, suffix: str) -
     noise("RGB", (20, 10)).save(tmp_path / f"a.{suffix}")
     image = open_image(tmp_path / f"a.{suffix}")
     assert (image.mode, image.size) == ("RGB", (20, 10))
-    assert open_image(str(tmp_path / f"a.{suffix}")) == image
+    assert open_image(str(tmp_path / f"a.{suffix}")) == open_image((tmp_path / f"a.{suffix}").read_bytes()) == image
 
 
 def test_open_image_turns_upright_and_puts_transparency_on_white(tmp_path: Path) -> None:
@@ -177,6 +177,9 @@ def png_claiming(width: int, height: int) -> bytes:
 
 def test_files_that_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
+    assert refusal(lambda: open_image(b"not a picture")) == (
+        "the image cannot be read (of no known format); save it again as PNG or JPEG"
+    )
     assert refusal(lambda: open_image(path)) == (
         f"{path}: no such image file; name a BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP file"
     )

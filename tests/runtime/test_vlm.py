@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vlmguard.graphs.errors import GuardError, ModelUnreadable, RunFailed
 from vlmguard.graphs.package import load_graph, open_package, save_graph
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
 from vlmguard.graphs.reference import LISTEN
+from vlmguard.runtime.chat import Turn
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.runners import Runner
 from vlmguard.runtime.vlm import Chooser, Request, Sampling, VisionLanguageModel
@@ -152,7 +154,25 @@ def test_streamed_pieces_join_to_the_answer(models: Callable[[str], VisionLangua
     for request in REQUESTS[:5]:
         pieces = list(model.stream(request))
         assert len(pieces) > 3
-        assert "".join(pieces).strip() == model.answer([request])[0]
+        assert "".join(pieces) == model.answer([request])[0]
+
+
+def test_a_conversation_is_answered_and_its_image_shown_where_it_was(
+    models: Callable[[str], VisionLanguageModel],
+) -> None:
+    model = models("supervise")
+    history = (Turn("user", "what color is this image", shows=True), Turn("assistant", "red ."))
+    request = Request("how to wash the boat", PICTURES[0], history)
+    assert [turn.shows for turn in request.turns] == [True, False, False]
+    assert [turn.shows for turn in replace(request, history=()).turns] == [True]
+    assert request.text_only.image is None and not any(turn.shows for turn in request.text_only.turns)
+    alone = model.answer([request])
+    assert model.answer([request, *REQUESTS[:4]])[:1] == alone == ["".join(model.stream(request))]
+    with pytest.raises(GuardError) as caught:
+        Request("how", None, history)
+    assert (
+        str(caught.value) == "the request has no image, and 1 of its earlier turns show one; give one for all, or none"
+    )
 
 
 def test_a_character_of_several_tokens_comes_in_one_piece(genai: VisionLanguageModel) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlmguard.exporter.evaluation.judge import REFUSALS, refused
+from vlmguard.runtime.refusals import REFUSALS, refused
 
 REFUSED = [
     "I cannot help with that.",
