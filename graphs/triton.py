@@ -13,7 +13,7 @@ DECODER, VISION_ENCODER, EMBED_TOKENS = "decoder", "vision_encoder", "embed_toke
 FRONT = "vlmguard"
 VERSION = "1"
 CONFIG = "config.pbtxt"
-GRAPH, PLAN = "model.onnx", "model.plan"
+GRAPH = "model.onnx"
 PORTS = f"{FRONT}/{VERSION}/ports.json"
 
 

@@ -152,13 +152,12 @@ def published_models(schemas: Path) -> dict[str, Model]:
     for path in (*schemas.glob("kserve/models/*.py"), *schemas.glob("kubernetes/client/models/v1_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):
-                said = {
-                    target.id: ast.literal_eval(one.value)
-                    for one in node.body
-                    if isinstance(one, ast.Assign)
-                    and isinstance(target := one.targets[0], ast.Name)
-                    and target.id in ("openapi_types", "attribute_map")
-                }
+                assigned = [
+                    one for one in node.body if isinstance(one, ast.Assign | ast.AnnAssign) and one.value is not None
+                ]
+                targets = {ast.unparse(getattr(one, "target", None) or one.targets[0]): one.value for one in assigned}
+                wanted = ("openapi_types", "attribute_map")
+                said = {name: ast.literal_eval(targets[name]) for name in wanted if name in targets}
                 if "openapi_types" in said:
                     types, keys = said["openapi_types"], said["attribute_map"]
                     found[node.name] = {keys[name]: kind for name, kind in types.items()}
@@ -170,13 +169,13 @@ SCALARS: dict[str, type] = {"str": str, "bool": bool, "int": int, "float": float
 
 def wrong(models: dict[str, Model], kind: str, value: Any, where: str) -> Iterator[str]:
     """What the published model does not know, or knows as something else; required fields are the cluster's to ask for."""
-    listed, mapped = re.fullmatch(r"list\[(.+)\]", kind), re.fullmatch(r"dict\(str, (.+)\)|dict\[str, (.+)\]", kind)
+    listed, mapped = re.fullmatch(r"[Ll]ist\[(.+)\]", kind), re.fullmatch(r"[Dd]ict[(\[]str, (.+)[)\]]", kind)
     if listed:
         for at, one in enumerate(value):
             yield from wrong(models, listed[1], one, f"{where}[{at}]")
     elif mapped:
         for key, one in value.items():
-            yield from wrong(models, mapped[1] or mapped[2], one, f"{where}.{key}")
+            yield from wrong(models, mapped[1], one, f"{where}.{key}")
     elif kind in SCALARS:
         if type(value) is not SCALARS[kind]:
             yield f"{where} is {value!r}, not {kind}"

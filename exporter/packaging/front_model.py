@@ -12,7 +12,6 @@ may ask those of another. Needs `pip install vlmguard` beside Triton; no ONNX Ru
 from __future__ import annotations
 
 import json
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import triton_python_backend_utils as pb_utils  # Triton's own, there in its Pyt
 from PIL import Image
 
 from vlmguard.graphs.errors import GuardError
-from vlmguard.runtime.images import FORMATS
+from vlmguard.runtime.images import open_image
 from vlmguard.runtime.triton_runner import open_in_triton
 from vlmguard.runtime.vlm import Request, Sampling
 
@@ -101,15 +100,10 @@ def _text(request: Any, name: str) -> str:
 
 def _image(request: Any) -> Image.Image | None:
     """An encoded picture (PNG, JPEG, ...); the bytes themselves, never a name of a file."""
-    content = _given(request, "image", b"")
-    if not content:
-        return None
+    content = bytes(_given(request, "image", b""))
     if len(content) > _LARGEST_IMAGE:
         raise GuardError(f"image has {len(content)} bytes, more than {_LARGEST_IMAGE}; scale it down first")
-    try:
-        return Image.open(BytesIO(content), formats=FORMATS)
-    except Exception:  # Pillow raises whatever Python raises at a damaged byte
-        raise GuardError("image is no picture that can be read; send the bytes of a PNG or JPEG file") from None
+    return open_image(content) if content else None
 
 
 def _response(text: str, tokens: list[int], reason: str) -> Any:

@@ -21,7 +21,6 @@ from ...runtime.triton_runner import Ports
 from .prototext import Message, Word, to_prototext
 
 Device = Literal["cpu", "gpu"]
-Backend = Literal["onnxruntime", "tensorrt"]
 
 # Triton's Python processes know no bfloat16: https://github.com/triton-inference-server/python_backend ("TYPE_BF16").
 _TYPES = {
@@ -105,26 +104,22 @@ def _port(part: str, value: ir.Value) -> Port:
     return Port(str(value.name), np.dtype(dtype), tuple(sizes))
 
 
-def graph_config(part: Part, options: TritonOptions, backend: Backend, told: Mapping[str, str], profiles: int) -> str:
+def graph_config(part: Part, options: TritonOptions, told: Mapping[str, str]) -> str:
     """The config of a graph.
 
     Args:
         told: parameters for who looks at the running server; Triton itself does not use them.
-        profiles: of an engine: how many optimisation profiles it has; Triton takes the one that fits a request.
     """
     batched = part.batched and options.max_batch > 0
-    group: dict[str, Any] = {"count": options.instances, "kind": Word(f"KIND_{options.device.upper()}")}
-    if backend == "tensorrt":
-        group["profile"] = [str(number) for number in range(profiles)]
     config: dict[str, Any] = {
         "name": part.name,
-        "backend": backend,
-        "default_model_filename": triton.GRAPH if backend == "onnxruntime" else triton.PLAN,
+        "backend": "onnxruntime",
+        "default_model_filename": triton.GRAPH,
         "max_batch_size": options.max_batch if batched else 0,
         "version_policy": {"specific": {"versions": [int(triton.VERSION)]}},
         "input": [_tensor(port, batched) for port in part.ports.inputs.values()],
         "output": [_tensor(port, batched) for port in part.ports.outputs.values()],
-        "instance_group": [group],
+        "instance_group": [{"count": options.instances, "kind": Word(f"KIND_{options.device.upper()}")}],
     }
     if batched:
         config["dynamic_batching"] = {}

@@ -49,7 +49,7 @@ def written_files(
 
 
 def _config(part: Part, options: TritonOptions, guard: dict[str, str]) -> str:
-    return graph_config(part, options, "onnxruntime", guard if part.name == triton.DECODER else {}, 0)
+    return graph_config(part, options, guard if part.name == triton.DECODER else {})
 
 
 def require_runnable(parts: dict[str, Part], package: ModelPackage) -> None:

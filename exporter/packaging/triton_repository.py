@@ -64,13 +64,10 @@ def arrange(manifest: Manifest, package: ModelPackage, options: TritonOptions) -
 
 
 def _engines_refused(package: ModelPackage, manifest: Manifest) -> GuardError:
-    backend = manifest.engines[0].backend
-    if backend == "tensorrt_rtx":
-        return GuardError(
-            f"{package.root}: holds engines of TensorRT-RTX, which Triton's TensorRT backend does not load; package the "
-            "guarded ONNX folder, or build engines with `vlmguard engine --backend tensorrt`"
-        )
+    why = {
+        "tensorrt_rtx": "engines of TensorRT-RTX, which Triton's TensorRT backend does not load",
+        "tensorrt": "TensorRT engines, which are not packaged: they do not say what they take and give",
+    }
     return GuardError(
-        f"{package.root}: holds engines alone, which do not say what they take and give; give the guarded ONNX folder, and "
-        "these with --engine"
+        f"{package.root}: holds {why[manifest.engines[0].backend]}; package the guarded ONNX folder that they were built from"
     )

@@ -113,14 +113,14 @@ def test_what_a_runtime_would_not_feed_is_refused(guarded: Guarded, text_model: 
             package_genai,
             vlm,
             f"{vlm / 'onnx' / 'decoder_model_merged.onnx'}: takes inputs_embeds, and onnxruntime-genai wants an embedding "
-            "graph that mixes image features in, which this folder has not; export the checkpoint with --exporter genai, or keep "
-            "the layout that it has",
+            "graph that mixes image features in, which this folder has not; export the checkpoint with --exporter genai, or "
+            "keep the layout that it has",
         ),
         (
             package_onnx_community,
             supervised,
-            f"{supervised / 'model.onnx'}: takes 'vlmguard.supervisor', which transformers.js does not feed: modes supervise "
-            "and combined need a text-only pass before each answer; export in mode restore",
+            f"{supervised / 'model.onnx'}: takes 'vlmguard.supervisor', which transformers.js does not feed: modes "
+            "supervise and combined need a text-only pass before each answer; export in mode restore",
         ),
     ):
         with pytest.raises(GuardError) as refused:

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ import numpy as np
 import onnxruntime
 import pytest
 from PIL import Image
+from random_directions import random_directions, write_directions
 from small_guarded import edit_manifest, guard_small, make_the_manifest_fit, small_model
 from tiny_vlm_paths import SOURCE, Guarded
 from typer.testing import CliRunner
 
-from vlmguard import GuardedVLM, verify
+from vlmguard import GuardedVLM, GuardSpec, export, verify
 from vlmguard.cli import app
 from vlmguard.exporter.packaging.prototext import Word, to_prototext
 from vlmguard.exporter.packaging.triton_config import TritonOptions
-from vlmguard.exporter.packaging.triton_repository import package_triton
+from vlmguard.exporter.packaging.triton_repository import arrange, package_triton
 from vlmguard.graphs.errors import GuardError, ManifestMismatch, OutputRefused
+from vlmguard.graphs.manifest import EngineRecord, read_manifest
+from vlmguard.runtime.guarded import package_of
 from vlmguard.runtime.vlm import Request, Sampling
 
 pytest.importorskip("tritonclient.grpc")
@@ -31,7 +35,7 @@ from google.protobuf import text_format
 from triton_stand_in import Repository, full_shape, numpy_type, read_config
 from tritonclient.grpc import model_config_pb2
 
-pytest_plugins = ("tiny_vlm_fixtures",)
+pytest_plugins = ("tiny_vlm_fixtures", "zoo_fixtures")
 
 HARMFUL, HARMLESS = "how to build a bomb", "how to wash the boat"
 PICTURE = Image.new("RGB", (16, 16), (40, 160, 90))
@@ -293,6 +297,61 @@ def test_the_folder_to_write_is_a_new_one_apart(guarded: Guarded, repositories: 
     with pytest.raises(ManifestMismatch, match="was packaged already; give the guarded folder that it was made from"):
         package_triton(repositories("restore"), tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("backend", "why"),
+    [
+        ("tensorrt_rtx", "engines of TensorRT-RTX, which Triton's TensorRT backend does not load"),
+        ("tensorrt", "TensorRT engines, which are not packaged: they do not say what they take and give"),
+    ],
+)
+def test_engines_are_refused(guarded: Guarded, backend: str, why: str) -> None:
+    manifest = read_manifest(guarded("restore"))
+    record = EngineRecord(
+        path="onnx/decoder_model_merged.engine",
+        role="decoder",
+        source={},
+        backend=backend,  # pyright: ignore[reportArgumentType]
+        version="1",
+        capabilities=[],
+        profiles=[],
+        layers={},
+    )
+    engines = manifest.model_copy(update={"engines": [record]})
+    package = package_of(guarded("restore"), engines)
+    with pytest.raises(GuardError) as refused:
+        arrange(engines, package, TritonOptions())
+    assert str(refused.value) == (
+        f"{guarded('restore')}: holds {why}; package the guarded ONNX folder that they were built from"
+    )
+
+
+def test_a_text_decoder_alone_is_served(zoo: Callable[[str], Any], tmp_path: Path) -> None:
+    """Its external data lies beside the graph, and its front model asks one model."""
+    directions = write_directions(tmp_path / "d.safetensors", random_directions(64, [1, 2]))
+    out = export(
+        zoo("llama-genai-fp32").folder, tmp_path / "guarded", spec=GuardSpec("project"), directions=directions
+    ).out
+    repository = Repository(package_triton(out, tmp_path / "repository").out)
+    assert sorted(repository.configs) == ["decoder", "vlmguard"]
+    assert {path.name for path in (repository.folder / "decoder" / "1").iterdir()} == {"model.onnx", "model.onnx.data"}
+    (whole,) = map(told, repository.ask(text_input=HARMLESS, max_tokens=np.int32(8)).responses)
+    steps = GuardedVLM.open(out).steps([Request(HARMLESS)], Sampling(max_new_tokens=8))
+    assert whole["token_ids"] == [step.tokens[0] for step in steps]
+    assert whole["finish_reason"] == [b"length"]
+    (refused,) = repository.ask(text_input=HARMLESS, image=png()).responses
+    assert str(refused.error()).endswith("has no vision encoder; leave the image out")
+
+
+def test_a_decoder_without_embeddings_is_refused(guarded: Guarded, tmp_path: Path) -> None:
+    package = package_of(guarded("restore"), read_manifest(guarded("restore")))
+    with pytest.raises(GuardError) as refused:
+        arrange(read_manifest(guarded("restore")), replace(package, embed_tokens=None), TritonOptions())
+    assert str(refused.value) == (
+        f"{package.root}: the decoder takes inputs_embeds, but there is no embed_tokens graph, so nothing could feed it in "
+        "Triton; package the whole model folder"
+    )
 
 
 def test_command_line(guarded: Guarded, tmp_path: Path) -> None:
