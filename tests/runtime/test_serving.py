@@ -515,7 +515,7 @@ def left_alone(one: Served) -> socket.socket:
 
 
 def test_a_request_has_its_time_and_no_more(vlm: GuardedVLM, paced: Paced) -> None:
-    with serving(vlm, concurrency=1, queue=1, timeout=0.5) as one:
+    with serving(vlm, concurrency=1, queue=1, timeout=2.0) as one:
         late = one.ask(asking(HARMLESS))
         assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
         waited = one.ask(asking(HARMLESS))  # the first still has the place: its thread waits for a token
