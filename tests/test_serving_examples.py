@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import vlmguard
+from vlmguard.cli import app
 
 yaml = pytest.importorskip("yaml")
 
@@ -71,6 +72,20 @@ def test_parts_of_a_manifest_name_each_other() -> None:
     assert [probe["port"] for probe in (*probes, {"port": by_kind["Service"]["spec"]["ports"][0]["targetPort"]})] == (
         [port["name"]] * 4
     )
+
+
+def test_what_the_deployment_asks_of_the_server_are_its_options() -> None:
+    from typer.main import get_command
+
+    known = {option for one in get_command(app).commands["serve"].params for option in one.opts}  # pyright: ignore
+    (_, container), _ = pods()
+    entrypoint = re.search(r"^ENTRYPOINT (.+)$", (SERVING / "Dockerfile").read_text(), re.MULTILINE)
+    assert entrypoint is not None
+    words = [*yaml.safe_load(entrypoint[1]), *container["args"]]
+    assert words[:2] == ["vlmguard", "serve"]
+    assert {word for word in words if word.startswith("--")} <= known
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert words[2] in mounts and str(Path(words[words.index("--api-key-file") + 1]).parent) in mounts
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "triton.Dockerfile"])
