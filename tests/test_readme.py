@@ -108,7 +108,7 @@ ROWS: dict[str, tuple[Callable[[str, Path], None], Callable[[Path, Callable[[str
     "a browser": (serving, nothing, False),
     "OpenVINO": (made, nothing, False),
     "C++": (made, nothing, False),
-    "Triton Inference Server": (once, nothing, True),
+    "Triton Inference Server": (once, nothing, False),
     "an OpenAI-compatible server": (serving, nothing, False),
     "Olive": (made, nothing, False),
     "transformers.exporters": (once, exported_folder, False),
