@@ -83,6 +83,10 @@ def nothing(folder: Path, get: Callable[[str], Any]) -> None:
     pass
 
 
+def tensorrt(folder: Path, get: Callable[[str], Any]) -> None:
+    pytest.importorskip("tensorrt_rtx")  # which the `test` extra has where NVIDIA ships it
+
+
 def genai_folder(folder: Path, get: Callable[[str], Any]) -> None:
     pytest.importorskip("onnxruntime_genai")
     from integrations.genai.check import build
@@ -102,13 +106,13 @@ def exported_folder(folder: Path, get: Callable[[str], Any]) -> None:
 ROWS: dict[str, tuple[Callable[[str, Path], None], Callable[[Path, Callable[[str], Any]], None], bool]] = {
     "onnxruntime, Python": (once, nothing, True),
     "onnxruntime-gpu, CUDA": (once, nothing, True),
-    "TensorRT, TensorRT-RTX": (once, nothing, False),
+    "TensorRT, TensorRT-RTX": (once, tensorrt, False),
     "onnxruntime-genai": (once, genai_folder, False),
     "Node.js, transformers.js": (made, nothing, False),
     "a browser": (serving, nothing, False),
     "OpenVINO": (made, nothing, False),
     "C++": (made, nothing, False),
-    "Triton Inference Server": (once, nothing, True),
+    "Triton Inference Server": (once, nothing, False),
     "an OpenAI-compatible server": (serving, nothing, False),
     "Olive": (made, nothing, False),
     "transformers.exporters": (once, exported_folder, False),
