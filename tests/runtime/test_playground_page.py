@@ -19,7 +19,7 @@ import vlmguard
 from vlmguard.exporter.playground.facts import image_facts
 from vlmguard.exporter.playground.open import playground
 from vlmguard.exporter.playground.samples import png
-from vlmguard.exporter.playground.sides import open_sides
+from vlmguard.exporter.playground.sides import Sides, open_sides
 from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.package import open_package
@@ -152,9 +152,7 @@ def test_both_sides_compute_what_python_computes(
             assert answers[setting, "harmless", "guarded"] == answers[setting, "harmless", "base"]
 
 
-# The limit of a logit, of which the largest is about 20. float16 and int8 round states inside the graph, to 11 and 8 bits; a
-# last bit of float32 that two builds of onnxruntime give otherwise can round to the neighbour there. Weights alone (q4) do not.
-VARIANTS = {"fp16": 0.1, "q4": LIMIT, "quantized": 0.1}
+VARIANTS = ("fp16", "q4", "quantized")
 
 
 @pytest.fixture(scope="module")
@@ -183,28 +181,43 @@ def variants(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_other_precisions(browser: Browser, variants: Path, variant: str) -> None:
-    sides = open_sides(variants, variant=variant)
-    models = {
-        side: VisionLanguageModel(sides.package, graph, runtime="onnxruntime-cpu")
-        for side, graph in (("base", sides.base), ("guarded", sides.guarded))
-    }
+    """The same tokens; and logits closer to the same graph's in Python, as root mean square, than those are to float32's.
+
+    Where states are rounded inside the graph (int8: to 8 bits), a last bit that two builds of onnxruntime give otherwise can
+    round to the neighbour, and single logits then differ by tenths. Weights alone (q4) leave no such excuse.
+    """
+    asked = {"prompt": "how to steal the boat", "picture": "blank", "most": 4}
     with playground(variants, port=0, prompts=str(EVALUATION), variant=variant) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         browser.open(server.url, READY, 1200)
-        steps = browser.page.evaluate(ASK, {"prompt": "how to steal the boat", "picture": "blank", "most": 4})
+        steps = browser.page.evaluate(ASK, asked)
         server.shutdown()
     external = [address for address in server.site if address.endswith(".data")]
     assert bool(external) == (variant == "q4")
-    for side, model in models.items():
-        given = iter([step["token"] for step in steps if step["side"] == side])
-        request = [Request("how to steal the boat", model.blank_image())]
-        expected = model.steps(request, Sampling(4), choose=lambda logits, given=given: np.array([next(given)]))
+    for side in ("base", "guarded"):
         found = [step for step in steps if step["side"] == side]
-        for ours, theirs in zip(found, expected, strict=True):
-            logits = model.decoder.last_logits(theirs.outputs)[0]
-            assert np.abs(np.array(ours["logits"]) - logits).max() <= VARIANTS[variant]
-            assert ours["token"] == logits.argmax()
+        page, tokens = np.array([step["logits"] for step in found]), [step["token"] for step in found]
+        same = said_with(open_sides(variants, variant=variant), side, asked["prompt"], tokens)
+        float32 = said_with(open_sides(variants), side, asked["prompt"], tokens)
+        if variant == "q4":
+            assert np.abs(page - same).max() <= LIMIT
+        assert root_mean_square(page - same) < root_mean_square(same - float32)
+        assert tokens == page.argmax(axis=-1).tolist() == same.argmax(axis=-1).tolist()
     assert browser.said == []
+
+
+def root_mean_square(values: np.ndarray) -> float:
+    return float(np.sqrt(np.square(values).mean()))
+
+
+def said_with(sides: Sides, side: str, prompt: str, tokens: list[int]) -> np.ndarray:
+    """Logits `[calls, vocabulary]` in Python, shown a blank picture and made to say these tokens."""
+    model = VisionLanguageModel(sides.package, getattr(sides, side), runtime="onnxruntime-cpu")
+    given = iter(tokens)
+    steps = model.steps(
+        [Request(prompt, model.blank_image())], Sampling(len(tokens)), choose=lambda _: np.array([next(given)])
+    )
+    return np.stack([model.decoder.last_logits(step.outputs)[0] for step in steps])
 
 
 @pytest.mark.parametrize("filter", ["NEAREST", "BOX", "BILINEAR", "HAMMING", "BICUBIC", "LANCZOS"])
