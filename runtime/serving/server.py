@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from .app import Service
 
 _PARTS = ("fastapi", "uvicorn", "prometheus_client")
+# Seconds that an idle connection stays open. Longer than clients keep theirs (httpx, and so openai: 5), or a request would
+# now and then meet a connection that is just being closed.
+_KEEP_ALIVE = 75
 _LAST_WORDS = 5  # seconds for writing what was answered, once every answer has ended
 
 
@@ -134,6 +137,7 @@ def graceful_server(service: Service, started: Callable[[], None]) -> uvicorn.Se
         lifespan="off",
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=_LAST_WORDS,
     )
     return GracefulServer(config)
