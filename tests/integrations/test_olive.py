@@ -28,4 +28,4 @@ def test_olive_guards_and_refuses() -> None:
         mode: Agreement(**found) for mode, found in json.loads((BUILD / "olive.json").read_text())["modes"].items()
     }
     assert sorted(agreements) == sorted(MODES)
-    assert all(agreement.ok and agreement.largest_difference == 0 for agreement in agreements.values())
+    assert all(agreement.ok and agreement.largest_difference < 1e-4 for agreement in agreements.values())
