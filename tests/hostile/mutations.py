@@ -15,12 +15,14 @@ Each mutation takes a `ModelProto` and a random generator and changes the first.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 
+T = TypeVar("T")
 Mutation = Callable[[onnx.ModelProto, random.Random], None]
 ODD_NAMES = (
     "",
@@ -59,31 +61,38 @@ def nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
             stack.extend(attribute.g for attribute in node.attribute if attribute.HasField("g"))
 
 
+def one_of(pick: random.Random, items: Sequence[T]) -> T:
+    """Raises IndexError if there is none left, as `random` does and Hypothesis's generator does not."""
+    if not items:
+        raise IndexError
+    return pick.choice(items)
+
+
 def rename_a_value(model: onnx.ModelProto, pick: random.Random) -> None:
-    node = pick.choice(list(nodes(model)))
+    node = one_of(pick, list(nodes(model)))
     names = node.output if node.output and pick.random() < 0.5 else node.input
     if names:
         names[pick.randrange(len(names))] = pick.choice(ODD_NAMES)
 
 
 def rename_a_node(model: onnx.ModelProto, pick: random.Random) -> None:
-    pick.choice(list(nodes(model))).name = pick.choice(ODD_NAMES)
+    one_of(pick, list(nodes(model))).name = pick.choice(ODD_NAMES)
 
 
 def duplicate_a_name(model: onnx.ModelProto, pick: random.Random) -> None:
-    one, other = (pick.choice(list(nodes(model))) for _ in range(2))
+    one, other = (one_of(pick, list(nodes(model))) for _ in range(2))
     if one.output and other.output:
         one.output[0] = other.output[0]
 
 
 def dangle(model: onnx.ModelProto, pick: random.Random) -> None:
-    node = pick.choice(list(nodes(model)))
+    node = one_of(pick, list(nodes(model)))
     if node.input:
         node.input[pick.randrange(len(node.input))] = "nobody_makes_this"
 
 
 def swap_inputs(model: onnx.ModelProto, pick: random.Random) -> None:
-    one, other = (pick.choice(list(nodes(model))) for _ in range(2))
+    one, other = (one_of(pick, list(nodes(model))) for _ in range(2))
     if one.input and other.input:
         i, j = pick.randrange(len(one.input)), pick.randrange(len(other.input))
         one.input[i], other.input[j] = other.input[j], one.input[i]
@@ -102,7 +111,7 @@ def drop_a_node(model: onnx.ModelProto, pick: random.Random) -> None:
 
 
 def repeat_a_node(model: onnx.ModelProto, pick: random.Random) -> None:
-    model.graph.node.append(pick.choice(list(model.graph.node)))
+    model.graph.node.append(one_of(pick, list(model.graph.node)))
 
 
 def shuffle_nodes(model: onnx.ModelProto, pick: random.Random) -> None:
@@ -113,15 +122,15 @@ def shuffle_nodes(model: onnx.ModelProto, pick: random.Random) -> None:
 
 
 def forget_outputs(model: onnx.ModelProto, pick: random.Random) -> None:
-    del pick.choice(list(nodes(model))).output[:]
+    del one_of(pick, list(nodes(model))).output[:]
 
 
 def forget_inputs(model: onnx.ModelProto, pick: random.Random) -> None:
-    del pick.choice(list(nodes(model))).input[:]
+    del one_of(pick, list(nodes(model))).input[:]
 
 
 def another_operator(model: onnx.ModelProto, pick: random.Random) -> None:
-    node = pick.choice(list(nodes(model)))
+    node = one_of(pick, list(nodes(model)))
     node.op_type = pick.choice(
         ("Add", "Identity", "If", "Loop", "Scan", "Constant", "NoSuchOp", "", "MatMul", "StringNormalizer")
     )
@@ -131,13 +140,13 @@ def another_operator(model: onnx.ModelProto, pick: random.Random) -> None:
 
 def another_dtype(model: onnx.ModelProto, pick: random.Random) -> None:
     if model.graph.initializer:
-        pick.choice(list(model.graph.initializer)).data_type = pick.choice((*range(24), 99, 2**30))
+        one_of(pick, list(model.graph.initializer)).data_type = pick.choice((*range(24), 99, 2**30))
 
 
 def another_shape(model: onnx.ModelProto, pick: random.Random) -> None:
     if not model.graph.initializer:
         return
-    dims = pick.choice(list(model.graph.initializer)).dims
+    dims = one_of(pick, list(model.graph.initializer)).dims
     kind = pick.random()
     if kind < 0.5 and dims:
         dims[pick.randrange(len(dims))] = pick.choice(ODD_SIZES)
@@ -150,7 +159,7 @@ def another_shape(model: onnx.ModelProto, pick: random.Random) -> None:
 def cut_or_stretch_data(model: onnx.ModelProto, pick: random.Random) -> None:
     if not model.graph.initializer:
         return
-    tensor = pick.choice(list(model.graph.initializer))
+    tensor = one_of(pick, list(model.graph.initializer))
     data = tensor.raw_data
     tensor.raw_data = (
         data[: pick.randrange(len(data) + 1)] if pick.random() < 0.5 else data + b"\0" * pick.randrange(1, 64)
@@ -171,12 +180,12 @@ def poison_numbers(model: onnx.ModelProto, pick: random.Random) -> None:
 
 
 def another_io_type(model: onnx.ModelProto, pick: random.Random) -> None:
-    port = pick.choice([*model.graph.input, *model.graph.output])
+    port = one_of(pick, [*model.graph.input, *model.graph.output])
     kind = pick.random()
     if kind < 0.3:
         port.ClearField("type")
     elif kind < 0.6 and port.type.tensor_type.shape.dim:
-        pick.choice(list(port.type.tensor_type.shape.dim)).dim_value = pick.choice(ODD_SIZES)
+        one_of(pick, list(port.type.tensor_type.shape.dim)).dim_value = pick.choice(ODD_SIZES)
     elif kind < 0.8:
         port.type.tensor_type.elem_type = pick.choice((0, 1, 7, 8, 10, 16, 99))
     else:
@@ -209,7 +218,7 @@ def wrap_in_bodies(model: onnx.ModelProto, pick: random.Random) -> None:
 def external_data(model: onnx.ModelProto, pick: random.Random) -> None:
     if not model.graph.initializer:
         return
-    tensor = pick.choice(list(model.graph.initializer))
+    tensor = one_of(pick, list(model.graph.initializer))
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
     for key, values in (
@@ -249,9 +258,9 @@ def lie_in_metadata(model: onnx.ModelProto, pick: random.Random) -> None:
 def move_ports(model: onnx.ModelProto, pick: random.Random) -> None:
     kind = pick.random()
     if kind < 0.25 and model.graph.initializer:
-        model.graph.input.add(name=pick.choice(list(model.graph.initializer)).name)
+        model.graph.input.add(name=one_of(pick, list(model.graph.initializer)).name)
     elif kind < 0.5:
-        model.graph.output.append(pick.choice(list(model.graph.output)))
+        model.graph.output.append(one_of(pick, list(model.graph.output)))
     elif kind < 0.75:
         del model.graph.output[:]
     else:
@@ -259,7 +268,7 @@ def move_ports(model: onnx.ModelProto, pick: random.Random) -> None:
 
 
 def add_a_function(model: onnx.ModelProto, pick: random.Random) -> None:
-    node = pick.choice(list(model.graph.node))
+    node = one_of(pick, list(model.graph.node))
     inner = helper.make_node(node.op_type, ["a"], ["b"], domain=node.domain)
     model.functions.append(
         helper.make_function(node.domain or "evil", node.op_type, ["a"], ["b"], [inner], list(model.opset_import))
