@@ -165,7 +165,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _must(arguments: list[str]) -> None:
-    done = command(arguments, 60)
+    done = command(arguments, 600)  # nobody damaged these
     assert done.code == 0, done.said[-500:]
 
 
