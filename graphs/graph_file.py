@@ -49,6 +49,7 @@ def read_graph_file(path: Path, vouched: bool = False) -> onnx.ModelProto:
 
 def _parse(path: Path) -> onnx.ModelProto:
     import onnx
+    from google.protobuf.message import DecodeError
 
     if not path.is_file():
         raise ModelUnreadable(f"{path}: no such file; give an ONNX model")
@@ -58,7 +59,9 @@ def _parse(path: Path) -> onnx.ModelProto:
         )
     try:
         proto = onnx.ModelProto.FromString(path.read_bytes())
-    except Exception as error:  # protobuf and the OS each have exceptions of their own
+    except DecodeError:  # whose words differ from version to version
+        raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated (not a protobuf)") from None
+    except Exception as error:  # of the system
         raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated ({first_line(error)})") from None
     if not proto.graph.node or not proto.graph.output:
         raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated (no nodes or no outputs)")

@@ -110,9 +110,11 @@ class Paced:
     """A model that says a token when it is told to.
 
     Attributes:
-        said: tokens so far, of all answers.
+        ready: tokens that were ready to be said so far, of all answers.
+        said: those that were.
     """
 
+    ready: int = 0
     said: int = 0
     _tokens: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
@@ -125,6 +127,7 @@ class Paced:
 
         def pieces(*arguments: Any, **named: Any) -> Iterator[Any]:
             for piece in real(*arguments, **named):
+                self.ready += 1
                 self._tokens.acquire()
                 self.said += 1
                 yield piece

@@ -438,8 +438,8 @@ def test_report_writes_a_page_and_tells_its_data(run: Callable[..., Ran], guarde
 
 
 VERBS = (
-    *("export", "engine", "convert", "inspect", "directions", "verify"),
-    *("sign", "generate", "evaluate", "prompts", "report", "playground"),
+    *("export", "engine", "package", "convert", "inspect", "directions", "verify"),
+    *("sign", "generate", "serve", "evaluate", "prompts", "report", "playground"),
 )
 
 
@@ -497,8 +497,7 @@ def not_onnx(root: Path, good: Path) -> Case:
     path.write_text("hello")
     return (
         ["export", path, "--directions", good],
-        f"{path}: is not an ONNX model or is truncated (Error parsing message with type 'onnx.ModelProto': "
-        "Wire format was corrupt)",
+        f"{path}: is not an ONNX model or is truncated (not a protobuf)",
     )
 
 
@@ -508,8 +507,7 @@ def truncated(root: Path, good: Path) -> Case:
     path.write_bytes(content[: len(content) // 2])
     return (
         ["export", path, "--directions", good],
-        f"{path}: is not an ONNX model or is truncated (Error parsing message with type 'onnx.ModelProto': "
-        "Wire format was corrupt)",
+        f"{path}: is not an ONNX model or is truncated (not a protobuf)",
     )
 
 

@@ -56,7 +56,7 @@ def test_given_answers_of_different_lengths_are_as_likely_as_one_call_says(model
     assert log_likelihoods(model, TEXTS[:1], [()]) == [0.0]
 
 
-@pytest.mark.parametrize("mode", ["restore", "supervise"])
+@pytest.mark.parametrize("mode", ["restore", pytest.param("supervise", marks=pytest.mark.long)])
 def test_a_guarded_model_is_measured_step_by_step(guarded: Guarded, mode: str) -> None:
     """Its gate is asked at each token: the likelihood of its own refusal is that of the refusal it says."""
     vlm = GuardedVLM.open(guarded(mode))

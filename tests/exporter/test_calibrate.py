@@ -154,8 +154,10 @@ def test_what_was_measured_is_told(chosen: Calibration, prompts: list[LabelledPr
     [
         GuardSpec(layers=(1, 3), rank=2),
         GuardSpec(layers=(2,), rank=1, tau=0.125),
-        GuardSpec(mode="supervise", layers=(4,), rank=1, alpha=1.25),
-        GuardSpec(mode="supervise", layers=(3, 4), rank=2, tau=-1.5, positions="all"),
+        pytest.param(GuardSpec(mode="supervise", layers=(4,), rank=1, alpha=1.25), marks=pytest.mark.long),
+        pytest.param(
+            GuardSpec(mode="supervise", layers=(3, 4), rank=2, tau=-1.5, positions="all"), marks=pytest.mark.long
+        ),
     ],
 )
 def test_what_is_decided_already_is_honoured(

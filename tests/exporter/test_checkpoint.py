@@ -104,7 +104,10 @@ def plain(conversions) -> Converted:
     return conversions("fp32 opset 18")
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.zoo if "interleave" in name else ()) for name in VARIANTS])
+IN_EVERY_RUN = ("fp32 opset 18", "fp16 opset 18")  # opset 23 is in the zoo's matrix
+
+
+@pytest.fixture(params=[pytest.param(name, marks=() if name in IN_EVERY_RUN else pytest.mark.zoo) for name in VARIANTS])
 def converted(request: pytest.FixtureRequest, conversions) -> Converted:
     return conversions(request.param)
 

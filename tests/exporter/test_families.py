@@ -94,7 +94,7 @@ def families(tmp_path_factory: pytest.TempPathFactory):
 
 
 # A conversion takes 10 to 30 seconds: one family with tiles and one without are converted in every run, `make long` has all.
-IN_EVERY_RUN = ("idefics3", "gemma3")
+IN_EVERY_RUN = ("gemma3",)
 
 
 def each(*names: str) -> list[Any]:
@@ -256,6 +256,7 @@ def test_windows_are_as_wide_as_the_config_says(families) -> None:
 # Images in other numbers than the sample's
 
 
+@pytest.mark.zoo
 def test_empty_tiles_are_left_out_wherever_they_are(families) -> None:
     """Three prompts with 2, 0 and 3 tiles."""
     idefics = families("idefics3")

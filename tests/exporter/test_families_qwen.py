@@ -45,7 +45,7 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}
 ANSWER = Sampling(max_new_tokens=9)
 
 # What `make test` converts; `make zoo` adds the rest. Qwen2-VL is Qwen2.5-VL without windows.
-_FIRST = ("qwen2_5_vl", "qwen3_vl")
+_FIRST = ("qwen2_5_vl",)
 
 
 def _marks(kind: str, dtype: str = "fp32") -> tuple[pytest.MarkDecorator, ...]:

@@ -22,8 +22,8 @@ def run(script: str, *arguments: str) -> str:
 
 
 def test_damaged_files_are_refused_in_one_line_or_guarded() -> None:
-    told = run("fuzz.py", "--cases", "40")
-    assert told.startswith("40 cases") and "0 findings" in told
+    told = run("fuzz.py", "--cases", "25")
+    assert told.startswith("25 cases") and "0 findings" in told
     assert "'guarded'" in told and "'refused'" in told  # both happen
 
 
@@ -57,10 +57,10 @@ disks = pytest.mark.skipif(shutil.which("unshare") is None, reason="a disk of it
 
 @disks
 def test_a_full_disk_and_a_read_only_one_are_told_in_one_line() -> None:
-    assert "0 findings" in run("disks.py", "--steps", "2", "--only", "export", "sign", "verify --run")
+    assert "0 findings" in run("disks.py", "--steps", "2", "--only", "export", "sign")
 
 
 @disks
 @pytest.mark.long
 def test_disks_and_the_other_commands() -> None:
-    assert "0 findings" in run("disks.py", "--steps", "4", "--only", "directions", "evaluate", "report")
+    assert "0 findings" in run("disks.py", "--steps", "4", "--only", "directions", "evaluate", "report", "verify --run")

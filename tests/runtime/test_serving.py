@@ -484,6 +484,7 @@ def test_who_leaves_is_not_answered(vlm: GuardedVLM, paced: Paced) -> None:
         stream = one.openai.chat.completions.create(**asking(HARMLESS), stream=True)
         paced.say(2)
         assert [next(iter(stream)).choices[0].delta.content for _ in range(3)] == ["", "sure", " ,"]
+        eventually(lambda: paced.ready == 3)
         stream.close()
         whole = left_alone(one)
         eventually(lambda: one.service.admission.waiting == 1)
@@ -493,7 +494,7 @@ def test_who_leaves_is_not_answered(vlm: GuardedVLM, paced: Paced) -> None:
         eventually(lambda: one.service.admission.inside == 0)
         assert paced.said == 3  # at the next token
         whole = left_alone(one)
-        eventually(lambda: one.service.admission.running == 1)
+        eventually(lambda: paced.ready == 4)
         whole.close()
         eventually(lambda: one.metrics()["vlmguard_requests_total{code=499}{path=/v1/chat/completions}"] == 3)
         paced.say(1)
