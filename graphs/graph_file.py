@@ -82,6 +82,7 @@ def require_readable_once(path: Path, proto: onnx.ModelProto) -> None:
         raise ModelUnreadable(
             f"{path}: holds fields that this version of onnx does not know; update onnx, or refuse it"
         )
+    _require_text(path, proto)
     if proto.training_info:
         raise ModelUnreadable(f"{path}: holds a training graph too; save it for inference")
     _require_once(path, "operator set", (_domain(entry.domain) for entry in proto.opset_import))
@@ -125,6 +126,29 @@ def _require_once(path: Path, what: str, names: Iterable[Any]) -> None:
     twice = next((name for name, count in counted.items() if count > 1), None)
     if twice is not None:
         raise ModelUnreadable(f"{path}: has {what} {twice!r} twice, and readers differ in which they take; refuse it")
+
+
+def _require_text(path: Path, proto: onnx.ModelProto) -> None:
+    """Every name is UTF-8. Protobuf for Python gives bytes where it is not, other readers replace or refuse them."""
+    import onnx
+    from google.protobuf.message import Message
+
+    waiting: list[Any] = [proto]
+    while waiting:
+        message = waiting.pop()
+        if isinstance(message, onnx.TensorProto):  # not by its fields: raw_data would be copied
+            texts = [message.name, message.doc_string]
+            waiting += message.external_data
+        else:
+            texts = []
+            for field, value in message.ListFields():
+                if field.type == field.TYPE_STRING:
+                    texts += [value] if isinstance(value, (str, bytes)) else value
+                elif field.type == field.TYPE_MESSAGE:
+                    waiting += [value] if isinstance(value, Message) else value
+        for text in texts:
+            if isinstance(text, bytes):
+                raise ModelUnreadable(f"{path}: holds the name {text[:40]!r}, which is no UTF-8; refuse it")
 
 
 def _require_numbers(path: Path, tensor: onnx.TensorProto) -> None:

@@ -339,8 +339,8 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ModelUnreadable(f"{folder}: has no tokenizer.json; copy the tokenizer of the model into this folder")
+    require_small(path, LARGEST_TOKENIZER)
     try:
-        require_small(path, LARGEST_TOKENIZER)
         tokenizer = Tokenizer.from_file(str(path))
     except BaseException as error:
         # tokenizers raises a bare Exception, and for some files (a Precompiled normalizer without its table) panics,

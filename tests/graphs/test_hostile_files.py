@@ -307,6 +307,14 @@ def test_a_graph_has_no_more_nodes_and_initializers_than_a_decoder_can_need(
     assert "has more than" in refusal(lambda: load_graph(model))
 
 
+@pytest.mark.parametrize("name", ["inputs_embeds", "w0"])
+def test_names_are_utf8(model: Path, name: str) -> None:
+    """Found by the fuzzer: such a graph was read, and could not be written."""
+    damaged = b"\xe9" + name.encode()[1:]
+    model.write_bytes(model.read_bytes().replace(name.encode(), damaged))
+    assert refusal(lambda: load_graph(model)) == f"{model}: holds the name {damaged!r}, which is no UTF-8; refuse it"
+
+
 def test_bodies_are_not_nested_without_end(model: Path) -> None:
     body = helper.make_graph([helper.make_node("Identity", ["inputs_embeds"], ["y"])], "b", [], [])
     for _ in range(graph_file.DEEPEST + 1):

@@ -23,6 +23,7 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaProcessor, PreTraine
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from vlmguard.graphs.errors import GuardError, ModelUnreadable, PromptsUnusable
+from vlmguard.runtime import chat
 from vlmguard.runtime.chat import ChatTokenizer, Turn
 from vlmguard.runtime.images import ImagePreprocessor, image_token_count
 
@@ -220,6 +221,19 @@ def test_conversations_that_cannot_be_said(tmp_path: Path) -> None:
     early = [Turn("user", "how"), Turn("assistant", "so <|im_end|>"), Turn("user", "why")]
     assert "contains '<|im_end|>', a control token" in refusal(
         lambda: ChatTokenizer.open(folder).encode_turns(early), PromptsUnusable
+    )
+
+
+@pytest.mark.parametrize(
+    ("limit", "name"), [("LARGEST_TOKENIZER", "tokenizer.json"), ("LARGEST_TEMPLATE", "chat_template.jinja")]
+)
+def test_files_are_not_read_whole_before_their_size_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, name: str
+) -> None:
+    path = text_folder(tmp_path / "text", bpe("<|im_start|>", "<|im_end|>"), CHATML) / name
+    monkeypatch.setattr(chat, limit, 10)
+    assert refusal(lambda: ChatTokenizer.open(path.parent), ModelUnreadable) == (
+        f"{path}: has {path.stat().st_size} bytes, expected at most 10; copy it from the model again"
     )
 
 
