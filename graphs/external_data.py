@@ -92,7 +92,11 @@ def _whole(path: Path, name: str, said: dict[str, str], key: str) -> int:
 
 def _size(path: Path, location: str, vouched: bool) -> int:
     data = path.parent / location
-    if not data.exists():
+    try:
+        found = data.exists()
+    except OSError as error:  # a name that no file can have
+        raise ModelUnreadable(f"{path}: its external data cannot be found ({error.strerror}); refuse it") from None
+    if not found:
         raise ModelUnreadable(f"{path}: its external data {location} is missing; put it beside the model")
     if not data.is_file():
         raise ModelUnreadable(f"{path}: its external data {location} is no regular file; refuse it")

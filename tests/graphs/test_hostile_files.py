@@ -53,6 +53,14 @@ def place(model: Path, **says: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- external data
 
 
+def test_a_place_has_a_name_that_a_file_can_have(model: Path) -> None:
+    """Found by the coverage-guided fuzzer."""
+    place(model, location="x" * 300)
+    assert refusal(lambda: load_graph(model)) == (
+        f"{model}: its external data cannot be found (File name too long); refuse it"
+    )
+
+
 @pytest.mark.parametrize(
     "location",
     ["../w.data", "a/../../w.data", "/etc/passwd", "C:\\w.data", "..\\w.data", "\\\\host\\w.data", "C:w.data"],
