@@ -137,6 +137,7 @@ def test_a_bfloat16_decoder_builds_with_its_guard(bfloat16: Path) -> None:
     require_guard(engine.layers, names, len(PROFILES), "bfloat16")
 
 
+@pytest.mark.long
 def test_an_int4_decoder_builds_with_its_guard(zoo: Callable[[str], ZooModel]) -> None:
     name = "llava-transformers-nbits-qdq-int4"
     engine, names = build(zoo(name).path, GuardSpec(mode="restore", lowering="rank1", positions="last"))
