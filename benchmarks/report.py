@@ -328,13 +328,13 @@ def _load(parts: Parts) -> list[str]:
     columns = ["load", "requests", "outcomes", "requests/s", "tokens/s", "first token ms", "whole answer ms", "429 ms"]
     rows = []
     for name, part in parts.items():
-        outcomes = ", ".join(f"{count} {outcome}" for outcome, count in part["outcomes"].items())
+        outcomes = ", ".join(f"{outcome}: {count}" for outcome, count in part["outcomes"].items())
         speeds = [f"{part[speed]:.1f}" for speed in ("requests_per_second", "tokens_per_second")]
         times = [_percentile_cell(part[kind]) for kind in ("first_token_ms", "latency_ms", "refused_ms")]
         asked = f"{part['clients']} x {part['rounds']}"
         rows.append([f"{name}, queue {part['queue']}", asked, outcomes, *speeds, *times])
     return [
-        f"{first['model']}, {first['concurrency']} answers at a time, answers of at most {first['longest_answer']} tokens, "
+        f"Model: {first['model']}; {first['concurrency']} answers at a time, answers of at most {first['longest_answer']} tokens, "
         "all streamed, half of the prompts with a picture; times are p50 / p95 / p99. The clients run on the same machine and "
         "share its cores, so this is the server's own cost under many connections, and not a model's. Every answer was "
         f"compared with the one that the model gives alone. Load average of the machine before: {first['load_before']}.",

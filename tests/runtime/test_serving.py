@@ -807,6 +807,13 @@ def test_a_taken_port_and_a_missing_extra_are_one_line(monkeypatch: pytest.Monke
     assert str(caught.value) == "serving needs fastapi, which is not installed; pip install 'vlmguard[serve,cpu]'"
 
 
+def test_no_token_waits_for_the_acknowledgement_of_the_one_before() -> None:
+    with server_module.open_port("127.0.0.1", 0) as port, socket.create_connection(port.getsockname()):
+        connection, _ = port.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_many_at_once_are_answered_as_alone(served: Served, vlm: GuardedVLM) -> None:
     prompts = (HARMLESS, HARMFUL, "what color is this image")
     bodies = [asking(prompt, image) for prompt in prompts for image in (None, data_url())]
