@@ -334,7 +334,7 @@ def _load(parts: Parts) -> list[str]:
         asked = f"{part['clients']} x {part['rounds']}"
         rows.append([f"{name}, queue {part['queue']}", asked, outcomes, *speeds, *times])
     return [
-        f"Model: {first['model']}; {first['concurrency']} answers at a time, answers of at most {first['longest_answer']} tokens, "
+        f"Model: {first['model']}; {first['concurrency']} answers at a time, of at most {first['longest_answer']} tokens, "
         "all streamed, half of the prompts with a picture; times are p50 / p95 / p99. The clients run on the same machine and "
         "share its cores, so this is the server's own cost under many connections, and not a model's. Every answer was "
         f"compared with the one that the model gives alone. Load average of the machine before: {first['load_before']}.",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...graphs.digests import sha256_files
-from ...graphs.errors import ManifestMismatch, ProofFailed
+from ...graphs.errors import GuardError, ManifestMismatch, ProofFailed
 from ...graphs.manifest import MANIFEST_NAME, Manifest, PackagedRecord, record_files
 from ...graphs.package import SBOM_NAME, SIGNATURE_NAME, Layout, ModelPackage, external_files
 from ...graphs.staging import Data, bring, create_file, require_writable, staged
@@ -141,6 +141,20 @@ def require_guarded(folder: Path, tell: Watch) -> Manifest:
             f"{folder}: was packaged already; give the guarded folder that it was made from, as `vlmguard-export` wrote it"
         )
     return found.manifest
+
+
+def require_other_layout(package: ModelPackage, layout: Layout, runtime: str) -> None:
+    """There is something to lay out anew, and it is graphs.
+
+    Raises:
+        GuardError: the folder has that layout already, or holds engines.
+    """
+    if package.layout == layout:
+        raise GuardError(f"{package.root}: has the {layout} layout already; use it as it is")
+    if package.layout == "engines":
+        raise GuardError(
+            f"{package.root}: holds TensorRT engines, which {runtime} cannot run; give the guarded ONNX folder"
+        )
 
 
 def loose_files(manifest: Manifest, package: ModelPackage) -> list[str]:

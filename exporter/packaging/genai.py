@@ -17,7 +17,7 @@ from ...graphs.manifest import Manifest
 from ...graphs.package import ModelPackage, load_graph, read_json
 from ...graphs.staging import Data
 from ..sources import Watch
-from .arrangement import Arrangement, Packaged, loose_files, rearrange, with_data
+from .arrangement import Arrangement, Packaged, loose_files, rearrange, require_other_layout, with_data
 from .known_inputs import require_known
 
 _RUNTIME = "onnxruntime-genai"
@@ -47,10 +47,7 @@ def arrange(manifest: Manifest, package: ModelPackage) -> Arrangement:
     Raises:
         GuardError: as for `package_genai`.
     """
-    if package.layout in ("genai", "engines"):
-        has = "has that layout already; use it as it is"
-        holds = f"holds TensorRT engines, which {_RUNTIME} cannot run; give the guarded ONNX folder"
-        raise GuardError(f"{package.root}: {has if package.layout == 'genai' else holds}")
+    require_other_layout(package, "genai", _RUNTIME)
     decoder = load_graph(package.decoder, vouched=True)
     inputs = [str(value.name) for value in decoder.graph.inputs]
     if "inputs_embeds" in inputs:

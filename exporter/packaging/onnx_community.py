@@ -18,7 +18,7 @@ from ...graphs.manifest import Manifest
 from ...graphs.package import ModelPackage, external_files, graph_bytes, load_graph, read_json, relocated
 from ...graphs.staging import Data
 from ..sources import Watch
-from .arrangement import Arrangement, Packaged, loose_files, rearrange
+from .arrangement import Arrangement, Packaged, loose_files, rearrange, require_other_layout
 from .known_inputs import require_known
 
 _RUNTIME = "transformers.js"
@@ -58,8 +58,12 @@ def arrange(manifest: Manifest, package: ModelPackage) -> Arrangement:
     Raises:
         GuardError: as for `package_onnx_community`.
     """
-    if package.layout in ("onnx-community", "engines", "transformers"):
-        raise GuardError(_refusal(package))
+    require_other_layout(package, "onnx-community", _RUNTIME)
+    if package.layout == "transformers":
+        raise GuardError(
+            f"{package.root}: was written by transformers' exporter, whose decoder is two graphs with other input names than "
+            f"{_RUNTIME} feeds; convert the checkpoint with `vlmguard convert` and guard that"
+        )
     decoder = load_graph(package.decoder, vouched=True)
     require_known(decoder, str(package.decoder), _RUNTIME, _FED)
     graphs = _names(package, any(value.name == "inputs_embeds" for value in decoder.graph.inputs))
@@ -85,17 +89,6 @@ def arrange(manifest: Manifest, package: ModelPackage) -> Arrangement:
             written[name] = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
     runs = next(here for here, graph in graphs.items() if graph == package.decoder)
     return Arrangement("onnx-community", {package.decoder.relative_to(package.root).as_posix(): runs}, brought, written)
-
-
-def _refusal(package: ModelPackage) -> str:
-    if package.layout == "onnx-community":
-        return f"{package.root}: has the onnx-community layout already; use it as it is"
-    if package.layout == "engines":
-        return f"{package.root}: holds TensorRT engines, which {_RUNTIME} cannot run; give the guarded ONNX folder"
-    return (
-        f"{package.root}: was written by transformers' exporter, whose decoder is two graphs with other input names than "
-        f"{_RUNTIME} feeds; convert the checkpoint with `vlmguard convert` and guard that"
-    )
 
 
 def _names(package: ModelPackage, takes_embeds: bool) -> dict[str, Path]:

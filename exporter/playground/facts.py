@@ -130,11 +130,11 @@ def tokenizer_json(chat: ChatTokenizer) -> bytes:
     content = json.loads(chat.tokenizer.to_str())
     model = content["model"]
     if model.get("type") == "WordLevel":
+        longest = max(map(len, model["vocab"]), default=0)
         model |= {
             "type": "WordPiece",
             "continuing_subword_prefix": _NO_SECOND_PART,
-            "max_input_chars_per_word": max(map(len, model["vocab"]), default=0)
-            + 1,  # longer words are unknown either way
+            "max_input_chars_per_word": longest + 1,  # a longer one is unknown either way
         }
     return json.dumps(content, ensure_ascii=False).encode()
 

@@ -1,7 +1,6 @@
 """Both decoders of a guarded folder, as the page runs them: without the guard, and with it and what its gates compare.
 
-The shipped graph need not tell its gates' scores, so the guard is taken out, planned afresh and put in again with
-telemetry, in memory. That this is the shipped guard, node for node and bit for bit, is checked first.
+The shipped graph need not tell its gates' scores; the one that is run here does.
 """
 
 from __future__ import annotations
@@ -11,18 +10,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from ...graphs.anatomy import dissect
-from ...graphs.errors import GuardError, ManifestMismatch
-from ...graphs.fold import FOLD
+from ...graphs.errors import GuardError
 from ...graphs.manifest import DecoderRecord, Manifest
 from ...graphs.package import ModelPackage
 from ...graphs.plan import GuardPlan
-from ...graphs.rewrite import rewrite
 from ...graphs.spec import MODES_WITH_GATE
-from ...graphs.static_proof import same_graph
-from ...graphs.strip import strip_guard
 from ...runtime.guarded import open_guarded_package, open_manifest
-from ..proof.verify import originals_of, plan_again
+from ..proof.both_sides import BothSides, open_both_sides
 
 
 @dataclass(frozen=True)
@@ -65,21 +59,14 @@ def open_sides(folder: Path, source: Path | None = None, variant: str | None = N
     package = open_guarded_package(folder, manifest)
     record = _chosen(folder, manifest, variant)
     view = next(view for view in package.views() if view.decoder == folder / record.path)
-    original = originals_of(source, manifest)[record.path] if source is not None else None
-    if original is None and record.plan.get("lowering") == FOLD:
-        raise GuardError(f"{folder}: its guard is folded into weights and cannot be taken out; give the --base model")
-    stripped = view.load_decoder() if original is None else original.load_decoder()
-    if original is None:
-        strip_guard(stripped)
-    anatomy = dissect(stripped, view.expected_layers)
-    plan = plan_again(folder, manifest, record, stripped, anatomy)
+    both = open_both_sides(view, manifest, record, source, "--base")
     return Sides(
         package=view,
-        plan=plan,
-        base=stripped,
-        base_home=(original or view).decoder.parent,
-        from_source=original is not None,
-        guarded=view.load_decoder() if plan.lowering == FOLD else _telling(view, plan),
+        plan=both.plan,
+        base=both.unguarded(),
+        base_home=(both.source or view).decoder.parent,
+        from_source=both.source is not None,
+        guarded=_telling(both),
     )
 
 
@@ -94,23 +81,8 @@ def _chosen(folder: Path, manifest: Manifest, variant: str | None) -> DecoderRec
     return found[0]
 
 
-def _telling(package: ModelPackage, plan: GuardPlan) -> ir.Model:
-    """The shipped graph, and its gates' scores.
-
-    Raises:
-        ManifestMismatch: the shipped guard is not the one that the folder's plan and directions make.
-    """
-    check = same_graph("", _rebuilt(package, plan), package.load_decoder())
-    if not check.ok:
-        raise ManifestMismatch(
-            f"{package.decoder}: its guard is not what its plan and directions make ({check.note}); run `vlmguard verify`"
-        )
-    return _rebuilt(package, replace(plan, telemetry=plan.mode in MODES_WITH_GATE))
-
-
-def _rebuilt(package: ModelPackage, plan: GuardPlan) -> ir.Model:
-    graph = package.load_decoder()
-    strip_guard(graph)
-    dissect(graph, package.expected_layers)  # infers the types that the rewrite copies
-    rewrite(graph, plan)
-    return graph
+def _telling(both: BothSides) -> ir.Model:
+    """The shipped graph, and its gates' scores."""
+    if both.folded:
+        return both.package.load_decoder()
+    return both.rebuilt(replace(both.plan, telemetry=both.plan.mode in MODES_WITH_GATE))[0]

@@ -96,7 +96,7 @@ def cost_of(subject: Subject, engine: Path | None = None, benchmark: Path | None
     graph = subject.guarded.package.load_decoder().graph
     own = [value for name, value in graph.initializers.items() if name.startswith(PREFIX)]
     others = [value for name, value in graph.initializers.items() if not name.startswith(PREFIX)]
-    if subject.folded:
+    if subject.sides.folded:
         others, own, rewritten = [*others, *own], [], len(own)
     else:
         rewritten = 0

@@ -107,7 +107,7 @@ def test_what_a_runtime_would_not_feed_is_refused(guarded: Guarded, text_model: 
     supervised = guard(source, tmp_path / "supervised", mode="supervise", tau=0.0)
     vlm, genai = guarded("restore"), text_model[1]
     for package, folder, sentence in (
-        (package_genai, genai, f"{genai}: has that layout already; use it as it is"),
+        (package_genai, genai, f"{genai}: has the genai layout already; use it as it is"),
         (package_onnx_community, vlm, f"{vlm}: has the onnx-community layout already; use it as it is"),
         (
             package_genai,

@@ -233,7 +233,7 @@ def test_states_of_both_sides(subjects: Callable[[str], Subject], some: Path, mo
     subject, prompts = subjects(mode), read_prompts(some)
     told: list[tuple[int, int]] = []
     states = read_states(subject, prompts, 5, lambda *step: told.append(step))
-    against = read_states(replace(subject, source=open_subject(subject.folder, SOURCE).source), prompts, 5)
+    against = read_states(open_subject(subject.folder, SOURCE), prompts, 5)
     np.testing.assert_array_equal(states.before, against.before)
     assert told[-1] == (len(prompts) * 2, len(prompts) * 2)
     raw, opened = states.raw, 0

@@ -32,8 +32,11 @@ from small_guarded import (
 )
 from tiny_vlm_paths import digests
 
+from vlmguard.exporter.proof.both_sides import BothSides, open_both_sides
 from vlmguard.exporter.proof.verify import Verification, verify
 from vlmguard.graphs.errors import GuardError, ManifestMismatch
+from vlmguard.graphs.manifest import read_manifest
+from vlmguard.runtime.guarded import open_guarded_package
 
 Attack = Callable[[Path], Any]
 GUARD = "vlmguard/layer_1/guarded"
@@ -480,6 +483,21 @@ def test_a_file_that_a_runtime_would_go_by_cannot_be_added(made: Path, tmp_path:
     with pytest.raises(ManifestMismatch) as raised:
         verify(folder)
     assert str(raised.value) == f"{folder}: {name} was added after the proof; remove it, or export again"
+
+
+def test_no_report_and_no_page_is_about_another_guard(made: Path, tmp_path: Path) -> None:
+    """What `report` and `playground` look at is put in afresh: it must be what was shipped."""
+
+    def both_sides(folder: Path) -> BothSides:
+        manifest = read_manifest(folder)
+        package = open_guarded_package(folder, manifest)
+        return open_both_sides(package, manifest, manifest.decoders[0], None, "--source")
+
+    assert both_sides(made / "restore").plan.mode == "restore"
+    folder = attacked(made, tmp_path / "g", "restore", FROM_FILES["V changed"][1])
+    make_the_manifest_fit(folder)
+    with pytest.raises(ManifestMismatch, match="its guard is not what its plan and directions make"):
+        both_sides(folder)
 
 
 def test_the_documentation_counts_these_attacks() -> None:
