@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnxruntime
 
-from integrations.replay import Feeds, Run, mode_folders, replay, write_result
+from integrations.replay import CaseFolder, Feeds, Run, mode_folders, replay, write_result
 
 EXAMPLE = Path(__file__).with_name("answer.py")
 
@@ -27,10 +27,13 @@ def main() -> int:
             assert said == case["answer"], (
                 f"{mode}, {case['name']}: answer.py said {said!r}, expected {case['answer']!r}"
             )
-        agreements[mode] = replay(
-            folder, *(graph(folder, part) for part in ("decoder", "embed_tokens", "vision_encoder"))
-        )
+        agreements[mode] = replay(folder, *graphs(folder))
     return write_result("onnxruntime", "onnxruntime (Python, CPU)", onnxruntime.__version__, agreements)
+
+
+def graphs(folder: CaseFolder) -> tuple[Run, Run, Run]:
+    """Decoder, embeddings and vision encoder."""
+    return graph(folder.model("decoder")), graph(folder.model("embed_tokens")), graph(folder.model("vision_encoder"))
 
 
 def graph(path: Path) -> Run:

@@ -18,7 +18,7 @@ import vlmguard
 from integrations import results
 from integrations.cases import write_cases
 from integrations.numpy_vlm import NumpyDecoder
-from integrations.onnxruntime.check import graph
+from integrations.onnxruntime.check import graph, graphs
 from integrations.replay import Agreement, CaseFolder, mode_folders, replay, write_result
 from integrations.tiny_vlm import CHECKPOINT, MODES, SOURCE, plan_of, spec_of
 from vlmguard.graphs.spec import Mode
@@ -100,7 +100,7 @@ def test_the_example_is_short_and_needs_no_more_than_a_runtime() -> None:
 @each_mode
 def test_onnxruntime_replays_the_cases(cases: Cases, mode: Mode) -> None:
     folder = CaseFolder(cases(mode))
-    found = replay(folder, *(graph(folder.model(part)) for part in ("decoder", "embed_tokens", "vision_encoder")))
+    found = replay(folder, *graphs(folder))
     assert found.ok and found.tokens >= 40
 
 
