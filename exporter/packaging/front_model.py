@@ -46,9 +46,7 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 self._answer(request, sender)
-            except (
-                GuardError
-            ) as error:  # one sentence about the request; anything else is a bug and is logged by Triton
+            except GuardError as error:  # about the request; anything else is a bug, and Triton logs it
                 refusal = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
                 sender.send(pb_utils.InferenceResponse(output_tensors=[], error=refusal))
             finally:
@@ -56,26 +54,17 @@ class TritonPythonModel:
 
     def _answer(self, request: Any, sender: Any) -> None:
         """The decode loop: a step per token, until the model ends, the limit is reached, or nobody listens any more."""
-        question = Request(_text(request, "text_input"), _image(request))
         stream = bool(_given(request, "stream", False))
-        tokens: list[int] = []
-        shown, sent = "", 0
-        reason = "length"
-        for step in self.vlm.steps([question], self._sampling(request)):
+        question = Request(_text(request, "text_input"), _image(request))
+        text, tokens = "", []  # not sent yet
+        for piece in self.vlm.pieces(question, self._sampling(request)):
             if sender.is_cancelled():
                 return
-            (token,) = step.tokens
-            if token is None:
-                reason = "stop"
-                break
-            tokens.append(token)
-            text = self.vlm.chat.decode(tokens)
-            if stream and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: the rest is still to come
-                sender.send(_response(text[len(shown) :], tokens[sent:], ""))
-                shown, sent = text, len(tokens)
-        text = self.vlm.chat.decode(tokens)
-        rest = text[len(shown) :] if stream else text.strip()
-        sender.send(_response(rest, tokens[sent:], reason))
+            text += piece.text
+            tokens += [token for token in piece.step.tokens if token is not None]
+            if piece.finish is not None or (stream and piece.text):
+                sender.send(_response(text if stream else text.strip(), tokens, piece.finish or ""))
+                text, tokens = "", []
 
     def _sampling(self, request: Any) -> Sampling:
         wanted = int(_given(request, "max_tokens", min(64, self.longest)))
