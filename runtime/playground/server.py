@@ -114,9 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "vlmguard", ""
     timeout = 60  # seconds; a connection that says nothing holds a thread
-    disable_nagle_algorithm = (
-        True  # head and body are two writes, and the second would wait for the first one's arrival
-    )
+    disable_nagle_algorithm = True  # a head and its body are two writes, and the second must not wait for the first
 
     def do_GET(self) -> None:
         served = self._found()
