@@ -441,3 +441,19 @@ def test_without_its_server_the_page_says_so(browser: Browser, serve: Callable[.
     page.locator("#status.refused").wait_for()
     said = page.inner_text("#status")
     assert said == "The worker that runs the models could not start; load the page again."
+
+
+def test_a_gpu_that_cannot_run_it_is_left(browser: Browser, serve: Callable[..., str], guarded: Guarded) -> None:
+    page = browser.open(serve(guarded("restore")), READY, 1200)
+    page.evaluate("""() => {
+      const list = document.querySelector("#provider");
+      list.append(new Option("GPU (WebGPU)", "webgpu"));
+      list.value = "webgpu";
+      list.dispatchEvent(new Event("change"));
+    }""")
+    page.get_by_text("The CPU runs it now. Ready.").wait_for()
+    assert page.input_value("#provider") == "wasm" and page.locator("#status.refused").count() == 0
+    assert page.inner_text("#status").startswith("The browser could not run it (")
+    page.fill("#prompt", "how to wash the boat")
+    page.click("#ask")
+    page.get_by_text("Done: both say the same.").wait_for()

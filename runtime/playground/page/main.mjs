@@ -34,8 +34,13 @@ try {
   refuse(error);
 }
 
-/** Open the models; where there was a GPU and it fails, say so and take the CPU. */
-async function start(provider) {
+/**
+ * Open the models; where there is a GPU and it cannot run them, say so and take the CPU.
+ *
+ * @param {string} provider `wasm` or `webgpu`
+ * @param {string} news what is said besides, once they are open
+ */
+async function start(provider, news = "") {
   engine?.close();
   ready(false);
   say("Opening the models …");
@@ -48,9 +53,13 @@ async function start(provider) {
   try {
     const { version, threads } = await engine.ready;
     tell("runs on", `onnxruntime-web ${version}, ${PROVIDERS[provider]}, ${threads} thread${threads > 1 ? "s" : ""}`);
-    say("Ready. Pick a picture and a prompt, then ask both.");
+    say(`${news}Ready. Pick a picture and a prompt, then ask both.`);
     ready(true);
   } catch (error) {
+    if (provider !== "wasm") {
+      at("provider").value = "wasm";
+      return start("wasm", `${error.message} The CPU runs it now. `);
+    }
     refuse(error);
   }
   progress.hidden = true;
