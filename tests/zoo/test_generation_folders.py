@@ -28,6 +28,16 @@ TOLERANCE = 1e-4
 PROMPTS = [(2, 9, 1), (3, 10, 2), (2, 12, 3)]
 
 
+def right_rows(name: str, mask: np.ndarray) -> np.ndarray:
+    """`[batch, 1]`: rows that a `decode.onnx` answers as torch does.
+
+    transformers 5.23 loses how far the cache of Gemma 3's sliding layers has slid, and reads the padding mask there from its
+    beginning: behind a prompt longer than the window (6 here), rows with padding see too little. Rows without any are right.
+    """
+    padded = ~mask.all(axis=1, keepdims=True)
+    return ~padded if name == "gemma3-generation" else np.ones_like(padded)
+
+
 @every_folder
 def test_prompt_head_and_decode_say_what_torch_says(generation_folders: Folders, name: str) -> None:
     """Each graph on what `generate()` gave that part of the model; the last layers' cache included."""
@@ -42,10 +52,12 @@ def test_prompt_head_and_decode_say_what_torch_says(generation_folders: Folders,
             expected = (answer if part == HEAD else getattr(answer, output)).numpy()
             found = outputs[output]
             assert found.shape == expected.shape, (part, prompt)
-            real = np.ones(expected.shape[:2], bool)
-            if part != DECODE:  # what a model says of padding means nothing
-                real = calls["decode"][1]["attention_mask"].numpy()[:, : expected.shape[1]].astype(bool)
-            assert np.abs(found - expected)[real].max() < TOLERANCE, (part, prompt)
+            mask = calls[DECODE][1]["attention_mask"].numpy().astype(bool)
+            # what a model says of padding means nothing
+            real = right_rows(name, mask) if part == DECODE else mask[:, : expected.shape[1]]
+            assert np.abs(found - expected)[real].max(initial=0) < TOLERANCE, (part, prompt)
+            if part == DECODE and not real.all():  # else the exporter has mended it: count these rows too
+                assert np.abs(found - expected)[~real].max() > 100 * TOLERANCE, (part, prompt)
 
 
 @every_folder
@@ -62,8 +74,8 @@ def test_both_decoders_have_every_layer(generation_folders: Folders, name: str, 
     outputs = run_graph(tmp_path / "tapped.onnx", folder.feeds(part, inputs), optimized=False)
     with recorded_layers(folder.torch_decoder) as states:
         folder.run_torch((module, inputs))
-    real = np.ones(states[0].shape[:2], bool)
-    real[0, : 1 if part == PROMPT else 0] = False
+    mask = folder.calls(2, 9, 1)[DECODE][1]["attention_mask"].numpy().astype(bool)
+    real = right_rows(name, mask) if part == DECODE else mask[:, : states[0].shape[1]]
     for site, state in zip(anatomy.sites, states, strict=True):
         assert np.abs(outputs[site.value] - state)[real].max() < SLACK * TOLERANCE
 
