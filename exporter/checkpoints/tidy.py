@@ -1,9 +1,10 @@
-"""From what the tracer wrote to a file people can read and publish: `tidy` renames, names dimensions, and strips.
+"""From what the tracer wrote to a file people can run, read and publish: `tidy` renames, names dimensions, and strips.
 
 1. inputs and outputs get the names the onnx-community layout uses, and images come in as float32
 2. dimensions get words for torch's symbols: `batch_size`, not `s43`
-3. nodes, values and weights are named after their module: `model.language_model.layers.0.mlp.down_proj.MatMul`
-4. everything about the machine that traced it goes: stack traces, torch's metadata, doc strings
+3. norms read and scale in one type, as onnxruntime wants them
+4. nodes, values and weights are named after their module: `model.language_model.layers.0.mlp.down_proj.MatMul`
+5. everything about the machine that traced it goes: stack traces, torch's metadata, doc strings
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def tidy(
     for name in float32_inputs:
         accept_float32(model.graph, name)
     name_dimensions(model.graph, inputs, outputs, sums)
+    read_as_scaled(model.graph)
     name_after_modules(model.graph)
     strip_traces(model)
     model.producer_name, model.producer_version = "vlmguard", version("vlmguard")
@@ -111,7 +113,29 @@ def _in_words(dim: int | ir.SymbolicDim, words: Mapping[str, str], sums: Mapping
     return sums.get(" + ".join(sorted(spoken.split(" + "))), spoken)
 
 
-# 3. names
+# 3. norms
+
+
+def read_as_scaled(graph: ir.Graph) -> None:
+    """Let each RMSNormalization read what it normalizes in its scale's type.
+
+    Families like Gemma 3 normalize float16 states in float32 and scale them there. ONNX has one operator for that, with two
+    types; onnxruntime 1.31 expands it to a Mul of both and refuses to load it ("bound to different types").
+    """
+    for node in list(graph):
+        if node.op_type != "RMSNormalization" or node.domain:
+            continue
+        states, scale = node.inputs
+        if states is None or scale is None or states.dtype == scale.dtype:
+            continue
+        assert scale.dtype is not None
+        cast = ir.node("Cast", [states], {"to": scale.dtype}, metadata_props=dict(node.metadata_props))
+        cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(scale.dtype), states.shape
+        node.replace_input_with(0, cast.outputs[0])
+        graph.insert_before(node, cast)
+
+
+# 4. names
 
 
 def name_after_modules(graph: ir.Graph) -> None:
@@ -160,7 +184,7 @@ def _free(name: str, taken: set[str]) -> str:
     return candidate
 
 
-# 4. traces
+# 5. traces
 
 
 def strip_traces(model: ir.Model) -> None:
