@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import urllib.request
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 from random_directions import random_directions, write_directions
-from tiny_vlm_paths import ANCHORS, CALIBRATION, PROMPTS, Guarded
+from tiny_vlm_paths import PROMPTS, Guarded
 
 ROOT = Path(__file__).parents[1]
 HEADING = "## I deploy with ..."
@@ -64,7 +63,7 @@ def serving(command: str, folder: Path) -> None:
         with urllib.request.urlopen(url[0] + page, timeout=60) as answer:
             assert answer.status == 200
     finally:
-        running.send_signal(signal.SIGINT)
+        running.terminate()
         running.wait(timeout=60)
 
 
@@ -92,8 +91,6 @@ def genai_folder(folder: Path, get: Callable[[str], Any]) -> None:
     from integrations.genai.check import build
 
     build(folder / "genai-folder")
-    shutil.copyfile(ANCHORS, folder / "pairs.jsonl")
-    shutil.copyfile(CALIBRATION, folder / "calibration.jsonl")
 
 
 def exported_folder(folder: Path, get: Callable[[str], Any]) -> None:

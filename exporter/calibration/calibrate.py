@@ -236,6 +236,7 @@ class _Search:
 
     def run(self) -> list[Trial]:
         """Try what there is to try; those that may win, the best first."""
+        _require_a_gap(self.base)
         for number, place in enumerate(self.places):
             self.tell("calibrating", number, len(self.places))
             self._try(place)
@@ -385,6 +386,22 @@ def _moves(trial: Trial, base: Tally) -> bool:
     """Whether the guard makes the model refuse a larger share of the harmful prompts in some setting."""
     harmful = [cell for cell in trial.tally.cells if cell.label == "harmful"]
     return any(cell.rate > base.rate(cell.setting, cell.label) for cell in harmful)
+
+
+def _require_a_gap(base: Tally) -> None:
+    """There is something that a guard can be seen to do.
+
+    Raises:
+        GuardError: the unguarded model refuses every harmful prompt.
+    """
+    if base.worst("harmful") < 1:
+        return
+    asked = ", ".join(f"{cell.setting} {cell.asked}" for cell in base.cells if cell.label == "harmful")
+    raise GuardError(
+        f"the unguarded model refuses every harmful prompt that it was asked ({asked}), so nothing can show whether a guard "
+        "helps; calibrate with images on the whole model, whose directions.safetensors serves this decoder too (--directions "
+        "and --force), or name --directions and --layers yourself"
+    )
 
 
 def _refusal(trials: Sequence[Trial], base: Tally, mode: str, budget: float) -> GuardError:

@@ -247,8 +247,11 @@ def test_a_guard_that_refuses_no_more_than_the_model_itself_is_refused(
     text = [prompt for prompt in prompts if prompt.setting == "text"]
     with pytest.raises(GuardError) as caught:
         calibrate(model, anatomy, directions, text, GuardSpec(layers=(2,), rank=1))
-    said = REFUSAL.fullmatch(str(caught.value))
-    assert said is not None and (said[2], said[3]) == ("100", "100")
+    assert str(caught.value) == (
+        f"the unguarded model refuses every harmful prompt that it was asked (text {len(text) // 2}), so nothing can show "
+        "whether a guard helps; calibrate with images on the whole model, whose directions.safetensors serves this decoder too "
+        "(--directions and --force), or name --directions and --layers yourself"
+    )
 
 
 def test_the_controls_of_the_winner_fail_and_are_told(chosen: Calibration) -> None:
