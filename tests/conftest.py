@@ -10,6 +10,13 @@ from typing import Any
 import pytest
 
 GOLDEN = Path(__file__).with_name("golden")
+# They run integrations/NAME/run.sh in this checkout, each in the one build/integrations/NAME that there is.
+IN_THE_CHECKOUT = (
+    "integrations/test_runs.py",
+    "integrations/test_olive.py",
+    "integrations/test_node.py",
+    "test_readme.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One process per file, and per graph of the zoo's matrix: what fixtures make is made once.
+    """One process per file, and per graph of the zoo's matrix: what fixtures make is made once. One for all in the checkout.
 
     Not by `--dist loadgroup` and marks: pytest-xdist 3.8 renames the tests of a group, which pytest 9.2 does not let it.
     """
@@ -27,6 +34,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFileOrGraph(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file, _, test = nodeid.partition("::")
+            if file.endswith(IN_THE_CHECKOUT):
+                return "in the checkout"
             return f"{file}@{test.rpartition('@')[2]}" if file.endswith("zoo/test_matrix.py") else file
 
     config.option.loadscopereorder = False  # files with many tests are not those that take long; exports come first
