@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.parent.name for path in (ROOT / "integrations").glob("*/run.sh"))
-ELSEWHERE = {".git", ".venv", "build", ".pytest_cache", ".ruff_cache", ".hypothesis", "__pycache__"}
-ELSEWHERE |= {"vlmguard.egg-info"}  # pip's, whenever somebody installs the checkout
+CACHES = {".pytest_cache", ".ruff_cache", ".hypothesis", "__pycache__"}
+ELSEWHERE = {".git", ".venv", "build", "vlmguard.egg-info"} | CACHES
 
 pytestmark = [pytest.mark.long, pytest.mark.parametrize("name", NAMES)]
 
