@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -53,6 +54,7 @@ def serving(command: str, folder: Path) -> None:
         env=_environment() | {"BROWSER": "true"},  # which opens nothing
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=_hear_interrupts,
     )
     try:
         assert running.stdout is not None
@@ -63,8 +65,13 @@ def serving(command: str, folder: Path) -> None:
         with urllib.request.urlopen(url[0] + page, timeout=60) as answer:
             assert answer.status == 200
     finally:
-        running.terminate()
+        running.send_signal(signal.SIGINT)
         running.wait(timeout=60)
+
+
+def _hear_interrupts() -> None:
+    """As on a terminal: a shell has what it runs in the background ignore them, and these tests with all they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def made(command: str, folder: Path) -> None:

@@ -95,9 +95,13 @@ def test_sizes() -> None:
 
 def test_a_command_that_stays_within_it_is_the_same_command() -> None:
     plain = run("inspect", SOURCE, "--json")
-    asked = run("inspect", SOURCE, "--json", VLMGUARD_MAX_SECONDS="100", VLMGUARD_MAX_MEMORY="4G")
-    assert (asked.returncode, asked.stdout, asked.stderr) == (0, plain.stdout, plain.stderr)
+    for asked in (
+        run("--max-seconds", 100, "--max-memory", "4G", "inspect", SOURCE, "--json"),
+        run("inspect", SOURCE, "--json", VLMGUARD_MAX_SECONDS="100", VLMGUARD_MAX_MEMORY="4G"),
+    ):
+        assert (asked.returncode, asked.stdout, asked.stderr) == (0, plain.stdout, plain.stderr)
     assert json.loads(plain.stdout)
+    assert run("--max-seconds", 100, "inspect", "nowhere").returncode == 1
     assert run("--max-seconds", 100, "inspect", "--nonsense").returncode == 2
 
 

@@ -28,12 +28,15 @@ TOLERANCE = 1e-4
 PROMPTS = [(2, 9, 1), (3, 10, 2), (2, 12, 3)]
 
 
-def right_rows(name: str, mask: np.ndarray) -> np.ndarray:
-    """`[batch, 1]`: rows that a `decode.onnx` answers as torch does.
+def counted(name: str, part: str, calls: dict[str, Any], length: int) -> np.ndarray:
+    """`[batch, length]`: where a part's graph has to say what torch says. What a model says of padding means nothing.
 
-    transformers 5.23 loses how far the cache of Gemma 3's sliding layers has slid, and reads the padding mask there from its
-    beginning: behind a prompt longer than the window (6 here), rows with padding see too little. Rows without any are right.
+    transformers 5.23 loses how far the cache of Gemma 3's sliding layers has slid, and `decode.onnx` reads the padding mask there
+    from its beginning: behind a prompt longer than the window (6 here), rows with padding see too little, the others are right.
     """
+    mask = calls[DECODE][1]["attention_mask"].numpy().astype(bool)
+    if part != DECODE:
+        return mask[:, :length]
     padded = ~mask.all(axis=1, keepdims=True)
     return ~padded if name == "gemma3-generation" else np.ones_like(padded)
 
@@ -52,9 +55,7 @@ def test_prompt_head_and_decode_say_what_torch_says(generation_folders: Folders,
             expected = (answer if part == HEAD else getattr(answer, output)).numpy()
             found = outputs[output]
             assert found.shape == expected.shape, (part, prompt)
-            mask = calls[DECODE][1]["attention_mask"].numpy().astype(bool)
-            # what a model says of padding means nothing
-            real = right_rows(name, mask) if part == DECODE else mask[:, : expected.shape[1]]
+            real = counted(name, part, calls, expected.shape[1])
             assert np.abs(found - expected)[real].max(initial=0) < TOLERANCE, (part, prompt)
             if part == DECODE and not real.all():  # else the exporter has mended it: count these rows too
                 assert np.abs(found - expected)[~real].max() > 100 * TOLERANCE, (part, prompt)
@@ -67,15 +68,15 @@ def test_both_decoders_have_every_layer(generation_folders: Folders, name: str, 
     anatomy = dissect(load_graph(folder.path(part)), folder.layers)
     assert (anatomy.layer_count, anatomy.width, anatomy.dtypes) == (folder.layers, folder.width, ("float32",))
 
-    module, inputs = folder.calls(2, 9, 1)[part]
+    calls = folder.calls(2, 9, 1)
+    module, inputs = calls[part]
     proto = onnx.load(folder.path(part))
     proto.graph.output.extend(onnx.ValueInfoProto(name=site.value) for site in anatomy.sites)
     onnx.save(proto, tmp_path / "tapped.onnx")
     outputs = run_graph(tmp_path / "tapped.onnx", folder.feeds(part, inputs), optimized=False)
     with recorded_layers(folder.torch_decoder) as states:
         folder.run_torch((module, inputs))
-    mask = folder.calls(2, 9, 1)[DECODE][1]["attention_mask"].numpy().astype(bool)
-    real = right_rows(name, mask) if part == DECODE else mask[:, : states[0].shape[1]]
+    real = counted(name, part, calls, states[0].shape[1])
     for site, state in zip(anatomy.sites, states, strict=True):
         assert np.abs(outputs[site.value] - state)[real].max() < SLACK * TOLERANCE
 
