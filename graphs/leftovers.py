@@ -11,7 +11,7 @@ import glob
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 try:
@@ -24,9 +24,21 @@ OLD = "-old"
 _mine: set[Path] = set()  # what this process is writing
 
 
-def sibling(path: Path) -> Path:
-    """A name beside `path` that nobody has, for what will become `path`."""
-    return path.with_name(f".{path.name}{MARK}{os.getpid()}-{secrets.token_hex(4)}")
+def begin(path: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
+    """A new hidden sibling that will become `path`, and the lock on it, to be closed at the end.
+
+    Before it is locked, somebody may sweep it, as nobody's: then it is made again.
+    """
+    while True:
+        new = path.with_name(f".{path.name}{MARK}{os.getpid()}-{secrets.token_hex(4)}")
+        make(new)
+        try:
+            lock = hold(new)
+        except FileNotFoundError:
+            continue
+        if new.exists():
+            return new, lock
+        os.close(lock)
 
 
 def hold(path: Path) -> int:
@@ -51,9 +63,11 @@ def written(path: Path, lock: int) -> Iterator[None]:
     try:
         yield
     finally:
-        shutil.rmtree(path, ignore_errors=True)
         _mine.discard(path)
-        os.close(lock)
+        try:
+            remove(path)
+        finally:
+            os.close(lock)
 
 
 def abandon() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import sys
@@ -12,8 +13,9 @@ from typing import IO, Literal
 
 from .digests import BIG
 from .errors import OutputRefused
-from .leftovers import OLD, hold, remove, sibling, sweep, writer, written
+from .leftovers import OLD, begin, hold, remove, sweep, writer, written
 
+_IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 _FICLONE = 0x40049409  # linux/fs.h
 
 Data = Literal["link", "copy", "reference"]
@@ -33,7 +35,8 @@ def staged(directory: Path, force: bool = False) -> Iterator[Path]:
     directory = directory.absolute()
     require_writable(directory, force)
     try:
-        stage, lock = _stage(directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        stage, lock = begin(directory, Path.mkdir)
     except OSError as error:
         raise OutputRefused(f"{directory}: cannot be written ({error.strerror}); choose another OUT") from None
     with written(stage, lock):
@@ -44,18 +47,6 @@ def staged(directory: Path, force: bool = False) -> Iterator[Path]:
             raise OutputRefused(
                 f"{directory}: cannot be written ({error.strerror or error}); choose another OUT"
             ) from error
-
-
-def _stage(directory: Path) -> tuple[Path, int]:
-    """A new hidden sibling, and the lock on it. Between the two somebody may sweep: then it is gone, and is made again."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        stage = sibling(directory)
-        stage.mkdir()
-        lock = hold(stage)
-        if stage.exists():
-            return stage, lock
-        os.close(lock)
 
 
 def require_writable(directory: Path, force: bool) -> None:
@@ -96,23 +87,15 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         OutputRefused: it cannot be written.
     """
-    temporary = sibling(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
-        with temporary.open("xb") as file:
-            lock = hold(temporary)
-            try:
-                file.write(content)
-                file.flush()
-                temporary.replace(path)
-            finally:
-                os.close(lock)
+        temporary, lock = begin(path, Path.touch)
+        with written(temporary, lock):
+            temporary.write_bytes(content)
+            temporary.replace(path)
     except OSError as error:
         raise OutputRefused(f"{path}: cannot be written ({error.strerror}); choose another file") from None
-    finally:
-        with contextlib.suppress(OSError):  # under a file instead of a folder even this fails
-            temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -185,10 +168,13 @@ def _swap(stage: Path, directory: Path, force: bool) -> None:
 
     Without `force`, what another run wrote in the meantime stays: a rename does not replace a folder that holds something.
     """
-    if not force and directory.exists():
-        raise _exists(directory)
-    if not directory.exists():
-        stage.rename(directory)
+    if not (force and directory.exists()):
+        if directory.exists():
+            raise _exists(directory)
+        try:
+            stage.rename(directory)
+        except OSError as error:
+            raise _exists(directory) if error.errno in _IN_THE_WAY else error from None
         return
     old = directory.parent / f"{stage.name}{OLD}"
     lock = hold(directory)

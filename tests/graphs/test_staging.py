@@ -117,7 +117,18 @@ def test_the_second_of_two_processes_is_refused(tmp_path: Path, force: bool) -> 
     assert listing(tmp_path) == ["out", "out/sub", "out/sub/file"]
 
 
-def test_of_many_threads_one_writes(tmp_path: Path) -> None:
+@pytest.fixture
+def hurried() -> Iterator[None]:
+    """Threads take turns as often as they can, so that those that start together do meet."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("round", range(20))
+def test_of_many_threads_one_writes(tmp_path: Path, round: int) -> None:
     out, barrier = tmp_path / "out", threading.Barrier(8)
 
     def attempt(number: int) -> str:
@@ -137,6 +148,20 @@ def test_of_many_threads_one_writes(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["out", "out/sub", "out/sub/file"]
 
 
+@pytest.mark.usefixtures("hurried")
+def test_of_many_threads_each_writes_the_file_whole(tmp_path: Path) -> None:
+    path, barrier = tmp_path / "file", threading.Barrier(8)
+
+    def attempt(number: int) -> None:
+        barrier.wait()
+        write_file(path, b"%d" % number * 100)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(attempt, range(8)))
+    assert path.read_bytes() in {b"%d" % number * 100 for number in range(8)}
+    assert listing(tmp_path) == ["file"]
+
+
 def test_a_folder_that_appears_meanwhile_stays(tmp_path: Path) -> None:
     out = tmp_path / "out"
 
@@ -150,19 +175,66 @@ def test_a_folder_that_appears_meanwhile_stays(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["out", "out/file"] and (out / "file").read_text() == "first"
 
 
-def test_a_stage_that_is_swept_as_it_is_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, swept = staging.hold, []
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_that_appears_at_the_last_moment_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    """Right after the last look whether it is there."""
+    out, real = tmp_path / "out", Path.rename
+
+    def late(stage: Path, target: Path) -> Path:
+        (out / "sub").mkdir(parents=True)
+        (out / "sub" / "file").write_text("first")
+        return real(stage, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    sentence = f"{out}: exists already; choose another OUT, or replace it with --force"
+    assert refusal(lambda: write(out, "second", force)) == sentence
+    assert (out / "sub" / "file").read_text() == "first" and listing(tmp_path) == ["out", "out/sub", "out/sub/file"]
+
+
+def test_no_look_finds_a_folder_to_be_replaced_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it is looked: one that was not there at the first look is another run's."""
+    out, real = tmp_path / "out", Path.exists
+    with pytest.raises(OutputRefused, match="exists already"), staged(out) as stage:
+        (stage / "file").write_text("second")
+        looks: list[bool] = []
+
+        def late(path: Path, **options: bool) -> bool:
+            found = real(path, **options)
+            if path == out:
+                looks.append(found)
+                if not found:
+                    out.mkdir()
+                    (out / "file").write_text("first")
+            return found
+
+        monkeypatch.setattr(Path, "exists", late)
+    assert looks[0] is False and (out / "file").read_text() == "first"
+    assert listing(tmp_path) == ["out", "out/file"]
+
+
+@pytest.mark.parametrize("locked", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_swept_as_it_is_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, locked: bool
+) -> None:
+    real, swept = leftovers.hold, []
 
     def slow(path: Path) -> int:
-        lock = real(path)
+        """Whoever sweeps comes before the lock, or between the asking for it and the getting."""
+        lock = real(path) if locked else -1
         if not swept:
             swept.append(path)
-            path.rmdir()
-        return lock
+            leftovers.remove(path)
+        return lock if locked else real(path)
 
-    monkeypatch.setattr(staging, "hold", slow)
-    write(tmp_path / "out")
-    assert swept and listing(tmp_path) == ["out", "out/sub", "out/sub/file"]
+    monkeypatch.setattr(leftovers, "hold", slow)
+    if kind == "folder":
+        write(tmp_path / "out")
+    else:
+        write_file(tmp_path / "out", b"new")
+    assert swept and listing(tmp_path) == (["out", "out/sub", "out/sub/file"] if kind == "folder" else ["out"])
 
 
 def test_without_locks_the_number_of_the_process_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,11 +383,11 @@ def test_a_parent_without_permission_is_refused_before_any_work(
 
 
 def test_a_stage_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read_only(path: Path) -> None:
+    def read_only(*_: object) -> None:
         raise OSError(30, "Read-only file system")
 
     out = tmp_path / "out"
-    monkeypatch.setattr(staging, "_stage", read_only)
+    monkeypatch.setattr(staging, "begin", read_only)
     assert refusal(lambda: write(out)) == f"{out}: cannot be written (Read-only file system); choose another OUT"
     assert listing(tmp_path) == []
 

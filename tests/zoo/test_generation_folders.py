@@ -31,8 +31,8 @@ PROMPTS = [(2, 9, 1), (3, 10, 2), (2, 12, 3)]
 def counted(name: str, part: str, calls: dict[str, Any], length: int) -> np.ndarray:
     """`[batch, length]`: where a part's graph has to say what torch says. What a model says of padding means nothing.
 
-    transformers 5.23 loses how far the cache of Gemma 3's sliding layers has slid, and `decode.onnx` reads the padding mask there
-    from its beginning: behind a prompt longer than the window (6 here), rows with padding see too little, the others are right.
+    transformers 5.23 loses how far the cache of Gemma 3's sliding layers has slid, and `decode.onnx` reads the padding mask
+    there from its beginning: behind a prompt longer than the window (6 here), padded rows see too little, others are right.
     """
     mask = calls[DECODE][1]["attention_mask"].numpy().astype(bool)
     if part != DECODE:
