@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,9 @@ IN_THE_CHECKOUT = (
     "integrations/test_node.py",
     "test_readme.py",
 )
+
+# Exporters and graph libraries make millions of small objects that live: a tenth of all the time went to looking through them.
+gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

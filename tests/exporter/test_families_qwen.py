@@ -257,6 +257,7 @@ def test_an_image_counts(converted: Converted) -> None:
     assert np.abs(first - second).max() > 0.01 * np.abs(first).max()
 
 
+@pytest.mark.zoo
 def test_deepstack_counts(conversions: Callable[[str, str], Converted]) -> None:
     """Each injected layer changes what the image's tokens give, and without an image there is nothing to inject."""
     vlm = VisionLanguageModel(open_package(conversions("qwen3_vl", "fp32").out))

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 from hand_graphs import KINDS, Kind, decoder, text_model
 from zoo.makers import MAKERS, ZooModel
+from zoo.table import SELDOM, parameter
 
 from vlmguard.graphs.anatomy import DecoderAnatomy, ResidualSite, dissect, find_node, prepare
 from vlmguard.graphs.errors import AnatomyNotFound
@@ -20,7 +21,7 @@ from vlmguard.graphs.package import load_graph, open_package
 from vlmguard.graphs.taps import STATES_OUTPUT, tap_last_token
 
 Zoo = Callable[[str], ZooModel]
-every_model = pytest.mark.parametrize("name", MAKERS)
+every_model = pytest.mark.parametrize("name", [parameter(name, SELDOM) for name in MAKERS])
 
 FUSED = ("llava-transformers-ort", "llama-genai")
 # One of each exporter, quick to make.

@@ -24,8 +24,8 @@ import onnx
 import pytest
 from zoo.exporting import export_once, release
 from zoo.families import FAMILIES, TEXT, Family, tiny
-from zoo.makers import make_llava_torchscript
 from zoo.model import Feeds, ZooModel, zoo_model
+from zoo.quantized import LLAVA_TORCHSCRIPT
 from zoo.quantized import make as make_with
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def make_merged_llava(folder: Path) -> ZooModel:
     return make_with(
         "llava-merged-fp32",
         folder,
-        make_llava_torchscript,
+        LLAVA_TORCHSCRIPT,
         merge,
         patterns=("J",),
         exporter=f"{release('torch')}, merged here",

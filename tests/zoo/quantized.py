@@ -1,7 +1,7 @@
 """Graphs of the zoo after onnxruntime's own tools: its transformer optimizer, its float16 converter, its quantizers.
 
-A maker exports a graph of another module into `source/` of its folder, and runs one tool on it. Optimized and converted
-graphs still are what torch computes; of quantized ones torch has no truth, so `torch_model` is None.
+A maker takes a graph of another module, which is exported into `sources/` for all of them, and runs one tool on it.
+Optimized and converted graphs still are what torch computes; of quantized ones torch has no truth, so `torch_model` is None.
 
     optimize     SkipLayerNormalization, with a bias of its own (B'')
     convert      float16, written unsorted where inputs stay float32
@@ -28,15 +28,15 @@ from zoo.model import ZooModel
 Tool = Callable[[ZooModel, Path], None]
 
 
-def make(name: str, folder: Path, source: Callable[[Path], ZooModel], tool: Tool, **changed: Any) -> ZooModel:
+def make(name: str, folder: Path, source: str, tool: Tool, **changed: Any) -> ZooModel:
     """`source`'s graph after `tool`; `changed` are the fields of the source's `ZooModel` that this changes."""
+    from filelock import FileLock  # torch depends on it
 
-    def export(target: Path) -> None:
-        original = source(target / "source")
-        tool(original, target / "model.onnx")
-
-    export_once(folder, export)
-    original, path = source(folder / "source"), folder / "model.onnx"
+    sources, path = folder.parent / "sources", folder / "model.onnx"
+    sources.mkdir(parents=True, exist_ok=True)
+    with FileLock(sources / f"{source}.lock"):  # meanwhile nobody else's: the quantizers write beside what they read
+        original = {**makers.MAKERS, **families.MAKERS}[source](sources / source)
+        export_once(folder, lambda target: tool(original, target / "model.onnx"))
     graph = onnx.load(path, load_external_data=False).graph
     dtypes = {v.name: onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type) for v in graph.input}
     # GroupQueryAttention or not, the optimizer keeps what a graph says of padding.
@@ -116,20 +116,16 @@ def static(
 
 NO_TORCH: dict[str, Any] = {"torch_model": None, "torch_decoder": None}
 
-llava_transformers = makers.make_llava_transformers
-llava_torchscript = makers.make_llava_torchscript
-llama_dynamo = partial(makers.make_llama_dynamo, opset=20, cache=True)
-gpt2 = partial(families.make, "gpt2")
-phi = partial(families.make, "phi")
+LLAVA_TRANSFORMERS = "llava-transformers-fp32"
+LLAVA_TORCHSCRIPT = "llava-torchscript-fp32"
+LLAMA_DYNAMO = "llama-dynamo-cache-fp32-opset20"
 
 
-def make_optimized(
-    name: str, folder: Path, source: Callable[[Path], ZooModel], model_type: str, pattern: str
-) -> ZooModel:
+def make_optimized(name: str, folder: Path, source: str, model_type: str, pattern: str) -> ZooModel:
     return make(name, folder, source, partial(optimize, model_type=model_type), patterns=(pattern,))
 
 
-def make_converted(name: str, folder: Path, source: Callable[[Path], ZooModel], keep_io_types: bool) -> ZooModel:
+def make_converted(name: str, folder: Path, source: str, keep_io_types: bool) -> ZooModel:
     """Torch's side with the same half-rounded weights."""
     made = make(
         name,
@@ -152,19 +148,19 @@ QLINEAR_REFUSAL = (
 )
 
 _SOURCES = {
-    "llava-transformers": llava_transformers,
-    "llava-torchscript": llava_torchscript,
-    "llama-dynamo": llama_dynamo,
+    "llava-transformers": LLAVA_TRANSFORMERS,
+    "llava-torchscript": LLAVA_TORCHSCRIPT,
+    "llama-dynamo": LLAMA_DYNAMO,
 }
 _TABLE: dict[str, Callable[[str, Path], ZooModel]] = {
-    "gpt2-optimized-fp32": partial(make_optimized, source=gpt2, model_type="gpt2", pattern="B''"),
-    "phi-optimized-fp32": partial(make_optimized, source=phi, model_type="bert", pattern="B''"),
-    "llama-dynamo-optimized-fp32": partial(make_optimized, source=llama_dynamo, model_type="bert", pattern="B"),
+    "gpt2-optimized-fp32": partial(make_optimized, source="gpt2-fp32", model_type="gpt2", pattern="B''"),
+    "phi-optimized-fp32": partial(make_optimized, source="phi-fp32", model_type="bert", pattern="B''"),
+    "llama-dynamo-optimized-fp32": partial(make_optimized, source=LLAMA_DYNAMO, model_type="bert", pattern="B"),
     "llava-torchscript-optimized-fp32": partial(
-        make_optimized, source=llava_torchscript, model_type="bert", pattern="B"
+        make_optimized, source=LLAVA_TORCHSCRIPT, model_type="bert", pattern="B"
     ),
-    "llava-transformers-converted-fp16": partial(make_converted, source=llava_transformers, keep_io_types=False),
-    "llava-transformers-converted-io-fp16": partial(make_converted, source=llava_transformers, keep_io_types=True),
+    "llava-transformers-converted-fp16": partial(make_converted, source=LLAVA_TRANSFORMERS, keep_io_types=False),
+    "llava-transformers-converted-io-fp16": partial(make_converted, source=LLAVA_TRANSFORMERS, keep_io_types=True),
     **{
         f"{name}-dynamic-int8": partial(make, source=source, tool=dynamic, **NO_TORCH)
         for name, source in _SOURCES.items()
@@ -175,20 +171,20 @@ _TABLE: dict[str, Callable[[str, Path], ZooModel]] = {
     },
     # int4 DequantizeLinear is of opset 21: on the opset 17 of TorchScript the tool writes a file that cannot be opened.
     "llava-transformers-nbits-qdq-int4": partial(
-        make, source=llava_transformers, tool=partial(nbits, style="QDQ"), **NO_TORCH
+        make, source=LLAVA_TRANSFORMERS, tool=partial(nbits, style="QDQ"), **NO_TORCH
     ),
     "llama-dynamo-static-matmul-int8": partial(
-        make, source=llama_dynamo, tool=partial(static, style="QDQ", only=["MatMul"]), patterns=("K",), **NO_TORCH
+        make, source=LLAMA_DYNAMO, tool=partial(static, style="QDQ", only=["MatMul"]), patterns=("K",), **NO_TORCH
     ),
     "llama-dynamo-static-int8": partial(
-        make, source=llama_dynamo, tool=partial(static, style="QDQ"), patterns=("K",), **NO_TORCH
+        make, source=LLAMA_DYNAMO, tool=partial(static, style="QDQ"), patterns=("K",), **NO_TORCH
     ),
     "llava-transformers-static-int8": partial(
-        make, source=llava_transformers, tool=partial(static, style="QDQ"), patterns=("K",), **NO_TORCH
+        make, source=LLAVA_TRANSFORMERS, tool=partial(static, style="QDQ"), patterns=("K",), **NO_TORCH
     ),
     "llama-dynamo-qlinear-int8": partial(
         make,
-        source=llama_dynamo,
+        source=LLAMA_DYNAMO,
         tool=partial(static, style="QOperator"),
         patterns=("K",),
         refusal=QLINEAR_REFUSAL,

@@ -6,9 +6,11 @@ each pattern of docs/graphs.md at least once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
+from typing import Any
 
+import pytest
 from zoo import families, genai, makers, optimum, quantized
 from zoo.model import ZooModel
 
@@ -60,7 +62,17 @@ FAST: frozenset[str] = frozenset(
     }
 )
 
+# What tests of every one of `makers` leave to `make zoo`: each has a neighbour that differs in precision or opset alone.
+SELDOM: frozenset[str] = frozenset(
+    {"llava-transformers-ort-fp16", "llama-dynamo-cache-fp32-opset20", "llama-dynamo-fp32-opset23"}
+)
+
 
 def module_of(name: str) -> str:
     """The maker module that a model belongs to."""
     return next(module for module, table in _TABLES.items() if name in table)
+
+
+def parameter(name: str, seldom: Container[str] = ALL_MAKERS.keys() - FAST, **options: Any) -> Any:
+    """A model as pytest's parameter; those that `make test` leaves to `make zoo` are marked."""
+    return pytest.param(name, marks=pytest.mark.zoo if name in seldom else (), **options)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from zoo.families import FUSED, MAKERS, MLLAMA_CROSS_LAYER, NOT_EXPORTED
 from zoo.model import ZooModel
-from zoo.table import FAST
+from zoo.table import parameter
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("transformers.exporters")
@@ -24,10 +23,6 @@ from vlmguard.graphs.errors import AnatomyNotFound
 from vlmguard.graphs.package import load_graph
 
 Zoo = Callable[[str], ZooModel]
-
-
-def parameter(name: str) -> Any:
-    return pytest.param(name, marks=[] if name in FAST else [pytest.mark.zoo])
 
 
 every_family = pytest.mark.parametrize("name", [parameter(name) for name in MAKERS])

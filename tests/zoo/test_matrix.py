@@ -17,7 +17,7 @@ import pytest
 from zoo.cases import CASES, EXPORTED, Case
 from zoo.model import ZooModel
 from zoo.records import CheckRecord, GraphRecord, Ledger
-from zoo.table import ALL_MAKERS, FAST
+from zoo.table import ALL_MAKERS, parameter
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("torch")
@@ -29,13 +29,8 @@ from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import AnatomyNotFound
 from vlmguard.graphs.static_proof import Check
 
-
-def parameter(name: str) -> Any:
-    """One graph after another, each in one process (tests/conftest.py reads the `@`): its torch answers are computed once."""
-    return pytest.param(name, marks=() if name in FAST else pytest.mark.zoo, id=f"@{name}")
-
-
-every_graph = pytest.mark.parametrize("name", [parameter(name) for name in ALL_MAKERS], scope="module")
+# One graph after another, each in one process (tests/conftest.py reads the `@`): its torch answers are computed once.
+every_graph = pytest.mark.parametrize("name", [parameter(name, id=f"@{name}") for name in ALL_MAKERS], scope="module")
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
