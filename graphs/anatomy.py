@@ -444,7 +444,7 @@ def _site(flow: Flow, layer_index: int, total: Vertex, body: str) -> ResidualSit
             f"layer {layer_index}: the residual sum {total.name!r} is computed and kept in int8 ({_QUANTIZED_SUM}), so there "
             "is no float sum to guard; quantize with QuantFormat.QDQ, or leave Add out of the operators to quantize"
         )
-    residual, branch = _residual_first(flow, node)
+    residual, branch = _residual_first(flow, node, layer_index)
     kind: SiteKind = "skip_norm" if total.is_sum else "add"
     return ResidualSite(
         layer_index=layer_index,
@@ -458,10 +458,14 @@ def _site(flow: Flow, layer_index: int, total: Vertex, body: str) -> ResidualSit
     )
 
 
-def _residual_first(flow: Flow, node: ir.Node) -> tuple[ir.Value, ir.Value]:
+def _residual_first(flow: Flow, node: ir.Node, layer_index: int) -> tuple[ir.Value, ir.Value]:
     """The two summands: the stream is the one that the other was computed from, or at least the earlier one."""
-    first, second = (value for value in node.inputs[:2])
-    assert first is not None and second is not None
+    summands = [value for value in node.inputs[:2] if value is not None]
+    if len(summands) < 2:  # an input that is required has no name
+        raise AnatomyNotFound(
+            f"layer {layer_index}: node {node.name!r} ({node.op_type}) lacks one of its two summands; is the file damaged?"
+        )
+    first, second = summands
     a, b = flow.vertex(first), flow.vertex(second)
     if a is None or b is None:  # an Add of more than two parts, or a constant scale; order does not matter for an Add
         return first, second

@@ -577,6 +577,18 @@ def test_a_stream_of_integers_is_refused() -> None:  # K
     )
 
 
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_fused_sum_of_one_value_is_refused(kind: Kind, at: int) -> None:
+    """The input is there and has no name: onnxruntime would refuse the file, onnx_ir opens it."""
+    model = decoder(kind, layers=2)
+    (node,) = (node for node in model.graph if any(output.name == "layer_0_sum" for output in node.outputs))
+    node.replace_input_with(at, None)
+    assert refusal(model) == (
+        f"layer 0: node {node.name!r} ({node.op_type}) lacks one of its two summands; is the file damaged?"
+    )
+
+
 UNKNOWN = '<ir_version: 9, opset_import: ["" : 18, "strange" : 1, "com.microsoft" : 1]>'
 
 
