@@ -5,7 +5,10 @@ Exit codes: 0 done, 1 refused (one line says why and what to do next), 2 wrong u
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
+import os
 import sys
 import warnings
 from enum import StrEnum
@@ -174,7 +177,7 @@ Ray = Annotated[
     str | None,
     typer.Option(
         help="Ray cluster that does the batches: auto (this machine's), HOST:PORT, or local (one is started). "
-        "(default: this process alone; needs vlmguard[ray])",
+        "(default: this process alone; needs vlmguard\\[ray])",
         metavar="ADDRESS",
     ),
 ]
@@ -727,7 +730,7 @@ def generate_command(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     strength: Annotated[
         float | None,
         typer.Option(help="Of the guard, where it has knobs: 0 only watches, 1 is as calibrated, at most 2."),
@@ -740,28 +743,37 @@ def generate_command(
         bool, typer.Option("--scores", help="Then show what the gates compared (exported with --telemetry).")
     ] = False,
     unguarded: Annotated[bool, typer.Option("--unguarded", help="Run a model that has no guard.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print answer and scores as JSON; implies --scores.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print the answer as JSON, and what the gates compared if the model tells."),
+    ] = False,
 ) -> None:
     """Ask a guarded model; the answer streams to stdout."""
-    from .exporter.sources import open_model
+    from .exporter.sources import open_model, require_unmarked
     from .runtime.guarded import GuardedVLM
     from .runtime.knobs import Knobs
     from .runtime.vlm import Request, Sampling
 
     if blank and image is not None:
         raise typer.BadParameter("--blank and --image exclude each other")
-    if unguarded and (scores or as_json):
-        raise typer.BadParameter("--unguarded has no gates: leave --scores and --json out")
+    if unguarded and scores:
+        raise typer.BadParameter("--unguarded has no gates: leave --scores out")
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    if unguarded:
+        require_unmarked(model)
     vlm = open_model(model) if unguarded else GuardedVLM.open(model)
     shown = vlm.blank_image() if blank else image
+    knobs = Knobs(strength, threshold_offset)
+    if as_json and not (scores or vlm.decoder.tells_scores):
+        print_json({"answer": vlm.answer([Request(prompt, shown)], sampling, knobs=knobs)[0], "scores": None})
+        return
     if isinstance(vlm, GuardedVLM) and (scores or as_json):
         answer = vlm.generate_scored(
             prompt, shown, max_new_tokens, temperature, top_p, seed, strength, threshold_offset
         )
         _show_scored(answer, as_json)
         return
-    for piece in vlm.stream(Request(prompt, shown), sampling, Knobs(strength, threshold_offset)):
+    for piece in vlm.stream(Request(prompt, shown), sampling, knobs):
         out.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
     out.print()
 
@@ -1038,6 +1050,9 @@ def print_json(content: dict[str, Any]) -> None:
 
 # Entry points
 
+# What a full disk or a reader who left says, where stdout is a file or a pipe.
+_NOWHERE_TO_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
+
 
 def main() -> NoReturn:
     """`vlmguard ...`"""
@@ -1063,4 +1078,12 @@ def _run(arguments: list[str]) -> NoReturn:
     except KeyboardInterrupt:
         err.print("interrupted")
         sys.exit(130)
+    except OSError as error:
+        if error.filename is not None or error.errno not in _NOWHERE_TO_WRITE:
+            raise
+        line = f"the result cannot be written ({error.strerror}); choose another place for it"
+        err.print(f"[red]error:[/red] {line}", highlight=False, soft_wrap=True)
+        with contextlib.suppress(OSError, ValueError):  # what waits there is not tried again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     sys.exit(0)

@@ -241,6 +241,7 @@ class _Opened:
 
 def _open(view: ModelPackage) -> _Opened:
     graph = view.load_decoder()
+    require_unguarded(graph)  # before its directions are looked for: a guarded folder has some beside it
     return _Opened(view, graph, dissect_decoder(view, graph))
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..graphs.errors import GuardError, ModelUnreadable, OutputRefused
+from ..graphs.manifest import MANIFEST_NAME
 from ..graphs.package import ModelPackage, open_package
 from ..runtime.vlm import VisionLanguageModel
 from .checkpoints.exporters import Precision, export_checkpoint
@@ -98,6 +99,16 @@ def is_checkpoint(model: Path | str) -> bool:
     return (
         not path.exists() and text.count("/") == 1 and not text.startswith((".", "/", "~")) and path.suffix != ".onnx"
     )
+
+
+def require_unmarked(model: Path | str) -> None:
+    """What stands for the unguarded model is not a guarded folder.
+
+    Raises:
+        GuardError: it has a manifest.
+    """
+    if (Path(model) / MANIFEST_NAME).is_file():
+        raise GuardError(f"{model}: is guarded (it has a {MANIFEST_NAME}); give the model that it was made from")
 
 
 def open_model(model: Path | str, variant: str | None = None) -> VisionLanguageModel:

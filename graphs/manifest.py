@@ -188,6 +188,10 @@ def read_manifest(folder: Path) -> Manifest:
         ManifestMismatch: there is none (so the folder is not guarded), it is malformed, or of another schema.
     """
     path = folder / MANIFEST_NAME
+    if folder.is_file():
+        raise ManifestMismatch(f"{folder}: is a file; give the guarded folder that it lies in")
+    if not folder.is_dir():
+        raise ManifestMismatch(f"{folder}: no such folder; give one that `vlmguard-export` wrote")
     if not path.is_file():
         raise ManifestMismatch(f"{folder}: has no {MANIFEST_NAME}, so nothing says that it is guarded; export it first")
     if path.stat().st_size > LARGEST_JSON:

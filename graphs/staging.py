@@ -63,8 +63,10 @@ def require_writable(directory: Path, force: bool) -> None:
         raise _exists(directory)
     if writer(directory):
         raise OutputRefused(f"{directory}: another run is writing it; wait for it, or choose another OUT")
-    if directory.exists() and _precious(directory):
+    if force and directory.exists() and _precious(directory):
         raise OutputRefused(f"{directory}: holds more than a model, --force will not replace it; choose another OUT")
+    if force and directory.exists() and not _disposable(directory):
+        raise OutputRefused(f"{directory}: holds no model, --force will not replace it; choose another OUT")
     parent = next(folder for folder in (directory.parent, *directory.parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputRefused(f"{directory}: cannot be written (no permission in {parent}); choose another OUT")
@@ -79,6 +81,14 @@ def _precious(directory: Path) -> bool:
     lived_in = {Path.cwd().resolve(), Path.home().resolve()}
     real = directory.resolve()
     return (directory / ".git").exists() or any(real == place or real in place.parents for place in lived_in)
+
+
+def _disposable(directory: Path) -> bool:
+    """Whether it is what commands write: a folder with a manifest or with graphs, or an empty one."""
+    ours = (f"{pattern}{kind}" for kind in ("guard.json", "*.onnx") for pattern in ("", "*/"))
+    return (
+        directory.is_symlink() or any(next(directory.glob(one), None) for one in ours) or not any(directory.iterdir())
+    )
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -51,6 +51,8 @@ class Request:
     history: tuple[Turn, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise GuardError("the prompt is empty; write something")
         shown = sum(turn.shows for turn in self.history)
         if shown > (self.image is not None):
             has = "one image" if self.image is not None else "no image"
@@ -93,6 +95,8 @@ class Sampling:
             raise GuardError(f"temperature {self.temperature} is out of range; choose 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise GuardError(f"top_p {self.top_p} is out of range; choose above 0, up to 1")
+        if self.seed < 0:
+            raise GuardError(f"seed {self.seed} is negative; choose 0 or more")
 
 
 GREEDY = Sampling()

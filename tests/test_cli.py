@@ -347,6 +347,43 @@ def test_generate_runs_an_unguarded_model_only_when_told_to(run: Callable[..., R
     assert run("generate", SOURCE, "-p", HARMFUL) == Ran(
         1, "", f"error: {SOURCE}: has no guard.json, so nothing says that it is guarded; export it first\n"
     )
+    out = guarded("restore")
+    assert run("generate", out, "-p", HARMFUL, "--unguarded") == Ran(
+        1, "", f"error: {out}: is guarded (it has a guard.json); give the model that it was made from\n"
+    )
+
+
+def test_an_answer_as_json_has_scores_where_the_model_tells_them(run: Callable[..., Ran], guarded: Guarded) -> None:
+    for folder, more in ((SOURCE, ["--unguarded"]), (guarded("restore"), [])):
+        said = run("generate", folder, "-p", HARMFUL, *more).out.strip()
+        told = run("generate", folder, "-p", HARMFUL, "--json", *more)
+        assert (told.code, told.err, told.json) == (0, "", {"answer": said, "scores": None})
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt_is_refused(run: Callable[..., Ran], guarded: Guarded, prompt: str) -> None:
+    sentence = "error: the prompt is empty; write something\n"
+    assert run("generate", guarded("restore"), "-p", prompt, "--blank") == Ran(1, "", sentence)
+
+
+def test_a_folder_that_is_none_is_told_apart(run: Callable[..., Ran], guarded: Guarded, tmp_path: Path) -> None:
+    nowhere, file = tmp_path / "nowhere", guarded("restore") / "guard.json"
+    for command in (["verify"], ["generate", "-p", HARMFUL]):
+        for path, why in (
+            (nowhere, "no such folder; give one that `vlmguard-export` wrote"),
+            (file, "is a file; give the guarded folder that it lies in"),
+        ):
+            assert run(*command, path) == Ran(1, "", f"error: {path}: {why}\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
+@pytest.mark.parametrize("arguments", [("prompts",), ("inspect", SOURCE, "--json"), ("--help",)])
+def test_a_result_that_cannot_be_written_is_told_in_one_line(arguments: tuple[Any, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [Path(sys.executable).with_name("vlmguard"), *map(str, arguments)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: the result cannot be written (No space left on device); choose another place for it\n"
 
 
 def test_generate_turns_knobs_and_shows_scores(run: Callable[..., Ran], guarded: Guarded) -> None:

@@ -65,9 +65,10 @@ class GuardConfig:
         layers = {number: found.layers[number] for number in self.spec.layers or found.layers if number in found.layers}
         for number, given in self.numbers.items():
             if number not in layers:
+                asked, held = (", ".join(map(str, some)) for some in (self.spec.layers or layers, found.layers))
                 raise DirectionMismatch(
-                    f"[layers.{number}] was given, the guard has layers {', '.join(map(str, layers))}; leave the table out, "
-                    "or add the layer and its directions"
+                    f"[layers.{number}] was given, the guard is wanted on layers {asked} and the directions hold {held}; leave "
+                    "the table out, or extract directions for other layers (`vlmguard directions`)"
                 )
             layers[number] = _with_numbers(layers[number], given, self.spec.rank)
         return replace(found, layers={**found.layers, **layers})

@@ -24,7 +24,7 @@ from ..extraction.extract import Progress
 from ..prompts.labelled import BUILTIN, LabelledPrompt, Sources, find_file, fingerprint, listed
 from ..prompts.overlaps import require_held_out
 from ..shards import Spread, in_turn, spreading
-from ..sources import Watch, open_model, unwatched
+from ..sources import Watch, open_model, require_unmarked, unwatched
 from .asking import AskBoth, Asking, Gates, open_gates, shard_of
 from .judge_model import GuardModel
 from .outcome import KEYWORDS, Cell, Evaluation, Tally, count
@@ -77,6 +77,7 @@ def compare(
             `out` is another evaluation's.
     """
     tell = watch or unwatched
+    require_unmarked(base)
     unguarded, vlm = open_model(base), GuardedVLM.open(guarded)
     sources = prompts if prompts is not None else find_file(unguarded.package.root, EVALUATION_FILES) or BUILTIN
     title = ", ".join(listed(sources))

@@ -46,11 +46,16 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 self._answer(request, sender)
-            except GuardError as error:  # about the request; anything else is a bug, and Triton logs it
-                refusal = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
-                sender.send(pb_utils.InferenceResponse(output_tensors=[], error=refusal))
+            except GuardError as error:  # about the request
+                self._refuse(sender, pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
+            except Exception as error:  # a bug: the client hears that there is one, Triton logs which
+                self._refuse(sender, pb_utils.TritonError(f"the model failed ({type(error).__name__})"))
+                raise
             finally:
                 sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _refuse(self, sender: Any, error: Any) -> None:
+        sender.send(pb_utils.InferenceResponse(output_tensors=[], error=error))
 
     def _answer(self, request: Any, sender: Any) -> None:
         """The decode loop: a step per token, until the model ends, the limit is reached, or nobody listens any more."""

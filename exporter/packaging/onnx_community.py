@@ -121,7 +121,7 @@ def _referring(graph: Path, renamed: Mapping[str, str]) -> bytes:
         for value in part.initializers.values():
             tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor):
-                value.const_value = relocated(tensor, renamed[str(tensor.location)])
+                value.const_value = relocated(tensor, renamed[Path(tensor.location).as_posix()])
     return graph_bytes(model)
 
 

@@ -211,7 +211,9 @@ def _handler(model: Any, out: Path) -> Any:
     parts = {graph.stem: graph.relative_to(out) for graph in graphs}
     if isinstance(model, CompositeModelHandler):
         root = _folder_or_file(model).resolve()
-        parts = {name: Path(part.model_path).resolve().relative_to(root) for name, part in model.get_model_components()}
+        files = {name: Path(part.model_path) for name, part in model.get_model_components()}
+        # their folders, resolved: in Hugging Face's cache the files themselves are links out of it
+        parts = {name: (file.parent.resolve() / file.name).relative_to(root) for name, file in files.items()}
     components = [ONNXModelHandler(model_path=str(out), onnx_file_name=path.as_posix()) for path in parts.values()]
     return CompositeModelHandler(components, [*parts], str(out), {**attributes, "no_flatten": True})
 

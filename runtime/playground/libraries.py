@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import http.client
 import io
 import os
+import shutil
 import tarfile
 import urllib.error
 import urllib.request
@@ -135,8 +137,9 @@ def _cached(library: Library, progress: Progress) -> Path:
         return home
     content = _fetch(library, progress)
     files = _read_archive(library, content)
+    shutil.rmtree(home, ignore_errors=True)  # damaged, if it is there at all
     try:
-        with staged(home, force=True) as stage:
+        with staged(home) as stage:
             for name, body in files.items():
                 (stage / name).parent.mkdir(parents=True, exist_ok=True)
                 create_file(stage / name, body)
@@ -170,7 +173,7 @@ def _fetch(library: Library, progress: Progress) -> bytes:
                         f"{url}: has more than {_LARGEST} bytes, which {library} has not; ask another registry"
                     )
                 progress(f"fetching {library} (bytes)", received.tell(), max(total, received.tell()))
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise GuardError(
             f"{library} cannot be fetched from {url} ({first_line(Exception(reason))}); where there is a network, run "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import threading
 import webbrowser
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,7 +105,8 @@ class PlaygroundServer(ThreadingHTTPServer):
             open_page: open it in the user's browser.
         """
         if open_page:
-            webbrowser.open(self.url)  # the port is bound: the browser waits for the first answer
+            # beside the serving: some browsers (lynx, a foreground $BROWSER) return when the page is closed
+            threading.Thread(target=webbrowser.open, args=(self.url,), daemon=True).start()
         with contextlib.suppress(KeyboardInterrupt), self:
             self.serve_forever()
 

@@ -65,6 +65,12 @@ class Admission:
         self.inside += 1
         return Visit(self)
 
+    def close(self) -> None:
+        """Nobody is let in any more, and nobody gets a place: those who wait for one are told."""
+        self.draining = self.closed = True
+        for _ in range(self.waiting):
+            self._free.release()  # wakes one of them, who sees that the server has stopped
+
 
 class Visit:
     """One request's way through: wait for a place, take it, leave."""

@@ -92,6 +92,11 @@ class Answering:
         """End it before its next token. Does nothing once it has ended."""
         self._stopped = self._stopped or why
 
+    def abandon(self) -> None:
+        """The server stops: end it, and tell whoever waits for it now; its thread may still be in the prompt's pass."""
+        self.stop("shutdown")
+        self._events.put_nowait(stopping())
+
     async def begun(self) -> None:
         """Wait until the prompt was read, and found fit to answer.
 
@@ -134,6 +139,9 @@ class Answering:
 
     def _answer(self) -> None:
         made, request = self.made, self._chat.request
+        # Its text alone, before anything is computed: a million tokens would be embedded first, and then be refused.
+        if len(self._vlm.chat.encode_turns(request.text_only.turns)) > self._limits.prompt_tokens:
+            raise too_long(self._limits.prompt_tokens)
         batch = self._vlm.batch([request])
         made.prompt_tokens = int(batch.mask.sum())
         sampling = self._chat.sampling

@@ -87,9 +87,9 @@ class Service:
 
     def stop_answers(self) -> None:
         """End every answer that is still being made, and those that wait for their turn; each caller is told."""
-        self.admission.draining = self.admission.closed = True
+        self.admission.close()
         for answering in list(self._under_way):
-            answering.stop("shutdown")
+            answering.abandon()
 
     def refusal(self, error: GuardError) -> ApiError:
         """What the model's own code refuses: the caller's fault, unless a runtime failed. Paths stay here."""
@@ -117,6 +117,9 @@ class _Stream(StreamingResponse):
             yield event(refusal.to_json())
         except GuardError as error:
             yield event(self._service.refusal(error).to_json())
+        except Exception:
+            yield event(ApiError(500, "something went wrong here; the log has it").to_json())
+            raise
         else:
             yield event("[DONE]")
 

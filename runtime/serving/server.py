@@ -111,15 +111,15 @@ def graceful_server(service: Service, started: Callable[[], None]) -> uvicorn.Se
 
     class GracefulServer(uvicorn.Server):
         asked_at: float | None = None
+        grace_over = False
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             started()
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            if self.asked_at is not None:  # asked twice: at once
-                service.stop_answers()
-                self.should_exit = self.force_exit = True
+            if self.asked_at is not None:  # asked twice: at once, but each caller is told; a third time: not even that
+                self.grace_over, self.force_exit = True, self.grace_over
                 return
             logging.getLogger("vlmguard.serve").info(
                 "told to stop (%s): %d inside, at most %g s", signal.Signals(sig).name, admission.inside, grace
@@ -128,7 +128,7 @@ def graceful_server(service: Service, started: Callable[[], None]) -> uvicorn.Se
 
         async def on_tick(self, counter: int) -> bool:
             if self.asked_at is not None and not self.should_exit:
-                over = time.monotonic() - self.asked_at >= grace
+                over = self.grace_over or time.monotonic() - self.asked_at >= grace
                 if over:
                     service.stop_answers()
                 self.should_exit = over or admission.inside == 0

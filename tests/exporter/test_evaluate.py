@@ -467,13 +467,14 @@ def test_records_of_another_evaluation_are_refused(guarded: Guarded, file: Path,
     content = path.read_bytes()
     fewer = write(tmp_path / "p.jsonl", [json.loads(line) for line in file.read_text().splitlines()][1:])
     manifest = json.loads((out / "guard.json").read_text(encoding="utf-8"))
+    other = shutil.copytree(out, tmp_path / "other", ignore=shutil.ignore_patterns("guard.json"))
     for arguments, options, field in (
         ((SOURCE, guarded("supervise"), file, 4, 16), {}, "guarded"),
         ((SOURCE, out, fewer, 4, 16), {}, "prompts"),
         ((SOURCE, out, file, 5, 16), {}, "max_new_tokens"),
         ((SOURCE, out, file, 4, 16), {"keep_answers": True}, "answers"),
         ((SOURCE, out, file, 4, 16), {"read_gates": False}, "gates"),
-        ((out, out, file, 4, 16), {}, "base"),
+        ((other, out, file, 4, 16), {}, "base"),
     ):
         with pytest.raises(OutputRefused) as caught:
             compare(*arguments, **options, out=path)
@@ -484,6 +485,12 @@ def test_records_of_another_evaluation_are_refused(guarded: Guarded, file: Path,
     assert path.read_bytes() == content and manifest["proved"] == "full"
     path.write_bytes(content.replace(b'"refused":', b'"declined":', 1))
     assert refusal(SOURCE, out, file, 4, 16, out=path).startswith(f"{path}: line 2 is not a record (")
+
+
+def test_a_guarded_folder_is_not_the_unguarded_model(guarded: Guarded, file: Path) -> None:
+    out = guarded("restore")
+    sentence = f"{out}: is guarded (it has a guard.json); give the model that it was made from"
+    assert refusal(out, out, file, 4, 16) == sentence
 
 
 def test_answers_are_kept_only_on_request(guarded: Guarded, file: Path, tmp_path: Path) -> None:

@@ -181,7 +181,8 @@ def test_numbers_of_a_layer_that_is_not_guarded_are_refused() -> None:
     found = random_directions(8, [1, 2], rank=1)
     config = GuardConfig(GuardSpec(mode="restore", layers=(1,)), Path("d"), {2: {"threshold": 1.0}})
     assert refusal(DirectionMismatch, config.applied, found) == (
-        "[layers.2] was given, the guard has layers 1; leave the table out, or add the layer and its directions"
+        "[layers.2] was given, the guard is wanted on layers 1 and the directions hold 1, 2; leave the table out, or extract "
+        "directions for other layers (`vlmguard directions`)"
     )
     config = GuardConfig(GuardSpec(mode="restore", layers=(1,)), Path("d"), {1: {"target": [1.0, 2.0]}})
     assert refusal(DirectionMismatch, config.applied, found) == "layers.1.target has shape (2,), expected (1,)"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from random_directions import random_directions, write_directions
 from small_guarded import make_the_manifest_fit
@@ -88,6 +89,18 @@ def test_a_signature_is_left_out_and_said(text_model: tuple[Path, Path], tmp_pat
         "left out, this layout has no use for them: genai_config.json",
         "the signature covers the old folder and was left out; sign the new one with `vlmguard sign`",
     )
+
+
+def test_external_data_may_be_called_by_another_name_of_its_path(text_model: tuple[Path, Path], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(text_model[0], tmp_path / "source"))
+    model = onnx.load(source / "model.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = f"./{entry.value}"
+    onnx.save(model, source / "model.onnx")
+    guarded = guard(source, tmp_path / "guarded")
+    assert tokens(package_onnx_community(guarded, tmp_path / "out").out) == tokens(guarded)
 
 
 def test_changed_weights_are_found(text_model: tuple[Path, Path], tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ pytest.importorskip("tritonclient.grpc")
 
 from google.protobuf import text_format
 from triton_stand_in import Repository, full_shape, numpy_type, read_config
+from triton_stand_in import Request as TritonRequest
 from tritonclient.grpc import model_config_pb2
 
 pytest_plugins = ("tiny_vlm_fixtures", "zoo_fixtures")
@@ -239,9 +240,28 @@ def test_front_model_refuses_in_a_sentence(repositories: Callable[[str], Path]) 
         ({"image": b"/etc/hostname"}, "the image cannot be read (of no known format); save it again as PNG or JPEG"),
         ({"image": bytes(21 << 20)}, f"image has {21 << 20} bytes, more than {20 << 20}; scale it down first"),
         ({"text_input": b"\xff"}, "text_input is no UTF-8; encode the prompt as such"),
+        ({"text_input": b" "}, "the prompt is empty; write something"),
+        ({"seed": np.int64(-1)}, "seed -1 is negative; choose 0 or more"),
     ):
         (response,) = repository.ask(**{"text_input": HARMLESS, **asked}).responses
         assert str(response.error()) == sentence and response.error().code == 3
+
+
+def test_front_model_tells_the_client_of_a_bug(
+    repositories: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the client would get an empty answer, and Triton alone would know."""
+    repository = Repository(repositories("restore"))
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("of ours")
+
+    monkeypatch.setattr(repository.front.vlm, "pieces", broken)
+    request = TritonRequest(repository.configs["vlmguard"], {"text_input": np.array([HARMLESS.encode()], np.object_)})
+    with pytest.raises(ZeroDivisionError):
+        repository.front.execute([request])
+    (response,) = request.sender.responses
+    assert str(response.error()) == "the model failed (ZeroDivisionError)" and request.sender.ended == 1
 
 
 def test_front_model_stops_when_nobody_listens(repositories: Callable[[str], Path]) -> None:

@@ -414,4 +414,6 @@ def test_a_guarded_model_is_not_guarded_twice(guarded: Guarded, tmp_path: Path) 
     sentence = "this decoder already carries a guard; start again from the unguarded model"
     directions = write_directions(tmp_path / "d.safetensors", random_directions(128, [1]))
     assert refusal(GuardError, export, out, tmp_path / "x", directions=directions) == sentence
+    # those beside it are of the unguarded decoder, which is not what is wrong here
+    assert refusal(GuardError, export, out, tmp_path / "x") == sentence
     assert not (tmp_path / "x").exists()

@@ -35,7 +35,7 @@ def refusal(action) -> str:
 def write(out: Path, content: str = "new", force: bool = False) -> None:
     with staged(out, force) as stage:
         (stage / "sub").mkdir()
-        (stage / "sub" / "file").write_text(content)
+        (stage / "sub" / "model.onnx").write_text(content)
 
 
 # --------------------------------------------------------------------------------------------------------------- success
@@ -76,7 +76,7 @@ def test_a_failure_leaves_nothing_and_the_old_folder_alone(
         (stage / "half").write_text("x")
         raise failure
     assert listing(tmp_path) == before
-    assert not force or (out / "sub" / "file").read_text() == "old"
+    assert not force or (out / "sub" / "model.onnx").read_text() == "old"
 
 
 def test_a_disk_that_fails_inside_the_block_is_said_in_one_line(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_the_second_of_two_processes_is_refused(tmp_path: Path, force: bool) -> 
     with running(out):
         assert refusal(lambda: write(out, "second", force)) == writing(out)
     write(out, "third")
-    assert listing(tmp_path) == ["out", "out/sub", "out/sub/file"]
+    assert listing(tmp_path) == ["out", "out/sub", "out/sub/model.onnx"]
 
 
 @pytest.fixture
@@ -144,8 +144,8 @@ def test_of_many_threads_one_writes(tmp_path: Path, round: int) -> None:
     (winner,) = [one for one in told if one.isdigit()]
     exists = f"{out}: exists already; choose another OUT, or replace it with --force"
     assert {one for one in told if not one.isdigit()} <= {writing(out), exists}
-    assert (out / "sub" / "file").read_text() == winner
-    assert listing(tmp_path) == ["out", "out/sub", "out/sub/file"]
+    assert (out / "sub" / "model.onnx").read_text() == winner
+    assert listing(tmp_path) == ["out", "out/sub", "out/sub/model.onnx"]
 
 
 @pytest.mark.usefixtures("hurried")
@@ -184,13 +184,17 @@ def test_a_folder_that_appears_at_the_last_moment_stays(
 
     def late(stage: Path, target: Path) -> Path:
         (out / "sub").mkdir(parents=True)
-        (out / "sub" / "file").write_text("first")
+        (out / "sub" / "model.onnx").write_text("first")
         return real(stage, target)
 
     monkeypatch.setattr(Path, "rename", late)
     sentence = f"{out}: exists already; choose another OUT, or replace it with --force"
     assert refusal(lambda: write(out, "second", force)) == sentence
-    assert (out / "sub" / "file").read_text() == "first" and listing(tmp_path) == ["out", "out/sub", "out/sub/file"]
+    assert (out / "sub" / "model.onnx").read_text() == "first" and listing(tmp_path) == [
+        "out",
+        "out/sub",
+        "out/sub/model.onnx",
+    ]
 
 
 def test_no_look_finds_a_folder_to_be_replaced_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +238,7 @@ def test_what_is_swept_as_it_is_made_is_made_again(
         write(tmp_path / "out")
     else:
         write_file(tmp_path / "out", b"new")
-    assert swept and listing(tmp_path) == (["out", "out/sub", "out/sub/file"] if kind == "folder" else ["out"])
+    assert swept and listing(tmp_path) == (["out", "out/sub", "out/sub/model.onnx"] if kind == "folder" else ["out"])
 
 
 def test_without_locks_the_number_of_the_process_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,12 +263,34 @@ def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
     sentence = f"{out}: exists already; choose another OUT, or replace it with --force"
     assert refusal(lambda: write(out)) == sentence
     assert refusal(lambda: require_writable(out, force=False)) == sentence
-    assert (out / "sub" / "file").read_text() == "old"
-    assert listing(tmp_path) == ["out", "out/sub", "out/sub/file"]
+    assert (out / "sub" / "model.onnx").read_text() == "old"
+    assert listing(tmp_path) == ["out", "out/sub", "out/sub/model.onnx"]
 
 
 def test_an_empty_folder_is_refused_too(tmp_path: Path) -> None:
     assert "exists already" in refusal(lambda: write(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "year/thesis.txt", "a/b/c/model.onnx"])
+def test_force_does_not_replace_what_no_command_writes(tmp_path: Path, name: str) -> None:
+    """A mistyped OUT: somebody's folder, which is neither a model nor empty."""
+    out = tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("mine")
+    sentence = f"{out}: holds no model, --force will not replace it; choose another OUT"
+    assert refusal(lambda: write(out, force=True)) == refusal(lambda: require_writable(out, force=True)) == sentence
+    assert (out / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["guard.json", "model.onnx", "onnx/model.onnx"])
+def test_force_replaces_a_model_and_an_empty_folder(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    (out / Path(name).parent).mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty", force=True)
+    (out / name).write_text("old")
+    write(out, force=True)
+    assert listing(out) == listing(tmp_path / "empty") == ["sub", "sub/model.onnx"]
 
 
 def test_force_replaces_the_folder_as_a_whole(tmp_path: Path) -> None:
@@ -272,8 +298,8 @@ def test_force_replaces_the_folder_as_a_whole(tmp_path: Path) -> None:
     write(out, "old")
     (out / "left over").write_text("x")
     write(out, force=True)
-    assert listing(tmp_path) == ["out", "out/sub", "out/sub/file"]
-    assert (out / "sub" / "file").read_text() == "new"
+    assert listing(tmp_path) == ["out", "out/sub", "out/sub/model.onnx"]
+    assert (out / "sub" / "model.onnx").read_text() == "new"
 
 
 def test_the_old_folder_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
@@ -281,7 +307,7 @@ def test_the_old_folder_stays_until_the_new_one_is_complete(tmp_path: Path) -> N
     write(out, "old")
     with staged(out, force=True) as stage:
         (stage / "file").write_text("new")
-        assert (out / "sub" / "file").read_text() == "old"
+        assert (out / "sub" / "model.onnx").read_text() == "old"
 
 
 def test_the_old_folder_comes_back_when_the_swap_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,8 +323,8 @@ def test_the_old_folder_comes_back_when_the_swap_fails(tmp_path: Path, monkeypat
     assert refusal(lambda: write(out, force=True)) == (
         f"{out}: cannot be written (Input/output error); choose another OUT"
     )
-    assert listing(tmp_path) == ["out", "out/sub", "out/sub/file"]
-    assert (out / "sub" / "file").read_text() == "old"
+    assert listing(tmp_path) == ["out", "out/sub", "out/sub/model.onnx"]
+    assert (out / "sub" / "model.onnx").read_text() == "old"
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -315,7 +341,7 @@ def test_a_link_is_replaced_and_what_it_led_to_stays(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.symlink_to("real")
     write(out, force=True)
-    assert listing(tmp_path) == ["out", "out/sub", "out/sub/file", "real", "real/precious"]
+    assert listing(tmp_path) == ["out", "out/sub", "out/sub/model.onnx", "real", "real/precious"]
     assert not out.is_symlink()
 
 
@@ -343,7 +369,7 @@ def test_a_kill_between_the_two_renames_gives_the_old_folder_back(tmp_path: Path
     out.rename(tmp_path / f".out.vlmguard-{ended.pid}-a-old")
     sentence = f"{out}: exists already; choose another OUT, or replace it with --force"
     assert refusal(lambda: require_writable(out, force=False)) == sentence
-    assert (out / "sub" / "file").read_text() == "old"
+    assert (out / "sub" / "model.onnx").read_text() == "old"
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -432,16 +458,16 @@ def test_after_a_kill_there_is_nothing_and_the_next_run_tidies_up(tmp_path: Path
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(f".{name}.vlmguard-") and listing(left) == ["half"]
     write(out)
-    assert listing(tmp_path) == [name, f"{name}/sub", f"{name}/sub/file"]
+    assert listing(tmp_path) == [name, f"{name}/sub", f"{name}/sub/model.onnx"]
 
 
 def test_after_a_kill_the_old_folder_is_still_there(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(out, "old")
     kill_in_the_middle(out)
-    assert (out / "sub" / "file").read_text() == "old"
+    assert (out / "sub" / "model.onnx").read_text() == "old"
     write(out, force=True)
-    assert listing(tmp_path) == ["out", "out/sub", "out/sub/file"]
+    assert listing(tmp_path) == ["out", "out/sub", "out/sub/model.onnx"]
 
 
 def test_only_what_is_ours_and_dead_is_swept(tmp_path: Path) -> None:

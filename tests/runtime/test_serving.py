@@ -540,11 +540,36 @@ def test_told_to_stop_twice_it_ends_every_answer_and_says_so(vlm: GuardedVLM, pa
         eventually(lambda: one.service.admission.waiting == 1)
         one.told_to_stop()
         eventually(lambda: one.service.admission.closed)
-        paced.say(1)
         for answer in (running.result(), waiting.result()):
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "stopping")
         eventually(lambda: not one.thread.is_alive())
-        assert paced.said == 1
+        assert paced.said == 0  # nobody waited for the token that is being computed
+        paced.say(1)
+
+
+def test_a_prompt_is_measured_before_it_is_computed(vlm: GuardedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embedding a text of a million tokens takes gigabytes."""
+    embedded: list[int] = []
+    real = vlm.batch
+    monkeypatch.setattr(vlm, "batch", lambda requests: embedded.append(1) or real(requests))
+    with serving(vlm, max_prompt_tokens=100) as one:
+        assert one.ask(asking("boat " * 120)).json()["error"]["code"] == "context_length_exceeded"
+        assert embedded == []
+        assert one.ask(asking(HARMLESS)).status_code == 200 and embedded == [1]
+
+
+def test_a_bug_in_a_begun_stream_is_told_in_it(vlm: GuardedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = vlm.pieces
+
+    def broken(*arguments: Any, **named: Any) -> Iterator[Any]:
+        yield next(real(*arguments, **named))
+        raise MemoryError("details of the machine")
+
+    monkeypatch.setattr(vlm, "pieces", broken)
+    with serving(vlm) as one:
+        with pytest.raises(openai.APIError, match="something went wrong here; the log has it"):
+            list(one.openai.chat.completions.create(**asking(HARMLESS), stream=True))
+        eventually(lambda: one.service.admission.inside == 0)
 
 
 SLOW_SERVER = """

@@ -18,7 +18,10 @@ export class Engine {
         else if (data.kind === "refused" && data.id === null) refused(new Refused(data.message));
         else this.waiting?.(data);
       };
-      this.worker.onerror = () => refused(new Refused("The worker that runs the models could not start; load the page again."));
+      this.worker.onerror = () => {
+        refused(new Refused("The worker that runs the models could not start; load the page again."));
+        this.#end("The worker that runs the models has stopped; load the page again.");
+      };
     });
     this.worker.postMessage({ kind: "open", provider });
   }
@@ -34,7 +37,7 @@ export class Engine {
     const messages = [];
     let wake = () => {};
     this.waiting = (message) => {
-      if (message.id === id) messages.push(message);
+      if (message.id === id || message.id === null) messages.push(message);
       wake();
     };
     this.worker.postMessage({ kind: "ask", id, prompt, picture, name, most, withLogits });
@@ -55,5 +58,11 @@ export class Engine {
   /** End the worker and give its memory back. */
   close() {
     this.worker.terminate();
+    this.#end("The models were closed.");
+  }
+
+  /** Whoever waits for an answer is told that none comes. */
+  #end(message) {
+    this.waiting?.({ kind: "refused", id: null, message });
   }
 }
