@@ -381,9 +381,7 @@ def extract_directions(
             return _extract_in_torch(model, output, anchors, rank, estimator, tell, spread)
     import_onnxruntime()
     with spreading(ray, ray_workers) as spread, opened(model, variant, tell) as source:
-        graph = source.package.load_decoder()
-        require_unguarded(graph)
-        anatomy = dissect_decoder(source.package, graph)
+        anatomy = _open(source.package).anatomy
         guide = Guide(
             source,
             anatomy,
