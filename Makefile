@@ -1,20 +1,46 @@
-# Two commands for newcomers: `make demo` shows it, `make test` proves it. Both set up .venv by themselves.
+# Two commands for newcomers: `make demo` shows it, `make test` proves it. Both set up .venv by themselves, from the lock files.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# torch first and pinned: a plain `torch` pulls gigabytes of CUDA where only a CPU is wanted.
-TORCH ?= torch==2.13.0
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# torch first and pinned: a plain `torch` downloads gigabytes of CUDA where only a CPU is wanted. Where the package index has CUDA
+# builds alone, add the CPU builds' index: TORCH_OPTIONS="--index-url https://download.pytorch.org/whl/cpu".
+TORCH ?= -r requirements/torch.txt
+TORCH_OPTIONS ?=
+# The package itself goes last, without its dependencies: those are locked, the tools that build it included.
+SELF := --no-deps --no-build-isolation -e .
 WORKERS ?= 2
 # One thread per test process: small models do not gain from more, and idle BLAS threads spin.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint fast long fuzz soak zoo coverage-check bench integration integrations tiny-vlm report-picture playground-picture clean
+.PHONY: demo test test-latest lock check lint fast long fuzz soak zoo coverage-check bench integration integrations tiny-vlm report-picture playground-picture clean
 
 demo: $(VENV)/.light
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
 
 test: $(VENV)/.full
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# The same tests on the newest release of every dependency, in an environment of its own that is made anew at each call.
+LATEST ?= .venv-latest
+test-latest:
+	rm -rf $(LATEST)
+	$(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/python -m pip install --quiet $(TORCH_OPTIONS) $(TORCH)
+	$(LATEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -c requirements/torch.txt -e ".[cpu,torch,test]"
+	$(LATEST)/bin/python -m pip list | grep -iE "^(torch|transformers|onnx|numpy|protobuf)"
+	$(LATEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+
+# The lock files, for Python 3.11 to 3.13 on every platform. Pins stay as they are where they still fit; UPGRADE=1 takes the newest.
+LOCK = $(LOCK_VENV)/bin/uv pip compile pyproject.toml requirements/build.in --universal --python-version 3.11 --generate-hashes \
+	--no-emit-package torch -c requirements/torch.txt --custom-compile-command "make lock" --quiet $(if $(UPGRADE),--upgrade)
+LOCK_VENV := build/lock-venv
+lock:
+	test -d $(LOCK_VENV) || $(PYTHON) -m venv $(LOCK_VENV)
+	$(LOCK_VENV)/bin/python -m pip install --quiet "uv>=0.9"
+	$(LOCK) --extra cpu -c requirements/held.txt -o requirements/light.txt
+	$(LOCK) --extra cpu --extra torch --extra test -c requirements/held.txt -o requirements/full.txt
+	$(LOCK) --extra optimum -o requirements/optimum.txt
 
 check: $(VENV)/.full lint fast
 
@@ -98,15 +124,17 @@ playground-picture: $(VENV)/.full
 	$(BIN)/vlmguard-export examples/tiny_vlm/onnx-community build/playground/tiny-vlm-guarded
 	$(BIN)/python tests/playground_picture.py build/playground/tiny-vlm-guarded docs/playground.png
 
-$(VENV)/.light: pyproject.toml
+$(VENV)/.light: pyproject.toml requirements/light.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -e ".[cpu]"
+	$(PIP) install --quiet --no-deps --require-hashes -r requirements/light.txt
+	$(PIP) install --quiet $(SELF)
 	touch $@
 
-$(VENV)/.full: pyproject.toml
+$(VENV)/.full: pyproject.toml requirements/full.txt requirements/torch.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[cpu,torch,test]"
+	$(PIP) install --quiet $(TORCH_OPTIONS) $(TORCH)
+	$(PIP) install --quiet --no-deps --require-hashes -r requirements/full.txt
+	$(PIP) install --quiet $(SELF)
 	touch $@ $(VENV)/.light
 
 clean:

@@ -17,6 +17,7 @@ from itertools import chain
 from typing import Any
 
 from ..graphs.errors import ExtraMissing, GuardError, first_line
+from ..graphs.extras import install_command
 from .shards import Pinned, R, S, Spread, Spreader
 
 _MOST_LOSSES = 3  # a shard that kills its workers, or machines on which none comes up, must end the run
@@ -37,7 +38,9 @@ def cluster(address: str, workers: int | None = None) -> Iterator[Spreader]:
         GuardError: no such cluster.
     """
     if find_spec("ray") is None:
-        raise ExtraMissing("spreading a run over a cluster needs ray, which is not installed; install vlmguard[ray]")
+        raise ExtraMissing(
+            f"distributing a run over a cluster needs ray, which is not installed; run: {install_command('ray')}"
+        )
     if workers is not None and workers < 1:
         raise GuardError(f"{workers} workers do nothing; choose 1 or more")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody whom the user has not asked

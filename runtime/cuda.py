@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..graphs.errors import ExtraMissing, GuardError, RunFailed
+from ..graphs.extras import install_command
 from .device import DeviceTensor
 
 _SMALLEST = 256  # bytes; what cudaMalloc aligns to, and TensorRT wants
@@ -157,7 +158,7 @@ def import_cudart() -> Any:
         return importlib.import_module("cuda.bindings.runtime")  # compiled: a checker finds nothing to import
     except ImportError:
         raise ExtraMissing(
-            "cuda-bindings is not installed; install vlmguard[tensorrt], or vlmguard[rtx] for RTX GPUs"
+            f"cuda-bindings is not installed; run: {install_command('tensorrt')} (or {install_command('rtx')} for RTX GPUs)"
         ) from None
 
 

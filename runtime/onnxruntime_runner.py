@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from ..graphs.errors import ExtraMissing, ModelUnreadable, RunFailed, first_line
+from ..graphs.extras import install_command
 from .device import DeviceTensor, Tensor
 from .runners import Port, Runner
 
@@ -30,13 +31,11 @@ _NUMPY = {
 _CPU, _CUDA, _TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _PREFERRED_PROVIDERS = (_CUDA, _CPU)
 # What is asked for by name, what serves the rest of the graph, and what to install where it is missing.
+_ON_GPU = f"on a machine with an NVIDIA GPU, remove onnxruntime and run: {install_command('gpu')}"
 _NAMED: dict[str, tuple[tuple[str, ...], str]] = {
-    "cpu": ((_CPU,), "install vlmguard[cpu]"),
-    "cuda": ((_CUDA, _CPU), "install vlmguard[gpu] in place of vlmguard[cpu], on a machine with an NVIDIA GPU"),
-    "tensorrt": (
-        (_TENSORRT, _CUDA, _CPU),
-        "install vlmguard[gpu] in place of vlmguard[cpu], and TensorRT 10's libraries, on a machine with an NVIDIA GPU",
-    ),
+    "cpu": ((_CPU,), f"run: {install_command('cpu')}"),
+    "cuda": ((_CUDA, _CPU), _ON_GPU),
+    "tensorrt": ((_TENSORRT, _CUDA, _CPU), f"{_ON_GPU}; TensorRT 10's libraries must be there too"),
 }
 _ON_CUDA = (_CUDA, _TENSORRT)
 _FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
@@ -205,7 +204,7 @@ def import_onnxruntime() -> Any:
         import onnxruntime
     except ImportError:
         raise ExtraMissing(
-            "onnxruntime is not installed; install vlmguard[cpu], or vlmguard[gpu] for CUDA (not both)"
+            f"onnxruntime is not installed; run: {install_command('cpu')} (or {install_command('gpu')} for CUDA; not both)"
         ) from None
     return onnxruntime
 

@@ -14,10 +14,11 @@ from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from ..graphs.errors import ExtraMissing, GuardError
+from ..graphs.extras import Extra, install_command
 
 BackendName = Literal["tensorrt", "tensorrt_rtx"]
 # Modules in the order in which they are looked for, and the extra that installs each. Plain TensorRT first: it knows every GPU.
-_EXTRAS: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
+_EXTRAS: dict[str, Extra] = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,10 @@ def find_backend(name: str | None = None) -> Backend:
         with contextlib.suppress(ImportError):
             return _backend(candidate)
     if name is None:
-        raise ExtraMissing("no TensorRT is installed; install vlmguard[tensorrt], or vlmguard[rtx] for RTX GPUs")
-    raise ExtraMissing(f"{name} is not installed; install vlmguard[{_EXTRAS[name]}]")
+        raise ExtraMissing(
+            f"no TensorRT is installed; run: {install_command('tensorrt')} (or {install_command('rtx')} for RTX GPUs)"
+        )
+    raise ExtraMissing(f"{name} is not installed; run: {install_command(_EXTRAS[name])}")
 
 
 @lru_cache

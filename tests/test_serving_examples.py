@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-import vlmguard
 from vlmguard.cli import app
 
 yaml = pytest.importorskip("yaml")
@@ -89,12 +88,16 @@ def test_what_the_deployment_asks_of_the_server_are_its_options() -> None:
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "triton.Dockerfile"])
-def test_images_have_this_version_and_another_user_than_root(name: str) -> None:
+def test_images_have_this_source_and_another_user_than_root(name: str) -> None:
     lines = (SERVING / name).read_text(encoding="utf-8").splitlines()
     words = {line.split()[0] for line in lines if line and not line.startswith("#")}
-    assert words <= {"FROM", "RUN", "USER", "ENV", "EXPOSE", "ENTRYPOINT", "CMD"}
+    assert words <= {"FROM", "RUN", "COPY", "USER", "ENV", "EXPOSE", "ENTRYPOINT", "CMD"}
     text = "\n".join(lines)
-    assert re.findall(r"vlmguard(?:\[[\w,]+\])?==([\d.]+)", text) == [vlmguard.__version__]
+    copied = re.search(r"^COPY \. (\S+)$", text, re.MULTILINE)
+    assert copied is not None  # the clone, because the package is in no index
+    assert re.search(
+        rf"^RUN pip install --no-cache-dir \"?{copied[1]}(\[serve,cpu\])?\"? && rm -r {copied[1]}", text, re.MULTILINE
+    )
     assert int(re.findall(r"^USER (\d+)$", text, re.MULTILINE)[-1]) > 0
 
 

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from ...graphs.errors import ExtraMissing
+from ...graphs.extras import install_command
 from .stamp import Stamp
 
 _NAMESPACE = uuid.UUID("8f3c7f0e-5d0b-5c55-9c1e-2502104865aa")  # ours, for serial numbers
@@ -68,4 +69,4 @@ def _library() -> list[Any]:
     try:
         return [import_module(f"cyclonedx.{name}") for name in ("model", "model.bom", "model.component", "output.json")]
     except ImportError:
-        raise ExtraMissing("a bill of materials needs cyclonedx-python-lib; install vlmguard[sbom]") from None
+        raise ExtraMissing(f"a bill of materials needs cyclonedx-python-lib; run: {install_command('sbom')}") from None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...graphs.errors import ExtraMissing, GuardError, ManifestMismatch, first_line
+from ...graphs.extras import install_command
 from ...graphs.manifest import read_manifest, require_intact
 from ...graphs.package import SIGNATURE_NAME
 from ...graphs.staging import write_file
@@ -115,7 +116,7 @@ def _library() -> tuple[Any, Any]:
     try:
         from model_signing import hashing, signing
     except ImportError:
-        raise ExtraMissing("signatures need model-signing; install vlmguard[sign]") from None
+        raise ExtraMissing(f"signatures need model-signing; run: {install_command('sign')}") from None
     return signing, hashing
 
 

@@ -31,6 +31,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from ...graphs.errors import ExtraMissing, GuardError, ModelUnreadable, OutputRefused
+from ...graphs.extras import install_command
 from ...graphs.package import COMPANIONS
 from ...graphs.static_proof import Check
 from ..families import find_family
@@ -334,7 +335,7 @@ def _require_extras(verify: bool) -> None:
         import transformers.exporters  # noqa: F401
     except ImportError as missing:
         raise ExtraMissing(
-            f"exporting a checkpoint needs {missing.name}, which is not installed: install vlmguard[torch]"
+            f"exporting a checkpoint needs {missing.name}, which is not installed; run: {install_command('torch')}"
         ) from missing
     if verify:
         require_onnxruntime()

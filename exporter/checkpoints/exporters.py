@@ -1,8 +1,8 @@
 """Who exports a checkpoint: a table of three. Each writes a model folder that `open_package` opens; the rest is the same.
 
-    transformers   vision encoder, embeddings, decoder (onnx-community layout), compared with torch   vlmguard[torch]
-    genai          onnxruntime-genai's builder: the text decoder, fused, in fp32, fp16 or int4       vlmguard[genai]
-    optimum        optimum-onnx: the text decoder as one `model.onnx` with a cache                    vlmguard[optimum]
+    transformers   vision encoder, embeddings, decoder (onnx-community layout), compared with torch   extra torch
+    genai          onnxruntime-genai's builder: the text decoder, fused, in fp32, fp16 or int4       extra genai
+    optimum        optimum-onnx: the text decoder as one `model.onnx` with a cache                    extra optimum
 
 optimum-onnx needs transformers 4.57, the others need 5: it lives in an environment of its own.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...graphs.errors import ExtraMissing, GuardError, ModelUnreadable, first_line
+from ...graphs.extras import install_command
 from ...graphs.static_proof import Check
 from .convert import convert_checkpoint, copy_companions, locate, read_config
 
@@ -110,7 +111,9 @@ def _with_genai(job: Job) -> tuple[Check, ...]:
     """`python -m onnxruntime_genai.models.builder`, in a process of its own: it imports by names like `builders`."""
     for module in ("onnxruntime_genai", "torch", "transformers"):
         if find_spec(module) is None:
-            raise ExtraMissing(f"exporter genai needs {module}, which is not installed: install vlmguard[genai]")
+            raise ExtraMissing(
+                f"exporter genai needs {module}, which is not installed; run: {install_command('genai')}"
+            )
     folder = locate(job.checkpoint)
     read_config(folder)
     job.say(f"building {job.checkpoint} with onnxruntime-genai")
@@ -162,7 +165,7 @@ def _import_optimum() -> Callable[..., None]:
     except ImportError as missing:
         raise ExtraMissing(
             f"exporter optimum needs optimum-onnx with {OPTIMUM_NEEDS}, found {_installed('optimum-onnx')} with "
-            f"{_installed('transformers')}: install vlmguard[optimum] in an environment of its own"
+            f"{_installed('transformers')}; in an environment of its own, run: {install_command('optimum')}"
         ) from missing
     return main_export
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...graphs.errors import ExtraMissing, ProofFailed
+from ...graphs.extras import install_command
 from ...graphs.static_proof import Check
 from ..families.family import Arrays, Family, Turn
 from .parts import DECODER, EMBED_TOKENS, VISION_ENCODER, tensors
@@ -200,7 +201,8 @@ def require_onnxruntime() -> Any:
         import onnxruntime
     except ImportError as missing:
         raise ExtraMissing(
-            "checking a converted checkpoint runs it in onnxruntime, which is not installed: install vlmguard[cpu]"
+            "checking a converted checkpoint runs it in onnxruntime, which is not installed; "
+            f"run: {install_command('cpu')}"
         ) from missing
     return onnxruntime
 

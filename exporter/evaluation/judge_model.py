@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...graphs.errors import ExtraMissing, ModelUnreadable, first_line
+from ...graphs.extras import install_command
 
 _VERDICT_TOKENS = 16  # "\n\nunsafe\nS1,S2" and some room
 _BATCH = 8
@@ -41,7 +42,7 @@ class GuardModel:
             import torch
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError:
-            raise ExtraMissing("a guard model as judge needs torch; pip install 'vlmguard[torch]'") from None
+            raise ExtraMissing(f"a guard model as judge needs torch; run: {install_command('torch')}") from None
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(

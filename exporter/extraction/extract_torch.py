@@ -17,6 +17,7 @@ import numpy as np
 
 from ...graphs.directions import Directions
 from ...graphs.errors import AnatomyNotFound, ExtraMissing
+from ...graphs.extras import install_command
 from ...runtime.chat import ChatTokenizer
 from ...runtime.vlm import Request
 from ..checkpoints.convert import load_model, locate, read_config
@@ -131,4 +132,6 @@ def _require_torch() -> None:
 
     for module in ("torch", "transformers"):
         if find_spec(module) is None:
-            raise ExtraMissing(f"reading a checkpoint needs {module}, which is not installed; install vlmguard[torch]")
+            raise ExtraMissing(
+                f"reading a checkpoint needs {module}, which is not installed; run: {install_command('torch')}"
+            )

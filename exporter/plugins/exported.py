@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...graphs.errors import ExtraMissing, GuardError
+from ...graphs.extras import install_command
 from ...graphs.package import load_graph, open_package
 from ...graphs.spec import GuardSpec
 from ..pipeline import ExportResult, export
@@ -114,7 +115,8 @@ def _inputs_file(folder: Path, inputs: Mapping[str, Any], path: Path) -> Path:
         from transformers.exporters.utils import onnx_inputs
     except ImportError:
         raise ExtraMissing(
-            "inputs of a transformers export are named by transformers, which is not installed: install vlmguard[torch]"
+            "inputs of a transformers export are named by transformers, which is not installed; "
+            f"run: {install_command('torch')}"
         ) from None
     package = open_package(folder)
     if package.others:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from ...graphs.errors import ExtraMissing
+from ...graphs.extras import install_command
 
 
 def require_plotly() -> None:
@@ -12,7 +13,7 @@ def require_plotly() -> None:
     ExtraMissing: plotly is not installed.
     """
     if find_spec("plotly") is None:
-        raise ExtraMissing("plotly is not installed; install vlmguard[report]")
+        raise ExtraMissing(f"plotly is not installed; run: {install_command('report')}")
 
 
 def plotly_js() -> str:

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ...graphs.errors import ExtraMissing, GuardError, first_line
+from ...graphs.extras import install_command
 from ..guarded import GuardedVLM
 from .settings import ServeSettings
 
@@ -44,7 +45,7 @@ def require_extra() -> None:
     missing = [name for name in _PARTS if find_spec(name) is None]
     if missing:
         raise ExtraMissing(
-            f"serving needs {', '.join(missing)}, which is not installed; pip install 'vlmguard[serve,cpu]'"
+            f"serving needs {', '.join(missing)}, which is not installed; run: {install_command('serve', 'cpu')}"
         )
 
 

@@ -43,6 +43,7 @@ from vlmguard.exporter.checkpoints.parity import answer_with_torch, check_parity
 from vlmguard.exporter.checkpoints.tidy import require_signature
 from vlmguard.exporter.families import FAMILIES, find_family
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ModelUnreadable, OutputRefused, ProofFailed
+from vlmguard.graphs.extras import install_command
 
 VARIANTS = {
     "fp32 opset 18": ("llava", "fp32", 18),
@@ -651,14 +652,14 @@ def test_an_output_folder_in_use(llava: Path, tmp_path: Path) -> None:
 def test_the_torch_extra_is_named(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     assert refusal(ExtraMissing, llava, tmp_path / "out") == (
-        f"exporting a checkpoint needs {name}, which is not installed: install vlmguard[torch]"
+        f"exporting a checkpoint needs {name}, which is not installed; run: {install_command('torch')}"
     )
 
 
 def test_the_runtime_extra_is_named(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert refusal(ExtraMissing, llava, tmp_path / "out") == (
-        "checking a converted checkpoint runs it in onnxruntime, which is not installed: install vlmguard[cpu]"
+        f"checking a converted checkpoint runs it in onnxruntime, which is not installed; run: {install_command('cpu')}"
     )
 
 

@@ -27,6 +27,7 @@ from vlmguard.exporter.evaluation.evaluate import compare
 from vlmguard.exporter.pipeline import extract_directions
 from vlmguard.exporter.shards import Pinned, Spreader, here, spreading, versions, when_needed
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ModelUnreadable, PromptsUnusable
+from vlmguard.graphs.extras import install_command
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 
@@ -74,7 +75,7 @@ def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ExtraMissing) as caught:
         extract_directions(SOURCE, tmp_path / "d.safetensors", ray="auto")
     assert str(caught.value) == (
-        "spreading a run over a cluster needs ray, which is not installed; install vlmguard[ray]"
+        f"distributing a run over a cluster needs ray, which is not installed; run: {install_command('ray')}"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -23,6 +23,7 @@ from vlmguard.exporter.checkpoints.exporters import EXPORTERS, ExporterName, exp
 from vlmguard.exporter.sources import opened, unwatched
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ModelUnreadable
+from vlmguard.graphs.extras import install_command
 from vlmguard.graphs.package import open_package
 from vlmguard.graphs.static_proof import Check
 from vlmguard.runtime.guarded import GuardedVLM
@@ -165,7 +166,7 @@ def test_an_exporter_for_a_model_that_is_onnx_already(tmp_path: Path) -> None:
 def test_the_genai_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     monkeypatch.setattr(exporters, "find_spec", lambda name: None if name == module else name)
     assert refusal(ExtraMissing, "here", tmp_path, "genai") == (
-        f"exporter genai needs {module}, which is not installed: install vlmguard[genai]"
+        f"exporter genai needs {module}, which is not installed; run: {install_command('genai')}"
     )
 
 
@@ -173,8 +174,8 @@ def test_the_optimum_extra_and_its_transformers_are_named(tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "optimum.exporters.onnx", None)
     monkeypatch.setattr(metadata, "version", {"optimum-onnx": "0.1.0", "transformers": "5.23.0"}.__getitem__)
     assert refusal(ExtraMissing, "here", tmp_path, "optimum") == (
-        "exporter optimum needs optimum-onnx with transformers 4.57, found optimum-onnx 0.1.0 with transformers 5.23.0: "
-        "install vlmguard[optimum] in an environment of its own"
+        "exporter optimum needs optimum-onnx with transformers 4.57, found optimum-onnx 0.1.0 with transformers 5.23.0; "
+        f"in an environment of its own, run: {install_command('optimum')}"
     )
 
 

@@ -40,6 +40,7 @@ from vlmguard.exporter.report.subject import Subject, open_subject
 from vlmguard.graphs import reference
 from vlmguard.graphs.directions import Directions, LayerDirections, directions_bytes
 from vlmguard.graphs.errors import ExtraMissing, GuardError, OutputRefused, PromptsUnusable
+from vlmguard.graphs.extras import install_command
 from vlmguard.graphs.package import save_graph
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.graphs.taps import STATES_OUTPUT
@@ -509,7 +510,7 @@ def test_without_plotly(guarded: Guarded, tmp_path: Path, monkeypatch: pytest.Mo
     find = importlib.util.find_spec
     gone: Callable[..., Any] = lambda name, *rest: None if name == "plotly" else find(name, *rest)  # noqa: E731
     monkeypatch.setattr("vlmguard.exporter.report.plotly_js.find_spec", gone)
-    with pytest.raises(ExtraMissing, match=re.escape("plotly is not installed; install vlmguard[report]")):
+    with pytest.raises(ExtraMissing, match=re.escape(f"plotly is not installed; run: {install_command('report')}")):
         report(guarded("restore"), tmp_path / "r.html")
     assert list(tmp_path.iterdir()) == []
 

@@ -15,6 +15,7 @@ from tiny_vlm_paths import digests
 import vlmguard
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.errors import ExtraMissing, GuardError
+from vlmguard.graphs.extras import install_command
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_a_bill_of_materials_needs_its_extra(
     block("cyclonedx")
     with pytest.raises(ExtraMissing) as raised:
         exported(model, tmp_path / "out", sbom=True)
-    assert str(raised.value) == "a bill of materials needs cyclonedx-python-lib; install vlmguard[sbom]"
+    assert str(raised.value) == f"a bill of materials needs cyclonedx-python-lib; run: {install_command('sbom')}"
     assert not (tmp_path / "out").exists()
 
 

@@ -19,6 +19,7 @@ from vlmguard.cli import app
 from vlmguard.exporter.artifact.signing import check_signature, sign
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ManifestMismatch
+from vlmguard.graphs.extras import install_command
 
 SIGNED = "every file is what the key's owner signed"
 
@@ -134,7 +135,7 @@ def test_without_the_package_the_extra_is_named(folder: Path, keys: Callable, mo
     monkeypatch.setitem(sys.modules, "model_signing", None)
     with pytest.raises(ExtraMissing) as raised:
         sign(folder, keys("ours")[0])
-    assert str(raised.value) == "signatures need model-signing; install vlmguard[sign]"
+    assert str(raised.value) == f"signatures need model-signing; run: {install_command('sign')}"
 
 
 def test_the_command_line(folder: Path, keys: Callable) -> None:

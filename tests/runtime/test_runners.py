@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny_vlm_paths import DECODER, PROMPTS, SOURCE, Guarded
 
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ModelUnreadable, RunFailed
+from vlmguard.graphs.extras import install_command
 from vlmguard.graphs.package import open_package
 from vlmguard.runtime import runners
 from vlmguard.runtime.decoder import DecoderSession, PromptBatch
@@ -182,7 +183,7 @@ def test_outputs_are_copied_once_and_only_when_they_are_looked_at() -> None:
     ("runtime", "provider", "what"),
     [
         ("onnxruntime-cuda", "CUDAExecutionProvider", ""),
-        ("onnxruntime-tensorrt", "TensorrtExecutionProvider", ", and TensorRT 10's libraries"),
+        ("onnxruntime-tensorrt", "TensorrtExecutionProvider", "; TensorRT 10's libraries must be there too"),
     ],
 )
 def test_a_provider_that_is_not_there_is_refused(
@@ -194,8 +195,8 @@ def test_a_provider_that_is_not_there_is_refused(
     with pytest.raises(ExtraMissing) as caught:
         opened(runtime, tmp_path, "path")
     assert str(caught.value) == (
-        f"this onnxruntime has no {provider}, it has CPUExecutionProvider; install vlmguard[gpu] in place of "
-        f"vlmguard[cpu]{what}, on a machine with an NVIDIA GPU"
+        f"this onnxruntime has no {provider}, it has CPUExecutionProvider; on a machine with an NVIDIA GPU, "
+        f"remove onnxruntime and run: {install_command('gpu')}{what}"
     )
 
 
@@ -217,7 +218,8 @@ def test_a_provider_that_does_not_start_is_not_replaced_in_silence(
         with pytest.raises(ExtraMissing) as caught:
             open_onnxruntime(tmp_path / "g.onnx", tmp_path, True, name)
         assert str(caught.value).startswith(
-            f"{provider} does not start, onnxruntime would take CPUExecutionProvider; install vlmguard[gpu]"
+            f"{provider} does not start, onnxruntime would take CPUExecutionProvider; on a machine with an "
+            "NVIDIA GPU, remove onnxruntime and run: "
         )
     # whoever did not name one is served by the CPU, and then nothing is bound to a device that is not there
     runner = open_onnxruntime(tmp_path / "g.onnx", tmp_path, True, None)
@@ -246,7 +248,7 @@ def test_without_onnxruntime_one_line_says_what_to_install(tmp_path: Path, monke
     with pytest.raises(ExtraMissing) as caught:
         open_runner(proto().SerializeToString(), tmp_path)
     assert str(caught.value) == (
-        "onnxruntime is not installed; install vlmguard[cpu], or vlmguard[gpu] for CUDA (not both)"
+        f"onnxruntime is not installed; run: {install_command('cpu')} (or {install_command('gpu')} for CUDA; not both)"
     )
 
 

@@ -28,6 +28,7 @@ from tiny_vlm_paths import DECODER, PROMPTS, SOURCE, Guarded
 from vlmguard import cli
 from vlmguard.graphs.dials import OFFSET_INPUT, STRENGTH_INPUT
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ManifestMismatch, RunFailed
+from vlmguard.graphs.extras import install_command
 from vlmguard.runtime.chat import Turn
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.serving import server as server_module
@@ -829,7 +830,8 @@ def test_a_taken_port_and_a_missing_extra_are_one_line(monkeypatch: pytest.Monke
     monkeypatch.setattr(server_module, "find_spec", lambda name: None if name == "fastapi" else True)
     with pytest.raises(ExtraMissing) as caught:
         server_module.serve(SOURCE, ServeSettings(NAME), lambda plan, address: None)
-    assert str(caught.value) == "serving needs fastapi, which is not installed; pip install 'vlmguard[serve,cpu]'"
+    command = install_command("serve", "cpu")
+    assert str(caught.value) == f"serving needs fastapi, which is not installed; run: {command}"
 
 
 def test_no_token_waits_for_the_acknowledgement_of_the_one_before() -> None:

@@ -21,6 +21,7 @@ from onnx import TensorProto, helper
 from tiny_vlm_paths import DECODER, PROMPTS, SOURCE, Guarded
 
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ManifestMismatch, ModelUnreadable, RunFailed
+from vlmguard.graphs.extras import install_command
 from vlmguard.graphs.package import open_package
 from vlmguard.runtime.cuda import Cuda, CudaTensor, Pool
 from vlmguard.runtime.decoder import DecoderSession, PromptBatch, open_decoder
@@ -493,7 +494,7 @@ def test_without_the_bindings_one_line_says_what_to_install(monkeypatch: pytest.
     with pytest.raises(ExtraMissing) as caught:
         Cuda()
     assert str(caught.value) == (
-        "cuda-bindings is not installed; install vlmguard[tensorrt], or vlmguard[rtx] for RTX GPUs"
+        f"cuda-bindings is not installed; run: {install_command('tensorrt')} (or {install_command('rtx')} for RTX GPUs)"
     )
 
 
