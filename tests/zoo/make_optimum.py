@@ -24,9 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from zoo.optimum import FOLDER_VARIABLE, GRAPHS, checkpoint_model
 
-REQUIREMENTS = ("optimum-onnx[onnxruntime]==0.1.0", "transformers>=4.57,<4.58")
-# First, and pinned, as in the Makefile: a plain `torch` pulls gigabytes of CUDA where only a CPU is wanted.
-TORCH = os.environ.get("TORCH", "torch==2.13.0")
+LOCKS = Path(__file__).resolve().parents[2] / "requirements"
+# torch first, as in the Makefile: a plain `torch` downloads gigabytes of CUDA where only a CPU is wanted.
+PACKAGES_IN_ORDER = (
+    ("-r", str(LOCKS / "torch.txt")),
+    ("--no-deps", "--require-hashes", "-r", str(LOCKS / "optimum.txt")),
+)
 PACKAGES = ("optimum-onnx", "optimum", "transformers", "torch", "onnx")
 EXPORT = Path(__file__).with_name("optimum_export.py")
 
@@ -36,7 +39,7 @@ def make_environment(folder: Path) -> Path:
     python = folder / "bin/python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        for packages in ((TORCH,), REQUIREMENTS):
+        for packages in PACKAGES_IN_ORDER:
             subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
     return python
 
