@@ -35,7 +35,7 @@ from .prompts.labelled import (
     read_prompts,
 )
 from .prompts.overlaps import require_held_out
-from .proof.prove import ProofInputs, given_inputs, proof_inputs, random_inputs
+from .proof.inputs import ProofInputs, given_inputs, proof_inputs, random_inputs
 from .shards import Spreader, here
 from .sources import Source, Watch
 
