@@ -251,7 +251,7 @@ def _full(sources: Sources) -> str:
 
 
 def _needs_embeds(package: ModelPackage) -> bool:
-    return any(value.name == "inputs_embeds" for value in package.load_decoder().graph.inputs)
+    return bool(package.roles.embeds)
 
 
 def _random_inputs(package: ModelPackage, width: int, why: str) -> ProofInputs:

@@ -106,6 +106,6 @@ export class Model {
 /** On a GPU the decoder's cache stays there from call to call. */
 async function openSession(ort, provider, part, { graph, externalData }) {
   const options = { executionProviders: [provider], externalData, logSeverityLevel: 3 };
-  if (provider === "webgpu") options.preferredOutputLocation = Object.fromEntries(part.cache.map((name) => [name, "gpu-buffer"]));
+  if (provider === "webgpu") options.preferredOutputLocation = Object.fromEntries(Object.values(part.cache).map((name) => [name, "gpu-buffer"]));
   return ort.InferenceSession.create(graph, options);
 }
