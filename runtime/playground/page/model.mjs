@@ -25,7 +25,7 @@ export class Model {
     const open = async (name) => openSession(ort, provider, facts.parts[name], await fetchAll(name, facts.parts[name], tell));
     const [vision, embed] = [await open("vision"), await open("embed")];
     const decoders = {};
-    for (const side of SIDES) decoders[side] = new Decoder(ort, await open(side), facts);
+    for (const side of SIDES) decoders[side] = new Decoder(ort, await open(side), facts, facts.parts[side]);
     return new Model(ort, facts, chat, vision, embed, decoders);
   }
 
