@@ -23,8 +23,8 @@ from .dataflow import reads
 COMMUNITY_PAST, COMMUNITY_PRESENT = "past_key_values", "present"
 _SHAPE_OPS = frozenset({"Shape", "Size"})
 # How names of one state begin on both sides; behind that they are the same, but for a plural.
-_SIDE = re.compile(r"^(input\.|output\.)?((past|present)(_key_values)?(\.layers)?|cache\.layers)(?=[._])")
-_PAST_NAME = re.compile(r"^(input\.)?(past(_key_values)?|cache\.layers)(?=[._])(?!_sequence|_seen)")
+_SIDE = re.compile(r"^((?:input|output)[._])?((past|present)(_key_values)?(\.layers)?|cache\.layers)(?=[._])")
+_PAST_NAME = re.compile(r"^(input[._])?(past(_key_values)?|cache\.layers)(?=[._])(?!_sequence|_seen)")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ...graphs.decoder_state import is_past_name
 from ...graphs.dials import PAST_GATE_INPUT
 from ...graphs.errors import GuardError
 from ...graphs.plan import SUPERVISOR_INPUT
@@ -163,11 +164,10 @@ def _decoder_axes(
     name, rank = value.name or "", len(value.shape or ())
     batch, sequence, total = profile.batch, profile.sequence, profile.past + profile.sequence
     pair = next((pair for pair in roles.states if pair.past == name), None)
-    if pair is not None and rank == 4:
+    if pair is not None or is_past_name(name):
+        grows = pair.axis if pair is not None else 2
         fixed = {axis: Span(size, size, size) for axis, size in ((1, heads[0]), (3, heads[1])) if size is not None}
-        return {0: batch, pair.axis or 2: profile.past} | {a: span for a, span in fixed.items() if a != pair.axis}
-    if pair is not None:
-        return {0: batch} if pair.axis is None else {0: batch, pair.axis: profile.past}
+        return {0: batch, **(fixed if rank == 4 else {}), **({} if grows is None else {grows: profile.past})}
     if name == roles.mask:
         return {0: batch, 1: total} if rank == 2 else {0: batch, rank - 2: sequence, rank - 1: total}
     if name == roles.positions:
