@@ -36,7 +36,8 @@ from vlmguard.exporter.engines.build import BuildOptions, build_engine
 from vlmguard.exporter.engines.folder import plan_parts
 from vlmguard.exporter.engines.profile import EngineProfile, Span
 from vlmguard.exporter.engines.verify import rolled, same_outputs
-from vlmguard.exporter.proof.prove import TOLERANCE, ProofInputs
+from vlmguard.exporter.proof.inputs import ProofInputs
+from vlmguard.exporter.proof.prove import TOLERANCE
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.package import ModelPackage, load_graph, open_package
 from vlmguard.graphs.spec import MODES, GuardSpec, Mode, Positions

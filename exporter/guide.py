@@ -35,7 +35,7 @@ from .prompts.labelled import (
     read_prompts,
 )
 from .prompts.overlaps import require_held_out
-from .proof.prove import ProofInputs, given_inputs, proof_inputs, random_inputs
+from .proof.inputs import ProofInputs, given_inputs, proof_inputs, random_inputs
 from .shards import Spreader, here
 from .sources import Source, Watch
 
@@ -251,7 +251,7 @@ def _full(sources: Sources) -> str:
 
 
 def _needs_embeds(package: ModelPackage) -> bool:
-    return any(value.name == "inputs_embeds" for value in package.load_decoder().graph.inputs)
+    return bool(package.roles.embeds)
 
 
 def _random_inputs(package: ModelPackage, width: int, why: str) -> ProofInputs:

@@ -39,7 +39,8 @@ from .checkpoints.exporters import ExporterName, Precision
 from .extraction.estimators import DEFAULT_ESTIMATOR
 from .guide import EXTRACTED_RANK, Guide, anchors_for
 from .prompts.labelled import Sources
-from .proof.prove import ProofInputs, prove_by_running
+from .proof.inputs import ProofInputs
+from .proof.prove import prove_by_running
 from .proof.prove_fold import prove_fold_by_running
 from .shards import Spreader, spreading
 from .sources import Watch, is_checkpoint, opened, require_apart, unwatched

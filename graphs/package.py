@@ -32,9 +32,11 @@ import onnx_ir as ir
 from onnx_ir.external_data import set_base_dir
 
 from . import triton
+from .decoder_state import is_state_name
 from .errors import GuardError, ModelUnreadable, first_line
 from .graph_file import read_graph_file
 from .links import require_own
+from .roles import NOTHING_DECLARED, DeclaredNames, InputRoles, declare, declared_by_genai, input_roles
 from .staging import create_file, new_file
 
 Layout = Literal["onnx-community", "genai", "transformers", "bare", "triton", "engines"]
@@ -158,7 +160,25 @@ class ModelPackage:
 
     def load_decoder(self) -> ir.Model:
         """The decoder's graph, a fresh copy at each call; big weights stay in their files."""
-        return load_graph(self.decoder, self.vouched)
+        model = load_graph(self.decoder, self.vouched)
+        declare(model.graph, self.declared_names)
+        return model
+
+    @property
+    def declared_names(self) -> DeclaredNames:
+        """What `genai_config.json` calls the decoder's inputs and outputs; nothing where it names another graph."""
+        path = self.companion("genai_config.json")
+        config = read_json(path) if path is not None else {}
+        model = config.get("model")
+        decoder = model.get("decoder") if isinstance(model, dict) else None
+        named = decoder.get("filename") if isinstance(decoder, dict) else None
+        own = path is not None and isinstance(named, str) and path.parent / named == self.decoder
+        return declared_by_genai(config) if own else NOTHING_DECLARED
+
+    @property
+    def roles(self) -> InputRoles:
+        """What each input of the decoder is for; a guarded copy of it has the same."""
+        return _roles(self, _stamp(self.decoder), json.dumps([self.declared_names.names, self.declared_names.states]))
 
     def files(self) -> Iterator[tuple[Path, str]]:
         """`(source, path relative to root)` of every file that a guarded copy takes along, the decoders' own not.
@@ -340,12 +360,14 @@ def _transformers(root: Path) -> ModelPackage:
     paths = [_inside(root, name, _TRANSFORMERS_MANIFEST) for name in names]
     cached = {path: load_graph(path, vouched=True).graph for path in paths}  # its links are judged with all others'
     if len(paths) > 1:
-        cached = {path: graph for path, graph in cached.items() if any(_is_cache(v.name) for v in graph.outputs)}
+        cached = {
+            path: graph for path, graph in cached.items() if any(is_state_name(v.name or "") for v in graph.outputs)
+        }
     if not cached:
         raise ModelUnreadable(
             f"{root / _TRANSFORMERS_MANIFEST}: names no graph with a KV cache among {_some(paths)}; is it a decoder?"
         )
-    alone = [path for path, graph in cached.items() if any(_is_cache(value.name) for value in graph.inputs)]
+    alone = [path for path, graph in cached.items() if input_roles(graph).states]
     decoder = (alone or list(cached))[0]
     return ModelPackage(
         root,
@@ -354,10 +376,6 @@ def _transformers(root: Path) -> ModelPackage:
         left_out=_others(root, set(paths)),
         others=tuple(path for path in cached if path != decoder),
     )
-
-
-def _is_cache(name: str | None) -> bool:
-    return "past_key_values" in (name or "")
 
 
 def _others(root: Path, keep: set[Path]) -> tuple[str, ...]:
@@ -422,9 +440,19 @@ def external_files(path: Path) -> list[Path]:
     Raises:
         ModelUnreadable: the graph cannot be opened.
     """
+    return list(_external_files(path.absolute(), _stamp(path)))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What changes when a file does."""
     status = path.stat() if path.is_file() else None
-    stamp = (status.st_size, status.st_mtime_ns) if status is not None else (0, 0)
-    return list(_external_files(path.absolute(), stamp))
+    return (status.st_size, status.st_mtime_ns) if status is not None else (0, 0)
+
+
+@lru_cache(maxsize=16)
+def _roles(package: ModelPackage, stamp: tuple[int, int], declared: str) -> InputRoles:
+    """They are asked for at every opening of the decoder, and the answer costs a parse."""
+    return input_roles(package.load_decoder().graph)
 
 
 @lru_cache(maxsize=64)

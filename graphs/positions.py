@@ -12,19 +12,17 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
+from .roles import input_roles
 from .scribe import Scribe
 
-# The name that every exporter gives it (transformers, optimum, onnxruntime-genai, onnx-community): part of their contract.
-MASK_INPUT = "attention_mask"
 _TO_THE_END = np.iinfo(np.int64).max
 
 
 def mask_input(graph: ir.Graph) -> ir.Value | None:
     """The 2-D attention mask `[batch, past + sequence]` among the graph's inputs, if it has one."""
-    for value in graph.inputs:
-        if value.name == MASK_INPUT and value.shape is not None and len(value.shape) == 2:
-            return value
-    return None
+    name = input_roles(graph).mask
+    mask = next((value for value in graph.inputs if name and value.name == name), None)
+    return mask if mask is not None and mask.shape is not None and len(mask.shape) == 2 else None
 
 
 class LastToken:

@@ -13,25 +13,17 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from ..graphs.decoder_state import is_past_name
 from ..graphs.dials import PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT
 from ..graphs.errors import GuardError
 from ..graphs.package import ModelPackage, in_memory
 from ..graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
 from ..graphs.reference import UNDECIDED
+from ..graphs.roles import InputRoles, input_roles, roles_by_name
 from .deepstack import is_embeds
 from .device import DeviceOutputs, DeviceTensor, Tensor, last, where_it_is
 from .prompt_images import PromptImages
 from .runners import DeviceRunner, OverridableRunner, Port, Runner, open_runner
-
-# optimum, onnx-community, onnxruntime-genai; older optimum; transformers' exporter
-_CACHE_NAMES = (
-    ("past_key_values.", "present."),
-    ("past_key_values.", "present_key_values."),
-    ("past.", "present."),
-    ("input.past_key_values.", "output.past_key_values."),
-)
-CACHE_PREFIXES = tuple(dict.fromkeys(past for past, _ in _CACHE_NAMES))
-
 
 # What merged decoders want to know besides: which branch of their `If` to take (optimum), and how many logits to give
 # (older transformers; 0 gives all).
@@ -93,30 +85,42 @@ class DecoderSession:
         runner: the graph.
         kv_heads, head_size: of the cache, where the graph itself leaves them open (onnxruntime-genai does).
         given: the graph is only run on inputs that were given by name (`PromptBatch.given`), so any will do.
+        roles: what its inputs are for; default: by their names, for a runner whose graph cannot be read.
 
     Raises:
         GuardError: the graph takes neither token ids nor embeddings, or an input that nobody here can give.
     """
 
     def __init__(
-        self, runner: Runner, kv_heads: int | None = None, head_size: int | None = None, given: bool = False
+        self,
+        runner: Runner,
+        kv_heads: int | None = None,
+        head_size: int | None = None,
+        given: bool = False,
+        roles: InputRoles | None = None,
     ) -> None:
         self.runner = runner
         self._heads = kv_heads, head_size
         inputs = runner.inputs
-        self.takes_embeds = "inputs_embeds" in inputs
-        self.logits_output = next((n for n in runner.outputs if n == "logits"), next(iter(runner.outputs)))
+        self.roles = roles or roles_by_name(inputs, runner.outputs)
+        self.takes_embeds = bool(self.roles.embeds)
+        self.logits_output = self.roles.logits
         if given:
-            self.cache_inputs, self._present, self.injected = {}, {}, {}
+            self.cache_inputs, self._states, self.injected = {}, {}, {}
             return
-        if not self.takes_embeds and "input_ids" not in inputs:
+        if not self.roles.text:
             raise GuardError(f"the decoder takes neither input_ids nor inputs_embeds, but {', '.join(inputs)}")
-        self.cache_inputs = {n: p for n, p in inputs.items() if n.startswith(tuple(past for past, _ in _CACHE_NAMES))}
-        self._present = {name: _present_name(name, runner.outputs) for name in self.cache_inputs}
-        known = {"inputs_embeds", "input_ids", "attention_mask", "position_ids", *self.cache_inputs}
+        self._states = {pair.past: pair for pair in self.roles.states}
+        self.cache_inputs = {name: port for name, port in inputs.items() if name in self._states}
         self.injected = {name: port for name, port in inputs.items() if is_embeds(name)}
+        roles = self.roles
+        known = {roles.embeds, roles.tokens, roles.mask, roles.positions, *self.cache_inputs}
         known |= {*_SWITCHES, *self.injected, _TOKEN_TYPES, *_GUARD_INPUTS}
         unknown = [name for name in inputs if name not in known]
+        if unknown and is_past_name(unknown[0]):
+            raise GuardError(
+                f"cache input {unknown[0]!r} has no output to refill it among {', '.join(list(runner.outputs)[:4])} ..."
+            )
         if unknown:
             raise GuardError(
                 f"the decoder wants an input {unknown[0]!r} that is not known; export it in a standard layout, or give "
@@ -206,7 +210,7 @@ class DecoderSession:
         """Whether the graph takes one token a call (`decode` of a transformers export): its prompts are run in steps."""
         if not self.cache_inputs:
             return False
-        text = self.runner.inputs["inputs_embeds" if self.takes_embeds else "input_ids"]
+        text = self.runner.inputs[self.roles.text]
         return len(text.shape) > 1 and text.shape[1] == 1
 
     def _prefill_by_token(
@@ -244,24 +248,24 @@ class DecoderSession:
         return last(outputs, self.logits_output).astype(np.float32)
 
     def _feeds(self, state: DecoderState, current: np.ndarray, embeds: np.ndarray | None) -> dict[str, Tensor]:
-        ports = self.runner.inputs
+        ports, roles = self.runner.inputs, self.roles
         feeds: dict[str, Tensor] = {}
         images = state.images or PromptImages()
         window = state.ids.shape[1] - current.shape[1], state.ids.shape[1]
         if self.takes_embeds:
             assert embeds is not None
-            feeds["inputs_embeds"] = embeds.astype(ports["inputs_embeds"].dtype)
+            feeds[roles.embeds] = embeds.astype(ports[roles.embeds].dtype)
         else:
-            feeds["input_ids"] = current.astype(ports["input_ids"].dtype)
-        if "attention_mask" in ports:
-            feeds["attention_mask"] = state.mask.astype(ports["attention_mask"].dtype)
-        if "position_ids" in ports:
+            feeds[roles.tokens] = current.astype(ports[roles.tokens].dtype)
+        if roles.mask:
+            feeds[roles.mask] = state.mask.astype(ports[roles.mask].dtype)
+        if roles.positions:
             positions = np.maximum(np.cumsum(state.mask, axis=1) - 1, 0)[:, -current.shape[1] :]
-            axes = ports["position_ids"].shape[:-2]  # M-RoPE has one row per axis; between words all of them agree
+            axes = ports[roles.positions].shape[:-2]  # M-RoPE has one row per axis; between words all of them agree
             positions = np.broadcast_to(positions, (*((n or 1) for n in axes), *positions.shape))
             if (of_images := images.positions_between(*window)) is not None:
                 positions = of_images
-            feeds["position_ids"] = positions.astype(ports["position_ids"].dtype)
+            feeds[roles.positions] = positions.astype(ports[roles.positions].dtype)
         for name, port in self.injected.items():
             rows = images.injected_between(name, *window)
             if rows is None:
@@ -271,8 +275,8 @@ class DecoderSession:
             of_image = images.images_between(*window)
             kinds = np.zeros(current.shape) if of_image is None else of_image
             feeds[_TOKEN_TYPES] = kinds.astype(ports[_TOKEN_TYPES].dtype)
-        past = next(iter(state.cache.values())).shape[2] if state.cache else 0
-        for name, number in ((_CACHE_BRANCH, past > 0), (_KEPT_LOGITS, 0)):
+        past = window[0] > 0 and bool(self.cache_inputs)
+        for name, number in ((_CACHE_BRANCH, past), (_KEPT_LOGITS, 0)):
             if name in ports:
                 feeds[name] = np.full(len(ports[name].shape) * (1,), number, ports[name].dtype)
         if SUPERVISOR_INPUT in ports:
@@ -295,10 +299,12 @@ class DecoderSession:
             state.dials.setdefault(PAST_GATE_INPUT, where_it_is(outputs, PRESENT_GATE_OUTPUT))
 
     def _keep(self, state: DecoderState, outputs: Mapping[str, np.ndarray]) -> None:
-        state.cache = {name: where_it_is(outputs, present) for name, present in self._present.items()}
+        state.cache = {name: where_it_is(outputs, pair.present) for name, pair in self._states.items()}
 
     def _empty_cache(self, batch: int) -> dict[str, Tensor]:
-        return {name: _empty(port, batch, *self._heads) for name, port in self.cache_inputs.items()}
+        return {
+            name: _empty(port, self._states[name].axis, batch, *self._heads) for name, port in self.cache_inputs.items()
+        }
 
 
 def can_pad(graph: ir.Graph) -> bool:
@@ -306,11 +312,11 @@ def can_pad(graph: ir.Graph) -> bool:
 
     GroupQueryAttention derives positions from the mask's sum: rows padded on the left would be misread.
     """
-    inputs = {value.name: value for value in graph.inputs}
-    text = inputs.get("input_ids") or inputs.get("inputs_embeds")
+    roles = input_roles(graph)
+    text = next((value for value in graph.inputs if value.name == roles.text), None)
     if text is not None and text.shape is not None and len(text.shape) > 1 and str(text.shape[1]) == "1":
         return False  # one token a call: a row would begin with padding alone, and attend to nothing
-    return "attention_mask" in inputs and not any(node.op_type == "GroupQueryAttention" for node in graph.all_nodes())
+    return bool(roles.mask) and not any(node.op_type == "GroupQueryAttention" for node in graph.all_nodes())
 
 
 def open_decoder(
@@ -334,7 +340,7 @@ def open_decoder(
     else:
         path = graph or package.decoder
         runner = open_runner(path, path.parent, runtime, optimize)
-    return DecoderSession(runner, package.kv_heads, package.head_size, given)
+    return DecoderSession(runner, package.kv_heads, package.head_size, given, package.roles)
 
 
 def _coordinates(supervisor: Tensor) -> Tensor:
@@ -344,21 +350,21 @@ def _coordinates(supervisor: Tensor) -> Tensor:
     return np.asarray(supervisor).astype(np.float32)
 
 
-def _empty(port: Port, batch: int, kv_heads: int | None, head_size: int | None) -> np.ndarray:
-    """A cache of length 0: `[batch, kv_heads, 0, head_dim]`; for a recurrent or convolutional layer a state of its size."""
-    if all(n is not None for n in port.shape[1:]):
-        return np.zeros((batch, *(n for n in port.shape[1:] if n is not None)), port.dtype)
-    if len(port.shape) != 4 or (port.shape[1] or kv_heads) is None or (port.shape[3] or head_size) is None:
+def _empty(port: Port, axis: int | None, batch: int, kv_heads: int | None, head_size: int | None) -> np.ndarray:
+    """A cache of length 0: `[batch, kv_heads, 0, head_dim]`; for a recurrent or convolutional layer a state of its size.
+
+    Args:
+        axis: that grows; `None`: the third of four, if it is open.
+    """
+    sizes = [batch, *port.shape[1:]]
+    if axis is not None:
+        sizes[axis] = 0
+    if None in sizes and len(sizes) == 4:
+        heads = [batch, kv_heads, 0, head_size]
+        sizes = [size if size is not None else other for size, other in zip(sizes, heads, strict=True)]
+    if None in sizes:
         raise GuardError(
             f"cache input {port.name!r} has shape {port.shape} and no config says how many heads of what size; put the "
             "model's config.json beside it"
         )
-    return np.zeros((batch, port.shape[1] or kv_heads or 0, 0, port.shape[3] or head_size or 0), port.dtype)
-
-
-def _present_name(past: str, outputs: Mapping[str, Port]) -> str:
-    for prefix, present in _CACHE_NAMES:
-        candidate = present + past.removeprefix(prefix)
-        if past.startswith(prefix) and candidate in outputs:
-            return candidate
-    raise GuardError(f"cache input {past!r} has no output to refill it among {', '.join(list(outputs)[:4])} ...")
+    return np.zeros(tuple(size or 0 for size in sizes), port.dtype)

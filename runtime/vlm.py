@@ -171,7 +171,9 @@ class VisionLanguageModel:
             pads = can_pad((package.load_decoder() if decoder is None else decoder).graph)
         self.pads = pads
         if open_part is not None and decoder is None:
-            self.decoder = DecoderSession(open_part(package.decoder), package.kv_heads, package.head_size)
+            # an engine's graph cannot be read: its inputs go by their names
+            roles = package.roles if package.decoder.suffix == ".onnx" else None
+            self.decoder = DecoderSession(open_part(package.decoder), package.kv_heads, package.head_size, roles=roles)
         else:
             self.decoder = open_decoder(package, decoder, runtime, optimize)
         if self.decoder.takes_embeds and package.embed_tokens is None:

@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from ...graphs.decoder_state import COMMUNITY_PAST
 from ...graphs.errors import ExtraMissing, GuardError, ModelUnreadable, OutputRefused
 from ...graphs.extras import install_command
 from ...graphs.package import COMPANIONS
@@ -273,8 +274,8 @@ def _dynamic_shapes(part: Part) -> dict[str, Any]:
         named = {axis: name for axis, name in enumerate(shape) if isinstance(name, str)}
         return {axis: Dim(name) if held[name] > 1 else Dim.AUTO for axis, name in named.items()}
 
-    of_cache = [axes(shape) for name, shape in part.inputs.items() if name.startswith("past_key_values.")]
-    return {name: of_cache if name == "past_key_values" else axes(part.inputs[name]) for name in part.sample}
+    of_cache = [axes(shape) for name, shape in part.inputs.items() if name.startswith(f"{COMMUNITY_PAST}.")]
+    return {name: of_cache if name == COMMUNITY_PAST else axes(part.inputs[name]) for name in part.sample}
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...graphs.decoder_state import COMMUNITY_PAST, COMMUNITY_PRESENT
 from ...graphs.errors import ExtraMissing, ProofFailed
 from ...graphs.extras import install_command
 from ...graphs.static_proof import Check
@@ -115,7 +116,7 @@ def answer_with_torch(family: Family, model: Any) -> tuple[Prompt, tuple[np.ndar
             chosen.append(logits[-1][:, -1:].argmax(-1))
             *_, turn = turns(prompt, {}, tuple(chosen))
     states = {
-        f"present.{index}.{kind}": tensor.numpy()
+        f"{COMMUNITY_PRESENT}.{index}.{kind}": tensor.numpy()
         for index, layer in enumerate(cache.layers)
         for kind, tensor in (("key", layer.keys), ("value", layer.values))
     }
@@ -140,7 +141,7 @@ def answer_with_onnxruntime(
         embeds = _run(embed, {"input_ids": turn.ids[:, -turn.length :]})["inputs_embeds"]
         if not logits:
             embeds[prompt.input_ids == prompt.image_token] = rows
-        past = {name.replace("present.", "past_key_values."): state for name, state in states.items()}
+        past = {name.replace(COMMUNITY_PRESENT, COMMUNITY_PAST, 1): state for name, state in states.items()}
         given = {"inputs_embeds": embeds, "attention_mask": turn.mask, **family.decoder.feeds(config, turn)} | past
         states = _run(decoder, {name: array.astype(types[name], copy=False) for name, array in given.items()})
         logits.append(states.pop("logits"))
@@ -150,11 +151,11 @@ def answer_with_onnxruntime(
 def empty_cache(decoder: onnxruntime.InferenceSession, batch: int) -> Arrays:
     """A `present` of length 0, in the decoder's own types and shapes."""
     return {
-        given.name.replace("past_key_values.", "present."): np.zeros(
+        given.name.replace(COMMUNITY_PAST, COMMUNITY_PRESENT, 1): np.zeros(
             (batch, given.shape[1], 0, given.shape[3]), _NUMPY_TYPES[given.type]
         )
         for given in decoder.get_inputs()
-        if given.name.startswith("past_key_values.")
+        if given.name.startswith(f"{COMMUNITY_PAST}.")
     }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...graphs.decoder_state import COMMUNITY_PAST, COMMUNITY_PRESENT
 from ..families.family import BATCH, PAST, SEQUENCE, TOTAL, Arrays, Family, Shape, Shapes, Turn
 
 if TYPE_CHECKING:
@@ -119,11 +120,11 @@ def _decoder(family: Family, model: Any) -> Part:
             "inputs_embeds": (BATCH, SEQUENCE, text.hidden_size),
             "attention_mask": (BATCH, TOTAL),
             **family.decoder.inputs(model),
-            **per_layer("past_key_values", PAST),
+            **per_layer(COMMUNITY_PAST, PAST),
         },
         # The logits stay in the weights' type: widening them restores nothing, and doubles a long prefill's largest
         # tensor. Callers that sample in float32 convert the one row they need.
-        outputs={"logits": (BATCH, SEQUENCE, text.vocab_size), **per_layer("present", TOTAL)},
+        outputs={"logits": (BATCH, SEQUENCE, text.vocab_size), **per_layer(COMMUNITY_PRESENT, TOTAL)},
     )
 
 

@@ -17,10 +17,11 @@ from importlib.metadata import version
 import numpy as np
 import onnx_ir as ir
 
+from ...graphs.decoder_state import COMMUNITY_PAST, COMMUNITY_PRESENT, state_name
+from ...graphs.roles import input_roles
+
 Shapes = Mapping[str, tuple[str | int, ...]]
 
-# How the exporter names a cache; the layout's names are `past_key_values.0.key` and `present.0.key`.
-_TRACED_CACHE = re.compile(r"(?P<side>input\.|output\.)?past_key_values\.layers\.(?P<layer>\d+)\.(?P<kind>key|value)s")
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -49,11 +50,10 @@ def tidy(
 
 def rename_inputs_and_outputs(graph: ir.Graph) -> None:
     """Give the cache the layout's names; all other inputs and outputs have theirs from the trace."""
-    for values, prefix in ((graph.inputs, "past_key_values"), (graph.outputs, "present")):
-        for value in values:
-            traced = _TRACED_CACHE.fullmatch(value.name or "")
-            if traced:
-                value.name = f"{prefix}.{traced['layer']}.{traced['kind']}"
+    inputs, outputs = ({value.name: value for value in values} for values in (graph.inputs, graph.outputs))
+    for pair in input_roles(graph).states:
+        inputs[pair.past].name = f"{COMMUNITY_PAST}.{state_name(pair.past)}"
+        outputs[pair.present].name = f"{COMMUNITY_PRESENT}.{state_name(pair.past)}"
 
 
 def require_signature(graph: ir.Graph, inputs: Shapes, outputs: Shapes) -> None:

@@ -27,10 +27,11 @@ from ...graphs.manifest import (
     require_intact,
 )
 from ...graphs.package import ModelPackage, external_files, load_graph
+from ...graphs.roles import input_roles
 from ...graphs.scribe import PREFIX
 from ...graphs.staging import bring, create_file, require_writable, staged
 from ...graphs.tensorrt import require_readable, settle_sizes
-from ...runtime.decoder import CACHE_PREFIXES, can_pad
+from ...runtime.decoder import can_pad
 from ...runtime.guarded import open_guarded_package
 from ...runtime.tensorrt_backend import Backend, find_backend
 from ..artifact.folder import versions
@@ -186,7 +187,7 @@ def plan_parts(
         require_readable(model, str(path))
     settled = {role: bool(settle_sizes(model)) for role, (_, model) in loaded.items()}
     decoder = loaded["decoder"][1].graph
-    limit, caches = package.longest_sequence, any(str(v.name).startswith(CACHE_PREFIXES) for v in decoder.inputs)
+    limit, caches = package.longest_sequence, bool(input_roles(decoder).states)
     chosen = tuple(profiles) or default_profiles(limit, caches)
     require_within(chosen, limit)
     unknown = given.keys() - {value.name for _, model in loaded.values() for value in model.graph.inputs}

@@ -13,11 +13,11 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ...graphs.decoder_state import is_past_name
 from ...graphs.dials import PAST_GATE_INPUT
 from ...graphs.errors import GuardError
 from ...graphs.plan import SUPERVISOR_INPUT
-from ...graphs.positions import MASK_INPUT
-from ...runtime.decoder import CACHE_PREFIXES
+from ...graphs.roles import TOKENS, InputRoles, input_roles
 
 # Smallest, typical and largest shape of one input.
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -127,8 +127,11 @@ def decoder_shapes(
     Raises:
         GuardError: the profile lies outside what the graph allows, or an input is not known.
     """
+    roles = input_roles(graph)
     return {
-        name: given[name] if name in given else _shapes(value, _decoder_axes(value, profile, heads), profile.name)
+        name: given[name]
+        if name in given
+        else _shapes(value, _decoder_axes(value, roles, profile, heads), profile.name)
         for value in graph.inputs
         if (name := value.name or "") is not None
     }
@@ -144,7 +147,7 @@ def part_shapes(graph: ir.Graph, profiles: Sequence[EngineProfile], given: Mappi
     found = {}
     for value in graph.inputs:
         name = value.name or ""
-        axes = {0: batch} if name == "pixel_values" else {0: batch, 1: sequence} if name == "input_ids" else {}
+        axes = {0: batch} if name == "pixel_values" else {0: batch, 1: sequence} if name == TOKENS else {}
         found[name] = given[name] if name in given else _shapes(value, axes, "the vision encoder's")
     return found
 
@@ -154,20 +157,24 @@ def _hull(spans: Sequence[Span]) -> Span:
     return Span(min(s.smallest for s in spans), max(s.typical for s in spans), max(s.largest for s in spans))
 
 
-def _decoder_axes(value: ir.Value, profile: EngineProfile, heads: tuple[int | None, int | None]) -> dict[int, Span]:
+def _decoder_axes(
+    value: ir.Value, roles: InputRoles, profile: EngineProfile, heads: tuple[int | None, int | None]
+) -> dict[int, Span]:
     """Which axis of a decoder's input means what."""
     name, rank = value.name or "", len(value.shape or ())
     batch, sequence, total = profile.batch, profile.sequence, profile.past + profile.sequence
-    if name.startswith(CACHE_PREFIXES):
+    pair = next((pair for pair in roles.states if pair.past == name), None)
+    if pair is not None or is_past_name(name):
+        grows = pair.axis if pair is not None else 2
         fixed = {axis: Span(size, size, size) for axis, size in ((1, heads[0]), (3, heads[1])) if size is not None}
-        return {0: batch, 2: profile.past, **fixed}
-    if name == MASK_INPUT:
+        return {0: batch, **(fixed if rank == 4 else {}), **({} if grows is None else {grows: profile.past})}
+    if name == roles.mask:
         return {0: batch, 1: total} if rank == 2 else {0: batch, rank - 2: sequence, rank - 1: total}
-    if name == "position_ids":
+    if name == roles.positions:
         return {rank - 2: batch, rank - 1: sequence}
     if name in {SUPERVISOR_INPUT, PAST_GATE_INPUT}:
         return {0: batch}
-    if name in {"input_ids", "inputs_embeds", "token_type_ids"} or rank == 3:
+    if name in {roles.tokens, roles.embeds, "token_type_ids"} or rank == 3:
         return {0: batch, 1: sequence}
     return {}
 

@@ -24,7 +24,8 @@ from ...runtime.decoder import DecoderSession, open_decoder
 from ...runtime.guarded import GuardedVLM, open_guarded_package
 from ..calibration.calibrate import DEFAULT_BUDGET
 from ..guide import Guide
-from ..proof.prove import TOLERANCE, ProofInputs, relative, roll
+from ..proof.inputs import ProofInputs
+from ..proof.prove import TOLERANCE, relative, roll
 from ..sources import Source, Watch
 
 # Prefill, and as many decode steps.

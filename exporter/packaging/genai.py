@@ -12,16 +12,18 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ...graphs.decoder_state import COMMUNITY_PAST, COMMUNITY_PRESENT
 from ...graphs.errors import GuardError
 from ...graphs.manifest import Manifest
 from ...graphs.package import ModelPackage, load_graph, read_json
+from ...graphs.roles import EMBEDS, LOGITS, MASK, POSITIONS, TOKENS
 from ...graphs.staging import Data
 from ..sources import Watch
 from .arrangement import Arrangement, Packaged, loose_files, rearrange, require_other_layout, with_data
 from .known_inputs import require_known
 
 _RUNTIME = "onnxruntime-genai"
-_FED = ("input_ids", "attention_mask", "position_ids")
+_FED = (TOKENS, MASK, POSITIONS)
 _GRAPH = "model.onnx"
 
 
@@ -50,7 +52,7 @@ def arrange(manifest: Manifest, package: ModelPackage) -> Arrangement:
     require_other_layout(package, "genai", _RUNTIME)
     decoder = load_graph(package.decoder, vouched=True)
     inputs = [str(value.name) for value in decoder.graph.inputs]
-    if "inputs_embeds" in inputs:
+    if EMBEDS in inputs:
         raise GuardError(
             f"{package.decoder}: takes inputs_embeds, and {_RUNTIME} wants an embedding graph that mixes image features in, "
             "which this folder has not; export the checkpoint with --exporter genai, or keep the layout that it has"
@@ -103,13 +105,9 @@ def _config(package: ModelPackage, decoder: ir.Model) -> dict[str, Any]:
                 "filename": _GRAPH,
                 "head_size": known["head_dim"],
                 "hidden_size": known["hidden_size"],
-                "inputs": inputs
-                | {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"},
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
-                },
+                "inputs": inputs | {f"past_{kind}_names": f"{COMMUNITY_PAST}.%d.{kind}" for kind in ("key", "value")},
+                "outputs": {LOGITS: LOGITS}
+                | {f"present_{kind}_names": f"{COMMUNITY_PRESENT}.%d.{kind}" for kind in ("key", "value")},
                 "num_attention_heads": heads,
                 "num_hidden_layers": known["num_hidden_layers"],
                 "num_key_value_heads": known["num_key_value_heads"],

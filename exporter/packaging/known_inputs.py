@@ -7,11 +7,14 @@ from collections.abc import Collection
 
 import onnx_ir as ir
 
+from ...graphs.decoder_state import COMMUNITY_PAST, COMMUNITY_PRESENT
 from ...graphs.dials import PAST_GATE_INPUT
 from ...graphs.errors import GuardError
 from ...graphs.plan import SUPERVISOR_INPUT
+from ...graphs.roles import LOGITS, input_roles
 
-_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+# What the runtimes know of a cache: keys and values of a layer, in the onnx-community layout's names.
+_CACHE = re.compile(r"[0-9]+\.(key|value)")
 _WHY = {
     SUPERVISOR_INPUT: "modes supervise and combined need a text-only pass before each answer; export in mode restore",
     PAST_GATE_INPUT: "a gate that is held needs its state carried from call to call; export without --gate prompt",
@@ -25,19 +28,20 @@ def require_known(decoder: ir.Model, where: str, runtime: str, known: Collection
         decoder: the graph.
         where: its file, for the error.
         runtime: who will run it.
-        known: names that it feeds besides `past_key_values.N.key` and `.value`.
+        known: names that it feeds besides a cache called `past_key_values.N.key` and `.value`, `present.N.key` and `.value`.
 
     Raises:
         GuardError: it does not, and what to do instead.
     """
     outputs = {value.name for value in decoder.graph.outputs}
+    pairs = {pair.past: pair.present for pair in input_roles(decoder.graph).states}
     defaults = decoder.graph.initializers  # knobs: left out, they are as calibrated
     for name in (str(value.name) for value in decoder.graph.inputs if value.name not in defaults):
-        cache = _PAST.fullmatch(name)
-        if cache is not None and f"present.{cache[1]}.{cache[2]}" in outputs:
+        entry = name.removeprefix(f"{COMMUNITY_PAST}.")
+        if name != entry and _CACHE.fullmatch(entry) and pairs.get(name) == f"{COMMUNITY_PRESENT}.{entry}":
             continue
-        if cache is not None or name not in known:
+        if name not in known:
             then = _WHY.get(name, "keep the layout that it has, or export the model with another exporter")
             raise GuardError(f"{where}: takes {name!r}, which {runtime} does not feed: {then}")
-    if "logits" not in outputs:
+    if LOGITS not in outputs:
         raise GuardError(f"{where}: gives no output 'logits', which {runtime} reads; keep the layout that it has")

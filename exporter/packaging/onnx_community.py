@@ -16,13 +16,14 @@ import onnx_ir as ir
 from ...graphs.errors import GuardError
 from ...graphs.manifest import Manifest
 from ...graphs.package import ModelPackage, external_files, graph_bytes, load_graph, read_json, relocated
+from ...graphs.roles import EMBEDS, MASK, POSITIONS, TOKENS, input_roles
 from ...graphs.staging import Data
 from ..sources import Watch
 from .arrangement import Arrangement, Packaged, loose_files, rearrange, require_other_layout
 from .known_inputs import require_known
 
 _RUNTIME = "transformers.js"
-_FED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "num_logits_to_keep", "use_cache_branch")
+_FED = (TOKENS, EMBEDS, MASK, POSITIONS, "num_logits_to_keep", "use_cache_branch")
 _GENAI = "genai_config.json"
 # `genai_config.json` says of the decoder what `config.json` says under other names.
 _SAME = {
@@ -66,7 +67,7 @@ def arrange(manifest: Manifest, package: ModelPackage) -> Arrangement:
         )
     decoder = load_graph(package.decoder, vouched=True)
     require_known(decoder, str(package.decoder), _RUNTIME, _FED)
-    graphs = _names(package, any(value.name == "inputs_embeds" for value in decoder.graph.inputs))
+    graphs = _names(package, bool(input_roles(decoder.graph).embeds))
     brought = {name: name for name in loose_files(manifest, package) if name != _GENAI}
     written: dict[str, bytes] = {}
     chunks: dict[str, int] = {}
@@ -101,7 +102,7 @@ def _names(package: ModelPackage, takes_embeds: bool) -> dict[str, Path]:
             f"{package.root}: the decoder takes inputs_embeds, but there is no embed_tokens graph; package a whole model"
         )
     taken = [str(value.name) for value in load_graph(embed, vouched=True).graph.inputs]
-    if taken != ["input_ids"]:
+    if taken != [TOKENS]:
         raise GuardError(
             f"{embed}: takes {', '.join(taken)}, {_RUNTIME} gives input_ids alone and puts the image features in itself; "
             "keep the layout that it has"

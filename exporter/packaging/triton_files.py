@@ -58,7 +58,9 @@ def require_runnable(parts: dict[str, Part], package: ModelPackage) -> None:
     Raises:
         GuardError: it cannot.
     """
-    decoder = DecoderSession(_unrun(parts[triton.DECODER].ports), package.kv_heads, package.head_size)
+    decoder = DecoderSession(
+        _unrun(parts[triton.DECODER].ports), package.kv_heads, package.head_size, roles=package.roles
+    )
     if decoder.takes_embeds and triton.EMBED_TOKENS not in parts:
         raise GuardError(
             f"{package.root}: the decoder takes inputs_embeds, but there is no embed_tokens graph, so nothing could feed it "

@@ -13,6 +13,7 @@ from typing import Any
 from ...graphs.errors import GuardError
 from ...graphs.package import load_graph
 from ...graphs.plan import GuardPlan
+from ...graphs.roles import EMBEDS, MASK, POSITIONS, input_roles
 from ...graphs.spec import MODES_WITH_GATE
 from ...runtime.chat import ChatTokenizer, FolderConfigs, find_template
 from ...runtime.images import PROCESSORS, ImagePreprocessor, declared_processor, processor_name
@@ -20,9 +21,8 @@ from .sides import Sides
 
 PROCESSOR = "LlavaProcessor"
 _FAMILIES = f"LLaVA-like ones alone ({PROCESSOR} with {', '.join(sorted(PROCESSORS))})"
-# What the page feeds to a decoder; the cache's names besides.
-_FED = ("inputs_embeds", "attention_mask", "position_ids", "use_cache_branch", "num_logits_to_keep")
-_CACHE = ("past_key_values.", "past.")
+# What the page feeds to a decoder; the cache besides.
+_FED = (EMBEDS, MASK, POSITIONS, "use_cache_branch", "num_logits_to_keep")
 # A tokenizer's word of one character that no text has: the page's tokenizer knows no WordLevel model, and a WordPiece model
 # whose words have no second part is one.
 _NO_SECOND_PART = "\0"
@@ -52,12 +52,10 @@ def require_page_model(sides: Sides) -> None:
     inputs = [value.name or "" for value in load_graph(package.vision_encoder, vouched=True).graph.inputs]
     if len(inputs) != 1:
         raise GuardError(f"{package.vision_encoder}: takes {', '.join(inputs)}, the page gives pixel_values alone")
-    unknown = [
-        name
-        for name in (value.name or "" for value in sides.base.graph.inputs)
-        if name not in _FED and not name.startswith(_CACHE)
-    ]
-    if unknown or not any(value.name == "inputs_embeds" for value in sides.base.graph.inputs):
+    roles = input_roles(sides.base.graph)
+    names = [value.name or "" for value in sides.base.graph.inputs]
+    unknown = [name for name in names if name not in _FED and name not in roles.pasts]
+    if unknown or EMBEDS not in names:
         asked = repr(unknown[0]) if unknown else "no inputs_embeds"
         raise GuardError(
             f"{package.decoder}: takes {asked}; the page runs decoders that take {', '.join(_FED)} and a cache"

@@ -9,13 +9,14 @@ guarded folder ──► both decoders ──┐
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 
 from ...graphs.errors import GuardError
 from ...graphs.package import external_files, graph_bytes
+from ...graphs.roles import input_roles
 from ...runtime.chat import ChatTokenizer
 from ...runtime.images import ImagePreprocessor
 from ...runtime.playground.libraries import LIBRARIES, find_libraries
@@ -103,18 +104,20 @@ def _in_memory(files: dict[str, bytes | Path], name: str, graph: ir.Model, home:
     files[f"{name}.onnx"] = graph_bytes(graph)
     tensors = (value.const_value for value in graph.graph.initializers.values())
     names = {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
-    cache = [value.name or "" for value in graph.graph.outputs if (value.name or "").startswith("present")]
+    cache = {pair.past: pair.present for pair in input_roles(graph.graph).states}
     return _part(files, name, {location: home / location for location in sorted(names)}, cache)
 
 
-def _part(files: dict[str, bytes | Path], name: str, data: Mapping[str, Path], cache: Sequence[str] = ()) -> Part:
+def _part(
+    files: dict[str, bytes | Path], name: str, data: Mapping[str, Path], cache: Mapping[str, str] | None = None
+) -> Part:
     """External data goes by a number: what its file is called is the model's affair, and no part of an address."""
     addresses = {location: f"{name}-{number}.data" for number, location in enumerate(data)}
     files |= {addresses[location]: path for location, path in data.items()}
     return {
         "graph": f"{name}.onnx",
         "data": [{"path": p, "address": a} for p, a in addresses.items()],
-        "cache": list(cache),
+        "cache": dict(cache or {}),
     }
 
 

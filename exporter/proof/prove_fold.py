@@ -22,7 +22,8 @@ from ...graphs.static_proof import Check
 from ...graphs.taps import STATES_OUTPUT, tap_last_token
 from ...runtime.decoder import open_decoder
 from .headroom import Headroom
-from .prove import DECODE_STEPS, TOLERANCE, ProofInputs, relative, roll
+from .inputs import ProofInputs
+from .prove import DECODE_STEPS, TOLERANCE, relative, roll
 
 Rolled = list[list[Mapping[str, np.ndarray]]]  # per batch, per call
 

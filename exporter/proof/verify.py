@@ -46,7 +46,8 @@ from ..engines.verify import check_by_running, check_records, check_sources
 from ..guide import Guide
 from ..packaging.triton_files import check_repository
 from ..sources import Source, Watch, unwatched
-from .prove import ProofInputs, prove_by_running
+from .inputs import ProofInputs
+from .prove import prove_by_running
 from .prove_fold import prove_fold_by_running
 
 # the unguarded model and its anatomy -> what to run it on

@@ -29,7 +29,7 @@ from vlmguard.exporter.engines.folder import build_engines, plan_parts
 from vlmguard.exporter.engines.layers import require_guard
 from vlmguard.exporter.engines.profile import EngineProfile, Span, decoder_shapes, parse_shapes
 from vlmguard.exporter.engines.verify import STEPS, rolled, same_outputs
-from vlmguard.exporter.proof.prove import proof_inputs
+from vlmguard.exporter.proof.inputs import proof_inputs
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError, GuardIncomplete, ManifestMismatch

@@ -13,7 +13,7 @@ from hand_graphs import orthonormal, uncalibrated
 from text_decoder import IDS, decoder
 
 from vlmguard.exporter.pipeline import export
-from vlmguard.exporter.proof.prove import ProofInputs
+from vlmguard.exporter.proof.inputs import ProofInputs
 from vlmguard.exporter.proof.prove_fold import prove_fold_by_running
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.anatomy import dissect

@@ -21,7 +21,8 @@ from vlmguard.exporter.artifact.folder import GuardedDecoder
 from vlmguard.exporter.pipeline import prove
 from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.exporter.proof import prove as module
-from vlmguard.exporter.proof.prove import ProofInputs, proof_inputs, prove_by_running, random_inputs
+from vlmguard.exporter.proof.inputs import ProofInputs, proof_inputs, random_inputs
+from vlmguard.exporter.proof.prove import prove_by_running
 from vlmguard.exporter.sources import unwatched
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.errors import ProofFailed

@@ -20,7 +20,8 @@ from tiny_vlm_paths import DECODER, SOURCE, Guarded, digests
 
 import vlmguard
 from vlmguard.exporter.engines.folder import open_buildable
-from vlmguard.exporter.proof.prove import ProofInputs, prove_by_running
+from vlmguard.exporter.proof.inputs import ProofInputs
+from vlmguard.exporter.proof.prove import prove_by_running
 from vlmguard.exporter.proof.prove_gate import DECIDED, SCORES
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.dials import STRENGTH_INPUT

@@ -45,7 +45,8 @@ pytest.importorskip("onnxruntime")
 
 from zoo.oracle import SLACK
 
-from vlmguard.exporter.proof.prove import prove_by_running, random_inputs
+from vlmguard.exporter.proof.inputs import random_inputs
+from vlmguard.exporter.proof.prove import prove_by_running
 from vlmguard.runtime.decoder import open_decoder
 
 Zoo = Callable[[str], ZooModel]

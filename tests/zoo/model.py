@@ -135,7 +135,7 @@ class ZooModel:
     @property
     def cache(self) -> dict[str, str]:
         """The graph's cache: name of the past input -> name of the present output."""
-        pasts = [name for name in self.inputs if "past_key_values" in name or name.startswith("past.")]
+        pasts = [n for n in self.inputs if "past_key_values" in n or n.startswith(("past.", "input.cache."))]
         return {name: present_name(name) for name in pasts}
 
     @property

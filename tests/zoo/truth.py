@@ -36,8 +36,9 @@ PAD_ID, BOS_ID, EOS_ID, IMAGE_ID = 0, 1, 2, 299
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
-# "past_key_values.2.key" (optimum, genai) and "input.past_key_values.layers.2.keys" (transformers' exporter)
-CACHE_NAME = re.compile(r"past_key_values\.(?:layers\.)?(\d+)\.(key|value)s?$")
+# "past_key_values.2.key" (optimum, genai), "input.past_key_values.layers.2.keys" (transformers' exporter) and
+# "input.cache.layers.2.keys" (the same from 5.24 on)
+CACHE_NAME = re.compile(r"(?:past_key_values|cache)\.(?:layers\.)?(\d+)\.(key|value)s?$")
 
 
 def tiny_llama(dtype: str) -> LlamaForCausalLM:

@@ -10,36 +10,19 @@ const PRESENT_GATE = "vlmguard.present_gate";
 const LISTEN = -1e30; // below every threshold: a pass that is never edited
 const UNDECIDED = -1;
 
-// optimum, onnx-community; older optimum; transformers' exporter
-const CACHE_NAMES = [
-  ["past_key_values.", "present."],
-  ["past_key_values.", "present_key_values."],
-  ["past.", "present."],
-];
-
-/** The graph's cache inputs, and which output refills each. */
-function cachePairs(inputNames, outputNames) {
-  const pairs = new Map();
-  for (const name of inputNames) {
-    const found = CACHE_NAMES.filter(([past]) => name.startsWith(past)).map(([past, present]) => present + name.slice(past.length));
-    const output = found.find((candidate) => outputNames.includes(candidate));
-    if (output !== undefined) pairs.set(name, output);
-  }
-  return pairs;
-}
-
 export class Decoder {
   /**
    * @param ort onnxruntime-web
    * @param session of the graph
    * @param {object} facts facts.json, for heads that the graph leaves open
+   * @param {object} part of facts.json: the graph's cache inputs, and which output refills each
    */
-  constructor(ort, session, facts) {
+  constructor(ort, session, facts, part) {
     this.ort = ort;
     this.session = session;
     this.facts = facts;
     this.ports = new Map(session.inputMetadata.map((port) => [port.name, port]));
-    this.caches = cachePairs(session.inputNames, session.outputNames);
+    this.caches = new Map(Object.entries(part.cache));
   }
 
   get supervised() {

@@ -25,7 +25,7 @@ export class Model {
     const open = async (name) => openSession(ort, provider, facts.parts[name], await fetchAll(name, facts.parts[name], tell));
     const [vision, embed] = [await open("vision"), await open("embed")];
     const decoders = {};
-    for (const side of SIDES) decoders[side] = new Decoder(ort, await open(side), facts);
+    for (const side of SIDES) decoders[side] = new Decoder(ort, await open(side), facts, facts.parts[side]);
     return new Model(ort, facts, chat, vision, embed, decoders);
   }
 
@@ -106,6 +106,6 @@ export class Model {
 /** On a GPU the decoder's cache stays there from call to call. */
 async function openSession(ort, provider, part, { graph, externalData }) {
   const options = { executionProviders: [provider], externalData, logSeverityLevel: 3 };
-  if (provider === "webgpu") options.preferredOutputLocation = Object.fromEntries(part.cache.map((name) => [name, "gpu-buffer"]));
+  if (provider === "webgpu") options.preferredOutputLocation = Object.fromEntries(Object.values(part.cache).map((name) => [name, "gpu-buffer"]));
   return ort.InferenceSession.create(graph, options);
 }
