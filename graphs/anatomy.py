@@ -54,6 +54,7 @@ _SOFTMAXES = frozenset({"Softmax", "QLinearSoftmax"})
 # onnxruntime's quantized form of an operator reads (value, scale, zero point) where the plain one reads a value.
 _QUANTIZED_SUM = "QLinearAdd"
 _QUANTIZED = frozenset({"QLinearMatMul", _QUANTIZED_SUM})
+_QUANTIZED_STREAM = "models whose stream is quantized between layers cannot be guarded"
 # What may stand between a Softmax and the MatMul with the values; a router's softmax meets TopK or a Mul instead.
 _TRANSPARENT = frozenset(
     {"Cast", "CastLike", "Dropout", "Identity", "Where", "IsNaN", "Slice", "Reshape", "Transpose", "Squeeze"}
@@ -243,7 +244,9 @@ def prepare(model: ir.Model) -> None:
         try:
             InlinePass()(model)
         except (ir.passes.InvariantError, ir.passes.PassError) as error:
-            raise ModelUnreadable(f"the graph's own functions cannot be inlined ({first_line(error)})") from None
+            raise ModelUnreadable(
+                f"the graph's own functions cannot be inlined ({first_line(error)}); export it again"
+            ) from None
     if not all(is_sorted(graph) for graph in model.graphs()):
         try:
             model.graph.sort()  # onnxruntime's float16 converter appends casts behind their readers, and its runtime sorts
@@ -479,9 +482,9 @@ def _dtype(node: ir.Node, total: Vertex, layer_index: int) -> str:
         found = _known_dtype(value)
         if found is not None:
             if found not in STREAM_DTYPES:
+                why = "convert the model to float32" if found == ir.DataType.DOUBLE else _QUANTIZED_STREAM
                 raise AnatomyNotFound(
-                    f"layer {layer_index}: the residual sum {total.name!r} is {found.name}, expected a float stream; "
-                    "models whose stream is quantized between layers cannot be guarded"
+                    f"layer {layer_index}: the residual sum {total.name!r} is {found.name}, expected a float stream; {why}"
                 )
             return STREAM_DTYPES[found]
     raise AnatomyNotFound(
@@ -546,7 +549,7 @@ def _reason_for_nothing(flow: Flow) -> str:
         )
     if not any(True for _ in _sources(flow)):
         return (
-            f"{len(mixers)} attention nodes but no embedding lookup or inputs_embeds among the inputs "
+            f"{_counted(mixers)} but no embedding lookup or inputs_embeds among the inputs "
             f"{_names(flow.graph.inputs)}; is this a decoder graph?"
         )
     if any(_sums_between(flow, first, second) for first, second in pairwise(mixers)):
@@ -555,9 +558,17 @@ def _reason_for_nothing(flow: Flow) -> str:
             "streams run side by side (as in Gemma3n), and models with several streams cannot be guarded"
         )
     return (
-        f"{len(mixers)} attention nodes but no residual sum that every path from the embedding to the output passes; "
+        f"{_counted(mixers)} but no residual sum that every path from the embedding to the output passes; "
         "this is not a pre-norm or post-norm decoder"
     )
+
+
+def _counted(mixers: list[Vertex]) -> str:
+    """How many of which: convolutions and loops mix tokens too, and are no attention."""
+    others = sorted({vertex.op_type for vertex in mixers if vertex.op_type in _OTHER_MIXERS})
+    attentions = sum(vertex.op_type not in _OTHER_MIXERS for vertex in mixers)
+    parts = [f"{attentions} attention node{'s' * (attentions > 1)}"] if attentions else []
+    return " and ".join([*parts, *([f"nodes that mix tokens ({', '.join(others)})"] if others else [])])
 
 
 def _sums_between(flow: Flow, first: Vertex, second: Vertex) -> bool:

@@ -6,6 +6,8 @@ Every `GuardError` says, in one line, what was asked, what was found, and what t
 
 from __future__ import annotations
 
+from .reasons import reason_of
+
 
 class GuardError(Exception):
     """Something about the request or its files; printed as one line."""
@@ -35,6 +37,10 @@ class GuardWeakens(GuardError):
     """With the guard fewer harmful prompts are refused than without it; nothing was written."""
 
 
+class NoEffect(GuardError):
+    """The guarded model behaves as the unguarded one on every harmful prompt that it was asked; nothing was written."""
+
+
 class ProofFailed(GuardError):
     """A check of the proof failed; nothing was written."""
 
@@ -56,6 +62,5 @@ class OutputRefused(GuardError):
 
 
 def first_line(error: BaseException) -> str:
-    """Somebody else's error as a clause of one of our sentences: its first line, not endless, never empty."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip()[:160] if lines else type(error).__name__
+    """The decisive part of a third-party error in one line, for embedding in one of our sentences (`reasons`)."""
+    return reason_of(error)

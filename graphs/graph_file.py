@@ -61,7 +61,11 @@ def _parse(path: Path) -> onnx.ModelProto:
         proto = onnx.ModelProto.FromString(path.read_bytes())
     except DecodeError:  # whose words differ from version to version
         raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated (not a protobuf)") from None
-    except Exception as error:  # of the system
+    except OSError as error:
+        raise ModelUnreadable(
+            f"{path}: cannot be read ({first_line(error)}); check the file and its permissions"
+        ) from None
+    except Exception as error:  # of protobuf
         raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated ({first_line(error)})") from None
     if not proto.graph.node or not proto.graph.output:
         raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated (no nodes or no outputs)")

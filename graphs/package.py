@@ -426,7 +426,7 @@ def load_graph(path: Path, vouched: bool = False) -> ir.Model:
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx_ir has exceptions of its own
-        raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated ({first_line(error)})") from None
+        raise ModelUnreadable(f"{path}: is not a valid ONNX model ({first_line(error)}); export it again") from None
     set_base_dir(model.graph, str(path.parent))
     idle = next((node for node in model.graph.all_nodes() if not node.outputs), None)
     if idle is not None:

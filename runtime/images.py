@@ -116,7 +116,7 @@ class ImagePreprocessor:
             return _from_options(kind, options)
         except (GuardError, TypeError, ValueError, KeyError) as error:
             raise ModelUnreadable(
-                f"{folder}: the options of {kind} cannot be followed ({error}); copy the processor's config again"
+                f"{folder}: the options of {kind} cannot be followed ({first_line(error)}); copy the processor's config again"
             ) from None
 
     def pixel_values(self, images: Sequence[Image.Image | Path | str]) -> np.ndarray:

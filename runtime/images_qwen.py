@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..graphs.errors import GuardError, ModelUnreadable
+from ..graphs.errors import GuardError, ModelUnreadable, first_line
 from .images import CLIP_MEAN, CLIP_STD, declared_processor, normalised, open_image, refuse_huge
 
 KIND = "Qwen2VLImageProcessor"
@@ -98,7 +98,7 @@ class QwenImagePreprocessor:
             return _from_options({**_DEFAULTS, **given})
         except (GuardError, TypeError, ValueError, KeyError) as error:
             raise ModelUnreadable(
-                f"{folder}: the options of {KIND} cannot be followed ({error}); copy the processor's config again"
+                f"{folder}: the options of {KIND} cannot be followed ({first_line(error)}); copy the processor's config again"
             ) from None
 
     @property

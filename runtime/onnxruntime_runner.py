@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from ..graphs.errors import ExtraMissing, ModelUnreadable, RunFailed, first_line
 from ..graphs.extras import install_command
+from ..graphs.reasons import out_of_memory
 from .device import DeviceTensor, Tensor
 from .runners import Port, Runner
 
@@ -79,9 +81,7 @@ class OnnxRuntimeRunner:
         except Exception as error:  # onnxruntime raises a family of its own, not exported under one name
             where = "the graph" if isinstance(graph, bytes) else str(graph)
             on = "" if fallback or chosen[0] == _CPU else f" on the {chosen[0]}, which has to start"
-            raise ModelUnreadable(
-                f"{where}: onnxruntime cannot open it{on} ({first_line(error)}); is the file complete?"
-            ) from None
+            raise ModelUnreadable(f"{where}: onnxruntime cannot open it{on} {_why(error)}") from None
         self.inputs = {port.name: _port(port) for port in self._session.get_inputs()}
         self.optional = {port.name: _port(port) for port in self._session.get_overridable_initializers()}
         self.outputs = {port.name: _port(port) for port in self._session.get_outputs()}
@@ -187,6 +187,36 @@ def open_onnxruntime(graph: Path | bytes, folder: Path, optimize: bool, provider
     if provider is not None:
         raise ExtraMissing(f"{providers[0]} does not start, onnxruntime would take {runner.providers[0]}; {missing}")
     return OnnxRuntimeRunner(graph, folder, optimize, (_CPU,))  # onnxruntime-gpu on a machine without a GPU
+
+
+# What to do, by what the reason says. "Is the file complete?" is asked only where that can be the reason.
+_WHAT_TO_DO: tuple[tuple[str, str], ...] = (
+    (
+        r"(?i)protobuf parsing failed|no graph was found|file doesn't exist|path does not exist|size mismatch"
+        r"|out of bounds or can ?not be read",
+        "is the file complete?",
+    ),
+    (
+        r"operator .* is unknown",
+        "it needs a runtime with this operator; `vlmguard export --proof structure` guards the graph without running it",
+    ),
+    (r"No opset import", "its list of operator sets lacks this domain; export it again"),
+    (r"escapes model directory", "external data must lie beside the graph; the file may be malicious, do not use it"),
+    (r"newer than the newest|Unsupported model IR version", "update onnxruntime, or export it with an older version"),
+    (
+        r"Could not find an implementation",
+        "this provider cannot run the operator in this precision; choose another one",
+    ),
+)
+
+
+def _why(error: Exception) -> str:
+    """`(reason); what to do`, of a graph that onnxruntime cannot open."""
+    reason = first_line(error)
+    if out_of_memory(error):
+        return f"({reason}); the machine has too little free memory"
+    advice = next((advice for pattern, advice in _WHAT_TO_DO if re.search(pattern, reason)), "export it again")
+    return f"({reason}); {advice}"
 
 
 def _preferred(available: Sequence[str]) -> tuple[str, ...]:

@@ -207,7 +207,9 @@ def _vouched_for(engine: Path | bytes, where: str, sha256: str) -> bytes:
     try:
         content = engine if isinstance(engine, bytes) else engine.read_bytes()
     except OSError as error:
-        raise ModelUnreadable(f"{where}: cannot be read ({first_line(error)})") from None
+        raise ModelUnreadable(
+            f"{where}: cannot be read ({first_line(error)}); check the file and its permissions"
+        ) from None
     found = hashlib.sha256(content).hexdigest()
     if found != sha256.lower():
         raise ManifestMismatch(

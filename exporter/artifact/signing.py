@@ -66,7 +66,11 @@ def write_signature(folder: Path, private_key: Path) -> Path:
             config = signing.Config().use_elliptic_key_signer(private_key=private_key)
             config.set_hashing_config(_hashed(hashing)).sign(folder, made)
             content = made.read_bytes()
-    except Exception as error:
+    except OSError as error:
+        raise GuardError(
+            f"{folder}: cannot be signed ({first_line(error)}); check its files and their permissions"
+        ) from None
+    except Exception as error:  # of cryptography, of model_signing
         raise _unusable(private_key, error) from None
     write_file(path, content)
     return path

@@ -31,9 +31,10 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from ...graphs.decoder_state import COMMUNITY_PAST
-from ...graphs.errors import ExtraMissing, GuardError, ModelUnreadable, OutputRefused
+from ...graphs.errors import ExtraMissing, GuardError, ModelUnreadable, OutputRefused, first_line
 from ...graphs.extras import install_command
 from ...graphs.package import COMPANIONS
+from ...graphs.reasons import out_of_memory
 from ...graphs.static_proof import Check
 from ..families import find_family
 from ..families.family import PAST, SEQUENCE, TOTAL, Family
@@ -114,7 +115,10 @@ def convert_checkpoint(
     graphs = []
     for part in parts_of(family, model):
         say(f"tracing {part.name}")
-        graph = trace(model, part, opset)
+        try:
+            graph = trace(model, part, opset)
+        except RuntimeError as failure:  # of torch.export and torch.onnx
+            raise ModelUnreadable(_cannot_trace(checkpoint, part, failure)) from failure
         sums = {f"{PAST} + {SEQUENCE}": TOTAL}
         tidy(graph, part.inputs, part.outputs, sums=sums, float32_inputs=part.float32_inputs)
         graphs.append(save_graph(graph, out, part.name, dtype))
@@ -150,7 +154,7 @@ def locate(checkpoint: str | Path) -> Path:
         return Path(snapshot_download(str(checkpoint), allow_patterns=wanted))
     except (HfHubHTTPError, OSError, ValueError) as failure:
         raise ModelUnreadable(
-            f"{checkpoint}: no such folder, and not on the Hugging Face hub for us ({_in_one_line(failure)}); "
+            f"{checkpoint}: no such folder, and not on the Hugging Face hub for us ({first_line(failure)}); "
             f"check the name, or download it and name its folder"
         ) from failure
 
@@ -186,7 +190,7 @@ def load_model(folder: Path, family: Family, dtype: Dtype, say: Callable[[str], 
         config = model_class.config_class.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, StrictDataclassError) as failure:
         raise ModelUnreadable(
-            f"{folder}: its config.json describes no {family.model_type} model ({_in_one_line(failure)}); "
+            f"{folder}: its config.json describes no {family.model_type} model ({first_line(failure)}); "
             f"fetch the checkpoint again"
         ) from failure
     try:
@@ -202,8 +206,11 @@ def load_model(folder: Path, family: Family, dtype: Dtype, say: Callable[[str], 
                 output_loading_info=True,
             )
     except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as failure:
+        what_to_do = (
+            "the machine has too little free memory" if out_of_memory(failure) else "fetch the checkpoint again"
+        )
         raise ModelUnreadable(
-            f"{folder}: its weights cannot be loaded ({_in_one_line(failure)}); fetch the checkpoint again"
+            f"{folder}: its weights cannot be loaded ({first_line(failure)}); {what_to_do}"
         ) from failure
     # transformers fills what is missing or does not fit with random numbers, and only warns.
     if mismatched := sorted(loading["mismatched_keys"]):
@@ -342,7 +349,8 @@ def _require_extras(verify: bool) -> None:
         require_onnxruntime()
 
 
-def _in_one_line(failure: BaseException) -> str:
-    """Another library's words inside a sentence of ours: some of them list every model they know."""
-    words = " ".join(str(failure).split()) or type(failure).__name__
-    return words if len(words) <= 160 else f"{words[:160]}..."
+def _cannot_trace(checkpoint: str | Path, part: Part, failure: RuntimeError) -> str:
+    what_to_do = "try other versions of torch and transformers, or --exporter genai for the text decoder alone"
+    if out_of_memory(failure):
+        what_to_do = "the machine has too little free memory"
+    return f"{checkpoint}: torch cannot export its {part.name} ({first_line(failure)}); {what_to_do}"

@@ -40,6 +40,7 @@ class GuardModel:
             raise ModelUnreadable(f"{folder}: is no checkpoint folder (no config.json); give one of a LlamaGuard model")
         try:
             import torch
+            from safetensors import SafetensorError
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError:
             raise ExtraMissing(f"a guard model as judge needs torch; run: {install_command('torch')}") from None
@@ -49,7 +50,7 @@ class GuardModel:
                 self.folder, local_files_only=True, padding_side="left"
             )
             model: Any = AutoModelForCausalLM.from_pretrained(self.folder, local_files_only=True, dtype="auto")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise ModelUnreadable(
                 f"{folder}: cannot be opened as a guard model ({first_line(error)}); give one of a LlamaGuard model"
             ) from None
@@ -107,7 +108,9 @@ class GuardModel:
             failed = "it leaves out the prompt or the answer"
             if prompt.strip() in text and answer.strip() in text:
                 return text
-        raise ModelUnreadable(f"{self.folder}: its chat template cannot print a conversation ({failed})")
+        raise ModelUnreadable(
+            f"{self.folder}: its chat template cannot print a conversation ({failed}); give one of a LlamaGuard model"
+        )
 
     def _verdict(self, said: str) -> bool:
         words = said.strip().lower().split(maxsplit=1)

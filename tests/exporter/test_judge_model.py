@@ -133,5 +133,6 @@ def test_what_is_no_judge_is_refused_in_one_line(tmp_path: Path) -> None:
     assert said.endswith("of an answer, neither safe nor unsafe; give a LlamaGuard model")
     deaf = GuardModel(save(tmp_path / "deaf", template="{{ messages[0]['role'] }} task"))
     assert refusal(lambda: deaf.unsafe(PROMPTS[:1], ANSWERS[:1])) == (
-        f"{tmp_path / 'deaf'}: its chat template cannot print a conversation (it leaves out the prompt or the answer)"
+        f"{tmp_path / 'deaf'}: its chat template cannot print a conversation (it leaves out the prompt or the answer); give "
+        "one of a LlamaGuard model"
     )

@@ -494,7 +494,7 @@ def test_attention_without_an_embedding_is_refused() -> None:
         <float[8, 8] w, float[8] g, int64[3] shape = {{0, 24, 8}}> {{ {body} }}"""
     )
     assert refusal(model) == (
-        "1 attention nodes but no embedding lookup or inputs_embeds among the inputs picture; is this a decoder graph?"
+        "1 attention node but no embedding lookup or inputs_embeds among the inputs picture; is this a decoder graph?"
     )
 
 

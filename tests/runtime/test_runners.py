@@ -264,10 +264,44 @@ def test_a_broken_graph_is_refused_in_one_line(tmp_path: Path, as_bytes: bool) -
     assert sentence.endswith("); is the file complete?") and "\n" not in sentence
 
 
+def one_node(op: str, domain: str = "", opset: int = 18, ir_version: int = 10) -> bytes:
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n"]) for name in "xy")
+    node = onnx.helper.make_node(op, ["x"], ["y"], name="the node", domain=domain)
+    imports = [onnx.helper.make_opsetid("", opset), *([onnx.helper.make_opsetid(domain, 1)] if domain else [])]
+    graph = onnx.helper.make_graph([node], "g", [x], [y])
+    return onnx.helper.make_model(graph, opset_imports=imports, ir_version=ir_version).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("graph", "sentence"),
+    [
+        (
+            one_node("AttentionPlugin", "trt"),
+            "the graph: onnxruntime cannot open it (operator trt::AttentionPlugin is unknown); it needs a runtime with this "
+            "operator; `vlmguard export --proof structure` guards the graph without running it",
+        ),
+        (
+            one_node("AttentionPlugin"),
+            "the graph: onnxruntime cannot open it (operator AttentionPlugin of node 'the node' is unknown in opset 18); it "
+            "needs a runtime with this operator; `vlmguard export --proof structure` guards the graph without running it",
+        ),
+        (one_node("Relu", opset=99), "; update onnxruntime, or export it with an older version"),
+        (one_node("Relu", ir_version=99), "; update onnxruntime, or export it with an older version"),
+        (one_node("MatMul"), "; export it again"),
+    ],
+)
+def test_a_graph_that_is_complete_is_not_called_incomplete(graph: bytes, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelUnreadable) as caught:
+        open_runner(graph, tmp_path)
+    said = str(caught.value)
+    assert said == sentence if sentence.startswith("the graph") else said.endswith(sentence)
+    assert "complete?" not in said and "\n" not in said
+
+
 def test_missing_external_data_is_refused(tmp_path: Path) -> None:
     opened("onnxruntime", tmp_path, "bytes and external data")
     (tmp_path / "g.data").unlink()
-    with pytest.raises(ModelUnreadable, match="onnxruntime cannot open it"):
+    with pytest.raises(ModelUnreadable, match=r"onnxruntime cannot open it \(.*g\.data\"?\); is the file complete\?$"):
         open_runner((tmp_path / "g.onnx").read_bytes(), tmp_path)
 
 
