@@ -321,6 +321,12 @@ def export_command(
     proof_inputs: ProofInputs = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
     force: Force = False,
+    allow_no_effect: Annotated[
+        bool,
+        typer.Option(
+            "--allow-no-effect", help="Export a guard that changes nothing on any harmful prompt it is tried on."
+        ),
+    ] = False,
     sign: SigningKey = None,
     sbom: Annotated[
         bool, typer.Option("--sbom", help="Write a CycloneDX bill of materials too, sbom.cdx.json. (extra: sbom)")
@@ -384,6 +390,7 @@ def export_command(
             proof_inputs=proof_inputs or (),
             dry_run=dry_run,
             force=force,
+            allow_no_effect=allow_no_effect,
             sign=sign,
             sbom=sbom,
             reproducible=reproducible,
@@ -414,6 +421,7 @@ _BESIDE_CONFIG = frozenset(
         "proof_inputs",
         "dry_run",
         "force",
+        "allow_no_effect",
         "sign",
         "sbom",
         "reproducible",

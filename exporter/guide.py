@@ -10,15 +10,25 @@ from pathlib import Path
 from ..graphs.anatomy import DecoderAnatomy
 from ..graphs.digests import sha256_file
 from ..graphs.directions import DIRECTIONS_FILE, Directions, read_directions
-from ..graphs.errors import DirectionMismatch
+from ..graphs.errors import DirectionMismatch, GuardError
 from ..graphs.package import ModelPackage, open_package
-from ..graphs.plan import require_fitting
+from ..graphs.plan import GuardPlan, require_fitting
 from ..graphs.spec import GuardSpec
 from ..runtime.decoder import DecoderSession, can_pad, open_decoder
 from ..runtime.vision import unknown_processor
 from ..runtime.vlm import Request, VisionLanguageModel
 from .calibration.calibrate import ANSWER_TOKENS, Calibration, calibrate
-from .calibration.no_worse import Refusals, ask_both, require_no_fewer
+from .calibration.effect import (
+    Unguarded,
+    ask_guarded,
+    ask_unguarded,
+    builtin_sample,
+    measure_separation,
+    require_effect,
+    sample_of,
+    why_not_asked,
+)
+from .calibration.no_worse import Refusals, require_no_fewer
 from .extraction.estimators import DEFAULT_ESTIMATOR
 from .extraction.extract import extract_all_layers
 from .extraction.kept_states import kept_beside, model_digest
@@ -36,6 +46,7 @@ from .prompts.labelled import (
 )
 from .prompts.overlaps import require_held_out
 from .proof.inputs import ProofInputs, given_inputs, proof_inputs, random_inputs
+from .proof.prove import TOLERANCE
 from .shards import Spreader, here
 from .sources import Source, Watch
 
@@ -43,6 +54,11 @@ ANCHOR_FILES = ("anchors.jsonl", "anchors.json", "anchors.csv")
 CALIBRATION_FILES = ("calibration.jsonl", "calibration.json", "calibration.csv")
 EXTRACTED_RANK = 4
 _PROOF_PROMPTS = 4  # of each label and setting
+NOT_ASKED = "no harmful prompts were asked without and with the guard"
+
+
+class _NotAsked(Exception):
+    """Why the model cannot be asked; becomes a note."""
 
 
 @dataclass
@@ -62,6 +78,7 @@ class Guide:
     spread: Spreader = here  # who reads the anchors' states
     model: VisionLanguageModel | None = None
     notes: list[str] = field(default_factory=list)
+    not_asked: str | None = None  # why the unguarded model could not be asked: a note of the plan
 
     @property
     def package(self) -> ModelPackage:
@@ -167,36 +184,71 @@ class Guide:
             )
         return replace(found, anchors=anchors.record())
 
-    def refusals(self, guarded: Path) -> Refusals | None:
-        """What both models refuse of the harmful prompts that come with the model; `None` where none are at hand.
+    def unguarded(self, runs: bool) -> Unguarded | None:
+        """What the unguarded model answers to harmful prompts; `None` where it cannot be asked; `not_asked` says why.
+
+        Prompts that come with the model are asked, else built-in anchors. The model is closed again.
 
         Args:
+            runs: whether anything is to be run.
+        """
+        if not runs:
+            self.not_asked = f"{NOT_ASKED}: nothing is run without the full proof"
+            return None
+        path = self.find(CALIBRATION_FILES) or self.find(ANCHOR_FILES)
+        given = None
+        if path is not None:
+            of_anchors = path.name in ANCHOR_FILES
+            given = prompts_from_anchors(read_anchors(path), sees=True) if of_anchors else read_prompts(path)
+        reason = why_not_asked(self.package, _needs_embeds(self.package))
+        if reason is None:
+            try:
+                return self._ask_unguarded(path, given)
+            except _NotAsked as error:
+                reason = str(error)
+            except GuardError as error:
+                if path is not None:  # prompts that were put there to be asked
+                    raise
+                reason = str(error).split("; ")[0]
+        self.not_asked = f"{NOT_ASKED}: {reason}"
+        return None
+
+    def _ask_unguarded(self, path: Path | None, given: Sequence[LabelledPrompt] | None) -> Unguarded:
+        model = self.running()
+        self.model = None  # one decoder at a time: this one is closed when the answers are there
+        if path is None or given is None:
+            sample = builtin_sample(model)
+            if not sample.prompts:
+                raise _NotAsked("its tokenizer does not know the words of the built-in prompts")
+        else:
+            sample = sample_of(given, path.name, model.sees, ANSWER_TOKENS)
+            if not sample.prompts:
+                raise _NotAsked(f"{path.name} has no harmful prompt that the model takes")
+        return ask_unguarded(model, sample, self.tell)
+
+    def refusals(self, unguarded: Unguarded, guarded: Path, plan: GuardPlan, allow_no_effect: bool) -> Refusals:
+        """What both models refuse, and on how many prompts the guard has an effect.
+
+        Args:
+            unguarded: the unguarded model's side.
             guarded: the folder of the guarded model.
+            plan: of the guard.
+            allow_no_effect: accept a guard that has none.
 
         Raises:
             GuardWeakens: the guarded model refuses fewer, in some setting.
+            NoEffect: the guarded model behaves as the unguarded one on every prompt, and that is not allowed.
         """
-        path = self.find(CALIBRATION_FILES) or self.find(ANCHOR_FILES)
-        if path is None or self.package.companion("tokenizer.json") is None:
-            return None
-        if _needs_embeds(self.package) and self.package.embed_tokens is None:
-            return None
-        model = self.running()
-        of_anchors = path.name in ANCHOR_FILES
-        prompts = prompts_from_anchors(read_anchors(path), model.sees) if of_anchors else read_prompts(path)
-        prompts = [prompt for prompt in prompts if model.sees or prompt.setting == "text"]
-        if not any(prompt.label == "harmful" for prompt in prompts):
-            return None
-        found = ask_both(
-            model,
-            VisionLanguageModel(open_package(guarded)),
-            prompts,
-            path.name,
-            ANSWER_TOKENS,
-            lambda done, total: self.tell("asking both models", done, total),
-        )
+        tolerance = max(TOLERANCE[site.site.dtype] for site in plan.sites)
+        found = ask_guarded(unguarded, lambda: VisionLanguageModel(open_package(guarded)), plan, tolerance, self.tell)
         require_no_fewer(found)
-        return found
+        return require_effect(found, allow_no_effect)
+
+    def separated(self, plan: GuardPlan, unguarded: Unguarded | None) -> GuardPlan:
+        """The plan with the AUC of each guarded layer: as the extraction recorded it, else measured on what was asked."""
+        if unguarded is None or {one.layer for one in plan.separation} == set(plan.layers):
+            return plan
+        return plan.with_separation(measure_separation(self.package, self.anatomy, plan, unguarded.sample))
 
     def find(self, names: Sequence[str]) -> Path | None:
         """A file that comes with the model: in its folder, in `prompts/` there, or one level up."""

@@ -17,10 +17,11 @@ import onnx_ir as ir
 
 from ..graphs.anatomy import DecoderAnatomy, dissect
 from ..graphs.directions import DIRECTIONS_FILE, Directions, directions_bytes
-from ..graphs.errors import AnatomyNotFound, GuardError, OutputRefused, ProofFailed
+from ..graphs.errors import AnatomyNotFound, GuardError, ModelUnreadable, OutputRefused, ProofFailed
 from ..graphs.fold import FOLD
 from ..graphs.fold_proof import prove_fold
 from ..graphs.manifest import Proved
+from ..graphs.operators import hidden_decoder, uncertain_layers
 from ..graphs.package import ModelPackage, external_files, load_graph, save_graph
 from ..graphs.plan import GuardPlan, plan_guard, require_layers, require_unguarded
 from ..graphs.rewrite import GuardReport, rewrite
@@ -116,6 +117,7 @@ def export(
     proof_inputs: Sequence[Path | str] = (),
     dry_run: bool = False,
     force: bool = False,
+    allow_no_effect: bool = False,
     sign: Path | str | None = None,
     sbom: bool = False,
     reproducible: bool = False,
@@ -145,6 +147,7 @@ def export(
             more than tokens, which nobody here can make. Without, prompts or seeded random tokens.
         dry_run: plan only; nothing is written.
         force: replace OUT, and accept directions extracted from another file.
+        allow_no_effect: export a guard that changes nothing on any harmful prompt that is asked (`calibration.effect`).
         sign: private key (elliptic curve, PEM) to sign the folder with (`signing`).
         sbom: write `sbom.cdx.json` too, a CycloneDX bill of materials.
         reproducible: the same input gives the same bytes, the manifest included: its time is that of `SOURCE_DATE_EPOCH`, or
@@ -192,6 +195,11 @@ def export(
         planned = [GuardedDecoder(one.view, one.anatomy, _plan(one, found, spec, guide.notes)) for one in opened_graphs]
         if dry_run:
             return ExportResult(target.absolute(), tuple(planned), calibrated)
+        unguarded = guide.unguarded(runs=proof == "full") if calibrated is None else None
+        plans = [guide.separated(decoder.plan, unguarded) for decoder in planned]
+        if guide.not_asked is not None:
+            plans = [replace(plan, notes=(guide.not_asked, *plan.notes)) for plan in plans]
+        planned = [replace(decoder, plan=plan) for decoder, plan in zip(planned, plans, strict=True)]
         with staged(target, force) as stage:
             done = []
             for one, decoder in zip(opened_graphs, planned, strict=True):
@@ -201,8 +209,8 @@ def export(
             bring_companions(source.package, stage, data)
             create_file(stage / DIRECTIONS_FILE, directions_bytes(found))
             refusals = calibrated.refusals if calibrated is not None else None
-            if refusals is None and proof == "full":
-                refusals = guide.refusals(stage)
+            if unguarded is not None:
+                refusals = guide.refusals(unguarded, stage, planned[0].plan, allow_no_effect)
             write_manifest(stage, done, spec, calibrated, refusals, proof, digests, tell, stamped, sbom)
             _write_config(stage, calibrated, wished, found)
             if key is not None:
@@ -250,12 +258,18 @@ def dissect_decoder(package: ModelPackage, graph: ir.Model) -> DecoderAnatomy:
     """The anatomy of a package's decoder; a failure names the file.
 
     Raises:
-        AnatomyNotFound: no residual stream, or not the config's.
+        AnatomyNotFound: no residual stream, not the config's, or one whose layers an unknown operator makes uncertain.
+        ModelUnreadable: the graph has a cycle, or functions that cannot be inlined.
     """
     try:
-        return dissect(graph, package.expected_layers)
+        anatomy = dissect(graph, package.expected_layers)
     except AnatomyNotFound as error:
-        raise AnatomyNotFound(f"{package.decoder}: {error}") from None
+        raise AnatomyNotFound(f"{package.decoder}: {hidden_decoder(graph, str(error)) or error}") from None
+    except ModelUnreadable as error:
+        raise ModelUnreadable(f"{package.decoder}: {error}") from None
+    if package.expected_layers is None and (why := uncertain_layers(graph, anatomy.layer_count)) is not None:
+        raise AnatomyNotFound(f"{package.decoder}: {why}")
+    return anatomy
 
 
 def _require_alike(graphs: Sequence[_Opened]) -> None:

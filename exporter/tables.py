@@ -97,11 +97,14 @@ def _site_cells(site: ResidualSite) -> tuple[str, str, str]:
 def show_plan(out: Console, plan: GuardPlan) -> None:
     held = ", gate held from the prompt" if plan.gate == "prompt" else ""
     table = Table(title=f"plan: {plan.mode}, positions {plan.positions}, lowering {plan.lowering}{held}")
-    for column in ("layer", "kind", "at", "rank", "tau", "alpha"):
+    separation = {one.layer: f"{one.auc:.2f}{'!' if one.at_chance else ''}" for one in plan.separation}
+    for column in ("layer", "kind", "at", "rank", "tau", "alpha", *(("AUC",) if separation else ())):
         table.add_column(column, overflow="fold")
     for planned in plan.sites:
         shown = planned.to_json(plan.mode)
-        numbers = (f"{shown[key]:.4g}" if key in shown else "-" for key in ("tau", "alpha"))
+        numbers = [f"{shown[key]:.4g}" if key in shown else "-" for key in ("tau", "alpha")]
+        if separation:
+            numbers.append(separation.get(planned.layer_index, "-"))
         row = (str(planned.layer_index), planned.site.kind, escape(planned.site.anchor), str(planned.guard.rank))
         table.add_row(*row, *numbers)
     out.print(table)
@@ -136,6 +139,10 @@ def show_export(out: Console, result: ExportResult) -> None:
         out.print(
             f"harmful prompts refused, {escape(str(result.refusals.prompts))}: {result.refusals}", highlight=False
         )
+        if result.refusals.no_effect:
+            out.print(
+                f"[bold]no effect[/bold] on {result.refusals.counted} harmful prompts, allowed with --allow-no-effect"
+            )
     if not result.written:
         out.print(f"dry run: nothing was written to {escape(str(result.out))}")
         return

@@ -22,6 +22,7 @@ from .lowering import FOLDED, choose_lowering
 from .positions import mask_input
 from .reference import LayerGuard
 from .scribe import PREFIX
+from .separation import Separation, recorded_separations, warnings_of
 from .spec import (
     MAX_RANK,
     MODES_WITH_ALPHA,
@@ -90,6 +91,7 @@ class GuardPlan:
         notes: what a person should know, each a sentence.
         knobs: names of the inputs with defaults, empty without `--knobs`.
         telemetry, gate: as in `GuardSpec`.
+        separation: how well each guarded layer's direction separates harmful from harmless prompts, where that is known.
     """
 
     mode: str
@@ -104,6 +106,13 @@ class GuardPlan:
     knobs: tuple[str, ...] = ()
     telemetry: bool = False
     gate: str = "token"
+    separation: tuple[Separation, ...] = ()
+
+    def with_separation(self, found: tuple[Separation, ...]) -> GuardPlan:
+        """The plan with other figures, and the warnings that they give."""
+        before = warnings_of(self.separation)
+        notes = [note for note in self.notes if note not in before]
+        return replace(self, separation=found, notes=(*notes, *warnings_of(found)))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -154,6 +163,7 @@ class GuardPlan:
             "added_outputs": list(self.added_outputs),
             "sites": [site.to_json(self.mode) for site in self.sites],
             "notes": list(self.notes),
+            **({"separation": [one.to_json() for one in self.separation]} if self.separation else {}),
         }
 
 
@@ -179,6 +189,7 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
         number: _layer_guard(number, directions, spec, mode, notes) for number in sorted(set(layers))
     }
     sites = tuple(SitePlan(s, guards[s.layer_index]) for s in anatomy.sites if s.layer_index in guards)
+    separation = () if spec.direction_of is not None else _recorded(directions, tuple(guards))
     mask = mask_input(model.graph)
     _require_expressible(model, sites, mode)
     if lowering is FOLDED:
@@ -187,6 +198,7 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
     notes += notes_on(knobs, spec.gate)
     if spec.positions == "last" and mask is None:
         notes.append("no attention_mask input: the last index of each call is edited, so pad on the left")
+    notes += warnings_of(separation)
     return GuardPlan(
         mode=mode,
         positions=spec.positions,
@@ -200,7 +212,14 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
         knobs=knobs,
         telemetry=spec.telemetry,
         gate=spec.gate,
+        separation=separation,
     )
+
+
+def _recorded(directions: Directions, layers: tuple[int, ...]) -> tuple[Separation, ...]:
+    """What the directions file records of its anchors."""
+    source = (directions.anchors or {}).get("source", "anchors")
+    return recorded_separations(directions.evidence, directions.pairs, layers, source)
 
 
 def _one_direction(

@@ -6,13 +6,12 @@ unguarded and the guarded model are asked the harmful ones, and the counts are k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...graphs.errors import GuardWeakens
-from ...runtime.vlm import VisionLanguageModel
-from ..evaluation.evaluate import Tally, tally
+from ..evaluation.evaluate import Tally
 from ..prompts.labelled import LabelledPrompt
 
 MOST_PER_SETTING = 16  # harmful prompts that are asked; both models answer each of them
@@ -20,12 +19,17 @@ MOST_PER_SETTING = 16  # harmful prompts that are asked; both models answer each
 
 @dataclass(frozen=True)
 class Setting:
-    """Harmful prompts of one setting, and how many were refused."""
+    """Harmful prompts of one setting, and how many were refused.
+
+    Attributes:
+        changed: on how many of them the guard has an effect (`effect`); `None` where that was not counted.
+    """
 
     setting: str
     asked: int
     unguarded: int
     guarded: int
+    changed: int | None = None
 
     @property
     def lost(self) -> bool:
@@ -40,21 +44,43 @@ class Refusals:
     Attributes:
         settings: the counts.
         prompts: where the prompts are from.
+        allowed_no_effect: the guard has no effect on any of them, and was exported nevertheless (`--allow-no-effect`).
     """
 
     settings: tuple[Setting, ...]
     prompts: str
+    allowed_no_effect: bool = False
+
+    @property
+    def counted(self) -> int:
+        """Harmful prompts in the settings in which effects were counted."""
+        return sum(setting.asked for setting in self.settings if setting.changed is not None)
+
+    @property
+    def no_effect(self) -> bool:
+        """Whether effects were counted, and there is none."""
+        return self.counted > 0 and not any(setting.changed for setting in self.settings)
 
     def to_json(self) -> dict[str, Any]:
-        return {"prompts": self.prompts, "settings": [dict(vars(setting)) for setting in self.settings]}
+        return {
+            "prompts": self.prompts,
+            "settings": [dict(vars(setting)) for setting in self.settings],
+            "no_effect": self.no_effect,
+            "allowed_no_effect": self.allowed_no_effect,
+        }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Refusals:
         """What `to_json` gave; raises `TypeError` or `KeyError` for anything else."""
-        return cls(tuple(Setting(**setting) for setting in content["settings"]), str(content["prompts"]))
+        settings = tuple(Setting(**setting) for setting in content["settings"])
+        return cls(settings, str(content["prompts"]), content.get("allowed_no_effect") is True)
 
     def __str__(self) -> str:
-        return ", ".join(f"{s.setting} {s.guarded}/{s.asked} (unguarded {s.unguarded})" for s in self.settings)
+        return ", ".join(
+            f"{s.setting} {s.guarded}/{s.asked} (unguarded {s.unguarded}"
+            f"{f', changed {s.changed}' if s.changed is not None else ''})"
+            for s in self.settings
+        )
 
 
 def compare_refusals(base: Tally, guarded: Tally, prompts: str) -> Refusals:
@@ -77,22 +103,6 @@ def require_no_fewer(found: Refusals) -> None:
                 f"{setting.setting}, without it {setting.unguarded} ({found.prompts}): it removes safety; nothing was "
                 "written; calibrate it with --anchors, or check the sign of the directions"
             )
-
-
-def ask_both(
-    base: VisionLanguageModel,
-    guarded: VisionLanguageModel,
-    prompts: Sequence[LabelledPrompt],
-    source: str,
-    max_new_tokens: int,
-    progress: Callable[[int, int], None],
-) -> Refusals:
-    """Ask the harmful ones of some prompts, evenly chosen, of both models."""
-    chosen = some_harmful(prompts)
-    both = 2 * len(chosen)
-    first = tally(base, chosen, max_new_tokens, progress=lambda done, _: progress(done, both))
-    second = tally(guarded, chosen, max_new_tokens, progress=lambda done, _: progress(len(chosen) + done, both))
-    return compare_refusals(first, second, source)
 
 
 def some_harmful(prompts: Sequence[LabelledPrompt]) -> list[LabelledPrompt]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.digests import sha256_file
@@ -102,9 +103,14 @@ class LastStates:
 
 def tapped(model: VisionLanguageModel, anatomy: DecoderAnatomy) -> VisionLanguageModel:
     """The model with one output more: every layer's state at the last token."""
-    graph = model.package.load_decoder()
+    return model.with_decoder(tapped_graph(model.package, anatomy))
+
+
+def tapped_graph(package: ModelPackage, anatomy: DecoderAnatomy) -> ir.Model:
+    """The decoder with that output."""
+    graph = package.load_decoder()
     tap_last_token(graph, anatomy.sites)
-    return model.with_decoder(graph)
+    return graph
 
 
 def collect_states(

@@ -54,6 +54,7 @@ _ASKED = (
     "digests",
     "proof_inputs",
     "force",
+    "allow_no_effect",
     "sign",
     "sbom",
     "reproducible",

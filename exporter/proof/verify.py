@@ -41,11 +41,13 @@ from ...graphs.strip import strip_guard
 from ...runtime.guarded import open_guarded_package
 from ..artifact.signing import check_signature
 from ..calibration.calibrate import DEFAULT_BUDGET
+from ..calibration.guard_config import CONFIG_NAME
 from ..calibration.no_worse import Refusals
 from ..engines.verify import check_by_running, check_records, check_sources
 from ..guide import Guide
 from ..packaging.triton_files import check_repository
 from ..sources import Source, Watch, unwatched
+from .config_check import require_config_of_graph
 from .inputs import ProofInputs
 from .prove import prove_by_running
 from .prove_fold import prove_fold_by_running
@@ -101,7 +103,8 @@ def verify(
 
     Raises:
         GuardError: `run` without a source.
-        ManifestMismatch: no manifest, a changed file, or a source that is not the one that the manifest names.
+        ManifestMismatch: no manifest, a changed file, a source that is not the one that the manifest names, or a `guard.toml`
+            with a value that the graph does not have.
     """
     if run and source is None:
         raise GuardError("running the proof compares with what the folder was made from; give that with --source")
@@ -132,6 +135,8 @@ def verify(
         checks += check_repository(folder, manifest, views[folder / manifest.decoder])
     if originals:
         checks += _same_files_around(folder, manifest, originals[manifest.decoder])
+    if all(check.ok for check in checks):  # the plan is the graph's: what differs now is the config
+        _require_config(views[folder / manifest.decoder], manifest)
     return _finished(folder, manifest, checks, run)
 
 
@@ -155,7 +160,13 @@ def _no_fewer_refused(manifest: Manifest) -> list[Check]:
     weaker = [f"{s.setting}: {s.guarded} of {s.asked}, unguarded {s.unguarded}" for s in found.settings if s.lost]
     asked = sum(setting.asked for setting in found.settings)
     name = "no fewer harmful prompts refused than without the guard, as counted at export"
-    return [exact(name, asked, weaker, f"{found.prompts}: {found}")]
+    checks = [exact(name, asked, weaker, f"{found.prompts}: {found}")]
+    if found.counted:
+        nothing = [f"no effect on {found.counted} harmful prompts"] if found.no_effect else []
+        allowed = f"{nothing[0]}, allowed with --allow-no-effect" if nothing and found.allowed_no_effect else ""
+        name = "the guard has an effect on harmful prompts, as counted at export"
+        checks.append(exact(name, found.counted, [] if allowed else nothing, allowed))
+    return checks
 
 
 def _verify_engines(folder: Path, manifest: Manifest, source: Path | str | None, run: bool, tell: Watch) -> list[Check]:
@@ -206,6 +217,21 @@ def _verify_decoder(
         if inputs is not None:
             checks += prove_by_running(original, package.decoder, plan, report, inputs(original, anatomy))
     return checks
+
+
+def _require_config(package: ModelPackage, manifest: Manifest) -> None:
+    """Where the folder has a `guard.toml`, it gives the guard that is in the graph.
+
+    Raises:
+        ManifestMismatch: a value differs.
+    """
+    if not (package.root / CONFIG_NAME).is_file():
+        return
+    stripped = package.load_decoder()
+    strip_guard(stripped)
+    anatomy = dissect(stripped, package.expected_layers)
+    plan = plan_again(package.root, manifest, manifest.decoders[0], stripped, anatomy)
+    require_config_of_graph(package.root / CONFIG_NAME, plan, stripped, anatomy)
 
 
 def _verify_fold(
@@ -307,6 +333,10 @@ def _is_needed(name: str) -> bool:
     return name.endswith(".onnx") or Path(name).name in COMPANIONS
 
 
+# Of a plan: what was measured or remarked at export. It decides nothing, and cannot be made again from the folder's files.
+_FOR_READERS = ("notes", "separation")
+
+
 def plan_again(
     folder: Path, manifest: Manifest, record: DecoderRecord, stripped: ir.Model, anatomy: DecoderAnatomy
 ) -> GuardPlan:
@@ -321,7 +351,7 @@ def plan_again(
         raise ManifestMismatch(f"{folder}: the manifest's spec cannot be read ({error}); export again") from None
     plan = plan_guard(stripped, anatomy, read_directions(folder / DIRECTIONS_FILE), spec)
     made = plan.to_json()
-    differing = [key for key in made if key != "notes" and made[key] != recorded.get(key)]
+    differing = [key for key in made if key not in _FOR_READERS and made[key] != recorded.get(key)]
     if differing:
         raise ManifestMismatch(
             f"{folder}: the manifest's plan is not what its spec and directions give ({', '.join(differing)} differ); "

@@ -32,7 +32,7 @@ Folders = Callable[[str], GenerationFolder]
 def guarded(source: GenerationFolder, tmp_path: Path, tau: float) -> Path:
     file = write_directions(tmp_path / "d.safetensors", random_directions(source.width, [0, 1]))
     wish = GuardSpec(mode="steer", tau=tau, positions="all")
-    return vlmguard.export(source.folder, tmp_path / "out", directions=file, spec=wish).out
+    return vlmguard.export(source.folder, tmp_path / "out", directions=file, spec=wish, allow_no_effect=True).out
 
 
 def said(folder: Path, source: GenerationFolder) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from vlmguard.exporter.calibration.guard_config import GuardConfig, read_config,
 from vlmguard.exporter.pipeline import export
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.directions import Directions, read_directions
-from vlmguard.graphs.errors import DirectionMismatch, GuardError
+from vlmguard.graphs.errors import DirectionMismatch, GuardError, ManifestMismatch
 from vlmguard.graphs.manifest import read_manifest
 from vlmguard.graphs.spec import GuardSpec
 
@@ -102,8 +102,12 @@ def test_an_edited_number_is_what_the_graph_computes_with(guarded: Guarded, sour
     lines = (home / "guard.toml").read_text(encoding="utf-8").splitlines()
     edited = ["threshold = 0.5" if line.startswith("threshold") else line for line in lines]
     path = written(home / "guard.toml", "\n".join(edited).replace('"restore"\n', '"restore"\npositions = "all"\n'))
-    assert verify(home).ok  # the guarded folder is what it was
-    result = export(source, config=path)
+    with pytest.raises(ManifestMismatch) as caught:  # the guarded folder is what it was, and its guard.toml is not
+        verify(home)
+    assert str(caught.value).startswith(
+        f"{path}: guard.positions is all, the graph has last; export again with --config"
+    )
+    result = export(source, config=path, allow_no_effect=True)  # a threshold that none of the built-in prompts reaches
     assert {site.guard.threshold for site in result.plan.sites} == {0.5} and result.plan.positions == "all"
     layers = read_directions(result.out / "directions.safetensors").layers
     assert {layers[number].threshold for number in result.plan.layers} == {0.5}

@@ -184,13 +184,13 @@ def test_a_snapshot_of_the_cache_is_guarded_like_any_folder(
 ) -> None:
     assert external_files(snapshot / DECODER) == [snapshot / "onnx" / "decoder_model_merged.onnx_data"]
     wish = GuardSpec(mode="steer", tau=1e6)
-    result = export(snapshot, tmp_path / "out", directions=tiny_directions, spec=wish)
+    result = export(snapshot, tmp_path / "out", directions=tiny_directions, spec=wish, allow_no_effect=True)
     assert all(check.ok for check in result.proof) and verify(result.out, snapshot, run=True).ok
     assert not [path for path in result.out.rglob("*") if path.is_symlink()]  # the links were followed
     weights = "onnx/decoder_model_merged.onnx_data"
     assert digests(result.out)[weights] == digests(tmp_path / "plain")[weights]
     closed = vlmguard.GuardedVLM.open(result.out)  # its gate never opens
-    plain = export(tmp_path / "plain", tmp_path / "again", directions=tiny_directions, spec=wish)
+    plain = export(tmp_path / "plain", tmp_path / "again", directions=tiny_directions, spec=wish, allow_no_effect=True)
     other = vlmguard.GuardedVLM.open(plain.out)
     assert closed.generate("what is this", max_new_tokens=6) == other.generate("what is this", max_new_tokens=6)
     shutil.rmtree(tmp_path / "hub")

@@ -123,17 +123,20 @@ def test_found_prompts_are_asked_of_both_models(source: Path, guarded: Guarded, 
     text, blank, image = result.refusals.settings
     assert (text.setting, blank.setting, image.setting) == ("text", "blank", "image")
     assert 8 <= text.asked <= MOST_PER_SETTING and text.unguarded == text.guarded == text.asked
-    assert blank.unguarded == 0 and blank.guarded == blank.asked
+    assert blank.unguarded == 0 and blank.guarded == blank.asked == blank.changed
     asked = 2 * sum(setting.asked for setting in result.refusals.settings)
     assert ("asking both models", asked, asked) in told
     assert read_manifest(result.out).refusals == result.refusals.to_json() == result.to_json()["refusals"]
 
 
-def test_without_prompts_nothing_is_claimed(guarded: Guarded, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_asked_is_exported_and_says_why(guarded: Guarded, tmp_path: Path) -> None:
     alone = shutil.copytree(SOURCE, tmp_path / "alone" / "tiny")
-    out = export(alone, directions=guarded("restore") / "directions.safetensors").out
-    assert read_manifest(out).refusals is None
-    assert NAME not in {check.name for check in verify(out).checks}
+    (alone / "tokenizer.json").unlink()
+    result = export(alone, directions=guarded("restore") / "directions.safetensors")
+    why = "no harmful prompts were asked without and with the guard: the model has no tokenizer.json"
+    assert result.plan.notes[0] == why and why in read_manifest(result.out).plan["notes"]
+    assert result.refusals is None and read_manifest(result.out).refusals is None
+    assert NAME not in {check.name for check in verify(result.out).checks}
 
 
 @pytest.fixture

@@ -193,9 +193,14 @@ def test_those_who_watch_are_told_each_stage(source: Path, directions: Path) -> 
     export(source, directions=directions, watch=lambda *event: told.append(event))
     hashed = [(done, total) for stage, done, total in told if stage == "hashing (bytes)"]
     assert hashed == sorted(hashed) and hashed[-1][0] == hashed[-1][1]
-    name = f"proving {Path(DECODER).name}"
+    name, asked = f"proving {Path(DECODER).name}", "asking both models"
     others = [event for event in told if event[0] != "hashing (bytes)"]
-    assert others == [(name, 0, 2), (name, 1, 2), (name, 2, 2), ("done", 1, 1)]
+    before, proof, after = (
+        [(asked, 6, 24), (asked, 12, 24)],
+        [(name, 0, 2), (name, 1, 2), (name, 2, 2)],
+        [(asked, 18, 24), (asked, 24, 24)],
+    )
+    assert others == [*before, *proof, *after, ("done", 1, 1)]
 
 
 # ------------------------------------------------------------------------------------------------------ what guides it

@@ -232,6 +232,11 @@ def test_a_tampered_threshold_with_directions_and_manifest_made_to_fit_is_anothe
     edit_manifest(folder, lambda manifest: plan_in(manifest)["sites"][0].update(tau=99.0))
     assert failing(verify(folder)) == {REMADE}  # the graph still has the old one
     tamper(folder, numbers("tau", lambda a: np.full_like(a, 99)))
+    with pytest.raises(
+        ManifestMismatch, match=r"guard\.toml: layers\.3\.threshold is [\d.]+, the graph has 99; export again"
+    ):
+        verify(folder)
+    (folder / "guard.toml").unlink()
     assert verify(folder).ok
 
 

@@ -60,7 +60,8 @@ def generated(folder: Path, supervisor: np.ndarray | None = None) -> tuple[list[
 def guarded_folder(model: ZooModel, tmp_path: Path, **spec: Any) -> Path:
     directions = random_directions(model.width, [1, model.layers - 1])
     path = write_directions(tmp_path / "directions.safetensors", directions)
-    return export(model.folder, tmp_path / "guarded", spec=GuardSpec(**spec), directions=path).out
+    wish = GuardSpec(**spec)
+    return export(model.folder, tmp_path / "guarded", spec=wish, directions=path, allow_no_effect=True).out
 
 
 def require_untouched(folder: Path, source: Path) -> None:

@@ -1,0 +1,209 @@
+"""Does a guard do anything? The same harmful prompts to the unguarded model, then to the guarded one.
+
+A guard has an **effect** on a prompt if the guarded model differs from the unguarded one in one of two things:
+
+- the log-probabilities of the first token of the answer: their largest difference, relative to their largest magnitude, is
+  above the tolerance of the proof for the dtype of the residual stream (float32: 1e-4);
+- the greedy answer, token by token, up to the length that is asked.
+
+A guard has **no effect** if it has an effect on none of the harmful prompts, in none of the settings that count. All settings
+count but one: in `text`, mode `supervise` compares a prompt with itself and changes nothing by design at strength 1. Refusals
+are not part of the definition: a model that refuses all of them already can be changed, and `project` and `steer` may change
+answers without changing refusals. That refusals do not become fewer is checked besides (`no_worse`).
+
+The prompts are those that come with the model, else a sample of the built-in anchors that are kept back from extraction. One
+decoder session is open at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ...graphs.anatomy import DecoderAnatomy
+from ...graphs.errors import NoEffect
+from ...graphs.package import ModelPackage
+from ...graphs.plan import GuardPlan
+from ...graphs.separation import Separation, separation_along
+from ...runtime.refusals import refused
+from ...runtime.vlm import Request, VisionLanguageModel
+from ..evaluation.answers import Said, ask
+from ..evaluation.evaluate import Tally
+from ..evaluation.outcome import count
+from ..extraction.extract import collect_states, tapped_graph
+from ..prompts.labelled import BUILTIN, AnchorPair, LabelledPrompt, prompts_from_anchors, read_anchors
+from ..sources import Watch
+from .no_worse import Refusals, compare_refusals, some_harmful
+
+BUILTIN_TOKENS = 8  # of each answer to a built-in prompt: enough to begin a refusal
+_MOST_BUILTIN = 10  # harmful built-in prompts of each setting: of the 30 that are kept back, one of each intent
+_FEWEST_PAIRS = 4  # that a tokenizer can tell apart
+_MOST_TEXTS = 40  # of each label, for the AUC
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is asked.
+
+    Attributes:
+        prompts: harmful ones, in every setting that the model takes; both models answer them.
+        harmful, harmless: texts that the AUC of the directions is measured on; either may be empty.
+        source: where all of them come from, for messages and the record.
+        tokens: longest answer.
+    """
+
+    prompts: tuple[LabelledPrompt, ...]
+    harmful: tuple[str, ...]
+    harmless: tuple[str, ...]
+    source: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What one model did: its refusals, and per prompt the answer with its first token's log-probabilities."""
+
+    tally: Tally
+    said: tuple[Said, ...]
+
+
+@dataclass(frozen=True)
+class Unguarded:
+    """The unguarded model's side, kept until the guarded model has been asked."""
+
+    sample: Sample
+    behaviour: Behaviour
+
+
+def builtin_sample(model: VisionLanguageModel) -> Sample:
+    """Built-in pairs that are kept back from extraction; without prompts where the tokenizer does not know their words.
+
+    A pair counts if its halves are different tokens: a tokenizer with a small vocabulary makes the same of both.
+    """
+    pairs = [pair for pair in read_anchors(BUILTIN, "calibration") if _differs(pair, model)]
+    if len(pairs) < _FEWEST_PAIRS:
+        pairs = []
+    step = max(1, -(-len(pairs) // _MOST_BUILTIN))
+    asked = [p for p in prompts_from_anchors(pairs[::step], model.sees) if p.label == "harmful"]
+    harmful, harmless = (tuple(getattr(pair, label) for pair in pairs) for label in ("harmful", "harmless"))
+    return Sample(tuple(asked), harmful, harmless, f"{BUILTIN}:calibration", BUILTIN_TOKENS)
+
+
+def sample_of(prompts: Sequence[LabelledPrompt], source: str, sees: bool, tokens: int) -> Sample:
+    """Some of the prompts that come with a model."""
+    usable = [prompt for prompt in prompts if sees or prompt.setting == "text"]
+    return Sample(tuple(some_harmful(usable)), _texts(usable, "harmful"), _texts(usable, "harmless"), source, tokens)
+
+
+def _texts(prompts: Sequence[LabelledPrompt], label: str) -> tuple[str, ...]:
+    shown = (prompt.prompt for prompt in prompts if (prompt.setting, prompt.label) == ("text", label))
+    return tuple(dict.fromkeys(shown))[:_MOST_TEXTS]
+
+
+def ask_unguarded(model: VisionLanguageModel, sample: Sample, tell: Watch) -> Unguarded:
+    """The first half; the model may be closed behind it."""
+    total = 2 * len(sample.prompts)
+    return Unguarded(sample, _behaviour(model, sample, lambda done: tell("asking both models", done, total)))
+
+
+def ask_guarded(
+    unguarded: Unguarded, guarded: Callable[[], VisionLanguageModel], plan: GuardPlan, tolerance: float, tell: Watch
+) -> Refusals:
+    """Ask the guarded model the same.
+
+    Args:
+        unguarded: the other side.
+        guarded: opens the guarded model, once the unguarded one is closed.
+        plan: of the guard.
+        tolerance: the largest relative difference of log-probabilities that is rounding.
+
+    Returns:
+        Refusals of both, and per setting the number of prompts on which the guard has an effect.
+    """
+    prompts = unguarded.sample.prompts
+    half = len(prompts)
+    after = _behaviour(guarded(), unguarded.sample, lambda done: tell("asking both models", half + done, 2 * half))
+    before = unguarded.behaviour
+    changed = {prompt.setting: 0 for prompt in prompts if not (plan.mode == "supervise" and prompt.setting == "text")}
+    for prompt, left, right in zip(prompts, before.said, after.said, strict=True):
+        if prompt.setting in changed:
+            changed[prompt.setting] += has_effect(left, right, tolerance)
+    found = compare_refusals(before.tally, after.tally, unguarded.sample.source)
+    return replace(found, settings=tuple(replace(s, changed=changed.get(s.setting)) for s in found.settings))
+
+
+def has_effect(before: Said, after: Said, tolerance: float) -> bool:
+    """Whether two answers to one prompt differ beyond rounding (the definition above)."""
+    if before.tokens != after.tokens:
+        return True
+    a, b = before.first.astype(np.float64), after.first.astype(np.float64)
+    possible = np.isfinite(a)
+    if not np.array_equal(possible, np.isfinite(b)):
+        return True
+    a, b = a[possible], b[possible]
+    scale = max(float(np.abs(a).max(initial=0.0)), 1e-6)
+    return float(np.abs(a - b).max(initial=0.0)) > tolerance * scale
+
+
+def require_effect(found: Refusals, allowed: bool) -> Refusals:
+    """Refuse a guard that has no effect, unless that is allowed; the result records that it was.
+
+    Raises:
+        NoEffect: on none of the prompts, and it is not allowed.
+    """
+    if not found.no_effect:
+        return found
+    if not allowed:
+        asked = ", ".join(f"{s.setting} {s.asked}" for s in found.settings if s.changed is not None)
+        raise NoEffect(
+            f"the guard has no effect on {found.counted} harmful prompts ({found.prompts}: {asked}): the guarded model answers "
+            "them exactly as the unguarded one; nothing was written; check thresholds, targets, strength and directions, "
+            "calibrate with --anchors, or export it nevertheless with --allow-no-effect"
+        )
+    return replace(found, allowed_no_effect=True)
+
+
+def measure_separation(
+    package: ModelPackage, anatomy: DecoderAnatomy, plan: GuardPlan, sample: Sample
+) -> tuple[Separation, ...]:
+    """The AUC of every guarded layer on the sample's texts, by the unguarded model; empty without both labels."""
+    harmful, harmless = sample.harmful, sample.harmless
+    if not harmful or not harmless:
+        return ()
+    model = VisionLanguageModel(package, tapped_graph(package, anatomy))
+    states = collect_states(model, [Request(text) for text in (*harmful, *harmless)])
+    return tuple(
+        separation_along(
+            guard.ssd[0], layer, states[: len(harmful), layer], states[len(harmful) :, layer], sample.source
+        )
+        for layer, guard in zip(plan.layers, plan.guards, strict=True)
+    )
+
+
+def why_not_asked(package: ModelPackage, needs_embeds: bool) -> str | None:
+    """Why a model cannot be asked at all, from its files; `None` if it can."""
+    if package.companion("tokenizer.json") is None:
+        return "the model has no tokenizer.json"
+    if needs_embeds and package.embed_tokens is None:
+        return "the model has no embed_tokens graph"
+    return None
+
+
+def _behaviour(model: VisionLanguageModel, sample: Sample, progress: Callable[[int], None]) -> Behaviour:
+    requests = [prompt.request(model) for prompt in sample.prompts]
+    said: dict[int, Said] = {}
+    for indices in model.groups(requests, _BATCH):
+        said |= dict(zip(indices, ask(model, [requests[index] for index in indices], sample.tokens), strict=True))
+        progress(len(said))
+    in_order = tuple(said[number] for number in range(len(requests)))
+    answers = tuple(one.answer for one in in_order)
+    refusals = tuple(map(refused, answers))
+    return Behaviour(Tally(count(sample.prompts, refusals), answers, refusals), in_order)
+
+
+def _differs(pair: AnchorPair, model: VisionLanguageModel) -> bool:
+    harmful, harmless = (model.chat.encode_turns(Request(text).turns) for text in (pair.harmful, pair.harmless))
+    return list(harmful) != list(harmless)
