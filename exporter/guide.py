@@ -54,6 +54,7 @@ ANCHOR_FILES = ("anchors.jsonl", "anchors.json", "anchors.csv")
 CALIBRATION_FILES = ("calibration.jsonl", "calibration.json", "calibration.csv")
 EXTRACTED_RANK = 4
 _PROOF_PROMPTS = 4  # of each label and setting
+NOT_COUNTED = "the guard's effect was not counted: without an image, mode supervise compares each prompt with itself"
 NOT_ASKED = "no harmful prompts were asked without and with the guard"
 
 
@@ -78,7 +79,7 @@ class Guide:
     spread: Spreader = here  # who reads the anchors' states
     model: VisionLanguageModel | None = None
     notes: list[str] = field(default_factory=list)
-    not_asked: str | None = None  # why the unguarded model could not be asked: a note of the plan
+    not_asked: str | None = None  # what could not be asked, or not counted, and why: a note of the plan
 
     @property
     def package(self) -> ModelPackage:
@@ -184,26 +185,26 @@ class Guide:
             )
         return replace(found, anchors=anchors.record())
 
-    def unguarded(self, runs: bool) -> Unguarded | None:
+    def unguarded(self, mode: str, runs: bool) -> Unguarded | None:
         """What the unguarded model answers to harmful prompts; `None` where it cannot be asked; `not_asked` says why.
 
         Prompts that come with the model are asked, else built-in anchors. The model is closed again.
 
         Args:
+            mode: of the guard.
             runs: whether anything is to be run.
         """
         if not runs:
             self.not_asked = f"{NOT_ASKED}: nothing is run without the full proof"
             return None
         path = self.find(CALIBRATION_FILES) or self.find(ANCHOR_FILES)
-        given = None
-        if path is not None:
-            of_anchors = path.name in ANCHOR_FILES
-            given = prompts_from_anchors(read_anchors(path), sees=True) if of_anchors else read_prompts(path)
         reason = why_not_asked(self.package, _needs_embeds(self.package))
         if reason is None:
             try:
-                return self._ask_unguarded(path, given)
+                found = self._ask_unguarded(path)
+                if mode == "supervise" and all(prompt.setting == "text" for prompt in found.sample.prompts):
+                    self.not_asked = NOT_COUNTED
+                return found
             except _NotAsked as error:
                 reason = str(error)
             except GuardError as error:
@@ -213,14 +214,16 @@ class Guide:
         self.not_asked = f"{NOT_ASKED}: {reason}"
         return None
 
-    def _ask_unguarded(self, path: Path | None, given: Sequence[LabelledPrompt] | None) -> Unguarded:
+    def _ask_unguarded(self, path: Path | None) -> Unguarded:
         model = self.running()
         self.model = None  # one decoder at a time: this one is closed when the answers are there
-        if path is None or given is None:
+        if path is None:
             sample = builtin_sample(model)
             if not sample.prompts:
                 raise _NotAsked("its tokenizer does not know the words of the built-in prompts")
         else:
+            of_anchors = path.name in ANCHOR_FILES
+            given = prompts_from_anchors(read_anchors(path), model.sees) if of_anchors else read_prompts(path)
             sample = sample_of(given, path.name, model.sees, ANSWER_TOKENS)
             if not sample.prompts:
                 raise _NotAsked(f"{path.name} has no harmful prompt that the model takes")

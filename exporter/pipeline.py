@@ -195,7 +195,7 @@ def export(
         planned = [GuardedDecoder(one.view, one.anatomy, _plan(one, found, spec, guide.notes)) for one in opened_graphs]
         if dry_run:
             return ExportResult(target.absolute(), tuple(planned), calibrated)
-        unguarded = guide.unguarded(runs=proof == "full") if calibrated is None else None
+        unguarded = guide.unguarded(planned[0].plan.mode, runs=proof == "full") if calibrated is None else None
         plans = [guide.separated(decoder.plan, unguarded) for decoder in planned]
         if guide.not_asked is not None:
             plans = [replace(plan, notes=(guide.not_asked, *plan.notes)) for plan in plans]

@@ -164,7 +164,7 @@ def _no_fewer_refused(manifest: Manifest) -> list[Check]:
     if found.counted:
         nothing = [f"no effect on {found.counted} harmful prompts"] if found.no_effect else []
         allowed = f"{nothing[0]}, allowed with --allow-no-effect" if nothing and found.allowed_no_effect else ""
-        name = "the guard has an effect on harmful prompts, as counted at export"
+        name = "an effect on harmful prompts was counted at export, or none was allowed"
         checks.append(exact(name, found.counted, [] if allowed else nothing, allowed))
     return checks
 

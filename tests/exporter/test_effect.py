@@ -16,9 +16,11 @@ from tiny_vlm_paths import PROMPTS, SOURCE, Guarded
 from vlmguard.exporter.calibration.effect import BUILTIN_TOKENS, builtin_sample, has_effect, require_effect, sample_of
 from vlmguard.exporter.calibration.no_worse import Refusals, Setting
 from vlmguard.exporter.evaluation.answers import Said
-from vlmguard.exporter.pipeline import ExportResult, export
+from vlmguard.exporter.guide import Guide
+from vlmguard.exporter.pipeline import ExportResult, dissect_decoder, export
 from vlmguard.exporter.prompts.labelled import LabelledPrompt
 from vlmguard.exporter.proof.verify import verify
+from vlmguard.exporter.sources import Source, unwatched
 from vlmguard.graphs.directions import Directions, read_directions
 from vlmguard.graphs.errors import GuardWeakens, NoEffect
 from vlmguard.graphs.manifest import read_manifest
@@ -28,7 +30,7 @@ from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 
-CHECK = "the guard has an effect on harmful prompts, as counted at export"
+CHECK = "an effect on harmful prompts was counted at export, or none was allowed"
 EXACTLY = (
     "the guarded model answers them exactly as the unguarded one; nothing was written; check thresholds, targets, strength and "
     "directions, calibrate with --anchors, or export it nevertheless with --allow-no-effect"
@@ -215,3 +217,41 @@ def test_prompts_beside_the_model_come_first(calibrated: Path, tmp_path: Path) -
         NoEffect, match=r"no effect on 48 harmful prompts \(calibration\.jsonl: text 16, blank 16, image 16\)"
     ):
         export(tmp_path / "models" / "tiny", tmp_path / "out", directions=calibrated, spec=wish)
+
+
+# ------------------------------------------------------------------------------------------------ what cannot be asked
+
+
+@pytest.fixture
+def guide(calibrated: Path, tmp_path: Path) -> Callable[..., Guide]:
+    def make(change: Callable[[Path], Any] = lambda folder: None) -> Guide:
+        folder = shutil.copytree(SOURCE, tmp_path / "tiny")
+        change(folder)
+        package = open_package(folder)
+        source = Source(package, folder.name, folder.parent, folder)
+        return Guide(source, dissect_decoder(package, package.load_decoder()), GuardSpec(), 0.01, False, unwatched)
+
+    return make
+
+
+NOTHING = "no harmful prompts were asked without and with the guard: "
+
+
+def test_what_could_not_be_asked_is_noted_with_the_reason(guide: Callable[..., Guide]) -> None:
+    made = guide(lambda folder: (folder / "tokenizer.json").write_text("{}"))
+    assert made.unguarded("restore", runs=True) is None
+    assert made.not_asked is not None and made.not_asked.startswith(
+        f"{NOTHING}{made.package.root / 'tokenizer.json'}: is not"
+    )
+    assert made.unguarded("restore", runs=False) is None
+    assert made.not_asked == f"{NOTHING}nothing is run without the full proof"
+
+
+def test_a_supervisor_without_images_is_not_judged(guide: Callable[..., Guide]) -> None:
+    made = guide(lambda folder: (folder / "onnx" / "vision_encoder.onnx").unlink())
+    found = made.unguarded("supervise", runs=True)
+    assert found is not None and {prompt.setting for prompt in found.sample.prompts} == {"text"}
+    assert made.not_asked == (
+        "the guard's effect was not counted: without an image, mode supervise compares each prompt with itself"
+    )
+    assert made.model is None  # closed
