@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from ..graphs.decoder_state import is_past_name
+from ..graphs.decoder_state import StatePair, is_past_name
 from ..graphs.dials import PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT
 from ..graphs.errors import GuardError
 from ..graphs.package import ModelPackage, in_memory
@@ -302,9 +302,7 @@ class DecoderSession:
         state.cache = {name: where_it_is(outputs, pair.present) for name, pair in self._states.items()}
 
     def _empty_cache(self, batch: int) -> dict[str, Tensor]:
-        return {
-            name: _empty(port, self._states[name].axis, batch, *self._heads) for name, port in self.cache_inputs.items()
-        }
+        return {name: _empty(port, self._states[name], batch, *self._heads) for name, port in self.cache_inputs.items()}
 
 
 def can_pad(graph: ir.Graph) -> bool:
@@ -350,17 +348,14 @@ def _coordinates(supervisor: Tensor) -> Tensor:
     return np.asarray(supervisor).astype(np.float32)
 
 
-def _empty(port: Port, axis: int | None, batch: int, kv_heads: int | None, head_size: int | None) -> np.ndarray:
-    """A cache of length 0: `[batch, kv_heads, 0, head_dim]`; for a recurrent or convolutional layer a state of its size.
-
-    Args:
-        axis: that grows; `None`: the third of four, if it is open.
-    """
-    sizes = [batch, *port.shape[1:]]
-    if axis is not None:
-        sizes[axis] = 0
+def _empty(port: Port, pair: StatePair, batch: int, kv_heads: int | None, head_size: int | None) -> np.ndarray:
+    """A cache of length 0: `[batch, kv_heads, 0, head_dim]`; for a recurrent or convolutional layer, and for a ring cache,
+    a state of its size."""
+    sizes, empty = [batch, *port.shape[1:]], pair.capacity or 0
+    if pair.axis is not None:
+        sizes[pair.axis] = empty
     if None in sizes and len(sizes) == 4:
-        heads = [batch, kv_heads, 0, head_size]
+        heads = [batch, kv_heads, empty, head_size]
         sizes = [size if size is not None else other for size, other in zip(sizes, heads, strict=True)]
     if None in sizes:
         raise GuardError(
