@@ -86,6 +86,7 @@ class DecoderSession:
         kv_heads, head_size: of the cache, where the graph itself leaves them open (onnxruntime-genai does).
         given: the graph is only run on inputs that were given by name (`PromptBatch.given`), so any will do.
         roles: what its inputs are for; default: by their names, for a runner whose graph cannot be read.
+        head: makes logits of what the decoder gives, where another graph does that.
 
     Raises:
         GuardError: the graph takes neither token ids nor embeddings, or an input that nobody here can give.
@@ -98,8 +99,9 @@ class DecoderSession:
         head_size: int | None = None,
         given: bool = False,
         roles: InputRoles | None = None,
+        head: Runner | None = None,
     ) -> None:
-        self.runner = runner
+        self.runner, self._head = runner, head
         self._heads = kv_heads, head_size
         inputs = runner.inputs
         self.roles = roles or roles_by_name(inputs, runner.outputs)
@@ -245,7 +247,11 @@ class DecoderSession:
 
     def last_logits(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Logits at the last position, `[batch, vocabulary]` float32; prompts are padded on the left."""
-        return last(outputs, self.logits_output).astype(np.float32)
+        rows = last(outputs, self.logits_output)
+        if self._head is not None:
+            (port,) = self._head.inputs.values()
+            rows = next(iter(self._head.run({port.name: rows[:, None].astype(port.dtype)}).values()))[:, -1]
+        return rows.astype(np.float32)
 
     def _feeds(self, state: DecoderState, current: np.ndarray, embeds: np.ndarray | None) -> dict[str, Tensor]:
         ports, roles = self.runner.inputs, self.roles
@@ -338,7 +344,8 @@ def open_decoder(
     else:
         path = graph or package.decoder
         runner = open_runner(path, path.parent, runtime, optimize)
-    return DecoderSession(runner, package.kv_heads, package.head_size, given, package.roles)
+    head = open_runner(package.head, package.head.parent, runtime) if package.head is not None else None
+    return DecoderSession(runner, package.kv_heads, package.head_size, given, package.roles, head)
 
 
 def _coordinates(supervisor: Tensor) -> Tensor:
