@@ -50,6 +50,7 @@ _OTHER_MIXERS = frozenset(
 # What a norm ends in, or is: its weight is as long as the stream is wide.
 _SCALES = frozenset({"Mul", "RMSNormalization", "SimplifiedLayerNormalization", "LayerNormalization"})
 _MATMULS = frozenset({"MatMul", "FusedMatMul", "TransposeMatMul", "Einsum", "Gemm", "MatMulInteger", "QLinearMatMul"})
+_RESHAPES = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
 _SOFTMAXES = frozenset({"Softmax", "QLinearSoftmax"})
 # onnxruntime's quantized form of an operator reads (value, scale, zero point) where the plain one reads a value.
 _QUANTIZED_SUM = "QLinearAdd"
@@ -276,30 +277,35 @@ def _sources(flow: Flow) -> Iterator[Vertex]:
         if node is None or node.op_type not in {"Gather", "GatherBlockQuantized"} or len(node.inputs) < 2:
             continue
         table, index = node.inputs[0], node.inputs[1]
-        if not flow.is_dynamic(table) and _is_input_up_to_casts(index):
+        if not flow.is_dynamic(table) and _token_input(index) is not None and not _is_flat(vertex.value):
             yield vertex
 
 
-def _is_input_up_to_casts(value: ir.Value | None) -> bool:
-    return _input_behind_casts(value) is not None
-
-
-def _input_behind_casts(value: ir.Value | None) -> ir.Value | None:
-    while value is not None and not value.is_graph_input():
-        node = value.producer()
-        if node is None or node.op_type not in {"Cast", "Identity", "Clip"}:
+def _token_input(index: ir.Value | None) -> ir.Value | None:
+    """The graph input that an index is, up to casts and to a change of its form (GPT-2 and OPT: `view(-1, length)`)."""
+    while index is not None and not index.is_graph_input():
+        node = index.producer()
+        if node is None or node.op_type not in {"Cast", "Identity", "Clip", *_RESHAPES}:
             return None
-        value = node.inputs[0]
-    return value
+        index = node.inputs[0]
+    return index
+
+
+def _is_flat(rows: ir.Value | None) -> bool:
+    """Whether a lookup of reshaped tokens gives `[tokens, width]`: rows of one batch that nothing tells apart any more."""
+    index = rows.producer().inputs[1] if rows is not None and rows.producer() is not None else None  # type: ignore
+    node = index.producer() if index is not None else None
+    reshaped = node is not None and node.op_type in _RESHAPES
+    return reshaped and rows is not None and rows.shape is not None and len(rows.shape) != 3
 
 
 def same_lookups(flow: Flow, source: Vertex) -> list[Vertex]:
     """The source, and every other lookup of the same tokens: a second decoder in the graph would begin there."""
     if source.node is None or len(source.node.inputs) < 2:
         return [source]
-    tokens = _input_behind_casts(source.node.inputs[1])
+    tokens = _token_input(source.node.inputs[1])
     others = [vertex for vertex in _sources(flow) if vertex.node is not None and vertex is not source]
-    return [source, *(v for v in others if v.node and _input_behind_casts(v.node.inputs[1]) is tokens)]
+    return [source, *(v for v in others if v.node and _token_input(v.node.inputs[1]) is tokens)]
 
 
 def _sink(graph: ir.Graph) -> ir.Value:

@@ -35,11 +35,13 @@ class StatePair:
         past: name of the input.
         present: name of the output that refills it.
         axis: of the input, the axis that grows with the tokens so far; `None` for a state of fixed size.
+        capacity: length that `axis` has from the first call on, where the state is a ring that holds a window of tokens.
     """
 
     past: str
     present: str
     axis: int | None = None
+    capacity: int | None = None
 
 
 def state_pairs(graph: ir.Graph, no_inputs: Collection[str] = (), no_outputs: Collection[str] = ()) -> list[StatePair]:
@@ -59,7 +61,9 @@ def state_pairs(graph: ir.Graph, no_inputs: Collection[str] = (), no_outputs: Co
             nearest[output] = near
     pairs = _match(nearest, inputs)
     return [
-        StatePair(str(past.name), str(pairs[past].name), _axis(past, pairs[past])) for past in inputs if past in pairs
+        StatePair(str(past.name), str(pairs[past].name), _axis(past, pairs[past]), _window(past))
+        for past in inputs
+        if past in pairs
     ]
 
 
@@ -179,6 +183,15 @@ def _through_port(past: ir.Value, output: ir.Value, near: Sequence[ir.Value]) ->
 
 def _alike(past: ir.Value, present: ir.Value) -> bool:
     return state_name(past.name or "") == state_name(present.name or "")
+
+
+def _window(past: ir.Value) -> int | None:
+    """How many tokens a ring cache holds: onnxruntime wants room for the whole window, in an empty cache too."""
+    for node in past.consumers():
+        window, ring = (node.attributes.get(name) for name in ("local_window_size", "sliding_window_cache"))
+        if window is not None and ring is not None and ring.as_int() and window.as_int() > 0:
+            return window.as_int()
+    return None
 
 
 def _axis(past: ir.Value, present: ir.Value) -> int | None:

@@ -3,7 +3,7 @@
 Layouts (docs/graphs.md, section "Layouts that apps load"):
 
 - `onnx-community`: `onnx/{vision_encoder,embed_tokens,decoder_model_merged}[_variant].onnx`, configs and tokenizer at the root
-- `genai`: `genai_config.json` names the decoder file
+- `genai`: `genai_config.json` names the decoder file, or the stages of a `decoder.pipeline` (`genai_pipeline.py`)
 - `transformers`: `export.json` names the graphs of `OnnxExporter.export_for_generation(...).save_pretrained` (5.23), and the
   decoder's weights are in TWO of them: `language_model` for the prompt, `decode` for each further token
 - `bare`: one `model.onnx`, its external data beside it, tokenizer beside or above it
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +34,7 @@ from onnx_ir.external_data import set_base_dir
 from . import triton
 from .decoder_state import is_state_name
 from .errors import GuardError, ModelUnreadable, first_line
+from .genai_pipeline import read_pipeline, stage_files
 from .graph_file import read_graph_file
 from .links import require_own
 from .roles import NOTHING_DECLARED, DeclaredNames, InputRoles, declare, declared_by_genai, input_roles
@@ -90,6 +91,7 @@ class ModelPackage:
         vision_encoder, embed_tokens: absolute paths of the graphs around the decoder, where there are such.
         left_out: graphs of the folder that a guarded copy does not take along, relative to root.
         vouched: the folder is a guarded one, and links out of it are what its manifest has digests of.
+        head: absolute path of the graph that makes logits of what the decoder gives, where the decoder does not.
     """
 
     root: Path
@@ -100,6 +102,7 @@ class ModelPackage:
     left_out: tuple[str, ...] = ()
     others: tuple[Path, ...] = ()
     vouched: bool = False
+    head: Path | None = None
 
     def views(self) -> tuple[ModelPackage, ...]:
         """This package once per decoder graph, the one that runs first; in each view that graph is `decoder`."""
@@ -172,7 +175,8 @@ class ModelPackage:
         model = config.get("model")
         decoder = model.get("decoder") if isinstance(model, dict) else None
         named = decoder.get("filename") if isinstance(decoder, dict) else None
-        own = path is not None and isinstance(named, str) and path.parent / named == self.decoder
+        files = [named] if isinstance(named, str) else stage_files(config)
+        own = path is not None and self.decoder in [path.parent / name for name in files]
         return declared_by_genai(config) if own else NOTHING_DECLARED
 
     @property
@@ -225,7 +229,10 @@ def open_package(path: Path | str, variant: str | None = None, vouched: bool = F
     path = Path(path).absolute()
     package = replace(_find(path, variant), vouched=vouched)
     # the one that was named may be a link of the user's
-    graphs = {package.decoder, *package.others, package.vision_encoder, package.embed_tokens} - {path, None}
+    graphs = {package.decoder, *package.others, package.vision_encoder, package.embed_tokens, package.head} - {
+        path,
+        None,
+    }
     for graph in sorted(filter(None, graphs)):
         if graph.exists() and not vouched:
             require_own(graph, package.root)
@@ -261,8 +268,13 @@ def _from_file(path: Path) -> ModelPackage:
         return _community_package(root, path)
     if (path.parent / "genai_config.json").is_file():
         package = _genai(path.parent)
-        if package.decoder == path:
+        if package.decoder == path and not package.others:
             return package
+        if path in (package.decoder, *package.others):
+            raise ModelUnreadable(
+                f"{path}: is one of the decoder graphs of a genai pipeline "
+                f"({_some([package.decoder, *package.others])}); name the folder, so that all are guarded"
+            )
     if (path.parent / _TRANSFORMERS_MANIFEST).is_file():
         package = _transformers(path.parent)
         if package.others and path in (package.decoder, *package.others):
@@ -280,9 +292,11 @@ def _genai(root: Path) -> ModelPackage:
     parts = model.items() if isinstance(model, dict) else ()
     named = {part: entry.get("filename") for part, entry in parts if isinstance(entry, dict)}
     paths = {part: _inside(root, name, "genai_config.json") for part, name in named.items() if isinstance(name, str)}
+    around = {part: paths[part] for part in ("vision", "embedding", "speech") if part in paths}
+    if "decoder" not in paths and (stages := stage_files(config)):
+        return _pipeline(root, config, stages, around)
     if "decoder" not in paths:
         raise ModelUnreadable(f"{root / 'genai_config.json'}: names no model.decoder.filename; is it complete?")
-    around = {part: paths[part] for part in ("vision", "embedding", "speech") if part in paths}
     return ModelPackage(
         root,
         paths["decoder"],
@@ -290,6 +304,25 @@ def _genai(root: Path) -> ModelPackage:
         vision_encoder=around.get("vision"),
         embed_tokens=around.get("embedding"),
         left_out=_others(root, {paths["decoder"], *around.values()}),
+    )
+
+
+def _pipeline(root: Path, config: Mapping[str, Any], files: Sequence[str], around: Mapping[str, Path]) -> ModelPackage:
+    """The stages that hold the decoder's layers are its graphs; the others lie around it."""
+    paths = [_inside(root, name, "genai_config.json") for name in files]
+    graphs = {path: load_graph(path, vouched=True) for path in paths}  # its links are judged with all others'
+    decoder = config["model"]["decoder"]
+    layers = decoder.get("num_hidden_layers")
+    parts = read_pipeline(root / "genai_config.json", graphs, layers if isinstance(layers, int) else None)
+    return ModelPackage(
+        root,
+        parts.decoders[0],
+        "genai",
+        vision_encoder=around.get("vision"),
+        embed_tokens=around.get("embedding", parts.embed_tokens),
+        left_out=_others(root, {*paths, *around.values()}),
+        others=parts.decoders[1:],
+        head=parts.head,
     )
 
 

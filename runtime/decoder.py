@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from ..graphs.decoder_state import is_past_name
+from ..graphs.decoder_state import StatePair, is_past_name
 from ..graphs.dials import PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT
 from ..graphs.errors import GuardError
 from ..graphs.package import ModelPackage, in_memory
@@ -86,6 +86,7 @@ class DecoderSession:
         kv_heads, head_size: of the cache, where the graph itself leaves them open (onnxruntime-genai does).
         given: the graph is only run on inputs that were given by name (`PromptBatch.given`), so any will do.
         roles: what its inputs are for; default: by their names, for a runner whose graph cannot be read.
+        head: makes logits of what the decoder gives, where another graph does that.
 
     Raises:
         GuardError: the graph takes neither token ids nor embeddings, or an input that nobody here can give.
@@ -98,8 +99,9 @@ class DecoderSession:
         head_size: int | None = None,
         given: bool = False,
         roles: InputRoles | None = None,
+        head: Runner | None = None,
     ) -> None:
-        self.runner = runner
+        self.runner, self._head = runner, head
         self._heads = kv_heads, head_size
         inputs = runner.inputs
         self.roles = roles or roles_by_name(inputs, runner.outputs)
@@ -245,7 +247,11 @@ class DecoderSession:
 
     def last_logits(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Logits at the last position, `[batch, vocabulary]` float32; prompts are padded on the left."""
-        return last(outputs, self.logits_output).astype(np.float32)
+        rows = last(outputs, self.logits_output)
+        if self._head is not None:
+            (port,) = self._head.inputs.values()
+            rows = next(iter(self._head.run({port.name: rows[:, None].astype(port.dtype)}).values()))[:, -1]
+        return rows.astype(np.float32)
 
     def _feeds(self, state: DecoderState, current: np.ndarray, embeds: np.ndarray | None) -> dict[str, Tensor]:
         ports, roles = self.runner.inputs, self.roles
@@ -302,9 +308,7 @@ class DecoderSession:
         state.cache = {name: where_it_is(outputs, pair.present) for name, pair in self._states.items()}
 
     def _empty_cache(self, batch: int) -> dict[str, Tensor]:
-        return {
-            name: _empty(port, self._states[name].axis, batch, *self._heads) for name, port in self.cache_inputs.items()
-        }
+        return {name: _empty(port, self._states[name], batch, *self._heads) for name, port in self.cache_inputs.items()}
 
 
 def can_pad(graph: ir.Graph) -> bool:
@@ -340,7 +344,8 @@ def open_decoder(
     else:
         path = graph or package.decoder
         runner = open_runner(path, path.parent, runtime, optimize)
-    return DecoderSession(runner, package.kv_heads, package.head_size, given, package.roles)
+    head = open_runner(package.head, package.head.parent, runtime) if package.head is not None else None
+    return DecoderSession(runner, package.kv_heads, package.head_size, given, package.roles, head)
 
 
 def _coordinates(supervisor: Tensor) -> Tensor:
@@ -350,17 +355,14 @@ def _coordinates(supervisor: Tensor) -> Tensor:
     return np.asarray(supervisor).astype(np.float32)
 
 
-def _empty(port: Port, axis: int | None, batch: int, kv_heads: int | None, head_size: int | None) -> np.ndarray:
-    """A cache of length 0: `[batch, kv_heads, 0, head_dim]`; for a recurrent or convolutional layer a state of its size.
-
-    Args:
-        axis: that grows; `None`: the third of four, if it is open.
-    """
-    sizes = [batch, *port.shape[1:]]
-    if axis is not None:
-        sizes[axis] = 0
+def _empty(port: Port, pair: StatePair, batch: int, kv_heads: int | None, head_size: int | None) -> np.ndarray:
+    """A cache of length 0: `[batch, kv_heads, 0, head_dim]`; for a recurrent or convolutional layer, and for a ring cache,
+    a state of its size."""
+    sizes, empty = [batch, *port.shape[1:]], pair.capacity or 0
+    if pair.axis is not None:
+        sizes[pair.axis] = empty
     if None in sizes and len(sizes) == 4:
-        heads = [batch, kv_heads, 0, head_size]
+        heads = [batch, kv_heads, empty, head_size]
         sizes = [size if size is not None else other for size, other in zip(sizes, heads, strict=True)]
     if None in sizes:
         raise GuardError(

@@ -141,7 +141,7 @@ def test_hooks_equal_the_reference(model: LlamaForCausalLM, mode: str, positions
                 )
                 np.testing.assert_allclose(after[number][step], expected, atol=2e-6)
                 coordinates = ((h @ layer.ssd.T) * last).sum(axis=1)
-                np.testing.assert_allclose(guard.coordinates[number].numpy(), coordinates, atol=2e-6)
+                np.testing.assert_allclose(guard.coordinates[number].numpy(), coordinates, rtol=2e-6, atol=2e-6)
     for number in set(range(LAYERS)) - set(GUARDED):
         np.testing.assert_array_equal(np.concatenate(after[number], 1), np.concatenate(before[number], 1))
     changed = [not np.array_equal(a, b) for n in GUARDED for a, b in zip(after[n], before[n], strict=True)]
