@@ -27,12 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import TemplateError, nodes
 from tokenizers import AddedToken, Tokenizer
 
 from ..graphs.errors import GuardError, ModelUnreadable, PromptsUnusable, first_line
 from ..graphs.package import read_json, require_small
-from .chat_environment import WORK, ChatEnvironment, Work
+from .confined import TEMPLATES, ConfinedFailure
 
 # The names that templates may use, as transformers' `special_tokens_map` has them.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -560,50 +559,46 @@ def _numbers(value: Any) -> list[int]:
 class ChatTemplate:
     """A compiled chat template with the special tokens it may write.
 
-    Templates are programs written by strangers. They run in jinja2's immutable sandbox and to a bound, and see plain strings,
-    lists, dicts and None only: no object of ours with methods to call.
+    Templates are untrusted programs. They are compiled and rendered in a confined process (`confined`), in jinja2's immutable
+    sandbox, and see plain strings, lists, dicts and None only.
     """
 
     folder: Path
-    compiled: Any
+    source: str
     literals: str
     special_tokens: Mapping[str, str]
 
     @classmethod
     def compile(cls, folder: Path, source: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
         """Raises ModelUnreadable if it is not a template."""
-        environment = ChatEnvironment()
         try:
-            tree = environment.parse(source)
-            compiled = environment.bounded(tree)
-        except (TemplateError, RecursionError) as error:
+            reply, _ = TEMPLATES.run("compile", {}, source.encode("utf-8", "surrogatepass"))
+        except ConfinedFailure as error:
             raise ModelUnreadable(
-                f"{folder}: its chat template is malformed ({first_line(error)}); copy it from the model again"
+                f"{folder}: its chat template is malformed ({error}); copy it from the model again"
             ) from None
-        written = [node.data for node in tree.find_all(nodes.TemplateData)]
-        constants = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
-        return cls(folder, compiled, "\0".join([*written, *constants]), special_tokens)
+        return cls(folder, source, "\0".join(reply["literals"]), special_tokens)
 
     def render(self, messages: list[dict[str, Any]]) -> str:
         """A conversation and the opening of the answer.
 
         Raises:
-            ModelUnreadable: the template raises.
+            ModelUnreadable: the template raises, or takes too long or too much memory.
         """
+        values = {
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+            **self.special_tokens,
+        }
         try:
-            return self.compiled.render(
-                {WORK: Work()},
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self.special_tokens,
-            )
-        except Exception as error:  # whatever a stranger's program raises is a fact about that program
+            _, text = TEMPLATES.run("render", {"values": values}, self.source.encode("utf-8", "surrogatepass"))
+        except ConfinedFailure as error:
             raise ModelUnreadable(
-                f"{self.folder}: its chat template fails ({first_line(error)}); "
-                "use the chat template that belongs to this model"
+                f"{self.folder}: its chat template fails ({error}); use the chat template that belongs to this model"
             ) from None
+        return text.decode("utf-8", "surrogatepass")
 
 
 def content_of(folder: Path, template: ChatTemplate, order: tuple[Content, ...]) -> Content:

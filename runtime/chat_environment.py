@@ -1,14 +1,18 @@
 """The dialect of jinja that chat templates are written in: that of transformers' `apply_chat_template`, with bounds.
 
 The sandbox keeps a template from our objects, not from going on for ever. So loops and calls are counted (`Work`), and what
-multiplies is bounded. Real templates go through some hundred turns, one for each message, part and tool.
+multiplies is bounded. Real templates go through some hundred turns, one for each message, part and tool. Filters, formats and
+constants that the compiler folds can still ask for any amount of time and memory: templates are compiled and rendered in a
+confined process (`confined`), and `compiled` is what runs there.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import Template, TemplateError, nodes, pass_context
@@ -19,8 +23,34 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MOST_TURNS = 100_000
 MOST_REPEATED = 1_000_000  # characters or items of a product
+LONGEST_TEXT = 16 << 20  # characters of a rendered conversation: some million tokens
 WORK = "vlmguard_work"  # a name in the context's globals, which no template can set
 _BOUNDED = "vlmguard_bounded"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A template and every text that stands in it."""
+
+    template: Template
+    literals: tuple[str, ...]
+
+    def render(self, values: Mapping[str, Any]) -> str:
+        """Raises whatever the template raises; TemplateError for a text that is too long."""
+        text = self.template.render({WORK: Work()}, **values)
+        if len(text) > LONGEST_TEXT:
+            raise TemplateError(f"it writes {len(text)} characters, more than {LONGEST_TEXT}")
+        return text
+
+
+@lru_cache(maxsize=8)
+def compiled(source: str) -> Compiled:
+    """Raises TemplateError or RecursionError for what is not a template."""
+    environment = ChatEnvironment()
+    tree = environment.parse(source)
+    written = [node.data for node in tree.find_all(nodes.TemplateData)]
+    constants = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+    return Compiled(environment.bounded(tree), (*written, *constants))
 
 
 class Work:

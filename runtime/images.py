@@ -11,24 +11,22 @@ The arithmetic, its order and its dtypes are those of transformers' Pillow proce
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from ..graphs.errors import GuardError, ModelUnreadable, first_line
 from ..graphs.package import read_json
+from ..graphs.regular_files import NotRegular, read_regular
+from .confined import PICTURES, ConfinedFailure
+from .picture_files import FORMATS, refuse_huge, to_rgb
+from .picture_files import MAX_PIXELS as MAX_PIXELS  # part of what this module promises
 
-# Above it a picture is refused before it is decoded: 50 million RGB pixels are 150 MB, and more helps no vision tower.
-MAX_PIXELS = 50_000_000
-
-# The formats that people send. Pillow knows 40 more, and some of them start other programs (EPS runs Ghostscript).
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+LARGEST_FILE = 256 << 20  # bytes; an uncompressed picture of `MAX_PIXELS` has 200 million
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -290,57 +288,46 @@ def open_image(source: Image.Image | Path | str | bytes) -> Image.Image:
     A file is turned as its EXIF orientation says, and of an animation the first frame counts. transformers does the
     same, except that it drops the transparency of a file, where it puts that of a Pillow image on white.
 
+    A file is decoded in a confined process (`confined`). A Pillow image was opened by the caller, and is decoded here.
+
     Args:
         source: a picture, the path of a file, or a file's content.
 
     Raises:
-        GuardError: no such file, not one of `FORMATS`, damaged, empty, or more than `MAX_PIXELS`.
+        GuardError: no such file, not one of `FORMATS`, damaged, empty, more than `MAX_PIXELS`, or a file that takes too long
+            or too much memory to decode.
     """
     if isinstance(source, Image.Image):
         refuse_huge(source.width, source.height, "the image")
         try:
-            return _to_rgb(source)
+            return to_rgb(source)
         except Exception as error:  # Pillow decodes late: a damaged file shows only now
             raise GuardError(f"the image cannot be read ({first_line(error)}); save it again as PNG or JPEG") from None
     if isinstance(source, bytes):
-        return _decoded(BytesIO(source), "the image", "the image cannot be read")
+        return _decoded(source, "the image", "the image cannot be read")
     path = Path(source)
     if not path.is_file():
         raise GuardError(f"{path}: no such image file; name a {', '.join(FORMATS)} file")
-    return _decoded(path, f"{path}: the image", f"{path}: is not an image that can be read")
+    try:
+        content = read_regular(path, LARGEST_FILE)
+    except NotRegular as error:
+        raise GuardError(f"{path}: {error}; save it again as PNG or JPEG") from None
+    except OSError as error:
+        reason = first_line(error)
+        raise GuardError(f"{path}: is not an image that can be read ({reason}); save it again as PNG or JPEG") from None
+    return _decoded(content, f"{path}: the image", f"{path}: is not an image that can be read")
 
 
-def _decoded(file: Path | BytesIO, what: str, damaged: str) -> Image.Image:
+def _decoded(content: bytes, what: str, damaged: str) -> Image.Image:
     """A file's picture; `what` and `damaged` begin the sentences that refuse it."""
     try:
-        with warnings.catch_warnings():
-            # Pillow warns at a limit of its own; ours is lower and refuses.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                refuse_huge(image.width, image.height, what)
-                return _to_rgb(ImageOps.exif_transpose(image))
-    except GuardError:
-        raise
-    except Image.DecompressionBombError:
-        raise GuardError(f"{what} has more than {MAX_PIXELS:,} pixels; scale it down first") from None
-    except Exception as error:  # decoders fail on damaged files with whatever Python raises at that byte
-        unknown = isinstance(error, UnidentifiedImageError) and isinstance(file, BytesIO)  # Pillow names the object
-        reason = "of no known format" if unknown else first_line(error)
-        raise GuardError(f"{damaged} ({reason}); save it again as PNG or JPEG") from None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-def refuse_huge(width: int, height: int, what: str) -> None:
-    if width * height > MAX_PIXELS:
-        raise GuardError(f"{what} has {width} x {height} pixels, more than {MAX_PIXELS:,}; scale it down first")
-    if width * height < 1:
-        raise GuardError(f"{what} has {width} x {height} pixels; send a picture")
+        reply, pixels = PICTURES.run("decode", {"what": what, "damaged": damaged}, content)
+    except ConfinedFailure as error:
+        raise GuardError(f"{damaged} ({error}); save it again as PNG or JPEG") from None
+    width, height = int(reply["width"]), int(reply["height"])
+    refuse_huge(width, height, what)
+    assert len(pixels) == 3 * width * height, "the helper sends RGB"
+    return Image.frombytes("RGB", (width, height), pixels)
 
 
 # --------------------------------------------------------------------------------------------------------- image tokens

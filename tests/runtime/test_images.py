@@ -192,7 +192,7 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     for content in (b"", b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\x89PNG\r\n\x1a\n"):
         assert line(content).startswith(f"{path}: is not an image that can be read (")
         assert line(content).endswith("); save it again as PNG or JPEG")
-    assert "cannot identify" in line(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # nothing is run for it
+    assert "of no known format" in line(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # nothing is run for it
     noise("RGB", (64, 64)).save(path)
     whole = path.read_bytes()
     assert "truncated" in line(whole[: len(whole) // 2])
