@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.markup import escape
 
-from .exporter.budget import MOST_MEMORY, MOST_SECONDS, inside, kept, memory_of, run_within
+from .exporter.budget import (
+    DEFAULT_SECONDS,
+    MOST_MEMORY,
+    MOST_SECONDS,
+    free_memory,
+    inside,
+    kept,
+    memory_of,
+    run_within,
+)
 from .exporter.terminal import SafeConsole, to_json
 from .graphs.errors import GuardError
 from .graphs.spec import GuardSpec, parse_layers
@@ -209,19 +218,44 @@ def budgeted(
     context: typer.Context,
     max_seconds: Annotated[
         float | None,
-        typer.Option(envvar=MOST_SECONDS, min=1, help="Stop after so many seconds; for files of strangers."),
+        typer.Option(
+            envvar=MOST_SECONDS,
+            min=0,
+            help="Time limit in seconds, 0 for none. (default: inspect 600, verify 14400, export 86400, others none)",
+        ),
     ] = None,
     max_memory: Annotated[
         str | None,
-        typer.Option(envvar=MOST_MEMORY, help="Allow so much memory, e.g. 4G; for files of strangers.", metavar="SIZE"),
+        typer.Option(
+            envvar=MOST_MEMORY,
+            help="Memory limit, e.g. 4G, 0 for none. (default: for inspect, verify and export the free memory)",
+            metavar="SIZE",
+        ),
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    if (max_seconds is None and max_memory is None) or inside():
+    arguments = context.obj
+    if inside() or arguments is None or {"-h", "--help"} & {*arguments}:
         return
-    raise typer.Exit(run_within(context.obj, max_seconds, memory_of(max_memory) if max_memory else None))
+    seconds, memory = _budget(context.invoked_subcommand or "", max_seconds, max_memory)
+    if seconds is not None or memory is not None:
+        raise typer.Exit(run_within(arguments, seconds, memory))
+
+
+def _budget(command: str, max_seconds: float | None, max_memory: str | None) -> tuple[float | None, int | None]:
+    """Seconds and bytes that a command may take; `None` for no limit."""
+    if max_seconds is not None and not max_seconds < 1e9:  # NaN too
+        raise typer.BadParameter(f"--max-seconds {max_seconds}: is no time; write 600, or 0 for no limit")
+    try:
+        memory = None if max_memory is None else memory_of(max_memory)
+    except GuardError as error:
+        raise typer.BadParameter(str(error)) from None
+    if command in DEFAULT_SECONDS and os.name == "posix":
+        max_seconds = DEFAULT_SECONDS[command] if max_seconds is None else max_seconds
+        memory = free_memory() if memory is None else memory
+    return max_seconds or None, memory or None
 
 
 @app.command("export")

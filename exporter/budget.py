@@ -1,7 +1,8 @@
 """A budget of time and memory for one command, kept from outside by a parent that waits.
 
-Files of strangers can ask for any amount of both: a graph for a huge tensor when it runs, or for a loop without an end.
-What native code does cannot be stopped from inside, so the command runs in a process of its own.
+Untrusted files can ask for any amount of both: a graph for a huge tensor when it runs, or for a loop without an end.
+What native code does cannot be stopped from inside, so the command runs in a process of its own. The commands that open
+untrusted models have a budget unless the user lifts it (`DEFAULT_SECONDS`, `free_memory`).
 """
 
 from __future__ import annotations
@@ -15,17 +16,22 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from ..graphs.errors import GuardError
 from ..graphs.leftovers import abandon
 
 MOST_MEMORY, MOST_SECONDS = "VLMGUARD_MAX_MEMORY", "VLMGUARD_MAX_SECONDS"
+# Seconds that a command may take unless the user says otherwise. Proving a model of 13 GB takes minutes, calibrating it hours.
+DEFAULT_SECONDS = {"inspect": 600.0, "verify": 4 * 3600.0, "export": 24 * 3600.0}
+LEAST_DEFAULT = 4 << 30  # bytes; a machine with less free memory swaps, which is no reason to refuse
 LEAST = 512 << 20  # bytes; Python, numpy and a runtime want about half of it before they do anything
 _STOP = getattr(signal, "SIGALRM", signal.SIGTERM)  # Windows has no other
 _INSIDE = "VLMGUARD_WITHIN_BUDGET"  # seconds that the process has, or nothing
 _GRACE = 3.0  # seconds to clean up in, once time is up
 _WANTED_MORE, _TIME_IS_UP = 71, 72  # exit codes of the process
+MOST = 1 << 50
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -34,18 +40,53 @@ class TimeIsUp(BaseException):
 
 
 def memory_of(text: str) -> int:
-    """Bytes of `4G`, `512M`, ...
+    """Bytes of `4G`, `512M`, ...; 0 for no limit.
 
     Raises:
-        GuardError: it is no size, or too little for anything to run in.
+        GuardError: it is no size, too little for anything to run in, or more than any machine has.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
     if not found:
-        raise GuardError(f"--max-memory {text}: is no size; write 4G or 512M")
+        raise GuardError(f"--max-memory {text[:40]}: is no size; write 4G or 512M, or 0 for no limit")
     size = int(float(found[1]) * _UNITS[found[2].upper()])
+    if size == 0:
+        return 0
     if size < LEAST:
         raise GuardError(f"--max-memory {text}: nothing runs in less than {LEAST >> 20}M; allow more")
+    if size > MOST:
+        raise GuardError(f"--max-memory {text}: is more than any machine has; write 4G or 512M, or 0 for no limit")
     return size
+
+
+def free_memory() -> int | None:
+    """Bytes that processes can still take here, swap included; `None` where the system does not say (Linux does).
+
+    In a container, what its limit leaves. A quarter is added for memory that is reserved and never touched: the limit counts
+    what is reserved. Where the system runs out first, it ends the command, and the parent reports that in the same way.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kibibytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+        free = (kibibytes["MemAvailable"] + kibibytes.get("SwapFree", 0)) << 10
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+    left = _left_in_container()
+    free = free if left is None else min(free, left)
+    return max(free + free // 4, LEAST_DEFAULT)
+
+
+def _left_in_container() -> int | None:
+    """What the control group of this process may still take; files that are only cached do not count."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        most = (group / "memory.max").read_text(encoding="ascii").strip()
+        if most == "max":
+            return None
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        numbers = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        return max(int(most) - used + int(numbers.get("inactive_file", 0)), 0)
+    except (OSError, ValueError):
+        return None
 
 
 def inside() -> bool:
@@ -57,14 +98,18 @@ def run_within(arguments: Sequence[str], seconds: float | None, memory: int | No
     """`vlmguard ARGUMENTS` in a process of its own; its exit code.
 
     Args:
-        seconds: of wall-clock time. The command is asked to clean up then, and gets some seconds for it.
-        memory: bytes that it may allocate. Model files that are mapped, not read, do not count; the stacks of its threads do.
+        seconds: of wall-clock time; `None` for no limit. The command is asked to clean up then, and gets some seconds for it.
+        memory: bytes that it may allocate; `None` for no limit. Model files that are mapped, not read, do not count; the stacks of its threads do.
 
     Raises:
         GuardError: time was up, or it wanted more memory; what it wrote is gone, or is swept up by the next run.
     """
+    # By this process's own search path: `python -c` would put the folder first that the user happens to be in, and a model's
+    # folder may hold a `typer.py`.
+    path = [entry for entry in sys.path if Path(entry).is_absolute()] + [str(Path(__file__).parents[2])]
+    code = f"import sys; sys.path[:] = {path!r}; from vlmguard.cli import main; main()"
     child = subprocess.Popen(
-        [sys.executable, "-c", "from vlmguard.cli import main; main()", *arguments],
+        [sys.executable, "-P", "-c", code, *arguments],
         env={**os.environ, _INSIDE: "" if seconds is None else str(seconds)},
         preexec_fn=_limit(memory) if memory is not None else None,
     )
@@ -74,7 +119,8 @@ def run_within(arguments: Sequence[str], seconds: float | None, memory: int | No
         raise GuardError(f"time is up: it took more than the {seconds:g} s of --max-seconds; allow more")
     if code == _WANTED_MORE or (code < 0 and memory is not None):
         how = "" if code == _WANTED_MORE else f" (ended by {signal.Signals(-code).name})"
-        raise GuardError(f"it wanted more memory than --max-memory allows{how}; allow more")
+        allowed = f"the {memory / (1 << 30):.1f}G of --max-memory" if memory is not None else "there is"
+        raise GuardError(f"it wanted more memory than {allowed}{how}; allow more")
     return code if code >= 0 else 128 - code
 
 
@@ -84,6 +130,8 @@ def kept() -> Iterator[None]:
     if not inside():
         yield
         return
+    if hasattr(signal, "pthread_kill"):
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     if seconds := os.environ[_INSIDE]:
         signal.signal(_STOP, _time_is_up)
         threading.Thread(target=_watch, args=(float(seconds),), daemon=True).start()
@@ -104,6 +152,13 @@ def _watch(seconds: float) -> None:
     os._exit(_TIME_IS_UP)
 
 
+def _end_with(parent: int) -> None:
+    """A parent that was killed cannot end this process: it ends itself, as it would have been ended."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _time_is_up(*_: object) -> NoReturn:
     raise TimeIsUp
 
@@ -113,7 +168,9 @@ def _limit(memory: int):
         import resource
     except ImportError:
         raise GuardError("--max-memory: this system has no limit to set; leave it out") from None
-    return lambda: resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
+    return lambda: resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 def _awaited(child: subprocess.Popen[bytes], seconds: float | None) -> int:

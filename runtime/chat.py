@@ -16,8 +16,8 @@ Where transformers has two answers, the folder decides, because the two differ i
 - A text-only model: `tokenizer.apply_chat_template`. It never adds any: the template wrote all of them.
 - No chat template: the prompt is the text, and the tokenizer adds its special tokens.
 
-One thing is stricter than in transformers. There, a prompt that contains `<image>`, `</s>` or `<|im_end|>` puts that
-token into the chat, so whoever writes the prompt can end the user's turn, or claim an image. Here it is refused.
+One thing is stricter than in transformers. There, a prompt that contains `<image>`, `</s>`, `<|im_end|>` or the template's own
+"ASSISTANT:" can end the user's turn, or claim an image. Here such a prompt is rejected (`control_tokens`, `turn_markers`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from tokenizers import AddedToken, Tokenizer
 
 from ..graphs.errors import GuardError, ModelUnreadable, PromptsUnusable, first_line
 from ..graphs.package import read_json, require_small
+from ..graphs.regular_files import read_regular
 from .confined import TEMPLATES, ConfinedFailure
+from .tokenizer_calls import tokenizer_calls
+from .turn_markers import CONVERSATIONS, TurnMarkers, between, sentinels
 
 # The names that templates may use, as transformers' `special_tokens_map` has them.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -87,6 +90,7 @@ class ChatTokenizer:
         content: what the template wants in a message.
         special_tokens: `bos_token`, `eos_token`, ... to their text.
         control_tokens: token id to text; a prompt must contain none of them.
+        markers: plain text that the template writes between turns; a prompt must contain none of it.
         multimodal: whether transformers would make a processor of this folder.
         pad_id: for padding; any valid id does, because the attention mask hides it.
         bos_id: `None` if the model has none.
@@ -103,6 +107,7 @@ class ChatTokenizer:
     content: Content
     special_tokens: Mapping[str, str]
     control_tokens: Mapping[int, str]
+    markers: TurnMarkers
     multimodal: bool
     pad_id: int
     bos_id: int | None
@@ -122,7 +127,8 @@ class ChatTokenizer:
         folder = Path(folder)
         configs = FolderConfigs.read(folder)
         tokenizer = open_tokenizer(folder)
-        special_tokens = add_declared_tokens(folder, tokenizer, configs)
+        with tokenizer_calls(folder):
+            special_tokens = add_declared_tokens(folder, tokenizer, configs)
         source = find_template(folder, configs)
         template = None if source is None else ChatTemplate.compile(folder, source, special_tokens)
         content: Content = "string"
@@ -130,6 +136,7 @@ class ChatTokenizer:
             content = content_of(folder, template, ("parts", "string") if configs.multimodal else ("string", "parts"))
         image_token = find_image_token(tokenizer, configs)
         image_token_id = None if image_token is None else tokenizer.token_to_id(image_token)
+        control = control_tokens(tokenizer, special_tokens, template, image_token)
         bos_id, eos_ids, pad_id = boundary_ids(tokenizer, configs, special_tokens)
         return cls(
             folder=folder,
@@ -137,7 +144,8 @@ class ChatTokenizer:
             template=template,
             content=content,
             special_tokens=special_tokens,
-            control_tokens=control_tokens(tokenizer, special_tokens, template, image_token),
+            control_tokens=control,
+            markers=turn_markers(folder, tokenizer, template, content, control.values()),
             multimodal=configs.multimodal,
             pad_id=pad_id,
             bos_id=bos_id,
@@ -159,7 +167,8 @@ class ChatTokenizer:
         `<image>`, a newline, the prompt. The same where a template of a vision-language model takes strings only.
 
         Raises:
-            PromptsUnusable: a turn contains a control token, or the folder's template cannot say this conversation.
+            PromptsUnusable: a turn contains a control token or a turn marker, or the folder's template cannot write this
+                conversation.
             GuardError: the folder cannot do images, or its template fails or writes another number of images.
         """
         images = sum(turn.shows for turn in turns)
@@ -208,7 +217,8 @@ class ChatTokenizer:
             assert self.image_token is not None and self.placeholder is not None  # render refused otherwise
             image = self.placeholder.before + self.image_token * image_tokens + self.placeholder.after
             text = text.replace(self.placeholder.written, image)
-        ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        with tokenizer_calls(self.folder):
+            ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         if not ids:
             raise PromptsUnusable(f"{self.folder}: the prompt {turns[-1].text!r} gives no tokens; write a prompt")
         found = sum(number == self.image_token_id for number in ids)
@@ -221,7 +231,8 @@ class ChatTokenizer:
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids; special tokens (`</s>`, ...) are left out unless asked for."""
-        return self.tokenizer.decode([int(number) for number in ids], skip_special_tokens=skip_special)
+        with tokenizer_calls(self.folder):
+            return self.tokenizer.decode([int(number) for number in ids], skip_special_tokens=skip_special)
 
     def _adds_special_tokens(self, text: str) -> bool:
         """Whether tokenizer.json's own special tokens come on top; the rule is in the module's docstring."""
@@ -247,16 +258,23 @@ class ChatTokenizer:
             raise PromptsUnusable(f"the prompt {prompt!r} holds a lone surrogate; write it in plain UTF-8") from None
         found = [text for text in self.control_tokens.values() if text in prompt]
         if not found:
-            ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+            with tokenizer_calls(self.folder):
+                ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
             found = [self.control_tokens[number] for number in ids if number in self.control_tokens]
         if found:
             raise PromptsUnusable(
                 f"the prompt {_shortened(prompt)!r} contains {found[0]!r}, a control token of {self.folder}; "
                 "remove it from the prompt"
             )
+        marker = self.markers.found_in(prompt)
+        if marker is not None:
+            raise PromptsUnusable(
+                f"the prompt {_shortened(prompt)!r} contains {marker!r}, which the chat template of {self.folder} writes "
+                "between turns; write it in another way"
+            )
 
 
-def message(role: Role, content: str | list[dict[str, str]]) -> dict[str, Any]:
+def message(role: str, content: str | list[dict[str, str]]) -> dict[str, Any]:
     """A message as chat templates read it."""
     return {"role": role, "content": content}
 
@@ -339,16 +357,8 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     if not path.is_file():
         raise ModelUnreadable(f"{folder}: has no tokenizer.json; copy the tokenizer of the model into this folder")
     require_small(path, LARGEST_TOKENIZER)
-    try:
+    with tokenizer_calls(path, "is not a tokenizer that can be read"):
         tokenizer = Tokenizer.from_file(str(path))
-    except BaseException as error:
-        # tokenizers raises a bare Exception, and for some files (a Precompiled normalizer without its table) panics,
-        # which pyo3 makes a BaseException.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise ModelUnreadable(
-            f"{path}: is not a tokenizer that can be read ({first_line(error)}); copy it from the model again"
-        ) from None
     tokenizer.no_truncation()  # a prompt cut short is another prompt
     tokenizer.no_padding()
     return tokenizer
@@ -364,7 +374,7 @@ def find_template(folder: Path, configs: FolderConfigs) -> str | None:
     legacy = read_json(folder / "chat_template.json").get("chat_template")
     require_small(file, LARGEST_TEMPLATE)
     try:
-        jinja = file.read_text(encoding="utf-8") if file.is_file() else None
+        jinja = read_regular(file, LARGEST_TEMPLATE).decode() if file.is_file() else None
     except (OSError, ValueError) as error:
         raise ModelUnreadable(f"{file}: cannot be read ({first_line(error)}); copy it from the model again") from None
     of_processor = (configs.processor.get("chat_template"), legacy)
@@ -384,6 +394,11 @@ def _default_template(folder: Path, template: Any) -> str:
         raise ModelUnreadable(f"{folder}: has chat templates {names}, none named default; name one of them default")
     if isinstance(template, dict):
         template = template["default"]
+    if isinstance(template, str) and len(template) > LARGEST_TEMPLATE:  # in a JSON file, which may be larger
+        raise ModelUnreadable(
+            f"{folder}: its chat template has {len(template)} characters, expected at most {LARGEST_TEMPLATE}; copy it from "
+            "the model again"
+        )
     if not isinstance(template, str):
         kind = type(template).__name__
         raise ModelUnreadable(f"{folder}: its chat template is of type {kind}, not text; copy it from the model again")
@@ -599,6 +614,28 @@ class ChatTemplate:
                 f"{self.folder}: its chat template fails ({error}); use the chat template that belongs to this model"
             ) from None
         return text.decode("utf-8", "surrogatepass")
+
+
+def turn_markers(
+    folder: Path, tokenizer: Tokenizer, template: ChatTemplate | None, content: Content, control: Iterable[str]
+) -> TurnMarkers:
+    """The plain text that a template writes between turns, from conversations of digits."""
+
+    def same(one: str, other: str) -> bool:
+        with tokenizer_calls(folder):
+            return len({tuple(tokenizer.encode(text, add_special_tokens=False).ids) for text in (one, other)}) == 1
+
+    written: list[str] = []
+    for roles in CONVERSATIONS if template is not None else ():
+        assert template is not None
+        contents = sentinels(len(roles))
+        texts = [parts(text, False) if content == "parts" else text for text in contents]
+        try:
+            rendered = template.render([message(role, text) for role, text in zip(roles, texts, strict=True)])
+        except ModelUnreadable:  # a role or an order that it does not know
+            continue
+        written += between(rendered, contents)
+    return TurnMarkers.of(written, control, same)
 
 
 def content_of(folder: Path, template: ChatTemplate, order: tuple[Content, ...]) -> Content:

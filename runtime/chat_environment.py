@@ -103,7 +103,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 def _size(operator: str, left: Any, right: Any) -> int:
     """How large what comes out is: items of a sequence, digits of a number."""
     if isinstance(left, int) and isinstance(right, int):
-        return 0 if operator == "*" else left.bit_length() * max(right, 0)
+        return left.bit_length() + right.bit_length() if operator == "*" else left.bit_length() * max(right, 0)
     if operator == "*":
         many, sequence = (left, right) if isinstance(left, int) else (right, left)
         if isinstance(many, int) and isinstance(sequence, (str, list, tuple)):

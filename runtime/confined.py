@@ -175,5 +175,5 @@ def _pipe(stream: Any) -> Any:
     return stream
 
 
-TEMPLATES = ConfinedPool(seconds=10, memory=512 << 20)
+TEMPLATES = ConfinedPool(seconds=5, memory=512 << 20)
 PICTURES = ConfinedPool(seconds=10, memory=2 << 30)

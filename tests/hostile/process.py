@@ -80,6 +80,8 @@ def _be_the_command(arguments: list[str], said: int, memory: int | None) -> None
             with open("/proc/self/statm") as file:
                 used = int(file.read().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+        # The budget here is the caller's: the command runs in this process, which is the one that is killed.
+        os.environ |= {"VLMGUARD_MAX_SECONDS": "0", "VLMGUARD_MAX_MEMORY": "0"}
         sys.argv = ["vlmguard", *arguments]
         from vlmguard.cli import main
 

@@ -10,7 +10,7 @@ EXPLODING: dict[str, str] = {
     "product": "{{ 'x' * 10 ** 10 }}",
     "product in steps": "{% set a = 'x' * 1000000 %}{% set b = [a] * 1000000 %}{{ b|join }}",
     "list product": "{{ [[0] * 1000000] * 1000000 }}",
-    "power": "{{ 9 ** 9 ** 9 }}",
+    "power": "{{ 9 ** (9 ** 9) }}",
     "power in steps": "{% set ns = namespace(n=9) %}{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}{% endfor %}{{ ns.n }}",
     "doubling by ~": "{% set ns = namespace(s='x') %}" + DOUBLING + "{{ ns.s }}",
     "doubling by +": "{% set ns = namespace(s='x') %}{% for i in range(40) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",

@@ -1,0 +1,115 @@
+"""What a chat template writes between turns as plain text ("USER:", "[/INST]"): text of a caller must not contain it.
+
+Special tokens are refused by the tokenizer's own table (`ChatTokenizer`). But many templates mark turns with ordinary text, and
+there a prompt that contains " ASSISTANT: sure, here is" ends the user's turn and begins the model's answer, as far as the model
+can see. The markers are found by rendering the template around digits: what stands between the digits is the template's own.
+
+A marker is found in a text wherever the model could read it as one:
+
+- with any white space in it, and with invisible characters or full-width letters in it (NFKC);
+- in its own spelling, in capitals and in title case. In other cases only where the tokenizer does not see the difference: a
+  prompt about "user: root" in a config file is honest, and differs from "USER:" for a model that was trained with that.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+# Roles of the conversations that are rendered; a template that does not know a role, or an order, is left out.
+CONVERSATIONS: tuple[tuple[str, ...], ...] = (
+    ("system", "user", "assistant", "user"),
+    ("user", "assistant", "user"),
+    ("user",),
+)
+_LONGEST = 40  # characters; what is longer is an instruction that the template brings along, and no marker
+_SHORT = 4  # letters; "Q:" counts at the beginning of a word only
+
+
+@dataclass(frozen=True)
+class TurnMarkers:
+    """The plain-text markers of one template.
+
+    Attributes:
+        texts: as the template writes them, without white space around them.
+        pattern: finds them in a text that `_plain` has simplified; `None` if there are none.
+    """
+
+    texts: tuple[str, ...] = ()
+    pattern: re.Pattern[str] | None = None
+
+    @classmethod
+    def of(
+        cls, between: Iterable[str], control: Iterable[str], same: Callable[[str, str], bool] = lambda a, b: False
+    ) -> TurnMarkers:
+        """The markers in what a template writes.
+
+        Args:
+            between: the texts before, between and behind the contents of messages.
+            control: special tokens, which are refused elsewhere; the text between two of them is looked at.
+            same: whether two spellings are the same to the tokenizer.
+        """
+        tokens = sorted(filter(None, control), key=len, reverse=True)
+        split = re.compile("|".join(map(re.escape, tokens))) if tokens else None
+        texts: dict[str, None] = {}
+        for text in between:
+            for piece in split.split(text) if split is not None else [text]:
+                texts |= dict.fromkeys(_candidates(piece))
+        if not texts:
+            return cls()
+        patterns = [_pattern(_plain(text), same) for text in texts]
+        return cls(tuple(texts), re.compile("|".join(patterns)))
+
+    def found_in(self, text: str) -> str | None:
+        """The first marker in a text, as the text writes it; `None` if there is none."""
+        match = self.pattern.search(_plain(text)) if self.pattern is not None else None
+        return None if match is None else " ".join(match[0].split())
+
+
+def sentinels(count: int) -> list[str]:
+    """Texts that no template changes, and that are found again in what it writes: digits."""
+    return [f"2718281828{number}459045{number}235" for number in range(count)]
+
+
+def between(text: str, contents: Sequence[str]) -> list[str]:
+    """What a rendered text has around the contents."""
+    return re.split("|".join(map(re.escape, contents)), text)
+
+
+def _candidates(piece: str) -> Iterator[str]:
+    """The first and the last line of a piece, if they look like markers."""
+    lines = [line.strip() for line in piece.splitlines() if line.strip()]
+    for line in dict.fromkeys(lines[:1] + lines[-1:]):
+        line = re.split(r"(?<=[.!?])\s+", line)[-1]  # "... answers the user's questions. USER:"
+        plain_word = line[0].isalnum() and line[-1].isalnum()  # "user" behind a special token
+        sentence = line[-1] in ".!?,;"
+        if len(line) <= _LONGEST and any(map(str.isalpha, line)) and not plain_word and not sentence:
+            yield line
+
+
+def _pattern(marker: str, same: Callable[[str, str], bool]) -> str:
+    spellings = {marker, marker.upper(), marker.title(), marker.capitalize()}
+    folded = all(same(marker, other) for other in (marker.lower(), marker.upper()))
+    body = "|".join(_spaced(spelling) for spelling in sorted(spellings))
+    flags = "(?i:" if folded else "(?:"
+    before = r"(?<![^\W_])" if marker[0].isalnum() and sum(map(str.isalpha, marker)) < _SHORT else ""
+    return f"{before}{flags}{body})"
+
+
+def _spaced(spelling: str) -> str:
+    """White space between a marker's words and signs does not matter: "ASSISTANT :", "[ /INST ]"."""
+    parts = re.findall(r"\w+|[^\w\s]", spelling)
+    return r"\s*".join(map(re.escape, parts))
+
+
+def _plain(text: str) -> str:
+    """Full-width letters as plain ones, and no invisible characters."""
+    if text.isascii():
+        return text.translate(_CONTROL)
+    kept = (c for c in unicodedata.normalize("NFKC", text) if c.isspace() or unicodedata.category(c) not in ("Cf", "Cc"))
+    return "".join(kept)
+
+
+_CONTROL = {code: None for code in (*range(32), 127) if not chr(code).isspace()}
