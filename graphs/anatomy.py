@@ -15,10 +15,12 @@ all must agree.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
@@ -26,6 +28,7 @@ from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 from .bodies import branches_on_path
 from .dataflow import Flow, Vertex, is_skip_norm, is_sorted
 from .errors import AnatomyNotFound, ModelUnreadable, first_line
+from .inlining import require_inlinable
 from .scribe import PREFIX
 
 SiteKind = Literal["add", "skip_norm"]
@@ -47,6 +50,9 @@ _ATTENTION_OPS = frozenset(
 _OTHER_MIXERS = frozenset(
     {"LinearAttention", "GatedDeltaNet", "CausalConvWithState", "Conv", "Scan", "Loop", "LSTM", "GRU"}
 )
+_MOST_NAMED = 40  # names in a sentence
+# Sources times values. The largest hybrid decoders have some 100 convolution states and 30,000 values.
+_MOST_LOOKED_AT = 4_000_000
 # What a norm ends in, or is: its weight is as long as the stream is wide.
 _SCALES = frozenset({"Mul", "RMSNormalization", "SimplifiedLayerNormalization", "LayerNormalization"})
 _MATMULS = frozenset({"MatMul", "FusedMatMul", "TransposeMatMul", "Einsum", "Gemm", "MatMulInteger", "QLinearMatMul"})
@@ -211,12 +217,19 @@ def _streams(flow: Flow, sink: ir.Value, expected_layers: int | None) -> list[tu
 def _stream(body: str, flow: Flow, sink: ir.Value, expected_layers: int | None) -> tuple[ResidualStream, int]:
     best: tuple[list[tuple[Vertex, Vertex]], Vertex] | None = None
     most = (0, 0)
-    for source in _sources(flow):
+    sources = list(_sources(flow))
+    if len(sources) * len(flow.vertices) > _MOST_LOOKED_AT:  # each is followed through the whole graph
+        raise AnatomyNotFound(
+            f"{len(sources)} values could be where the stream begins, among {len(flow.vertices)}; is this a decoder?"
+        )
+    for source in sources:
         layers = _layers(flow, source, _vertex(flow, sink))
         # The state of a convolution is a rank-3 input too, and reaches as many layers. But it enters the first sum from
         # the branch alone, where the stream's source enters from both sides: one join more.
+        if len(layers) < max(most[0], 1):
+            continue
         found = len(layers), _join_count(flow, source, _vertex(flow, sink))
-        if layers and found > most:
+        if found > most:
             best, most = (layers, source), found
     if best is None:
         raise AnatomyNotFound(_reason_for_nothing(flow))
@@ -242,6 +255,7 @@ def prepare(model: ir.Model) -> None:
     """Make structure visible: inline model-local functions, put nodes behind what they read, infer types where the
     exporter wrote none."""
     if model.functions:
+        require_inlinable(model)
         try:
             InlinePass()(model)
         except (ir.passes.InvariantError, ir.passes.PassError) as error:
@@ -327,8 +341,9 @@ def _vertex(flow: Flow, value: ir.Value) -> Vertex:
     return vertex
 
 
-def _names(values: object) -> str:
-    return ", ".join(str(value.name) for value in values) or "nothing"  # type: ignore[attr-defined]
+def _names(values: Iterable[ir.Value]) -> str:
+    names = [str(value.name) for value in values]
+    return ", ".join(names[:_MOST_NAMED]) + (" ..." if len(names) > _MOST_NAMED else "") or "nothing"
 
 
 # 2. and 3. The chain, its attention gaps
@@ -365,8 +380,8 @@ def _join_count(flow: Flow, source: Vertex, sink: Vertex) -> int:
 
 def _gap_start(chain: list[Vertex], mixer: Vertex) -> int | None:
     """Position in the chain of the last vertex before the mixer."""
-    before = [position for position, vertex in enumerate(chain) if vertex.index < mixer.index]
-    return before[-1] if before else None
+    before = bisect_left(chain, mixer.index, key=lambda vertex: vertex.index)
+    return before - 1 if before else None
 
 
 def is_mixer(flow: Flow, vertex: Vertex) -> bool:
@@ -381,18 +396,29 @@ def is_mixer(flow: Flow, vertex: Vertex) -> bool:
 
 def _spelled_out(flow: Flow, softmax: ir.Node) -> bool:
     """Whether a Softmax's result meets a MatMul with two dynamic operands: probabilities times values."""
-    stack, seen = [softmax.outputs[0]], set()
-    while stack:
-        for node in stack.pop().consumers():
-            if node in seen:
-                continue
-            seen.add(node)
-            if node.op_type in _MATMULS:
-                if all(flow.is_dynamic(operand) for operand in _operands(node)):
-                    return True
-            elif node.op_type in _TRANSPARENT:
-                stack.extend(node.outputs)
-    return False
+    if flow not in _WEIGHING:
+        _WEIGHING[flow] = _weighing(flow)
+    return softmax.outputs[0] in _WEIGHING[flow]
+
+
+def _weighing(flow: Flow) -> set[ir.Value]:
+    """Every value that such a MatMul reads, itself or through nodes that may stand between: found backwards, each once."""
+    nodes = list(flow.graph.all_nodes())
+    products = (node for node in nodes if node.op_type in _MATMULS and all(map(flow.is_dynamic, _operands(node))))
+    waiting = [value for node in products for value in node.inputs if value is not None]
+    found = set(waiting)
+    while waiting:
+        node = waiting.pop().producer()
+        if node is None or node.op_type not in _TRANSPARENT:
+            continue
+        new = [value for value in node.inputs if value is not None and value not in found]
+        found.update(new)
+        waiting += new
+    return found
+
+
+# Of each flow, which never changes: found once, asked for at every Softmax.
+_WEIGHING: WeakKeyDictionary[Flow, set[ir.Value]] = WeakKeyDictionary()
 
 
 def _operands(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
@@ -510,9 +536,10 @@ def _width(graph: ir.Graph, source: Vertex, sites: tuple[ResidualSite, ...]) -> 
     width = entering[2] if entering is not None and len(entering) == 3 else None
     if isinstance(width, int):
         return width
+    anchors = {node.outputs[0].name: node for node in reversed(graph) if node.outputs}
+    searched: set[tuple[ir.Value, int]] = set()
     for site in sites:
-        node = find_node(graph, site.anchor)
-        assert node is not None
+        node = anchors[site.anchor]
         if is_skip_norm(node):
             weight = node.inputs[2]
             length = weight.shape[0] if weight is not None and weight.shape is not None else None
@@ -523,15 +550,21 @@ def _width(graph: ir.Graph, source: Vertex, sites: tuple[ResidualSite, ...]) -> 
                 last = value.shape[2]
                 if isinstance(last, int):
                     return last
-        width = _width_from_consumers(node.outputs[0])
+        width = _width_from_consumers(node.outputs[0], searched)
         if width is not None:
             return width
     raise AnatomyNotFound(f"the width of the residual stream is unknown at {sites[0].anchor!r}; run shape inference")
 
 
-def _width_from_consumers(value: ir.Value, depth: int = 6) -> int | None:
-    if depth == 0:
+def _width_from_consumers(value: ir.Value, searched: set[tuple[ir.Value, int]], depth: int = 6) -> int | None:
+    """The length of a norm's weight at most `depth` nodes behind the value.
+
+    Args:
+        searched: values, and how far behind each was looked in vain; a value has many ways to it, and is looked at once.
+    """
+    if depth == 0 or (value, depth) in searched:
         return None
+    searched.add((value, depth))
     for node in value.consumers():
         for operand in node.inputs:
             tensor = operand.const_value if operand is not None else None
@@ -539,7 +572,7 @@ def _width_from_consumers(value: ir.Value, depth: int = 6) -> int | None:
             if isinstance(length, int) and length > 1 and node.op_type in _SCALES:
                 return length
         for output in node.outputs:
-            width = _width_from_consumers(output, depth - 1)
+            width = _width_from_consumers(output, searched, depth - 1)
             if width is not None:
                 return width
     return None
@@ -558,7 +591,8 @@ def _reason_for_nothing(flow: Flow) -> str:
             f"{_counted(mixers)} but no embedding lookup or inputs_embeds among the inputs "
             f"{_names(flow.graph.inputs)}; is this a decoder graph?"
         )
-    if any(_sums_between(flow, first, second) for first, second in pairwise(mixers)):
+    everything = set(range(len(flow.vertices)))
+    if any(_sums_between(flow, first, second, everything) for first, second in pairwise(mixers)):
         return (
             f"{len(mixers)} attention nodes follow one another without a single sum that all paths pass: several residual "
             "streams run side by side (as in Gemma3n), and models with several streams cannot be guarded"
@@ -577,7 +611,6 @@ def _counted(mixers: list[Vertex]) -> str:
     return " and ".join([*parts, *([f"nodes that mix tokens ({', '.join(others)})"] if others else [])])
 
 
-def _sums_between(flow: Flow, first: Vertex, second: Vertex) -> bool:
+def _sums_between(flow: Flow, first: Vertex, second: Vertex, everything: set[int]) -> bool:
     """Whether the way from one attention to the next leads through a sum."""
-    everything = set(range(len(flow.vertices)))
     return any(_is_true_sum(flow, flow.vertices[index], everything) for index in flow.between(first, second))

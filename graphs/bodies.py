@@ -76,10 +76,11 @@ def branches(node: ir.Node) -> Iterator[Body]:
 
 def branches_on_path(flow: Flow, sink: Vertex) -> list[tuple[Body, ir.Value]]:
     """The branches of the `If` that the sink comes out of, each with its own value for it; empty if there is none."""
+    before = flow.before(sink)
     for node in reversed(list(branching(flow.graph))):
         for index, output in enumerate(node.outputs):
             vertex = flow.vertex(output)
-            if vertex is not None and (vertex is sink or flow.between(vertex, sink)):
+            if vertex is not None and vertex.index in before:
                 _require_outputs(node)
                 return [(body, body.graph.outputs[index]) for body in branches(node)]
     return []

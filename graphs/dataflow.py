@@ -64,6 +64,7 @@ class Flow:
         self.vertices: list[Vertex] = []
         self.predecessors: list[tuple[int, ...]] = []
         self._vertex_of: dict[ir.Value, int] = {}
+        self._last_between: tuple[int, int, list[int]] = (-1, -1, [])
         self.inputs: list[ir.Value] = [value for value in graph.inputs if value.name not in graph.initializers]
         if outer is not None:
             self.inputs += [value for value in dict.fromkeys(captured(graph)) if outer.is_dynamic(value)]
@@ -93,10 +94,20 @@ class Flow:
         return value is not None and value in self._vertex_of
 
     def between(self, source: Vertex, sink: Vertex) -> list[int]:
-        """Indices of the vertices on some path from source to sink, both included, in topological order."""
-        forward = _reach([source.index], self.successors)
-        backward = _reach([sink.index], self.predecessors)
-        return sorted(forward & backward)
+        """Indices of the vertices on some path from source to sink, both included, in topological order.
+
+        Every edge leads to a higher index, so nothing outside the two is looked at: neighbours in a long graph cost little.
+        """
+        low, high = source.index, sink.index
+        if self._last_between[:2] != (low, high):  # one pair is asked for several times in a row
+            forward = _reach([low], self.successors, low, high)
+            backward = _reach([high], self.predecessors, low, high)
+            self._last_between = low, high, sorted(forward & backward)
+        return self._last_between[2]
+
+    def before(self, sink: Vertex) -> set[int]:
+        """Indices of the vertices that the sink is computed from, and its own."""
+        return _reach([sink.index], self.predecessors, 0, sink.index)
 
     def dominator_chain(self, source: Vertex, sink: Vertex) -> list[Vertex]:
         """The vertices that every path from source to sink passes, in order; empty if there is no path.
@@ -184,11 +195,11 @@ def captured(body: ir.Graph) -> Iterator[ir.Value]:
     yield from (value for value in body.outputs if value not in own)
 
 
-def _reach(start: list[int], edges: list[list[int]] | list[tuple[int, ...]]) -> set[int]:
+def _reach(start: list[int], edges: list[list[int]] | list[tuple[int, ...]], low: int, high: int) -> set[int]:
     seen, stack = set(start), list(start)
     while stack:
         for index in edges[stack.pop()]:
-            if index not in seen:
+            if low <= index <= high and index not in seen:
                 seen.add(index)
                 stack.append(index)
     return seen
