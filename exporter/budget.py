@@ -99,7 +99,8 @@ def run_within(arguments: Sequence[str], seconds: float | None, memory: int | No
 
     Args:
         seconds: of wall-clock time; `None` for no limit. The command is asked to clean up then, and gets some seconds for it.
-        memory: bytes that it may allocate; `None` for no limit. Model files that are mapped, not read, do not count; the stacks of its threads do.
+        memory: bytes that it may allocate; `None` for no limit. Model files that are mapped, not read, do not count; the
+            stacks of its threads do.
 
     Raises:
         GuardError: time was up, or it wanted more memory; what it wrote is gone, or is swept up by the next run.

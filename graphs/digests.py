@@ -9,6 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
+from .errors import ModelUnreadable
+from .regular_files import NotRegular, open_regular, require_dense
+
 # (bytes read so far, bytes to read)
 Progress = Callable[[int, int], None]
 
@@ -29,8 +32,17 @@ def sha256_files(paths: Iterable[Path], progress: Progress | None = None) -> dic
 
     Args:
         progress: told how many bytes have been read, now and then, from several threads but never at the same time.
+
+    Raises:
+        ModelUnreadable: a path is no regular file, or the files are far larger than what the disk holds of them.
     """
     wanted = list(dict.fromkeys(paths))
+    try:
+        require_dense(path.stat() for path in wanted)
+    except NotRegular as error:
+        raise ModelUnreadable(
+            f"{wanted[0]}: {error}; copy the model again, or limit the run with --max-seconds"
+        ) from None
     contents: dict[tuple[int, int], Path] = {}
     for path in wanted:
         contents.setdefault(_content(path), path)
@@ -54,8 +66,12 @@ class _Told:
 
 def _digest(path: Path, told: _Told) -> str:
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(min(_CHUNK, max(path.stat().st_size, 1))))
-    with path.open("rb", buffering=0) as file:
+    try:
+        descriptor = open_regular(path)
+    except NotRegular as error:
+        raise ModelUnreadable(f"{path}: {error}; copy it from the model again") from None
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        buffer = memoryview(bytearray(min(_CHUNK, max(os.fstat(file.fileno()).st_size, 1))))
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             told.add(count)

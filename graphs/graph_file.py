@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ModelUnreadable, first_line
 from .external_data import require_external_data
+from .regular_files import read_regular
 from .tensor_size import byte_count, number_count
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def _parse(path: Path) -> onnx.ModelProto:
             f"{path}: has {path.stat().st_size} bytes, a graph file ends at {LARGEST_FILE}; save its weights as external data"
         )
     try:
-        proto = onnx.ModelProto.FromString(path.read_bytes())
+        proto = onnx.ModelProto.FromString(read_regular(path, LARGEST_FILE))
     except DecodeError:  # whose words differ from version to version
         raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated (not a protobuf)") from None
     except OSError as error:

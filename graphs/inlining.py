@@ -26,8 +26,8 @@ def require_inlinable(model: ir.Model) -> None:
     inlined, _ = sizes.of(model.graph.all_nodes(), ())
     if inlined > MOST_INLINED + 4 * written:
         raise ModelUnreadable(
-            f"the graph's own functions give {_about(inlined)} nodes when they are inlined, from {written} in the file; is it a "
-            "decoder?"
+            f"the graph's own functions give {_about(inlined)} nodes when they are inlined, from {written} in the file; is it "
+            "a decoder?"
         )
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from .digests import BIG, Progress, sha256_files
 from .errors import ManifestMismatch
 from .package import COMPANIONS, LARGEST_JSON
+from .regular_files import read_regular
 
 MANIFEST_NAME = "guard.json"
 SCHEMA = "vlmguard.guard/2"
@@ -197,7 +198,7 @@ def read_manifest(folder: Path) -> Manifest:
     if path.stat().st_size > LARGEST_JSON:
         raise ManifestMismatch(f"{path}: is malformed ({path.stat().st_size} bytes); export again")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path, LARGEST_JSON).decode())
         if not isinstance(content, dict):
             raise ManifestMismatch(
                 f"{path}: is malformed (holds {type(content).__name__}, not an object); export again"

@@ -37,6 +37,7 @@ from .errors import GuardError, ModelUnreadable, first_line
 from .genai_pipeline import read_pipeline, stage_files
 from .graph_file import read_graph_file
 from .links import require_own
+from .regular_files import read_regular
 from .roles import NOTHING_DECLARED, DeclaredNames, InputRoles, declare, declared_by_genai, input_roles
 from .staging import create_file, new_file
 
@@ -628,7 +629,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         require_small(path, LARGEST_JSON)
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path, LARGEST_JSON).decode())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:

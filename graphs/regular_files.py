@@ -6,9 +6,14 @@ waiting, and then judged.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
+
+SPARSE_UP_TO = 64 << 30  # bytes
+_BLOCK = 512  # bytes of `st_blocks`, whatever the file system's own are
 
 
 class NotRegular(OSError):
@@ -28,10 +33,29 @@ def read_regular(path: Path, most: int) -> bytes:
     """
     with os.fdopen(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        content = file.read(most + 1) if size <= most else b""
-        if size > most or len(content) > most:  # a file of /proc has a size of 0
-            raise NotRegular(f"has {max(size, len(content))} bytes, expected at most {most}")
+        if size > most:
+            raise NotRegular(f"has {size} bytes, expected at most {most}")
+        content = file.read(size + 1)
+        if len(content) != size:  # a file of /proc says 0
+            raise NotRegular("changes while it is read")
         return content
+
+
+def require_dense(statuses: Iterable[os.stat_result]) -> None:
+    """Before files are read whole: what they say they hold is on the disk, at least in part.
+
+    A sparse file says that it has 8 EiB and takes no place. Up to `SPARSE_UP_TO` bytes in all this is fine; beyond that a
+    quarter must be there, because file systems compress.
+
+    Raises:
+        NotRegular: it is not.
+    """
+    size = held = 0
+    for status in statuses:
+        size += status.st_size
+        held += status.st_blocks * _BLOCK if hasattr(status, "st_blocks") else status.st_size
+    if size > SPARSE_UP_TO + 4 * held:
+        raise NotRegular(f"has {size} bytes with the files beside it, and the disk holds {held} of them")
 
 
 def open_regular(path: Path) -> int:
@@ -43,7 +67,7 @@ def open_regular(path: Path) -> int:
     except IsADirectoryError:
         raise NotRegular("is no regular file") from None
     except OSError as error:
-        if error.errno == 6:  # ENXIO: a socket, or a device that is not there
+        if error.errno == errno.ENXIO:  # a socket, or a device that is not there
             raise NotRegular("is no regular file") from None
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -30,7 +30,7 @@ def serve(memory: int) -> None:
     os.dup2(2, 1)  # whatever a library prints is no reply
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent is told too, and closes stdin when it ends
         signal.signal(number, signal.SIG_IGN)
-    watch = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+    watch = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     _import_before_the_limit()
     _limit(memory)
     write_frame(replies, {"ready": True})

@@ -306,16 +306,24 @@ def open_image(source: Image.Image | Path | str | bytes) -> Image.Image:
     if isinstance(source, bytes):
         return _decoded(source, "the image", "the image cannot be read")
     path = Path(source)
+    return _decoded(picture_bytes(path), f"{path}: the image", f"{path}: is not an image that can be read")
+
+
+def picture_bytes(path: Path) -> bytes:
+    """The content of a picture's file, not yet decoded.
+
+    Raises:
+        GuardError: no such file, no regular one, or more than `LARGEST_FILE` bytes.
+    """
     if not path.is_file():
         raise GuardError(f"{path}: no such image file; name a {', '.join(FORMATS)} file")
     try:
-        content = read_regular(path, LARGEST_FILE)
+        return read_regular(path, LARGEST_FILE)
     except NotRegular as error:
         raise GuardError(f"{path}: {error}; save it again as PNG or JPEG") from None
     except OSError as error:
         reason = first_line(error)
         raise GuardError(f"{path}: is not an image that can be read ({reason}); save it again as PNG or JPEG") from None
-    return _decoded(content, f"{path}: the image", f"{path}: is not an image that can be read")
 
 
 def _decoded(content: bytes, what: str, damaged: str) -> Image.Image:

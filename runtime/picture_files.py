@@ -17,7 +17,7 @@ MAX_PIXELS = 50_000_000
 FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 # A progressive JPEG goes over the whole picture once per scan. Encoders write about 10; a file of a megabyte can have 100,000.
-MOST_SCANS = 100
+MOST_SCANS = 50
 _START_OF_SCAN = b"\xff\xda"
 
 
@@ -50,6 +50,26 @@ def decode(content: bytes, what: str, damaged: str) -> Image.Image:
         # Pillow names the object that it was given, which is not the user's file
         reason = "of no known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise GuardError(f"{damaged} ({reason}); save it again as PNG or JPEG") from None
+
+
+def media_type(content: bytes) -> str | None:
+    """What a file's first bytes say that it is; `None` for none of `FORMATS` that browsers know."""
+    if content[:4] == b"RIFF":
+        return "image/webp" if content[8:12] == b"WEBP" else None
+    return next((media for start, media in _STARTS.items() if content.startswith(start)), None)
+
+
+_STARTS = {
+    b"\x89PNG\r\n\x1a\n": "image/png",
+    b"\xff\xd8\xff": "image/jpeg",
+    b"GIF87a": "image/gif",
+    b"GIF89a": "image/gif",
+    b"BM": "image/bmp",
+    b"II*\0": "image/tiff",
+    b"MM\0*": "image/tiff",
+    b"II+\0": "image/tiff",
+    b"MM\0+": "image/tiff",
+}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -108,7 +108,9 @@ def _plain(text: str) -> str:
     """Full-width letters as plain ones, and no invisible characters."""
     if text.isascii():
         return text.translate(_CONTROL)
-    kept = (c for c in unicodedata.normalize("NFKC", text) if c.isspace() or unicodedata.category(c) not in ("Cf", "Cc"))
+    kept = (
+        c for c in unicodedata.normalize("NFKC", text) if c.isspace() or unicodedata.category(c) not in ("Cf", "Cc")
+    )
     return "".join(kept)
 
 

@@ -5,6 +5,8 @@ Each is the decoder of `hand_graphs` with something added before its logits, so 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -75,7 +77,7 @@ def chain(length: int, op_type: str = "Identity") -> onnx.ModelProto:
     """One node after the other."""
     proto, before, logits = _open_ended()
     names = [before, *(f"link_{number}" for number in range(length - 1)), logits]
-    for first, second in zip(names, names[1:], strict=False):
+    for first, second in pairwise(names):
         inputs = [first, first] if op_type in ("Conv", "Add") else [first]
         proto.graph.node.append(helper.make_node(op_type, inputs, [second]))
     return proto
@@ -89,7 +91,7 @@ def many_lookups(count: int) -> onnx.ModelProto:
     for number in range(count):
         proto.graph.node.append(helper.make_node("Gather", ["table", "more_ids"], [f"lookup_{number}"]))
     names = [before, *(f"total_{number}" for number in range(count - 1)), logits]
-    for number, (first, second) in enumerate(zip(names, names[1:], strict=False)):
+    for number, (first, second) in enumerate(pairwise(names)):
         proto.graph.node.append(helper.make_node("Add", [first, f"lookup_{number}"], [second]))
     return proto
 
@@ -99,7 +101,7 @@ def many_softmaxes(count: int) -> onnx.ModelProto:
     proto, before, logits = _open_ended()
     names = [before, *(f"chosen_{number}" for number in range(count - 1)), logits]
     proto.graph.node.extend(helper.make_node("Softmax", [before], [f"shares_{number}"]) for number in range(count))
-    for number, (first, second) in enumerate(zip(names, names[1:], strict=False)):
+    for number, (first, second) in enumerate(pairwise(names)):
         proto.graph.node.append(helper.make_node("Where", [first, f"shares_{number}", first], [second]))
     return proto
 
@@ -133,7 +135,7 @@ def parallel_attentions(count: int) -> onnx.ModelProto:
     for number in range(count):
         proto.graph.node.append(helper.make_node("Attention", [before] * 3, [f"seen_{number}"], domain="com.microsoft"))
     names = [before, *(f"total_{number}" for number in range(count - 1)), logits]
-    for number, (first, second) in enumerate(zip(names, names[1:], strict=False)):
+    for number, (first, second) in enumerate(pairwise(names)):
         proto.graph.node.append(helper.make_node("Add", [first, f"seen_{number}"], [second]))
     return proto
 

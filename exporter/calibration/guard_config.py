@@ -33,6 +33,7 @@ from ...graphs.directions import DIRECTIONS_FILE, Directions, LayerDirections
 from ...graphs.errors import DirectionMismatch, GuardError, first_line
 from ...graphs.spec import MODES_WITH_GATE, MODES_WITH_READOUT, GuardSpec
 from .calibrate import Calibration
+from .toml_depth import require_shallow
 
 CONFIG_NAME = "guard.toml"
 SCHEMA = "vlmguard.config/1"
@@ -203,7 +204,9 @@ def _content(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _LARGEST_FILE:
         raise GuardError(f"{path}: {path.stat().st_size} bytes is too large for a {CONFIG_NAME}; give the right file")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        require_shallow(text)
+        return tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise GuardError(f"{path}: is not TOML ({first_line(error)}); correct it there") from None
 

@@ -33,7 +33,7 @@ import onnx_ir as ir
 from ...graphs.decoder_state import COMMUNITY_PAST
 from ...graphs.errors import ExtraMissing, GuardError, ModelUnreadable, OutputRefused, first_line
 from ...graphs.extras import install_command
-from ...graphs.package import COMPANIONS
+from ...graphs.package import COMPANIONS, LARGEST_JSON, require_small
 from ...graphs.reasons import out_of_memory
 from ...graphs.static_proof import Check
 from ..families import find_family
@@ -165,8 +165,9 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise ModelUnreadable(f"{folder}: no config.json; name the folder of a Hugging Face checkpoint")
     try:
+        require_small(path, LARGEST_JSON)
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as malformed:
+    except (ValueError, RecursionError) as malformed:
         raise ModelUnreadable(f"{path}: not JSON ({malformed}); fetch the checkpoint again") from malformed
     if not isinstance(config, dict):
         raise ModelUnreadable(f"{path}: a JSON {type(config).__name__}, expected an object; fetch the checkpoint again")

@@ -21,6 +21,7 @@ from ...graphs.digests import BIG, sha256_file
 from ...graphs.errors import GuardError
 from ...graphs.package import ModelPackage, external_files
 from ...graphs.staging import write_file
+from ...runtime.images import picture_bytes
 from ...runtime.vlm import Request
 
 
@@ -98,5 +99,5 @@ def _image(request: Request) -> bytes:
     if isinstance(request.image, bytes):
         return request.image
     if isinstance(request.image, (str, Path)):
-        return Path(request.image).read_bytes()
+        return picture_bytes(Path(request.image))
     return f"{request.image.mode} {request.image.size} ".encode() + request.image.tobytes()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...graphs.errors import PromptsUnusable
+from ...graphs.regular_files import read_regular
 
 LARGEST_FILE = 256 << 20  # bytes
 
@@ -54,7 +55,7 @@ def _text(path: Path, what: str) -> str:
     if path.stat().st_size > LARGEST_FILE:
         raise PromptsUnusable(f"{path}: {path.stat().st_size} bytes is too large for {what}; give a smaller file")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_regular(path, LARGEST_FILE).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptsUnusable(f"{path}: is not readable text ({error}); save it as UTF-8") from None
 

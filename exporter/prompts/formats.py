@@ -33,6 +33,7 @@ class Entry:
         prompt, label, intent: what is asked, whether that is `harmful`, `harmless` or `borderline`, and its category.
         setting: how it is shown, where the file says so.
         image: path of its picture, relative to the file.
+        above: how many folders above the file the format keeps its pictures in.
         id: the file's own name for it.
         split: which part of the file it belongs to, where that says so (`extraction`, `calibration`, `test`).
         pair: number of the pair that it is one half of.
@@ -46,6 +47,7 @@ class Entry:
     id: str | None = None
     split: str = ""
     pair: int | None = None
+    above: int = 0
 
 
 class RowUnusable(Exception):
@@ -117,7 +119,7 @@ def _harmbench(number: int, row: Row, path: Path) -> list[Entry]:
         return [Entry(prompt, "harmful", intent, id=name)]
     places = ("", "images", "multimodal_behavior_images", "../multimodal_behavior_images")
     found = next((place for place in places if (path.parent / place / str(image)).is_file()), "")
-    return [Entry(prompt, "harmful", intent, "image", str(Path(found) / str(image)), name)]
+    return [Entry(prompt, "harmful", intent, "image", str(Path(found) / str(image)), name, above=found.count(".."))]
 
 
 def _jailbreakbench(number: int, row: Row, path: Path) -> list[Entry]:
@@ -150,7 +152,8 @@ def _mm_safetybench(number: int, row: Row, path: Path) -> list[Entry]:
         if (path.parent / place / picture).is_file():
             prompt = _said(number, row, "Rephrased Question")
             shown = str(place / picture)
-            entries.append(Entry(prompt, "harmful", scenario, "typographic", shown, f"{name}-typographic"))
+            above = len(place.parts)
+            entries.append(Entry(prompt, "harmful", scenario, "typographic", shown, f"{name}-typographic", above=above))
             break
     return entries
 

@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...graphs.errors import PromptsUnusable
+from ...runtime.images import picture_bytes
 from ...runtime.vlm import Request, VisionLanguageModel
 from .files import read_rows
 from .formats import BY_NAME, PICTURED, Entry, Label, RowUnusable, Setting, recognise
 from .formats import LABELS as LABELS  # who reads prompts wants these too
 from .formats import SETTINGS as SETTINGS
+from .picture_paths import picture_path
 
 Source = Path | str
 Sources = Source | Sequence[Source]
@@ -205,7 +207,7 @@ def fingerprint(prompt: LabelledPrompt) -> str:
 
     A blank picture asks nothing, so that a prompt is the same in `text` and `blank`; a picture that matters is part of it.
     """
-    image = prompt.image.read_bytes() if prompt.image is not None else b""
+    image = picture_bytes(prompt.image) if prompt.image is not None else b""
     return hashlib.sha256(normalised(prompt.prompt).encode() + b"\0" + image).hexdigest()[:16]
 
 
@@ -236,7 +238,7 @@ def _of_split(path: Path, numbered: list[tuple[int, Entry]], split: str | None) 
 
 
 def _prompt(path: Path, number: int, entry: Entry) -> LabelledPrompt:
-    image = path.parent / entry.image if entry.image is not None else None
+    image = picture_path(path, number, entry.image, entry.above) if entry.image is not None else None
     if entry.setting in PICTURED and (image is None or not image.is_file()):
         raise PromptsUnusable(
             f"{path}: line {number} has setting {entry.setting}, but its image {entry.image!r} is missing"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
-from ...graphs.errors import ModelUnreadable, first_line
+from ...graphs.errors import ModelUnreadable
 from ...runtime.decoder import DecoderSession, PromptBatch
 from ...runtime.vlm import Request, VisionLanguageModel
+from .npz import read_npz
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,7 @@ def given_inputs(paths: Sequence[Path]) -> ProofInputs:
     """
     batches = []
     for path in paths:
-        try:
-            with np.load(path, allow_pickle=False) as content:
-                given = {name: content[name] for name in content.files}
-        except (OSError, ValueError, EOFError, BadZipFile) as error:
-            raise ModelUnreadable(
-                f"{path}: is no .npz of arrays ({first_line(error)}); write it with numpy.savez"
-            ) from None
+        given = read_npz(path)
         text = given.get("inputs_embeds", given.get("input_ids"))
         if text is None or text.ndim < 2:
             raise ModelUnreadable(

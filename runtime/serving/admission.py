@@ -22,7 +22,7 @@ class Admission:
         queue: requests that may wait besides.
 
     Attributes:
-        inside: requests that were let in and have not left.
+        inside: requests that were let in, once their bodies had come, and have not left.
         running: those of them whose answer is being made.
         draining: nobody is let in any more.
         closed: who still waits for a place gets none.
@@ -37,7 +37,7 @@ class Admission:
 
     @property
     def waiting(self) -> int:
-        """Requests that are inside and not running: still being read, or in the queue."""
+        """Requests that are inside and not running: in the queue."""
         return self.inside - self.running
 
     @property
@@ -47,11 +47,17 @@ class Admission:
         return min(max(math.ceil(expected), 1), _LONGEST_RETRY)
 
     def enter(self) -> Visit:
-        """Let a request in, before any of its body is read: what waits is bounded in memory too.
+        """Let a request in whose body has been read.
 
         Raises:
-            ApiError: 503 while the server stops, 429 if places and queue are taken.
+            ApiError: as `require_room`.
         """
+        self.require_room()
+        self.inside += 1
+        return Visit(self)
+
+    def require_room(self) -> None:
+        """Raises ApiError: 503 while the server stops, 429 if places and queue are taken."""
         if self.draining:
             raise stopping()
         if self.inside >= self.places + self.queue:
@@ -62,8 +68,6 @@ class Admission:
                 code="queue_full",
                 retry_after=self.retry_after,
             )
-        self.inside += 1
-        return Visit(self)
 
     def close(self) -> None:
         """Nobody is let in any more, and nobody gets a place: those who wait for one are told."""

@@ -21,7 +21,7 @@ from .access import AccessLog, access_of
 from .admission import Admission
 from .answering import Answering, Limits
 from .auth import require_key, require_local_name
-from .body import read_json
+from .body import Bodies, read_json
 from .chat_request import ChatRequest, read_chat_request
 from .errors import ApiError, ClientGone
 from .metrics import Metrics
@@ -46,16 +46,21 @@ class Service:
         self._fingerprint = _fingerprint(vlm)
         self._limits = Limits(settings.max_prompt_tokens, _positions(vlm))
         self._under_way: set[Answering] = set()
+        self._bodies = Bodies((self.admission.places + self.admission.queue) * settings.max_body)
         self.app = _routes(self)
 
     async def chat(self, http: Request) -> Response:
         """`/v1/chat/completions`, from the door to the answer's beginning."""
         began = time.monotonic()
+        self.admission.require_room()  # before any of the body is read, and again when it has come
+        content = await read_json(http, self.settings.max_body, self._bodies, self.settings.timeout)
         visit = self.admission.enter()
         try:
-            async with asyncio.timeout(self.settings.timeout):
-                content = await read_json(http, self.settings.max_body)
+            async with asyncio.timeout_at(
+                asyncio.get_running_loop().time() + began + self.settings.timeout - time.monotonic()
+            ):
                 chat = read_chat_request(content, self.settings, self.vlm.sees)
+                del content
                 await unless_gone(http.receive, visit.place())
 
             def ended(answering: Answering) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 
+from ..picture_files import media_type
 from .errors import ApiError
 
 MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "image/tiff")
@@ -21,7 +22,7 @@ def image_bytes(url: str, largest: int, param: str) -> bytes:
         param: the request's field, for errors.
 
     Raises:
-        ApiError: 400 for another kind of URL, 413 for a larger file.
+        ApiError: 400 for another kind of URL or a file of another type than it says, 413 for a larger file.
     """
     if url[:5].lower() != "data:":
         raise ApiError(
@@ -47,6 +48,14 @@ def image_bytes(url: str, largest: int, param: str) -> bytes:
         raise ApiError(400, "the image is not valid base64", code="invalid_base64_image", param=param) from None
     if len(file) > largest:
         raise _too_large(largest, param)
+    held = media_type(file)
+    if held != media:
+        raise ApiError(
+            400,
+            f"the image says {media}, and its bytes are {held or 'of another format'}; send the type that it has",
+            code="invalid_image_format",
+            param=param,
+        )
     return file
 
 
