@@ -33,7 +33,7 @@ package = types.ModuleType("vlmguard")
 package.__path__ = [{package!r}]
 sys.modules["vlmguard"] = package
 from vlmguard.runtime.confined_jobs import serve
-serve({memory})
+serve({memory}, {module!r})
 """
 _START_SECONDS = 60.0
 _MOST_HELPERS = 4  # of a pool, at the same time; more jobs wait
@@ -49,10 +49,11 @@ class ConfinedPool:
     Args:
         seconds: that a job may take.
         memory: bytes of address space of a helper.
+        module: of `runtime`, that the jobs need; imported before a job's time begins.
     """
 
-    def __init__(self, seconds: float, memory: int) -> None:
-        self.seconds, self.memory = seconds, memory
+    def __init__(self, seconds: float, memory: int, module: str = "chat_environment") -> None:
+        self.seconds, self.memory, self.module = seconds, memory, module
         self._forget()
         atexit.register(self.close)
         if hasattr(os, "register_at_fork"):
@@ -101,7 +102,7 @@ class ConfinedPool:
                 if helper.poll() is None:
                     return helper
                 _end(helper)
-        return _started(self.memory)
+        return _started(self.memory, self.module)
 
     def _forget(self) -> None:
         """In a forked child: the helpers are the parent's."""
@@ -109,11 +110,11 @@ class ConfinedPool:
         self._places = threading.BoundedSemaphore(_MOST_HELPERS)
 
 
-def _started(memory: int) -> subprocess.Popen[bytes]:
+def _started(memory: int, module: str) -> subprocess.Popen[bytes]:
     # Not by `import vlmguard`: that would need the site's hooks for editable installs. Relative entries name the folder that
     # the user happens to be in, which may be the one with the untrusted files.
     path = [entry for entry in sys.path if Path(entry).is_absolute()]
-    code = _START.format(path=path, package=str(_PACKAGE), memory=memory)
+    code = _START.format(path=path, package=str(_PACKAGE), memory=memory, module=module)
     flags = ["-I", "-S", *(["-B"] if sys.dont_write_bytecode else [])]
     try:
         helper = subprocess.Popen(
@@ -176,4 +177,4 @@ def _pipe(stream: Any) -> Any:
 
 
 TEMPLATES = ConfinedPool(seconds=5, memory=512 << 20)
-PICTURES = ConfinedPool(seconds=10, memory=2 << 30)
+PICTURES = ConfinedPool(seconds=10, memory=2 << 30, module="picture_files")

@@ -12,6 +12,7 @@ import signal
 import struct
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import IO, Any
 
 from ..graphs.errors import GuardError, first_line
@@ -20,18 +21,19 @@ from .confined_frames import read_frame, write_frame
 Reply = tuple[dict[str, Any], bytes]
 
 
-def serve(memory: int) -> None:
+def serve(memory: int, module: str) -> None:
     """Answer jobs until stdin ends.
 
     Args:
         memory: bytes of address space that the process may have, where the system can limit it.
+        module: beside this one, that the jobs need.
     """
     jobs, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no reply
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent is told too, and closes stdin when it ends
         signal.signal(number, signal.SIG_IGN)
     watch = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-    _import_before_the_limit()
+    import_module(f"{__package__}.{module}")
     _limit(memory)
     write_frame(replies, {"ready": True})
     while (frame := _next(jobs)) is not None:
@@ -77,12 +79,6 @@ def _decode(header: dict[str, Any], payload: bytes) -> Reply:
 
 
 JOBS: dict[str, Callable[[dict[str, Any], bytes], Reply]] = {"compile": _compile, "render": _render, "decode": _decode}
-
-
-def _import_before_the_limit() -> None:
-    """Only what the process is for; the first job names it by running, so nothing is imported here but codecs."""
-    import encodings.idna  # noqa: F401
-    import json  # noqa: F401
 
 
 def _next(jobs: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:

@@ -86,8 +86,7 @@ async def read_json(http: Request, largest: int, bodies: Bodies, seconds: float 
             raise ApiError(
                 408, f"the body did not arrive within {min(seconds, LONGEST_WAIT):g} s; send it faster", code="timeout"
             ) from None
-        content = _object(bytes(body))
-    return content
+        return _object(bytes(body))
 
 
 def _object(body: bytes) -> dict[str, Any]:
