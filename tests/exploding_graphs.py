@@ -57,19 +57,38 @@ def function_chain(depth: int) -> onnx.ModelProto:
     return proto
 
 
-def woven(rows: int, across: int) -> onnx.ModelProto:
-    """A sum of unknown width, read by rows of nodes that each read the whole row before: across ** rows ways."""
+def woven(rows: int, across: int, scale: bool = False) -> onnx.ModelProto:
+    """A sum of unknown width, read by rows of nodes that each read the whole row before: across ** rows ways to look for it.
+
+    Args:
+        scale: whether a norm's weight says the width, behind all of them.
+    """
     proto = ir.to_proto(decoder(layers=2))
     del proto.graph.value_info[:]
     for value in (*proto.graph.input, *proto.graph.output):
         for size in value.type.tensor_type.shape.dim:
             if size.dim_value == WIDTH:
                 size.dim_param = "width"
+    # what an operator that nobody knows gives has no shape
+    proto.opset_import.append(helper.make_opsetid("unknown", 1))
+    made = [node.output[0] for node in proto.graph.node if node.op_type == "Add"]
+    for node in list(proto.graph.node):
+        if node.op_type == "Add":
+            parts = [f"{name} of {node.output[0]}" for name in node.input]
+            for name, part in zip(node.input, parts, strict=True):
+                proto.graph.node.append(helper.make_node("Pass", [name], [part], domain="unknown"))
+            node.input[:] = parts
+    proto.graph.value_info.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in made if name != "hidden"
+    )
     row = ["layer_0_sum"]
     for number in range(rows):
-        made = [f"woven_{number}_{place}" for place in range(across)]
-        proto.graph.node.extend(helper.make_node("Sum", row, [name]) for name in made)
-        row = made
+        names = [f"woven_{number}_{place}" for place in range(across)]
+        proto.graph.node.extend(helper.make_node("Sum", row, [name]) for name in names)
+        row = names
+    if scale:
+        proto.graph.initializer.append(numpy_helper.from_array(np.ones(WIDTH, np.float32), "weight"))
+        proto.graph.node.append(helper.make_node("Mul", [row[-1], "weight"], ["scaled"]))
     return proto
 
 
