@@ -29,6 +29,7 @@ LEAST_DEFAULT = 4 << 30  # bytes; a machine with less free memory swaps, which i
 LEAST = 512 << 20  # bytes; Python, numpy and a runtime want about half of it before they do anything
 _STOP = getattr(signal, "SIGALRM", signal.SIGTERM)  # Windows has no other
 _INSIDE = "VLMGUARD_WITHIN_BUDGET"  # seconds that the process has, or nothing
+_PARENT = "VLMGUARD_BUDGET_PARENT"  # its process id
 _GRACE = 3.0  # seconds to clean up in, once time is up
 _WANTED_MORE, _TIME_IS_UP = 71, 72  # exit codes of the process
 MOST = 1 << 50
@@ -111,7 +112,7 @@ def run_within(arguments: Sequence[str], seconds: float | None, memory: int | No
     code = f"import sys; sys.path[:] = {path!r}; from vlmguard.cli import main; main()"
     child = subprocess.Popen(
         [sys.executable, "-P", "-c", code, *arguments],
-        env={**os.environ, _INSIDE: "" if seconds is None else str(seconds)},
+        env={**os.environ, _INSIDE: "" if seconds is None else str(seconds), _PARENT: str(os.getpid())},
         preexec_fn=_limit(memory) if memory is not None else None,
     )
     with _forwarded(child):
@@ -132,7 +133,7 @@ def kept() -> Iterator[None]:
         yield
         return
     if hasattr(signal, "pthread_kill"):
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with, args=(int(os.environ[_PARENT]),), daemon=True).start()
     if seconds := os.environ[_INSIDE]:
         signal.signal(_STOP, _time_is_up)
         threading.Thread(target=_watch, args=(float(seconds),), daemon=True).start()

@@ -19,7 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 from random_directions import write_directions
 from tiny_vlm_paths import SOURCE
 
-from vlmguard.exporter.budget import LEAST, memory_of
+from vlmguard import cli
+from vlmguard.exporter.budget import DEFAULT_SECONDS, LEAST, LEAST_DEFAULT, free_memory, memory_of
 from vlmguard.graphs.errors import GuardError
 
 COMMAND = [sys.executable, "-c", "from vlmguard.cli import main; main()"]
@@ -82,15 +83,81 @@ def endless(folder: Path, turns: int) -> list[object]:
 
 def test_sizes() -> None:
     assert memory_of("4G") == memory_of("4GiB") == memory_of("4096m") == 4 << 30
+    assert memory_of("0") == memory_of("0G") == 0
     assert memory_of("1.5g") == 3 << 29 and memory_of(str(LEAST)) == LEAST
     for text, sentence in (
-        ("lots", "--max-memory lots: is no size; write 4G or 512M"),
-        ("-4G", "--max-memory -4G: is no size; write 4G or 512M"),
+        ("lots", "--max-memory lots: is no size; write 4G or 512M, or 0 for no limit"),
+        ("-4G", "--max-memory -4G: is no size; write 4G or 512M, or 0 for no limit"),
+        ("9" * 400, f"--max-memory {'9' * 40}: is no size; write 4G or 512M, or 0 for no limit"),
+        (
+            "999999999999T",
+            "--max-memory 999999999999T: is more than any machine has; write 4G or 512M, or 0 for no limit",
+        ),
         ("100M", "--max-memory 100M: nothing runs in less than 512M; allow more"),
     ):
         with pytest.raises(GuardError) as told:
             memory_of(text)
         assert str(told.value) == sentence
+
+
+@pytest.mark.parametrize(
+    "option", [("--max-memory", "999999999999T"), ("--max-seconds", "nan"), ("--max-seconds", "inf")]
+)
+def test_a_limit_that_is_none_is_wrong_usage(option: tuple[str, str]) -> None:
+    asked = run(*option, "inspect", "nowhere")
+    assert asked.returncode == 2 and "Traceback" not in asked.stderr and "Usage: " in asked.stderr
+
+
+def test_commands_that_open_untrusted_models_have_a_budget_unless_it_is_lifted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "free_memory", lambda: 5 << 30)
+    assert {name: cli._budget(name, None, None) for name in DEFAULT_SECONDS} == {
+        "inspect": (600, 5 << 30),
+        "verify": (14400, 5 << 30),
+        "export": (86400, 5 << 30),
+    }
+    assert cli._budget("serve", None, None) == (None, None)
+    assert cli._budget("export", 0, "0") == (None, None)
+    assert cli._budget("export", 7, None) == (7, 5 << 30) and cli._budget("export", None, "1G") == (86400, 1 << 30)
+    monkeypatch.setattr(cli, "free_memory", lambda: None)
+    assert cli._budget("verify", None, None) == (14400, None)
+
+
+def test_the_default_budget_is_no_more_than_the_machine_has() -> None:
+    free = free_memory()
+    if sys.platform == "linux":
+        assert free is not None and free >= LEAST_DEFAULT
+        total = int(Path("/proc/meminfo").read_text().split()[1]) << 10
+        assert free <= max(LEAST_DEFAULT, 2 * total)
+
+
+def test_what_the_default_budget_runs_is_the_same_command() -> None:
+    lifted = run("inspect", SOURCE, "--json")
+    default = run("inspect", SOURCE, "--json", VLMGUARD_MAX_SECONDS="", VLMGUARD_MAX_MEMORY="")
+    assert (default.returncode, default.stdout, default.stderr) == (0, lifted.stdout, lifted.stderr)
+    refused = run("inspect", "nowhere", VLMGUARD_MAX_SECONDS="", VLMGUARD_MAX_MEMORY="")
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
+
+
+def test_nothing_in_the_current_folder_is_imported(tmp_path: Path) -> None:
+    """Users go to the folder of a model that they look at, and it may hold a `typer.py`."""
+    for name in ("typer", "rich", "numpy", "onnx"):
+        (tmp_path / f"{name}.py").write_text("open('imported', 'w')")
+    command = [sys.executable, "-P", *COMMAND[1:], "--max-seconds", "100", "inspect", "nowhere"]
+    asked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert asked.returncode == 1 and asked.stderr.startswith("error: ") and not (tmp_path / "imported").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are found in /proc")
+def test_a_parent_that_is_killed_takes_the_command_along(tmp_path: Path) -> None:
+    started = subprocess.Popen([*COMMAND, "--max-seconds", "300", *map(str, endless(tmp_path / "endless", 1 << 50))])
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children")
+    while not children.read_text().split():
+        time.sleep(0.05)
+    (child,) = children.read_text().split()
+    started.kill()
+    started.wait(30)
+    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
+        time.sleep(0.1)
 
 
 def test_a_command_that_stays_within_it_is_the_same_command() -> None:
