@@ -33,6 +33,7 @@ from ..graphs.errors import GuardError, ModelUnreadable, PromptsUnusable, first_
 from ..graphs.package import read_json, require_small
 from ..graphs.regular_files import read_regular
 from .confined import TEMPLATES, ConfinedFailure
+from .tokenizer_bounds import require_bounded
 from .tokenizer_calls import tokenizer_calls
 from .turn_markers import CONVERSATIONS, TurnMarkers, between, sentinels
 
@@ -359,6 +360,7 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     require_small(path, LARGEST_TOKENIZER)
     with tokenizer_calls(path, "is not a tokenizer that can be read"):
         tokenizer = Tokenizer.from_file(str(path))
+        require_bounded(tokenizer)
     tokenizer.no_truncation()  # a prompt cut short is another prompt
     tokenizer.no_padding()
     return tokenizer
