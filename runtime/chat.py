@@ -32,7 +32,7 @@ from tokenizers import AddedToken, Tokenizer
 from ..graphs.errors import GuardError, ModelUnreadable, PromptsUnusable, first_line
 from ..graphs.package import read_json, require_small
 from ..graphs.regular_files import read_regular
-from .confined import TEMPLATES, ConfinedFailure
+from .confined import TEMPLATES, ConfinedFailure, LimitReached
 from .tokenizer_bounds import require_bounded
 from .tokenizer_calls import tokenizer_calls
 from .turn_markers import CONVERSATIONS, TurnMarkers, between, sentinels
@@ -572,6 +572,10 @@ def _numbers(value: Any) -> list[int]:
 # ------------------------------------------------------------------------------------------------------- chat templates
 
 
+class TemplateTooCostly(ModelUnreadable):
+    """A chat template takes too long, or too much memory: no other conversation is tried with it."""
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A compiled chat template with the special tokens it may write.
@@ -612,7 +616,8 @@ class ChatTemplate:
         try:
             _, text = TEMPLATES.run("render", {"values": values}, self.source.encode("utf-8", "surrogatepass"))
         except ConfinedFailure as error:
-            raise ModelUnreadable(
+            refusal = TemplateTooCostly if isinstance(error, LimitReached) else ModelUnreadable
+            raise refusal(
                 f"{self.folder}: its chat template fails ({error}); use the chat template that belongs to this model"
             ) from None
         return text.decode("utf-8", "surrogatepass")
@@ -634,6 +639,8 @@ def turn_markers(
         texts = [parts(text, False) if content == "parts" else text for text in contents]
         try:
             rendered = template.render([message(role, text) for role, text in zip(roles, texts, strict=True)])
+        except TemplateTooCostly:
+            raise
         except ModelUnreadable:  # a role or an order that it does not know
             continue
         written += between(rendered, contents)
@@ -654,6 +661,8 @@ def content_of(folder: Path, template: ChatTemplate, order: tuple[Content, ...])
         try:
             probe = parts(_PROBE, False, canary=_CANARY) if content == "parts" else _PROBE
             text = template.render([message("user", probe)])
+        except TemplateTooCostly:
+            raise
         except ModelUnreadable as error:
             reason = str(error).removeprefix(f"{folder}: ").split("; ")[0]
             continue

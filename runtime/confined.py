@@ -43,6 +43,10 @@ class ConfinedFailure(Exception):
     """The job did not end well: `str` is a clause that says why ("it takes more than 10 s")."""
 
 
+class LimitReached(ConfinedFailure):
+    """It took too long, or wanted too much memory; a second try would too."""
+
+
 class ConfinedPool:
     """Helper processes for one kind of work.
 
@@ -75,14 +79,14 @@ class ConfinedPool:
             except (OSError, EOFError, ValueError):
                 _end(helper)
                 if late.is_set():
-                    raise ConfinedFailure(f"it takes more than {self.seconds:g} s") from None
-                raise ConfinedFailure(f"it crashes, or wants more than {self.memory >> 20} MiB of memory") from None
+                    raise LimitReached(f"it takes more than {self.seconds:g} s") from None
+                raise LimitReached(f"it crashes, or wants more than {self.memory >> 20} MiB of memory") from None
             except BaseException:  # interrupted: the helper's next frame would be the answer to this job
                 _end(helper)
                 raise
             if "memory" in reply:
                 _end(helper)
-                raise ConfinedFailure(f"it wants more than {self.memory >> 20} MiB of memory")
+                raise LimitReached(f"it wants more than {self.memory >> 20} MiB of memory")
             self._idle.append(helper)
         if "refusal" in reply:
             raise GuardError(reply["refusal"])

@@ -30,7 +30,7 @@ from hostile.told import tell
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from tiny_vlm_paths import ANCHORS, SOURCE
 
-SECONDS = 10
+SECONDS = 15  # a chat template has 5 of them
 MEMORY = 3 << 30  # bytes of address space beyond what the process has when it begins
 
 

@@ -11,6 +11,8 @@ What is damaged, and why somebody else could have written it:
     companion    tokenizer, configs and chat template of a VLM          from a hub
     picture      one that is asked about                                from a user
     prompts      labelled prompts                                       from a data set
+
+Some cases are not damaged but made to explode (`hostile.explosions`): small files that ask for any amount of time or memory.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 from hand_graphs import decoder, directions, merged
+from hostile.explosions import EXPLOSIONS
 from hostile.mutations import ODD_NAMES, damaged, mutated
 from hypothesis import strategies as st
 from PIL import Image
@@ -102,6 +105,9 @@ def damaged_files(draw: st.DrawFn) -> Case:
     target = draw(st.sampled_from(_WEIGHED))
     mode, seed = draw(st.sampled_from(MODES)), draw(st.integers(0, 2**32))
     pick = draw(st.randoms(use_true_random=False))
+    if target in EXPLOSIONS and pick.random() < 0.15:
+        name, kind = pick.choice(sorted(EXPLOSIONS[target]))
+        return Case(target, 0, name, mode, (f"explode: {kind}",), EXPLOSIONS[target][name, kind](), seed)
     if target == "model":
         base = draw(st.integers(0, len(decoders()) - 1))
         content, done = mutated(decoders()[base], pick)

@@ -27,6 +27,13 @@ def test_damaged_files_are_refused_in_one_line_or_guarded() -> None:
     assert "'guarded'" in told and "'refused'" in told  # both happen
 
 
+@pytest.mark.slow
+def test_small_files_that_explode_are_refused_in_one_line(tmp_path: Path) -> None:
+    """One of each target and kind; those of chat templates are in runtime/test_confined.py."""
+    told = run("explode.py")
+    assert "0 findings" in told and "refused" in told
+
+
 def test_a_finding_is_one() -> None:
     """What is no printable line, no exit code or no answer in time is not taken for a refusal."""
     from hostile.fuzz import Outcome, _judged
