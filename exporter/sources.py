@@ -76,7 +76,7 @@ def opened(
 
 
 def above(package: ModelPackage) -> dict[str, Path]:
-    """Files of a bare model that lie outside its folder, in the model's own root: name -> absolute path."""
+    """Files of a bare model that lie in the folder above its own: name -> absolute path."""
     if package.layout != "bare":
         return {}
     paths = filter(None, map(package.companion, COMPANIONS))

@@ -37,7 +37,7 @@ from .errors import GuardError, ModelUnreadable, first_line
 from .genai_pipeline import read_pipeline, stage_files
 from .graph_file import read_graph_file
 from .links import require_own
-from .places import model_folders, require_model
+from .places import require_model
 from .roles import NOTHING_DECLARED, DeclaredNames, InputRoles, declare, declared_by_genai, input_roles
 from .staging import create_file, new_file
 
@@ -166,11 +166,10 @@ class ModelPackage:
         return None
 
     def companion(self, name: str) -> Path | None:
-        """A file at the root, beside the decoder, or for a bare model in its own root (`model_folders`); `None` if there is
-        none."""
+        """A file beside the decoder, at the root, or (bare layout) in the folder above; `None` if there is none."""
         folders = [self.root, self.decoder.parent]
         if self.layout == "bare":
-            folders += model_folders(self.root)
+            folders.append(self.root.parent)
         return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
     def load_decoder(self) -> ir.Model:
