@@ -28,8 +28,19 @@ from .exporter.budget import (
     memory_of,
     run_within,
 )
-from .exporter.terminal import SafeConsole, to_json
+from .exporter.terminal import SafeConsole, show_found, to_json
+from .exporter.usage import App, Interrupted, require_effect
 from .graphs.errors import GuardError
+from .graphs.places import (
+    CONFIG,
+    DIRECTIONS,
+    KEY,
+    PROOF_INPUTS,
+    is_checkpoint,
+    require_file,
+    require_guarded_folder,
+    require_model,
+)
 from .graphs.spec import GuardSpec, parse_layers
 
 if TYPE_CHECKING:
@@ -38,7 +49,7 @@ if TYPE_CHECKING:
 
 # No emoji: ":cat:" in somebody's path is not a cat.
 out, err = SafeConsole(emoji=False), SafeConsole(stderr=True, emoji=False)
-app = typer.Typer(
+app = App(
     name="vlmguard",
     help="Bake VLM-Guard's safety steering into an exported vision-language model, and prove that it is there.",
     no_args_is_help=True,
@@ -377,17 +388,25 @@ def export_command(
     restore). Nothing is written unless
     every check of the proof holds.
     """
+    if proof is ProofChoice.structure:
+        require_effect(context, ("proof_inputs",), "with --proof structure, which runs nothing")
+    if engine and (dry_run or proof is ProofChoice.structure or target is TargetChoice.onnxruntime):
+        raise typer.BadParameter("--engine needs a proved guard for TensorRT: no --dry-run, --proof or other --target")
+    if config is not None:
+        _require_alone(context)
+    require_model(model)
+    for path, missing in ((config, CONFIG), (directions, DIRECTIONS), (sign, KEY)):
+        if path is not None:
+            require_file(path, missing)
+    for path in proof_inputs or ():
+        require_file(path, PROOF_INPUTS)
     from .exporter import tables
     from .exporter.pipeline import export
 
-    if engine and (dry_run or proof is ProofChoice.structure or target is TargetChoice.onnxruntime):
-        raise typer.BadParameter("--engine needs a proved guard for TensorRT: no --dry-run, --proof or other --target")
     if engine:
         from .runtime.tensorrt_backend import find_backend
 
         find_backend()  # before minutes of work
-    if config is not None:
-        _require_alone(context)
     spec = GuardSpec(
         mode=mode.value if mode is not None else None,
         layers=parse_layers(layers),
@@ -430,7 +449,11 @@ def export_command(
             reproducible=reproducible,
             watch=watch,
         )
-    built = _engines(result.out, force) if engine else None
+    try:
+        built = _engines(result.out, force) if engine else None
+    except KeyboardInterrupt as stop:
+        stop.add_note(f"{result.out} is complete; `vlmguard engine {result.out}` builds its engines")
+        raise
     if as_json:
         print_json(result.to_json() | ({"engine": built.to_json()} if built is not None else {}))
         return
@@ -482,6 +505,7 @@ def _engines(guarded: Path, force: bool) -> EngineResult:
 
 @app.command("engine")
 def engine_command(
+    context: typer.Context,
     guarded: Guarded,
     out_folder: Annotated[
         Path | None, typer.Argument(metavar="[OUT]", help="folder to write (default: GUARDED-engine)")
@@ -520,6 +544,13 @@ def engine_command(
     as_json: AsJson = False,
 ) -> None:
     """Build TensorRT engines of a guarded folder, and show that the guard is in them."""
+    if print_command:
+        require_effect(context, ("out_folder", "force"), "with --print-command, which writes nothing")
+    if backend is BackendChoice.tensorrt_rtx:
+        require_effect(context, ("timing_cache",), "with --backend tensorrt_rtx, which keeps none")
+    if backend is BackendChoice.tensorrt:
+        require_effect(context, ("target_capability",), "with --backend tensorrt, which builds for this machine's GPU")
+    require_guarded_folder(guarded.absolute())
     from .exporter import tables
     from .exporter.engines.build import BuildOptions
     from .exporter.engines.commands import commands_for
@@ -556,6 +587,7 @@ def engine_command(
 
 @app.command("package")
 def package_command(
+    context: typer.Context,
     guarded: Guarded,
     triton: Annotated[
         Path | None, typer.Option("--triton", metavar="DIR", help="Write a Triton Inference Server model repository.")
@@ -586,14 +618,17 @@ def package_command(
     as_json: AsJson = False,
 ) -> None:
     """Lay a guarded folder out for another runtime: proved before and after, graphs unchanged, `verify` works on the result."""
+    if sum(target is not None for target in (triton, genai, onnx_community)) != 1:
+        raise typer.BadParameter("name one of --triton DIR, --genai DIR and --onnx-community DIR")
+    if triton is None:
+        require_effect(context, ("gpu", "instances", "requests", "max_batch"), "without --triton")
+    require_guarded_folder(guarded.absolute())
     from .exporter import tables
     from .exporter.packaging.genai import package_genai
     from .exporter.packaging.onnx_community import package_onnx_community
     from .exporter.packaging.triton_config import TritonOptions
     from .exporter.packaging.triton_repository import package_triton
 
-    if sum(target is not None for target in (triton, genai, onnx_community)) != 1:
-        raise typer.BadParameter("name one of --triton DIR, --genai DIR and --onnx-community DIR")
     with tables.bars(err) as watch:
         if triton is not None:
             options = TritonOptions("gpu" if gpu else "cpu", instances, requests, max_batch)
@@ -625,7 +660,8 @@ def convert_command(
     """Export a checkpoint WITHOUT a guard, the base to compare with: the onnx-community layout, or that of --exporter."""
     from .exporter import tables
     from .exporter.checkpoints.exporters import export_checkpoint
-    from .graphs.staging import staged
+    from .graphs.replaceable import WRITTEN_NAME, foreign_file, written_record
+    from .graphs.staging import create_file, staged
 
     with tables.bars(err) as watch, staged(out_folder, force) as stage:
         parity = export_checkpoint(
@@ -637,6 +673,10 @@ def convert_command(
             say=lambda stage_name: watch(stage_name, 0, 1),
         )
         graphs = len(list(stage.rglob("*.onnx")))
+        if (
+            foreign_file(stage) is not None
+        ):  # files that no layout has: recorded, or --force would not replace the folder
+            create_file(stage / WRITTEN_NAME, written_record(stage))
     out.print(f"{escape(str(out_folder))}: {graphs} graphs, [bold]unguarded[/bold]")
     if parity:
         tables.show_checks(out, parity, "parity with torch")
@@ -652,6 +692,7 @@ def inspect_command(
     as_json: AsJson = False,
 ) -> None:
     """Show the decoder's residual stream: layers, width, dtype, and which value carries each layer's output."""
+    require_model(model)
     from .exporter import tables
     from .exporter.pipeline import inspect
 
@@ -665,6 +706,7 @@ def inspect_command(
 
 @app.command("directions")
 def directions_command(
+    context: typer.Context,
     model: Model,
     anchors: Anchors = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("directions.safetensors"),
@@ -686,9 +728,15 @@ def directions_command(
     An ONNX model is read as it is, int4 too; a checkpoint in torch. With --calibrate the guard is also written as a
     guard.toml beside the directions, to be read and edited. A killed extraction goes on where it was.
     """
+    if calibrated_for is None:
+        require_effect(context, ("calibration", "readout"), "without --calibrate")
+        if is_checkpoint(model):
+            require_effect(context, ("variant",), "on a checkpoint, which is read in torch")
+    require_model(model)
     from .exporter import tables
     from .exporter.pipeline import extract_directions
 
+    beside: dict[str, Path] = {}
     with tables.bars(err) as watch:
         found = extract_directions(
             model,
@@ -704,16 +752,20 @@ def directions_command(
             ray_workers=ray_workers,
             force=force,
             watch=watch,
+            report_found=beside.update,
         )
     if as_json:
         shown = {"output": str(output), "layers": list(found.layers), "pairs": found.pairs}
+        shown["found"] = {what: str(path) for what, path in beside.items()}
         print_json(shown | {"estimator": found.estimator, "evidence": found.evidence})
         return
+    show_found(out, beside)
     tables.show_directions(out, found, str(output))
 
 
 @app.command("verify")
 def verify_command(
+    context: typer.Context,
     guarded: Guarded,
     source: Annotated[Path | None, typer.Option(help="The unguarded model, to compare with.")] = None,
     run: Annotated[
@@ -727,6 +779,15 @@ def verify_command(
     as_json: AsJson = False,
 ) -> None:
     """Redo the structural proof of a guarded folder from its files alone; with --source against the unguarded model too."""
+    if not run:
+        require_effect(context, ("proof_inputs",), "without --run, which runs the models on them")
+    require_guarded_folder(guarded.absolute())
+    if source is not None:
+        require_model(source)
+    for path in proof_inputs or ():
+        require_file(path, PROOF_INPUTS)
+    if verify_signature is not None:
+        require_file(verify_signature, KEY)
     from .exporter import tables
     from .exporter.proof.verify import verify
 
@@ -755,6 +816,8 @@ def sign_command(
     A proof says what a folder is, a signature whose it is. Whoever holds the files can take the guard out, and make all
     digests fit; without the private key nobody can sign the result.
     """
+    require_guarded_folder(guarded.absolute())
+    require_file(key, KEY)
     from .exporter.artifact.signing import sign
 
     path = sign(guarded, key)
@@ -791,15 +854,19 @@ def generate_command(
     ] = False,
 ) -> None:
     """Ask a guarded model; the answer streams to stdout."""
+    if blank and image is not None:
+        raise typer.BadParameter("--blank and --image exclude each other")
+    if unguarded and scores:
+        raise typer.BadParameter("--unguarded has no gates: leave --scores out")
+    if unguarded:
+        require_model(model)
+    else:
+        require_guarded_folder(model.absolute())
     from .exporter.sources import open_model, require_unmarked
     from .runtime.guarded import GuardedVLM
     from .runtime.knobs import Knobs
     from .runtime.vlm import Request, Sampling
 
-    if blank and image is not None:
-        raise typer.BadParameter("--blank and --image exclude each other")
-    if unguarded and scores:
-        raise typer.BadParameter("--unguarded has no gates: leave --scores out")
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     if unguarded:
         require_unmarked(model)
@@ -853,6 +920,10 @@ def serve_command(
     queue: Annotated[int, typer.Option(help="Requests that may wait; one more gets 429 and Retry-After.")] = 64,
     max_tokens: Annotated[int, typer.Option(help="Longest answer that a request may ask for.")] = 512,
     max_prompt_tokens: Annotated[int, typer.Option(help="Longest conversation, its image included.")] = 4096,
+    max_context: Annotated[
+        int | None,
+        typer.Option(help="Longest conversation and answer together, tokens. (default: as the model's configs say)"),
+    ] = None,
     max_image_mib: Annotated[int, typer.Option(help="Largest image file, MiB.")] = 10,
     timeout: Annotated[float, typer.Option(help="Seconds that a request may take, waiting included.")] = 120.0,
     grace: Annotated[float, typer.Option(help="Seconds that running answers get after SIGTERM.")] = 30.0,
@@ -862,8 +933,9 @@ def serve_command(
     /v1/chat/completions (images as data: URLs, streaming), /v1/models, /healthz, /metrics for Prometheus. A folder that is
     not what was proved is not served, and nothing in a request changes the guard. See docs/serving.md.
     """
-    import os
-
+    if without_key and api_key_file is not None:
+        raise typer.BadParameter("--without-key and --api-key-file exclude each other")
+    require_guarded_folder(guarded.absolute())
     from .runtime.serving.server import log_to_stderr, require_extra, serve
     from .runtime.serving.settings import MIB, ServeSettings, read_api_key, require_key_or_loopback
 
@@ -879,6 +951,7 @@ def serve_command(
         queue=queue,
         max_tokens=max_tokens,
         max_prompt_tokens=max_prompt_tokens,
+        max_context=max_context,
         max_image=max_image_mib * MIB,
         timeout=timeout,
         grace=grace,
@@ -935,12 +1008,14 @@ def evaluate_command(
     as_json: AsJson = False,
 ) -> None:
     """Ask both models the same held-out prompts: refusals and attacks per setting, open gates, drift on harmless text."""
+    if answers and record is None:
+        raise typer.BadParameter("--answers keeps them in the file of --out; name one")
+    require_model(base)
+    require_guarded_folder(guarded.absolute())
     from .exporter import tables
     from .exporter.evaluation.evaluate import compare
     from .exporter.evaluation.tables import show_evaluation
 
-    if answers and record is None:
-        raise typer.BadParameter("--answers keeps them in the file of --out; name one")
     with tables.bars(err) as watch:
         result = compare(
             base,
@@ -1016,6 +1091,9 @@ def report_command(
     ] = False,
 ) -> None:
     """Write one page about a guarded folder: states, separation, gates, refusals, strength, cost, proof. Works offline."""
+    require_guarded_folder(guarded.absolute())
+    if source is not None:
+        require_model(source)
     from .exporter import tables
     from .exporter.report.build import report
 
@@ -1035,7 +1113,8 @@ def report_command(
             watch=watch,
         )
     if as_json:
-        print_json({"output": str(output), **data.to_json()})
+        found = {what: str(path) for what, path in data.found.items()}
+        print_json({"output": str(output), **data.to_json(), **({"found": found} if found else {})})
     else:
         tables.show_report(out, data, str(output))
 
@@ -1071,6 +1150,9 @@ def playground_command(
     Both run in the browser (onnxruntime-web); nothing leaves this machine. Ctrl+C ends it. For a browser elsewhere forward the
     port: ssh -L 8365:127.0.0.1:8365 HOST.
     """
+    require_guarded_folder(guarded.absolute())
+    if base is not None:
+        require_model(base)
     from .exporter import tables
     from .exporter.playground.open import playground
 
@@ -1096,6 +1178,10 @@ def print_json(content: dict[str, Any]) -> None:
 _NOWHERE_TO_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
 
 
+# What the system refuses a path for, whoever asks; wherever that happens, it is no bug of ours.
+_OUT_OF_REACH = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS)
+
+
 def main() -> NoReturn:
     """`vlmguard ...`"""
     _run(sys.argv[1:])
@@ -1117,10 +1203,15 @@ def _run(arguments: list[str]) -> NoReturn:
         line = " ".join(str(error).split())
         err.print(f"[red]error:[/red] {escape(line)}", highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("interrupted")
+    except (Interrupted, KeyboardInterrupt) as stop:
+        kept_so_far = str(stop) or "nothing was kept; run the same command again"
+        err.print(f"interrupted: {escape(kept_so_far)}", highlight=False, soft_wrap=True)
         sys.exit(130)
     except OSError as error:
+        if error.filename is not None and error.errno in _OUT_OF_REACH:
+            line = f"{error.filename}: cannot be used ({error.strerror}); check the path and its permissions"
+            err.print(f"[red]error:[/red] {escape(line)}", highlight=False, soft_wrap=True)
+            sys.exit(1)
         if error.filename is not None or error.errno not in _NOWHERE_TO_WRITE:
             raise
         line = f"the result cannot be written ({error.strerror}); choose another place for it"

@@ -17,7 +17,7 @@ from ..graphs.spec import GuardSpec
 from ..runtime.decoder import DecoderSession, can_pad, open_decoder
 from ..runtime.vision import unknown_processor
 from ..runtime.vlm import Request, VisionLanguageModel
-from .calibration.calibrate import ANSWER_TOKENS, Calibration, calibrate
+from .calibration.calibrate import ANSWER_TOKENS, DEFAULT_BUDGET, Calibration, calibrate
 from .calibration.effect import (
     Unguarded,
     ask_guarded,
@@ -80,6 +80,7 @@ class Guide:
     model: VisionLanguageModel | None = None
     notes: list[str] = field(default_factory=list)
     not_asked: str | None = None  # what could not be asked, or not counted, and why: a note of the plan
+    found: dict[str, Path] = field(default_factory=dict)  # what was found beside the model -> its absolute path
 
     @property
     def package(self) -> ModelPackage:
@@ -98,17 +99,34 @@ class Guide:
             self.notes.append(f"images are left out: what {unknown} makes of them cannot be made here")
         path = Path(given) if given is not None else None
         if path is None and anchors is None and calibration is None:
-            path = self.find((DIRECTIONS_FILE,))
+            path = self.find("directions", (DIRECTIONS_FILE,))
         if path is None:
             made = self.calibrated(anchors, calibration)
             return made.directions, made
         found = read_directions(path)
+        if given is None and found.model_sha256 is None:
+            self.notes.append(f"{path.name} does not record the decoder that it was extracted from")
         self.notes.append(f"directions {'given' if given is not None else 'found'}: {path.name}")
         self._require_own(path, found, accepts_foreign=self.force and given is not None)
         if anchors is None and calibration is None:
+            self._require_nothing_to_calibrate(path)
             return found, None
         made = self.calibrated(anchors, calibration, found)
         return made.directions, made
+
+    def _require_nothing_to_calibrate(self, path: Path) -> None:
+        """Directions that are used as they are leave no room for the options of an extraction or a calibration."""
+        options = {
+            "--estimator": self.estimator != DEFAULT_ESTIMATOR,
+            "--readout": self.readout is not None,
+            "--budget": self.budget != DEFAULT_BUDGET,
+        }
+        idle = next((name for name, is_set in options.items() if is_set), None)
+        if idle is not None:
+            raise GuardError(
+                f"{path}: these directions are used as they are, so {idle} has no effect; leave it out, or give --anchors to "
+                "extract and calibrate"
+            )
 
     def calibrated(
         self, anchors: Sources | None, calibration: Sources | None, given: Directions | None = None
@@ -125,6 +143,8 @@ class Guide:
         found = self.anchors(anchors)
         if calibration is None and found.folder is not None:
             calibration = next((p for name in CALIBRATION_FILES if (p := found.folder / name).is_file()), None)
+            if calibration is not None:
+                self.found["calibration"] = calibration.absolute()
         if given is None:
             self.notes.append(f"directions extracted from {found.title}")
         if calibration is not None:
@@ -165,7 +185,7 @@ class Guide:
 
     def anchors(self, given: Sources | None) -> Anchors:
         """The anchors that were given, or those found beside the model, or the built-in ones."""
-        return anchors_for(self.source.home, given)
+        return open_anchors(given if given is not None else self.find("anchors", ANCHOR_FILES) or BUILTIN)
 
     def extracted(self, anchors: Anchors, rank: int | None = None) -> Directions:
         """The SSD of every layer; without a rank, as many rows as a calibration may want to try."""
@@ -197,7 +217,7 @@ class Guide:
         if not runs:
             self.not_asked = f"{NOT_ASKED}: nothing is run without the full proof"
             return None
-        path = self.find(CALIBRATION_FILES) or self.find(ANCHOR_FILES)
+        path = self.find("calibration", CALIBRATION_FILES) or self.find("anchors", ANCHOR_FILES)
         reason = why_not_asked(self.package, _needs_embeds(self.package))
         if reason is None:
             try:
@@ -243,7 +263,13 @@ class Guide:
             NoEffect: the guarded model behaves as the unguarded one on every prompt, and that is not allowed.
         """
         tolerance = max(TOLERANCE[site.site.dtype] for site in plan.sites)
-        found = ask_guarded(unguarded, lambda: VisionLanguageModel(open_package(guarded)), plan, tolerance, self.tell)
+
+        def opened() -> VisionLanguageModel:
+            return VisionLanguageModel(
+                open_package(guarded, vouched=True)
+            )  # with `--data reference` its files are links
+
+        found = ask_guarded(unguarded, opened, plan, tolerance, self.tell)
         require_no_fewer(found)
         return require_effect(found, allow_no_effect)
 
@@ -253,9 +279,12 @@ class Guide:
             return plan
         return plan.with_separation(measure_separation(self.package, self.anatomy, plan, unguarded.sample))
 
-    def find(self, names: Sequence[str]) -> Path | None:
-        """A file that comes with the model: in its folder, in `prompts/` there, or one level up."""
-        return find_file(self.source.home, names)
+    def find(self, what: str, names: Sequence[str]) -> Path | None:
+        """A file that comes with the model (`find_file`); its path is kept in `found` under `what`."""
+        path = find_file(self.source.home, names)
+        if path is not None:
+            self.found[what] = path
+        return path
 
     def proof_inputs(self, view: ModelPackage, rows: int = 8) -> ProofInputs:
         """What to prove one decoder graph on: what was given, else real prompts if the model can read any (at most `rows`
@@ -273,7 +302,7 @@ class Guide:
         return proof_inputs(model, self._proof_requests(model), rows)
 
     def _proof_requests(self, model: VisionLanguageModel) -> list[Request]:
-        path = self.find(CALIBRATION_FILES) or self.find(ANCHOR_FILES)
+        path = self.find("calibration", CALIBRATION_FILES) or self.find("anchors", ANCHOR_FILES)
         if path is None:
             plain = ["How to bake a loaf of bread?", "How to pick a lock?", "Hello.", "What is shown here?"]
             prompts = [LabelledPrompt(str(n), text, "harmless", "text") for n, text in enumerate(plain)]
@@ -284,15 +313,6 @@ class Guide:
         else:
             prompts = prompts_from_anchors(read_anchors(path)[:_PROOF_PROMPTS], model.sees)
         return [prompt.request(model) for prompt in prompts if model.sees or prompt.setting == "text"]
-
-
-def anchors_for(home: Path, given: Sources | None) -> Anchors:
-    """The anchors that were given, or those that come with a model, or the built-in ones.
-
-    Args:
-        home: the folder that its user knows the model by.
-    """
-    return open_anchors(given if given is not None else find_file(home, ANCHOR_FILES) or BUILTIN)
 
 
 def _named(sources: Sources) -> str:

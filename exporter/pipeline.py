@@ -8,8 +8,8 @@ Everything is written into a hidden sibling of OUT first; OUT appears, complete,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,17 @@ import onnx_ir as ir
 
 from ..graphs.anatomy import DecoderAnatomy, dissect
 from ..graphs.directions import DIRECTIONS_FILE, Directions, directions_bytes
-from ..graphs.errors import AnatomyNotFound, GuardError, ModelUnreadable, OutputRefused, ProofFailed
+from ..graphs.errors import AnatomyNotFound, GuardError, ModelUnreadable, ProofFailed
 from ..graphs.fold import FOLD
 from ..graphs.fold_proof import prove_fold
 from ..graphs.manifest import Proved
 from ..graphs.operators import hidden_decoder, uncertain_layers
 from ..graphs.package import ModelPackage, external_files, load_graph, save_graph
+from ..graphs.places import is_checkpoint
 from ..graphs.plan import GuardPlan, plan_guard, require_layers, require_unguarded
 from ..graphs.rewrite import GuardReport, rewrite
 from ..graphs.spec import GuardSpec, Mode
-from ..graphs.staging import Data, create_file, require_writable, staged, write_file
+from ..graphs.staging import Data, create_file, require_writable, require_writable_file, staged, write_file
 from ..graphs.static_proof import Check, prove_structure
 from ..graphs.tensorrt import require_readable
 from ..runtime.onnxruntime_runner import import_onnxruntime
@@ -34,17 +35,18 @@ from .artifact.folder import GuardedDecoder, bring_companions, bring_weights, no
 from .artifact.signing import require_key, write_signature
 from .artifact.stamp import stamp
 from .calibration.calibrate import DEFAULT_BUDGET, Calibration
-from .calibration.guard_config import CONFIG_NAME, GuardConfig, config_of, read_config, to_toml
+from .calibration.guard_config import CONFIG_NAME, GuardConfig, config_of, read_config, require_directions, to_toml
 from .calibration.no_worse import Refusals
 from .checkpoints.exporters import ExporterName, Precision
 from .extraction.estimators import DEFAULT_ESTIMATOR
-from .guide import EXTRACTED_RANK, Guide, anchors_for
-from .prompts.labelled import Sources
-from .proof.inputs import ProofInputs
+from .guide import ANCHOR_FILES, EXTRACTED_RANK, Guide
+from .prompts.anchors import open_anchors
+from .prompts.labelled import BUILTIN, Sources, find_file
+from .proof.inputs import ProofInputs, given_inputs
 from .proof.prove import prove_by_running
 from .proof.prove_fold import prove_fold_by_running
 from .shards import Spreader, spreading
-from .sources import Watch, is_checkpoint, opened, require_apart, unwatched
+from .sources import Watch, above, opened, require_apart, unwatched
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class ExportResult:
         calibration: what the calibrator measured, if it ran.
         refusals: harmful prompts refused without and with the guard, where prompts were at hand.
         written: whether `out` was written.
+        found: what was found beside the model and used -> its absolute path. Not in the manifest, which others read.
     """
 
     out: Path
@@ -64,6 +67,7 @@ class ExportResult:
     calibration: Calibration | None = None
     refusals: Refusals | None = None
     written: bool = False
+    found: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def anatomy(self) -> DecoderAnatomy:
@@ -92,6 +96,7 @@ class ExportResult:
             "decoders": [decoder.to_json() for decoder in self.decoders],
             "calibration": self.calibration.to_json() if self.calibration is not None else None,
             "refusals": self.refusals.to_json() if self.refusals is not None else None,
+            "found": {what: str(path) for what, path in self.found.items()},
         }
 
 
@@ -157,8 +162,10 @@ def export(
     Raises:
         GuardError: anything wrong with the request or its files; nothing was written.
     """
-    if proof == "full":
+    if proof == "full" and not dry_run:
         import_onnxruntime()  # a proof needs a runtime: say so before minutes of work
+    if proof_inputs:
+        given_inputs(tuple(map(Path, proof_inputs)))  # unfit files are refused before minutes of work
     key = require_key(sign) if sign is not None else None
     stamped = stamp(reproducible)
     wished = _config(config, spec, directions, anchors, calibration)
@@ -194,7 +201,9 @@ def export(
             found = wished.applied(found)
         planned = [GuardedDecoder(one.view, one.anatomy, _plan(one, found, spec, guide.notes)) for one in opened_graphs]
         if dry_run:
-            return ExportResult(target.absolute(), tuple(planned), calibrated)
+            return ExportResult(
+                target.absolute(), tuple(planned), calibrated, found=guide.found | above(source.package)
+            )
         unguarded = guide.unguarded(planned[0].plan.mode, runs=proof == "full") if calibrated is None else None
         plans = [guide.separated(decoder.plan, unguarded) for decoder in planned]
         if guide.not_asked is not None:
@@ -216,7 +225,8 @@ def export(
             if key is not None:
                 write_signature(stage, key)
         tell("done", 1, 1)
-        return ExportResult(target.absolute(), tuple(done), calibrated, refusals, written=True)
+        beside = guide.found | above(source.package)
+        return ExportResult(target.absolute(), tuple(done), calibrated, refusals, written=True, found=beside)
 
 
 def _config(path: Path | str | None, *others: object) -> GuardConfig | None:
@@ -228,7 +238,9 @@ def _config(path: Path | str | None, *others: object) -> GuardConfig | None:
             f"{path}: says what is wanted and from which directions; leave spec, directions, anchors and calibration out, "
             "or edit it"
         )
-    return read_config(path)
+    config = read_config(path)
+    require_directions(path, config)
+    return config
 
 
 def _write_config(stage: Path, calibrated: Calibration | None, wished: GuardConfig | None, found: Directions) -> None:
@@ -372,6 +384,7 @@ def extract_directions(
     ray_workers: int | None = None,
     force: bool = False,
     watch: Watch | None = None,
+    report_found: Callable[[Mapping[str, Path]], None] = lambda found: None,
 ) -> Directions:
     """Extract directions from a model and write the file; with `calibrate_for` choose layers and thresholds too.
 
@@ -380,6 +393,7 @@ def extract_directions(
 
     Args:
         ray, ray_workers: the Ray cluster that reads the states (`cluster.cluster`); default: this process.
+        report_found: called at the end with what was found beside the model and used -> its absolute path.
 
     Raises:
         GuardError: anything wrong with the request or its files; nothing was written.
@@ -389,11 +403,10 @@ def extract_directions(
     spec = GuardSpec(mode=calibrate_for, rank=rank)
     config = output.with_suffix(".toml")
     for path in (output, config) if calibrate_for is not None else (output,):
-        if path.exists() and not force:
-            raise OutputRefused(f"{path}: exists already; choose another file, or replace it with --force")
+        require_writable_file(path, force)
     if is_checkpoint(model) and calibrate_for is None:
         with spreading(ray, ray_workers) as spread:
-            return _extract_in_torch(model, output, anchors, rank, estimator, tell, spread)
+            return _extract_in_torch(model, output, anchors, rank, estimator, tell, spread, report_found)
     import_onnxruntime()
     with spreading(ray, ray_workers) as spread, opened(model, variant, tell) as source:
         anatomy = _open(source.package).anatomy
@@ -417,6 +430,7 @@ def extract_directions(
         write_file(output, directions_bytes(found))
         if calibrated is not None:
             write_file(config, config_of(calibrated, output.name).encode())
+        report_found(guide.found | above(source.package))
         return found
 
 
@@ -428,11 +442,14 @@ def _extract_in_torch(
     estimator: str,
     tell: Watch,
     spread: Spreader,
+    report_found: Callable[[Mapping[str, Path]], None],
 ) -> Directions:
     from .extraction.extract_torch import extract_from_checkpoint
 
-    home = Path(checkpoint).absolute() if Path(checkpoint).is_dir() else Path.cwd()
-    anchors = anchors_for(home, given)
+    beside = None
+    if given is None and Path(checkpoint).is_dir():  # of a hub id there is no folder here
+        beside = find_file(Path(checkpoint), ANCHOR_FILES)
+    anchors = open_anchors(given if given is not None else beside or BUILTIN)
     found = extract_from_checkpoint(
         checkpoint,
         anchors.pairs,
@@ -444,4 +461,5 @@ def _extract_in_torch(
     )
     found = replace(found, anchors=anchors.record())
     write_file(output, directions_bytes(found))
+    report_found({"anchors": beside} if beside is not None else {})
     return found

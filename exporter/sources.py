@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ..graphs.errors import GuardError, ModelUnreadable, OutputRefused
 from ..graphs.manifest import MANIFEST_NAME
-from ..graphs.package import ModelPackage, open_package
+from ..graphs.package import COMPANIONS, ModelPackage, open_package
+from ..graphs.places import is_checkpoint
 from ..runtime.vlm import VisionLanguageModel
 from .checkpoints.exporters import Precision, export_checkpoint
 
@@ -30,7 +31,7 @@ class Source:
         package: its graphs; those of a checkpoint lie in a temporary folder.
         name: what the default OUT is named after.
         beside: the folder that OUT goes into by default.
-        home: the folder that its user knows it by; prompts and directions are looked for there and one level up.
+        home: the folder that its user knows it by; prompts and directions are looked for there (`find_file`).
     """
 
     package: ModelPackage
@@ -61,7 +62,8 @@ def opened(
             folder = Path(temporary) / "exported"
             export_checkpoint(model, folder, exporter, dtype, opset, say=lambda stage: tell(stage, 0, 1))
             beside = path.absolute().parent if path.is_dir() else Path.cwd()
-            home = path.absolute() if path.is_dir() else Path.cwd()
+            # of a hub id no folder is here: nothing is looked for
+            home = path.absolute() if path.is_dir() else folder
             yield Source(open_package(folder), path.absolute().name, beside, home)
         return
     if dtype is not None or opset is not None:
@@ -71,6 +73,14 @@ def opened(
     package = open_package(path, variant)
     beside = package.root if package.layout == "bare" else package.root.parent
     yield Source(package, package.name, beside, package.root)
+
+
+def above(package: ModelPackage) -> dict[str, Path]:
+    """Files of a bare model that lie in the folder above its own: name -> absolute path."""
+    if package.layout != "bare":
+        return {}
+    paths = filter(None, map(package.companion, COMPANIONS))
+    return {path.name: path for path in paths if path.parent != package.root}
 
 
 def require_apart(target: Path, model: Path, package: ModelPackage) -> None:
@@ -87,18 +97,6 @@ def require_apart(target: Path, model: Path, package: ModelPackage) -> None:
             raise OutputRefused(
                 f"{target}: would overwrite or lie inside the model {folder}; choose a folder beside it"
             )
-
-
-def is_checkpoint(model: Path | str) -> bool:
-    """A Hugging Face checkpoint folder (config and weights, no ONNX), or something that can only be a hub id."""
-    path = Path(model)
-    if path.is_dir():
-        has_graphs = any(path.glob("*.onnx")) or (path / "onnx").is_dir() or (path / "genai_config.json").is_file()
-        return not has_graphs and (path / "config.json").is_file()
-    text = str(model)
-    return (
-        not path.exists() and text.count("/") == 1 and not text.startswith((".", "/", "~")) and path.suffix != ".onnx"
-    )
 
 
 def require_unmarked(model: Path | str) -> None:

@@ -27,6 +27,7 @@ from .packaging.arrangement import Packaged
 from .pipeline import ExportResult
 from .report.data import ReportData
 from .report.outcomes import MEASURES
+from .terminal import show_found
 
 
 def show_anatomy(out: Console, anatomy: DecoderAnatomy, model: str, full: bool = False) -> None:
@@ -127,6 +128,7 @@ def show_checks(out: Console, checks: Sequence[Check], title: str) -> None:
 
 def show_export(out: Console, result: ExportResult) -> None:
     show_plan(out, result.plan)
+    show_found(out, result.found)
     if result.calibration is not None:
         guarded = result.calibration.guarded
         out.print(
@@ -208,6 +210,7 @@ def show_scores(out: Console, answer: ScoredAnswer) -> None:
 
 
 def show_report(out: Console, data: ReportData, name: str) -> None:
+    show_found(out, data.found)
     table = Table(title=escape(f"{data.name}: {len(data.prompts)} prompts"))
     for column in ("setting", "measure", "unguarded", "guarded"):
         table.add_column(column)
@@ -251,6 +254,12 @@ def show_directions(out: Console, found: Directions, name: str) -> None:
         table.add_column(column, justify="right")
     for number, layer in found.layers.items():
         seen = found.evidence[str(number)]
-        numbers = (f"{seen['mean']:.3f}", f"{seen['std']:.3f}", f"{seen['auc']:.3f}", f"{seen['explained'][0]:.0%}")
+        figures = (seen["mean"], seen["std"], seen["auc"])
+        numbers = (*(_figure(value, ".3f") for value in figures), _figure(seen["explained"][0], ".0%"))
         table.add_row(str(number), str(layer.ssd.shape[0]), *numbers)
     out.print(table)
+
+
+def _figure(value: float | None, form: str) -> str:
+    """A number of a file; `null` stands for one that is not finite."""
+    return "-" if value is None else format(value, form)

@@ -6,13 +6,16 @@ said before or rename the window; a bidirectional override turns a name round. `
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.markup import escape
 from rich.segment import Segment
+
+from ..graphs.strict_json import to_strict_json
 
 # Control characters of ASCII and Latin-1 (but for tab and line feed), line separators, and what changes the direction of text.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -31,7 +34,13 @@ class SafeConsole(Console):
             yield segment if segment.control else Segment(seen(segment.text), segment.style)
 
 
+def show_found(out: Console, found: Mapping[str, Path]) -> None:
+    """A line for each file that was found beside the model and used, with its full path."""
+    for what, path in found.items():
+        out.print(f"  - {escape(what)} found beside the model: {escape(str(path))}", highlight=False, soft_wrap=True)
+
+
 def to_json(content: Any) -> str:
     """JSON for a terminal or a pipe: what `json` itself leaves as it is and a terminal would obey is written as `\\uXXXX`."""
-    text = json.dumps(content, indent=2, ensure_ascii=False)
+    text = to_strict_json(content, indent=2, ensure_ascii=False)
     return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

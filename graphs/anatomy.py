@@ -247,7 +247,7 @@ def _stream(body: str, flow: Flow, sink: ir.Value, expected_layers: int | None) 
 
 def guarded_layers(graph: ir.Graph) -> tuple[int, ...]:
     """Layers that carry nodes of a guard, by the nodes' names, ascending."""
-    found = (re.match(rf"{PREFIX}(?:\w+_branch/)?layer_(\d+)/", node.name or "") for node in graph.all_nodes())
+    found = (re.match(rf"{PREFIX}(?:\w+_branch/)?layer_([0-9]{{1,9}})/", node.name or "") for node in graph.all_nodes())
     return tuple(sorted({int(match[1]) for match in found if match is not None}))
 
 

@@ -28,12 +28,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
 from .errors import DirectionMismatch, first_line
+from .places import DIRECTIONS, require_file
 from .spec import LARGEST_TAU, MAX_RANK, MODES
+from .strict_json import from_strict_json, to_strict_json
 
 SCHEMA = "vlmguard.directions/1"
 DIRECTIONS_FILE = "directions.safetensors"  # in a guarded folder, and beside a model that brings its own
 ORTHONORMAL_WITHIN = 1e-4
-_TENSOR_NAME = re.compile(r"layers\.(0|[1-9]\d{0,4})\.(ssd|origin|target|readout|threshold|text_threshold)")
+_TENSOR_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,4})\.(ssd|origin|target|readout|threshold|text_threshold)")
 _THRESHOLDS = frozenset({"threshold", "text_threshold"})
 _LARGEST_FILE = 4 << 30  # bytes; 8 rows x 16384 x 256 layers is 0.13 GB, so anything near this is not directions
 
@@ -123,8 +125,8 @@ def read_directions(path: Path | str) -> Directions:
             layers=layers,
             model_sha256=metadata.get("model_sha256"),
             pairs=int(metadata["pairs"]) if "pairs" in metadata else None,
-            anchors=json.loads(metadata["anchors"]) if "anchors" in metadata else None,
-            evidence=json.loads(metadata.get("evidence", "{}")),
+            anchors=from_strict_json(metadata["anchors"]) if "anchors" in metadata else None,
+            evidence=from_strict_json(metadata.get("evidence", "{}")),
             mode=metadata.get("mode"),
             recommended_layers=recommended,
             alpha=float(metadata["alpha"]) if "alpha" in metadata else None,
@@ -158,12 +160,12 @@ def directions_bytes(directions: Directions) -> bytes:
         "schema": SCHEMA,
         "width": str(directions.width),
         "layers": ",".join(map(str, directions.layers)),
-        "evidence": json.dumps(directions.evidence, sort_keys=True),
+        "evidence": to_strict_json(directions.evidence, sort_keys=True),
     }
     optional = {
         "model_sha256": directions.model_sha256,
         "pairs": directions.pairs,
-        "anchors": directions.anchors and json.dumps(directions.anchors, sort_keys=True),
+        "anchors": directions.anchors and to_strict_json(directions.anchors, sort_keys=True),
         "mode": directions.mode,
         "alpha": directions.alpha,
         "estimator": directions.estimator,
@@ -184,8 +186,7 @@ def _sorted_header(content: bytes) -> bytes:
 
 
 def _read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    if not path.is_file():
-        raise DirectionMismatch(f"{path}: no such directions file; extract one with `vlmguard directions`")
+    require_file(path, DIRECTIONS, DirectionMismatch)
     if path.stat().st_size > _LARGEST_FILE:
         raise DirectionMismatch(f"{path}: {path.stat().st_size} bytes is too large for directions; is it a checkpoint?")
     try:
@@ -228,6 +229,10 @@ def _validate(directions: Directions, what: str) -> None:
     unknown = set(directions.recommended_layers or ()) - set(directions.layers)
     if unknown:
         raise DirectionMismatch(f"layers {sorted(unknown)} are recommended but have no ssd")
+    if len(set(directions.recommended_layers or ())) < len(directions.recommended_layers or ()):
+        raise DirectionMismatch(
+            f"layers {directions.recommended_layers} are recommended, one of them twice; name it once"
+        )
     if directions.alpha is not None and not (math.isfinite(directions.alpha) and directions.alpha >= 0):
         raise DirectionMismatch(f"alpha {directions.alpha} is not a strength; expected 0 or more")
     if not _names_anchors(directions.anchors):

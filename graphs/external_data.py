@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 from .errors import ModelUnreadable
 from .links import require_own
 from .tensor_size import byte_count
+from .whole_numbers import whole_number
 
 if TYPE_CHECKING:
     import onnx
 
 # Keys of ONNX's external_data. `checksum` is known, and not relied on: the manifest's SHA-256 covers the file.
 _KEYS = frozenset({"location", "offset", "length", "checksum"})
-_LONGEST = 20  # digits of a number that can be a place in a file
 
 
 def require_external_data(path: Path, tensors: Iterable[onnx.TensorProto], vouched: bool = False) -> None:
@@ -85,9 +85,10 @@ def _require_below(path: Path, location: str) -> None:
 
 def _whole(path: Path, name: str, said: dict[str, str], key: str) -> int:
     value = said.get(key, "0")
-    if not (value.isascii() and value.isdigit() and len(value) <= _LONGEST):
+    number = whole_number(value)
+    if number is None:
         raise ModelUnreadable(f"{path}: the {key} of {name!r} is {value!r}, expected bytes from 0 on; refuse it")
-    return int(value)
+    return number
 
 
 def _size(path: Path, location: str, vouched: bool) -> int:

@@ -14,6 +14,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .whole_numbers import whole_number
+
 try:
     import fcntl
 except ImportError:  # Windows: by the process's number alone
@@ -103,7 +105,7 @@ def remove(path: Path) -> None:
 
 def _siblings(path: Path) -> Iterator[Path]:
     for left in sorted(path.parent.glob(f".{glob.escape(path.name)}{MARK}*")):
-        if left.name.partition(MARK)[2].partition("-")[0].isdigit():
+        if _process(left) is not None:
             yield left
 
 
@@ -136,14 +138,17 @@ def _taken(left: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _process(left: Path) -> int:
-    return int(left.name.partition(MARK)[2].partition("-")[0])
+def _process(left: Path) -> int | None:
+    """The number in a stage's name; `None` for a name that no run gives."""
+    return whole_number(left.name.partition(MARK)[2].partition("-")[0])
 
 
-def _running(number: int) -> bool:
+def _running(number: int | None) -> bool:
+    if not number:  # 0 would ask about this process's own group
+        return False
     try:
         os.kill(number, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         return True

@@ -7,7 +7,6 @@ folder of engines `engines` says how each was built, and `decoders` what is said
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from .digests import BIG, Progress, sha256_files
 from .errors import ManifestMismatch
 from .package import COMPANIONS, LARGEST_JSON
+from .places import require_guarded_folder
 from .regular_files import read_regular
+from .strict_json import from_strict_json, to_strict_json
 
 MANIFEST_NAME = "guard.json"
 SCHEMA = "vlmguard.guard/2"
@@ -162,7 +163,7 @@ class Manifest(BaseModel):
         content = self.model_dump()
         if self.packaged is None:  # versions that know nothing of it read all other folders
             del content["packaged"]
-        return json.dumps({"schema": content.pop("schema_"), **content}, indent=2, ensure_ascii=False) + "\n"
+        return to_strict_json({"schema": content.pop("schema_"), **content}, indent=2, ensure_ascii=False) + "\n"
 
 
 def record_files(
@@ -189,16 +190,11 @@ def read_manifest(folder: Path) -> Manifest:
         ManifestMismatch: there is none (so the folder is not guarded), it is malformed, or of another schema.
     """
     path = folder / MANIFEST_NAME
-    if folder.is_file():
-        raise ManifestMismatch(f"{folder}: is a file; give the guarded folder that it lies in")
-    if not folder.is_dir():
-        raise ManifestMismatch(f"{folder}: no such folder; give one that `vlmguard-export` wrote")
-    if not path.is_file():
-        raise ManifestMismatch(f"{folder}: has no {MANIFEST_NAME}, so nothing says that it is guarded; export it first")
+    require_guarded_folder(folder, MANIFEST_NAME)
     if path.stat().st_size > LARGEST_JSON:
         raise ManifestMismatch(f"{path}: is malformed ({path.stat().st_size} bytes); export again")
     try:
-        content = json.loads(read_regular(path, LARGEST_JSON).decode())
+        content = from_strict_json(read_regular(path, LARGEST_JSON).decode())
         if not isinstance(content, dict):
             raise ManifestMismatch(
                 f"{path}: is malformed (holds {type(content).__name__}, not an object); export again"
@@ -211,7 +207,9 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ManifestMismatch(f"{path}: is malformed ({where}: {first['msg']}); export again") from None
-    except (ValueError, RecursionError, OSError) as error:
+    except OSError as error:
+        raise ManifestMismatch(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    except (ValueError, RecursionError) as error:
         raise ManifestMismatch(f"{path}: is malformed ({error}); export again") from None
 
 

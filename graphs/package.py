@@ -37,6 +37,7 @@ from .errors import GuardError, ModelUnreadable, first_line
 from .genai_pipeline import read_pipeline, stage_files
 from .graph_file import read_graph_file
 from .links import require_own
+from .places import require_model
 from .regular_files import read_regular
 from .roles import NOTHING_DECLARED, DeclaredNames, InputRoles, declare, declared_by_genai, input_roles
 from .staging import create_file, new_file
@@ -140,8 +141,18 @@ class ModelPackage:
 
     @property
     def longest_sequence(self) -> int | None:
-        """How many tokens the model knows positions for, if a config says."""
-        return self._declared("max_position_embeddings", "n_positions", "context_length")
+        """How many tokens the model knows positions for, if a config says: `config.json`, else `genai_config.json`."""
+        return self._declared("max_position_embeddings", "n_positions", "context_length") or self._genai_context()
+
+    def _genai_context(self) -> int | None:
+        """`model.context_length`, else `search.max_length`, of `genai_config.json`."""
+        genai = read_json(self.root / "genai_config.json")
+        for part, key in (("model", "context_length"), ("search", "max_length")):
+            entry = genai.get(part)
+            size = entry.get(key) if isinstance(entry, dict) else None
+            if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+                return size
+        return None
 
     def _declared(self, *keys: str) -> int | None:
         """A number about the text decoder: from `config.json`, else from `genai_config.json`."""
@@ -241,18 +252,19 @@ def open_package(path: Path | str, variant: str | None = None, vouched: bool = F
 
 
 def _find(path: Path, variant: str | None) -> ModelPackage:
+    require_model(path)
+    if variant is not None and not (path / "onnx").is_dir():
+        raise ModelUnreadable(f"{path}: variant {variant!r} was asked for, only onnx-community folders have variants")
     if path.is_file():
         return _from_file(path)
-    if not path.is_dir():
-        raise ModelUnreadable(f"{path}: no such file or folder; give a .onnx file or a model folder")
+    if not path.is_dir():  # a FIFO or a device
+        raise ModelUnreadable(f"{path}: is neither a file nor a folder; give a .onnx file or a model folder")
     if triton.is_repository(path):  # first: configs of the layout that it was made from lie in it too
         return _triton(path)
     if (path / "genai_config.json").is_file():
         return _genai(path)
     if (path / "onnx").is_dir():
         return _onnx_community(path, variant)
-    if variant is not None:
-        raise ModelUnreadable(f"{path}: variant {variant!r} was asked for, only onnx-community folders have variants")
     if (path / _TRANSFORMERS_MANIFEST).is_file():
         return _transformers(path)
     graphs = sorted(path.glob("*.onnx"))

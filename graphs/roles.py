@@ -20,6 +20,7 @@ from typing import Any
 import onnx_ir as ir
 
 from .decoder_state import StatePair, pairs_by_name, size, state_pairs
+from .whole_numbers import whole_number
 
 # The names that exporters agree on (transformers, optimum, onnxruntime-genai, onnx-community).
 TOKENS, EMBEDS, MASK, POSITIONS, LOGITS = "input_ids", "inputs_embeds", "attention_mask", "position_ids", "logits"
@@ -191,7 +192,7 @@ def _declared_first(
                 number = (
                     name[len(head) : len(name) - len(tail)] if name.startswith(head) and name.endswith(tail) else ""
                 )
-                if number.isascii() and number.isdigit() and (there := present.replace("%d", number, 1)) in outputs:
+                if whole_number(number) is not None and (there := present.replace("%d", number, 1)) in outputs:
                     named[name] = there
     return tuple(replace(pair, present=named.get(pair.past, pair.present)) for pair in states)
 

@@ -128,7 +128,7 @@ def parse_layers(text: str) -> tuple[int, ...] | None:
         return None
     layers: set[int] = set()
     for part in text.split(","):
-        span = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part)
+        span = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", part)
         if span is None:
             raise GuardError(f"layers {text!r} cannot be read; write them as 3,4 or 2-4 or auto")
         first, last = int(span[1]), int(span[2] or span[1])

@@ -14,6 +14,8 @@ from typing import IO, Literal
 from .digests import BIG
 from .errors import OutputRefused
 from .leftovers import OLD, begin, hold, remove, sweep, writer, written
+from .places import require_no_tilde
+from .replaceable import require_replaceable
 
 _IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 _FICLONE = 0x40049409  # linux/fs.h
@@ -54,8 +56,10 @@ def require_writable(directory: Path, force: bool) -> None:
 
     Raises:
         OutputRefused: as for `staged`.
+        GuardError: a part of its path is a literal `~`.
     """
     directory = directory.absolute()
+    require_no_tilde(directory)
     sweep(directory)
     if (directory.exists() or directory.is_symlink()) and not directory.is_dir():  # a link to nothing is in the way too
         raise OutputRefused(f"{directory}: is a file; choose a folder for OUT")
@@ -65,8 +69,8 @@ def require_writable(directory: Path, force: bool) -> None:
         raise OutputRefused(f"{directory}: another run is writing it; wait for it, or choose another OUT")
     if force and directory.exists() and _precious(directory):
         raise OutputRefused(f"{directory}: holds more than a model, --force will not replace it; choose another OUT")
-    if force and directory.exists() and not _disposable(directory):
-        raise OutputRefused(f"{directory}: holds no model, --force will not replace it; choose another OUT")
+    if force and directory.exists() and not directory.is_symlink():  # of a link, the link alone is replaced
+        require_replaceable(directory)
     parent = next(folder for folder in (directory.parent, *directory.parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputRefused(f"{directory}: cannot be written (no permission in {parent}); choose another OUT")
@@ -83,12 +87,22 @@ def _precious(directory: Path) -> bool:
     return (directory / ".git").exists() or any(real == place or real in place.parents for place in lived_in)
 
 
-def _disposable(directory: Path) -> bool:
-    """Whether it is what commands write: a folder with a manifest or with graphs, or an empty one."""
-    ours = (f"{pattern}{kind}" for kind in ("guard.json", "*.onnx") for pattern in ("", "*/"))
-    return (
-        directory.is_symlink() or any(next(directory.glob(one), None) for one in ours) or not any(directory.iterdir())
-    )
+def require_writable_file(path: Path, force: bool) -> None:
+    """Refuse early, before minutes of work, a file that `write_file` could not write at the end.
+
+    Raises:
+        OutputRefused: it is a folder, exists and `force` is not set, or cannot be written.
+        GuardError: a part of its path is a literal `~`.
+    """
+    path = path.absolute()
+    require_no_tilde(path)
+    if path.is_dir():
+        raise OutputRefused(f"{path}: is a folder; choose a file")
+    if path.exists() and not force:
+        raise OutputRefused(f"{path}: exists already; choose another file, or replace it with --force")
+    parent = next(folder for folder in path.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputRefused(f"{path}: cannot be written (no permission in {parent}); choose another file")
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -96,7 +110,9 @@ def write_file(path: Path, content: bytes) -> None:
 
     Raises:
         OutputRefused: it cannot be written.
+        GuardError: a part of its path is a literal `~`.
     """
+    require_no_tilde(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
@@ -186,6 +202,8 @@ def _swap(stage: Path, directory: Path, force: bool) -> None:
         except OSError as error:
             raise _exists(directory) if error.errno in _IN_THE_WAY else error from None
         return
+    if not directory.is_symlink():
+        require_replaceable(directory)  # again: files may have come since the run began
     old = directory.parent / f"{stage.name}{OLD}"
     lock = hold(directory)
     try:

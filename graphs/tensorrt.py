@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .errors import GuardError
+from .whole_numbers import whole_number
 
 _STANDARD = frozenset({"", "ai.onnx"})
 # onnxruntime's operators that the parser reads.
@@ -152,10 +153,11 @@ def settle_sizes(model: ir.Model) -> int:
             continue
         for axis, size in enumerate(value.shape):
             text = size.value if isinstance(size, ir.SymbolicDim) else None
-            if text is not None and text.isdigit():
+            number = whole_number(text) if text is not None else None
+            if number is not None:
                 if value.shape.frozen:
                     value.shape = value.shape.copy()
-                value.shape[axis] = int(text)
+                value.shape[axis] = number
                 changed += 1
     return changed
 

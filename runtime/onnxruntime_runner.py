@@ -13,6 +13,7 @@ import numpy as np
 from ..graphs.errors import ExtraMissing, ModelUnreadable, RunFailed, first_line
 from ..graphs.extras import install_command
 from ..graphs.reasons import out_of_memory
+from ..graphs.whole_numbers import whole_number
 from .device import DeviceTensor, Tensor
 from .runners import Port, Runner
 
@@ -246,5 +247,5 @@ def _port(argument: onnxruntime.NodeArg) -> Port:
 def _size(size: int | str | None) -> int | None:
     """A static size, or `None`; transformers' exporter writes fixed sizes as digit strings in `dim_param`."""
     if isinstance(size, str):
-        return int(size) if size.isdigit() else None
+        return whole_number(size)
     return size if size is not None and size >= 0 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,9 +94,13 @@ def open_runner(graph: Path | bytes, folder: Path, runtime: str = "onnxruntime",
 
 
 def _by_reference(graph: Path) -> bool:
-    """Whether its external data are links. Most folders have none, and then their graph need not be read to know it."""
-    if graph.is_symlink() or not any(path.is_symlink() for path in graph.parent.rglob("*")):
-        return False
+    """Whether its external data are links. A folder with plain files alone has none, and its graph need not be read.
+
+    Only the graph's own folder is listed: a bare model may lie in a home folder.
+    """
+    with os.scandir(graph.parent) as entries:
+        if graph.is_symlink() or not any(entry.is_symlink() or entry.is_dir() for entry in entries):
+            return False
     return any(data.is_symlink() for data in external_files(graph))
 
 

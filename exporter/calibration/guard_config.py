@@ -31,7 +31,9 @@ import numpy as np
 
 from ...graphs.directions import DIRECTIONS_FILE, Directions, LayerDirections
 from ...graphs.errors import DirectionMismatch, GuardError, first_line
+from ...graphs.places import CONFIG, expanded, require_file
 from ...graphs.spec import MODES_WITH_GATE, MODES_WITH_READOUT, GuardSpec
+from ...graphs.whole_numbers import whole_number
 from .calibrate import Calibration
 from .toml_depth import require_shallow
 
@@ -132,7 +134,20 @@ def read_config(path: Path | str) -> GuardConfig:
     named = content.get("directions", DIRECTIONS_FILE)
     if not isinstance(named, str):
         raise GuardError(f"{path}: directions is {named!r}, expected the name of a file beside it")
-    return GuardConfig(_spec(path, guard), path.parent / named, _numbers(path, layers))
+    return GuardConfig(_spec(path, guard), _directions(path, named), _numbers(path, layers))
+
+
+def require_directions(path: Path | str, config: GuardConfig) -> None:
+    """The directions file that the config at `path` names is there.
+
+    Raises:
+        GuardError: it is not; the sentence has the full path, because names in a config are relative to its folder.
+    """
+    if not config.directions.is_file():
+        raise GuardError(
+            f"{path}: its directions file {config.directions.absolute()} is missing; names in a {CONFIG_NAME} are relative "
+            "to its own folder, correct `directions` there"
+        )
 
 
 # Writing
@@ -199,8 +214,7 @@ def _figures(calibration: Calibration) -> list[str]:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise GuardError(f"{path}: no such config file; a calibrating export writes one, {CONFIG_NAME}")
+    require_file(path, CONFIG)
     if path.stat().st_size > _LARGEST_FILE:
         raise GuardError(f"{path}: {path.stat().st_size} bytes is too large for a {CONFIG_NAME}; give the right file")
     try:
@@ -209,6 +223,14 @@ def _content(path: Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise GuardError(f"{path}: is not TOML ({first_line(error)}); correct it there") from None
+
+
+def _directions(path: Path, named: str) -> Path:
+    """The directions file, whose name is relative to the config; `~` is the user's home."""
+    try:
+        return path.parent / expanded(Path(named))
+    except GuardError as error:
+        raise GuardError(f"{path}: directions: {error}") from None
 
 
 def _only_known(path: Path, where: str, found: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -260,8 +282,11 @@ _WORDS = {
 def _numbers(path: Path, layers: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     for key, value in layers.items():
-        if not key.isdigit():
+        number = whole_number(key)
+        if number is None:
             raise GuardError(f"{path}: layers.{key} is not known; expected a layer's number, as in [layers.3]")
+        if str(number) != key:  # [layers.03] beside [layers.3] would win over it
+            raise GuardError(f"{path}: layers.{key} is not how layer {number} is written; write [layers.{number}]")
         table = _table(path, f"layers.{key}", value)
         _only_known(path, f"layers.{key}.", table, _NUMBERS)
         for name, given in table.items():
@@ -271,7 +296,7 @@ def _numbers(path: Path, layers: Mapping[str, Any]) -> dict[int, dict[str, Any]]
                 raise GuardError(
                     f"{path}: layers.{key}.{name} is {given!r}, expected {'a list of numbers' if several else 'a number'}"
                 )
-        found[int(key)] = table
+        found[number] = table
     return found
 
 

@@ -24,10 +24,10 @@ from ...graphs.scribe import PREFIX
 # Layers that compute sizes on the host and launch nothing.
 _BOOKKEEPING = frozenset({"shape_call", "reshape", "cast", "signal", "wait", "NoOp"})
 _LINE = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,]+),")
-_PROFILE = re.compile(r"\[profile (\d+)\]")
+_PROFILE = re.compile(r"\[profile ([0-9]{1,9})\]")
 _SUBGRAPH = re.compile(r"_myl(\d+)_\d+$")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
-_GUARD_LAYER = re.compile(re.escape(PREFIX) + r"(?:[^/]+/)?layer_(\d+)/")
+_GUARD_LAYER = re.compile(re.escape(PREFIX) + r"(?:[^/]+/)?layer_([0-9]{1,9})/")
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Span:
         Raises:
             GuardError: none of these.
         """
-        if not re.fullmatch(r"\d{1,9}(:\d{1,9}){0,2}", text.strip()):
+        if not re.fullmatch(r"[0-9]{1,9}(:[0-9]{1,9}){0,2}", text.strip()):
             raise GuardError(f"range {text!r} cannot be read; write it as 4, 1:8 or 1:4:8 (smallest:typical:largest)")
         numbers = [int(part) for part in text.split(":")]
         return cls(numbers[0], numbers[len(numbers) // 2] if len(numbers) == 3 else numbers[0], numbers[-1])
@@ -80,12 +80,16 @@ class EngineProfile:
         """
         name, colon, rest = text.partition(":")
         spans = {"batch": Span(1, 1, 1), "sequence": Span(1, 1, 1), "past": Span(0, 0, 0)}
+        named: set[str] = set()
         for part in rest.split(",") if colon else ():
             key, equals, value = part.partition("=")
             if key.strip() not in spans or not equals:
                 raise GuardError(
                     f"profile {text!r} cannot be read at {part!r}; write it as decode:batch=1:4,sequence=1,past=1:512:4096"
                 )
+            if key.strip() in named:
+                raise GuardError(f"profile {text!r} gives {key.strip()} twice; give it once")
+            named.add(key.strip())
             spans[key.strip()] = Span.parse(value)
         if not name or not colon:
             raise GuardError(f"profile {text!r} has no name; write it as prefill:batch=1:4,sequence=1:256:2048")
@@ -231,7 +235,11 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, Shapes]:
     found: dict[str, Shapes] = {}
     for text in texts:
         name, equals, rest = text.rpartition("=")
-        parts = [tuple(map(int, part.split("x"))) for part in rest.split(":") if re.fullmatch(r"\d+(x\d+)*", part)]
+        parts = [
+            tuple(map(int, part.split("x")))
+            for part in rest.split(":")
+            if re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})*", part)
+        ]
         if (
             not equals
             or len(parts) not in {1, 3}
@@ -239,6 +247,8 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, Shapes]:
             or len(set(map(len, parts))) != 1
         ):
             raise GuardError(f"shape {text!r} cannot be read; write it as pixel_values=1x3x224x224, or three with ':'")
+        if name in found:
+            raise GuardError(f"shape {text!r} is the second for {name}; give one --shape for each input")
         found[name] = (parts[0], parts[len(parts) // 2], parts[-1])
     return found
 

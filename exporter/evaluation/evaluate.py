@@ -8,12 +8,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...graphs.digests import sha256_file
-from ...graphs.directions import DIRECTIONS_FILE, read_directions
 from ...graphs.errors import PromptsUnusable
 from ...graphs.manifest import MANIFEST_NAME
 from ...graphs.package import external_files
@@ -22,7 +22,7 @@ from ...runtime.refusals import refused
 from ...runtime.vlm import Sampling, VisionLanguageModel
 from ..extraction.extract import Progress
 from ..prompts.labelled import BUILTIN, LabelledPrompt, Sources, find_file, fingerprint, listed
-from ..prompts.overlaps import require_held_out
+from ..prompts.overlaps import require_held_out_of
 from ..shards import Spread, in_turn, spreading
 from ..sources import Watch, open_model, require_unmarked, unwatched
 from .asking import AskBoth, Asking, Gates, open_gates, shard_of
@@ -79,10 +79,11 @@ def compare(
     tell = watch or unwatched
     require_unmarked(base)
     unguarded, vlm = open_model(base), GuardedVLM.open(guarded)
-    sources = prompts if prompts is not None else find_file(unguarded.package.root, EVALUATION_FILES) or BUILTIN
+    beside = find_file(unguarded.package.root, EVALUATION_FILES) if prompts is None else None
+    sources = prompts if prompts is not None else beside or BUILTIN
     title = ", ".join(listed(sources))
     rows = shown_prompts(sources, images)
-    _require_held_out(title, rows, vlm)
+    require_held_out_of(vlm.package.root, vlm.manifest, title, rows, "evaluate")
     if not unguarded.sees:
         rows = [row for row in rows if row.setting == "text"]
         if not rows:
@@ -107,7 +108,7 @@ def compare(
     }
     file = RecordFile(out, _identity(unguarded, vlm) | asked) if out is not None else None
     gates, unread = open_gates(vlm) if read_gates else (None, "not asked for")
-    with spreading(ray, ray_workers) as spread:
+    with spreading(ray, ray_workers) as spread, _reported(file, len(rows)):
         return evaluate(
             unguarded,
             vlm,
@@ -123,6 +124,7 @@ def compare(
             same_source=_same_source(unguarded, vlm),
             seed=seed,
             spread=spread(asking),
+            found={"prompts": beside} if beside is not None else {},
         )
 
 
@@ -164,10 +166,12 @@ def evaluate(
     same_source: bool | None = None,
     seed: int = 0,
     spread: Spread = in_turn,
+    found: Mapping[str, Path] | None = None,
 ) -> Evaluation:
     """The same prompts to the unguarded and to the guarded model; what `file` holds already is not asked again.
 
-    With a `spread` of its own the caller sees to it that its recipe opens the same models as these.
+    With a `spread` of its own the caller sees to it that its recipe opens the same models as these. `found`: as in
+    `Evaluation`.
     """
     requests = [prompt.request(base) for prompt in prompts]
     records = dict(file.found) if file is not None else {}
@@ -200,6 +204,7 @@ def evaluate(
         gates_unread if gates is None else None,
         same_source,
         seed,
+        found or {},
     )
 
 
@@ -214,17 +219,22 @@ def _recalled(record: Record, answers: tuple[str, str] | None) -> Record:
     return record.model_copy(update={"base": base, "guarded": guarded})
 
 
+@contextlib.contextmanager
+def _reported(file: RecordFile | None, prompts: int) -> Iterator[None]:
+    """An interrupt carries a sentence on what is recorded."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if file is None:
+            stop.add_note("nothing was kept; with --out FILE a run keeps each prompt's record, and goes on with them")
+        else:
+            stop.add_note(
+                f"{len(file.found)} of {prompts} prompts are recorded in {file.path}; run the same command again to go on"
+            )
+        raise
+
+
 # Models
-
-
-def _require_held_out(title: str, rows: Sequence[LabelledPrompt], vlm: GuardedVLM) -> None:
-    """Nothing that the guard was made from: neither its calibration prompts nor its anchors."""
-    calibrated = (vlm.manifest.calibration or {}).get("prompt_fingerprints", ())
-    require_held_out(title, rows, calibrated, "were calibrated on", "evaluate")
-    file = vlm.package.root / DIRECTIONS_FILE
-    anchors = (read_directions(file).anchors or {}) if file.is_file() else {}
-    how = "are anchors that the directions were extracted from"
-    require_held_out(title, rows, anchors.get("fingerprints", ()), how, "evaluate")
 
 
 def _identity(base: VisionLanguageModel, vlm: GuardedVLM) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -134,6 +135,7 @@ class Evaluation:
         gates_unread: why no gate was read, where none was.
         same_source: whether the guarded model was made from this unguarded one, file by file; `None`: not known.
         seed: of the intervals.
+        found: what was found beside the model and used -> its absolute path.
     """
 
     prompts: tuple[LabelledPrompt, ...]
@@ -142,6 +144,7 @@ class Evaluation:
     gates_unread: str | None = None
     same_source: bool | None = None
     seed: int = 0
+    found: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def base(self) -> Tally:
@@ -214,6 +217,7 @@ class Evaluation:
             "gates_unread": self.gates_unread,
             "text_answers_changed": self.text_answers_changed,
             "base_is_the_source": self.same_source,
+            **({"found": {what: str(path) for what, path in self.found.items()}} if self.found else {}),
         }
 
     def _cell(self, setting: str, label: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ...graphs.errors import OutputRefused
+from ...graphs.strict_json import from_strict_json, to_strict_json
 
 SCHEMA = "vlmguard.evaluation-records/1"
 
@@ -128,7 +129,7 @@ class RecordFile:
     def _begin(self) -> None:
         new = not self.path.exists()
         try:
-            self._append([json.dumps(self._about)])
+            self._append([to_strict_json(self._about)])
         except OSError:
             if new:
                 self.path.unlink(missing_ok=True)
@@ -167,12 +168,12 @@ class RecordFile:
 
     def _require_same(self, header: str) -> None:
         try:
-            theirs = json.loads(header)
+            theirs = from_strict_json(header)
         except ValueError:
             theirs = None
         if not isinstance(theirs, dict) or theirs.get("schema") != SCHEMA:
             raise OutputRefused(f"{self.path}: is not a file of evaluation records ({SCHEMA}); choose another --out")
-        ours = json.loads(json.dumps(self._about))
+        ours = json.loads(to_strict_json(self._about))
         differing = next((name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)), None)
         if differing is not None:
             raise OutputRefused(
@@ -183,7 +184,7 @@ class RecordFile:
 
 def _begins(content: bytes, about: Mapping[str, Any]) -> bool:
     """Whether a file without one whole line is the beginning of our first line: killed before anything was asked."""
-    return json.dumps(about).encode().startswith(content)
+    return to_strict_json(about).encode().startswith(content)
 
 
 def _short(value: Any) -> str:

@@ -25,7 +25,13 @@ def shown_prompts(sources: Sources, images: Sequence[Path | str] = ()) -> list[L
         PromptsUnusable: as `read_set`; a picture that is not there.
     """
     pictures = _pictures(images)
-    sets = [_shown(read_set(name, "test"), pictures) for name in listed(sources)]
+    read = [read_set(name, "test") for name in listed(sources)]
+    if pictures and all(found.placed for found in read):
+        names = ", ".join(listed(sources))
+        raise PromptsUnusable(
+            f"{names}: says itself how each prompt is shown, so pictures have no effect; leave --image out"
+        )
+    sets = [_shown(found, pictures) for found in read]
     if len(sets) == 1:
         return sets[0]
     # ids are unique in their own set only

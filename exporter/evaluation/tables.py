@@ -6,12 +6,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..terminal import show_found
 from .bootstrap import LEVEL, Interval
 from .outcome import KEYWORDS, Evaluation, Share
 
 
 def show_evaluation(out: Console, result: Evaluation) -> None:
     """Tables first, then what has no table, then what to keep in mind."""
+    show_found(out, result.found)
     _show_refusals(out, result)
     if any(label == "harmful" for _, label in result.kinds):
         _show_attacks(out, result)

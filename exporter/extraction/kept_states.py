@@ -67,6 +67,14 @@ def kept_beside(output: Path, model: str) -> Iterator[KeptStates]:
     kept = KeptStates(output.with_name(f".{output.name}.work"), model)
     try:
         yield kept
+    except KeyboardInterrupt as stop:
+        batches = len(list(kept.folder.glob("*.npy")))
+        if batches:
+            stop.add_note(
+                f"hidden states are kept in {kept.folder} (batches: {batches}); run the same command again to go on, or "
+                "remove that folder"
+            )
+        raise
     except GuardError:
         shutil.rmtree(kept.folder, ignore_errors=True)
         raise

@@ -6,7 +6,6 @@ The graphs of the onnx-community layout leave that to the app, so that only text
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ...graphs.manifest import Manifest
 from ...graphs.package import ModelPackage, load_graph, read_json
 from ...graphs.roles import EMBEDS, LOGITS, MASK, POSITIONS, TOKENS
 from ...graphs.staging import Data
+from ...graphs.strict_json import to_strict_json
 from ..sources import Watch
 from .arrangement import Arrangement, Packaged, loose_files, rearrange, require_other_layout, with_data
 from .known_inputs import require_known
@@ -60,7 +60,7 @@ def arrange(manifest: Manifest, package: ModelPackage) -> Arrangement:
     require_known(decoder, str(package.decoder), _RUNTIME, _FED)
     brought = {name: name for name in loose_files(manifest, package) if not name.startswith("onnx/")}
     brought |= with_data(package.decoder, package.root, _GRAPH)
-    config = json.dumps(_config(package, decoder), indent=4) + "\n"
+    config = to_strict_json(_config(package, decoder), indent=4) + "\n"
     there = package.decoder.relative_to(package.root).as_posix()
     return Arrangement("genai", {there: _GRAPH}, brought, {"genai_config.json": config.encode()})
 

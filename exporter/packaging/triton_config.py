@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from ...graphs import triton
 from ...graphs.errors import GuardError
+from ...graphs.whole_numbers import whole_number
 from ...runtime.runners import Port
 from ...runtime.triton_runner import Ports
 from .prototext import Message, Word, to_prototext
@@ -88,7 +89,7 @@ def part_of(name: str, model: ir.Model) -> Part:
         str(value.shape[0]) for value in (*inputs, *graph.outputs) if value.shape is not None and len(value.shape)
     }
     open_ranks = all(value.shape is not None and len(value.shape) > 0 for value in (*inputs, *graph.outputs))
-    batched = open_ranks and len(firsts) == 1 and not next(iter(firsts)).isdigit() and firsts != {"None"}
+    batched = open_ranks and len(firsts) == 1 and whole_number(next(iter(firsts))) is None and firsts != {"None"}
     ports = Ports({str(v.name): _port(name, v) for v in inputs}, {str(v.name): _port(name, v) for v in graph.outputs})
     return Part(name, ports, batched and name != triton.DECODER)
 

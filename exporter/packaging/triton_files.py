@@ -4,7 +4,6 @@ a repository holds exactly these.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ...graphs.errors import GuardError, ManifestMismatch
 from ...graphs.manifest import Manifest
 from ...graphs.package import ModelPackage, load_graph
 from ...graphs.static_proof import Check, exact
+from ...graphs.strict_json import to_strict_json
 from ...runtime.decoder import DecoderSession, can_pad
 from ...runtime.triton_runner import Ports, TritonRunner
 from .triton_config import Part, TritonOptions, front_config, graph_config, part_of
@@ -42,7 +42,7 @@ def written_files(
         "models": {name: part.ports.to_json() for name, part in parts.items()},
         "pads": can_pad(load_graph(graphs[triton.DECODER], vouched=True).graph),
     }
-    found[triton.PORTS] = json.dumps(described, indent=1) + "\n"
+    found[triton.PORTS] = to_strict_json(described, indent=1) + "\n"
     content = {name: text.encode() for name, text in found.items()}
     content[f"{triton.FRONT}/{triton.VERSION}/model.py"] = Path(__file__).with_name("front_model.py").read_bytes()
     return content

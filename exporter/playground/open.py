@@ -8,20 +8,22 @@ guarded folder ──► both decoders ──┐
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 
 from ...graphs.errors import GuardError
+from ...graphs.manifest import read_manifest
 from ...graphs.package import external_files, graph_bytes
 from ...graphs.roles import input_roles
+from ...graphs.strict_json import to_strict_json
 from ...runtime.chat import ChatTokenizer
 from ...runtime.images import ImagePreprocessor
 from ...runtime.playground.libraries import LIBRARIES, find_libraries
 from ...runtime.playground.server import PlaygroundServer
 from ...runtime.playground.site import make_site
+from ..prompts.overlaps import require_held_out_of
 from ..sources import Watch, unwatched
 from .facts import model_facts, require_page_model, token_checks, tokenizer_json
 from .samples import BLANK, choose_samples, png
@@ -71,6 +73,8 @@ def _model_files(sides: Sides, prompts: str | None) -> dict[str, bytes | Path]:
     chat = ChatTokenizer.open(path.parent if path is not None else package.root)
     images = ImagePreprocessor.open(package.root)
     samples = choose_samples(prompts, [sides.base_home.parent, package.root])
+    title = prompts or "the prompts found beside the model"
+    require_held_out_of(package.root, read_manifest(package.root), title, samples.prompts, "show the model")
     assert package.vision_encoder is not None and package.embed_tokens is not None  # or it was refused
     files: dict[str, bytes | Path] = {"tokenizer.json": tokenizer_json(chat)}
     parts = {
@@ -87,7 +91,7 @@ def _model_files(sides: Sides, prompts: str | None) -> dict[str, bytes | Path]:
         "tokenChecks": token_checks(chat, list(dict.fromkeys(row.prompt for row in samples.prompts))),
         "libraries": [str(library) for library in LIBRARIES],
     }
-    files["facts.json"] = json.dumps(facts, ensure_ascii=False).encode()
+    files["facts.json"] = to_strict_json(facts, ensure_ascii=False).encode()
     return files
 
 

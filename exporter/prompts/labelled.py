@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...graphs.errors import PromptsUnusable
+from ...graphs.places import model_folders
 from ...runtime.images import picture_bytes
 from ...runtime.vlm import Request, VisionLanguageModel
 from .files import read_rows
@@ -35,7 +36,7 @@ BUILTIN = "builtin"
 _BUILTIN_FILE = Path(__file__).with_name("anchors.csv")
 SPLITS = ("extraction", "calibration", "test")
 PAIRED_LABELS: tuple[Label, Label] = ("harmful", "harmless")
-_FOLDERS = (".", "prompts", "..", "../prompts")
+_FOLDERS = (".", "prompts")
 
 
 @dataclass(frozen=True)
@@ -176,10 +177,13 @@ def read_prompts(sources: Sources, split: str | None = None) -> list[LabelledPro
 
 
 def find_file(home: Path, names: Sequence[str]) -> Path | None:
-    """A prompts file that comes with a model: in its folder, in `prompts/`, or one level up."""
-    for folder in _FOLDERS:
+    """A file that comes with a model, absolute: in the model's own folders (`model_folders`), or in `prompts/` there.
+
+    A folder above holds other models too, and their directions and prompts: it is not looked at.
+    """
+    for folder in (own / part for own in model_folders(home) for part in _FOLDERS):
         for name in names:
-            path = (home / folder / name).resolve()
+            path = (folder / name).absolute()
             if path.is_file():
                 return path
     return None

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
+from ...graphs.directions import DIRECTIONS_FILE, read_directions
 from ...graphs.errors import PromptsUnusable
+from ...graphs.manifest import Manifest
 from .labelled import LabelledPrompt, PromptSet, fingerprint
 
 
@@ -60,3 +63,24 @@ def require_held_out(title: str, prompts: Sequence[LabelledPrompt], used: Iterab
     shared = sum(fingerprint(prompt) in used for prompt in prompts)
     if shared:
         raise PromptsUnusable(f"{title}: {shared} of {len(prompts)} prompts {how}; {verb} on held-out ones")
+
+
+def require_held_out_of(
+    folder: Path, manifest: Manifest, title: str, prompts: Sequence[LabelledPrompt], verb: str
+) -> None:
+    """No prompt is one that the guard in `folder` was made from: neither a calibration prompt nor an anchor.
+
+    Args:
+        folder, manifest: the guarded folder.
+        title, verb: as for `require_held_out`.
+
+    Raises:
+        PromptsUnusable: some are, with their count.
+        DirectionMismatch: the folder's directions cannot be read.
+    """
+    calibrated = (manifest.calibration or {}).get("prompt_fingerprints", ())
+    require_held_out(title, prompts, calibrated, "were calibrated on", verb)
+    file = folder / DIRECTIONS_FILE
+    anchors = (read_directions(file).anchors or {}) if file.is_file() else {}
+    how = "are anchors that the directions were extracted from"
+    require_held_out(title, prompts, anchors.get("fingerprints", ()), how, verb)

@@ -48,7 +48,7 @@ from ..guide import Guide
 from ..packaging.triton_files import check_repository
 from ..sources import Source, Watch, unwatched
 from .config_check import require_config_of_graph
-from .inputs import ProofInputs
+from .inputs import ProofInputs, given_inputs
 from .prove import prove_by_running
 from .prove_fold import prove_fold_by_running
 
@@ -108,6 +108,8 @@ def verify(
     """
     if run and source is None:
         raise GuardError("running the proof compares with what the folder was made from; give that with --source")
+    if proof_inputs:
+        given_inputs(tuple(map(Path, proof_inputs)))  # unfit files are refused before minutes of work
     folder = Path(folder).absolute()
     tell = watch or unwatched
     signed = [check_signature(folder, public_key)] if public_key is not None else []
@@ -118,6 +120,8 @@ def verify(
     checks = [*signed, exact("every file has the manifest's SHA-256", files - len(unhashed), [], note)]
     checks += _no_fewer_refused(manifest)
     if manifest.engines:
+        if proof_inputs:
+            raise GuardError(f"{folder}: holds engines, which are run on prompts; leave --proof-inputs out")
         return _finished(folder, manifest, checks + _verify_engines(folder, manifest, source, run, tell), run)
     views = {view.decoder: view for view in open_guarded_package(folder, manifest).views()}
     originals = originals_of(source, manifest) if source is not None else {}

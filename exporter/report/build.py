@@ -6,13 +6,13 @@ guarded folder ──► both sides ──► states ──► plane, separation
 
 from __future__ import annotations
 
-import os
-from datetime import UTC, datetime
 from pathlib import Path
 
 from ...graphs.directions import Directions
 from ...graphs.errors import OutputRefused
-from ...graphs.staging import write_file
+from ...graphs.staging import require_writable_file, write_file
+from ...graphs.whole_numbers import whole_number
+from ..artifact.stamp import stamp
 from ..evaluation.evaluate import evaluate
 from ..sources import Watch, unwatched
 from .cost import cost_of
@@ -67,6 +67,7 @@ def report(
     """
     tell, output = watch or unwatched, Path(output).absolute()
     require_plotly()  # before minutes of work
+    when = _now()
     _require_writable(output, Path(guarded).absolute(), force)
     subject = open_subject(guarded, source)
     file, asked = choose_prompts(
@@ -104,8 +105,9 @@ def report(
         sweep=tuple(sweep),
         cost=cost,
         anchors_auc=_anchors_auc(subject.directions),
+        found={} if prompts is not None else {"prompts": file.absolute()},
     )
-    write_file(output, make_page(data, _now()).encode())
+    write_file(output, make_page(data, when).encode())
     return data
 
 
@@ -115,11 +117,7 @@ def _require_writable(output: Path, guarded: Path, force: bool) -> None:
         raise OutputRefused(f"{output}: lies in the guarded folder, which nothing may change; choose a file beside it")
     if output.is_dir():
         raise OutputRefused(f"{output}: is a folder; choose a file for the page, such as report.html")
-    if output.exists() and not force:
-        raise OutputRefused(f"{output}: exists already; choose another file, or replace it with --force")
-    parent = next(folder for folder in output.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputRefused(f"{output}: cannot be written (no permission in {parent}); choose another file")
+    require_writable_file(output, force)
 
 
 def _anchors_auc(directions: Directions) -> dict[int, float]:
@@ -127,13 +125,12 @@ def _anchors_auc(directions: Directions) -> dict[int, float]:
     found = {}
     for layer, seen in directions.evidence.items():
         value = seen.get("auc") if isinstance(seen, dict) else None
-        if layer.isdecimal() and isinstance(value, int | float) and 0 <= value <= 1:
-            found[int(layer)] = float(value)
+        number = whole_number(layer)
+        if number is not None and isinstance(value, int | float) and 0 <= value <= 1:
+            found[number] = float(value)
     return dict(sorted(found.items()))
 
 
 def _now() -> str:
     """Honours SOURCE_DATE_EPOCH, as reproducible builds want it."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
-    when = datetime.fromtimestamp(int(epoch), UTC) if epoch.isdecimal() else datetime.now(UTC)
-    return when.strftime("%Y-%m-%d %H:%M UTC")
+    return stamp().created.strftime("%Y-%m-%d %H:%M UTC")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import onnx_ir as ir
 from ...graphs.errors import GuardError, ManifestMismatch
 from ...graphs.manifest import read_manifest, require_intact
 from ...graphs.scribe import PREFIX
+from ...graphs.strict_json import from_strict_json
 from .subject import Subject
 
 BENCHMARK_SCHEMA = "vlmguard.benchmark/1"
@@ -140,7 +140,7 @@ def _latency(path: Path, mode: str) -> tuple[Latency, ...]:
     try:
         if path.stat().st_size > _LARGEST_FILE:
             raise GuardError(f"{unusable} ({path.stat().st_size} bytes); give such a file with --benchmark")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = from_strict_json(path.read_text(encoding="utf-8"))
         if content["schema"] != BENCHMARK_SCHEMA:
             raise GuardError(f"{unusable} (schema {content['schema']!r}, expected {BENCHMARK_SCHEMA!r}); measure again")
         parts: dict[str, Any] = content["parts"]

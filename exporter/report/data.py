@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ class ReportData:
         layers: numbers of all decoder layers.
         points, separations, gates, rates, mistakes, sweep, cost: one per figure or table.
         text_answers_changed: how many text-only answers differ word for word.
+        found: what was found beside the model and used -> its absolute path. Not in the page, which others read.
         anchors_auc: AUC of the anchors along row 1, by layer, as the directions file recorded it.
     """
 
@@ -73,6 +75,7 @@ class ReportData:
     sweep: tuple[Strength, ...]
     cost: Cost
     anchors_auc: dict[int, float]
+    found: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def plan(self) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ...graphs.strict_json import to_strict_json
 from . import words
 from .data import ReportData
 from .figures import SETTING_WORDS, make_figures
@@ -50,7 +50,7 @@ def make_page(data: ReportData, made: str) -> str:
 
 def in_script(content: Any) -> str:
     """JSON that may stand in a `<script>` element: nothing in it ends the element, whatever a prompt says."""
-    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    text = to_strict_json(content, separators=(",", ":"), ensure_ascii=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text

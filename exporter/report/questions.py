@@ -11,7 +11,8 @@ import numpy as np
 from ...graphs.errors import GuardError, PromptsUnusable
 from ...runtime.images import open_image
 from ..evaluation.evaluate import EVALUATION_FILES
-from ..prompts.labelled import PAIRED_LABELS, SETTINGS, LabelledPrompt, find_file, fingerprint, read_prompts
+from ..prompts.labelled import PAIRED_LABELS, SETTINGS, LabelledPrompt, find_file, read_prompts
+from ..prompts.overlaps import require_held_out_of
 from .subject import Subject
 
 
@@ -26,7 +27,7 @@ def choose_prompts(
         most: of each setting and label; more than that are thinned out evenly, because files are often sorted.
 
     Raises:
-        PromptsUnusable: none are found or fit, one label is missing, or some were calibrated on.
+        PromptsUnusable: none are found or fit, one label is missing, or the guard was made from some.
     """
     if most < 2:
         raise GuardError(f"{most} prompts of each kind say nothing; choose 2 or more")
@@ -41,7 +42,7 @@ def choose_prompts(
     if image is not None:
         open_image(image)  # before minutes of work
     rows = in_settings(rows, sees, image)
-    _require_held_out(subject, found, rows)
+    require_held_out_of(subject.folder, subject.manifest, str(found), rows, "report")
     chosen = thinned(rows, most)
     for label in PAIRED_LABELS:
         if not any(row.label == label for row in chosen):
@@ -77,10 +78,3 @@ def thinned(rows: Sequence[LabelledPrompt], most: int) -> list[LabelledPrompt]:
             places = np.linspace(0, len(kind) - 1, min(most, len(kind))).round().astype(int)
             chosen += [kind[place] for place in places]
     return chosen
-
-
-def _require_held_out(subject: Subject, path: Path, rows: Sequence[LabelledPrompt]) -> None:
-    seen = set((subject.manifest.calibration or {}).get("prompt_fingerprints", ()))
-    shared = sum(fingerprint(row) in seen for row in rows)
-    if shared:
-        raise PromptsUnusable(f"{path}: {shared} of {len(rows)} prompts were calibrated on; report on held-out ones")

@@ -53,10 +53,10 @@ class Made:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of every answer: tokens of its prompt, and of prompt and answer together (`None`: the model does not say)."""
+    """Of every answer: tokens of its prompt, and of prompt and answer together."""
 
     prompt_tokens: int
-    context: int | None
+    context: int
 
 
 class Answering:
@@ -147,11 +147,10 @@ class Answering:
         sampling = self._chat.sampling
         if made.prompt_tokens > self._limits.prompt_tokens:
             raise too_long(self._limits.prompt_tokens)
-        if self._limits.context is not None:
-            left = self._limits.context - made.prompt_tokens
-            if left < (sampling.max_new_tokens if self._chat.asked_length else 1):
-                raise too_long(self._limits.context)
-            sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, left))
+        left = self._limits.context - made.prompt_tokens
+        if left < (sampling.max_new_tokens if self._chat.asked_length else 1):
+            raise too_long(self._limits.context)
+        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, left))
         self._tell("")
         if self._is_stopped():
             return

@@ -15,7 +15,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ...graphs.errors import GuardError, RunFailed
-from ..chat import FolderConfigs
 from ..guarded import GuardedVLM
 from .access import AccessLog, access_of
 from .admission import Admission
@@ -23,6 +22,7 @@ from .answering import Answering, Limits
 from .auth import require_key, require_local_name
 from .body import Bodies, read_json
 from .chat_request import ChatRequest, read_chat_request
+from .context import context_limit
 from .errors import ApiError, ClientGone
 from .metrics import Metrics
 from .replies import Reply, event, model_card
@@ -44,7 +44,7 @@ class Service:
         self.admission = Admission(settings.places(bool(vlm.manifest.engines)), settings.queue)
         self.metrics = Metrics(vlm, settings.name, self.admission)
         self._fingerprint = _fingerprint(vlm)
-        self._limits = Limits(settings.max_prompt_tokens, _positions(vlm))
+        self._limits = Limits(settings.max_prompt_tokens, context_limit(vlm, settings))
         self._under_way: set[Answering] = set()
         self._bodies = Bodies((self.admission.places + self.admission.queue) * settings.max_body)
         self.app = _routes(self)
@@ -161,12 +161,6 @@ async def _gone(receive: Receive) -> None:
 async def _read(answering: Answering) -> None:
     async for _ in answering.pieces():
         pass
-
-
-def _positions(vlm: GuardedVLM) -> int | None:
-    """Tokens that the model has positions for, as its config says."""
-    found = FolderConfigs.read(vlm.chat.folder).text_model.get("max_position_embeddings")
-    return found if isinstance(found, int) and found > 0 else None
 
 
 def _fingerprint(vlm: GuardedVLM) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
+from ...graphs.whole_numbers import whole_number
 from .errors import ApiError, ClientGone
 
 LONGEST_WAIT = 60.0  # seconds from a request's headers to the end of its body
@@ -70,8 +71,8 @@ async def read_json(http: Request, largest: int, bodies: Bodies, seconds: float 
         raise ApiError(415, "the body must be JSON; send the header Content-Type: application/json")
     if http.headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "the body is compressed; send it as it is")
-    declared = http.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > largest:
+    declared = whole_number(http.headers.get("content-length", ""))
+    if declared is not None and declared > largest:
         raise _too_large(largest)
     with bodies.body() as body:
         try:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...graphs.strict_json import to_strict_json
 from .answering import Answering, Made
 
 
@@ -65,5 +65,5 @@ def model_card(name: str, created: int) -> dict[str, Any]:
 
 def event(content: dict[str, Any] | str) -> bytes:
     """One server-sent event."""
-    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    text = content if isinstance(content, str) else to_strict_json(content, ensure_ascii=False, separators=(",", ":"))
     return f"data: {text}\n\n".encode()

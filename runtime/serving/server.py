@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ...graphs.errors import ExtraMissing, GuardError, first_line
 from ...graphs.extras import install_command
 from ..guarded import GuardedVLM
+from .context import context_limit
 from .settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def serve(folder: Path, settings: ServeSettings, listening: Callable[[dict[str, 
     require_extra()
     vlm = GuardedVLM.open(folder)
     settings.places(bool(vlm.manifest.engines))
+    context_limit(vlm, settings)
     warm_up(vlm)
     with open_port(settings.host, settings.port) as port:
         settings = replace(settings, port=port.getsockname()[1])

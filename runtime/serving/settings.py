@@ -26,6 +26,7 @@ class ServeSettings:
         queue: requests that may wait for them.
         max_tokens: longest answer that a request may ask for, and gets if it asks for none.
         max_prompt_tokens: longest conversation, its image's tokens included.
+        max_context: longest conversation and answer together, tokens; `None`: what the model's configs say.
         max_image: largest image file, bytes.
         timeout: seconds that a request may take, waiting included.
         grace: seconds that running answers get when the server is told to stop.
@@ -42,9 +43,17 @@ class ServeSettings:
     max_image: int = 10 * MIB
     timeout: float = 120.0
     grace: float = 30.0
+    max_context: int | None = None
 
     def __post_init__(self) -> None:
-        least = {"concurrency": 1, "queue": 0, "max_tokens": 1, "max_prompt_tokens": 1, "max_image": 1}
+        least = {
+            "concurrency": 1,
+            "queue": 0,
+            "max_tokens": 1,
+            "max_prompt_tokens": 1,
+            "max_image": 1,
+            "max_context": 1,
+        }
         for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and value < lowest:

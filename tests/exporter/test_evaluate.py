@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -243,10 +244,23 @@ def test_two_models_are_compared_on_a_file_of_prompts(guarded: Guarded, file: Pa
 
 
 def test_prompts_are_found_beside_the_base(guarded: Guarded, file: Path, tmp_path: Path) -> None:
-    shutil.copytree(SOURCE, tmp_path / "model")
-    (tmp_path / "prompts").mkdir()
-    shutil.copyfile(file, tmp_path / "prompts" / "evaluation.jsonl")
-    assert len(compare(tmp_path / "model", guarded("restore"), max_new_tokens=1).prompts) == 29
+    model = shutil.copytree(SOURCE, tmp_path / "model")
+    (model / "prompts").mkdir()
+    prompts = shutil.copyfile(file, model / "prompts" / "evaluation.jsonl")
+    result = compare(model, guarded("restore"), max_new_tokens=1)
+    assert len(result.prompts) == 29 and result.to_json()["found"] == {"prompts": str(prompts)}
+
+
+@pytest.mark.parametrize("recorded", [None, {0: None, 1: None}])
+def test_an_interrupt_reports_what_is_recorded(recorded: dict[int, None] | None, tmp_path: Path) -> None:
+    file: Any = None if recorded is None else SimpleNamespace(path=tmp_path / "out", found=recorded)
+    with pytest.raises(KeyboardInterrupt) as stopped, evaluate_module._reported(file, 9):
+        raise KeyboardInterrupt
+    assert stopped.value.__notes__ == [
+        "nothing was kept; with --out FILE a run keeps each prompt's record, and goes on with them"
+        if recorded is None
+        else f"2 of 9 prompts are recorded in {tmp_path / 'out'}; run the same command again to go on"
+    ]
 
 
 def test_without_any_prompts_the_built_in_held_out_ones_are_asked(

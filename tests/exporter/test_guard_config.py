@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from random_directions import random_directions
 from tiny_vlm_paths import DECODER, SOURCE, Guarded, digests
 
-from vlmguard.exporter.calibration.guard_config import GuardConfig, read_config, to_toml
+from vlmguard.exporter.calibration.guard_config import GuardConfig, read_config, require_directions, to_toml
 from vlmguard.exporter.pipeline import export
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.directions import Directions, read_directions
@@ -155,6 +155,13 @@ def refusal(error: type[GuardError], call: Callable[..., Any], *arguments: Any, 
             "[guard]\n",
             "schema is None, this version reads 'vlmguard.config/1'; calibrate again, or correct it",
         ),
+        (PLAIN + "[layers.3]\n[layers.03]\n", "layers.03 is not how layer 3 is written; write [layers.3]"),
+        (PLAIN + '[layers."²"]\n', "layers.² is not known; expected a layer's number, as in [layers.3]"),
+        (PLAIN + '[layers."٣"]\n', "layers.٣ is not known; expected a layer's number, as in [layers.3]"),
+        (
+            'directions = "a/~/d"\n' + PLAIN,
+            "directions: a/~/d: has a folder named ~, which a shell would not reach; write the home folder's full path",
+        ),
         ('guard = 3\nschema = "vlmguard.config/1"\n', "guard is 3, expected a table [guard]"),
     ],
 )
@@ -179,6 +186,23 @@ def test_what_is_not_toml_is_refused(tmp_path: Path) -> None:
     assert refusal(GuardError, read_config, gone) == (
         f"{gone}: no such config file; a calibrating export writes one, guard.toml"
     )
+
+
+def test_names_in_a_config_are_relative_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").mkdir()
+    path = written(tmp_path / "configs" / "guard.toml", 'directions = "../d.safetensors"\n' + PLAIN)
+    monkeypatch.chdir(tmp_path / "configs")
+    assert read_config("guard.toml").directions == Path("../d.safetensors")
+    assert read_config(path).directions == tmp_path / "configs" / "../d.safetensors"
+    assert refusal(GuardError, require_directions, path, read_config(path)) == (
+        f"{path}: its directions file {tmp_path / 'configs' / '../d.safetensors'} is missing; names in a guard.toml are "
+        "relative to its own folder, correct `directions` there"
+    )
+    (tmp_path / "d.safetensors").write_bytes(b"")
+    require_directions(path, read_config(path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = written(tmp_path / "guard.toml", 'directions = "~/d.safetensors"\n' + PLAIN)
+    assert read_config(path).directions == tmp_path / "home" / "d.safetensors"
 
 
 def test_numbers_of_a_layer_that_is_not_guarded_are_refused() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,15 @@ import numpy as np
 import onnx
 import pytest
 from random_directions import random_directions, write_directions
-from tiny_vlm_paths import ANCHORS, CALIBRATION, DECODER, SOURCE, Guarded, digests
+from tiny_vlm_paths import ANCHORS, CALIBRATION, DECODER, PROMPTS, SOURCE, Guarded, digests
 
 import vlmguard
 from vlmguard.exporter import guide as guide_module
 from vlmguard.exporter import pipeline
+from vlmguard.exporter.guide import Guide
 from vlmguard.exporter.pipeline import export, extract_directions, inspect
 from vlmguard.exporter.prompts.labelled import read_anchors
+from vlmguard.graphs import staging
 from vlmguard.graphs.digests import sha256_file
 from vlmguard.graphs.directions import read_directions
 from vlmguard.graphs.errors import DirectionMismatch, GuardError, OutputRefused, PromptsUnusable, ProofFailed
@@ -79,6 +83,66 @@ def test_a_dry_run_plans_the_same_and_writes_nothing(source: Path, directions: P
     assert digests(source.parent.parent) == before and list(source.parent.iterdir()) == [source]
     assert (dry.written, dry.report, dry.proof) == (False, None, ())
     assert dry.plan.to_json() == export(source, directions=directions).plan.to_json()
+
+
+def test_a_dry_run_with_directions_needs_no_runtime(source: Path, directions: Path) -> None:
+    """Nothing is run, so that a machine without onnxruntime can plan."""
+    code = "import sys; sys.modules['onnxruntime'] = None\nfrom vlmguard.cli import _run; _run(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "export", str(source), "--directions", str(directions)]
+    planned = subprocess.run([*command, "--dry-run"], capture_output=True, text=True)
+    assert (planned.returncode, planned.stderr) == (0, "") and "dry run: nothing was written" in planned.stdout
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1 and refused.stderr.startswith("error: onnxruntime is not installed; install")
+
+
+def test_big_encoders_and_embeddings_by_reference_are_exported_and_verified(
+    source: Path, directions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With prompts at hand both models are asked after the proof; the guarded folder's own links lead out of it."""
+    shutil.copy(CALIBRATION, source / "calibration.jsonl")
+    shutil.copytree(PROMPTS / "images", source / "images")
+    monkeypatch.setattr(staging, "BIG", 1)
+    out = export(source, tmp_path / "out", directions=directions, data="reference").out
+    assert (out / "onnx" / "embed_tokens.onnx").is_symlink() and (out / "onnx" / "vision_encoder.onnx").is_symlink()
+    assert read_manifest(out).refusals is not None
+    assert vlmguard.verify(out, source).ok
+    vlmguard.GuardedVLM.open(out).generate("how to wash the boat", max_new_tokens=1)
+
+
+def test_what_is_found_beside_the_model_is_reported_with_its_path_and_not_recorded(
+    source: Path, directions: Path
+) -> None:
+    shutil.copy(directions, source / "directions.safetensors")
+    result = export(source, dry_run=True)
+    assert result.to_json()["found"] == {"directions": str(source / "directions.safetensors")}
+    assert str(source) not in json.dumps(result.plan.to_json())
+    assert export(source, directions=directions, dry_run=True).found == {}
+
+
+def test_directions_of_another_model_one_folder_up_are_not_taken(
+    source: Path, directions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(directions, source.parent / "directions.safetensors")
+    shutil.copytree(PROMPTS, source.parent / "prompts")
+
+    def reached(guide: Guide, anchors: None, calibration: None) -> None:
+        raise LookupError(guide.found, guide.anchors(anchors).name)
+
+    monkeypatch.setattr(Guide, "calibrated", reached)
+    with pytest.raises(LookupError) as nothing_found:
+        export(source, dry_run=True)
+    assert nothing_found.value.args == ({}, "builtin")
+
+
+@pytest.mark.parametrize("option", [{"readout": "lda"}, {"estimator": "mean"}, {"budget": 0.5}])
+def test_options_of_a_calibration_that_does_not_happen_are_refused(
+    source: Path, directions: Path, option: dict[str, Any]
+) -> None:
+    (name,) = option
+    assert refusal(GuardError, export, source, directions=directions, dry_run=True, **option) == (
+        f"{directions}: these directions are used as they are, so --{name} has no effect; leave it out, or give --anchors to "
+        "extract and calibrate"
+    )
 
 
 def test_an_existing_out_is_refused_before_any_work(

@@ -255,17 +255,30 @@ def test_prompts_from_anchors_have_both_labels_in_every_setting(sees: bool) -> N
     assert len({row.id for row in made}) == len(made)
 
 
-def test_prompts_are_found_in_the_model_beside_it_and_one_up(tmp_path: Path) -> None:
-    root = tmp_path / "models" / "m"
-    root.mkdir(parents=True)
+def test_prompts_are_found_in_the_models_own_folders(tmp_path: Path) -> None:
     names = ("a.jsonl", "a.csv")
+    root = tmp_path / "models" / "onnx-community"  # named as a part: the folder above is the model's own root
+    root.mkdir(parents=True)
     assert find_file(root, names) is None
     # from the weakest place to the strongest: each beats those before it
-    for place in ("../prompts/a.jsonl", "../a.csv", "prompts/a.jsonl", "a.csv", "a.jsonl"):
-        path = (root / place).resolve()
+    for place in ("models/prompts/a.jsonl", "models/a.csv", "prompts/a.jsonl", "a.csv", "a.jsonl"):
+        path = tmp_path / place if place.startswith("models") else root / place
         path.parent.mkdir(exist_ok=True)
         path.write_text("")
         assert find_file(root, names) == path
+
+
+def test_the_files_of_another_model_one_folder_up_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tmp_path / "models"
+    (models / "m").mkdir(parents=True)
+    (models / "prompts").mkdir()
+    for place in ("a.jsonl", "prompts/a.jsonl"):
+        (models / place).write_text("")
+    assert find_file(models / "m", ("a.jsonl",)) is None
+    monkeypatch.chdir(models / "m")
+    assert find_file(Path(), ("a.jsonl",)) is None  # nor when the folder is named from inside
 
 
 def test_the_examples_prompts_are_found_beside_its_model() -> None:

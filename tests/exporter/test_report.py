@@ -20,7 +20,7 @@ import pytest
 from browser import CHROMIUM, NO_CHROMIUM, Browser
 from hand_graphs import uncalibrated
 from text_decoder import IDS, decoder
-from tiny_vlm_paths import CALIBRATION, DECODER, EVALUATION, PROMPTS, SOURCE, Guarded
+from tiny_vlm_paths import ANCHORS, CALIBRATION, DECODER, EVALUATION, PROMPTS, SOURCE, Guarded
 
 from vlmguard.exporter.evaluation.outcome import Evaluation
 from vlmguard.exporter.evaluation.records import Record, Reply
@@ -495,6 +495,10 @@ def test_prompts_that_cannot_be_used(guarded: Guarded, tmp_path: Path) -> None:
     assert said == f"{folder}: no prompts were given or found; give --prompts with labelled prompts"
     with pytest.raises(PromptsUnusable, match=r"306 of 306 prompts were calibrated on; report on held-out ones"):
         report(folder, tmp_path / "r.html", prompts=CALIBRATION)
+    with pytest.raises(
+        PromptsUnusable, match=r"prompts are anchors that the directions were extracted from; report on held"
+    ):
+        report(folder, tmp_path / "r.html", prompts=ANCHORS)
     one = tmp_path / "one.jsonl"
     one.write_text('{"prompt": "how to wash the boat", "label": "harmless"}\n')
     said = refused(tmp_path, folder, tmp_path / "r.html", prompts=one)

@@ -57,6 +57,47 @@ def test_a_killed_extraction_goes_on_where_it_was(
     assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
 
 
+INTERRUPTED = """
+import os, signal, sys
+from vlmguard.cli import _run
+from vlmguard.exporter.extraction.kept_states import KeptStates
+
+keep = KeptStates.keep
+def interrupting(self, batch, states):
+    keep(self, batch, states)
+    os.kill(os.getpid(), signal.SIGINT)
+KeptStates.keep = interrupting
+_run(["directions", *sys.argv[1:]])
+"""
+
+
+def test_ctrl_c_in_an_extraction_is_one_line_and_code_130(tmp_path: Path) -> None:
+    output = tmp_path / "d.safetensors"
+    command = [sys.executable, "-c", INTERRUPTED, str(SOURCE), "--anchors", str(ANCHORS), "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        130,
+        "",
+        f"interrupted: hidden states are kept in {tmp_path / '.d.safetensors.work'} (batches: 1); run the same command "
+        "again to go on, or remove that folder\n",
+    )
+    assert os.listdir(tmp_path) == [".d.safetensors.work"]
+
+
+def test_an_interrupt_carries_what_is_kept_and_how_to_go_on(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt) as stopped, kept_beside(tmp_path / "d", "model") as kept:
+        kept.keep([Request("a")], np.zeros((1, 1, 1), np.float32))
+        kept.keep([Request("b")], np.zeros((1, 1, 1), np.float32))
+        raise KeyboardInterrupt
+    assert stopped.value.__notes__ == [
+        f"hidden states are kept in {tmp_path / '.d.work'} (batches: 2); run the same command again to go on, or "
+        "remove that folder"
+    ]
+    with pytest.raises(KeyboardInterrupt) as stopped, kept_beside(tmp_path / "e", "model"):
+        raise KeyboardInterrupt
+    assert not hasattr(stopped.value, "__notes__")  # nothing is kept
+
+
 def test_an_interrupted_one_keeps_its_states_and_a_refused_one_does_not(tmp_path: Path) -> None:
     batch, states = [Request("wash it")], np.ones((1, 2, 3), np.float32)
     for error, left in ((KeyboardInterrupt, [".d.work"]), (GuardError, [])):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -12,11 +13,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
 from vlmguard.graphs import leftovers, staging
 from vlmguard.graphs.digests import BIG
-from vlmguard.graphs.errors import OutputRefused
+from vlmguard.graphs.errors import GuardError, OutputRefused
+from vlmguard.graphs.replaceable import WRITTEN_NAME, foreign_file, written_record
 from vlmguard.graphs.staging import bring, require_writable, staged, write_file
 
 
@@ -34,8 +38,8 @@ def refusal(action) -> str:
 
 def write(out: Path, content: str = "new", force: bool = False) -> None:
     with staged(out, force) as stage:
-        (stage / "sub").mkdir()
-        (stage / "sub" / "model.onnx").write_text(content)
+        (stage / "onnx").mkdir()
+        (stage / "onnx" / "model.onnx").write_text(content)
 
 
 # --------------------------------------------------------------------------------------------------------------- success
@@ -76,7 +80,7 @@ def test_a_failure_leaves_nothing_and_the_old_folder_alone(
         (stage / "half").write_text("x")
         raise failure
     assert listing(tmp_path) == before
-    assert not force or (out / "sub" / "model.onnx").read_text() == "old"
+    assert not force or (out / "onnx" / "model.onnx").read_text() == "old"
 
 
 def test_a_disk_that_fails_inside_the_block_is_said_in_one_line(tmp_path: Path) -> None:
@@ -114,7 +118,7 @@ def test_the_second_of_two_processes_is_refused(tmp_path: Path, force: bool) -> 
     with running(out):
         assert refusal(lambda: write(out, "second", force)) == writing(out)
     write(out, "third")
-    assert listing(tmp_path) == ["out", "out/sub", "out/sub/model.onnx"]
+    assert listing(tmp_path) == ["out", "out/onnx", "out/onnx/model.onnx"]
 
 
 @pytest.fixture
@@ -144,8 +148,8 @@ def test_of_many_threads_one_writes(tmp_path: Path, round: int) -> None:
     (winner,) = [one for one in told if one.isdigit()]
     exists = f"{out}: exists already; choose another OUT, or replace it with --force"
     assert {one for one in told if not one.isdigit()} <= {writing(out), exists}
-    assert (out / "sub" / "model.onnx").read_text() == winner
-    assert listing(tmp_path) == ["out", "out/sub", "out/sub/model.onnx"]
+    assert (out / "onnx" / "model.onnx").read_text() == winner
+    assert listing(tmp_path) == ["out", "out/onnx", "out/onnx/model.onnx"]
 
 
 @pytest.mark.usefixtures("hurried")
@@ -183,17 +187,17 @@ def test_a_folder_that_appears_at_the_last_moment_stays(
     out, real = tmp_path / "out", Path.rename
 
     def late(stage: Path, target: Path) -> Path:
-        (out / "sub").mkdir(parents=True)
-        (out / "sub" / "model.onnx").write_text("first")
+        (out / "onnx").mkdir(parents=True)
+        (out / "onnx" / "model.onnx").write_text("first")
         return real(stage, target)
 
     monkeypatch.setattr(Path, "rename", late)
     sentence = f"{out}: exists already; choose another OUT, or replace it with --force"
     assert refusal(lambda: write(out, "second", force)) == sentence
-    assert (out / "sub" / "model.onnx").read_text() == "first" and listing(tmp_path) == [
+    assert (out / "onnx" / "model.onnx").read_text() == "first" and listing(tmp_path) == [
         "out",
-        "out/sub",
-        "out/sub/model.onnx",
+        "out/onnx",
+        "out/onnx/model.onnx",
     ]
 
 
@@ -238,7 +242,7 @@ def test_what_is_swept_as_it_is_made_is_made_again(
         write(tmp_path / "out")
     else:
         write_file(tmp_path / "out", b"new")
-    assert swept and listing(tmp_path) == (["out", "out/sub", "out/sub/model.onnx"] if kind == "folder" else ["out"])
+    assert swept and listing(tmp_path) == (["out", "out/onnx", "out/onnx/model.onnx"] if kind == "folder" else ["out"])
 
 
 def test_without_locks_the_number_of_the_process_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,43 +267,150 @@ def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
     sentence = f"{out}: exists already; choose another OUT, or replace it with --force"
     assert refusal(lambda: write(out)) == sentence
     assert refusal(lambda: require_writable(out, force=False)) == sentence
-    assert (out / "sub" / "model.onnx").read_text() == "old"
-    assert listing(tmp_path) == ["out", "out/sub", "out/sub/model.onnx"]
+    assert (out / "onnx" / "model.onnx").read_text() == "old"
+    assert listing(tmp_path) == ["out", "out/onnx", "out/onnx/model.onnx"]
 
 
 def test_an_empty_folder_is_refused_too(tmp_path: Path) -> None:
     assert "exists already" in refusal(lambda: write(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["thesis.txt", "year/thesis.txt", "a/b/c/model.onnx"])
-def test_force_does_not_replace_what_no_command_writes(tmp_path: Path, name: str) -> None:
-    """A mistyped OUT: somebody's folder, which is neither a model nor empty."""
+def kept(out: Path, foreign: str) -> str:
+    return (
+        f"{out}: holds {foreign}, which is no part of a model that vlmguard wrote, and --force would delete it; "
+        "choose another OUT"
+    )
+
+
+def fill(folder: Path, *names: str, content: str = "mine") -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("names", "foreign"),
+    [
+        (["thesis.txt"], "thesis.txt"),
+        (["year/thesis.txt"], "year/thesis.txt"),
+        (["a/b/c/model.onnx"], "a/b/c/model.onnx"),
+        (["models/a.onnx", "src/main.py", "thesis.tex"], "thesis.tex"),
+        (["model.onnx", "src/main.py"], "src/main.py"),
+        (["onnx/model.onnx", "onnx/notes.md"], "onnx/notes.md"),
+        (["model.onnx", "config.json", ".env"], ".env"),
+        (["model.onnx", "config.json", "model.safetensors"], "model.safetensors"),  # a checkpoint's own weights
+        (["config.json", "tokenizer.json"], "config.json"),
+        (["README.md"], "README.md"),
+        (["guard.json"], "guard.json"),  # no manifest of ours
+        (["guard.json", "model.onnx"], "guard.json"),
+        ([".vlmguard.json", "model.onnx"], ".vlmguard.json"),
+    ],
+)
+def test_force_keeps_a_folder_with_a_file_that_no_command_writes(
+    tmp_path: Path, names: list[str], foreign: str
+) -> None:
+    """A mistyped OUT: a folder of the user's, which may hold a model among other things."""
     out = tmp_path / "out"
-    (out / name).parent.mkdir(parents=True)
-    (out / name).write_text("mine")
-    sentence = f"{out}: holds no model, --force will not replace it; choose another OUT"
+    fill(out, *names)
+    sentence = kept(out, foreign)
     assert refusal(lambda: write(out, force=True)) == refusal(lambda: require_writable(out, force=True)) == sentence
-    assert (out / name).read_text() == "mine"
+    assert all((out / name).read_text() == "mine" for name in names)
 
 
-@pytest.mark.parametrize("name", ["guard.json", "model.onnx", "onnx/model.onnx"])
-def test_force_replaces_a_model_and_an_empty_folder(tmp_path: Path, name: str) -> None:
+def test_force_keeps_a_folder_with_a_linked_folder(tmp_path: Path) -> None:
+    fill(tmp_path / "thesis", "chapter.tex")
+    fill(tmp_path / "out", "model.onnx")
+    (tmp_path / "out" / "notes").symlink_to(tmp_path / "thesis")
+    assert refusal(lambda: write(tmp_path / "out", force=True)) == kept(tmp_path / "out", "notes")
+
+
+@pytest.mark.parametrize("manifest", ["guard.json", ".vlmguard.json"])
+def test_force_replaces_what_vlmguard_lists_and_no_file_besides(tmp_path: Path, manifest: str) -> None:
+    out, names = tmp_path / "out", ["decoder/1/model.onnx", "decoder/config.pbtxt", "model.engine"]
+    content = {
+        "guard.json": {"schema": "vlmguard.guard/1", "files": dict.fromkeys(names)},
+        ".vlmguard.json": {"schema": "vlmguard.written/1", "files": names},
+    }
+    fill(out, *names)
+    fill(out, manifest, content=json.dumps(content[manifest]))
+    require_writable(out, force=True)
+    for foreign in ("decoder/1/notes.txt", "model.onnx", "tokenizer.json"):  # of a layout, but not this folder's
+        fill(out, foreign)
+        assert refusal(lambda: write(out, force=True)) == kept(out, foreign)
+        (out / foreign).unlink()
+    write(out, force=True)
+    assert listing(out) == ["onnx", "onnx/model.onnx"]
+
+
+def test_the_record_of_a_conversion_lists_its_files(tmp_path: Path) -> None:
+    fill(tmp_path / "out", "onnx/model.onnx", "tokens/odd.bin")
+    (tmp_path / "out" / WRITTEN_NAME).write_bytes(written_record(tmp_path / "out"))
+    assert foreign_file(tmp_path / "out") is None
+    fill(tmp_path / "out", "tokens/notes.txt")
+    assert foreign_file(tmp_path / "out") == "tokens/notes.txt"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model.onnx"],
+        ["onnx/model.onnx", "onnx/model.onnx_data", "onnx/model_q4.onnx", "config.json", "tokenizer.json", "README.md"],
+        ["model.onnx", "model.onnx.data", "genai_config.json", "chat_template.jinja"],
+        ["model.onnx", "model.onnx_data_1", "model.onnx.guard.data", "export.json"],
+    ],
+)
+def test_force_replaces_a_model_layout_and_an_empty_folder(tmp_path: Path, names: list[str]) -> None:
     out = tmp_path / "out"
-    (out / Path(name).parent).mkdir(parents=True)
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty", force=True)
-    (out / name).write_text("old")
+    fill(out, *names, content="old")
     write(out, force=True)
-    assert listing(out) == listing(tmp_path / "empty") == ["sub", "sub/model.onnx"]
+    assert listing(out) == listing(tmp_path / "empty") == ["onnx", "onnx/model.onnx"]
+
+
+def test_external_data_belongs_to_a_layout_whatever_it_is_called(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    weight = onnx.numpy_helper.from_array(np.ones(4, np.float32), "w")
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [4])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["w"], ["y"])], "g", [], [output], [weight])
+    model = onnx.helper.make_model(graph, ir_version=9, opset_imports=[onnx.helper.make_opsetid("", 18)])
+    outside = {"save_as_external_data": True, "location": "numbers.bin", "size_threshold": 0}
+    onnx.save_model(model, out / "model.onnx", **outside)
+    assert foreign_file(out) is None
+    fill(out, "other.bin")
+    assert foreign_file(out) == "other.bin"
+
+
+def test_a_file_that_comes_during_the_run_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out, "old")
+
+    def late() -> None:
+        with staged(out, force=True) as stage:
+            (stage / "file").write_text("new")
+            (out / "thesis.txt").write_text("mine")
+
+    assert refusal(late) == kept(out, "thesis.txt")
+    assert listing(tmp_path) == ["out", "out/onnx", "out/onnx/model.onnx", "out/thesis.txt"]
+
+
+@pytest.mark.parametrize("name", ["~/out", "a/~/out"])
+def test_a_literal_tilde_is_never_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for action in (lambda: write(Path(name)), lambda: write_file(Path(name), b"x")):
+        with pytest.raises(GuardError, match="has a folder named ~, which a shell would not reach"):
+            action()
+    assert listing(tmp_path) == []
 
 
 def test_force_replaces_the_folder_as_a_whole(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(out, "old")
-    (out / "left over").write_text("x")
+    (out / "README.md").write_text("x")
     write(out, force=True)
-    assert listing(tmp_path) == ["out", "out/sub", "out/sub/model.onnx"]
-    assert (out / "sub" / "model.onnx").read_text() == "new"
+    assert listing(tmp_path) == ["out", "out/onnx", "out/onnx/model.onnx"]
+    assert (out / "onnx" / "model.onnx").read_text() == "new"
 
 
 def test_the_old_folder_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
@@ -307,7 +418,7 @@ def test_the_old_folder_stays_until_the_new_one_is_complete(tmp_path: Path) -> N
     write(out, "old")
     with staged(out, force=True) as stage:
         (stage / "file").write_text("new")
-        assert (out / "sub" / "model.onnx").read_text() == "old"
+        assert (out / "onnx" / "model.onnx").read_text() == "old"
 
 
 def test_the_old_folder_comes_back_when_the_swap_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,8 +434,8 @@ def test_the_old_folder_comes_back_when_the_swap_fails(tmp_path: Path, monkeypat
     assert refusal(lambda: write(out, force=True)) == (
         f"{out}: cannot be written (Input/output error); choose another OUT"
     )
-    assert listing(tmp_path) == ["out", "out/sub", "out/sub/model.onnx"]
-    assert (out / "sub" / "model.onnx").read_text() == "old"
+    assert listing(tmp_path) == ["out", "out/onnx", "out/onnx/model.onnx"]
+    assert (out / "onnx" / "model.onnx").read_text() == "old"
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -341,7 +452,7 @@ def test_a_link_is_replaced_and_what_it_led_to_stays(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.symlink_to("real")
     write(out, force=True)
-    assert listing(tmp_path) == ["out", "out/sub", "out/sub/model.onnx", "real", "real/precious"]
+    assert listing(tmp_path) == ["out", "out/onnx", "out/onnx/model.onnx", "real", "real/precious"]
     assert not out.is_symlink()
 
 
@@ -369,7 +480,7 @@ def test_a_kill_between_the_two_renames_gives_the_old_folder_back(tmp_path: Path
     out.rename(tmp_path / f".out.vlmguard-{ended.pid}-a-old")
     sentence = f"{out}: exists already; choose another OUT, or replace it with --force"
     assert refusal(lambda: require_writable(out, force=False)) == sentence
-    assert (out / "sub" / "model.onnx").read_text() == "old"
+    assert (out / "onnx" / "model.onnx").read_text() == "old"
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -458,16 +569,16 @@ def test_after_a_kill_there_is_nothing_and_the_next_run_tidies_up(tmp_path: Path
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(f".{name}.vlmguard-") and listing(left) == ["half"]
     write(out)
-    assert listing(tmp_path) == [name, f"{name}/sub", f"{name}/sub/model.onnx"]
+    assert listing(tmp_path) == [name, f"{name}/onnx", f"{name}/onnx/model.onnx"]
 
 
 def test_after_a_kill_the_old_folder_is_still_there(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(out, "old")
     kill_in_the_middle(out)
-    assert (out / "sub" / "model.onnx").read_text() == "old"
+    assert (out / "onnx" / "model.onnx").read_text() == "old"
     write(out, force=True)
-    assert listing(tmp_path) == ["out", "out/sub", "out/sub/model.onnx"]
+    assert listing(tmp_path) == ["out", "out/onnx", "out/onnx/model.onnx"]
 
 
 def test_only_what_is_ours_and_dead_is_swept(tmp_path: Path) -> None:
@@ -518,7 +629,7 @@ def test_the_next_write_sweeps_up_after_a_killed_one(tmp_path: Path) -> None:
 
 def test_a_file_under_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    path = tmp_path / "file" / "sub"
+    path = tmp_path / "file" / "onnx"
     assert refusal(lambda: write_file(path, b"x")).startswith(f"{path}: cannot be written (")
     assert listing(tmp_path) == ["file"]
 
