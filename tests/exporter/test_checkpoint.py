@@ -586,6 +586,35 @@ def test_truncated_weights(copied: Path, tmp_path: Path) -> None:
     assert str(refused.value) == f"{copied}: its weights cannot be loaded ({reason}); fetch the checkpoint again"
 
 
+@pytest.mark.parametrize(
+    ("failure", "sentence"),
+    [
+        (
+            "Failed to export the model with torch.export. Step 1/3.\n- Modify the model code.\n\n## Exception summary\n\n"
+            "<class 'torch.fx.GuardOnDataDependentSymNode'>: Could not guard on Eq(u0, 1)\n\nCaused by: (a.py:1 in b)",
+            "(GuardOnDataDependentSymNode: Could not guard on Eq(u0, 1)); try other versions of torch and transformers, or "
+            "--exporter genai for the text decoder alone",
+        ),
+        (
+            "DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.",
+            "(DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes); the machine has too little free memory",
+        ),
+    ],
+    ids=["torch.export", "memory"],
+)
+def test_a_part_that_torch_cannot_export(
+    llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str, sentence: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError(failure)
+
+    monkeypatch.setattr(checkpoint_module, "trace", fail)
+    with pytest.raises(ModelUnreadable) as caught:
+        convert_checkpoint(llava, tmp_path / "out")
+    said = str(caught.value)
+    assert said.startswith(f"{llava}: torch cannot export its ") and said.endswith(sentence)
+
+
 def test_weights_of_another_shape(copied: Path, tmp_path: Path) -> None:
     edit_config(copied, '"intermediate_size": 64', '"intermediate_size": 96')
     assert refusal(ModelUnreadable, copied, tmp_path / "out") == (

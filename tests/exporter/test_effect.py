@@ -92,7 +92,8 @@ def test_a_guard_that_changes_nothing_is_not_written(wish: dict[str, Any], expor
 
 def test_no_effect_can_be_allowed_and_is_recorded(allowed: ExportResult) -> None:
     recorded = read_manifest(allowed.out).refusals
-    assert allowed.refusals is not None and recorded == allowed.refusals.to_json() == allowed.to_json()["refusals"]
+    assert recorded is not None and allowed.refusals is not None
+    assert recorded == allowed.refusals.to_json() == allowed.to_json()["refusals"]
     assert recorded["prompts"] == "builtin:calibration" and recorded["no_effect"] and recorded["allowed_no_effect"]
     assert [(s["setting"], s["asked"], s["changed"]) for s in recorded["settings"]] == [("text", 6, 0), ("blank", 6, 0)]
     (check,) = (check for check in verify(allowed.out).checks if check.name == CHECK)

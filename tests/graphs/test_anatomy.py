@@ -575,6 +575,9 @@ def test_a_stream_of_integers_is_refused() -> None:  # K
         "layer 0: the residual sum 'h' is INT32, expected a float stream; models whose stream is quantized between "
         "layers cannot be guarded"
     )
+    assert refusal(stream(body.replace("to = 6", "to = 11"))) == (
+        "layer 0: the residual sum 'h' is DOUBLE, expected a float stream; convert the model to float32"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
