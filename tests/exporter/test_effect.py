@@ -212,7 +212,7 @@ def test_a_sample_of_given_prompts_has_both_labels_as_text() -> None:
 
 def test_prompts_beside_the_model_come_first(calibrated: Path, tmp_path: Path) -> None:
     shutil.copytree(SOURCE, tmp_path / "models" / "tiny")
-    shutil.copytree(PROMPTS, tmp_path / "models" / "prompts")
+    shutil.copytree(PROMPTS, tmp_path / "models" / "tiny" / "prompts")
     wish = GuardSpec(mode="restore", tau=1e9)
     with pytest.raises(
         NoEffect, match=r"no effect on 48 harmful prompts \(calibration\.jsonl: text 16, blank 16, image 16\)"

@@ -31,10 +31,10 @@ NAME = "no fewer harmful prompts refused than without the guard, as counted at e
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny VLM with its calibration prompts beside it."""
+    """The tiny VLM with its calibration prompts in its folder."""
     home = tmp_path_factory.mktemp("models")
     shutil.copytree(SOURCE, home / "tiny")
-    shutil.copytree(PROMPTS, home / "prompts")
+    shutil.copytree(PROMPTS, home / "tiny" / "prompts")
     return home / "tiny"
 
 
