@@ -274,7 +274,7 @@ def dissect_decoder(package: ModelPackage, graph: ir.Model) -> DecoderAnatomy:
         ModelUnreadable: the graph has a cycle, or functions that cannot be inlined.
     """
     try:
-        anatomy = dissect(graph, package.expected_layers)
+        anatomy = dissect(graph, package.declared_layers)
     except AnatomyNotFound as error:
         raise AnatomyNotFound(f"{package.decoder}: {hidden_decoder(graph, str(error)) or error}") from None
     except ModelUnreadable as error:

@@ -73,7 +73,12 @@ def anatomy_in_words(anatomy: DecoderAnatomy) -> str:
     )
 
 
-_SUMS = {"add": "plain sums (Add)", "skip_norm": "sums fused with their norms (ONNX Runtime's skip-norm)"}
+_SUMS = {
+    "add": "plain sums (Add)",
+    "skip_norm": "sums fused with their norms (ONNX Runtime's skip-norm)",
+    "behind": "states behind their sums (a norm or a Reshape)",
+}
+_WRITTEN = {"add": "an Add", "skip_norm": "a fused skip-norm", "behind": "behind the sum"}
 _FEWEST_FOLDED = 3  # fewer rows are shown as they are
 
 
@@ -91,8 +96,11 @@ def _folded(sites: Sequence[ResidualSite], full: bool) -> Iterator[tuple[str, Re
 
 
 def _site_cells(site: ResidualSite) -> tuple[str, str, str]:
-    written = "an Add" if site.kind == "add" else "a fused skip-norm"
-    return written, escape(site.value) or f"inside the fused node that makes {escape(site.anchor)}", site.dtype
+    return (
+        _WRITTEN[site.kind],
+        escape(site.value) or f"inside the fused node that makes {escape(site.anchor)}",
+        site.dtype,
+    )
 
 
 def show_plan(out: Console, plan: GuardPlan) -> None:

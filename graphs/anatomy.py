@@ -15,12 +15,10 @@ all must agree.
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
@@ -29,44 +27,23 @@ from .bodies import branches_on_path
 from .dataflow import Flow, Vertex, is_skip_norm, is_sorted
 from .errors import AnatomyNotFound, ModelUnreadable, first_line
 from .inlining import require_inlinable
+from .layer_count import LayerCount
+from .layering import Chain, Layer
+from .mixers import OTHER_MIXERS, QUANTIZED_SUM, is_attention, is_mixer, is_sum_of
 from .scribe import PREFIX
+from .side_paths import side_path
 
-SiteKind = Literal["add", "skip_norm"]
+SiteKind = Literal["add", "skip_norm", "behind"]
+_STREAM_AXES = 3  # [batch, sequence, width]
 STREAM_DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
 
-# Ops that mix positions of the sequence in one node. Softmax attention that is spelled out is found by `_spelled_out`.
-_ATTENTION_OPS = frozenset(
-    {
-        "Attention",  # opset 23, and com.microsoft
-        "GroupQueryAttention",  # onnxruntime-genai, ORT fusions
-        "MultiHeadAttention",  # ORT fusions
-        "PackedMultiHeadAttention",
-        "DecoderMaskedMultiHeadAttention",
-        "SparseAttention",
-        "PagedAttention",
-        "QAttention",  # onnxruntime's dynamic int8
-    }
-)
-_OTHER_MIXERS = frozenset(
-    {"LinearAttention", "GatedDeltaNet", "CausalConvWithState", "Conv", "Scan", "Loop", "LSTM", "GRU"}
-)
 _MOST_NAMED = 40  # names in a sentence
 # Sources times values. The largest hybrid decoders have some 100 convolution states and 30,000 values.
 _MOST_LOOKED_AT = 4_000_000
+_QUANTIZED_STREAM = "models whose stream is quantized between layers cannot be guarded"
 # What a norm ends in, or is: its weight is as long as the stream is wide.
 _SCALES = frozenset({"Mul", "RMSNormalization", "SimplifiedLayerNormalization", "LayerNormalization"})
-_MATMULS = frozenset({"MatMul", "FusedMatMul", "TransposeMatMul", "Einsum", "Gemm", "MatMulInteger", "QLinearMatMul"})
 _RESHAPES = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
-_SOFTMAXES = frozenset({"Softmax", "QLinearSoftmax"})
-# onnxruntime's quantized form of an operator reads (value, scale, zero point) where the plain one reads a value.
-_QUANTIZED_SUM = "QLinearAdd"
-_QUANTIZED = frozenset({"QLinearMatMul", _QUANTIZED_SUM})
-_QUANTIZED_STREAM = "models whose stream is quantized between layers cannot be guarded"
-# What may stand between a Softmax and the MatMul with the values; a router's softmax meets TopK or a Mul instead.
-_TRANSPARENT = frozenset(
-    {"Cast", "CastLike", "Dropout", "Identity", "Where", "IsNaN", "Slice", "Reshape", "Transpose", "Squeeze"}
-    | {"Unsqueeze", "Expand", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
-)
 
 
 @dataclass(frozen=True)
@@ -77,10 +54,11 @@ class ResidualSite:
         layer_index: 0-based; the value is Hugging Face's `hidden_states[layer_index + 1]` (before the final norm).
         kind: `add`: the sum is the value `value`, made by an Add. `skip_norm`: it is inside a fused
             `Skip*LayerNormalization` node, and `value` is empty where that node does not give it out (output 3).
+            `behind`: it is what a norm or a Reshape makes of the sum, which nothing else reads.
         anchor: name of the first output of the node that makes the sum: what a plan finds it by.
         value: name of the sum, or "".
         residual: name of the input that carries the stream so far.
-        branch: name of the input that this layer adds.
+        branch: name of the input that this layer adds; of a site `behind` the node's other input, or "".
         dtype: of the sum: `float32`, `float16` or `bfloat16`.
         body: the body of the graph that it lies in: "" for the top, else the branch of an `If` (`then_branch`).
     """
@@ -173,36 +151,37 @@ class DecoderAnatomy:
         return tuple(sorted({site.dtype for site in self.sites}))
 
 
-def dissect(model: ir.Model, expected_layers: int | None = None) -> DecoderAnatomy:
+def dissect(model: ir.Model, expected_layers: LayerCount | int | None = None) -> DecoderAnatomy:
     """Find the residual stream. Inlines model-local functions and infers missing types in `model`; nothing else changes.
 
     Args:
         model: the decoder.
-        expected_layers: the config's layer count, where there is one.
+        expected_layers: what the config declares, where there is one.
 
     Raises:
         AnatomyNotFound: with the reason and the best partial match.
     """
     prepare(model)
-    streams = _streams(Flow(model.graph), _sink(model.graph), expected_layers)
+    declared = LayerCount(expected_layers) if isinstance(expected_layers, int) else expected_layers
+    streams = _streams(Flow(model.graph), _sink(model.graph), declared)
     nodes = sum(1 for _ in model.graph.all_nodes())
-    certainty: Literal["confirmed", "structural"] = "structural" if expected_layers is None else "confirmed"
+    certainty: Literal["confirmed", "structural"] = "structural" if declared is None else "confirmed"
     return DecoderAnatomy(
         tuple(stream for stream, _ in streams), streams[0][1], certainty, nodes, guarded_layers(model.graph)
     )
 
 
-def _streams(flow: Flow, sink: ir.Value, expected_layers: int | None) -> list[tuple[ResidualStream, int]]:
+def _streams(flow: Flow, sink: ir.Value, declared: LayerCount | None) -> list[tuple[ResidualStream, int]]:
     """The stream through the top graph, or one through every branch; each with its width."""
     if any(is_mixer(flow, vertex) for vertex in flow.vertices):
-        return [_stream("", flow, sink, expected_layers)]
+        return [_stream("", flow, sink, declared)]
     branches = branches_on_path(flow, _vertex(flow, sink))
     if not branches:
         raise AnatomyNotFound(_reason_for_nothing(flow))
     found = []
     for body, output in branches:
         try:
-            found.append(_stream(body.name, Flow(body.graph, flow), output, expected_layers))
+            found.append(_stream(body.name, Flow(body.graph, flow), output, declared))
         except AnatomyNotFound as error:
             raise AnatomyNotFound(f"{body.name} of the If {body.owner and body.owner.name!r}: {error}") from None
     shapes = {(len(stream.sites), width) for stream, width in found}
@@ -214,8 +193,8 @@ def _streams(flow: Flow, sink: ir.Value, expected_layers: int | None) -> list[tu
     return found
 
 
-def _stream(body: str, flow: Flow, sink: ir.Value, expected_layers: int | None) -> tuple[ResidualStream, int]:
-    best: tuple[list[tuple[Vertex, Vertex]], Vertex] | None = None
+def _stream(body: str, flow: Flow, sink: ir.Value, declared: LayerCount | None) -> tuple[ResidualStream, int]:
+    best: tuple[Chain, Vertex] | None = None
     most = (0, 0)
     sources = list(_sources(flow))
     if len(sources) * len(flow.vertices) > _MOST_LOOKED_AT:  # each is followed through the whole graph
@@ -223,24 +202,27 @@ def _stream(body: str, flow: Flow, sink: ir.Value, expected_layers: int | None) 
             f"{len(sources)} values could be where the stream begins, among {len(flow.vertices)}; is this a decoder?"
         )
     for source in sources:
-        layers = _layers(flow, source, _vertex(flow, sink))
+        chain = Chain(flow, source, _vertex(flow, sink))
         # The state of a convolution is a rank-3 input too, and reaches as many layers. But it enters the first sum from
         # the branch alone, where the stream's source enters from both sides: one join more.
-        if len(layers) < max(most[0], 1):
+        if len(chain.gaps()) < max(most[0], 1):
             continue
-        found = len(layers), _join_count(flow, source, _vertex(flow, sink))
+        found = len(chain.gaps()), chain.join_count()
         if found > most:
-            best, most = (layers, source), found
+            best, most = (chain, source), found
     if best is None:
+        for source in _sources(flow):
+            _require_no_side_path(flow, source, _vertex(flow, sink), declared)
         raise AnatomyNotFound(_reason_for_nothing(flow))
-    layers, source = best
-    _require_one_stream(flow, layers, source, _vertex(flow, sink), expected_layers)
-    sites = tuple(_site(flow, index, layer[1], body) for index, layer in enumerate(layers))
-    if expected_layers is not None and len(sites) != expected_layers:
+    chain, source = best
+    _require_one_stream(flow, chain.gaps(), source, _vertex(flow, sink), declared)
+    layers = chain.layers(declared)
+    sites = tuple(_site(flow, index, layer, source, body) for index, layer in enumerate(layers))
+    if declared is not None and len(sites) != declared.count:
         raise AnatomyNotFound(
-            f"the config says {expected_layers} layers, the graph's residual stream shows {len(sites)} "
-            f"({sites[0].value or sites[0].anchor} to {sites[-1].value or sites[-1].anchor}); "
-            "check that config.json belongs to this graph"
+            f"the config says {declared.count} layers, the graph's residual stream shows {len(sites)} "
+            f"({sites[0].value or sites[0].anchor} to {sites[-1].value or sites[-1].anchor}{chain.kinds()}); "
+            "check that config.json belongs to this graph, and that no layer was left out of it"
         )
     return ResidualStream(body, source.name, sink.name or "", sites), _width(flow.graph, source, sites)
 
@@ -346,108 +328,8 @@ def _names(values: Iterable[ir.Value]) -> str:
     return ", ".join(names[:_MOST_NAMED]) + (" ..." if len(names) > _MOST_NAMED else "") or "nothing"
 
 
-# 2. and 3. The chain, its attention gaps
-
-
-def _layers(flow: Flow, source: Vertex, sink: Vertex) -> list[tuple[Vertex, Vertex]]:
-    """Per layer: the chain vertex before its attention gap, and the sum that is its output. Empty if none."""
-    chain = flow.dominator_chain(source, sink)
-    if len(chain) < 2:
-        return []
-    inside = flow.between(source, sink)
-    members = set(inside)
-    mixers = [v for v in (flow.vertices[i] for i in inside) if is_mixer(flow, v)]
-    starts = sorted({_gap_start(chain, mixer) for mixer in mixers} - {None})  # type: ignore[type-var]
-    layers: list[tuple[Vertex, Vertex]] = []
-    for number, start in enumerate(starts):
-        stop = starts[number + 1] if number + 1 < len(starts) else len(chain) - 1
-        sums = [v for v in chain[start + 1 : stop + 1] if _is_true_sum(flow, v, members)]
-        if sums:
-            layers.append((chain[start], sums[-1]))
-    return layers
-
-
-def _join_count(flow: Flow, source: Vertex, sink: Vertex) -> int:
-    """How many sums every path passes, both of their summands computed from the source."""
-    members = set(flow.between(source, sink))
-    count = 0
-    for vertex in flow.dominator_chain(source, sink):
-        if vertex.node is not None and _is_true_sum(flow, vertex, members):
-            summands = [flow.vertex(value) for value in _operands(vertex.node)]
-            count += all(summand is not None and summand.index in members for summand in summands)
-    return count
-
-
-def _gap_start(chain: list[Vertex], mixer: Vertex) -> int | None:
-    """Position in the chain of the last vertex before the mixer."""
-    before = bisect_left(chain, mixer.index, key=lambda vertex: vertex.index)
-    return before - 1 if before else None
-
-
-def is_mixer(flow: Flow, vertex: Vertex) -> bool:
-    """Whether a vertex mixes positions of the sequence: attention of any spelling, convolution, recurrence."""
-    node = vertex.node
-    if node is None or vertex.value is None or node.outputs[0] is not vertex.value:
-        return False  # count a node once, by its first output
-    if node.op_type in _ATTENTION_OPS or node.op_type in _OTHER_MIXERS:
-        return True
-    return node.op_type in _SOFTMAXES and _spelled_out(flow, node)
-
-
-def _spelled_out(flow: Flow, softmax: ir.Node) -> bool:
-    """Whether a Softmax's result meets a MatMul with two dynamic operands: probabilities times values."""
-    if flow not in _WEIGHING:
-        _WEIGHING[flow] = _weighing(flow)
-    return softmax.outputs[0] in _WEIGHING[flow]
-
-
-def _weighing(flow: Flow) -> set[ir.Value]:
-    """Every value that such a MatMul reads, itself or through nodes that may stand between: found backwards, each once."""
-    nodes = list(flow.graph.all_nodes())
-    products = (node for node in nodes if node.op_type in _MATMULS and all(map(flow.is_dynamic, _operands(node))))
-    waiting = [value for node in products for value in node.inputs if value is not None]
-    found = set(waiting)
-    while waiting:
-        node = waiting.pop().producer()
-        if node is None or node.op_type not in _TRANSPARENT:
-            continue
-        new = [value for value in node.inputs if value is not None and value not in found]
-        found.update(new)
-        waiting += new
-    return found
-
-
-# Of each flow, which never changes: found once, asked for at every Softmax.
-_WEIGHING: WeakKeyDictionary[Flow, set[ir.Value]] = WeakKeyDictionary()
-
-
-def _operands(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
-    """The two values that a binary operator combines."""
-    second = 3 if node.op_type in _QUANTIZED else 1
-    return node.inputs[0], node.inputs[second]
-
-
-# 4. The sums
-
-
-def is_sum(flow: Flow, vertex: Vertex) -> bool:
-    """Whether a vertex adds two parts of the flow, wherever they come from."""
-    return _is_true_sum(flow, vertex, set(flow.predecessors[vertex.index]))
-
-
-def _is_true_sum(flow: Flow, vertex: Vertex, members: set[int]) -> bool:
-    """Whether a vertex adds two parts of the flow; adding a bias or a constant joins nothing."""
-    if vertex.is_sum:
-        return True
-    node = vertex.node
-    if node is None or ((node.op_type not in {"Add", "Sum"} or node.domain) and node.op_type != _QUANTIZED_SUM):
-        return False
-    parts = [flow.vertex(value) for value in node.inputs]
-    return sum(part is not None and part.index in members for part in parts) >= 2
-
-
 def _require_one_stream(
-    flow: Flow, layers: list[tuple[Vertex, Vertex]], source: Vertex, sink: Vertex, expected: int | None
+    flow: Flow, layers: list[tuple[Vertex, Vertex]], source: Vertex, sink: Vertex, declared: LayerCount | None
 ) -> None:
     """Two attentions in a row without a common sum between them: several streams run side by side (Gemma3n).
 
@@ -456,10 +338,11 @@ def _require_one_stream(
     members = set(flow.between(source, sink))
     boundaries = [source.index, *(output.index for _, output in layers)]
     for layer, (low, high) in enumerate(pairwise(boundaries)):
-        inside = [v for v in flow.vertices[low + 1 : high] if v.index in members and _is_attention(flow, v)]
+        inside = [v for v in flow.vertices[low + 1 : high] if v.index in members and is_attention(flow, v)]
         for first, second in pairwise(inside):
             if flow.between(first, second):
-                wanted = f" of the config's {expected}" if expected is not None else ""
+                _require_no_side_path(flow, source, sink, declared)
+                wanted = f" of the config's {declared.count}" if declared is not None else ""
                 raise AnatomyNotFound(
                     f"the stream splits: {len(inside)} attention nodes follow one another inside layer {layer} without "
                     f"a sum that all paths pass (best partial match: {len(layers)} layers{wanted}); models with several "
@@ -467,19 +350,36 @@ def _require_one_stream(
                 )
 
 
-def _is_attention(flow: Flow, vertex: Vertex) -> bool:
-    return is_mixer(flow, vertex) and vertex.op_type not in _OTHER_MIXERS
+def _require_no_side_path(flow: Flow, source: Vertex, sink: Vertex, declared: LayerCount | None) -> None:
+    """Where no sum is passed by all paths: it is one path from the embedding that goes past them, and the stream is one."""
+    attentions = sum(is_attention(flow, flow.vertices[index]) for index in flow.between(source, sink))
+    if attentions < 2 or (declared is not None and declared.count != attentions):
+        return
+    found = side_path(flow, source, sink, attentions)
+    if found is None:
+        return
+    path, sums = found
+    if all(_axes(total, source) in (None, _STREAM_AXES) for total in sums):
+        raise AnatomyNotFound(
+            f"one residual stream of {len(sums)} layers, but a side path leaves the embedding at {path.name!r} and enters "
+            "layers past their sums (as Gemma 4's per-layer embeddings do), where a guard on the sums would not see it; such "
+            "decoders cannot be guarded yet"
+        )
 
 
-def _site(flow: Flow, layer_index: int, total: Vertex, body: str) -> ResidualSite:
+def _site(flow: Flow, layer_index: int, layer: Layer, source: Vertex, body: str) -> ResidualSite:
+    total = layer.total
     node = total.node
     assert node is not None
-    if node.op_type == _QUANTIZED_SUM:
+    if node.op_type == QUANTIZED_SUM:
         raise AnatomyNotFound(
-            f"layer {layer_index}: the residual sum {total.name!r} is computed and kept in int8 ({_QUANTIZED_SUM}), so there "
+            f"layer {layer_index}: the residual sum {total.name!r} is computed and kept in int8 ({QUANTIZED_SUM}), so there "
             "is no float sum to guard; quantize with QuantFormat.QDQ, or leave Add out of the operators to quantize"
         )
+    if layer.output is not total:
+        return _site_behind(flow, layer_index, layer.output, source, body)
     residual, branch = _residual_first(flow, node, layer_index)
+    _require_sequences(layer_index, total, source)
     kind: SiteKind = "skip_norm" if total.is_sum else "add"
     return ResidualSite(
         layer_index=layer_index,
@@ -491,6 +391,74 @@ def _site(flow: Flow, layer_index: int, total: Vertex, body: str) -> ResidualSit
         dtype=_dtype(node, total, layer_index),
         body=body,
     )
+
+
+def _site_behind(flow: Flow, layer_index: int, output: Vertex, source: Vertex, body: str) -> ResidualSite:
+    """The layer's output is made of its last sum: by a norm, or a Reshape."""
+    node = output.node
+    assert node is not None and output.value is not None
+    _require_sequences(layer_index, output, source)
+    made_of = next((value for value in node.inputs[:2] if flow.is_dynamic(value)), None)
+    others = [value for value in node.inputs[:2] if value is not None and value is not made_of]
+    if made_of is None or node.outputs[0] is not output.value or sequence_stream(made_of) is None:
+        raise AnatomyNotFound(
+            f"layer {layer_index}: its output {output.name!r} ({node.op_type}) stands behind its last sum in a way that cannot "
+            "be guarded"
+        )
+    return ResidualSite(
+        layer_index=layer_index,
+        kind="behind",
+        anchor=output.name,
+        value=output.name,
+        residual=made_of.name or "",
+        branch=others[0].name or "" if others else "",
+        dtype=_dtype(node, output, layer_index),
+        body=body,
+    )
+
+
+def sequence_stream(value: ir.Value) -> ir.Value | None:
+    """A value `[batch, sequence, width]` from before: this one, or what a summand of a flattened sum was reshaped from."""
+    if value.shape is None or len(value.shape) != _STREAM_AXES - 1:
+        return value
+    node = value.producer()
+    for summand in node.inputs if node is not None else ():
+        maker = summand.producer() if summand is not None else None
+        if maker is not None and maker.op_type == "Reshape":
+            shaped = maker.inputs[0]
+            if shaped is not None and shaped.shape is not None and len(shaped.shape) == _STREAM_AXES:
+                return shaped
+    return None
+
+
+def _require_sequences(layer_index: int, total: Vertex, source: Vertex) -> None:
+    """The stream is `[batch, sequence, width]`, as far as the file says."""
+    axes = _axes(total, source)
+    if axes is None or axes == _STREAM_AXES:
+        return
+    if axes == _STREAM_AXES - 1:
+        raise AnatomyNotFound(
+            f"layer {layer_index}: the residual sum {total.name!r} is [tokens, width], with the tokens of all sequences on one "
+            "axis (a paged or flattened graph), so which of them ends a sequence is not known; export the decoder without "
+            "paged attention"
+        )
+    raise AnatomyNotFound(
+        f"layer {layer_index}: the residual sum {total.name!r} has {axes} axes and not [batch, sequence, width] (several "
+        "streams side by side); such decoders cannot be guarded"
+    )
+
+
+def _axes(total: Vertex, source: Vertex) -> int | None:
+    """How many axes a sum has; where the file does not say, as many as what enters the stream."""
+    node = total.node
+    known = [total.value, *(node.outputs[:1] if node is not None else ())]
+    if node is not None and total.value is not None and node.op_type in {"Add", "Sum"}:
+        known += node.inputs[:2]
+    for value in (*known, source.value):
+        if value is not None and value.shape is not None:
+            return len(value.shape)
+    index = source.node.inputs[1] if source.node is not None and len(source.node.inputs) > 1 else None
+    return len(index.shape) + 1 if index is not None and index.shape is not None else None
 
 
 def _residual_first(flow: Flow, node: ir.Node, layer_index: int) -> tuple[ir.Value, ir.Value]:
@@ -595,7 +563,7 @@ def _reason_for_nothing(flow: Flow) -> str:
     if any(_sums_between(flow, first, second, everything) for first, second in pairwise(mixers)):
         return (
             f"{len(mixers)} attention nodes follow one another without a single sum that all paths pass: several residual "
-            "streams run side by side (as in Gemma3n), and models with several streams cannot be guarded"
+            "streams run side by side (as in Gemma3n), or earlier states come in again; such decoders cannot be guarded"
         )
     return (
         f"{_counted(mixers)} but no residual sum that every path from the embedding to the output passes; "
@@ -605,12 +573,12 @@ def _reason_for_nothing(flow: Flow) -> str:
 
 def _counted(mixers: list[Vertex]) -> str:
     """How many of which: convolutions and loops mix tokens too, and are no attention."""
-    others = sorted({vertex.op_type for vertex in mixers if vertex.op_type in _OTHER_MIXERS})
-    attentions = sum(vertex.op_type not in _OTHER_MIXERS for vertex in mixers)
+    others = sorted({vertex.op_type for vertex in mixers if vertex.op_type in OTHER_MIXERS})
+    attentions = sum(vertex.op_type not in OTHER_MIXERS for vertex in mixers)
     parts = [f"{attentions} attention node{'s' * (attentions > 1)}"] if attentions else []
     return " and ".join([*parts, *([f"nodes that mix tokens ({', '.join(others)})"] if others else [])])
 
 
 def _sums_between(flow: Flow, first: Vertex, second: Vertex, everything: set[int]) -> bool:
     """Whether the way from one attention to the next leads through a sum."""
-    return any(_is_true_sum(flow, flow.vertices[index], everything) for index in flow.between(first, second))
+    return any(is_sum_of(flow, flow.vertices[index], everything) for index in flow.between(first, second))

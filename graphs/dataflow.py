@@ -109,6 +109,10 @@ class Flow:
         """Indices of the vertices that the sink is computed from, and its own."""
         return _reach([sink.index], self.predecessors, 0, sink.index)
 
+    def reached_from(self, source: Vertex) -> set[int]:
+        """Indices of the vertices that are computed from a vertex, its own included."""
+        return _reach([source.index], self.successors, source.index, len(self.vertices))
+
     def dominator_chain(self, source: Vertex, sink: Vertex) -> list[Vertex]:
         """The vertices that every path from source to sink passes, in order; empty if there is no path.
 

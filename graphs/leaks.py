@@ -13,8 +13,9 @@ from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
-from .anatomy import is_mixer, is_sum, same_lookups
+from .anatomy import same_lookups
 from .dataflow import Flow, Vertex
+from .mixers import is_mixer, is_sum
 from .scribe import PREFIX
 
 

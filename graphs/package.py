@@ -36,6 +36,7 @@ from .decoder_state import is_state_name
 from .errors import GuardError, ModelUnreadable, first_line
 from .genai_pipeline import read_pipeline, stage_files
 from .graph_file import read_graph_file
+from .layer_count import LayerCount, declared_layers
 from .links import require_own
 from .places import require_model
 from .regular_files import read_regular
@@ -125,7 +126,13 @@ class ModelPackage:
     @property
     def expected_layers(self) -> int | None:
         """The text decoder's layer count, if a config says."""
-        return self._declared("num_hidden_layers", "n_layer", "num_layers")
+        declared = self.declared_layers
+        return None if declared is None else declared.count
+
+    @property
+    def declared_layers(self) -> LayerCount | None:
+        """The text decoder's layers, as `config.json` declares them, else `genai_config.json`; what `dissect` checks."""
+        return declared_layers((self.config, read_json(self.root / "genai_config.json")))
 
     @property
     def kv_heads(self) -> int | None:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from .anatomy import find_node
+from .anatomy import find_node, sequence_stream
 from .bodies import Body, find_bodies, surface
+from .call_inputs import CallInputs, call_inputs
 from .dataflow import skip_norm_bias
 from .dials import (
     OFFSET_INPUT,
@@ -46,8 +47,8 @@ class GuardedSite:
 
     Attributes:
         layer_index: 0-based.
-        kind: `add` or `skip_norm`.
-        raw: name of the value before the guard: the sum, or the branch of a skip-norm.
+        kind: as in `ResidualSite`.
+        raw: name of the value before the guard: the sum or what stands behind it, or the branch of a skip-norm.
         guarded: name of the value after it.
         nodes: names of the nodes that were put in.
         readers: how many uses now read the guarded value.
@@ -193,7 +194,7 @@ def require_applicable(model: ir.Model, plan: GuardPlan) -> None:
                 f"layer {site.layer_index}: no node makes {site.anchor!r}; was the plan made for this graph?"
             )
         summands = {value.name for value in node.inputs[:2] if value is not None}
-        if summands != {site.residual, site.branch}:
+        if summands != {name for name in (site.residual, site.branch) if name}:
             raise GuardIncomplete(
                 f"layer {site.layer_index}: {site.anchor!r} sums {sorted(map(str, summands))}, the plan says "
                 f"{sorted((site.residual, site.branch))}; was the plan made for this graph?"
@@ -210,14 +211,14 @@ def _guard_site(edit: _Edit, planned: SitePlan) -> GuardedSite:
         "vlmguard.lowering": edit.plan.lowering,
     }
     scribe = edit.scribe(f"layer_{planned.layer_index}", properties)
-    guard = _guard_skip_norm if planned.site.kind == "skip_norm" else _guard_add
+    guard = _guard_skip_norm if planned.site.kind == "skip_norm" else _guard_value
     site = guard(edit, planned, node, scribe)
     edit.initializers += scribe.initializers
     return site
 
 
-def _guard_add(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scribe) -> GuardedSite:
-    """Every reader of the sum reads the guarded one."""
+def _guard_value(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scribe) -> GuardedSite:
+    """Every reader of the sum, or of what stands behind it, reads the guarded one."""
     raw = node.outputs[0]
     new, written = edit.lowering.guarded(scribe, raw, _task(edit, planned, scribe))
     _keep(edit, scribe, written)
@@ -225,7 +226,7 @@ def _guard_add(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scribe) ->
     readers = _redirect(edit.graph, raw, new, scribe)
     scribe.place_after(node)
     names = raw.name or "", new.name or "", _names(scribe)
-    return GuardedSite(planned.layer_index, "add", *names, readers, edit.body.name)
+    return GuardedSite(planned.layer_index, planned.site.kind, *names, readers, edit.body.name)
 
 
 def _guard_skip_norm(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scribe) -> GuardedSite:
@@ -296,10 +297,11 @@ def _find_last_token(edit: _Edit) -> None:
     """Each row's last token, computed once before the first site: `ends` to read by, `selections` to write by."""
     first = edit.sites[0].site
     node = _first_node(edit)
-    stream = next(value for value in node.inputs[:2] if value is not None and value.name == first.residual)
-    mask = next((value for value in edit.model.graph.inputs if value.name == edit.plan.mask and edit.plan.mask), None)
+    residual = next(value for value in node.inputs[:2] if value is not None and value.name == first.residual)
+    stream = sequence_stream(residual)
+    assert stream is not None, "dissect refuses such a site"
     scribe = edit.scribe("positions")
-    last = LastToken(scribe, stream, mask)
+    last = LastToken(scribe, stream, call_inputs(edit.model.graph) if edit.plan.mask else CallInputs())
     if edit.plan.positions == "last":
         for dtype in _selected_dtypes(edit):
             selected = scribe.cast(f"selected_{dtype}", last.selected, dtype)

@@ -146,7 +146,7 @@ def _avoiding(body: Body, stream: ResidualStream, plan: GuardPlan, report: Guard
 
 def _behind(flow: Flow, site: GuardedSite, new: ir.Value, anchor: str) -> Vertex | None:
     """Where the guarded state is: at a skip-norm the sum of the fused node, which must have the guarded branch as a summand."""
-    if site.kind == "add":
+    if site.kind != "skip_norm":
         return flow.vertex(new)
     readers = [node for node in new.consumers() if is_skip_norm(node) and node.outputs[0].name == anchor]
     one = len(readers) == 1 and new in readers[0].inputs[:2]
@@ -155,7 +155,7 @@ def _behind(flow: Flow, site: GuardedSite, new: ir.Value, anchor: str) -> Vertex
 
 def _summed(flow: Flow, values: Mapping[str, ir.Value], planned: SitePlan, raw: ir.Value) -> list[Vertex]:
     """The unguarded sum, or at a skip-norm its two summands."""
-    found = [raw] if planned.site.kind == "add" else [values.get(planned.site.residual), raw]
+    found = [raw] if planned.site.kind != "skip_norm" else [values.get(planned.site.residual), raw]
     return [vertex for vertex in map(flow.vertex, found) if vertex is not None]
 
 

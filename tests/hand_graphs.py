@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.directions import Directions, LayerDirections
+from vlmguard.graphs.layer_count import LayerCount
 from vlmguard.graphs.package import graph_bytes
 from vlmguard.graphs.plan import GuardPlan, plan_guard
 from vlmguard.graphs.rewrite import GuardReport, rewrite
@@ -272,9 +273,9 @@ class Guarded:
     report: GuardReport
 
 
-def guard_model(model: ir.Model, found: Directions, spec: GuardSpec) -> Guarded:
+def guard_model(model: ir.Model, found: Directions, spec: GuardSpec, declared: LayerCount | None = None) -> Guarded:
     """The pipeline's three steps; `model` is changed in place."""
-    anatomy = dissect(model)
+    anatomy = dissect(model, declared)
     plan = plan_guard(model, anatomy, found, spec)
     return Guarded(model, anatomy, plan, rewrite(model, plan))
 

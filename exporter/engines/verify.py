@@ -77,7 +77,7 @@ def check_by_running(folder: Path, manifest: Manifest, guarded: Path, tell: Watc
     """
     record = next(engine for engine in manifest.engines if engine.role == "decoder")
     package = open_guarded_package(guarded, read_manifest(guarded))
-    anatomy = dissect(package.load_decoder(), package.expected_layers)
+    anatomy = dissect(package.load_decoder(), package.declared_layers)
     inputs = _inputs(package, anatomy, _rows(record), tell)
     found = rolled(GuardedVLM.open_unproved(folder).decoder, inputs)
     expected = rolled(open_decoder(package, runtime="onnxruntime-cpu"), inputs)

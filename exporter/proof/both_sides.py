@@ -52,7 +52,7 @@ class BothSides:
     def rebuilt(self, plan: GuardPlan) -> tuple[ir.Model, GuardReport]:
         """The shipped graph with another guard in place of its own."""
         graph = stripped(self.package)
-        dissect(graph, self.package.expected_layers)  # infers the types that the rewrite copies
+        dissect(graph, self.package.declared_layers)  # infers the types that the rewrite copies
         return graph, rewrite(graph, plan)
 
     def _require_shipped(self) -> None:
@@ -91,7 +91,7 @@ def open_both_sides(
     if original is None and record.plan.get("lowering") == FOLD:
         raise GuardError(f"{folder}: its guard is folded into weights and cannot be taken out; give the {option} model")
     graph = original.load_decoder() if original is not None else stripped(package)
-    anatomy = dissect(graph, package.expected_layers)
+    anatomy = dissect(graph, package.declared_layers)
     sides = BothSides(package, original, anatomy, plan_again(folder, manifest, record, graph, anatomy))
     sides._require_shipped()
     return sides

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ...graphs.errors import ModelUnreadable
+from ...graphs.reference import call_mask
 from ...runtime.decoder import DecoderSession, PromptBatch
 from ...runtime.vlm import Request, VisionLanguageModel
 from .npz import read_npz
+
+_CACHE_AXES = 4  # of a KV cache: batch, heads, past, size
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,16 @@ def given_inputs(paths: Sequence[Path]) -> ProofInputs:
                 f"{path}: holds no input_ids [batch, sequence] or inputs_embeds, but {', '.join(given) or 'nothing'}; add it"
             )
         ids = np.zeros((len(text), len(text[0])), np.int64)
-        mask = given["attention_mask"] if "attention_mask" in given else np.ones_like(ids)
-        batches.append(PromptBatch(ids, (mask[:, -ids.shape[1] :] != 0).astype(np.int64), given=given))
+        batches.append(PromptBatch(ids, _own_mask(given, ids), given=given))
     names = ", ".join(path.name for path in paths)
     return ProofInputs(tuple(batches), tuple(batches), f"given inputs ({names})")
+
+
+def _own_mask(given: Mapping[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
+    """The given mask of this call's tokens, `[batch, sequence]`: it may be static, and then zeros stand behind them."""
+    mask, length = given.get("attention_mask"), ids.shape[1]
+    if mask is None or mask.ndim != ids.ndim:
+        return np.ones_like(ids)
+    past = mask.shape[1] - length
+    grows = any(array.ndim >= _CACHE_AXES and past in array.shape[1:] for array in given.values())
+    return (call_mask(mask, length, past if grows else 0) != 0).astype(np.int64)

@@ -194,13 +194,13 @@ def _verify_decoder(
 ) -> list[Check]:
     shipped, stripped = package.load_decoder(), package.load_decoder()
     strip_guard(stripped)
-    anatomy = dissect(stripped, package.expected_layers)
+    anatomy = dissect(stripped, package.declared_layers)
     plan = plan_again(package.root, manifest, record, stripped, anatomy)
     if plan.lowering == FOLD:
         return _verify_fold(package, manifest, shipped, anatomy, plan, original, inputs)
     again = package.load_decoder()
     strip_guard(again)
-    dissect(again, package.expected_layers)
+    dissect(again, package.declared_layers)
     report = rewrite(again, plan)
     checks = [
         same_graph("the guard is what the manifest's plan and directions make", again, shipped),
@@ -233,7 +233,7 @@ def _require_config(package: ModelPackage, manifest: Manifest) -> None:
         return
     stripped = package.load_decoder()
     strip_guard(stripped)
-    anatomy = dissect(stripped, package.expected_layers)
+    anatomy = dissect(stripped, package.declared_layers)
     plan = plan_again(package.root, manifest, manifest.decoders[0], stripped, anatomy)
     require_config_of_graph(package.root / CONFIG_NAME, plan, stripped, anatomy)
 
@@ -253,7 +253,7 @@ def _verify_fold(
         return checks
     graph, again = original.load_decoder(), original.load_decoder()
     for model in (graph, again):
-        dissect(model, original.expected_layers)
+        dissect(model, original.declared_layers)
     report = rewrite(again, plan)
     _name_data_as_before(shipped, package, manifest)
     checks += [refolded(again, shipped), *prove_fold(graph, shipped, anatomy, plan, report)[0::2]]

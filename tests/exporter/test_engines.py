@@ -112,7 +112,8 @@ def test_rank1_adds_a_layer_where_a_computed_tensor_comes_in(
     bare = kernels_of(path)
     engine, names = build(path, GuardSpec(mode=mode, lowering="rank1", positions=positions))
     require_guard(engine.layers, names, len(PROFILES), mode)
-    shared = 2 if mode in MODES_WITH_SUPERVISOR else 1  # which token is the last one, and the coordinates that are told
+    # Three find the last token (each row's last attended column, the furthest of all rows, the place), one gives coordinates.
+    shared = 4 if mode in MODES_WITH_SUPERVISOR else 3
     for profile in range(len(PROFILES)):
         added = engine.layers.of_profile(profile).kernels - bare[profile]
         assert added == zoo("llava-transformers-fp16").layers + shared, profile

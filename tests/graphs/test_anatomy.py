@@ -202,7 +202,7 @@ def test_another_layer_count_in_the_config_is_refused(zoo: Zoo, said: int) -> No
         dissect(graph, expected_layers=said)
     assert str(refusal.value) == (
         f"the config says {said} layers, the graph's residual stream shows 4 ({sites[0].value} to {sites[3].value}); "
-        "check that config.json belongs to this graph"
+        "check that config.json belongs to this graph, and that no layer was left out of it"
     )
 
 
@@ -536,7 +536,7 @@ def test_several_streams_without_any_sum_in_common_are_refused() -> None:
     )
     assert refusal(stream(body)) == (
         "2 attention nodes follow one another without a single sum that all paths pass: several residual streams run side "
-        "by side (as in Gemma3n), and models with several streams cannot be guarded"
+        "by side (as in Gemma3n), or earlier states come in again; such decoders cannot be guarded"
     )
 
 

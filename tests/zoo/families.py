@@ -59,7 +59,7 @@ VISION: Mapping[str, Any] = {
 
 SEVERAL_STREAMS = (
     "2 attention nodes follow one another without a single sum that all paths pass: several residual streams run side by "
-    "side (as in Gemma3n), and models with several streams cannot be guarded"
+    "side (as in Gemma3n), or earlier states come in again; such decoders cannot be guarded"
 )
 
 

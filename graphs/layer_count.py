@@ -1,0 +1,61 @@
+"""How many layers the configs beside a graph declare, and what each of them is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Where the part about the text decoder stands: in a VLM's config, in an encoder-decoder's, in genai_config.json.
+_PARTS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder", "model")
+# An encoder-decoder writes the decoder's own key besides `num_hidden_layers`, which then counts the encoder's layers.
+_COUNTS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_LISTS = ("layers_block_type", "hybrid_override_pattern", "layer_types")
+# In a list of blocks: those that mix no positions. Models that have them (Nemotron-H) give every block ONE mixer or MLP.
+_NO_MIXER = frozenset({"mlp", "moe", "ffn", "-", "E"})
+
+
+@dataclass(frozen=True)
+class LayerCount:
+    """What a config declares about the decoder's layers.
+
+    Attributes:
+        count: how many.
+        mixers: where every layer is one block: whether it mixes positions (attention, recurrence) or not (MLP, experts).
+            `None`: every layer has a mixer.
+    """
+
+    count: int
+    mixers: tuple[bool, ...] | None = None
+
+
+def declared_layers(configs: Iterable[Mapping[str, Any]]) -> LayerCount | None:
+    """The first declaration in these configs, the most specific part first; `None` if there is none."""
+    for part in decoder_parts(configs):
+        blocks = next((part[key] for key in _LISTS if _is_list(part.get(key))), None)
+        if blocks is not None and any(block in _NO_MIXER for block in blocks):
+            return LayerCount(len(blocks), tuple(block not in _NO_MIXER for block in blocks))
+        counts = (part.get(key) for key in _COUNTS)
+        count = next((number for number in counts if isinstance(number, int) and not isinstance(number, bool)), None)
+        if count is not None:
+            return LayerCount(count)
+        if blocks is not None:
+            return LayerCount(len(blocks))
+    return None
+
+
+def decoder_parts(configs: Iterable[Mapping[str, Any]], depth: int = 3) -> Iterator[Mapping[str, Any]]:
+    """The parts of configs that describe the text decoder, the innermost before the config that holds it.
+
+    Args:
+        depth: parts of parts that are looked at; configs are untrusted, and real ones have two.
+    """
+    for config in configs:
+        if depth:
+            nested = (config[key] for key in _PARTS if isinstance(config.get(key), Mapping))
+            yield from decoder_parts(nested, depth - 1)
+        yield config
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple | str) and len(value) > 0
