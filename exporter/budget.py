@@ -31,7 +31,7 @@ _STOP = getattr(signal, "SIGALRM", signal.SIGTERM)  # Windows has no other
 _INSIDE = "VLMGUARD_WITHIN_BUDGET"  # seconds that the process has, or nothing
 _PARENT = "VLMGUARD_BUDGET_PARENT"  # its process id
 _GRACE = 3.0  # seconds to clean up in, once time is up
-_WANTED_MORE, _TIME_IS_UP = 71, 72  # exit codes of the process
+_WANTED_MORE, _TIME_IS_UP, _INTERRUPTED = 71, 72, 130  # exit codes of the process
 MOST = 1 << 50
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -176,16 +176,19 @@ def _limit(memory: int):
 
 
 def _awaited(child: subprocess.Popen[bytes], seconds: float | None) -> int:
-    """Its exit code. A process that does not even end itself is killed."""
+    """Its exit code. A process that does not end itself in time is killed."""
+    interrupted = False
     while True:
         try:
-            return child.wait(seconds)
-        except KeyboardInterrupt:  # the terminal told the child as well, and it cleans up
-            seconds = 3 * _GRACE
+            return child.wait(0 if interrupted and seconds is None else seconds)
+        except KeyboardInterrupt:  # the terminal told the child as well, and it cleans up; asked twice, it is killed
+            seconds, interrupted = (None if interrupted else 3 * _GRACE), True
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-            return _TIME_IS_UP
+            if interrupted:
+                print("interrupted", file=sys.stderr)
+            return _INTERRUPTED if interrupted else _TIME_IS_UP
 
 
 @contextlib.contextmanager

@@ -71,9 +71,9 @@ class ConfinedPool:
             GuardError: the job refused what it was given, in a whole sentence; or no helper can be started.
         """
         with self._places:
-            helper = self._take()
+            helper, late = self._take(), threading.Event()
             try:
-                with _ended_after(helper, self.seconds) as late:
+                with _ended_after(helper, self.seconds, late):
                     write_frame(_pipe(helper.stdin), {**values, "job": job, "seconds": self.seconds}, payload)
                     reply, content = read_frame(_pipe(helper.stdout))
             except (OSError, EOFError, ValueError):
@@ -131,7 +131,7 @@ def _started(memory: int, module: str) -> subprocess.Popen[bytes]:
     except OSError as error:
         raise _cannot_start(error.strerror or "unknown reason") from None
     try:
-        with _ended_after(helper, _START_SECONDS):
+        with _ended_after(helper, _START_SECONDS, threading.Event()):
             read_frame(_pipe(helper.stdout))
     except (OSError, EOFError, ValueError):
         _end(helper)
@@ -150,9 +150,8 @@ def _cannot_start(reason: str) -> GuardError:
 
 
 @contextlib.contextmanager
-def _ended_after(helper: subprocess.Popen[bytes], seconds: float) -> Iterator[threading.Event]:
-    """Kill the helper after `seconds`; the event says whether that was done."""
-    late = threading.Event()
+def _ended_after(helper: subprocess.Popen[bytes], seconds: float, late: threading.Event) -> Iterator[None]:
+    """Kill the helper after `seconds`, and set `late`."""
 
     def end() -> None:
         late.set()
@@ -162,7 +161,7 @@ def _ended_after(helper: subprocess.Popen[bytes], seconds: float) -> Iterator[th
     timer.daemon = True
     timer.start()
     try:
-        yield late
+        yield
     finally:
         timer.cancel()
 

@@ -69,7 +69,7 @@ def woven(rows: int, across: int, scale: bool = False) -> onnx.ModelProto:
         for size in value.type.tensor_type.shape.dim:
             if size.dim_value == WIDTH:
                 size.dim_param = "width"
-    # what an operator that nobody knows gives has no shape
+    # the output of an unknown operator has no shape
     proto.opset_import.append(helper.make_opsetid("unknown", 1))
     made = [node.output[0] for node in proto.graph.node if node.op_type == "Add"]
     for node in list(proto.graph.node):
@@ -160,7 +160,7 @@ def parallel_attentions(count: int) -> onnx.ModelProto:
 
 
 def _open_ended() -> tuple[onnx.ModelProto, str, str]:
-    """A decoder whose logits nobody makes yet, the value that they were, and their name."""
+    """A decoder without the node for its logits, the value to make them from, and their name."""
     proto = ir.to_proto(decoder(layers=2))
     logits = proto.graph.output[0].name
     last = next(node for node in proto.graph.node if logits in node.output)

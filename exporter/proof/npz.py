@@ -1,4 +1,4 @@
-"""Reading an `.npz` of arrays that somebody else may have packed."""
+"""Reading an `.npz` of arrays that is untrusted input."""
 
 from __future__ import annotations
 

@@ -194,8 +194,27 @@ def test_a_graph_that_wants_too_much_memory_is_refused(tmp_path: Path) -> None:
 
 
 def test_who_ends_the_command_ends_what_it_waits_for(tmp_path: Path) -> None:
-    command = endless(tmp_path / "endless", 1 << 50)
-    started = subprocess.Popen([*COMMAND, "--max-seconds", "300", *map(str, command)])
-    time.sleep(2)
+    model = tmp_path / "endless"
+    started = subprocess.Popen([*COMMAND, "--max-seconds", "300", *map(str, endless(model, 1 << 50))])
+    wait_for_the_stage(model)
     started.send_signal(signal.SIGTERM)
-    assert started.wait(30) == 128 + signal.SIGTERM
+    assert started.wait(60) == 128 + signal.SIGTERM
+
+
+def wait_for_the_stage(model: Path) -> None:
+    """Until the command writes: then its parent waits for it."""
+    while not any(path.name.startswith(".out") for path in model.iterdir()):
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_command_in_native_code_is_ended_by_ctrl_c(tmp_path: Path) -> None:
+    """The terminal interrupts both processes; the one in native code does not notice, and is killed after some seconds."""
+    model = tmp_path / "endless"
+    command = [*COMMAND, "--max-seconds", "300", *map(str, endless(model, 1 << 50))]
+    started = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    wait_for_the_stage(model)
+    time.sleep(5)
+    os.killpg(started.pid, signal.SIGINT)
+    told = started.communicate(timeout=60)[1]
+    assert (started.returncode, told.splitlines()[-1]) == (130, "interrupted")

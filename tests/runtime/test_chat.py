@@ -562,7 +562,7 @@ def test_a_tokenizer_that_panics_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "template, line",
     [
-        ("{% for %}", "its chat template is malformed (Expected an expression, got 'end of statement block'); "
+        ("{% for %}", "its chat template is malformed (Expected an expression, got 'end of statement block', line 1); "
                       "copy it from the model again"),
         ("{{ raise_exception('system role needed') }}",
          "its chat template prints no prompt (its chat template fails (system role needed)); "
@@ -571,10 +571,10 @@ def test_a_tokenizer_that_panics_is_refused(tmp_path: Path) -> None:
                   "use the chat template that belongs to this model"),
         ("{{ messages.append(1) }}",
          "its chat template prints no prompt (its chat template fails (access to attribute 'append' of 'list' object "
-         "is unsafe.)); use the chat template that belongs to this model"),
+         "is unsafe)); use the chat template that belongs to this model"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}",
          "its chat template prints no prompt (its chat template fails (access to attribute '__class__' of 'str' object "
-         "is unsafe.)); use the chat template that belongs to this model"),
+         "is unsafe)); use the chat template that belongs to this model"),
     ],
 )  # fmt: skip
 def test_templates_that_are_refused(tmp_path: Path, template: str, line: str) -> None:
