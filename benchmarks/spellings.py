@@ -25,6 +25,7 @@ from record import parser, write_result
 from shapes import SHAPES
 
 from vlmguard.graphs.anatomy import ResidualSite
+from vlmguard.graphs.call_inputs import CallInputs
 from vlmguard.graphs.package import graph_bytes
 from vlmguard.graphs.plan import GuardPlan, SitePlan
 from vlmguard.graphs.positions import LastToken
@@ -212,7 +213,7 @@ def _spelled(width: int, guards: list[LayerGuard], positions: str, spelling: Spe
     last = None
     if positions == "last":
         scribe = Scribe(graph, "positions")
-        tokens = LastToken(scribe, graph.inputs[0], graph.inputs[1])
+        tokens = LastToken(scribe, graph.inputs[0], CallInputs(graph.inputs[1]))
         pairs = tokens.pairs
         if spelling.gather == "sum":  # [batch, 1, 2]: what is gathered keeps the sequence axis
             pairs = scribe.op("pairs_of_one", "Unsqueeze", [pairs, scribe.integers(1)])

@@ -14,12 +14,12 @@ import onnx_ir as ir
 
 from .anatomy import DecoderAnatomy, ResidualSite, find_node
 from .bodies import find_bodies
+from .call_inputs import mask_input, readable_mask
 from .dials import PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT, knobs_of, notes_on, require_knobs
 from .directions import Directions, LayerDirections
 from .errors import DirectionMismatch, GuardError
 from .fold import find_writers
 from .lowering import FOLDED, choose_lowering
-from .positions import mask_input
 from .reference import LayerGuard
 from .scribe import PREFIX
 from .separation import Separation, recorded_separations, warnings_of
@@ -190,13 +190,13 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
     }
     sites = tuple(SitePlan(s, guards[s.layer_index]) for s in anatomy.sites if s.layer_index in guards)
     separation = () if spec.direction_of is not None else _recorded(directions, tuple(guards))
-    mask = mask_input(model.graph)
+    mask = _mask(model, spec, mode)
     _require_expressible(model, sites, mode)
     if lowering is FOLDED:
         notes += _require_foldable(model, anatomy, sites, spec)
     notes += _quantized_behind(model, sites)
     notes += notes_on(knobs, spec.gate)
-    if spec.positions == "last" and mask is None:
+    if spec.positions == "last" and not mask:
         notes.append("no attention_mask input: the last index of each call is edited, so pad on the left")
     notes += warnings_of(separation)
     return GuardPlan(
@@ -204,7 +204,7 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
         positions=spec.positions,
         lowering=lowering.name,
         lowering_reason=reason,
-        mask=(mask.name or "") if mask is not None else "",
+        mask=mask,
         width=anatomy.width,
         decoder_layers=anatomy.layer_count,
         sites=sites,
@@ -220,6 +220,15 @@ def _recorded(directions: Directions, layers: tuple[int, ...]) -> tuple[Separati
     """What the directions file records of its anchors."""
     source = (directions.anchors or {}).get("source", "anchors")
     return recorded_separations(directions.evidence, directions.pairs, layers, source)
+
+
+def _mask(model: ir.Model, spec: GuardSpec, mode: str) -> str:
+    """The mask that the last token is found by; one that cannot be read is refused only where it would have to be."""
+    is_read = spec.positions == "last" or spec.telemetry or spec.gate == "prompt" or mode in MODES_WITH_SUPERVISOR
+    if not is_read:
+        return readable_mask(model.graph)
+    mask = mask_input(model.graph)
+    return "" if mask is None else mask.name or ""
 
 
 def _one_direction(

@@ -149,11 +149,57 @@ def guard(
     return h + (delta if selected is None else delta * selected)
 
 
-def last_token(mask: np.ndarray) -> np.ndarray:
-    """`[batch, sequence, 1]`: 1 at the last attended token of each row of `mask` `[batch, sequence]`.
+def last_token(
+    mask: np.ndarray, length: int | None = None, past: int = 0, positions: np.ndarray | None = None
+) -> np.ndarray:
+    """`[batch, length, 1]`: 1 at the last attended token of each row, 0 elsewhere; what positions `last` edits.
 
-    Left padding makes that the last index; right padding needs the mask. Where none is attended it is the last index:
-    a mask may be longer than the tokens so far (a static cache), and its last columns then say nothing.
+    Which columns of the mask belong to this call is `call_end`'s rule. Where positions reach further than that (a part of a
+    prompt that is padded on the right, behind a static mask), the place that they show is edited too.
+
+    Args:
+        mask: `[batch, T]`, not 0 for tokens that are attended.
+        length: tokens of this call, S; default: the mask is of this call's tokens alone.
+        past: length of the past axis of the KV cache that goes in: past tokens, or the capacity of a shared buffer.
+        positions: `[batch, length]`, the position of each token of this call.
     """
-    index = np.argmax((mask != 0) * mask.shape[1] + np.arange(1, mask.shape[1] + 1), axis=1)
-    return (np.arange(mask.shape[1])[None, :] == index[:, None]).astype(np.float32)[..., None]
+    length = mask.shape[1] if length is None else length
+    place, earlier = _places(mask, length, past, positions)
+    index = np.arange(length)
+    return ((index == place[:, None]) | (index == earlier[:, None])).astype(np.float32)[..., None]
+
+
+def last_index(
+    mask: np.ndarray, length: int | None = None, past: int = 0, positions: np.ndarray | None = None
+) -> np.ndarray:
+    """`[batch]` int: the token of each row that gates, scores and coordinates are read at; arguments as in `last_token`."""
+    _, earlier = _places(mask, mask.shape[1] if length is None else length, past, positions)
+    return np.maximum(earlier, 0)
+
+
+def call_end(mask: np.ndarray, length: int, past: int = 0) -> int:
+    """How many columns of the mask there are up to the end of this call's tokens (`positions` has the reasons).
+
+    past + length where the mask has so many columns; else the furthest attended column of any row, but no less than length.
+    """
+    columns = mask.shape[1]
+    least = past + length if past + length <= columns else min(length, columns)
+    return max(least, int(_attended_to(mask).max()))
+
+
+def _attended_to(mask: np.ndarray) -> np.ndarray:
+    """`[batch]`: each row's last attended column, counted from 1; 0 where there is none."""
+    return ((mask != 0) * np.arange(1, mask.shape[1] + 1)).max(axis=1)
+
+
+def _places(
+    mask: np.ndarray, length: int, past: int, positions: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The last attended token of each row, `[batch]`, as the mask shows it and as the positions do."""
+    end = call_end(mask, length, past)
+    behind = end - _attended_to(mask)
+    place = np.where(behind < length, length - 1 - behind, length - 1)
+    if positions is None:
+        return place, place
+    reach = min(int(positions[:, 0].max()) + length, mask.shape[1])
+    return place, place - max(reach - end, 0)

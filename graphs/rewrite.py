@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from .anatomy import find_node
 from .bodies import Body, find_bodies, surface
+from .call_inputs import CallInputs, call_inputs
 from .dataflow import skip_norm_bias
 from .dials import (
     OFFSET_INPUT,
@@ -297,9 +298,8 @@ def _find_last_token(edit: _Edit) -> None:
     first = edit.sites[0].site
     node = _first_node(edit)
     stream = next(value for value in node.inputs[:2] if value is not None and value.name == first.residual)
-    mask = next((value for value in edit.model.graph.inputs if value.name == edit.plan.mask and edit.plan.mask), None)
     scribe = edit.scribe("positions")
-    last = LastToken(scribe, stream, mask)
+    last = LastToken(scribe, stream, call_inputs(edit.model.graph) if edit.plan.mask else CallInputs())
     if edit.plan.positions == "last":
         for dtype in _selected_dtypes(edit):
             selected = scribe.cast(f"selected_{dtype}", last.selected, dtype)

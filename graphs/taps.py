@@ -9,10 +9,11 @@ import onnx_ir as ir
 
 from .anatomy import ResidualSite, find_node
 from .bodies import Body, find_bodies, surface
+from .call_inputs import call_inputs
 from .dataflow import skip_norm_bias
 from .errors import AnatomyNotFound
 from .plan import GuardPlan
-from .positions import LastToken, mask_input
+from .positions import LastToken
 from .rewrite import GuardedSite, GuardReport
 from .scribe import Scribe
 
@@ -30,7 +31,7 @@ def tap_last_token(model: ir.Model, sites: Sequence[ResidualSite]) -> None:
         own = [site for site in sites if site.body == body.name]
         scribe = Scribe(body.graph, "taps", home=model.graph, path=body.path)
         streams = [_stream(body.graph, site, scribe) for site in own]
-        last = LastToken(scribe, streams[0], mask_input(model.graph))
+        last = LastToken(scribe, streams[0], call_inputs(model.graph))
         tapped[body] = _rows(scribe, last, "states", own, streams)
         scribe.place_last()
     _show(model, tapped, STATES_OUTPUT, sites)
@@ -60,7 +61,7 @@ def tap_guard_last_token(model: ir.Model, sites: Sequence[ResidualSite], report:
                 continue
             before.append(_at_guard(body.graph, values, site, guard, "raw", scribe))
             behind.append(_at_guard(body.graph, values, site, guard, "guarded", scribe))
-        last = LastToken(scribe, behind[0], mask_input(model.graph))
+        last = LastToken(scribe, behind[0], call_inputs(model.graph))
         states[body] = _rows(scribe, last, "states", own, behind)
         raw[body] = _rows(scribe, last, "raw", [site for site in own if site in guarded], before)
         scribe.place_last()
