@@ -24,21 +24,18 @@ from ...graphs.package import ModelPackage, load_graph
 from ...graphs.plan import COORDINATES_OUTPUT, GuardPlan
 from ...graphs.reference import LISTEN, Dials, LayerGuard, guard, last_token, score
 from ...graphs.rewrite import GuardReport
-from ...graphs.scribe import PREFIX
 from ...graphs.spec import MODES_WITH_SUPERVISOR
 from ...graphs.static_proof import Check, exact
 from ...graphs.taps import tap_guard
 from ...runtime.decoder import DecoderSession, PromptBatch, open_decoder
 from ...runtime.device import Tensor
+from .forced import ALWAYS, NEVER, force_gates
 from .headroom import Headroom
 from .inputs import ProofInputs
+from .limits import TOLERANCE
 from .prove_gate import GatesTold
 
 DECODE_STEPS = 4
-# Largest deviation from the float64 reference, relative to the largest state compared.
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-# A threshold that no score passes, and one that all do; finite, so that nothing becomes NaN.
-_NEVER, _ALWAYS = 3.0e38, -3.0e38
 # A threshold offset that opens every gate, and is cut nowhere.
 _LOWERED = -1.0e9
 # Strengths that must leave the original; below 0 the guard must not turn round.
@@ -165,25 +162,6 @@ def listen(plan: GuardPlan, batch: int) -> np.ndarray | None:
     return np.full((batch, len(plan.layers), plan.sites[0].guard.rank), LISTEN, np.float32)
 
 
-def force_gates(model: ir.Model, plan: GuardPlan, is_open: bool) -> None:
-    """Set a guarded graph's gates open or closed for good; `project` has no gate, so closed means zero strength."""
-    for name, value in model.graph.initializers.items():
-        part = name.rpartition("/")[2]
-        if not name.startswith(f"{PREFIX}layer_") or value.const_value is None:
-            continue
-        array = value.const_value.numpy()
-        if part == "tau":
-            _replace(value, np.full_like(array, _ALWAYS if is_open else _NEVER))
-        elif plan.mode == "project" and not is_open and part.startswith(("ssd", "projection_minus_identity")):
-            _replace(value, np.zeros_like(array))
-        elif plan.mode == "project" and not is_open and part == "projection":
-            _replace(value, np.eye(array.shape[0]).astype(array.dtype))
-
-
-def _replace(value: ir.Value, array: np.ndarray) -> None:
-    value.const_value = ir.Tensor(array, name=value.name)
-
-
 # 2. and 3. The reference
 
 
@@ -238,7 +216,7 @@ class _Setting:
 
     def layer(self, layer: LayerGuard) -> LayerGuard:
         """The layer's numbers, as the graph has them now."""
-        return layer if self.forced is None else replace(layer, threshold=_ALWAYS if self.forced else _NEVER)
+        return layer if self.forced is None else replace(layer, threshold=ALWAYS if self.forced else NEVER)
 
     def dials(self, held: np.ndarray | None) -> Dials:
         strength = 1.0 if self.strength is None else self.strength
