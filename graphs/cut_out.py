@@ -155,7 +155,7 @@ class _Shears:
         known = {value: self._constant(value) if self._is_constant(value) else self._input(value) for value in ends}
         inputs = [value for end, value in known.items() if not self._is_constant(end)]
         numbers = [value for value in known.values() if value.const_value is not None]
-        copies = _copies([node for node in self.body.graph if node in nodes], known)
+        copies = self._copies([node for node in self.body.graph if node in nodes], known)
         outputs = []
         for value, dtype in self.wanted:
             if value.producer() not in nodes:
@@ -173,6 +173,25 @@ class _Shears:
         )
         made = ir.Model(graph, ir_version=self.model.ir_version or 8)
         return Cut(made, sites, dict(self.outputs), tuple(dict.fromkeys(self.foreign)))
+
+    def _copies(self, nodes: Sequence[ir.Node], known: dict[ir.Value, ir.Value]) -> list[ir.Node]:
+        """The nodes in their order, on the values of the small model; `known` learns what they make."""
+        made = []
+        for node in nodes:
+            late = [value.name for value in node.inputs if value is not None and value not in known]
+            if late:
+                self.foreign.append(f"node {node.name!r} reads {late[0]!r} before it is made")
+                known |= {value: ir.Value(name=value.name) for value in node.inputs if value and value not in known}
+            inputs = [None if value is None else known[value] for value in node.inputs]
+            outputs = [ir.Value(name=value.name) for value in node.outputs]
+            attributes = list(node.attributes.values())
+            made.append(
+                ir.Node(
+                    node.domain, node.op_type, inputs, attributes, overload=node.overload, outputs=outputs, name=node.name
+                )
+            )
+            known |= dict(zip(node.outputs, outputs, strict=True))
+        return made
 
     def _reach(self) -> tuple[set[ir.Node], list[ir.Value]]:
         """Nodes of the guard behind the outputs, and the values at which they end."""
@@ -215,19 +234,3 @@ class _Shears:
                 default = ir.Tensor(value.const_value.numpy(), name=name)
         shape = value.shape if of_graph else None
         return ir.Value(name=name, type=ir.TensorType(dtype), shape=shape, const_value=default)
-
-
-def _copies(nodes: Sequence[ir.Node], known: dict[ir.Value, ir.Value]) -> list[ir.Node]:
-    """The nodes in their order, on the values of the small model; `known` learns what they make."""
-    made = []
-    for node in nodes:
-        outputs = [ir.Value(name=value.name) for value in node.outputs]
-        inputs = [None if value is None else known[value] for value in node.inputs]
-        attributes = list(node.attributes.values())
-        made.append(
-            ir.Node(
-                node.domain, node.op_type, inputs, attributes, overload=node.overload, outputs=outputs, name=node.name
-            )
-        )
-        known |= dict(zip(node.outputs, outputs, strict=True))
-    return made
