@@ -187,7 +187,13 @@ class _Shears:
             attributes = list(node.attributes.values())
             made.append(
                 ir.Node(
-                    node.domain, node.op_type, inputs, attributes, overload=node.overload, outputs=outputs, name=node.name
+                    node.domain,
+                    node.op_type,
+                    inputs,
+                    attributes,
+                    overload=node.overload,
+                    outputs=outputs,
+                    name=node.name,
                 )
             )
             known |= dict(zip(node.outputs, outputs, strict=True))

@@ -102,6 +102,7 @@ class DecoderSession:
         head: Runner | None = None,
     ) -> None:
         self.runner, self._head = runner, head
+        self.calls = 0  # of the runner
         self._heads = kv_heads, head_size
         inputs = runner.inputs
         self.roles = roles or roles_by_name(inputs, runner.outputs)
@@ -188,6 +189,7 @@ class DecoderSession:
         return outputs, state
 
     def _run(self, feeds: Mapping[str, Tensor], step: bool = False) -> Mapping[str, np.ndarray]:
+        self.calls += 1
         if isinstance(self.runner, DeviceRunner):
             return DeviceOutputs(self.runner.run_on_device(feeds, step))
         return self.runner.run({name: np.asarray(fed) for name, fed in feeds.items()})

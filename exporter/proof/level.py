@@ -38,6 +38,7 @@ class ProofLevel:
     level: Proved
     why: str
 
+
 ENGINES_RUN = ProofLevel("full", "the engines ran")
 _ORDER: tuple[Proved, ...] = ("structure", "local", "full")
 

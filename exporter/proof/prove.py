@@ -29,6 +29,7 @@ from ...graphs.static_proof import Check, exact
 from ...graphs.taps import tap_guard
 from ...runtime.decoder import DecoderSession, PromptBatch, open_decoder
 from ...runtime.device import Tensor
+from .compare import Comparison, first_no_number, padded, relative
 from .forced import ALWAYS, NEVER, force_gates
 from .headroom import Headroom
 from .inputs import ProofInputs
@@ -91,20 +92,23 @@ def _equals_source(
     inputs: ProofInputs,
     turned: Sequence[Mapping[str, np.ndarray]] = ({},),
 ) -> Check:
-    compared, differing, worst = _compare_runs(package, closed, at, plan, inputs, turned, optimize=True)
-    if not differing:
-        return exact(
-            name, compared, [], f"{compared} numbers, prefill and {DECODE_STEPS} decode steps, {inputs.origin}"
-        )
+    found, calls = _compare_runs(package, closed, at, plan, inputs, turned, optimize=True)
+    if not found.differing and not found.odd:
+        note = f"{found.compared} numbers in {calls}, {inputs.origin}"
+        return exact(name, found.compared, [], f"{note}; {found.note}" if found.note else note)
     limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
-    plain, plain_differing, _ = _compare_runs(package, closed, at, plan, inputs, turned, optimize=False)
+    if found.odd:
+        return Check(name, found.compared, found.worst, limit, False, found.note)
+    plain, plain_calls = _compare_runs(package, closed, at, plan, inputs, turned, optimize=False)
     note = (
-        f"exact in {plain} numbers without the runtime's optimiser; with it, {differing} of {compared} differ by its own "
-        f"rounding (casts and fusions around the guard)"
+        f"exact in {plain.compared} numbers without the runtime's optimiser ({plain_calls}); with it ({calls}), "
+        f"{found.differing} of {found.compared} differ by its own rounding (casts and fusions around the guard)"
     )
-    if plain_differing:
-        note = f"{plain_differing} of {plain} numbers differ even without the runtime's optimiser; worst {worst:.1e}"
-    return Check(name, compared, worst, limit, not plain_differing and worst <= limit, note)
+    if plain.differing or plain.odd:
+        note = f"{plain.differing} of {plain.compared} numbers differ even without the runtime's optimiser"
+        note += f"; {plain.note or f'worst {found.worst:.1e}'}"
+    ok = not plain.differing and not plain.odd and found.worst <= limit
+    return Check(name, found.compared, found.worst, limit, ok, note)
 
 
 def _compare_runs(
@@ -115,25 +119,27 @@ def _compare_runs(
     inputs: ProofInputs,
     turned: Sequence[Mapping[str, np.ndarray]],
     optimize: bool,
-) -> tuple[int, int, float]:
-    """`(numbers compared, numbers that differ, worst relative difference)` over prefill and decode, for every setting of dials.
+) -> tuple[Comparison, str]:
+    """Every output of prefill and decode, for every setting of dials; and how many calls that took, in words.
 
     One model after the other: two of them may not fit into memory together.
     """
     session = open_decoder(package, optimize=optimize, given=inputs.given)
     left = [roll(session, batch, None) for batch in inputs.batches]
+    unguarded_calls = session.calls
     del session
     session = open_decoder(package, guarded, optimize=optimize, folder=folder, given=inputs.given)
-    compared, differing, worst = 0, 0, 0.0
-    for (batch, expected), dials in product(zip(inputs.batches, left, strict=True), turned):
+    found = Comparison()
+    for (number, (batch, expected)), dials in product(enumerate(zip(inputs.batches, left, strict=True)), turned):
         right = roll(session, batch, listen(plan, batch.size), dials)
-        for before, after in zip(expected, right, strict=True):
-            for key, value in before.items():
-                other = after[key]
-                compared += value.size
-                differing += int((value != other).sum())
-                worst = max(worst, relative(value, other))
-    return compared, differing, worst
+        for call, (before, after) in enumerate(zip(expected, right, strict=True)):
+            found.see(f"batch {number}, call {call}", mask_at(batch, call), before, after)
+    return found, f"{unguarded_calls} calls of the original and {session.calls} of the guarded model"
+
+
+def mask_at(batch: PromptBatch, call: int) -> np.ndarray:
+    """1 for the tokens so far, `[batch, prompt + call]`, at a call of `roll`."""
+    return np.pad(batch.mask, ((0, 0), (0, call)), constant_values=1)
 
 
 def roll(
@@ -143,7 +149,10 @@ def roll(
     dials: Mapping[str, np.ndarray] | None = None,
     steps: int = DECODE_STEPS,
 ) -> list[Mapping[str, np.ndarray]]:
-    """Outputs of prefill and a few decode steps on fixed tokens: rows of the prompt again, so that runs stay alike."""
+    """Outputs of prefill and a few decode steps on fixed tokens: rows of the prompt again, so that runs stay alike.
+
+    Inputs that were given by name are one call.
+    """
     outputs, state = session.prefill(batch, supervisor, dials)
     rolled = [outputs]
     if batch.given is not None:
@@ -182,7 +191,7 @@ def _states_equal_reference(
     checks += told.checks()
     if headroom.layers:
         checks.append(headroom.check())
-    checks.append(_unedited_tokens(package, staged, plan, report, inputs, supervisors))
+    checks += _unedited_tokens(package, staged, plan, report, inputs, supervisors)
     return tuple(checks)
 
 
@@ -265,12 +274,13 @@ def _against_reference(
     halves = {site.layer_index for site in plan.sites if site.site.dtype == "float16"}
     limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
     compared, moved, states, undecided, worst = 0, 0, 0, 0, 0.0
-    for batch, told_by_text in zip(inputs.batches, supervisors, strict=True):
+    odd: list[str] = []
+    for which, (batch, told_by_text) in enumerate(zip(inputs.batches, supervisors, strict=True)):
         supervisor = listen(plan, batch.size) if setting.listens else told_by_text
         rolled = roll(session, batch, supervisor, setting.feeds(plan, batch.size))
         for number, outputs in enumerate(rolled):
             # a cached decode step is one token long; without a cache the whole sequence comes again
-            mask = np.pad(batch.mask, ((0, 0), (0, number)), constant_values=1)[:, -_length(outputs, names) :]
+            mask = mask_at(batch, number)[:, -_length(outputs, names) :]
             ends = last_token(mask)
             selected = ends if plan.positions == "last" else None
             all_held = _held(plan, setting, rolled, number)
@@ -286,6 +296,11 @@ def _against_reference(
                 real = mask.astype(bool)
                 if plan.layers[row] in halves:
                     headroom.see(plan.layers[row], raw[real], found[real])
+                for what, values in (("before", raw), ("behind", found)):
+                    if place := first_no_number(values, real):
+                        odd.append(
+                            f"the state {what} layer {plan.layers[row]}'s guard, batch {which}, call {number}: {place}"
+                        )
                 # by rounding alone such a gate may open here and not there; held or forced open, it is compared
                 if setting.forced is None and setting.offset is None and held is None:
                     close = _close_calls(plan.mode, layer, raw, a, limit) & real
@@ -297,11 +312,13 @@ def _against_reference(
                 if supervisor is not None:  # what the text-only pass tells the other one: this layer's own coordinates
                     own = last @ layer.ssd.T.astype(np.float64)
                     shown = outputs[COORDINATES_OUTPUT][:, row].astype(np.float64)
-                    worst = max(worst, float(np.abs(own - shown).max()) / max(float(np.abs(raw).max()), 1e-6))
+                    off = np.abs(own - shown).max() / max(float(np.abs(last).max()), 1e-6)
+                    worst = max(worst, float(off) if np.isfinite(off) else float("inf"))
                     compared += own.size
-    note = f"{moved} of {states} states edited, {setting.what}, {inputs.origin}"
+    note = f"{moved} of {states} states edited in {session.calls} calls, {setting.what}, {inputs.origin}"
     note += f"; {undecided} too close to the threshold to call" if undecided else ""
-    ok = compared > 0 and worst <= limit and setting.moves in (None, moved > 0)
+    ok = compared > 0 and worst <= limit and setting.moves in (None, moved > 0) and not odd
+    worst, note = (float("inf"), "; ".join(odd[:3])) if odd else (worst, note)
     return Check(f"guarded states equal the numpy reference{setting.name}", compared, worst, limit, ok, note)
 
 
@@ -331,26 +348,30 @@ def _unedited_tokens(
     report: GuardReport,
     inputs: ProofInputs,
     supervisors: Sequence[np.ndarray | None],
-) -> Check:
-    """With positions `last`, every other token's state passes through bit for bit, whatever the gate says."""
+) -> list[Check]:
+    """With positions `last`, every other token's state passes through bit for bit, whatever the gate says; no check where a
+    call has no other token."""
     name = "tokens outside the positions are untouched bit for bit"
     if plan.positions == "all":
-        return Check(name, 1, 0.0, 0.0, True, "positions all: there are none")
+        return []
     graph = load_graph(staged, vouched=True)
     force_gates(graph, plan, is_open=True)
     names = tap_guard(graph, plan, report)
     session = open_decoder(package, graph, optimize=False, folder=staged.parent, given=inputs.given)
     if session.one_token:
-        return Check(name, 1, 0.0, 0.0, True, "the graph takes one token a call: there are no others")
+        return []
     compared, wrong = 0, []
     for batch, supervisor in zip(inputs.batches, supervisors, strict=True):
         outputs, _ = session.prefill(batch, supervisor)
         others = last_token(batch.mask)[:, -_length(outputs, names) :, 0] == 0
         for layer, (raw, guarded) in zip(plan.layers, names, strict=True):
             compared += int(others.sum()) * plan.width
-            if not np.array_equal(outputs[raw][others], outputs[guarded][others]):
+            left, right = outputs[raw], outputs[guarded]
+            nothing = np.isnan(left) & np.isnan(right) & padded(left, batch.mask)
+            if not ((left == right) | nothing)[others].all():
                 wrong.append(f"layer {layer}")
-    return exact(name, compared, wrong)
+            compared -= int(nothing[others].sum())
+    return [exact(name, compared, wrong, f"{session.calls} calls")]
 
 
 def _supervisors(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs) -> list[np.ndarray | None]:
@@ -363,15 +384,3 @@ def _supervisors(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: P
         outputs, _ = session.prefill(text, listen(plan, text.size))
         found.append(outputs[COORDINATES_OUTPUT])
     return found
-
-
-def relative(a: np.ndarray, b: np.ndarray) -> float:
-    """Largest difference, relative to the largest number; two empty arrays differ by nothing."""
-    if not a.size:
-        return 0.0
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    if not (np.isfinite(x) == np.isfinite(y)).all():
-        return float("inf")
-    finite = np.isfinite(x)
-    scale = max(float(np.abs(x[finite]).max(initial=0.0)), 1e-6)
-    return float(np.abs(x - y)[finite].max(initial=0.0)) / scale

@@ -165,9 +165,7 @@ def _each_guard(package: ModelPackage, manifest: Manifest, record: DecoderRecord
     return list(prove_locally(package.decoder, plan, rewrite(graph, plan)))
 
 
-def _finished(
-    folder: Path, manifest: Manifest, checks: Sequence[Check], level: ProofLevel | None
-) -> Verification:
+def _finished(folder: Path, manifest: Manifest, checks: Sequence[Check], level: ProofLevel | None) -> Verification:
     """What was found; the manifest learns of a run that proved more than it says.
 
     Args:
