@@ -29,6 +29,7 @@ from ..graphs.spec import GuardSpec, Mode
 from ..graphs.staging import Data, create_file, require_writable, require_writable_file, staged, write_file
 from ..graphs.static_proof import Check, prove_structure
 from ..graphs.tensorrt import require_readable
+from ..runtime.decoder_place import DecoderPlace
 from ..runtime.onnxruntime_runner import import_onnxruntime
 from .artifact.folder import GuardedDecoder, bring_companions, bring_weights, notes_on_files, write_manifest
 from .artifact.signing import require_key, write_signature
@@ -221,7 +222,7 @@ def export(
             for one, decoder in zip(opened_graphs, planned, strict=True):
                 report = _write(one, decoder.plan, stage, data)
                 inputs = guide.proof_inputs if chosen.level == "full" else None
-                checks = prove(decoder, report, stage, inputs, tell, locally=chosen.level == "local")
+                checks = prove(decoder, report, stage, inputs, tell, chosen.level == "local", guide.place)
                 done.append(replace(decoder, report=report, proof=checks))
             bring_companions(source.package, stage, data)
             create_file(stage / DIRECTIONS_FILE, directions_bytes(found))
@@ -340,6 +341,7 @@ def prove(
     inputs: Callable[[ModelPackage], ProofInputs] | None,
     tell: Watch,
     locally: bool = False,
+    place: DecoderPlace | None = None,
 ) -> tuple[Check, ...]:
     """Every check, on the file as it will ship.
 
@@ -349,6 +351,7 @@ def prove(
         folder: where the guarded copy is.
         inputs: what to run it on; `None` does not run the model.
         locally: run each guard by itself.
+        place: where decoders are opened, one at a time.
 
     Raises:
         ProofFailed: one of them does not hold.
@@ -366,7 +369,7 @@ def prove(
         checks += prove_locally(path, decoder.plan, report)
     if inputs is not None:
         running = prove_fold_by_running if decoder.plan.lowering == FOLD else prove_by_running
-        checks += running(decoder.package, path, decoder.plan, report, inputs(decoder.package))
+        checks += running(decoder.package, path, decoder.plan, report, inputs(decoder.package), place)
     tell(label, 2, 2)
     _require_all(checks)
     return checks

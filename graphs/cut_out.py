@@ -224,7 +224,8 @@ class _Shears:
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
             tensor = ir.Tensor(tensor.numpy().copy(), name=value.name, dtype=tensor.dtype)
-        return ir.Value(name=value.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        shape = ir.Shape(tensor.numpy().shape)
+        return ir.Value(name=value.name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
 
     def _input(self, value: ir.Value) -> ir.Value:
         """An input of the small model; a knob keeps its default."""

@@ -92,6 +92,10 @@ class OnnxRuntimeRunner:
         """Execution providers in use, in order."""
         return tuple(self._session.get_providers())
 
+    def close(self) -> None:
+        """Give the session's memory back; the runner cannot be run any more."""
+        del self._session
+
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All outputs by name."""
         names = list(self.outputs)

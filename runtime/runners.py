@@ -47,6 +47,15 @@ class OverridableRunner(Runner, Protocol):
 
 
 @runtime_checkable
+class ClosableRunner(Runner, Protocol):
+    """A runner that can give its memory back before it is forgotten."""
+
+    def close(self) -> None:
+        """End it; it is not run any more."""
+        ...
+
+
+@runtime_checkable
 class DeviceRunner(Runner, Protocol):
     """A runner with memory of its own, in which outputs can stay until the next call."""
 

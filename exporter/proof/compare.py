@@ -7,8 +7,9 @@ equals infinity of the same sign alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import SupportsInt
 
 import numpy as np
 
@@ -104,7 +105,7 @@ def padded(array: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return rows[:, :, None] if array.ndim == 3 else rows[:, None, :, None]
 
 
-def spelled(place: tuple[int, ...] | tuple[np.intp, ...], dimensions: int) -> str:
+def spelled(place: Sequence[SupportsInt], dimensions: int) -> str:
     """An index in words: the row of the batch, the token, the rest."""
     numbers = [int(number) for number in place]
     token = {3: 1, 4: 2}.get(dimensions)

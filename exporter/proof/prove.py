@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from ...graphs.spec import MODES_WITH_SUPERVISOR
 from ...graphs.static_proof import Check, exact
 from ...graphs.taps import tap_guard
 from ...runtime.decoder import DecoderSession, PromptBatch, open_decoder
+from ...runtime.decoder_place import DecoderPlace
 from ...runtime.device import Tensor
 from .compare import Comparison, first_no_number, padded, relative
 from .forced import ALWAYS, NEVER, force_gates
@@ -44,7 +46,12 @@ _OFF = (0.0, -1.0)
 
 
 def prove_by_running(
-    package: ModelPackage, staged: Path, plan: GuardPlan, report: GuardReport, inputs: ProofInputs
+    package: ModelPackage,
+    staged: Path,
+    plan: GuardPlan,
+    report: GuardReport,
+    inputs: ProofInputs,
+    place: DecoderPlace | None = None,
 ) -> tuple[Check, ...]:
     """All dynamic checks of a staged guarded decoder.
 
@@ -53,34 +60,44 @@ def prove_by_running(
         staged: the guarded decoder's file, as it will ship.
         plan, report: what was planned and done.
         inputs: what to run on.
+        place: where decoders are opened, one at a time.
     """
+    place = place or DecoderPlace()
     try:
         return (
-            _closed_equals_source(package, staged, plan, inputs),
-            *([_no_strength_equals_source(package, staged, plan, inputs)] if plan.knobs else ()),
-            *_states_equal_reference(package, staged, plan, report, inputs),
+            _closed_equals_source(package, staged, plan, inputs, place),
+            *([_no_strength_equals_source(package, staged, plan, inputs, place)] if plan.knobs else ()),
+            *_states_equal_reference(package, staged, plan, report, inputs, place),
         )
     except RunFailed as failure:
         raise RunFailed(f"{failure}; give inputs that it runs on with --proof-inputs") from None
+    finally:
+        place.close()
 
 
 # 1. The closed gate
 
 
-def _closed_equals_source(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs) -> Check:
+def _closed_equals_source(
+    package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace | None = None
+) -> Check:
     """Bit for bit as apps run it; where the runtime's own rounding moves, exact without its optimiser, and bounded."""
     closed = load_graph(staged, vouched=True)
     force_gates(closed, plan, is_open=False)
-    return _equals_source("closed gate equals the original bit for bit", package, closed, staged.parent, plan, inputs)
+    return _equals_source(
+        "closed gate equals the original bit for bit", package, closed, staged.parent, plan, inputs, place
+    )
 
 
-def _no_strength_equals_source(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs) -> Check:
+def _no_strength_equals_source(
+    package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace | None = None
+) -> Check:
     """With every gate open, so that it is the knob that does it."""
     graph = load_graph(staged, vouched=True)
     force_gates(graph, plan, is_open=True)
     turned = [{STRENGTH_INPUT: np.array(strength, np.float32)} for strength in _OFF]
     name = "strength 0, and below, equals the original bit for bit"
-    return _equals_source(name, package, graph, staged.parent, plan, inputs, turned)
+    return _equals_source(name, package, graph, staged.parent, plan, inputs, place, turned)
 
 
 def _equals_source(
@@ -90,16 +107,19 @@ def _equals_source(
     at: Path,
     plan: GuardPlan,
     inputs: ProofInputs,
+    place: DecoderPlace | None,
     turned: Sequence[Mapping[str, np.ndarray]] = ({},),
 ) -> Check:
-    found, calls = _compare_runs(package, closed, at, plan, inputs, turned, optimize=True)
+    found, calls = _compare_runs(package, closed, at, plan, inputs, place or DecoderPlace(), turned, optimize=True)
     if not found.differing and not found.odd:
         note = f"{found.compared} numbers in {calls}, {inputs.origin}"
         return exact(name, found.compared, [], f"{note}; {found.note}" if found.note else note)
     limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
     if found.odd:
         return Check(name, found.compared, found.worst, limit, False, found.note)
-    plain, plain_calls = _compare_runs(package, closed, at, plan, inputs, turned, optimize=False)
+    plain, plain_calls = _compare_runs(
+        package, closed, at, plan, inputs, place or DecoderPlace(), turned, optimize=False
+    )
     note = (
         f"exact in {plain.compared} numbers without the runtime's optimiser ({plain_calls}); with it ({calls}), "
         f"{found.differing} of {found.compared} differ by its own rounding (casts and fusions around the guard)"
@@ -117,6 +137,7 @@ def _compare_runs(
     folder: Path,
     plan: GuardPlan,
     inputs: ProofInputs,
+    place: DecoderPlace,
     turned: Sequence[Mapping[str, np.ndarray]],
     optimize: bool,
 ) -> tuple[Comparison, str]:
@@ -124,11 +145,10 @@ def _compare_runs(
 
     One model after the other: two of them may not fit into memory together.
     """
-    session = open_decoder(package, optimize=optimize, given=inputs.given)
+    session = place.open(lambda: open_decoder(package, optimize=optimize, given=inputs.given))
     left = [roll(session, batch, None) for batch in inputs.batches]
     unguarded_calls = session.calls
-    del session
-    session = open_decoder(package, guarded, optimize=optimize, folder=folder, given=inputs.given)
+    session = place.open(lambda: open_decoder(package, guarded, optimize=optimize, folder=folder, given=inputs.given))
     found = Comparison()
     for (number, (batch, expected)), dials in product(enumerate(zip(inputs.batches, left, strict=True)), turned):
         right = roll(session, batch, listen(plan, batch.size), dials)
@@ -175,23 +195,28 @@ def listen(plan: GuardPlan, batch: int) -> np.ndarray | None:
 
 
 def _states_equal_reference(
-    package: ModelPackage, staged: Path, plan: GuardPlan, report: GuardReport, inputs: ProofInputs
+    package: ModelPackage,
+    staged: Path,
+    plan: GuardPlan,
+    report: GuardReport,
+    inputs: ProofInputs,
+    place: DecoderPlace,
 ) -> tuple[Check, ...]:
     """Raw states through the numpy reference against the graph's guarded states, prefill and decode."""
     checks = []
-    supervisors = _supervisors(package, staged, plan, inputs)
+    supervisors = _supervisors(package, staged, plan, inputs, place)
     headroom, told = Headroom(), GatesTold(plan, max(TOLERANCE[site.site.dtype] for site in plan.sites))
     for setting in _settings(plan):
         graph = load_graph(staged, vouched=True)
         if setting.forced is not None:
             force_gates(graph, plan, is_open=setting.forced)
         names = tap_guard(graph, plan, report)
-        session = open_decoder(package, graph, folder=staged.parent, given=inputs.given)
+        session = place.open(partial(open_decoder, package, graph, folder=staged.parent, given=inputs.given))
         checks.append(_against_reference(session, plan, names, inputs, supervisors, setting, headroom, told))
     checks += told.checks()
     if headroom.layers:
         checks.append(headroom.check())
-    checks += _unedited_tokens(package, staged, plan, report, inputs, supervisors)
+    checks += _unedited_tokens(package, staged, plan, report, inputs, supervisors, place)
     return tuple(checks)
 
 
@@ -348,6 +373,7 @@ def _unedited_tokens(
     report: GuardReport,
     inputs: ProofInputs,
     supervisors: Sequence[np.ndarray | None],
+    place: DecoderPlace,
 ) -> list[Check]:
     """With positions `last`, every other token's state passes through bit for bit, whatever the gate says; no check where a
     call has no other token."""
@@ -357,7 +383,7 @@ def _unedited_tokens(
     graph = load_graph(staged, vouched=True)
     force_gates(graph, plan, is_open=True)
     names = tap_guard(graph, plan, report)
-    session = open_decoder(package, graph, optimize=False, folder=staged.parent, given=inputs.given)
+    session = place.open(lambda: open_decoder(package, graph, optimize=False, folder=staged.parent, given=inputs.given))
     if session.one_token:
         return []
     compared, wrong = 0, []
@@ -374,11 +400,14 @@ def _unedited_tokens(
     return [exact(name, compared, wrong, f"{session.calls} calls")]
 
 
-def _supervisors(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs) -> list[np.ndarray | None]:
+def _supervisors(
+    package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace
+) -> list[np.ndarray | None]:
     """The text-only pass of each batch, through the graph as it ships: with its gates forced, it would not listen."""
     if plan.mode not in MODES_WITH_SUPERVISOR:
         return [None for _ in inputs.batches]
-    session = open_decoder(package, load_graph(staged, vouched=True), folder=staged.parent, given=inputs.given)
+    graph = load_graph(staged, vouched=True)
+    session = place.open(lambda: open_decoder(package, graph, folder=staged.parent, given=inputs.given))
     found: list[np.ndarray | None] = []
     for text in inputs.texts:
         outputs, _ = session.prefill(text, listen(plan, text.size))

@@ -21,6 +21,7 @@ from ...graphs.rewrite import GuardReport
 from ...graphs.static_proof import Check
 from ...graphs.taps import STATES_OUTPUT, tap_last_token
 from ...runtime.decoder import open_decoder
+from ...runtime.decoder_place import DecoderPlace
 from .compare import Comparison
 from .headroom import Headroom
 from .inputs import ProofInputs
@@ -31,7 +32,12 @@ Rolled = list[list[Mapping[str, np.ndarray]]]  # per batch, per call
 
 
 def prove_fold_by_running(
-    package: ModelPackage, staged: Path, plan: GuardPlan, report: GuardReport, inputs: ProofInputs
+    package: ModelPackage,
+    staged: Path,
+    plan: GuardPlan,
+    report: GuardReport,
+    inputs: ProofInputs,
+    place: DecoderPlace | None = None,
 ) -> tuple[Check, ...]:
     """All dynamic checks of a staged folded decoder.
 
@@ -40,16 +46,19 @@ def prove_fold_by_running(
         staged: the folded decoder's file, as it will ship.
         plan, report: what was planned and done.
         inputs: what to run on.
+        place: where decoders are opened, one at a time.
     """
+    place = place or DecoderPlace()
     projections = 0
 
     def reference(model: ir.Model) -> None:
         nonlocal projections
         projections = project_explicitly(model, plan)
 
-    unguarded, _ = _run(package, _source(package, lambda model: None), package.decoder.parent, plan, inputs)
-    expected, _ = _run(package, _source(package, reference), package.decoder.parent, plan, inputs)
-    found, calls = _run(package, load_graph(staged, vouched=True), staged.parent, plan, inputs)
+    unguarded, _ = _run(package, _source(package, lambda model: None), package.decoder.parent, plan, inputs, place)
+    expected, _ = _run(package, _source(package, reference), package.decoder.parent, plan, inputs, place)
+    found, calls = _run(package, load_graph(staged, vouched=True), staged.parent, plan, inputs, place)
+    place.close()
     limit = _limit(load_graph(staged, vouched=True), plan, report)
     checks = [
         _same_outputs(limit, report, expected, found, unguarded, projections, calls, inputs),
@@ -71,11 +80,11 @@ def _source(package: ModelPackage, change: Callable[[ir.Model], None]) -> ir.Mod
 
 
 def _run(
-    package: ModelPackage, model: ir.Model, folder: Path, plan: GuardPlan, inputs: ProofInputs
+    package: ModelPackage, model: ir.Model, folder: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace
 ) -> tuple[Rolled, int]:
     """Every output and the last token's states, prefill and decode, and how many calls that took; one model at a time."""
     tap_last_token(model, [planned.site for planned in plan.sites])
-    session = open_decoder(package, model, folder=folder, given=inputs.given)
+    session = place.open(lambda: open_decoder(package, model, folder=folder, given=inputs.given))
     return [roll(session, batch, None) for batch in inputs.batches], session.calls
 
 

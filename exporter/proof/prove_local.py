@@ -13,7 +13,7 @@ What it does not run is the decoder around it: `prove` does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -149,15 +149,28 @@ def _prove_part(
             try:
                 run = _Executor(cut, optimize)
                 for call in calls:
-                    feeds = _feeds(cut, plan, call, states)
-                    found.see(cut, call, states, run(feeds))
+                    found.see(cut, call, states, run(_feeds(cut, plan, call, states)))
             except (ModelUnreadable, RunFailed) as error:
-                found.foreign.append(f"it does not run: {error}")
+                found.foreign.append(f"the guard does not run: {error}")
                 return
-            finally:
-                found.evaluated = found.evaluated or run.evaluated
-            if run.evaluated:
+            if run.evaluated:  # there is no optimiser
+                found.evaluated = True
                 break
+
+
+_Run = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+
+
+def _evaluator(model: ir.Model) -> _Run:
+    from onnx.reference import ReferenceEvaluator
+
+    names = [str(value.name) for value in model.graph.outputs]
+    evaluator = ReferenceEvaluator(ir.to_proto(model))
+
+    def run(feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return dict(zip(names, map(np.asarray, evaluator.run(None, dict(feeds))), strict=True))
+
+    return run
 
 
 class _Executor:
@@ -166,18 +179,12 @@ class _Executor:
     def __init__(self, cut: Cut, optimize: bool) -> None:
         assert cut.model is not None
         self.evaluated = False
-        self._names = [str(value.name) for value in cut.model.graph.outputs]
         try:
-            runner = open_runner(graph_bytes(cut.model), Path.cwd(), optimize=optimize)
-            self._run = runner.run
+            self._run: _Run = open_runner(graph_bytes(cut.model), Path.cwd(), optimize=optimize).run
         except ModelUnreadable:
             if all(site.planned.site.dtype != "bfloat16" for site in cut.sites):
                 raise
-            from onnx.reference import ReferenceEvaluator
-
-            evaluator = ReferenceEvaluator(ir.to_proto(cut.model))
-            self.evaluated = True
-            self._run = lambda feeds: dict(zip(self._names, evaluator.run(None, dict(feeds)), strict=True))  # type: ignore
+            self.evaluated, self._run = True, _evaluator(cut.model)
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         with np.errstate(all="ignore"):
