@@ -190,7 +190,10 @@ def _raw_data(content: memoryview, tensor: _Field) -> _Field | None:
         return None
     fields = list(_fields(content, tensor.value, tensor.end))
     raw = [field for field in fields if field.number == _RAW_DATA]
-    elsewhere = any(field.number in (_EXTERNAL_DATA, _DATA_LOCATION) for field in fields)
+    elsewhere = any(
+        field.number == _EXTERNAL_DATA or (field.number == _DATA_LOCATION and content[field.value] != 0)
+        for field in fields
+    )
     usual = len(raw) == 1 and raw[0].wire == _BYTES and not elsewhere
     return raw[0] if usual and raw[0].end - raw[0].value >= _LARGE_TENSOR else None
 

@@ -50,6 +50,15 @@ def test_the_loaded_graph_is_the_whole_one(path: Path, tmp_path: Path) -> None:
     assert graph_bytes(loaded) == path.read_bytes()
 
 
+def test_a_weight_that_is_said_to_be_inside_is_left_there_too(path: Path) -> None:
+    """onnx writes the default place after it has loaded external data."""
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        tensor.data_location = onnx.TensorProto.DEFAULT
+    path.write_bytes(model.SerializeToString())
+    assert len(weights_in_files(load_graph(path))) == len(model.graph.initializer)
+
+
 def test_what_is_saved_is_what_protobuf_writes(path: Path, tmp_path: Path) -> None:
     model = load_graph(path)
     value = next(iter(model.graph.initializers.values()))
