@@ -12,11 +12,14 @@ import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import onnx_ir as ir
 
 from .digests import BIG
+
+if TYPE_CHECKING:
+    import onnx
 
 LARGE_FILE = BIG  # bytes; smaller files are parsed whole
 _LARGE_TENSOR = 1024  # bytes; runtimes want the numbers that shapes depend on inside the graph
@@ -38,7 +41,7 @@ class InFile(ir.LazyTensor):
     def __init__(
         self, file: Path, offset: int, length: int, dtype: ir.DataType, shape: Sequence[int], name: str
     ) -> None:
-        self.file, self.offset, self.length = file, offset, length
+        self.file, self.offset, self.length, self._sizes = file, offset, length, tuple(shape)
         super().__init__(self._mapped, dtype=dtype, shape=ir.Shape(shape), name=name)
 
     def _mapped(self) -> ir.ExternalTensor:
@@ -52,7 +55,7 @@ class InFile(ir.LazyTensor):
             self.length,
             self.dtype,
             name=self.name or "",
-            shape=ir.Shape(tuple(self.shape.numpy())),
+            shape=ir.Shape(self._sizes),
             base_dir=self.file.parent,
         )
 
@@ -231,24 +234,24 @@ def weights_in_files(model: ir.Model) -> dict[str, InFile]:
     return {name: value.const_value for name, value in values if isinstance(value.const_value, InFile)}
 
 
-def referring_proto(model: ir.Model, weights: Mapping[str, InFile]) -> bytes:
-    """The serialized model in which these weights are references to the files that they lie in, by file name."""
+def referring_proto(model: ir.Model, weights: Mapping[str, InFile]) -> onnx.ModelProto:
+    """The model as protobuf, in which these weights are references to the files that they lie in, by file name."""
     for name, tensor in weights.items():
         model.graph.initializers[name].const_value = tensor.reference(tensor.file.name)
     try:
-        return ir.to_proto(model).SerializeToString(deterministic=True)
+        return ir.to_proto(model)
     finally:
         for name, tensor in weights.items():
             model.graph.initializers[name].const_value = tensor
 
 
-def whole_pieces(referring: bytes, weights: Mapping[str, InFile]) -> list[bytes | InFile]:
+def whole_pieces(referring: onnx.ModelProto, weights: Mapping[str, InFile]) -> list[bytes | InFile]:
     """What to write, one after the other, so that the weights are inside again: the bytes that protobuf itself would write.
 
     Args:
         referring: as `referring_proto` made it.
     """
-    content = memoryview(referring)
+    content = memoryview(referring.SerializeToString(deterministic=True))
     pieces: list[bytes | InFile] = []
     for field in _fields(content, 0, len(content)):
         if field.number != _GRAPH:

@@ -488,7 +488,7 @@ def _leave_in_file(model: ir.Model, path: Path, places: Iterable[tuple[str, tupl
         value = model.graph.initializers[name]
         tensor = value.const_value
         assert isinstance(tensor, ir.ExternalTensor)
-        shape = [int(size) for size in tensor.shape]
+        shape = [size for size in tensor.shape if isinstance(size, int)]  # a tensor's sizes are numbers
         value.const_value = InFile(path, offset, length, tensor.dtype, shape, name)
 
 
@@ -612,7 +612,7 @@ def in_memory(model: ir.Model, folder: Path, maps: bool = True) -> tuple[bytes, 
     mapped = weights_in_files(model) if maps else {}
     if any(tensor.file.parent != folder for tensor in mapped.values()):
         mapped = {}
-    proto = ir.serde.onnx.ModelProto.FromString(referring_proto(model, mapped)) if mapped else ir.to_proto(model)
+    proto = referring_proto(model, mapped)
     entries = [entry for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"]
     real = {entry.value: (folder / entry.value).resolve() for entry in entries}
     if any((folder / name).is_symlink() for name in real):
