@@ -1,7 +1,7 @@
 """A guard cut out of its graph: the nodes of some sites as a small model that runs without the decoder's weights.
 
 The cut holds exactly the nodes and numbers of the file that it was loaded from. It ends where the guard ends: at the
-stream (the raw sum, or the summands of a fused skip-norm), the attention mask and the guard's own inputs. Whatever else a
+stream (the raw sum, or the summands of a fused skip-norm), the inputs that show which token of a call is last, and the guard's own inputs. Whatever else a
 guard's node reads is reported as `foreign`.
 """
 
@@ -14,13 +14,11 @@ import onnx_ir as ir
 
 from .anatomy import find_node
 from .bodies import Body, find_bodies
+from .call_inputs import CallInputs, call_inputs
 from .dataflow import skip_norm_bias
 from .plan import GuardPlan, SitePlan
 from .rewrite import GuardedSite, GuardReport
 from .scribe import IR_DTYPES, PREFIX
-
-# Graph inputs that may say which tokens of a call are its last ones.
-_POSITION_INPUTS = ("attention_mask", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,14 @@ class Cut:
         model: the small model; `None` where the body is gone.
         sites: what is in it.
         outputs: each of the guard's own outputs -> its name here.
+        calls: those of the graph's inputs that show where the tokens of a call lie; the cut reads some of them.
         foreign: values of the decoder that its nodes read although no guard may, or that are missing, in words.
     """
 
     model: ir.Model | None
     sites: tuple[CutSite, ...]
     outputs: dict[str, str]
+    calls: CallInputs
     foreign: tuple[str, ...]
 
     @property
@@ -81,7 +81,7 @@ def cut_out(
         if done.body == body and done.layer_index in layers
     ]
     if not found:
-        return Cut(None, (), {}, (f"body {body!r} is no longer in the graph",))
+        return Cut(None, (), {}, CallInputs(), (f"body {body!r} is no longer in the graph",))
     shears = _Shears(model, found[0], plan, report)
     cut = [site for planned, done in sites if (site := shears.site(planned, done)) is not None]
     if outputs:
@@ -105,6 +105,7 @@ class _Shears:
 
     def __post_init__(self) -> None:
         self.values = self.body.values()
+        self.calls = call_inputs(self.model.graph) if self.plan.mask else CallInputs()
         first = next(p for p in self.plan.sites if p.site.body == self.body.name)
         node = find_node(self.body.graph, first.site.anchor)
         for value in (
@@ -172,7 +173,7 @@ class _Shears:
             name="guard",
         )
         made = ir.Model(graph, ir_version=self.model.ir_version or 8)
-        return Cut(made, sites, dict(self.outputs), tuple(dict.fromkeys(self.foreign)))
+        return Cut(made, sites, dict(self.outputs), self.calls, tuple(dict.fromkeys(self.foreign)))
 
     def _copies(self, nodes: Sequence[ir.Node], known: dict[ir.Value, ir.Value]) -> list[ir.Node]:
         """The nodes in their order, on the values of the small model; `known` learns what they make."""
@@ -215,6 +216,13 @@ class _Shears:
                 waiting += [each for each in node.inputs if each is not None]
         return nodes, list(ends)
 
+    @property
+    def _expected(self) -> set[str]:
+        """Names of the graph's inputs that a guard may read."""
+        cache = None if self.calls.cache is None else self.calls.cache.value
+        known = (self.calls.mask, self.calls.positions, cache)
+        return {*self.plan.added_inputs, *(value.name or "" for value in known if value is not None)}
+
     def _is_constant(self, value: ir.Value) -> bool:
         return value.const_value is not None and value not in self.stops and (value.name or "").startswith(PREFIX)
 
@@ -231,7 +239,7 @@ class _Shears:
         """An input of the small model; a knob keeps its default."""
         name, of_graph = value.name or "", value.is_graph_input()
         dtype = IR_DTYPES[self.stops[value]] if value in self.stops else value.dtype or ir.DataType.FLOAT
-        if value not in self.stops and not (of_graph and name in {*_POSITION_INPUTS, *self.plan.added_inputs}):
+        if value not in self.stops and not (of_graph and name in self._expected):
             self.foreign.append(f"the guard reads {name!r}, which is neither its stream nor one of its inputs")
         default = None
         if name in self.plan.knobs and of_graph:

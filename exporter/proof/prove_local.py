@@ -4,9 +4,9 @@ No weight of the decoder is loaded, so it takes seconds and megabytes at any siz
 path through the decoder passes these nodes, and nothing else changed) it says what the guard computes wherever it stands.
 What it does not run is the decoder around it: `prove` does.
 
-1. Each guard reads its own stream, the inputs that say which token is last, and the guard's own inputs. Nothing else.
+1. Each guard reads its own stream, the inputs that show which token is last, and the guard's own inputs. Nothing else.
 2. Guarded states equal the numpy reference: states from zero to the dtype's limit, outlier channels, scores just above
-   and below the threshold; masks whole, padded and behind a past; all supervisors, knobs and held gates.
+   and below the threshold; masks whole, padded, static and behind a past; all supervisors, knobs and held gates.
 3. A closed gate, strength 0 or less, a listening pass and every token outside the positions give the stream's bits back.
 4. Coordinates, scores and gates that the guard outputs are the reference's.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from ...graphs.call_inputs import GrowingCache
 from ...graphs.cut_out import Cut, CutSite, cut_out
 from ...graphs.dials import (
     OFFSET_INPUT,
@@ -32,7 +33,7 @@ from ...graphs.errors import ModelUnreadable, RunFailed
 from ...graphs.lowering_gate import LARGEST_HALF_EDIT
 from ...graphs.package import graph_bytes, load_graph
 from ...graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, GuardPlan
-from ...graphs.reference import Dials, LayerGuard, gate, last_token, score, weights
+from ...graphs.reference import Dials, LayerGuard, call_end, gate, last_index, last_token, score, weights
 from ...graphs.rewrite import GuardReport
 from ...graphs.scribe import NUMPY_DTYPES
 from ...graphs.spec import MODES_WITH_SUPERVISOR
@@ -41,7 +42,7 @@ from ...runtime.runners import open_runner
 from .forced import ALWAYS, NEVER, force_gates
 from .limits import TOLERANCE
 from .prove_gate import summed
-from .site_states import KINDS, TOKENS, Aim, listening, masks, site_states, supervisor_of
+from .site_states import KINDS, TOKENS, Aim, Masked, listening, masks, site_states, supervisor_of
 
 READS = "each guard reads its stream and the guard's inputs, nothing else"
 STATES = "each guard, cut out, equals the numpy reference"
@@ -80,14 +81,14 @@ class _Call:
     """One call of a cut.
 
     Attributes:
-        mask: of the whole sequence, `[KINDS, past + TOKENS]`.
+        mask: of the whole sequence.
         supervisors: by layer, `[KINDS, m]`; empty for modes without one.
         forced: every gate open or closed, by its threshold.
         strength, offset: knobs that are fed.
         held: gates that come in, `[KINDS, layers]`.
     """
 
-    mask: np.ndarray
+    mask: Masked
     supervisors: Mapping[int, np.ndarray] = field(default_factory=dict)
     forced: bool | None = None
     strength: float | None = None
@@ -223,22 +224,57 @@ def _feeds(cut: Cut, plan: GuardPlan, call: _Call, states: Mapping[str, np.ndarr
             number = call.strength if name == STRENGTH_INPUT else call.offset
             if number is not None:
                 fed[name] = np.array(number, np.float32)
-        elif value.dtype is not None and value.dtype.is_integer():
-            fed[name] = _counted(name, value, call.mask)
+        elif cut.calls.mask is not None and name == cut.calls.mask.name:
+            fed[name] = call.mask.mask.astype(_numpy(value))
+        elif cut.calls.positions is not None and name == cut.calls.positions.name:
+            fed[name] = _positions(call.mask).astype(_numpy(value))
+        elif cut.calls.cache is not None and name == cut.calls.cache.value.name:
+            fed[name] = _empty_cache(cut.calls.cache, value, call.mask.past)
         else:  # the first residual, of which only the sizes are read
             fed[name] = np.zeros((KINDS, TOKENS, plan.width), NUMPY_DTYPES[cut.sites[0].planned.site.dtype])
     return fed
 
 
-def _counted(name: str, value: ir.Value, mask: np.ndarray) -> np.ndarray:
-    """The mask itself, or position ids that fit it, in the input's dtype."""
+def _positions(masked: Masked) -> np.ndarray:
+    """Position ids of the call's tokens, `[KINDS, TOKENS]`, as an app counts them."""
+    end = call_end(masked.mask, TOKENS, masked.past)
+    return np.maximum(np.cumsum(masked.mask, axis=1) - 1, 0)[:, end - TOKENS : end]
+
+
+def _empty_cache(cache: GrowingCache, value: ir.Value, past: int) -> np.ndarray:
+    """A cache of so many tokens, of which only the sizes are read; other sizes that are not known are 1."""
+    sizes = [int(size) if isinstance(size, int) else 1 for size in value.shape or ()]
+    sizes[0], sizes[cache.axis] = KINDS, past
+    return np.zeros(tuple(sizes), _numpy(value))
+
+
+def _numpy(value: ir.Value) -> np.dtype:
     assert value.dtype is not None
-    if name != "position_ids":
-        return mask.astype(value.dtype.numpy())
-    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -TOKENS:]
-    axes = () if value.shape is None else value.shape[:-2]
-    leading = [size if isinstance(size, int) else 3 for size in axes]
-    return np.broadcast_to(positions, (*leading, *positions.shape)).astype(value.dtype.numpy())
+    return value.dtype.numpy()
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the tokens of a call are, as a graph with these inputs can know it.
+
+    Attributes:
+        edited: `[KINDS, TOKENS, 1]` of 0 and 1, the last tokens.
+        read: `[KINDS]`, the token that outputs are read at.
+    """
+
+    edited: np.ndarray
+    read: np.ndarray
+
+    @classmethod
+    def of(cls, cut: Cut, masked: Masked) -> _Places:
+        calls = cut.calls
+        if calls.mask is None:
+            whole = np.ones((KINDS, TOKENS), np.int64)
+            return cls(last_token(whole), last_index(whole))
+        past = masked.past if calls.cache is not None else 0
+        positions = _positions(masked) if calls.positions is not None else None
+        known = masked.mask, TOKENS, past, positions
+        return cls(last_token(*known), last_index(*known))
 
 
 @dataclass
@@ -297,7 +333,8 @@ class _Findings:
         held = None if call.held is None else call.held[:, row][:, None, None]
         strength = 1.0 if call.strength is None else call.strength
         dials = Dials(strength, 0.0 if call.offset is None else call.offset, held)
-        ends = last_token(call.mask[:, -TOKENS:])
+        places = _Places.of(cut, call.mask)
+        ends = places.edited
         selected = ends if self.plan.positions == "last" else np.ones_like(ends)
         delta = weights(mode, layer, total, a, dials) @ layer.ssd.astype(np.float64)
         if site.planned.site.dtype == "float16":
@@ -318,7 +355,7 @@ class _Findings:
         self.closed += int((~opened & (selected[..., 0] > 0) & sure).sum())
         self.undecided += int((~sure).sum())
         if self.plan.added_outputs:
-            at = ends[..., 0] > 0
+            at = np.arange(TOKENS)[None, :] == places.read[:, None]
             self._compare_told(cut, row, layer, total[at], None if a is None else a[:, 0], dials, outputs, unsure[at])
 
     @staticmethod

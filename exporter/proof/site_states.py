@@ -14,6 +14,7 @@ from ...graphs.reference import LISTEN, LayerGuard
 from ...graphs.scribe import NUMPY_DTYPES
 
 TOKENS = 4
+_PAST = 3
 # Smallest and large states, and the end of what is promised to stay finite. float16 reads a coordinate in a unit of about
 # d^(-1/2) / 2, where smaller states than this have no digits left.
 _TINY = {"float32": 1e-6, "float16": 2e-2, "bfloat16": 1e-6}
@@ -101,17 +102,32 @@ def site_states(seed: int, layer: LayerGuard, aim: Aim, dtype: str) -> np.ndarra
     return np.array(rows).astype(NUMPY_DTYPES[dtype])
 
 
-def masks() -> list[np.ndarray]:
-    """Attention masks `[KINDS, past + TOKENS]` int64: whole, padded left and right, and behind a past."""
+@dataclass(frozen=True)
+class Masked:
+    """An attention mask of one call.
+
+    Attributes:
+        mask: `[KINDS, columns]` int64.
+        past: tokens in the cache before the call.
+    """
+
+    mask: np.ndarray
+    past: int = 0
+
+
+def masks() -> list[Masked]:
+    """Whole; padded left and right; behind a past; static (longer than the tokens so far), without a past and behind one."""
     whole = np.ones((KINDS, TOKENS), np.int64)
-    padded, behind = whole.copy(), np.ones((KINDS, 3 + TOKENS), np.int64)
+    padded, behind = whole.copy(), np.ones((KINDS, _PAST + TOKENS), np.int64)
     for row in range(KINDS):
         if row % 3 == 0:
             padded[row, : 1 + row % 2] = 0
         elif row % 3 == 1:
             padded[row, TOKENS - 1 - row % 2 :] = 0
         behind[row, : row % 3] = 0
-    return [whole, padded, behind]
+    room = np.zeros((KINDS, 5), np.int64)
+    static = [Masked(np.hstack([padded, room])), Masked(np.hstack([behind, room]), _PAST)]
+    return [Masked(whole), Masked(padded), Masked(behind, _PAST), *static]
 
 
 def supervisor_of(seed: int, mode: str, layer: LayerGuard, turned: int) -> np.ndarray:
