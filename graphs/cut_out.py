@@ -1,8 +1,8 @@
 """A guard cut out of its graph: the nodes of some sites as a small model that runs without the decoder's weights.
 
 The cut holds exactly the nodes and numbers of the file that it was loaded from. It ends where the guard ends: at the
-stream (the raw sum, or the summands of a fused skip-norm), the inputs that show which token of a call is last, and the guard's own inputs. Whatever else a
-guard's node reads is reported as `foreign`.
+stream (the raw sum, or the summands of a fused skip-norm), the inputs that show which token of a call is last, and the
+guard's own inputs. Anything else that a guard's node reads is reported as `foreign`.
 """
 
 from __future__ import annotations

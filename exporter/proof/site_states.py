@@ -136,8 +136,9 @@ def supervisor_of(seed: int, mode: str, layer: LayerGuard, turned: int) -> np.nd
     random = np.random.default_rng([seed, 7, turned])
     told = random.normal(size=(KINDS, layer.rank)).astype(np.float32)
     edge = np.float32(layer.threshold - (layer.text_shift if mode == "combined" else 0.0))
-    step = np.float32(max(1.0, 0.01 * (abs(layer.threshold) + abs(layer.text_shift))))
-    sides = [edge - step, edge + step]
+    size = 1.0 + abs(layer.threshold) + abs(layer.text_shift)
+    far, near = np.float32(size), np.float32(1e-4 * size)  # float32 adds the shift, so nearer would be rounding
+    sides = [edge - far, edge + far, edge - near, edge + near]
     if mode == "supervise":
         sides += [edge, np.nextafter(edge, np.float32(np.inf))]
     told[:, 0] = [sides[(row + turned) % len(sides)] for row in range(KINDS)]

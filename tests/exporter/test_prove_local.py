@@ -157,7 +157,7 @@ DAMAGES: dict[str, tuple[str, Tamper, set[str]]] = {
     ),
     "a gate turned round": ("restore", operator("layer_0/opens", "Less"), {STATES, BITS, TOLD}),
     "a gate that is not strict": ("supervise", operator("layer_0/opens", "GreaterOrEqual"), {STATES, BITS}),
-    "another token": ("restore", operator("positions/last", "Add"), {STATES, BITS, TOLD}),
+    "another token": ("restore", reads("positions/last", 1, "vlmguard/positions/here_int"), {STATES, BITS, TOLD}),
     "every token": ("restore", operator("positions/is_last", "LessOrEqual"), {STATES, BITS}),
     "a missing edit": ("restore", reads("layer_1/guarded", 1, "vlmguard/layer_0/delta"), {STATES, BITS}),
     "an edit of the wrong sign": ("steer", operator("layer_0/guarded", "Sub"), {STATES}),
