@@ -288,6 +288,7 @@ def _write_manifest(stage: Path, source: Manifest, engines: list[EngineRecord], 
             "files": record_files(stage, digests, digests),
             "decoders": source.decoders[:1],
             "proved": "structure",
+            "proved_because": "the engines have not been run yet",
             "versions": {**versions(), backend.name: backend.version},
             "engines": engines,
         }

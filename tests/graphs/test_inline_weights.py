@@ -95,6 +95,21 @@ def test_a_session_maps_the_weights(path: Path) -> None:
         np.testing.assert_array_equal(mapped.run(feeds)[name], array)
 
 
+def test_a_model_that_is_a_link_is_mapped_from_where_it_leads(path: Path, tmp_path: Path) -> None:
+    """Hugging Face's cache is made of such links, and their targets have other names."""
+    pytest.importorskip("onnxruntime")
+    from vlmguard.runtime.runners import open_runner
+
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    path.rename(tmp_path / "blobs" / "0123")
+    link = tmp_path / "snapshot" / "model.onnx"
+    link.symlink_to(tmp_path / "blobs" / "0123")
+    content, folder = in_memory(load_graph(link, vouched=True), link.parent)
+    assert folder == tmp_path / "blobs" and len(content) < link.stat().st_size
+    assert set(open_runner(link, link.parent).outputs) == {"logits", "hidden"}
+
+
 def test_a_graph_of_another_folder_is_serialized_whole(path: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     content, _ = in_memory(load_graph(path), tmp_path / "elsewhere")
