@@ -88,7 +88,9 @@ class DataChoice(StrEnum):
 class ProofChoice(StrEnum):
     """How much is proved at export."""
 
+    auto = "auto"
     full = "full"
+    local = "local"
     structure = "structure"
 
 
@@ -361,8 +363,11 @@ def export_command(
     ] = False,
     proof: Annotated[
         ProofChoice,
-        typer.Option(help="full, or structure: nothing is run; complete it with `vlmguard verify --run` elsewhere."),
-    ] = ProofChoice.full,
+        typer.Option(
+            help="full: run the model. local: run each guard by itself, at any size of the model. structure: run nothing; "
+            "complete it with `vlmguard verify --run`. auto: full if the model fits into the free memory, else local."
+        ),
+    ] = ProofChoice.auto,
     proof_inputs: ProofInputs = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
     force: Force = False,

@@ -137,6 +137,19 @@ def _rewriting(parts: Parts) -> list[str]:
         ),
         f"With digests every byte is read and hashed: {speed:.2f} GB/s, all of the work counted. The file is sparse: that is "
         "the processor's speed and not a disk's.",
+        *_by_default(parts),
+    ]
+
+
+def _by_default(parts: Parts) -> list[str]:
+    """What an export with no option but its directions takes, the proof included."""
+    whole, inside = parts["export by default"], parts["export by default, weights inside"]
+    proved = [part["proved"].replace(": ", "`: ", 1) for part in (whole, inside)]
+    return [
+        f"*export by default* is `vlmguard-export MODEL --directions FILE --mode restore`, the proof and all digests included. "
+        f"The {whole['bytes'] / 1e9:.1f} GB decoder is proved `{proved[0]}. "
+        f"*weights inside* is a float16 decoder of {inside['layers']} layers, width {inside['width']}, whose "
+        f"{inside['bytes'] / 1e9:.2f} GB of weights are inside its one file: proved `{proved[1]}.",
     ]
 
 
@@ -277,8 +290,12 @@ def _spellings(parts: Parts) -> list[str]:
     return blocks
 
 
+REWRITING_PARTS = (
+    *("export", "export with digests", "export by default", "export by default, weights inside"),
+    *("onnx", "onnx_ir"),
+)
 SECTIONS = (
-    Section("rewriting", ("export", "export with digests", "onnx", "onnx_ir"), _rewriting),
+    Section("rewriting", REWRITING_PARTS, _rewriting),
     Section("inference", tuple(f"{p}/{phase}" for p in PRECISIONS for phase in ("decode", "prefill")), _inference),
     Section("hooks", ("hooks",), _hooks),
     Section("extraction", ("tiny-vlm", "decoder"), _extraction),

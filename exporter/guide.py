@@ -15,6 +15,7 @@ from ..graphs.package import ModelPackage, open_package
 from ..graphs.plan import GuardPlan, require_fitting
 from ..graphs.spec import GuardSpec
 from ..runtime.decoder import DecoderSession, can_pad, open_decoder
+from ..runtime.decoder_place import DecoderPlace
 from ..runtime.vision import unknown_processor
 from ..runtime.vlm import Request, VisionLanguageModel
 from .calibration.calibrate import ANSWER_TOKENS, DEFAULT_BUDGET, Calibration, calibrate
@@ -81,6 +82,7 @@ class Guide:
     notes: list[str] = field(default_factory=list)
     not_asked: str | None = None  # what could not be asked, or not counted, and why: a note of the plan
     found: dict[str, Path] = field(default_factory=dict)  # what was found beside the model -> its absolute path
+    place: DecoderPlace = field(default_factory=DecoderPlace)  # of every decoder that is opened, one at a time
 
     @property
     def package(self) -> ModelPackage:
@@ -88,7 +90,7 @@ class Guide:
 
     def running(self) -> VisionLanguageModel:
         if self.model is None:
-            self.model = VisionLanguageModel(self.package)
+            self.model = VisionLanguageModel(self.package, place=self.place)
         return self.model
 
     def directions(
@@ -265,9 +267,8 @@ class Guide:
         tolerance = max(TOLERANCE[site.site.dtype] for site in plan.sites)
 
         def opened() -> VisionLanguageModel:
-            return VisionLanguageModel(
-                open_package(guarded, vouched=True)
-            )  # with `--data reference` its files are links
+            package = open_package(guarded, vouched=True)  # with `--data reference` its files are links
+            return VisionLanguageModel(package, place=self.place)
 
         found = ask_guarded(unguarded, opened, plan, tolerance, self.tell)
         require_no_fewer(found)
@@ -277,7 +278,7 @@ class Guide:
         """The plan with the AUC of each guarded layer: as the extraction recorded it, else measured on what was asked."""
         if unguarded is None or {one.layer for one in plan.separation} == set(plan.layers):
             return plan
-        return plan.with_separation(measure_separation(self.package, self.anatomy, plan, unguarded.sample))
+        return plan.with_separation(measure_separation(self.package, self.anatomy, plan, unguarded.sample, self.place))
 
     def find(self, what: str, names: Sequence[str]) -> Path | None:
         """A file that comes with the model (`find_file`); its path is kept in `found` under `what`."""
@@ -289,6 +290,7 @@ class Guide:
     def proof_inputs(self, view: ModelPackage, rows: int = 8) -> ProofInputs:
         """What to prove one decoder graph on: what was given, else real prompts if the model can read any (at most `rows`
         a batch), else seeded random inputs."""
+        self.place.close()  # random inputs open the decoder for what it says of itself
         if self.given:
             return given_inputs(self.given)
         if self.package.companion("tokenizer.json") is None:

@@ -20,7 +20,6 @@ from ..graphs.directions import DIRECTIONS_FILE, Directions, directions_bytes
 from ..graphs.errors import AnatomyNotFound, GuardError, ModelUnreadable, ProofFailed
 from ..graphs.fold import FOLD
 from ..graphs.fold_proof import prove_fold
-from ..graphs.manifest import Proved
 from ..graphs.operators import hidden_decoder, uncertain_layers
 from ..graphs.package import ModelPackage, external_files, load_graph, save_graph
 from ..graphs.places import is_checkpoint
@@ -30,6 +29,7 @@ from ..graphs.spec import GuardSpec, Mode
 from ..graphs.staging import Data, create_file, require_writable, require_writable_file, staged, write_file
 from ..graphs.static_proof import Check, prove_structure
 from ..graphs.tensorrt import require_readable
+from ..runtime.decoder_place import DecoderPlace
 from ..runtime.onnxruntime_runner import import_onnxruntime
 from .artifact.folder import GuardedDecoder, bring_companions, bring_weights, notes_on_files, write_manifest
 from .artifact.signing import require_key, write_signature
@@ -43,8 +43,10 @@ from .guide import ANCHOR_FILES, EXTRACTED_RANK, Guide
 from .prompts.anchors import open_anchors
 from .prompts.labelled import BUILTIN, Sources, find_file
 from .proof.inputs import ProofInputs, given_inputs
+from .proof.level import ProofLevel, Wanted, choose_level
 from .proof.prove import prove_by_running
 from .proof.prove_fold import prove_fold_by_running
+from .proof.prove_local import prove_locally
 from .shards import Spreader, spreading
 from .sources import Watch, above, opened, require_apart, unwatched
 
@@ -56,6 +58,7 @@ class ExportResult:
     Attributes:
         out: the folder; not written with `dry_run`.
         decoders: every decoder graph of the folder, the one that runs first.
+        proved: how much was proved, and why that much.
         calibration: what the calibrator measured, if it ran.
         refusals: harmful prompts refused without and with the guard, where prompts were at hand.
         written: whether `out` was written.
@@ -64,6 +67,7 @@ class ExportResult:
 
     out: Path
     decoders: tuple[GuardedDecoder, ...]
+    proved: ProofLevel
     calibration: Calibration | None = None
     refusals: Refusals | None = None
     written: bool = False
@@ -94,6 +98,8 @@ class ExportResult:
             "out": str(self.out),
             "written": self.written,
             "decoders": [decoder.to_json() for decoder in self.decoders],
+            "proved": self.proved.level,
+            "proved_because": self.proved.why,
             "calibration": self.calibration.to_json() if self.calibration is not None else None,
             "refusals": self.refusals.to_json() if self.refusals is not None else None,
             "found": {what: str(path) for what, path in self.found.items()},
@@ -118,7 +124,7 @@ def export(
     exporter: ExporterName | None = None,
     data: Data = "link",
     digests: bool = True,
-    proof: Proved = "full",
+    proof: Wanted = "auto",
     proof_inputs: Sequence[Path | str] = (),
     dry_run: bool = False,
     force: bool = False,
@@ -146,8 +152,9 @@ def export(
         exporter: who exports a checkpoint (`exporters.EXPORTERS`); `None` is transformers. Refused as they are.
         data: how big files get into OUT: `link`, `copy` or `reference` (`graphs.staging.bring`).
         digests: hash big weights too; without it the manifest says that they were not.
-        proof: `full`, or `structure`: nothing is run, for models that this machine cannot run. `GuardedVLM` opens such a
-            folder only after `verify` has run it.
+        proof: `full` runs the model. `local` runs each guard by itself, cut out of the file, so the model's size does not
+            matter. `structure` runs nothing, and `GuardedVLM` opens such a folder only after `verify --run`. `auto` takes
+            `full` if the model fits into the memory that is free, else `local`.
         proof_inputs: `.npz` files of the decoder's inputs by name, one per call, to prove it on: for decoders that want
             more than tokens, which nobody here can make. Without, prompts or seeded random tokens.
         dry_run: plan only; nothing is written.
@@ -162,7 +169,7 @@ def export(
     Raises:
         GuardError: anything wrong with the request or its files; nothing was written.
     """
-    if proof == "full" and not dry_run:
+    if proof != "structure" and not dry_run:
         import_onnxruntime()  # a proof needs a runtime: say so before minutes of work
     if proof_inputs:
         given_inputs(tuple(map(Path, proof_inputs)))  # unfit files are refused before minutes of work
@@ -200,11 +207,12 @@ def export(
         if wished is not None:
             found = wished.applied(found)
         planned = [GuardedDecoder(one.view, one.anatomy, _plan(one, found, spec, guide.notes)) for one in opened_graphs]
+        chosen = choose_level(proof, [(one.view, one.graph) for one in opened_graphs], planned[0].plan.lowering)
         if dry_run:
             return ExportResult(
-                target.absolute(), tuple(planned), calibrated, found=guide.found | above(source.package)
+                target.absolute(), tuple(planned), chosen, calibrated, found=guide.found | above(source.package)
             )
-        unguarded = guide.unguarded(planned[0].plan.mode, runs=proof == "full") if calibrated is None else None
+        unguarded = guide.unguarded(planned[0].plan.mode, runs=chosen.level == "full") if calibrated is None else None
         plans = [guide.separated(decoder.plan, unguarded) for decoder in planned]
         if guide.not_asked is not None:
             plans = [replace(plan, notes=(guide.not_asked, *plan.notes)) for plan in plans]
@@ -213,20 +221,21 @@ def export(
             done = []
             for one, decoder in zip(opened_graphs, planned, strict=True):
                 report = _write(one, decoder.plan, stage, data)
-                checks = prove(decoder, report, stage, guide.proof_inputs if proof == "full" else None, tell)
+                inputs = guide.proof_inputs if chosen.level == "full" else None
+                checks = prove(decoder, report, stage, inputs, tell, chosen.level == "local", guide.place)
                 done.append(replace(decoder, report=report, proof=checks))
             bring_companions(source.package, stage, data)
             create_file(stage / DIRECTIONS_FILE, directions_bytes(found))
             refusals = calibrated.refusals if calibrated is not None else None
             if unguarded is not None:
                 refusals = guide.refusals(unguarded, stage, planned[0].plan, allow_no_effect)
-            write_manifest(stage, done, spec, calibrated, refusals, proof, digests, tell, stamped, sbom)
+            write_manifest(stage, done, spec, calibrated, refusals, chosen, digests, tell, stamped, sbom)
             _write_config(stage, calibrated, wished, found)
             if key is not None:
                 write_signature(stage, key)
         tell("done", 1, 1)
         beside = guide.found | above(source.package)
-        return ExportResult(target.absolute(), tuple(done), calibrated, refusals, written=True, found=beside)
+        return ExportResult(target.absolute(), tuple(done), chosen, calibrated, refusals, written=True, found=beside)
 
 
 def _config(path: Path | str | None, *others: object) -> GuardConfig | None:
@@ -331,6 +340,8 @@ def prove(
     folder: Path,
     inputs: Callable[[ModelPackage], ProofInputs] | None,
     tell: Watch,
+    locally: bool = False,
+    place: DecoderPlace | None = None,
 ) -> tuple[Check, ...]:
     """Every check, on the file as it will ship.
 
@@ -338,7 +349,9 @@ def prove(
         decoder: what was planned, and the unguarded model.
         report: what was done.
         folder: where the guarded copy is.
-        inputs: what to run it on; `None` proves the structure alone.
+        inputs: what to run it on; `None` does not run the model.
+        locally: run each guard by itself.
+        place: where decoders are opened, one at a time.
 
     Raises:
         ProofFailed: one of them does not hold.
@@ -352,9 +365,11 @@ def prove(
     checks = structure(source, load_graph(path, vouched=True), decoder.anatomy, decoder.plan, report)
     tell(label, 1, 2)
     _require_all(checks)
+    if locally:
+        checks += prove_locally(path, decoder.plan, report)
     if inputs is not None:
         running = prove_fold_by_running if decoder.plan.lowering == FOLD else prove_by_running
-        checks += running(decoder.package, path, decoder.plan, report, inputs(decoder.package))
+        checks += running(decoder.package, path, decoder.plan, report, inputs(decoder.package), place)
     tell(label, 2, 2)
     _require_all(checks)
     return checks

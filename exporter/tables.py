@@ -158,6 +158,7 @@ def show_export(out: Console, result: ExportResult) -> None:
         return
     for decoder in result.decoders:
         show_checks(out, decoder.proof, f"proof of {decoder.path}")
+    out.print(f"proof: {result.proved.level}, {result.proved.why}", highlight=False, soft_wrap=True)
     out.print(f"[bold]guarded[/bold]: {escape(str(result.out))}")
 
 

@@ -7,12 +7,13 @@ Two readers of one file must see one graph: what is proved here is run elsewhere
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ModelUnreadable, first_line
 from .external_data import require_external_data
+from .inline_weights import read_outline
 from .regular_files import read_regular
 from .tensor_size import byte_count, number_count
 
@@ -28,27 +29,33 @@ _ONE_TENSOR, _MANY_TENSORS, _ONE_GRAPH, _MANY_GRAPHS = 4, 9, 5, 10  # onnx.Attri
 _EXTERNAL, _STRING = 1, 8  # onnx.TensorProto.DataLocation, .DataType
 
 
-def read_graph_file(path: Path, vouched: bool = False) -> onnx.ModelProto:
-    """Parse a graph file; its external data is looked at, not read.
+def read_graph_file(path: Path, vouched: bool = False) -> tuple[onnx.ModelProto, Mapping[int, tuple[int, int]]]:
+    """Parse a graph file; its external data is looked at, not read. Large weights inside a large file are left where they are.
 
     Args:
         path: absolute.
         vouched: links out of the folder may be followed, because it was us who made them (`external_data`).
 
+    Returns:
+        The model, and index among the top graph's initializers -> `(offset, length)` of those that were left in the file.
+        In the model these are external data in the file itself.
+
     Raises:
         ModelUnreadable: it breaks a rule; the sentence says which.
     """
-    proto = _parse(path)
+    proto, places = _parse(path)
     require_readable_once(path, proto)
-    tensors = list(_tensors(path, proto))
+    for index, (_, length) in places.items():
+        _require_length(path, proto.graph.initializer[index], length)
+    tensors = list(_tensors(path, proto, places))
     for tensor in tensors:
         if tensor.data_location != _EXTERNAL:
             _require_numbers(path, tensor)
     require_external_data(path, [tensor for tensor in tensors if tensor.data_location == _EXTERNAL], vouched)
-    return proto
+    return proto, places
 
 
-def _parse(path: Path) -> onnx.ModelProto:
+def _parse(path: Path) -> tuple[onnx.ModelProto, Mapping[int, tuple[int, int]]]:
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -59,7 +66,9 @@ def _parse(path: Path) -> onnx.ModelProto:
             f"{path}: has {path.stat().st_size} bytes, a graph file ends at {LARGEST_FILE}; save its weights as external data"
         )
     try:
-        proto = onnx.ModelProto.FromString(read_regular(path, LARGEST_FILE))
+        outline = read_outline(path)
+        content = read_regular(path, LARGEST_FILE) if outline is None else outline.content
+        proto = onnx.ModelProto.FromString(content)
     except DecodeError:  # whose words differ from version to version
         raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated (not a protobuf)") from None
     except OSError as error:
@@ -72,7 +81,7 @@ def _parse(path: Path) -> onnx.ModelProto:
         raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated (no nodes or no outputs)")
     if not proto.opset_import:  # they stand behind the graph: a file that was cut there still parses
         raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated (no operator sets)")
-    return proto
+    return proto, {} if outline is None else outline.places
 
 
 def require_readable_once(path: Path, proto: onnx.ModelProto) -> None:
@@ -176,6 +185,22 @@ def _require_numbers(path: Path, tensor: onnx.TensorProto) -> None:
         )
 
 
+def _require_length(path: Path, tensor: onnx.TensorProto, held: int) -> None:
+    """A tensor whose bytes stay in the file has them in one form, and as many as its shape says."""
+    if (
+        any(getattr(tensor, field) for field in _DATA_FIELDS)
+        or tensor.HasField("segment")
+        or tensor.data_type == _STRING
+    ):
+        raise ModelUnreadable(
+            f"{path}: tensor {tensor.name!r} has its numbers in several forms, and readers differ; refuse it"
+        )
+    if held != byte_count(path, tensor):
+        raise ModelUnreadable(
+            f"{path}: tensor {tensor.name!r} says {list(tensor.dims)} and holds {held} bytes; it is damaged, refuse it"
+        )
+
+
 def _graphs(proto: onnx.ModelProto) -> Iterator[tuple[onnx.GraphProto, int]]:
     """The graph and every body in it, those of functions too, each with how deep it lies."""
     waiting = [(proto.graph, 0)]
@@ -194,11 +219,11 @@ def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
             yield from attribute.graphs
 
 
-def _tensors(path: Path, proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor: initializers, and what nodes hold themselves."""
+def _tensors(path: Path, proto: onnx.ModelProto, left: Collection[int]) -> Iterator[onnx.TensorProto]:
+    """Every tensor but the top graph's initializers that were `left` in the file; what nodes hold themselves too."""
     groups = [function.node for function in proto.functions]
-    for graph, _ in _graphs(proto):
-        yield from graph.initializer
+    for graph, depth in _graphs(proto):
+        yield from (tensor for index, tensor in enumerate(graph.initializer) if depth or index not in left)
         groups.append(graph.node)
     for nodes in groups:
         for node in nodes:

@@ -29,8 +29,9 @@ _CODE = (".so", ".dll", ".dylib", ".py", ".pyc", ".pbtxt")
 # Triton runs a model's own in the place of its Python.
 _STUB = "triton_python_backend_stub"
 
-# How much of the proof was done: `full`, or `structure` alone (nothing was run).
-Proved = Literal["full", "structure"]
+# How much of the proof was done: `full` (the model was run), `local` (each guard was run by itself), or `structure` alone
+# (nothing was run). The structure is part of each.
+Proved = Literal["full", "local", "structure"]
 
 
 class FileRecord(BaseModel):
@@ -125,7 +126,8 @@ class Manifest(BaseModel):
         files: path relative to the folder -> what is known of it.
         decoders: every decoder graph of the folder; the first is the one that runs.
         layout: of the folder.
-        proved: whether the guard was run, or proved by the graph's structure alone.
+        proved: how much of the proof was done.
+        proved_because: why that much.
         versions: of vlmguard and of what wrote and proved the graphs.
         spec: what was asked for.
         calibration: what the calibrator measured, if it ran.
@@ -148,6 +150,7 @@ class Manifest(BaseModel):
     refusals: dict[str, Any] | None = None
     engines: list[EngineRecord] = []
     packaged: PackagedRecord | None = None
+    proved_because: str = ""
 
     @property
     def decoder(self) -> str:

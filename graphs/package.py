@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -35,13 +35,14 @@ from . import triton
 from .decoder_state import is_state_name
 from .errors import GuardError, ModelUnreadable, first_line
 from .genai_pipeline import read_pipeline, stage_files
-from .graph_file import read_graph_file
+from .graph_file import LARGEST_FILE, read_graph_file
+from .inline_weights import InFile, referring_proto, total, weights_in_files, whole_pieces
 from .layer_count import LayerCount, declared_layers
 from .links import require_own
 from .places import require_model
 from .regular_files import read_regular
 from .roles import NOTHING_DECLARED, DeclaredNames, InputRoles, declare, declared_by_genai, input_roles
-from .staging import create_file, new_file
+from .staging import new_file
 
 Layout = Literal["onnx-community", "genai", "transformers", "bare", "triton", "engines"]
 
@@ -475,16 +476,27 @@ def load_graph(path: Path, vouched: bool = False) -> ir.Model:
         ModelUnreadable: missing, not ONNX, truncated, or it breaks a rule for files of strangers (`graph_file`).
     """
     path = Path(path).absolute()
-    proto = read_graph_file(path, vouched)
+    proto, places = read_graph_file(path, vouched)
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx_ir has exceptions of its own
         raise ModelUnreadable(f"{path}: is not a valid ONNX model ({first_line(error)}); export it again") from None
+    _leave_in_file(model, path, [(proto.graph.initializer[index].name, place) for index, place in places.items()])
     set_base_dir(model.graph, str(path.parent))
     idle = next((node for node in model.graph.all_nodes() if not node.outputs), None)
     if idle is not None:
         raise ModelUnreadable(f"{path}: node {idle.name!r} ({idle.op_type}) has no outputs; export it again")
     return model
+
+
+def _leave_in_file(model: ir.Model, path: Path, places: Iterable[tuple[str, tuple[int, int]]]) -> None:
+    """Large weights inside the file are read from there when somebody needs their numbers."""
+    for name, (offset, length) in places:
+        value = model.graph.initializers[name]
+        tensor = value.const_value
+        assert isinstance(tensor, ir.ExternalTensor)
+        shape = [size for size in tensor.shape if isinstance(size, int)]  # a tensor's sizes are numbers
+        value.const_value = InFile(path, offset, length, tensor.dtype, shape, name)
 
 
 def external_files(path: Path) -> list[Path]:
@@ -526,13 +538,22 @@ def save_graph(model: ir.Model, path: Path, own_data: Collection[str] = ()) -> P
     """
     data = path.with_name(f"{path.name}{GUARD_DATA}")
     moved = _move_out(model, own_data, data)
+    weights = weights_in_files(model)
     try:
-        create_file(path, ir.to_proto(model).SerializeToString(deterministic=True))
-    except ValueError:  # protobuf's 2 GiB limit
+        pieces = whole_pieces(referring_proto(model, weights), weights)
+        if total(pieces) > LARGEST_FILE:
+            raise ValueError("too large for a protobuf")
+    except ValueError:  # protobuf's own 2 GiB limit
         raise GuardError(
             f"{path.name}: the guarded graph passes 2 GiB; save the model with external data first, or choose "
             "--lowering lowrank"
         ) from None
+    with new_file(path) as file:
+        for piece in pieces:
+            if isinstance(piece, InFile):
+                piece.copy_to(file)
+            else:
+                file.write(piece)
     return data if moved else None
 
 
@@ -583,8 +604,11 @@ def graph_bytes(model: ir.Model) -> bytes:
     return ir.to_proto(model).SerializeToString(deterministic=True)
 
 
-def in_memory(model: ir.Model, folder: Path) -> tuple[bytes, Path]:
+def in_memory(model: ir.Model, folder: Path, maps: bool = True) -> tuple[bytes, Path]:
     """The serialized graph for a session that is opened from memory, and the folder that its external data lies in.
+
+    Weights inside a large graph file of that folder are external data in that file: the runtime maps them, and no copy is
+    made. Without `maps` they are in the serialized graph.
 
     Runtimes refuse external data that a link leads out of the folder (onnxruntime 1.31 does), and Hugging Face's cache is
     made of such links: there the graph refers to the files that the links lead to.
@@ -592,7 +616,10 @@ def in_memory(model: ir.Model, folder: Path) -> tuple[bytes, Path]:
     Raises:
         ModelUnreadable: the links lead to several folders.
     """
-    proto = ir.to_proto(model)
+    mapped = weights_in_files(model) if maps else {}
+    if any(tensor.file.parent != folder for tensor in mapped.values()):
+        mapped = {}
+    proto = referring_proto(model, mapped)
     entries = [entry for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"]
     real = {entry.value: (folder / entry.value).resolve() for entry in entries}
     if any((folder / name).is_symlink() for name in real):

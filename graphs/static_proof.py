@@ -16,6 +16,7 @@ from .anatomy import DecoderAnatomy, ResidualStream
 from .bodies import Body, find_bodies
 from .dataflow import Flow, Vertex, is_skip_norm
 from .dials import is_default
+from .inline_weights import InFile
 from .leaks import leaking_outputs
 from .plan import GuardPlan, SitePlan
 from .rewrite import GuardedSite, GuardReport
@@ -177,6 +178,8 @@ def same_tensor(a: ir.Value, b: ir.Value) -> bool:
     if isinstance(x, ir.ExternalTensor) and isinstance(y, ir.ExternalTensor):
         # Never read gigabytes to learn that a reference is the same reference; the file's digest covers the bytes.
         return (x.location, x.offset, x.length) == (y.location, y.offset, y.length)
+    if isinstance(x, InFile) and isinstance(y, InFile):
+        return x.same_bytes(y)
     return x is y or x.tobytes() == y.tobytes()
 
 

@@ -23,7 +23,7 @@ from ..graphs.roles import InputRoles, input_roles, roles_by_name
 from .deepstack import is_embeds
 from .device import DeviceOutputs, DeviceTensor, Tensor, last, where_it_is
 from .prompt_images import PromptImages
-from .runners import DeviceRunner, OverridableRunner, Port, Runner, open_runner
+from .runners import ClosableRunner, DeviceRunner, OverridableRunner, Port, Runner, open_runner
 
 # What merged decoders want to know besides: which branch of their `If` to take (optimum), and how many logits to give
 # (older transformers; 0 gives all).
@@ -102,6 +102,8 @@ class DecoderSession:
         head: Runner | None = None,
     ) -> None:
         self.runner, self._head = runner, head
+        self.calls = 0  # of the runner
+        self.closed = False
         self._heads = kv_heads, head_size
         inputs = runner.inputs
         self.roles = roles or roles_by_name(inputs, runner.outputs)
@@ -128,6 +130,13 @@ class DecoderSession:
                 f"the decoder wants an input {unknown[0]!r} that is not known; export it in a standard layout, or give "
                 "example inputs with --proof-inputs"
             )
+
+    def close(self) -> None:
+        """Give the graph's memory back; the session cannot be run any more."""
+        self.closed = True
+        for runner in (self.runner, self._head):
+            if isinstance(runner, ClosableRunner):
+                runner.close()
 
     @property
     def supervised(self) -> bool:
@@ -188,6 +197,8 @@ class DecoderSession:
         return outputs, state
 
     def _run(self, feeds: Mapping[str, Tensor], step: bool = False) -> Mapping[str, np.ndarray]:
+        assert not self.closed, "a closed decoder session was run"
+        self.calls += 1
         if isinstance(self.runner, DeviceRunner):
             return DeviceOutputs(self.runner.run_on_device(feeds, step))
         return self.runner.run({name: np.asarray(fed) for name, fed in feeds.items()})

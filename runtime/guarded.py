@@ -131,11 +131,12 @@ def open_manifest(folder: Path, proved_only: bool = True, besides: str = "") -> 
     """The manifest of a folder that is what it says; `besides` as for `require_intact`.
 
     Raises:
-        ManifestMismatch: there is none, a file differs from it, or (`proved_only`) the guard was never run.
+        ManifestMismatch: there is none, a file differs from it, or (`proved_only`) the guard was never run, neither in the
+            model nor by itself.
     """
     manifest = read_manifest(folder)
     require_intact(folder, manifest, again=False, besides=besides)
-    if proved_only and manifest.proved != "full":
+    if proved_only and manifest.proved == "structure":
         raise ManifestMismatch(
             f"{folder}: only the structure of its guard was proved, nothing was run; run "
             "`vlmguard verify --run` with --source first"

@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from ..graphs.errors import GuardError
+from ..graphs.inline_weights import read_outline
 from ..graphs.package import external_files, in_memory, load_graph
 from .device import Tensor
 
@@ -44,6 +45,15 @@ class OverridableRunner(Runner, Protocol):
 
     @property
     def optional(self) -> Mapping[str, Port]: ...
+
+
+@runtime_checkable
+class ClosableRunner(Runner, Protocol):
+    """A runner that can give its memory back before it is forgotten."""
+
+    def close(self) -> None:
+        """End it; it is not run any more."""
+        ...
 
 
 @runtime_checkable
@@ -87,8 +97,8 @@ def open_runner(graph: Path | bytes, folder: Path, runtime: str = "onnxruntime",
         )
     if runtime not in _RUNNERS:
         raise GuardError(f"runtime {runtime!r} is unknown; choose one of {', '.join(_RUNNERS)}")
-    if isinstance(graph, Path) and _by_reference(graph):
-        # weights by reference, see `in_memory`
+    if isinstance(graph, Path) and (_by_reference(graph) or read_outline(graph) is not None):
+        # weights by reference, or mapped from inside the file: see `in_memory`
         graph, folder = in_memory(load_graph(graph, vouched=True), graph.parent)
     return _RUNNERS[runtime](graph, folder, optimize)
 

@@ -24,6 +24,7 @@ from ..graphs.package import ModelPackage
 from ..graphs.reference import LISTEN
 from .chat import ChatTokenizer, Turn
 from .decoder import DecoderSession, PromptBatch, can_pad, open_decoder
+from .decoder_place import DecoderPlace
 from .deepstack import scatter
 from .device import Tensor
 from .images import open_image
@@ -149,6 +150,9 @@ class VisionLanguageModel:
         optimize: whether the runtime may optimise the decoder's graph.
         open_part: opens the package's files in place of the runtime (engines, each against its digest).
         pads: whether rows of different lengths may share a batch; default: what the decoder's graph says.
+        place: where the decoder is opened when it is needed, and closed when another takes the place; default: it is opened
+            here and stays.
+        wrap: what the decoder's runner is put into, each time that it is opened.
 
     Raises:
         ModelUnreadable: a part is missing or cannot be opened.
@@ -163,28 +167,60 @@ class VisionLanguageModel:
         optimize: bool = True,
         open_part: OpenPart | None = None,
         pads: bool | None = None,
+        place: DecoderPlace | None = None,
+        wrap: Callable[[Runner], Runner] | None = None,
     ) -> None:
         self.package = package
         self.runtime = runtime
+        self._place, self._wrap = place, wrap
+        self._graph, self._optimize = decoder, optimize
+        self._runs_part = open_part is not None and decoder is None
+        self._session: DecoderSession | None = None
         self._open_part = open_part or (lambda path: open_runner(path, path.parent, runtime))
         if pads is None:
             pads = can_pad((package.load_decoder() if decoder is None else decoder).graph)
         self.pads = pads
-        if open_part is not None and decoder is None:
+        if place is None:
+            self._session = self._opened()
+
+    @property
+    def decoder(self) -> DecoderSession:
+        """The decoder, open. Where the model shares a place, asking for it closes any other decoder there."""
+        if self._session is None or self._session.closed:
+            assert self._place is not None, "the decoder was closed and has no place to be opened again"
+            self._session = self._place.open(self._opened)
+        return self._session
+
+    def _opened(self) -> DecoderSession:
+        package = self.package
+        if self._runs_part:
             # an engine's graph cannot be read: its inputs go by their names
             roles = package.roles if package.decoder.suffix == ".onnx" else None
-            self.decoder = DecoderSession(open_part(package.decoder), package.kv_heads, package.head_size, roles=roles)
+            runner = self._open_part(package.decoder)
+            session = DecoderSession(runner, package.kv_heads, package.head_size, roles=roles)
         else:
-            self.decoder = open_decoder(package, decoder, runtime, optimize)
-        if self.decoder.takes_embeds and package.embed_tokens is None:
+            session = open_decoder(package, self._graph, self.runtime, self._optimize)
+        if session.takes_embeds and package.embed_tokens is None:
             raise ModelUnreadable(
                 f"{package.root}: the decoder takes inputs_embeds, but there is no embed_tokens graph"
             )
+        if self._wrap is not None:
+            session.runner = self._wrap(session.runner)
+        return session
 
-    def with_decoder(self, decoder: ir.Model, optimize: bool = True) -> VisionLanguageModel:
-        """The same model around another decoder graph; the other parts stay open."""
-        other = VisionLanguageModel(self.package, decoder, self.runtime, optimize, self._open_part)
-        for part in ("chat", "images", "_vision", "_embed"):
+    @cached_property
+    def takes_embeds(self) -> bool:
+        """Whether the decoder takes embeddings in place of tokens; asked once, because a decoder takes long to open."""
+        return self.decoder.takes_embeds
+
+    def with_decoder(
+        self, decoder: ir.Model, optimize: bool = True, wrap: Callable[[Runner], Runner] | None = None
+    ) -> VisionLanguageModel:
+        """The same model around another decoder graph, in the same place if it has one; the other parts stay open."""
+        other = VisionLanguageModel(
+            self.package, decoder, self.runtime, optimize, self._open_part, place=self._place, wrap=wrap
+        )
+        for part in ("chat", "images", "_vision", "_embed", "takes_embeds"):
             if part in self.__dict__:
                 other.__dict__[part] = self.__dict__[part]
         return other
@@ -201,7 +237,7 @@ class VisionLanguageModel:
     @property
     def sees(self) -> bool:
         """Whether the model takes images, and they can be prepared here."""
-        takes_images = self.package.vision_encoder is not None and self.decoder.takes_embeds
+        takes_images = self.package.vision_encoder is not None and self.takes_embeds
         return takes_images and self.unknown_processor is None
 
     @cached_property
@@ -310,7 +346,7 @@ class VisionLanguageModel:
         for number, row in enumerate(rows):
             ids[number, longest - len(row) :] = row
             mask[number, longest - len(row) :] = 1
-        if not self.decoder.takes_embeds:
+        if not self.takes_embeds:
             return PromptBatch(ids, mask)
         if seen is None:
             return PromptBatch(ids, mask, self._embeds(ids))
@@ -320,7 +356,7 @@ class VisionLanguageModel:
     @cached_property
     def _vision(self) -> Runner:
         path = self.package.vision_encoder
-        if path is None or not self.decoder.takes_embeds:
+        if path is None or not self.takes_embeds:
             raise GuardError(f"{self.package.root}: has no vision encoder; leave the image out")
         return self._open_part(path)
 
@@ -383,7 +419,7 @@ class VisionLanguageModel:
             outputs = self.decoder.step(state, column, self._step_embeds(column))
 
     def _step_embeds(self, column: np.ndarray) -> np.ndarray | None:
-        return self._embeds(column) if self.decoder.takes_embeds else None
+        return self._embeds(column) if self.takes_embeds else None
 
 
 class Chooser:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.digests import sha256_files
-from ...graphs.manifest import MANIFEST_NAME, SCHEMA, DecoderRecord, Manifest, Proved, may_go_unhashed, record_files
+from ...graphs.manifest import MANIFEST_NAME, SCHEMA, DecoderRecord, Manifest, may_go_unhashed, record_files
 from ...graphs.package import SBOM_NAME, ModelPackage, external_files
 from ...graphs.plan import GuardPlan
 from ...graphs.rewrite import GuardReport
@@ -20,6 +20,7 @@ from ...graphs.staging import Data, bring, create_file
 from ...graphs.static_proof import Check
 from ..calibration.calibrate import Calibration
 from ..calibration.no_worse import Refusals
+from ..proof.level import ProofLevel
 from ..sources import Watch
 from .sbom import bill_of_materials
 from .stamp import Stamp
@@ -81,7 +82,7 @@ def write_manifest(
     spec: GuardSpec,
     calibrated: Calibration | None,
     refusals: Refusals | None,
-    proved: Proved,
+    proved: ProofLevel,
     digests: bool,
     tell: Watch,
     stamped: Stamp,
@@ -109,7 +110,8 @@ def write_manifest(
         ),
         decoders=[_record(done, found) for done in decoders],
         layout=decoders[0].package.layout,
-        proved=proved,
+        proved=proved.level,
+        proved_because=proved.why,
         versions=versions(),
         spec=_plain(asdict(spec)),
         calibration=calibrated.to_json() if calibrated is not None else None,

@@ -227,7 +227,7 @@ class _Search:
         self.available = min(layer.ssd.shape[0] for layer in study.directions.layers.values())
         self.places = list(places(self.margins, self.available, spec, self.mode, readout))
         widest = max(place.rank for place in self.places)
-        self.trial_model = TrialModel(model, anatomy, study.directions, spec, layers, widest)
+        self.trial_model = TrialModel(model, anatomy, study.directions, spec, layers, widest)  # opened once it is asked
         self.base = tally(model, self.prompts, max_new_tokens)
         self.text_answers = _text_answers(model, self.prompts, self.base, max_new_tokens)
         self.asked = [int(index) for index in np.flatnonzero(~np.isin(self.folds, list(self.held)))]

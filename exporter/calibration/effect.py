@@ -27,6 +27,7 @@ from ...graphs.errors import NoEffect
 from ...graphs.package import ModelPackage
 from ...graphs.plan import GuardPlan
 from ...graphs.separation import Separation, separation_along
+from ...runtime.decoder_place import DecoderPlace
 from ...runtime.refusals import refused
 from ...runtime.vlm import Request, VisionLanguageModel
 from ..evaluation.answers import Said, ask
@@ -167,13 +168,13 @@ def require_effect(found: Refusals, allowed: bool) -> Refusals:
 
 
 def measure_separation(
-    package: ModelPackage, anatomy: DecoderAnatomy, plan: GuardPlan, sample: Sample
+    package: ModelPackage, anatomy: DecoderAnatomy, plan: GuardPlan, sample: Sample, place: DecoderPlace | None = None
 ) -> tuple[Separation, ...]:
     """The AUC of every guarded layer on the sample's texts, by the unguarded model; empty without both labels."""
     harmful, harmless = sample.harmful, sample.harmless
     if not harmful or not harmless:
         return ()
-    model = VisionLanguageModel(package, tapped_graph(package, anatomy))
+    model = VisionLanguageModel(package, tapped_graph(package, anatomy), place=place)
     states = collect_states(model, [Request(text) for text in (*harmful, *harmless)])
     return tuple(
         separation_along(

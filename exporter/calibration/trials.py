@@ -18,7 +18,7 @@ from ...graphs.parameters import guard_numbers, make_overridable, neutral, widen
 from ...graphs.plan import plan_guard
 from ...graphs.rewrite import rewrite
 from ...graphs.spec import GuardSpec
-from ...runtime.runners import Port, Runner
+from ...runtime.runners import ClosableRunner, Port, Runner
 from ...runtime.vlm import VisionLanguageModel
 from ..evaluation.evaluate import tally
 from ..evaluation.outcome import Tally, count
@@ -59,8 +59,8 @@ class TrialModel:
         rewrite(graph, self._open_guard)
         self._defaults = guard_numbers(self._open_guard)
         make_overridable(graph, list(self._defaults))
-        self._model = model.with_decoder(graph)
-        self._runner = self._model.decoder.runner = _Overriding(self._model.decoder.runner)
+        self._runner = _Overriding()
+        self._model = model.with_decoder(graph, wrap=self._runner.around)
 
     def numbers(self, directions: Directions) -> dict[str, np.ndarray]:
         """What to feed for a candidate: its numbers at its layers, neutral ones elsewhere."""
@@ -92,20 +92,35 @@ class _Overriding:
     Not a `DeviceRunner`: outputs come back to the host, so a guard that changes between calls needs no other protocol.
     """
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+    def __init__(self) -> None:
+        self._runner: Runner | None = None
         self.numbers: Mapping[str, np.ndarray] = {}
+
+    def around(self, runner: Runner) -> Runner:
+        """This, around a runner that was opened; the one before it is closed."""
+        self._runner = runner
+        return self
+
+    @property
+    def _inner(self) -> Runner:
+        assert self._runner is not None, "not opened yet"
+        return self._runner
 
     @property
     def inputs(self) -> Mapping[str, Port]:
-        return self._runner.inputs
+        return self._inner.inputs
 
     @property
     def outputs(self) -> Mapping[str, Port]:
-        return self._runner.outputs
+        return self._inner.outputs
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return self._runner.run({**feeds, **self.numbers})
+        return self._inner.run({**feeds, **self.numbers})
+
+    def close(self) -> None:
+        if isinstance(self._runner, ClosableRunner):
+            self._runner.close()
+        self._runner = None
 
 
 def only(result: Tally, prompts: Sequence[LabelledPrompt], chosen: Sequence[int]) -> Tally:

@@ -104,7 +104,7 @@ def _network_flags(backend: Backend) -> int:
 
 def _parse(backend: Backend, network: Any, model: ir.Model, path: Path, messages: list[Message]) -> None:
     parser = backend.module.OnnxParser(network, backend.log.logger)
-    content, folder = in_memory(model, path.parent)
+    content, folder = in_memory(model, path.parent, maps=False)
     if parser.parse(content, str(folder / path.name)):
         return
     if not parser.num_errors:

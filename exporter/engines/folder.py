@@ -113,7 +113,7 @@ def build_engines(
     """Build the engines of a guarded folder.
 
     Args:
-        guarded: a folder that `vlmguard-export` wrote, proved in full.
+        guarded: a folder that `vlmguard-export` wrote, its guard proved in the model or by itself.
         out: the folder to write; default `<name>-engine` beside it.
         backend: `tensorrt` or `tensorrt_rtx`; `None` takes the first that is installed.
         profiles: how the decoder is called; default `default_profiles`.
@@ -155,7 +155,7 @@ def open_buildable(folder: Path) -> tuple[Manifest, ModelPackage]:
         raise ManifestMismatch(
             f"{folder}: holds engines already; give the guarded ONNX folder that they were built from"
         )
-    if manifest.proved != "full":
+    if manifest.proved == "structure":
         raise ManifestMismatch(
             f"{folder}: only the structure of its guard was proved; run `vlmguard verify --run --source MODEL` on it first"
         )
@@ -288,6 +288,7 @@ def _write_manifest(stage: Path, source: Manifest, engines: list[EngineRecord], 
             "files": record_files(stage, digests, digests),
             "decoders": source.decoders[:1],
             "proved": "structure",
+            "proved_because": "the engines have not been run yet",
             "versions": {**versions(), backend.name: backend.version},
             "engines": engines,
         }

@@ -24,8 +24,10 @@ from ...runtime.decoder import DecoderSession, open_decoder
 from ...runtime.guarded import GuardedVLM, open_guarded_package
 from ..calibration.calibrate import DEFAULT_BUDGET
 from ..guide import Guide
+from ..proof.compare import Comparison, relative
 from ..proof.inputs import ProofInputs
-from ..proof.prove import TOLERANCE, relative, roll
+from ..proof.limits import TOLERANCE
+from ..proof.prove import roll
 from ..sources import Source, Watch
 
 # Prefill, and as many decode steps.
@@ -119,15 +121,12 @@ def same_outputs(expected: Rolled, found: Rolled, unguarded: Rolled, limit: floa
 
     It must also be smaller than what the guard does on the same inputs: an engine without one must not pass.
     """
-    compared, worst, moved = 0, 0.0, 0.0
-    for before, after, without in zip(expected, found, unguarded, strict=True):
-        for name, value in before.items():
-            compared += value.size
-            worst = max(worst, relative(value, after[name]) if name in after else np.inf)
-            moved = max(moved, relative(value, without[name]) if name in without else 0.0)
-    note = (
-        f"{len(found)} calls, prefill and {STEPS} decode steps each, every output, {origin}; the guard moves them by up to "
-        f"{moved:.1e}"
-    )
-    ok = compared > 0 and worst <= limit and worst < moved
-    return Check("the engine gives what ONNX Runtime gives on the CPU", compared, worst, limit, ok, note)
+    seen, moved = Comparison("ONNX Runtime", "the engine"), 0.0
+    for number, (before, after, without) in enumerate(zip(expected, found, unguarded, strict=True)):
+        first = next(iter(before.values()), np.zeros((0,)))
+        seen.see(f"call {number}", np.ones((len(first), 1), np.int64), before, after)
+        moved = max([moved, *(relative(value, without[name]) for name, value in before.items() if name in without)])
+    note = f"{len(found)} calls, every output, {origin}; the guard moves them by up to {moved:.1e}"
+    ok = seen.compared > 0 and seen.worst <= limit and seen.worst < moved
+    name = "the engine gives what ONNX Runtime gives on the CPU"
+    return Check(name, seen.compared, seen.worst, limit, ok, seen.note or note)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -24,21 +25,20 @@ from ...graphs.package import ModelPackage, load_graph
 from ...graphs.plan import COORDINATES_OUTPUT, GuardPlan
 from ...graphs.reference import LISTEN, Dials, LayerGuard, guard, last_token, score
 from ...graphs.rewrite import GuardReport
-from ...graphs.scribe import PREFIX
 from ...graphs.spec import MODES_WITH_SUPERVISOR
 from ...graphs.static_proof import Check, exact
 from ...graphs.taps import tap_guard
 from ...runtime.decoder import DecoderSession, PromptBatch, open_decoder
+from ...runtime.decoder_place import DecoderPlace
 from ...runtime.device import Tensor
+from .compare import Comparison, first_no_number, padded, relative
+from .forced import ALWAYS, NEVER, force_gates
 from .headroom import Headroom
 from .inputs import ProofInputs
+from .limits import TOLERANCE
 from .prove_gate import GatesTold
 
 DECODE_STEPS = 4
-# Largest deviation from the float64 reference, relative to the largest state compared.
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-# A threshold that no score passes, and one that all do; finite, so that nothing becomes NaN.
-_NEVER, _ALWAYS = 3.0e38, -3.0e38
 # A threshold offset that opens every gate, and is cut nowhere.
 _LOWERED = -1.0e9
 # Strengths that must leave the original; below 0 the guard must not turn round.
@@ -46,7 +46,12 @@ _OFF = (0.0, -1.0)
 
 
 def prove_by_running(
-    package: ModelPackage, staged: Path, plan: GuardPlan, report: GuardReport, inputs: ProofInputs
+    package: ModelPackage,
+    staged: Path,
+    plan: GuardPlan,
+    report: GuardReport,
+    inputs: ProofInputs,
+    place: DecoderPlace | None = None,
 ) -> tuple[Check, ...]:
     """All dynamic checks of a staged guarded decoder.
 
@@ -55,34 +60,44 @@ def prove_by_running(
         staged: the guarded decoder's file, as it will ship.
         plan, report: what was planned and done.
         inputs: what to run on.
+        place: where decoders are opened, one at a time.
     """
+    place = place or DecoderPlace()
     try:
         return (
-            _closed_equals_source(package, staged, plan, inputs),
-            *([_no_strength_equals_source(package, staged, plan, inputs)] if plan.knobs else ()),
-            *_states_equal_reference(package, staged, plan, report, inputs),
+            _closed_equals_source(package, staged, plan, inputs, place),
+            *([_no_strength_equals_source(package, staged, plan, inputs, place)] if plan.knobs else ()),
+            *_states_equal_reference(package, staged, plan, report, inputs, place),
         )
     except RunFailed as failure:
         raise RunFailed(f"{failure}; give inputs that it runs on with --proof-inputs") from None
+    finally:
+        place.close()
 
 
 # 1. The closed gate
 
 
-def _closed_equals_source(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs) -> Check:
+def _closed_equals_source(
+    package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace | None = None
+) -> Check:
     """Bit for bit as apps run it; where the runtime's own rounding moves, exact without its optimiser, and bounded."""
     closed = load_graph(staged, vouched=True)
     force_gates(closed, plan, is_open=False)
-    return _equals_source("closed gate equals the original bit for bit", package, closed, staged.parent, plan, inputs)
+    return _equals_source(
+        "closed gate equals the original bit for bit", package, closed, staged.parent, plan, inputs, place
+    )
 
 
-def _no_strength_equals_source(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs) -> Check:
+def _no_strength_equals_source(
+    package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace | None = None
+) -> Check:
     """With every gate open, so that it is the knob that does it."""
     graph = load_graph(staged, vouched=True)
     force_gates(graph, plan, is_open=True)
     turned = [{STRENGTH_INPUT: np.array(strength, np.float32)} for strength in _OFF]
     name = "strength 0, and below, equals the original bit for bit"
-    return _equals_source(name, package, graph, staged.parent, plan, inputs, turned)
+    return _equals_source(name, package, graph, staged.parent, plan, inputs, place, turned)
 
 
 def _equals_source(
@@ -92,22 +107,28 @@ def _equals_source(
     at: Path,
     plan: GuardPlan,
     inputs: ProofInputs,
+    place: DecoderPlace | None,
     turned: Sequence[Mapping[str, np.ndarray]] = ({},),
 ) -> Check:
-    compared, differing, worst = _compare_runs(package, closed, at, plan, inputs, turned, optimize=True)
-    if not differing:
-        return exact(
-            name, compared, [], f"{compared} numbers, prefill and {DECODE_STEPS} decode steps, {inputs.origin}"
-        )
+    found, calls = _compare_runs(package, closed, at, plan, inputs, place or DecoderPlace(), turned, optimize=True)
+    if not found.differing and not found.odd:
+        note = f"{found.compared} numbers in {calls}, {inputs.origin}"
+        return exact(name, found.compared, [], f"{note}; {found.note}" if found.note else note)
     limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
-    plain, plain_differing, _ = _compare_runs(package, closed, at, plan, inputs, turned, optimize=False)
-    note = (
-        f"exact in {plain} numbers without the runtime's optimiser; with it, {differing} of {compared} differ by its own "
-        f"rounding (casts and fusions around the guard)"
+    if found.odd:
+        return Check(name, found.compared, found.worst, limit, False, found.note)
+    plain, plain_calls = _compare_runs(
+        package, closed, at, plan, inputs, place or DecoderPlace(), turned, optimize=False
     )
-    if plain_differing:
-        note = f"{plain_differing} of {plain} numbers differ even without the runtime's optimiser; worst {worst:.1e}"
-    return Check(name, compared, worst, limit, not plain_differing and worst <= limit, note)
+    note = (
+        f"exact in {plain.compared} numbers without the runtime's optimiser ({plain_calls}); with it ({calls}), "
+        f"{found.differing} of {found.compared} differ by its own rounding (casts and fusions around the guard)"
+    )
+    if plain.differing or plain.odd:
+        note = f"{plain.differing} of {plain.compared} numbers differ even without the runtime's optimiser"
+        note += f"; {plain.note or f'worst {found.worst:.1e}'}"
+    ok = not plain.differing and not plain.odd and found.worst <= limit
+    return Check(name, found.compared, found.worst, limit, ok, note)
 
 
 def _compare_runs(
@@ -116,27 +137,29 @@ def _compare_runs(
     folder: Path,
     plan: GuardPlan,
     inputs: ProofInputs,
+    place: DecoderPlace,
     turned: Sequence[Mapping[str, np.ndarray]],
     optimize: bool,
-) -> tuple[int, int, float]:
-    """`(numbers compared, numbers that differ, worst relative difference)` over prefill and decode, for every setting of dials.
+) -> tuple[Comparison, str]:
+    """Every output of prefill and decode, for every setting of dials; and how many calls that took, in words.
 
     One model after the other: two of them may not fit into memory together.
     """
-    session = open_decoder(package, optimize=optimize, given=inputs.given)
+    session = place.open(lambda: open_decoder(package, optimize=optimize, given=inputs.given))
     left = [roll(session, batch, None) for batch in inputs.batches]
-    del session
-    session = open_decoder(package, guarded, optimize=optimize, folder=folder, given=inputs.given)
-    compared, differing, worst = 0, 0, 0.0
-    for (batch, expected), dials in product(zip(inputs.batches, left, strict=True), turned):
+    unguarded_calls = session.calls
+    session = place.open(lambda: open_decoder(package, guarded, optimize=optimize, folder=folder, given=inputs.given))
+    found = Comparison()
+    for (number, (batch, expected)), dials in product(enumerate(zip(inputs.batches, left, strict=True)), turned):
         right = roll(session, batch, listen(plan, batch.size), dials)
-        for before, after in zip(expected, right, strict=True):
-            for key, value in before.items():
-                other = after[key]
-                compared += value.size
-                differing += int((value != other).sum())
-                worst = max(worst, relative(value, other))
-    return compared, differing, worst
+        for call, (before, after) in enumerate(zip(expected, right, strict=True)):
+            found.see(f"batch {number}, call {call}", mask_at(batch, call), before, after)
+    return found, f"{unguarded_calls} calls of the original and {session.calls} of the guarded model"
+
+
+def mask_at(batch: PromptBatch, call: int) -> np.ndarray:
+    """1 for the tokens so far, `[batch, prompt + call]`, at a call of `roll`."""
+    return np.pad(batch.mask, ((0, 0), (0, call)), constant_values=1)
 
 
 def roll(
@@ -146,7 +169,10 @@ def roll(
     dials: Mapping[str, np.ndarray] | None = None,
     steps: int = DECODE_STEPS,
 ) -> list[Mapping[str, np.ndarray]]:
-    """Outputs of prefill and a few decode steps on fixed tokens: rows of the prompt again, so that runs stay alike."""
+    """Outputs of prefill and a few decode steps on fixed tokens: rows of the prompt again, so that runs stay alike.
+
+    Inputs that were given by name are one call.
+    """
     outputs, state = session.prefill(batch, supervisor, dials)
     rolled = [outputs]
     if batch.given is not None:
@@ -165,46 +191,32 @@ def listen(plan: GuardPlan, batch: int) -> np.ndarray | None:
     return np.full((batch, len(plan.layers), plan.sites[0].guard.rank), LISTEN, np.float32)
 
 
-def force_gates(model: ir.Model, plan: GuardPlan, is_open: bool) -> None:
-    """Set a guarded graph's gates open or closed for good; `project` has no gate, so closed means zero strength."""
-    for name, value in model.graph.initializers.items():
-        part = name.rpartition("/")[2]
-        if not name.startswith(f"{PREFIX}layer_") or value.const_value is None:
-            continue
-        array = value.const_value.numpy()
-        if part == "tau":
-            _replace(value, np.full_like(array, _ALWAYS if is_open else _NEVER))
-        elif plan.mode == "project" and not is_open and part.startswith(("ssd", "projection_minus_identity")):
-            _replace(value, np.zeros_like(array))
-        elif plan.mode == "project" and not is_open and part == "projection":
-            _replace(value, np.eye(array.shape[0]).astype(array.dtype))
-
-
-def _replace(value: ir.Value, array: np.ndarray) -> None:
-    value.const_value = ir.Tensor(array, name=value.name)
-
-
 # 2. and 3. The reference
 
 
 def _states_equal_reference(
-    package: ModelPackage, staged: Path, plan: GuardPlan, report: GuardReport, inputs: ProofInputs
+    package: ModelPackage,
+    staged: Path,
+    plan: GuardPlan,
+    report: GuardReport,
+    inputs: ProofInputs,
+    place: DecoderPlace,
 ) -> tuple[Check, ...]:
     """Raw states through the numpy reference against the graph's guarded states, prefill and decode."""
     checks = []
-    supervisors = _supervisors(package, staged, plan, inputs)
+    supervisors = _supervisors(package, staged, plan, inputs, place)
     headroom, told = Headroom(), GatesTold(plan, max(TOLERANCE[site.site.dtype] for site in plan.sites))
     for setting in _settings(plan):
         graph = load_graph(staged, vouched=True)
         if setting.forced is not None:
             force_gates(graph, plan, is_open=setting.forced)
         names = tap_guard(graph, plan, report)
-        session = open_decoder(package, graph, folder=staged.parent, given=inputs.given)
+        session = place.open(partial(open_decoder, package, graph, folder=staged.parent, given=inputs.given))
         checks.append(_against_reference(session, plan, names, inputs, supervisors, setting, headroom, told))
     checks += told.checks()
     if headroom.layers:
         checks.append(headroom.check())
-    checks.append(_unedited_tokens(package, staged, plan, report, inputs, supervisors))
+    checks += _unedited_tokens(package, staged, plan, report, inputs, supervisors, place)
     return tuple(checks)
 
 
@@ -238,7 +250,7 @@ class _Setting:
 
     def layer(self, layer: LayerGuard) -> LayerGuard:
         """The layer's numbers, as the graph has them now."""
-        return layer if self.forced is None else replace(layer, threshold=_ALWAYS if self.forced else _NEVER)
+        return layer if self.forced is None else replace(layer, threshold=ALWAYS if self.forced else NEVER)
 
     def dials(self, held: np.ndarray | None) -> Dials:
         strength = 1.0 if self.strength is None else self.strength
@@ -287,12 +299,13 @@ def _against_reference(
     halves = {site.layer_index for site in plan.sites if site.site.dtype == "float16"}
     limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
     compared, moved, states, undecided, worst = 0, 0, 0, 0, 0.0
-    for batch, told_by_text in zip(inputs.batches, supervisors, strict=True):
+    odd: list[str] = []
+    for which, (batch, told_by_text) in enumerate(zip(inputs.batches, supervisors, strict=True)):
         supervisor = listen(plan, batch.size) if setting.listens else told_by_text
         rolled = roll(session, batch, supervisor, setting.feeds(plan, batch.size))
         for number, outputs in enumerate(rolled):
             # a cached decode step is one token long; without a cache the whole sequence comes again
-            mask = np.pad(batch.mask, ((0, 0), (0, number)), constant_values=1)[:, -_length(outputs, names) :]
+            mask = mask_at(batch, number)[:, -_length(outputs, names) :]
             ends = last_token(mask)
             selected = ends if plan.positions == "last" else None
             all_held = _held(plan, setting, rolled, number)
@@ -308,6 +321,11 @@ def _against_reference(
                 real = mask.astype(bool)
                 if plan.layers[row] in halves:
                     headroom.see(plan.layers[row], raw[real], found[real])
+                for what, values in (("before", raw), ("behind", found)):
+                    if place := first_no_number(values, real):
+                        odd.append(
+                            f"the state {what} layer {plan.layers[row]}'s guard, batch {which}, call {number}: {place}"
+                        )
                 # by rounding alone such a gate may open here and not there; held or forced open, it is compared
                 if setting.forced is None and setting.offset is None and held is None:
                     close = _close_calls(plan.mode, layer, raw, a, limit) & real
@@ -319,11 +337,13 @@ def _against_reference(
                 if supervisor is not None:  # what the text-only pass tells the other one: this layer's own coordinates
                     own = last @ layer.ssd.T.astype(np.float64)
                     shown = outputs[COORDINATES_OUTPUT][:, row].astype(np.float64)
-                    worst = max(worst, float(np.abs(own - shown).max()) / max(float(np.abs(raw).max()), 1e-6))
+                    off = np.abs(own - shown).max() / max(float(np.abs(last).max()), 1e-6)
+                    worst = max(worst, float(off) if np.isfinite(off) else float("inf"))
                     compared += own.size
-    note = f"{moved} of {states} states edited, {setting.what}, {inputs.origin}"
+    note = f"{moved} of {states} states edited in {session.calls} calls, {setting.what}, {inputs.origin}"
     note += f"; {undecided} too close to the threshold to call" if undecided else ""
-    ok = compared > 0 and worst <= limit and setting.moves in (None, moved > 0)
+    ok = compared > 0 and worst <= limit and setting.moves in (None, moved > 0) and not odd
+    worst, note = (float("inf"), "; ".join(odd[:3])) if odd else (worst, note)
     return Check(f"guarded states equal the numpy reference{setting.name}", compared, worst, limit, ok, note)
 
 
@@ -353,47 +373,43 @@ def _unedited_tokens(
     report: GuardReport,
     inputs: ProofInputs,
     supervisors: Sequence[np.ndarray | None],
-) -> Check:
-    """With positions `last`, every other token's state passes through bit for bit, whatever the gate says."""
+    place: DecoderPlace,
+) -> list[Check]:
+    """With positions `last`, every other token's state passes through bit for bit, whatever the gate says; no check where a
+    call has no other token."""
     name = "tokens outside the positions are untouched bit for bit"
     if plan.positions == "all":
-        return Check(name, 1, 0.0, 0.0, True, "positions all: there are none")
+        return []
     graph = load_graph(staged, vouched=True)
     force_gates(graph, plan, is_open=True)
     names = tap_guard(graph, plan, report)
-    session = open_decoder(package, graph, optimize=False, folder=staged.parent, given=inputs.given)
+    session = place.open(lambda: open_decoder(package, graph, optimize=False, folder=staged.parent, given=inputs.given))
     if session.one_token:
-        return Check(name, 1, 0.0, 0.0, True, "the graph takes one token a call: there are no others")
+        return []
     compared, wrong = 0, []
     for batch, supervisor in zip(inputs.batches, supervisors, strict=True):
         outputs, _ = session.prefill(batch, supervisor)
         others = last_token(batch.mask)[:, -_length(outputs, names) :, 0] == 0
         for layer, (raw, guarded) in zip(plan.layers, names, strict=True):
             compared += int(others.sum()) * plan.width
-            if not np.array_equal(outputs[raw][others], outputs[guarded][others]):
+            left, right = outputs[raw], outputs[guarded]
+            nothing = np.isnan(left) & np.isnan(right) & padded(left, batch.mask)
+            if not ((left == right) | nothing)[others].all():
                 wrong.append(f"layer {layer}")
-    return exact(name, compared, wrong)
+            compared -= int(nothing[others].sum())
+    return [exact(name, compared, wrong, f"{session.calls} calls")]
 
 
-def _supervisors(package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs) -> list[np.ndarray | None]:
+def _supervisors(
+    package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace
+) -> list[np.ndarray | None]:
     """The text-only pass of each batch, through the graph as it ships: with its gates forced, it would not listen."""
     if plan.mode not in MODES_WITH_SUPERVISOR:
         return [None for _ in inputs.batches]
-    session = open_decoder(package, load_graph(staged, vouched=True), folder=staged.parent, given=inputs.given)
+    graph = load_graph(staged, vouched=True)
+    session = place.open(lambda: open_decoder(package, graph, folder=staged.parent, given=inputs.given))
     found: list[np.ndarray | None] = []
     for text in inputs.texts:
         outputs, _ = session.prefill(text, listen(plan, text.size))
         found.append(outputs[COORDINATES_OUTPUT])
     return found
-
-
-def relative(a: np.ndarray, b: np.ndarray) -> float:
-    """Largest difference, relative to the largest number; two empty arrays differ by nothing."""
-    if not a.size:
-        return 0.0
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    if not (np.isfinite(x) == np.isfinite(y)).all():
-        return float("inf")
-    finite = np.isfinite(x)
-    scale = max(float(np.abs(x[finite]).max(initial=0.0)), 1e-6)
-    return float(np.abs(x - y)[finite].max(initial=0.0)) / scale

@@ -21,15 +21,23 @@ from ...graphs.rewrite import GuardReport
 from ...graphs.static_proof import Check
 from ...graphs.taps import STATES_OUTPUT, tap_last_token
 from ...runtime.decoder import open_decoder
+from ...runtime.decoder_place import DecoderPlace
+from .compare import Comparison
 from .headroom import Headroom
 from .inputs import ProofInputs
-from .prove import DECODE_STEPS, TOLERANCE, relative, roll
+from .limits import TOLERANCE
+from .prove import mask_at, roll
 
 Rolled = list[list[Mapping[str, np.ndarray]]]  # per batch, per call
 
 
 def prove_fold_by_running(
-    package: ModelPackage, staged: Path, plan: GuardPlan, report: GuardReport, inputs: ProofInputs
+    package: ModelPackage,
+    staged: Path,
+    plan: GuardPlan,
+    report: GuardReport,
+    inputs: ProofInputs,
+    place: DecoderPlace | None = None,
 ) -> tuple[Check, ...]:
     """All dynamic checks of a staged folded decoder.
 
@@ -38,19 +46,22 @@ def prove_fold_by_running(
         staged: the folded decoder's file, as it will ship.
         plan, report: what was planned and done.
         inputs: what to run on.
+        place: where decoders are opened, one at a time.
     """
+    place = place or DecoderPlace()
     projections = 0
 
     def reference(model: ir.Model) -> None:
         nonlocal projections
         projections = project_explicitly(model, plan)
 
-    unguarded = _run(package, _source(package, lambda model: None), package.decoder.parent, plan, inputs)
-    expected = _run(package, _source(package, reference), package.decoder.parent, plan, inputs)
-    found = _run(package, load_graph(staged, vouched=True), staged.parent, plan, inputs)
+    unguarded, _ = _run(package, _source(package, lambda model: None), package.decoder.parent, plan, inputs, place)
+    expected, _ = _run(package, _source(package, reference), package.decoder.parent, plan, inputs, place)
+    found, calls = _run(package, load_graph(staged, vouched=True), staged.parent, plan, inputs, place)
+    place.close()
     limit = _limit(load_graph(staged, vouched=True), plan, report)
     checks = [
-        _same_outputs(limit, report, expected, found, unguarded, projections, inputs),
+        _same_outputs(limit, report, expected, found, unguarded, projections, calls, inputs),
         _no_coordinate(limit, plan, unguarded, found, inputs),
     ]
     headroom = Headroom()
@@ -68,11 +79,13 @@ def _source(package: ModelPackage, change: Callable[[ir.Model], None]) -> ir.Mod
     return model
 
 
-def _run(package: ModelPackage, model: ir.Model, folder: Path, plan: GuardPlan, inputs: ProofInputs) -> Rolled:
-    """Every output and the last token's states, prefill and decode; one model in memory at a time."""
+def _run(
+    package: ModelPackage, model: ir.Model, folder: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace
+) -> tuple[Rolled, int]:
+    """Every output and the last token's states, prefill and decode, and how many calls that took; one model at a time."""
     tap_last_token(model, [planned.site for planned in plan.sites])
-    session = open_decoder(package, model, folder=folder, given=inputs.given)
-    return [roll(session, batch, None) for batch in inputs.batches]
+    session = place.open(lambda: open_decoder(package, model, folder=folder, given=inputs.given))
+    return [roll(session, batch, None) for batch in inputs.batches], session.calls
 
 
 def _limit(folded: ir.Model, plan: GuardPlan, report: GuardReport) -> float:
@@ -93,20 +106,25 @@ def _same_outputs(
     found: Rolled,
     unguarded: Rolled,
     projections: int,
+    calls: int,
     inputs: ProofInputs,
 ) -> Check:
-    compared, worst = 0, 0.0
-    for before, after in _pairs(expected, found):
-        for key, value in before.items():
-            compared += value.size
-            worst = max(worst, relative(value, after[key]))
-    moved = max((relative(a[key], b[key]) for a, b in _pairs(unguarded, found) for key in a), default=0.0)
+    seen, moved = _compared(expected, found, inputs), _compared(unguarded, found, inputs).worst
     note = (
-        f"{len(report.initializers)} folded weights against {projections} projections by nodes, prefill and {DECODE_STEPS} "
-        f"decode steps, {inputs.origin}; outputs are up to {moved:.1e} from the unguarded model's"
+        f"{len(report.initializers)} folded weights against {projections} projections by nodes, {calls} calls of each, "
+        f"{inputs.origin}; outputs are up to {moved:.1e} from the unguarded model's"
     )
-    ok = compared > 0 and projections > 0 and worst <= limit and moved > 0
-    return Check("outputs equal the source's with every writer projected", compared, worst, limit, ok, note)
+    note = f"{note}; {seen.note}" if seen.note and not seen.odd else seen.note or note
+    ok = seen.compared > 0 and projections > 0 and seen.worst <= limit and moved > 0
+    return Check("outputs equal the source's with every writer projected", seen.compared, seen.worst, limit, ok, note)
+
+
+def _compared(left: Rolled, right: Rolled, inputs: ProofInputs) -> Comparison:
+    found = Comparison("the projected source", "the folded model")
+    for number, (batch, before, after) in enumerate(zip(inputs.batches, left, right, strict=True)):
+        for call, (a, b) in enumerate(zip(before, after, strict=True)):
+            found.see(f"batch {number}, call {call}", mask_at(batch, call), a, b)
+    return found
 
 
 def _no_coordinate(limit: float, plan: GuardPlan, unguarded: Rolled, found: Rolled, inputs: ProofInputs) -> Check:

@@ -59,21 +59,21 @@ class GatesTold:
         if not self.plan.added_outputs:
             return
         mode = self.plan.mode
-        summed = _summed(mode, layer, state, supervisor)
+        length = summed(mode, layer, state, supervisor)
         expected = score(mode, layer, state, supervisor) if self.plan.telemetry or dials.held is None else None
         if self.plan.telemetry:
             assert expected is not None
-            off = np.abs(outputs[SCORES_OUTPUT][:, row : row + 1] - expected) / summed
+            off = np.abs(outputs[SCORES_OUTPUT][:, row : row + 1] - expected) / length
             self.worst = max(self.worst, float(off.max(initial=0.0)) if np.isfinite(off).all() else float("inf"))
             self.compared += off.size
         if self.plan.gate == "prompt":
             wanted, told = gate(mode, layer, state, supervisor, dials), outputs[PRESENT_GATE_OUTPUT][:, row : row + 1]
             sure = np.ones(told.shape, bool)
             if dials.held is None and expected is not None:  # by rounding alone such a gate may open here and not there
-                sure = np.abs(expected - (layer.threshold + dials.threshold_offset)) > self.limit * summed
+                sure = np.abs(expected - (layer.threshold + dials.threshold_offset)) > self.limit * length
             self.undecided += int((~sure).sum())
             self.decided += int(sure.sum())
-            self.opened += int(told[sure].sum())
+            self.opened += int((told[sure] > 0).sum())
             if not np.array_equal(told[sure], wanted[sure]):
                 self.wrong.append(f"layer {self.plan.layers[row]}")
 
@@ -90,7 +90,7 @@ class GatesTold:
         return tuple(made)
 
 
-def _summed(mode: str, layer: LayerGuard, state: np.ndarray, supervisor: np.ndarray | None) -> np.ndarray:
+def summed(mode: str, layer: LayerGuard, state: np.ndarray, supervisor: np.ndarray | None) -> np.ndarray:
     """What rounding is relative to, `[batch, 1]`: the length of the summands, row by row."""
     if mode == "supervise":
         assert supervisor is not None

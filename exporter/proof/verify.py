@@ -8,7 +8,7 @@ request both are run, which completes a folder that was exported with the proof 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,8 +49,10 @@ from ..packaging.triton_files import check_repository
 from ..sources import Source, Watch, unwatched
 from .config_check import require_config_of_graph
 from .inputs import ProofInputs, given_inputs
+from .level import ENGINES_RUN, ProofLevel, choose_level, is_more
 from .prove import prove_by_running
 from .prove_fold import prove_fold_by_running
+from .prove_local import prove_locally
 
 # the unguarded model and its anatomy -> what to run it on
 MakeInputs = Callable[[ModelPackage, DecoderAnatomy], ProofInputs]
@@ -95,8 +97,8 @@ def verify(
     Args:
         folder: a guarded folder, of graphs or of engines.
         source: the unguarded model (file or folder), if at hand; for engines the guarded folder that they were built from.
-        run: run the guarded graphs against the source's too. Where all holds, a manifest that says that the structure
-            alone was proved says so no longer.
+        run: run the guarded graphs against the source's too. A model that does not fit into the free memory is
+            not run; each of its guards is, by itself. Where all holds, the manifest records what was proved.
         proof_inputs: what to run them on, as for `export`.
         watch: told what is going on.
         public_key: PEM of who must have signed the folder (`signing`).
@@ -122,16 +124,21 @@ def verify(
     if manifest.engines:
         if proof_inputs:
             raise GuardError(f"{folder}: holds engines, which are run on prompts; leave --proof-inputs out")
-        return _finished(folder, manifest, checks + _verify_engines(folder, manifest, source, run, tell), run)
+        level = ENGINES_RUN if run else None
+        return _finished(folder, manifest, checks + _verify_engines(folder, manifest, source, run, tell), level)
     views = {view.decoder: view for view in open_guarded_package(folder, manifest).views()}
     originals = originals_of(source, manifest) if source is not None else {}
-    inputs = partial(_inputs, given=tuple(map(Path, proof_inputs)), tell=tell) if run else None
+    level = _level(manifest, originals) if run else None
+    is_run = level is not None and level.level == "full"
+    inputs = partial(_inputs, given=tuple(map(Path, proof_inputs)), tell=tell) if is_run else None
     for record in manifest.decoders:
         path = folder / record.path
         if path not in views:
             raise ManifestMismatch(f"{path}: is in the manifest, but is no decoder of this folder; export again")
         tell(f"verifying {path.name}", 0, 1)
         made = _verify_decoder(views[path], manifest, record, originals.get(record.path), inputs)
+        if level is not None and level.level == "local":
+            made += _each_guard(views[path], manifest, record)
         tell(f"verifying {path.name}", 1, 1)
         several = len(manifest.decoders) > 1
         checks += [replace(check, name=f"{path.name}: {check.name}") if several else check for check in made]
@@ -141,14 +148,32 @@ def verify(
         checks += _same_files_around(folder, manifest, originals[manifest.decoder])
     if all(check.ok for check in checks):  # the plan is the graph's: what differs now is the config
         _require_config(views[folder / manifest.decoder], manifest)
-    return _finished(folder, manifest, checks, run)
+    return _finished(folder, manifest, checks, level)
 
 
-def _finished(folder: Path, manifest: Manifest, checks: Sequence[Check], run: bool) -> Verification:
-    """What was found; a folder whose structure alone was proved is proved in full once all of it has run."""
+def _level(manifest: Manifest, originals: Mapping[str, ModelPackage]) -> ProofLevel:
+    """As at export: the model is run if it fits into the memory that is free."""
+    models = [(original, original.load_decoder()) for original in originals.values()]
+    return choose_level("auto", models, manifest.plan.get("lowering", ""))
+
+
+def _each_guard(package: ModelPackage, manifest: Manifest, record: DecoderRecord) -> list[Check]:
+    """Each guard by itself, for a model that is too large to be run here."""
+    graph = package.load_decoder()
+    strip_guard(graph)
+    plan = plan_again(package.root, manifest, record, graph, dissect(graph, package.expected_layers))
+    return list(prove_locally(package.decoder, plan, rewrite(graph, plan)))
+
+
+def _finished(folder: Path, manifest: Manifest, checks: Sequence[Check], level: ProofLevel | None) -> Verification:
+    """What was found; the manifest learns of a run that proved more than it says.
+
+    Args:
+        level: of this run; `None` where nothing was run.
+    """
     found = Verification(manifest, tuple(checks))
-    if run and found.ok and manifest.proved != "full":
-        manifest = manifest.model_copy(update={"proved": "full"})
+    if level is not None and found.ok and is_more(level.level, manifest.proved):
+        manifest = manifest.model_copy(update={"proved": level.level, "proved_because": f"by verify: {level.why}"})
         write_file(folder / MANIFEST_NAME, manifest.to_text().encode())
     return replace(found, manifest=manifest)
 

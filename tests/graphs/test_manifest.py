@@ -150,7 +150,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "files.a.size: Input should be a valid integer",
     ),
     ({"files": {"a": {"size": 1, "modified_ns": 1}}}, "files.a.sha256: Field required"),
-    ({"proved": "almost"}, "proved: Input should be 'full' or 'structure'"),
+    ({"proved": "almost"}, "proved: Input should be 'full', 'local' or 'structure'"),
     ({"decoders": [RECORD | {"proof": {}}]}, "decoders.0.proof: Input should be a valid list"),
     ({"decoders": [RECORD | {"proof": ["ok"]}]}, "decoders.0.proof.0: Input should be a valid dictionary"),
     ({"decoders": [RECORD | {"plan": None}]}, "decoders.0.plan: Input should be a valid dictionary"),

@@ -1,0 +1,150 @@
+"""What one guarded layer is run on by itself: states from zero to the end of the dtype, gates on both sides of the threshold.
+
+Every kind of state stands at every place of a call, so each is the last token of some row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...graphs.reference import LISTEN, LayerGuard
+from ...graphs.scribe import NUMPY_DTYPES
+
+TOKENS = 4
+_PAST = 3
+# Smallest and large states, and the end of what is promised to stay finite. float16 reads a coordinate in a unit of about
+# d^(-1/2) / 2, where smaller states than this have no digits left.
+_TINY = {"float32": 1e-6, "float16": 2e-2, "bfloat16": 1e-6}
+_LARGE = {"float32": 1e6, "float16": 32000.0, "bfloat16": 1e6}
+_LIMIT = {"float32": 1e30, "float16": 65504.0, "bfloat16": 1e30}
+# How far beyond rounding an aimed score lies from its threshold.
+_CLEAR = 3.0
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a layer's gate reads, and where it opens.
+
+    Attributes:
+        row: `[d]`, or `None` for a gate that does not read the state.
+        threshold: of the score.
+        limit: largest relative rounding of a score.
+    """
+
+    row: np.ndarray | None
+    threshold: float
+    limit: float
+
+    @classmethod
+    def of(cls, mode: str, layer: LayerGuard, limit: float) -> Aim:
+        row = {"steer": layer.ssd[0], "restore": layer.readout, "combined": layer.readout}.get(mode)
+        return cls(None if row is None else row.astype(np.float64), layer.threshold, limit)
+
+    def hit(self, state: np.ndarray, side: float, largest: float) -> np.ndarray:
+        """`state` moved until its score lies just above (`side` 1) or below (-1) the threshold, if `largest` allows it."""
+        if self.row is None:
+            return state
+        for direction in (self.row / (self.row @ self.row), np.sign(self.row) / np.abs(self.row).sum()):
+            moved = state
+            for _ in range(3):  # the margin depends on the state
+                margin = _CLEAR * self.limit * float(np.linalg.norm(moved * self.row)) + 1e-9
+                moved = state + (self.threshold + side * margin - state @ self.row) * direction
+            if np.abs(moved).max() <= largest:
+                return moved
+        return state
+
+
+Make = Callable[[np.random.Generator, int], np.ndarray]  # (random, d) -> one state
+
+
+def _kinds(layer: LayerGuard, aim: Aim, dtype: str) -> dict[str, Make]:
+    large = _LARGE[dtype]
+
+    def outlier(random: np.random.Generator, width: int) -> np.ndarray:
+        state = random.normal(size=width)
+        state[random.choice(width, 2, replace=False)] = 0.9 * large, -0.8 * large
+        return state
+
+    def along(sign: float) -> Make:
+        def make(random: np.random.Generator, width: int) -> np.ndarray:
+            weights = sign * np.abs(1 + random.normal(0, 0.3, layer.rank))
+            return 30 * weights @ layer.ssd + 0.1 * random.normal(size=width)
+
+        return make
+
+    return {
+        "ordinary": lambda random, width: random.normal(size=width),
+        "tiny": lambda random, width: _TINY[dtype] * random.normal(size=width),
+        "zero": lambda random, width: np.zeros(width),
+        "large": lambda random, width: large * random.uniform(-1, 1, width),
+        "outlier channels": outlier,
+        "along the direction": along(1.0),
+        "against the direction": along(-1.0),
+        "just above the threshold": lambda random, width: aim.hit(random.normal(size=width), 1.0, large),
+        "just below the threshold": lambda random, width: aim.hit(random.normal(size=width), -1.0, large),
+        "the dtype's limit": lambda random, width: _LIMIT[dtype] * random.choice([-1.0, 1.0], width),
+    }
+
+
+KINDS = 10  # of states, and so rows of a call
+
+
+def site_states(seed: int, layer: LayerGuard, aim: Aim, dtype: str) -> np.ndarray:
+    """`[KINDS, TOKENS, d]` in the dtype: every kind once at every token."""
+    random = np.random.default_rng(seed)
+    makers = list(_kinds(layer, aim, dtype).values())
+    assert len(makers) == KINDS
+    width = layer.ssd.shape[1]
+    rows = [[makers[(row + token) % KINDS](random, width) for token in range(TOKENS)] for row in range(KINDS)]
+    return np.array(rows).astype(NUMPY_DTYPES[dtype])
+
+
+@dataclass(frozen=True)
+class Masked:
+    """An attention mask of one call.
+
+    Attributes:
+        mask: `[KINDS, columns]` int64.
+        past: tokens in the cache before the call.
+    """
+
+    mask: np.ndarray
+    past: int = 0
+
+
+def masks() -> list[Masked]:
+    """Whole; padded left and right; behind a past; static (longer than the tokens so far), without a past and behind one."""
+    whole = np.ones((KINDS, TOKENS), np.int64)
+    padded, behind = whole.copy(), np.ones((KINDS, _PAST + TOKENS), np.int64)
+    for row in range(KINDS):
+        if row % 3 == 0:
+            padded[row, : 1 + row % 2] = 0
+        elif row % 3 == 1:
+            padded[row, TOKENS - 1 - row % 2 :] = 0
+        behind[row, : row % 3] = 0
+    room = np.zeros((KINDS, 5), np.int64)
+    static = [Masked(np.hstack([padded, room])), Masked(np.hstack([behind, room]), _PAST)]
+    return [Masked(whole), Masked(padded), Masked(behind, _PAST), *static]
+
+
+def supervisor_of(seed: int, mode: str, layer: LayerGuard, turned: int) -> np.ndarray:
+    """One layer's text-only coordinates `[KINDS, m]` float32: the first on both sides of the threshold and, in `supervise`,
+    at it and one step above."""
+    random = np.random.default_rng([seed, 7, turned])
+    told = random.normal(size=(KINDS, layer.rank)).astype(np.float32)
+    edge = np.float32(layer.threshold - (layer.text_shift if mode == "combined" else 0.0))
+    size = 1.0 + abs(layer.threshold) + abs(layer.text_shift)
+    far, near = np.float32(size), np.float32(1e-4 * size)  # float32 adds the shift, so nearer would be rounding
+    sides = [edge - far, edge + far, edge - near, edge + near]
+    if mode == "supervise":
+        sides += [edge, np.nextafter(edge, np.float32(np.inf))]
+    told[:, 0] = [sides[(row + turned) % len(sides)] for row in range(KINDS)]
+    return told
+
+
+def listening(rank: int) -> np.ndarray:
+    """The coordinates of a text-only pass, `[KINDS, rank]`."""
+    return np.full((KINDS, rank), LISTEN, np.float32)
