@@ -345,8 +345,8 @@ def _require_one_stream(
                 wanted = f" of the config's {declared.count}" if declared is not None else ""
                 raise AnatomyNotFound(
                     f"the stream splits: {len(inside)} attention nodes follow one another inside layer {layer} without "
-                    f"a sum that all paths pass (best partial match: {len(layers)} layers{wanted}); models with several "
-                    "residual streams cannot be guarded"
+                    f"a sum that all paths pass (best partial match: {len(layers)} layers{wanted}): several streams, "
+                    "or paths past the sums (per-layer embeddings, shared keys and values); such decoders cannot be guarded"
                 )
 
 

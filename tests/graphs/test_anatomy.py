@@ -520,7 +520,8 @@ def two_streams(layers: int) -> ir.Model:
 def test_several_streams_are_refused() -> None:
     assert refusal(two_streams(3)) == (
         "the stream splits: 3 attention nodes follow one another inside layer 0 without a sum that all paths pass "
-        "(best partial match: 1 layers); models with several residual streams cannot be guarded"
+        "(best partial match: 1 layers): several streams, or paths past the sums (per-layer embeddings, shared keys and "
+        "values); such decoders cannot be guarded"
     )
     assert "(best partial match: 1 layers of the config's 3)" in refusal(two_streams(3), 3)
 
