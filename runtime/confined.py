@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -36,6 +37,7 @@ from vlmguard.runtime.confined_jobs import serve
 serve({memory}, {module!r})
 """
 _START_SECONDS = 60.0
+_PATIENCE = 3  # seconds on the clock for a second of the job, on a machine that has other things to do
 _MOST_HELPERS = 4  # of a pool, at the same time; more jobs wait
 
 
@@ -51,7 +53,7 @@ class ConfinedPool:
     """Helper processes for one kind of work.
 
     Args:
-        seconds: that a job may take.
+        seconds: of the processor that a job may take, and `_PATIENCE` times that on the clock.
         memory: bytes of address space of a helper.
         module: of `runtime`, that the jobs need; imported before a job's time begins.
     """
@@ -73,12 +75,12 @@ class ConfinedPool:
         with self._places:
             helper, late = self._take(), threading.Event()
             try:
-                with _ended_after(helper, self.seconds, late):
+                with _ended_after(helper, _PATIENCE * self.seconds, late):
                     write_frame(_pipe(helper.stdin), {**values, "job": job, "seconds": self.seconds}, payload)
                     reply, content = read_frame(_pipe(helper.stdout))
             except (OSError, EOFError, ValueError):
                 _end(helper)
-                if late.is_set():
+                if late.is_set() or helper.returncode == -getattr(signal, "SIGXCPU", signal.SIGTERM):
                     raise LimitReached(f"it takes more than {self.seconds:g} s") from None
                 raise LimitReached(f"it crashes, or wants more than {self.memory >> 20} MiB of memory") from None
             except BaseException:  # interrupted: the helper's next frame would be the answer to this job

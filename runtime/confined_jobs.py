@@ -7,10 +7,12 @@ frame on stdout; the process ends when stdin ends, when a job takes too long, or
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import signal
 import struct
 import sys
+import time
 from collections.abc import Callable
 from importlib import import_module
 from typing import IO, Any
@@ -39,7 +41,8 @@ def serve(memory: int, module: str) -> None:
     while (frame := _next(jobs)) is not None:
         header, payload = frame
         # A thread in C: it ends the process even where the job never returns to Python, and where the parent is gone.
-        faulthandler.dump_traceback_later(header["seconds"] + 5, exit=True, file=watch)
+        faulthandler.dump_traceback_later(3 * header["seconds"] + 5, exit=True, file=watch)
+        _limit_processor(header["seconds"])
         reply, content = _answered(header, payload)
         write_frame(replies, reply, content)
         faulthandler.cancel_dump_traceback_later()
@@ -86,6 +89,18 @@ def _next(jobs: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
         return read_frame(jobs)
     except (EOFError, struct.error):
         return None
+
+
+def _limit_processor(seconds: float) -> None:
+    """From now on; the system ends the process (SIGXCPU), whatever it is doing."""
+    try:
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        most = math.ceil(time.process_time() + seconds)
+        resource.setrlimit(resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    except (ImportError, ValueError, OSError):  # the parent's clock is left
+        return
 
 
 def _limit(memory: int) -> None:

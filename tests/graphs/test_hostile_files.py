@@ -157,7 +157,7 @@ def test_a_graph_and_a_config_are_regular_files(tmp_path: Path) -> None:
     for name in ("model.onnx", "config.json"):
         os.mkfifo(tmp_path / name)
     assert refusal(lambda: open_package(tmp_path / "model.onnx")).endswith(
-        "no such file or folder; give a .onnx file or a model folder"
+        "is neither a file nor a folder; give a .onnx file or a model folder"
     )
     assert refusal(lambda: load_graph(tmp_path / "model.onnx")) == (
         f"{tmp_path / 'model.onnx'}: no such file; give an ONNX model"
