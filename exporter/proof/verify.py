@@ -129,16 +129,14 @@ def verify(
     views = {view.decoder: view for view in open_guarded_package(folder, manifest).views()}
     originals = originals_of(source, manifest) if source is not None else {}
     level = _level(manifest, originals) if run else None
-    is_run = level is not None and level.level == "full"
+    is_run, locally = (level is not None and level.level == name for name in ("full", "local"))
     inputs = partial(_inputs, given=tuple(map(Path, proof_inputs)), tell=tell) if is_run else None
     for record in manifest.decoders:
         path = folder / record.path
         if path not in views:
             raise ManifestMismatch(f"{path}: is in the manifest, but is no decoder of this folder; export again")
         tell(f"verifying {path.name}", 0, 1)
-        made = _verify_decoder(views[path], manifest, record, originals.get(record.path), inputs)
-        if level is not None and level.level == "local":
-            made += _each_guard(views[path], manifest, record)
+        made = _verify_decoder(views[path], manifest, record, originals.get(record.path), inputs, locally)
         tell(f"verifying {path.name}", 1, 1)
         several = len(manifest.decoders) > 1
         checks += [replace(check, name=f"{path.name}: {check.name}") if several else check for check in made]
@@ -155,14 +153,6 @@ def _level(manifest: Manifest, originals: Mapping[str, ModelPackage]) -> ProofLe
     """As at export: the model is run if it fits into the memory that is free."""
     models = [(original, original.load_decoder()) for original in originals.values()]
     return choose_level("auto", models, manifest.plan.get("lowering", ""))
-
-
-def _each_guard(package: ModelPackage, manifest: Manifest, record: DecoderRecord) -> list[Check]:
-    """Each guard by itself, for a model that is too large to be run here."""
-    graph = package.load_decoder()
-    strip_guard(graph)
-    plan = plan_again(package.root, manifest, record, graph, dissect(graph, package.expected_layers))
-    return list(prove_locally(package.decoder, plan, rewrite(graph, plan)))
 
 
 def _finished(folder: Path, manifest: Manifest, checks: Sequence[Check], level: ProofLevel | None) -> Verification:
@@ -216,7 +206,9 @@ def _verify_decoder(
     record: DecoderRecord,
     original: ModelPackage | None,
     inputs: MakeInputs | None,
+    locally: bool,
 ) -> list[Check]:
+    """One decoder; with `locally` each of its guards is run by itself."""
     shipped, stripped = package.load_decoder(), package.load_decoder()
     strip_guard(stripped)
     anatomy = dissect(stripped, package.declared_layers)
@@ -245,6 +237,8 @@ def _verify_decoder(
         ]
         if inputs is not None:
             checks += prove_by_running(original, package.decoder, plan, report, inputs(original, anatomy))
+        if locally:
+            checks += prove_locally(package.decoder, plan, report)
     return checks
 
 
