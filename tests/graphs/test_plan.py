@@ -105,8 +105,12 @@ def test_recommended_layers_come_before_all_layers() -> None:
 
 
 def test_a_layer_named_twice_is_guarded_once() -> None:
-    assert plan(directions((0, 2), recommended_layers=(2, 0, 2))).layers == (0, 2)
     assert plan(directions((0, 2)), layers=(2, 2)).layers == (2,)
+
+
+def test_a_directions_file_recommends_a_layer_once() -> None:
+    with pytest.raises(DirectionMismatch, match=r"layers \(2, 0, 2\) are recommended, one of them twice; name it once$"):
+        directions((0, 2), recommended_layers=(2, 0, 2))
 
 
 def test_layers_are_ascending_whatever_the_directions_order() -> None:
