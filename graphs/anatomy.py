@@ -184,7 +184,7 @@ def dissect(model: ir.Model, expected_layers: int | None = None) -> DecoderAnato
         AnatomyNotFound: with the reason and the best partial match.
     """
     prepare(model)
-    streams = _streams(Flow(model.graph), findfind_sink(model.graph), expected_layers)
+    streams = _streams(Flow(model.graph), find_sink(model.graph), expected_layers)
     nodes = sum(1 for _ in model.graph.all_nodes())
     certainty: Literal["confirmed", "structural"] = "structural" if expected_layers is None else "confirmed"
     return DecoderAnatomy(

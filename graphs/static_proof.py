@@ -6,7 +6,7 @@ some path avoids the guard. Each check counts what it compared, and an empty com
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,8 +172,7 @@ def _around(
     around = Surroundings(graph, barriers, sources, plan.width, text)
     read = {*_ANSWERS, *(stream.sink for stream in anatomy.streams if not stream.body)}
     sinks = {find_sink(graph), *(value for value in graph.outputs if value.name in read)}
-    wrong = [f"input {name!r} is gone" for name in text if all(value.name != name for value in graph.inputs)]
-    wrong += [said for sink in graph.outputs if sink in sinks for said in around.avoiding(sink)]
+    wrong = [said for sink in graph.outputs if sink in sinks for said in around.avoiding(sink)]
     leaks = leaking_outputs(around, [raw_sums[barrier.layer] for barrier in barriers], plan.added_outputs)
     return wrong + [f"layer {layer}: output {name!r} shows the state from before the guard" for layer, name in leaks]
 
@@ -230,16 +229,16 @@ def _signature(value: ir.Value) -> tuple[str | None, str, str]:
 
 
 def same_graph(name: str, expected: ir.Model, found: ir.Model) -> Check:
-    """Node for node (operator, inputs, outputs, attributes, order), initializer for initializer (bits), signature."""
-    wrong: list[str] = []
-    if expected.opset_imports != found.opset_imports:
-        wrong.append("operator sets differ")
+    """Node for node (operator, inputs, outputs, attributes, order), initializer for initializer (bits), signature, declared
+    types and shapes, and what else a runtime may go by (operator sets, metadata, functions)."""
+    wrong = [f"{what} differ" for what, of in _HEADERS.items() if of(expected) != of(found)]
     left, right = list(expected.graph), list(found.graph)
     if len(left) != len(right):
         wrong.append(f"{len(right)} nodes, expected {len(left)}")
     for a, b in zip(left, right, strict=False):
         if _node(a) != _node(b):
             wrong.append(f"node {b.name or b.outputs[0].name!r} differs")
+        wrong += [f"{y.name!r} is declared otherwise" for x, y in zip(a.outputs, b.outputs, strict=False) if _claim(x) != _claim(y)]
     before, after = expected.graph.initializers, found.graph.initializers
     wrong += [f"initializer {key!r} differs" for key in before if key not in after]
     wrong += [f"initializer {key!r} was added" for key in after if key not in before]
@@ -248,6 +247,19 @@ def same_graph(name: str, expected: ir.Model, found: ir.Model) -> Check:
         if [_signature(value) for value in a] != [_signature(value) for value in b]:
             wrong.append("inputs or outputs differ")
     return exact(name, len(left) + len(before), wrong)
+
+
+_HEADERS: Mapping[str, Callable[[ir.Model], object]] = {
+    "operator sets": lambda model: model.opset_imports,
+    "metadata": lambda model: (dict(model.metadata_props), dict(model.graph.metadata_props)),
+    "functions": lambda model: sorted(map(str, model.functions)),
+}
+
+
+def _claim(value: ir.Value) -> tuple[object, ...]:
+    """What a file declares of a value and a runtime may act on: type, rank and fixed sizes; the names of open ones not."""
+    shape = None if value.shape is None else tuple(size if isinstance(size, int) else None for size in value.shape)
+    return value.dtype, shape
 
 
 def _node(node: ir.Node) -> tuple[object, ...]:
@@ -276,7 +288,8 @@ def _body(graph: ir.Graph) -> tuple[object, ...]:
     names = tuple(tuple(value.name for value in values) for values in (graph.inputs, graph.outputs))
     tensors = {name: value.const_value for name, value in graph.initializers.items()}
     weights = tuple((name, None if tensor is None else _bits(tensor)) for name, tensor in sorted(tensors.items()))
-    return names, tuple(_node(node) for node in graph), weights
+    claims = tuple(_claim(value) for node in graph for value in node.outputs)
+    return names, tuple(_node(node) for node in graph), claims, weights
 
 
 def _bits(tensor: ir.TensorProtocol) -> tuple[object, ...]:
