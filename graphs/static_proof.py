@@ -233,12 +233,12 @@ def same_graph(name: str, expected: ir.Model, found: ir.Model) -> Check:
     types and shapes, and what else a runtime may go by (operator sets, metadata, functions)."""
     wrong = [f"{what} differ" for what, of in _HEADERS.items() if of(expected) != of(found)]
     left, right = list(expected.graph), list(found.graph)
+    wrong += _unfounded(expected, found)
     if len(left) != len(right):
         wrong.append(f"{len(right)} nodes, expected {len(left)}")
     for a, b in zip(left, right, strict=False):
         if _node(a) != _node(b):
             wrong.append(f"node {b.name or b.outputs[0].name!r} differs")
-        wrong += [f"{y.name!r} is declared otherwise" for x, y in zip(a.outputs, b.outputs, strict=False) if _claim(x) != _claim(y)]
     before, after = expected.graph.initializers, found.graph.initializers
     wrong += [f"initializer {key!r} differs" for key in before if key not in after]
     wrong += [f"initializer {key!r} was added" for key in after if key not in before]
@@ -256,10 +256,32 @@ _HEADERS: Mapping[str, Callable[[ir.Model], object]] = {
 }
 
 
-def _claim(value: ir.Value) -> tuple[object, ...]:
+def _unfounded(expected: ir.Model, found: ir.Model) -> list[str]:
+    """Values, those of bodies too, of which the found graph declares what the expected one does not."""
+    pairs = zip(expected.graph.all_nodes(), found.graph.all_nodes(), strict=False)
+    values = (both for a, b in pairs for both in zip(a.outputs, b.outputs, strict=False))
+    return [f"{y.name!r} is declared otherwise" for x, y in values if not _is_founded(_claim(x), _claim(y))]
+
+
+_Claim = tuple[ir.DataType | None, tuple[int | None, ...] | None]
+
+
+def _claim(value: ir.Value) -> _Claim:
     """What a file declares of a value and a runtime may act on: type, rank and fixed sizes; the names of open ones not."""
     shape = None if value.shape is None else tuple(size if isinstance(size, int) else None for size in value.shape)
     return value.dtype, shape
+
+
+def _is_founded(known: _Claim, claimed: _Claim) -> bool:
+    """Whether nothing is claimed that is not known; to claim less is no harm."""
+    (dtype, sizes), (its_dtype, its_sizes) = known, claimed
+    if its_dtype not in (None, dtype):
+        return False
+    if its_sizes is None:
+        return True
+    if sizes is None or len(sizes) != len(its_sizes):
+        return False
+    return all(size is None or size == right for right, size in zip(sizes, its_sizes, strict=True))
 
 
 def _node(node: ir.Node) -> tuple[object, ...]:
@@ -288,8 +310,7 @@ def _body(graph: ir.Graph) -> tuple[object, ...]:
     names = tuple(tuple(value.name for value in values) for values in (graph.inputs, graph.outputs))
     tensors = {name: value.const_value for name, value in graph.initializers.items()}
     weights = tuple((name, None if tensor is None else _bits(tensor)) for name, tensor in sorted(tensors.items()))
-    claims = tuple(_claim(value) for node in graph for value in node.outputs)
-    return names, tuple(_node(node) for node in graph), claims, weights
+    return names, tuple(_node(node) for node in graph), weights
 
 
 def _bits(tensor: ir.TensorProtocol) -> tuple[object, ...]:

@@ -24,12 +24,14 @@ from small_guarded import (
     edit_manifest,
     guard_small,
     make_the_manifest_fit,
+    make_the_plan_fit,
     node_called,
     one_ulp,
     set_numbers,
     small_model,
     tensor_called,
 )
+from tampering_graphs import GRAPH_ATTACKS
 from tiny_vlm_paths import digests
 
 from vlmguard.exporter.proof.both_sides import BothSides, open_both_sides
@@ -56,6 +58,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def graph(change: Callable[[onnx.ModelProto], Any]) -> Attack:
     return lambda folder: edit_graph(folder, change)
+
+
+def planned(change: Callable[[onnx.ModelProto], Any]) -> Attack:
+    """The graph is changed, and the manifest's plan is what our own code makes of it."""
+
+    def attack(folder: Path) -> None:
+        edit_graph(folder, change)
+        make_the_plan_fit(folder)
+
+    return attack
 
 
 def numbers(part: str, change: Callable[[np.ndarray], np.ndarray]) -> Attack:
@@ -375,6 +387,7 @@ FROM_FILES: dict[str, tuple[str, Attack]] = {
     "the plan says fewer layers": ("restore", plan_says(fewer_layers)),
     "the plan says another threshold": ("restore", plan_says(lambda plan: plan["sites"][0].update(tau=9.0))),
     "the plan says other positions": ("restore", plan_says(lambda plan: plan.update(positions="all"))),
+    **{name: ("restore", planned(change)) for name, change in GRAPH_ATTACKS.items()},
 }
 BESIDE_SOURCE: dict[str, Attack] = {
     "another guarded decoder swapped in": swap_guarded_decoder,
@@ -392,6 +405,7 @@ REMADE = "the guard is what the manifest's plan and directions make"
 EXTERNAL = "external weights are the source's files"
 PLAN = "the manifest's plan is not what its spec and directions give"
 LEAKS = "shows the state from before the guard"
+AROUND = "on a way around the guard"
 # What must be said of an attack; what is not here is found by making the guard again.
 SAID = {
     "every guard removed": "the decoder carries no guard",
@@ -401,6 +415,29 @@ SAID = {
     "an output more: a copy of the raw sum": f"layer 1: output 'copy' {LEAKS}",
     "an output more: unguarded logits": f"layer 1: output 'second_logits' {LEAKS}",
     "unguarded logits under the guarded ones' name": "layer 1: 'inputs_embeds' reaches 'logits' on a way around the guard",
+    **{name: f"layer 1: 'inputs_embeds' reaches 'logits' {AROUND}" for name in GRAPH_ATTACKS if "comes back" in name},
+    "a decoy carries the guard, the text goes round it": f"layer 1: 'inputs_embeds' reaches 'logits' {AROUND}",
+    **dict.fromkeys(
+        [
+            "a second decoder's token comes back: ArgMax",
+            "a second decoder's token comes back: a sum over an axis of that size",
+            "a second decoder's token comes back: the trip count of a Loop",
+            "a second decoder's token comes back: conditions of Ifs",
+            "a second decoder behind the guard reads the text anew",
+        ],
+        "the stream splits",  # the anatomy refuses them before any proof
+    ),
+    "a second decoder reads an input of its own": (
+        "layer 1: an attention that the guard does not change reaches 'logits' on a way around it"
+    ),
+    "an output more: how long the unguarded token counts": f"layer 1: output 'told' {LEAKS}",
+    "an output more: the raw sum under a name like the guard's": (
+        "only the planned guard bears the guard's names: 'vlmguard.coordinates/then_branch' is left"
+    ),
+    "the metadata configures the runtime": "configures onnxruntime by its metadata (ort_config)",
+    "metadata more under the guard's name": f"{REMADE}: metadata differ",
+    "a guarded state is declared to be one token long": f"{REMADE}: 'vlmguard/layer_1/guarded' is declared otherwise",
+    "a state is declared twice": "has value_info 'layer_0_sum' twice",
     "a second threshold of the same name": "has initializer 'vlmguard/layer_1/tau' twice",
     "a sparse threshold of the same name": "keeps weights as sparse_initializer",
     "a threshold in two forms": "has its numbers in several forms",
