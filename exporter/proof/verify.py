@@ -43,7 +43,7 @@ from ..artifact.signing import check_signature
 from ..calibration.calibrate import DEFAULT_BUDGET
 from ..calibration.guard_config import CONFIG_NAME
 from ..calibration.no_worse import Refusals
-from ..engines.verify import check_by_running, check_records, check_sources
+from ..engines.verify import check_around_engines, check_by_running, check_records, check_sources
 from ..guide import Guide
 from ..packaging.regenerate import check_packaged
 from ..packaging.triton_files import check_repository, own_code
@@ -225,7 +225,7 @@ def _verify_engines(folder: Path, manifest: Manifest, source: Path | str | None,
         return checks
     guarded = Path(source).absolute()
     checks += [replace(check, name=f"guarded graph: {check.name}") for check in verify(guarded, watch=tell).checks]
-    checks += check_sources(manifest, guarded)
+    checks += [*check_sources(manifest, guarded), check_around_engines(manifest, guarded)]
     if run and all(check.ok for check in checks):
         checks += check_by_running(folder, manifest, guarded, tell)
     return checks

@@ -31,6 +31,7 @@ from small_guarded import (
     small_model,
     tensor_called,
 )
+from tampering_folders import FOLDER_ATTACKS, SOURCE_ATTACKS
 from tampering_graphs import GRAPH_ATTACKS
 from tiny_vlm_paths import digests
 
@@ -545,7 +546,9 @@ def test_no_report_and_no_page_is_about_another_guard(made: Path, tmp_path: Path
 
 def test_the_documentation_counts_these_attacks() -> None:
     text = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
-    counts = len(FROM_FILES), len(BESIDE_SOURCE), len(SIGNED_ONLY)
-    assert f"{sum(counts)} attacks: {counts[0]} are caught from the files alone, {counts[1]} beside the source" in text
-    for name in (*FROM_FILES, *BESIDE_SOURCE, *SIGNED_ONLY):
+    files, beside = [*FROM_FILES, *FOLDER_ATTACKS], [*BESIDE_SOURCE, *SOURCE_ATTACKS]
+    total = len(files) + len(beside) + len(SIGNED_ONLY)
+    assert f"{total} attacks: {len(files)} are caught from the files alone, {len(beside)} with `--source`" in text
+    assert f"{len(SIGNED_ONLY)} by a signature alone" in text
+    for name in (*files, *beside, *SIGNED_ONLY):
         assert f"- {name}\n" in text, json.dumps(name)
