@@ -101,7 +101,7 @@ class Surroundings:
     def _text_avoiding(self, output: ir.Value) -> list[str]:
         found = []
         for value in self.text:
-            bits = self._reaches({cell: self._all for cell in self.influence.of([value], "numbers")}, output)
+            bits = self._reaches(dict.fromkeys(self.influence.of([value], "numbers"), self._all), output)
             found += [
                 f"layer {layer}: {value.name!r} reaches {output.name!r} on a way around the guard"
                 for layer in self._layers(bits)
@@ -109,7 +109,7 @@ class Surroundings:
         return found
 
     def _mixers_avoiding(self, output: ir.Value) -> list[str]:
-        inputs = {cell: self._all for cell in self.influence.of(self.graph.inputs, "numbers")}
+        inputs = dict.fromkeys(self.influence.of(self.graph.inputs, "numbers"), self._all)
         around = spread(self.influence, inputs, self.stops)
         behind = spread(self.influence, self.stops, {})
         mixers = {cell for cell, what in self.weights.items() if what == "mixer"}

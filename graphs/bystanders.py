@@ -41,7 +41,10 @@ def _answers(model: ir.Model, decoder: ir.Model, width: int) -> bool:
     vocabulary = shape[-1] if shape is not None and len(shape) else None
     if not isinstance(vocabulary, int) or vocabulary == width:
         return False
-    return any(value.shape is not None and len(value.shape) > 1 and value.shape[-1] == vocabulary for value in model.graph.outputs)
+    return any(
+        value.shape is not None and len(value.shape) > 1 and value.shape[-1] == vocabulary
+        for value in model.graph.outputs
+    )
 
 
 def _attends_to_text(model: ir.Model, width: int) -> bool:

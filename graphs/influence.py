@@ -150,7 +150,7 @@ class Influence:
             elif node.op_type == "Loop" and root < 2:
                 found |= self.of(node.inputs[:2])  # the turn's number, and the condition
             else:
-                found |= self.of([node.inputs[root]], *(["numbers"] if kind == "numbers" else _EXTENTS))
+                found |= self.of([node.inputs[root]], *_same(kind))
         return found
 
 
@@ -165,9 +165,7 @@ class _Summary(Influence):
             for kind in ("numbers", "sizes"):  # whatever comes in, any size may depend on numbers
                 self._root(value, kind, place)
         self._walk(body)
-        self._back = [
-            (body.inputs[first_input + state], body.outputs[first_output + state]) for state in range(states)
-        ]
+        self._back = [(body.inputs[first_input + state], body.outputs[first_output + state]) for state in range(states)]
 
     def _root(self, value: ir.Value, kind: Kind, root: int | ir.Value) -> int:
         self._add(value, kind, ())
@@ -182,9 +180,7 @@ class _Summary(Influence):
 
     def roots(self, value: ir.Value, *kinds: Kind) -> set[_Root]:
         """What an output comes from, this turn or an earlier one."""
-        returns = {
-            self._index[inner, kind]: end for inner, end in self._back for kind in ("numbers", "sizes")
-        }
+        returns = {self._index[inner, kind]: end for inner, end in self._back for kind in ("numbers", "sizes")}
         waiting, seen = list(self.of([value], *kinds)), set[int]()
         while waiting:
             cell = waiting.pop()
@@ -193,8 +189,13 @@ class _Summary(Influence):
             seen.add(cell)
             waiting += self.predecessors[cell]
             if cell in returns:
-                waiting += self.of([returns[cell]], *(["numbers"] if self.cells[cell][1] == "numbers" else _EXTENTS))
+                waiting += self.of([returns[cell]], *_same(self.cells[cell][1]))
         return {self._roots[cell] for cell in seen if cell in self._roots}
+
+
+def _same(kind: Kind) -> tuple[Kind, ...]:
+    """Where one body says sizes, the other may say rows."""
+    return ("numbers",) if kind == "numbers" else _EXTENTS
 
 
 def spread(influence: Influence, starts: Mapping[int, int], stops: Mapping[int, int]) -> list[int]:

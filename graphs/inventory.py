@@ -17,7 +17,9 @@ from .package import COMPANIONS, SIGNATURE_NAME
 # Programs, in the languages that runtimes load by themselves.
 CODE = frozenset({".so", ".dll", ".dylib", ".py", ".pyc", ".pyd", ".pbtxt"})
 # Weights that are not a graph's: a loader of checkpoints would take them, and they are unguarded.
-CHECKPOINTS = frozenset({".safetensors", ".gguf", ".ggml", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".tflite"})
+CHECKPOINTS = frozenset(
+    {".safetensors", ".gguf", ".ggml", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".tflite"}
+)
 # Triton runs a model's own in the place of its Python.
 _STUB = "triton_python_backend_stub"
 _TEXT_PARTS = (

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-_AS_FIRST = frozenset(
+
+def words(text: str) -> frozenset[str]:
+    """The names in a text."""
+    return frozenset(text.split())
+
+
+_AS_FIRST = words(
     """
     Abs Cast CastLike Ceil Clip Conv CumSum Cos DequantizeLinear Dropout Elu Erf Exp Expm1 Floor GatherElements Gelu
     HardSigmoid HardSwish Identity IsNaN LayerNormalization LeakyRelu Log LogSoftmax Neg Not Pad QuantizeLinear RMSNormalization
     Reciprocal Relu Round ScatterElements ScatterND Sigmoid Sign SimplifiedLayerNormalization Sin
     SkipLayerNormalization SkipSimplifiedLayerNormalization Slice Softmax Softplus Split Sqrt Tanh Tile TopK Transpose Trilu
     FastGelu QuickGelu BiasGelu ReverseSequence RotaryEmbedding
-    """.split()
+    """
 )
-BROADCAST = frozenset(
+BROADCAST = words(
     """
     Add And BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or PRelu Pow
     Sub Sum Where Xor
-    """.split()
+    """
 )
 _MATMULS = frozenset({"MatMul", "MatMulInteger", "FusedMatMul"})
 _STANDARD = frozenset({"", "ai.onnx", "com.microsoft"})
@@ -70,7 +76,9 @@ class Ranks:
         if kind == "Concat":
             return next((rank for rank in inputs if rank is not None), None)
         if kind == "Constant":
-            return next((len(a.as_tensor().shape) for a in node.attributes.values() if a.type is ir.AttributeType.TENSOR), None)
+            return next(
+                (len(a.as_tensor().shape) for a in node.attributes.values() if a.type is ir.AttributeType.TENSOR), None
+            )
         if kind in ("Range", "Shape"):
             return 1
         if kind == "NonZero" or kind == "Gemm":

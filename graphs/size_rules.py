@@ -11,7 +11,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from .ranks import BROADCAST, Ranks
+from .ranks import BROADCAST, Ranks, words
 
 # Reads the sizes of its input alone, never the numbers.
 READ_SIZES = frozenset({"Shape", "Size"})
@@ -41,14 +41,17 @@ _BY_NUMBERS: Mapping[str, Collection[int]] = {
     "GroupQueryAttention": (5, 6),  # seqlens_k, total_sequence_length: how long the caches come out
     "SparseAttention": (7, 8, 9),
     **dict.fromkeys(
-        [f"Reduce{what}" for what in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")],
+        [
+            f"Reduce{what}"
+            for what in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
+        ],
         (1,),
     ),
 }
 # Operators whose outputs are as large as their first input: what is written into it may be of any length.
 _AS_FIRST = frozenset({"ScatterND", "ScatterElements", "Scatter", "TensorScatter", "CumSum", "CastLike", "Trilu"})
 # Operators whose outputs' sizes follow from their inputs' sizes and their attributes.
-_BY_SIZES = frozenset(
+_BY_SIZES = words(
     """
     Abs Acos Acosh Add And Asin Asinh Atan Atanh AveragePool BatchNormalization BitShift BitwiseAnd BitwiseNot BitwiseOr
     BitwiseXor Cast CastLike Ceil Celu Clip Col2Im Concat Conv ConvInteger ConvTranspose Cos Cosh CumSum DepthToSpace
@@ -72,17 +75,17 @@ _BY_SIZES = frozenset(
     MatMulNBitsQLoRA MoEGroupRouter MulInteger QEmbedLayerNormalization RouterGateUpProj ScaledSiLU
     GatedAdd GatedRMSNorm GemmaRotaryEmbedding MRotaryEmbedding MatMulNBitsMlp MatMulNBitsQkv PackedAttention RMSNormRotary
     TransposeMatMul
-    """.split()
+    """
 )
 
 
 # Operators that keep the first axis of their first input where it is.
-_KEEP_ROWS = frozenset(
+_KEEP_ROWS = words(
     """
     Abs Cast CastLike Ceil Clip Concat Cos CumSum DequantizeLinear Dropout Erf Exp FastGelu Floor Gelu HardSigmoid HardSwish
     Identity IsNaN LayerNormalization LeakyRelu Log LogSoftmax Neg Not QuantizeLinear QuickGelu RMSNormalization Reciprocal
     Relu Round Sigmoid Sign SimplifiedLayerNormalization Sin Softmax Softplus Sqrt Tanh
-    """.split()
+    """
 )
 # Sizes of the first axis alone ("rows"), or of any.
 Extent = Literal["rows", "sizes"]

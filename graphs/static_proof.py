@@ -22,7 +22,6 @@ from .plan import GuardPlan, SitePlan
 from .rewrite import GuardedSite, GuardReport
 from .scribe import PREFIX
 
-
 # What runtimes read the answer from, by these names.
 _ANSWERS = frozenset({"logits", "last_hidden_state"})
 

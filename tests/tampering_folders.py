@@ -31,9 +31,13 @@ def community_model(root: Path) -> Path:
     (root / "onnx").mkdir(parents=True)
     onnx.save(ir.to_proto(decoder(layers=3)), root / DECODER)
     table = numpy_helper.from_array(np.random.default_rng(0).normal(size=(5, WIDTH)).astype(np.float32), "table")
-    save_outside(root / EMBED, _graph("Gather", ["table", "input_ids"], "inputs_embeds", [table], TensorProto.INT64, [1, 2]))
+    save_outside(
+        root / EMBED, _graph("Gather", ["table", "input_ids"], "inputs_embeds", [table], TensorProto.INT64, [1, 2])
+    )
     weight = numpy_helper.from_array(np.random.default_rng(1).normal(size=(WIDTH, WIDTH)).astype(np.float32), "weight")
-    save_outside(root / VISION, _graph("MatMul", ["pixel_values", "weight"], "features", [weight], TensorProto.FLOAT, [1, WIDTH]))
+    save_outside(
+        root / VISION, _graph("MatMul", ["pixel_values", "weight"], "features", [weight], TensorProto.FLOAT, [1, WIDTH])
+    )
     return with_texts(root)
 
 
@@ -211,7 +215,7 @@ def linked_folder(folder: Path) -> None:
 
 def key_twice(folder: Path) -> None:
     path = folder / "guard.json"
-    path.write_text(path.read_text().replace('{"schema"', '{"proved": "full", "schema"', 1).replace('{\n', '{"proved": "full",', 1))
+    path.write_text(path.read_text().replace("{", '{"proved": "full",', 1))
 
 
 def unlist(name: str) -> Attack:
@@ -244,7 +248,11 @@ AROUND = "files around the decoder are the source's"
 
 # name -> (which folder, what is done, what must be said)
 FOLDER_ATTACKS: dict[str, tuple[str, Attack, str]] = {
-    "an unguarded decoder in a second layout": ("genai", put(DECODER), f"holds {DECODER} beside its decoders, {BESIDE}"),
+    "an unguarded decoder in a second layout": (
+        "genai",
+        put(DECODER),
+        f"holds {DECODER} beside its decoders, {BESIDE}",
+    ),
     "a genai config that names an unguarded decoder": (
         "community",
         both(put("other.onnx"), put("genai_config.json", '{"model": {"decoder": {"filename": "other.onnx"}}}')),
@@ -270,9 +278,21 @@ FOLDER_ATTACKS: dict[str, tuple[str, Attack, str]] = {
         f"weights.bin {ADDED}",
     ),
     "an unguarded decoder behind padding": ("bare", padded, f"notes.bin {ADDED}"),
-    "a model in onnxruntime's own format": ("bare", put("more.ort", b"\x18\0\0\0ORTM"), "more.ort is compiled, and cannot"),
-    "an engine beside the graphs": ("bare", put("more.engine", b"ftrt"), "holds more.engine, its manifest lists no engine"),
-    "the manifest says that the graphs are engines": ("bare", manifest(engine_record), "holds no engine, its manifest lists an"),
+    "a model in onnxruntime's own format": (
+        "bare",
+        put("more.ort", b"\x18\0\0\0ORTM"),
+        "more.ort is compiled, and cannot",
+    ),
+    "an engine beside the graphs": (
+        "bare",
+        put("more.engine", b"ftrt"),
+        "holds more.engine, its manifest lists no engine",
+    ),
+    "the manifest says that the graphs are engines": (
+        "bare",
+        manifest(engine_record),
+        "holds no engine, its manifest lists an",
+    ),
     "a pipeline of graphs": (
         "genai",
         both(
@@ -349,14 +369,26 @@ SOURCE_ATTACKS: dict[str, tuple[str, Attack, str]] = {
         f"{AROUND}: additional_chat_templates/rag.jinja is not in the source",
     ),
     "another preprocessor": ("community", put("preprocessor_config.json", "{}"), f"{AROUND}: preprocessor_config.json"),
-    "another generation config": ("community", put("generation_config.json", "{}"), f"{AROUND}: generation_config.json"),
+    "another generation config": (
+        "community",
+        put("generation_config.json", "{}"),
+        f"{AROUND}: generation_config.json",
+    ),
     "the tokenizer's config removed": (
         "community",
         listed(lambda folder: (folder / "tokenizer_config.json").unlink()),
         f"{AROUND}: tokenizer_config.json is missing",
     ),
-    "the embeddings' weights edited": ("community", other_numbers(f"{EMBED}.data"), f"{AROUND}: {EMBED} is not the source's"),
-    "the encoder's weights edited": ("community", other_numbers(f"{VISION}.data"), f"{AROUND}: {VISION} is not the source's"),
+    "the embeddings' weights edited": (
+        "community",
+        other_numbers(f"{EMBED}.data"),
+        f"{AROUND}: {EMBED} is not the source's",
+    ),
+    "the encoder's weights edited": (
+        "community",
+        other_numbers(f"{VISION}.data"),
+        f"{AROUND}: {VISION} is not the source's",
+    ),
     "the weights of two graphs change places": (
         "community",
         listed(lambda folder: swap(folder / f"{EMBED}.data", folder / f"{VISION}.data")),
@@ -380,8 +412,10 @@ def make_folders(root: Path) -> None:
     community_model(root / "sources" / "community")
     genai_model(root / "sources" / "genai")
     community_model(root / "sources" / "variants")
-    shutil.copyfile(root / "sources" / "variants" / DECODER, root / "sources" / "variants" / "onnx/decoder_model_merged_q4.onnx")
-    bare = with_texts(root / "sources" / "bare") if (root / "sources" / "bare").mkdir() is None else root
+    variants = root / "sources" / "variants" / "onnx"
+    shutil.copyfile(variants / "decoder_model_merged.onnx", variants / "decoder_model_merged_q4.onnx")
+    (root / "sources" / "bare").mkdir()
+    bare = with_texts(root / "sources" / "bare")
     onnx.save(ir.to_proto(decoder(layers=3)), bare / "model.onnx")
     for name in ("bare", "community", "genai", "variants"):
         guard_folder(root / "sources" / name, root / name)

@@ -38,7 +38,9 @@ def copy_unguarded(model: onnx.ModelProto, reads: dict[str, str] | None = None, 
             model.graph.node.extend(
                 [
                     helper.make_node("Exp", [scores], [f"{shares}_grown"], name=f"second {shares} grown"),
-                    helper.make_node("ReduceSum", [f"{shares}_grown", axis], [f"{shares}_all"], name=f"second {shares} all"),
+                    helper.make_node(
+                        "ReduceSum", [f"{shares}_grown", axis], [f"{shares}_all"], name=f"second {shares} all"
+                    ),
                     helper.make_node("Div", [f"{shares}_grown", f"{shares}_all"], [shares], name=copy.name),
                 ]
             )
@@ -159,9 +161,7 @@ CHANNELS: dict[str, Callable[[onnx.ModelProto], Nodes]] = {
         ("Shape", ["cut"], ["sizes"]),
         ("Squeeze", ["sizes"], ["back"]),
     ),
-    "the Shape of an Expand": nodes(
-        LENGTH, ("Expand", ["unit", "length"], ["wide"]), ("Size", ["wide"], ["back"])
-    ),
+    "the Shape of an Expand": nodes(LENGTH, ("Expand", ["unit", "length"], ["wide"]), ("Size", ["wide"], ["back"])),
     "the Shape of a Tile": nodes(LENGTH, ("Tile", ["units", "length"], ["wide"]), ("Size", ["wide"], ["back"])),
     "the Size of zeros": nodes(LENGTH, ("ConstantOfShape", ["length"], ["zeros"]), ("Size", ["zeros"], ["back"])),
     "the Size of a Resize": nodes(

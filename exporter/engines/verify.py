@@ -74,7 +74,11 @@ def check_around_engines(manifest: Manifest, guarded: Path) -> Check:
     engines = {engine.path for engine in manifest.engines}
     here = {name: record.sha256 for name, record in manifest.files.items() if name not in engines}
     wrong = [name for name, digest in here.items() if name not in theirs or theirs[name].sha256 != digest]
-    wrong += [f"{name} is missing" for name in theirs if name not in here and is_read(guarded / name, name) and _is_text(guarded / name)]
+    wrong += [
+        f"{name} is missing"
+        for name in theirs
+        if name not in here and is_read(guarded / name, name) and _is_text(guarded / name)
+    ]
     return exact("files around the engines are the guarded folder's", len(here), wrong)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from ...graphs import triton
-
 from ...graphs.manifest import Manifest
 from ...graphs.package import ModelPackage, external_files, load_graph, read_json
 from ...graphs.static_proof import Check, exact

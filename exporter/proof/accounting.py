@@ -26,7 +26,14 @@ from ...graphs.static_proof import Check, exact
 # Configs that name graphs, by the key.
 _NAMES_A_GRAPH = frozenset({"filename", "file", "model_file", "model_file_name"})
 # Settings that make a runtime take graphs, weights or code from elsewhere.
-_REDIRECTS = ("external_initializers", "custom_ops", "ep.context", "ep_context", "optimized_model_filepath", "load_model_format")
+_REDIRECTS = (
+    "external_initializers",
+    "custom_ops",
+    "ep.context",
+    "ep_context",
+    "optimized_model_filepath",
+    "load_model_format",
+)
 _NO_CONFIGS = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json", "sbom.cdx.json"})
 
 
@@ -46,7 +53,9 @@ def text_inputs(package: ModelPackage) -> tuple[str, ...]:
 
 def check_layout(manifest: Manifest, package: ModelPackage) -> Check:
     """The folder is laid out as its manifest says."""
-    wrong = [] if package.layout == manifest.layout else [f"it is {package.layout}, the manifest says {manifest.layout}"]
+    wrong = (
+        [] if package.layout == manifest.layout else [f"it is {package.layout}, the manifest says {manifest.layout}"]
+    )
     if package.layout == "triton" and manifest.packaged is None:
         wrong.append("a Triton repository is made by `vlmguard package`, and its manifest does not say how")
     return exact("the folder has the layout that its manifest names", 1, wrong)
@@ -66,7 +75,9 @@ def check_graphs(
     decoders = {record.path for record in manifest.decoders}
     wrong = [said for name in graphs if name not in decoders and (said := _judged(folder, name, decoder, anatomy))]
     data = [(name, path) for name in graphs if not wrong for path in external_files(folder / name)]
-    unlisted = [f"{name} keeps weights in {path.name}" for name, path in data if _relative(folder, path) not in manifest.files]
+    unlisted = [
+        f"{name} keeps weights in {path.name}" for name, path in data if _relative(folder, path) not in manifest.files
+    ]
     strays = [f"{name} is {what}" for name in manifest.files if name not in code and (what := _stray(name))]
     misled, configs = _misled(folder, manifest, set(graphs))
     return [

@@ -1,4 +1,4 @@
-"""What surrounds a guarded decoder, compared with the unguarded model: external weights, encoders, tokenizer, templates, configs.
+"""What surrounds a guarded decoder, compared with the unguarded model: weights outside, encoders, tokenizer, templates, configs.
 
 External data is compared by content: a tensor is the same if it takes the same bytes of a file with the same SHA-256,
 whatever the file is called here. So neither a manifest nor a name decides which file stands for which.
@@ -42,7 +42,9 @@ class Contents:
             for value in part.initializers.values():
                 tensor = value.const_value
                 if isinstance(tensor, ir.ExternalTensor):
-                    value.const_value = relocated(tensor, files.get(graph.parent / str(tensor.location), str(tensor.location)))
+                    value.const_value = relocated(
+                        tensor, files.get(graph.parent / str(tensor.location), str(tensor.location))
+                    )
 
 
 def check_external_data(contents: Contents, original: Path, guarded: Path) -> list[Check]:
@@ -50,7 +52,9 @@ def check_external_data(contents: Contents, original: Path, guarded: Path) -> li
     before = set(contents.of(external_files(original)).values())
     own = guarded.with_name(f"{guarded.name}{GUARD_DATA}")
     after = {path: digest for path, digest in contents.of(external_files(guarded)).items() if path != own}
-    wrong = [path.name for path, digest in after.items() if digest not in before and not _is_guards(path, after, before)]
+    wrong = [
+        path.name for path, digest in after.items() if digest not in before and not _is_guards(path, after, before)
+    ]
     wrong += ["a file of the source is missing"] if before - set(after.values()) else []
     return [exact("external weights are the source's files", len(before), sorted(wrong))] if before or after else []
 
@@ -81,7 +85,9 @@ def check_around(
     ours = {DIRECTIONS_FILE, SBOM_NAME, *decoders, *graphs, *data}
     if package.layout == "triton":
         ours |= set(manifest.packaged.written) if manifest.packaged is not None else set()  # compared byte for byte
-    digests = contents.of([known[name] for name in manifest.files if name in known] + [folder / n for n in manifest.files])
+    digests = contents.of(
+        [known[name] for name in manifest.files if name in known] + [folder / n for n in manifest.files]
+    )
     for name in sorted(manifest.files.keys() - ours):
         compared += 1
         if name in made:
@@ -121,14 +127,12 @@ def _same_graph(here: Path, there: Path, contents: Contents) -> bool:
     return same_files and same_graph("", models[1], models[0]).ok
 
 
-def _missing(
-    manifest: Manifest, package: ModelPackage, original: ModelPackage, known: dict[str, Path]
-) -> list[str]:
+def _missing(manifest: Manifest, package: ModelPackage, original: ModelPackage, known: dict[str, Path]) -> list[str]:
     """What the source has, a runtime goes by, and the folder lacks. A source may have got notes and prompts since."""
     packaged = manifest.packaged is not None
     graphs = {name for name, path in known.items() if is_graph(path)}
     data = {path for name in graphs for path in external_files(known[name])}
-    moved = {path for path in _places(package, original).values()}
+    moved = set(_places(package, original).values())
     gone = []
     for name, path in known.items():
         if name in manifest.files or path in data or path in moved or not is_read(path, name):

@@ -65,7 +65,11 @@ def test_caught_beside_the_source(folders: Path, tmp_path: Path, name: str) -> N
 
 @pytest.mark.parametrize(
     "name",
-    ["an unguarded decoder in a second layout", "a genai config that names an unguarded decoder", "a pipeline of graphs"],
+    [
+        "an unguarded decoder in a second layout",
+        "a genai config that names an unguarded decoder",
+        "a pipeline of graphs",
+    ],
 )
 def test_the_runtime_refuses_a_second_decoder_too(folders: Path, tmp_path: Path, name: str) -> None:
     kind, attack, expected = FOLDER_ATTACKS[name]
