@@ -7,6 +7,7 @@ as a count or as a condition (`CHANNELS`), and is added to the guarded logits, s
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -89,7 +90,7 @@ def answer_with(channel: Callable[[onnx.ModelProto], Nodes]) -> Change:
     return change
 
 
-def nodes(*made: tuple[str, list[str], list[str]], **attributes: object) -> Callable[[onnx.ModelProto], Nodes]:
+def nodes(*made: tuple[str, list[str], list[str]], **attributes: Any) -> Callable[[onnx.ModelProto], Nodes]:
     """`attributes` are those of the last node."""
 
     def make(model: onnx.ModelProto) -> Nodes:

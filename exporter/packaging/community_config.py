@@ -20,7 +20,7 @@ _SAME = {
     "head_size": "head_dim",
 }
 _ALSO = {"vocab_size": "vocab_size", "context_length": "max_position_embeddings", "type": "model_type"}
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def config_bytes(content: Mapping[str, Any]) -> bytes:
@@ -41,7 +41,7 @@ def configs(package: ModelPackage, chunks: Mapping[str, int]) -> tuple[dict[str,
             )
         config = {new: genai["decoder"][old] for old, new in _SAME.items() if old in genai["decoder"]}
         config |= {new: genai[old] for old, new in _ALSO.items() if old in genai}
-        made = config = config | {name: genai[name] for name in _TOKENS if name in genai}
+        made = config = config | {name: genai[name] for name in TOKENS if name in genai}
     if chunks:
         own = config.get("transformers.js_config")
         made = config | {
@@ -50,5 +50,5 @@ def configs(package: ModelPackage, chunks: Mapping[str, int]) -> tuple[dict[str,
                 "use_external_data_format": dict(chunks),
             }
         }
-    tokens = {name: genai[name] for name in _TOKENS if name in genai} if isinstance(genai, dict) else {}
+    tokens = {name: genai[name] for name in TOKENS if name in genai} if isinstance(genai, dict) else {}
     return made, tokens if generation is None and tokens else None

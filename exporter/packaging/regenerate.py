@@ -6,6 +6,7 @@ from the layout; the record must say the same.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
 from ...graphs import triton
@@ -26,7 +27,7 @@ def check_packaged(folder: Path, manifest: Manifest, package: ModelPackage, orig
     """
     record = manifest.packaged
     assert record is not None
-    made = regenerated(package, original)
+    made = regenerated(package, original, record.written)
     graphs = _graphs(package)
     data = {_relative(package, path) for graph in graphs for path in external_files(graph)}
     movable = {_relative(package, graph) for graph in graphs} | data
@@ -49,12 +50,19 @@ def check_packaged(folder: Path, manifest: Manifest, package: ModelPackage, orig
     return exact("what was packaged is what the layout makes", len(record.written) + len(record.moved), wrong)
 
 
-def regenerated(package: ModelPackage, original: ModelPackage | None) -> dict[str, bytes | None]:
-    """The files that the packaging wrote, by path; `None` where their bytes are judged elsewhere."""
+def regenerated(
+    package: ModelPackage, original: ModelPackage | None, written: Collection[str]
+) -> dict[str, bytes | None]:
+    """The files that the packaging wrote, by path; `None` where their bytes are judged elsewhere.
+
+    Args:
+        original: the unguarded model, if at hand.
+        written: which are said to be; only configs that were made of another layout's depend on it.
+    """
     if package.layout == "genai":
         return {"genai_config.json": genai_config.config_bytes(package, load_graph(package.decoder, vouched=True))}
     if package.layout == "onnx-community":
-        return _community_configs(package, original)
+        return _community_configs(package, original, written)
     return {}
 
 
@@ -65,7 +73,9 @@ def is_left_out(layout: str, name: str) -> bool:
     return name == "genai_config.json" if layout == "onnx-community" else layout == "genai" and name.startswith("onnx/")
 
 
-def _community_configs(package: ModelPackage, original: ModelPackage | None) -> dict[str, bytes | None]:
+def _community_configs(
+    package: ModelPackage, original: ModelPackage | None, written: Collection[str]
+) -> dict[str, bytes | None]:
     chunks = {path.name: len(files) for path in _graphs(package) if (files := external_files(path))}
     if original is not None:
         made = zip(("config.json", _GENERATION), community_config.configs(original, chunks), strict=True)
@@ -75,7 +85,12 @@ def _community_configs(package: ModelPackage, original: ModelPackage | None) -> 
     settings = config.get("transformers.js_config")
     if chunks:
         settings = {**(settings if isinstance(settings, dict) else {}), "use_external_data_format": chunks}
-        found["config.json"] = community_config.config_bytes(config | {"transformers.js_config": settings})
+        config |= {"transformers.js_config": settings}
+    if chunks or "config.json" in written:  # made from genai_config.json, which is compared with the source alone
+        found["config.json"] = community_config.config_bytes(config)
+    generation = read_json(package.root / _GENERATION)
+    if _GENERATION in written and generation.keys() <= set(community_config.TOKENS):
+        found[_GENERATION] = community_config.config_bytes(generation)
     return found
 
 

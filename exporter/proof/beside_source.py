@@ -1,4 +1,4 @@
-"""What surrounds a guarded decoder, compared with the unguarded model: weights outside, encoders, tokenizer, templates, configs.
+"""What surrounds a guarded decoder, compared with the unguarded model: external data, encoders, tokenizer, configs.
 
 External data is compared by content: a tensor is the same if it takes the same bytes of a file with the same SHA-256,
 whatever the file is called here. So neither a manifest nor a name decides which file stands for which.
@@ -81,7 +81,8 @@ def check_around(
             wrong.append(f"{name} is not in the source")
         elif not _same_graph(folder / name, source, contents):
             wrong.append(f"{name} is not the source's")
-    made = regenerated(package, original) if manifest.packaged is not None else {}
+    record = manifest.packaged
+    made = regenerated(package, original, record.written) if record is not None else {}
     ours = {DIRECTIONS_FILE, SBOM_NAME, *decoders, *graphs, *data}
     if package.layout == "triton":
         ours |= set(manifest.packaged.written) if manifest.packaged is not None else set()  # compared byte for byte
