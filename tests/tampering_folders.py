@@ -338,7 +338,7 @@ FOLDER_ATTACKS: dict[str, tuple[str, Attack, str]] = {
     "a key that leads out": ("bare", another_key("config.json", "../config.json"), "lists a file outside the folder"),
     "a key with a detour": ("bare", renamed_key("config.json", "./config.json"), "which is no plain relative path"),
     "two keys of one file": ("bare", another_key("config.json", "CONFIG.JSON"), "which are one file on some systems"),
-    "a key twice": ("bare", key_twice, "stands there twice"),
+    "a key twice": ("bare", key_twice, "is given twice"),
     "a folder behind a link": ("bare", linked_folder, "more is a link to a folder or to nothing"),
     "a program": ("bare", put("modeling.py", "print()"), f"{CODE}: modeling.py is code"),
     "a program in a model folder": ("community", put("onnx/helper.so", "x"), f"{CODE}: onnx/helper.so is code"),
