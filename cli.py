@@ -806,6 +806,8 @@ def verify_command(
         )
     if not result.ok:
         failed = next((check for check in result.checks if not check.ok), None)
+        if result.state == "not verified":
+            raise GuardError(f"{guarded}: not verified: {result.missing}")
         raise GuardError(f"{guarded}: {failed.name if failed else 'nothing was checked'} does not hold; export again")
 
 

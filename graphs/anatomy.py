@@ -163,7 +163,7 @@ def dissect(model: ir.Model, expected_layers: LayerCount | int | None = None) ->
     """
     prepare(model)
     declared = LayerCount(expected_layers) if isinstance(expected_layers, int) else expected_layers
-    streams = _streams(Flow(model.graph), _sink(model.graph), declared)
+    streams = _streams(Flow(model.graph), find_sink(model.graph), declared)
     nodes = sum(1 for _ in model.graph.all_nodes())
     certainty: Literal["confirmed", "structural"] = "structural" if declared is None else "confirmed"
     return DecoderAnatomy(
@@ -295,16 +295,8 @@ def _is_flat(rows: ir.Value | None) -> bool:
     return reshaped and rows is not None and rows.shape is not None and len(rows.shape) != 3
 
 
-def same_lookups(flow: Flow, source: Vertex) -> list[Vertex]:
-    """The source, and every other lookup of the same tokens: a second decoder in the graph would begin there."""
-    if source.node is None or len(source.node.inputs) < 2:
-        return [source]
-    tokens = _token_input(source.node.inputs[1])
-    others = [vertex for vertex in _sources(flow) if vertex.node is not None and vertex is not source]
-    return [source, *(v for v in others if v.node and _token_input(v.node.inputs[1]) is tokens)]
-
-
-def _sink(graph: ir.Graph) -> ir.Value:
+def find_sink(graph: ir.Graph) -> ir.Value:
+    """The output that the stream ends in: the first with the type and rank of logits or of a state."""
     for value in graph.outputs:
         if value.dtype in STREAM_DTYPES and value.shape is not None and len(value.shape) in (2, 3):
             return value

@@ -107,7 +107,9 @@ def require_readable_once(path: Path, proto: onnx.ModelProto) -> None:
                 f"{path}: defines its own {function.name!r} in the domain {function.domain!r}, which runtimes define; refuse it"
             )
     nodes = initializers = 0
+    _require_no_settings(path, proto)
     for graph, depth in _graphs(proto):
+        _require_one_type(path, graph)
         if depth > DEEPEST:
             raise ModelUnreadable(f"{path}: has bodies nested more than {DEEPEST} deep; is it a decoder?")
         nodes, initializers = nodes + len(graph.node), initializers + len(graph.initializer)
@@ -123,6 +125,35 @@ def require_readable_once(path: Path, proto: onnx.ModelProto) -> None:
         _require_nodes(path, graph.node)
     for function in proto.functions:
         _require_nodes(path, function.node)
+
+
+def _require_no_settings(path: Path, proto: onnx.ModelProto) -> None:
+    """onnxruntime takes session settings from a model's metadata where its environment allows that."""
+    _require_once(path, "metadata", (entry.key for entry in proto.metadata_props))
+    if any(entry.key == "ort_config" for entry in proto.metadata_props):
+        raise ModelUnreadable(f"{path}: configures onnxruntime by its metadata (ort_config); save it without that")
+
+
+def _require_one_type(path: Path, graph: onnx.GraphProto) -> None:
+    """A value has one declared type: runtimes fold sizes that a file declares."""
+    _require_once(path, "value_info", (value.name for value in graph.value_info))
+    declared = {value.name: value.type for value in graph.value_info}
+    for value in (*graph.input, *graph.output):
+        if value.name in declared and not _agree(declared[value.name], value.type):
+            raise ModelUnreadable(f"{path}: declares two types of {value.name!r}, and readers differ; save it again")
+
+
+def _agree(first: onnx.TypeProto, second: onnx.TypeProto) -> bool:
+    """Whether one value can be of both types: names of open sizes may differ, element types and fixed sizes may not."""
+    if first.WhichOneof("value") != "tensor_type" or second.WhichOneof("value") != "tensor_type":
+        return first == second
+    a, b = first.tensor_type, second.tensor_type
+    if a.elem_type != b.elem_type:
+        return False
+    if not (a.HasField("shape") and b.HasField("shape")):
+        return True
+    sizes = [[d.dim_value if d.HasField("dim_value") else None for d in t.shape.dim] for t in (a, b)]
+    return len(sizes[0]) == len(sizes[1]) and all(x is None or y is None or x == y for x, y in zip(*sizes, strict=True))
 
 
 def _require_nodes(path: Path, nodes: Iterable[onnx.NodeProto]) -> None:

@@ -1,75 +1,70 @@
 """Outputs beside the one that the stream ends in: none may show a guarded layer's state as it was before the guard.
 
-The dominators say that the logits come from behind every guard. A graph may have more outputs, and whoever tampers with it
-may add one that computes the unguarded state again, or all the logits from it. Names say nothing about that, so depth does:
-a path's depth is how many attentions and sums it passes, the guard's own not counted. A layer's cache leaves the stream
-before that layer's attention, so it is less deep than the layer's sum; what is as deep as the sum of a guarded layer, and
-can be reached without passing the guard, shows what the guard should have changed.
+A graph may have more outputs, and an attacker may add one that computes the unguarded state again, or all the logits from
+it. Names prove nothing about that, so depth does: a path's depth is how many attentions and sums it passes, the guard's own
+not counted. A layer's cache leaves the stream before that layer's attention, so it is less deep than the layer's sum; what is
+as deep as the sum of a guarded layer, and can be reached from the text without passing the guard, shows what the guard should
+have changed. Paths through sizes count like all others (`influence.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
-from .anatomy import same_lookups
-from .dataflow import Flow, Vertex
-from .mixers import is_mixer, is_sum
-from .scribe import PREFIX
+from .avoidance import Surroundings
+
+_UNREACHED = -1
 
 
 def leaking_outputs(
-    flow: Flow,
-    outputs: Sequence[ir.Value],
-    source: Vertex,
-    raw_sum: Sequence[Vertex],
-    guard: Vertex,
-    own: Collection[str],
-) -> list[str]:
-    """Names of the outputs that show a layer's state from before its guard.
+    around: Surroundings, raw_sums: Sequence[Sequence[Sequence[ir.Value]]], passed: Collection[str]
+) -> list[tuple[int, str]]:
+    """`(layer, name)` of every output that shows a layer's state from before its guard.
 
     Args:
-        flow: of the body that the layer lies in.
-        outputs: of that body.
-        source: where the stream begins.
-        raw_sum: what the layer's unguarded sum is, or is added up from.
-        guard: behind which the guarded state lies.
-        own: outputs that the guard itself tells something with.
+        around: the guarded graph.
+        raw_sums: per barrier and body, what the layer's unguarded sum is, or the two values that it is added up from.
+        passed: exact names of the guard's own outputs, which are part of the plan.
     """
-    weights = [_weight(flow, vertex) for vertex in flow.vertices]
-    starts = {vertex.index for vertex in same_lookups(flow, source)}
-    whole = _depths(flow, weights, starts, avoid=None)
-    layer_sum = max((whole[vertex.index] or 0) for vertex in raw_sum) + (len(raw_sum) > 1)
-    past = _depths(flow, weights, starts, avoid=guard.index)
-    shown = []
-    for value in outputs:
-        vertex, name = flow.vertex(value), value.name or ""
-        if vertex is None or any(name == told or name.startswith(f"{told}/") for told in own):
+    nowhere = np.zeros(len(around.barriers), bool)
+    whole = _depths(around, {})
+    past = _depths(around, {cell: _bits(stop, len(nowhere)) for cell, stop in around.stops.items()})
+    limits = [max(_depth(around, whole, place, raw) for raw in sums) for place, sums in enumerate(raw_sums)]
+    found = []
+    for value in around.graph.outputs:
+        if value.name in passed:
             continue
-        depth = past[vertex.index]
-        if depth is not None and depth >= layer_sum:
-            shown.append(name)
-    return shown
+        cells = around.influence.of([value])
+        for place, limit in enumerate(limits):
+            if max((past[cell][place] for cell in cells), default=_UNREACHED) >= limit:
+                found.append((around.barriers[place].layer, value.name or ""))
+    return found
 
 
-def _weight(flow: Flow, vertex: Vertex) -> int:
-    """1 for an attention or a sum of the model's own."""
-    node = vertex.node
-    if node is None or (node.name or "").startswith(PREFIX):
-        return 0
-    return int(is_mixer(flow, vertex) or is_sum(flow, vertex))
+def _depth(around: Surroundings, depths: Sequence[np.ndarray], place: int, raw: Sequence[ir.Value]) -> int:
+    """Of a layer's sum; the sum of two values lies one deeper than they."""
+    return max((int(depths[cell][place]) for cell in around.influence.of(raw, "numbers")), default=0) + (len(raw) > 1)
 
 
-def _depths(flow: Flow, weights: Sequence[int], starts: Collection[int], avoid: int | None) -> list[int | None]:
-    """The depth of every vertex along the deepest path from a start; `None`: there is no path."""
-    depths: list[int | None] = []
-    for index, before in enumerate(flow.predecessors):
-        reached = [depth for depth in (depths[p] for p in before) if depth is not None]
-        if index == avoid:
-            depths.append(None)
-        elif reached or index in starts:
-            depths.append(max(reached, default=0) + weights[index])
-        else:
-            depths.append(None)
+def _depths(around: Surroundings, stops: dict[int, np.ndarray]) -> list[np.ndarray]:
+    """By cell and barrier, the depth of the deepest path from the text to it; `_UNREACHED` where there is none."""
+    unreached = np.full(len(around.barriers), _UNREACHED, np.int32)
+    starts, weights = around.text_cells(), around.weights
+    depths: list[np.ndarray] = []
+    for cell, before in enumerate(around.influence.predecessors):
+        deepest = unreached.copy() if cell not in starts else np.zeros_like(unreached)
+        for source in before:
+            np.maximum(deepest, depths[source], out=deepest)
+        if cell in weights:
+            deepest[deepest >= 0] += 1
+        if cell in stops:
+            deepest[stops[cell]] = _UNREACHED
+        depths.append(deepest)
     return depths
+
+
+def _bits(bits: int, count: int) -> np.ndarray:
+    return np.array([bool(bits >> place & 1) for place in range(count)])

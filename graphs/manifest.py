@@ -8,7 +8,6 @@ folder of engines `engines` says how each was built, and `decoders` what is said
 from __future__ import annotations
 
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .digests import BIG, Progress, sha256_files
 from .errors import ManifestMismatch
-from .package import COMPANIONS, LARGEST_JSON
+from .inventory import require_nothing_beside, require_plain_names
+from .package import LARGEST_JSON
 from .places import require_guarded_folder
 from .regular_files import read_regular
 from .strict_json import from_strict_json, to_strict_json
@@ -25,9 +25,6 @@ MANIFEST_NAME = "guard.json"
 SCHEMA = "vlmguard.guard/2"
 # What a runtime would run, were it put into the folder.
 _EXECUTED = (".onnx", ".ort", ".engine", ".plan")
-_CODE = (".so", ".dll", ".dylib", ".py", ".pyc", ".pbtxt")
-# Triton runs a model's own in the place of its Python.
-_STUB = "triton_python_backend_stub"
 
 # How much of the proof was done: `full` (the model was run), `local` (each guard was run by itself), or `structure` alone
 # (nothing was run). The structure is part of each.
@@ -183,7 +180,7 @@ def record_files(
 
 def may_go_unhashed(name: str, size: int) -> bool:
     """Whether a file's digest may be left out (`--no-digest`): of big weights only, never of what is run or read."""
-    return size >= BIG and not name.endswith((*_EXECUTED, ".json"))
+    return size >= BIG and not name.lower().endswith((*_EXECUTED, ".json", ".jinja"))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -235,9 +232,8 @@ def require_intact(
     unlisted = next((path for path in runs if path not in manifest.files), None)
     if not manifest.decoders or not runs or unlisted is not None:
         raise ManifestMismatch(f"{where}: does not list the decoder {unlisted!r}; export again")
+    require_plain_names(folder, where, manifest.files)
     for name, record in manifest.files.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ManifestMismatch(f"{where}: lists a file outside the folder ({name}); export again")
         path = folder / name
         if not path.is_file():
             raise ManifestMismatch(f"{folder}: {name} is missing; export again")
@@ -252,18 +248,8 @@ def require_intact(
     for name, record in hashed.items():
         if found[folder / name] != record.sha256:
             raise ManifestMismatch(f"{folder}: {name} is not the file that was proved (SHA-256 differs); export again")
-    read = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if _is_read(path)}
-    added = sorted(name for name in read - set(manifest.files) if not fnmatchcase(name, besides))
-    if added:
-        raise ManifestMismatch(f"{folder}: {added[0]} was added after the proof; remove it, or export again")
+    require_nothing_beside(folder, manifest.files, besides)
     return len(manifest.files)
-
-
-def _is_read(path: Path) -> bool:
-    """Whether some runtime would run a file or go by it: a graph, a program, a template, a tokenizer's part."""
-    if path.suffix.lower() in (*_EXECUTED, *_CODE):
-        return True
-    return path.name == _STUB or (path.name in COMPANIONS and not path.name.startswith(("README", "LICENSE")))
 
 
 def _unchanged(path: Path, record: FileRecord) -> bool:

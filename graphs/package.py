@@ -77,6 +77,11 @@ _TRANSFORMERS_MANIFEST = "export.json"
 SIGNATURE_NAME = "model.sig"
 SBOM_NAME = "sbom.cdx.json"
 _NEVER_COPIED = ("guard.json", "guard.toml", "directions.safetensors", SIGNATURE_NAME, SBOM_NAME)
+# Checkpoints are unguarded weights, and no program of a model's is ever run.
+_LEFT_BEHIND = frozenset(
+    {".safetensors", ".gguf", ".ggml", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".tflite"}
+    | {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib"}
+)
 GUARD_DATA = ".guard.data"  # what the guard's own external data is called, after the graph's file
 LARGEST_JSON = 64 << 20  # bytes; a config with a vocabulary in it has a few million
 _MOVED_FROM = 1024  # bytes; onnxruntime wants the numbers that shapes depend on inside the graph
@@ -229,7 +234,7 @@ class ModelPackage:
             relative = path.relative_to(self.root)
             hidden = any(part.startswith(".") for part in relative.parts)
             if path.is_file() and path not in own and not hidden and relative.as_posix() not in skipped:
-                if path.suffix == ".safetensors" or path.name in _NEVER_COPIED:
+                if path.suffix.lower() in _LEFT_BEHIND or path.name in _NEVER_COPIED:
                     continue
                 yield path, relative.as_posix()
 

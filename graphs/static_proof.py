@@ -6,13 +6,14 @@ some path avoids the guard. Each check counts what it compared, and an empty com
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 
-from .anatomy import DecoderAnatomy, ResidualStream
+from .anatomy import DecoderAnatomy, ResidualStream, find_sink
+from .avoidance import Barrier, Surroundings
 from .bodies import Body, find_bodies
 from .dataflow import Flow, Vertex, is_skip_norm
 from .dials import is_default
@@ -20,7 +21,11 @@ from .inline_weights import InFile
 from .leaks import leaking_outputs
 from .plan import GuardPlan, SitePlan
 from .rewrite import GuardedSite, GuardReport
+from .roles import input_roles
 from .scribe import PREFIX
+
+# What runtimes read the answer from, by these names.
+_ANSWERS = frozenset({"logits", "last_hidden_state"})
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,11 @@ def prove_structure(
     source: ir.Model, guarded: ir.Model, anatomy: DecoderAnatomy, plan: GuardPlan, report: GuardReport
 ) -> tuple[Check, ...]:
     """All static checks of a rewrite; `source` is the graph before it."""
+    roles = input_roles(source.graph)  # a genai_config.json may rename the inputs that are fed text
     return (
         signature_unchanged(source, guarded, plan),
         sites_guarded_once(guarded, plan, report),
-        guard_dominates(guarded, anatomy, plan, report),
+        guard_dominates(guarded, anatomy, plan, report, [name for name in (roles.tokens, roles.embeds) if name]),
         initializers_untouched(source, guarded),
     )
 
@@ -102,32 +108,40 @@ def sites_guarded_once(guarded: ir.Model, plan: GuardPlan, report: GuardReport) 
     return exact("every planned site guarded exactly once", len(report.sites), wrong, f"{len(names)} nodes")
 
 
-def guard_dominates(guarded: ir.Model, anatomy: DecoderAnatomy, plan: GuardPlan, report: GuardReport) -> Check:
-    """No path from a guarded layer to the output avoids its guard, in any body that holds the decoder; and no other output
-    shows the layer's state from before it."""
+def guard_dominates(
+    guarded: ir.Model, anatomy: DecoderAnatomy, plan: GuardPlan, report: GuardReport, text: Collection[str] = ()
+) -> Check:
+    """Nothing reaches the output around a guard (`avoidance.py`), and no other output shows a layer's state from before it.
+
+    Args:
+        guarded: the graph.
+        anatomy, plan, report: of it; `anatomy` as it was before the guard.
+        text: names of inputs that are fed text besides the usual ones.
+    """
     bodies = {body.name: body for body in find_bodies(guarded, anatomy.bodies)}
     wrong = [f"body {name!r} is no longer in the graph" for name in anatomy.bodies if name not in bodies]
     for stream in anatomy.streams:
         if stream.body in bodies:
             wrong += _avoiding(bodies[stream.body], stream, plan, report)
+    if not wrong:
+        wrong = _around(guarded.graph, bodies, anatomy, plan, report, text)
     return exact("no path avoids a guard (dominators)", len(report.sites), wrong)
 
 
 def _avoiding(body: Body, stream: ResidualStream, plan: GuardPlan, report: GuardReport) -> list[str]:
-    """What is wrong in one body, in words."""
+    """What is wrong with the way from the stream's source to its sink in one body, in words."""
     flow, values = body.flow(), body.values()
     source, sink = flow.vertex(values.get(stream.source)), flow.vertex(values.get(stream.sink))
     if source is None or sink is None:
         return [f"{stream.source!r} or {stream.sink!r} is no longer in the graph"]
     on_chain = {vertex.index for vertex in flow.dominator_chain(source, sink)}
-    found: list[str] = []
+    wrong: list[str] = []
     for planned, site in zip(plan.sites, report.sites, strict=True):
         if site.body != body.name:
             continue
-        wrong: list[str] = []
-        raw, new = values.get(site.raw) or values.get(f"{site.raw}/unguarded"), values.get(site.guarded)
+        raw, new = _before_and_after(values, site)
         if raw is None or new is None:
-            found.append(f"layer {site.layer_index}: the guarded value is gone")
+            wrong.append(f"layer {site.layer_index}: the guarded value is gone")
             continue
         own = set(site.nodes) | set(report.shared_nodes)
         if any(node.name not in own for node in raw.consumers()) or raw.is_graph_output():
@@ -135,14 +149,38 @@ def _avoiding(body: Body, stream: ResidualStream, plan: GuardPlan, report: Guard
         guard = _behind(flow, site, new, planned.site.anchor)
         if guard is None or guard.index not in on_chain:
             wrong.append(f"layer {site.layer_index}: a path avoids the guard")
-        elif not wrong:
-            summed, outputs = _summed(flow, values, planned, raw), list(body.graph.outputs)
-            leaks = leaking_outputs(flow, outputs, source, summed, guard, plan.added_outputs)
-            wrong = [
-                f"layer {site.layer_index}: output {name!r} shows the state from before the guard" for name in leaks
-            ]
-        found += wrong
-    return found
+    return wrong
+
+
+def _around(
+    graph: ir.Graph,
+    bodies: Mapping[str, Body],
+    anatomy: DecoderAnatomy,
+    plan: GuardPlan,
+    report: GuardReport,
+    text: Collection[str],
+) -> list[str]:
+    """What gets around the guards of the whole graph, in words; every guard is known to be in its place."""
+    values = {name: body.values() for name, body in bodies.items()}
+    behind: dict[int, list[ir.Value]] = {}
+    raw_sums: dict[int, list[list[ir.Value]]] = {}
+    for planned, site in zip(plan.sites, report.sites, strict=True):
+        raw, new = _before_and_after(values[site.body], site)
+        assert raw is not None and new is not None
+        behind.setdefault(site.layer_index, []).extend(_guarded_values(site, new, planned.site.anchor))
+        raw_sums.setdefault(site.layer_index, []).append(_summed(values[site.body], planned, raw))
+    barriers = [Barrier(layer, tuple(found)) for layer, found in sorted(behind.items())]
+    sources = [values[stream.body][stream.source] for stream in anatomy.streams]
+    around = Surroundings(graph, barriers, sources, plan.width, text)
+    read = {*_ANSWERS, *(stream.sink for stream in anatomy.streams if not stream.body)}
+    sinks = {find_sink(graph), *(value for value in graph.outputs if value.name in read)}
+    wrong = [said for sink in graph.outputs if sink in sinks for said in around.avoiding(sink)]
+    leaks = leaking_outputs(around, [raw_sums[barrier.layer] for barrier in barriers], plan.added_outputs)
+    return wrong + [f"layer {layer}: output {name!r} shows the state from before the guard" for layer, name in leaks]
+
+
+def _before_and_after(values: Mapping[str, ir.Value], site: GuardedSite) -> tuple[ir.Value | None, ir.Value | None]:
+    return values.get(site.raw) or values.get(f"{site.raw}/unguarded"), values.get(site.guarded)
 
 
 def _behind(flow: Flow, site: GuardedSite, new: ir.Value, anchor: str) -> Vertex | None:
@@ -154,10 +192,17 @@ def _behind(flow: Flow, site: GuardedSite, new: ir.Value, anchor: str) -> Vertex
     return flow.sum_vertex(readers[0]) if one else None
 
 
-def _summed(flow: Flow, values: Mapping[str, ir.Value], planned: SitePlan, raw: ir.Value) -> list[Vertex]:
+def _guarded_values(site: GuardedSite, new: ir.Value, anchor: str) -> Sequence[ir.Value]:
+    """The values that the guard has changed; of a fused norm all that it makes of the sum."""
+    if site.kind != "skip_norm":
+        return [new]
+    return [value for node in new.consumers() if node.outputs[0].name == anchor for value in node.outputs]
+
+
+def _summed(values: Mapping[str, ir.Value], planned: SitePlan, raw: ir.Value) -> list[ir.Value]:
     """The unguarded sum, or at a skip-norm its two summands."""
-    found = [raw] if planned.site.kind != "skip_norm" else [values.get(planned.site.residual), raw]
-    return [vertex for vertex in map(flow.vertex, found) if vertex is not None]
+    found = [values.get(planned.site.residual), raw] if planned.site.kind == "skip_norm" else [raw]
+    return [value for value in found if value is not None]
 
 
 def initializers_untouched(source: ir.Model, guarded: ir.Model) -> Check:
@@ -188,11 +233,11 @@ def _signature(value: ir.Value) -> tuple[str | None, str, str]:
 
 
 def same_graph(name: str, expected: ir.Model, found: ir.Model) -> Check:
-    """Node for node (operator, inputs, outputs, attributes, order), initializer for initializer (bits), signature."""
-    wrong: list[str] = []
-    if expected.opset_imports != found.opset_imports:
-        wrong.append("operator sets differ")
+    """Node for node (operator, inputs, outputs, attributes, order), initializer for initializer (bits), signature, declared
+    types and shapes, and what else a runtime may go by (operator sets, metadata, functions)."""
+    wrong = [f"{what} differ" for what, of in _HEADERS.items() if of(expected) != of(found)]
     left, right = list(expected.graph), list(found.graph)
+    wrong += _unfounded(expected, found)
     if len(left) != len(right):
         wrong.append(f"{len(right)} nodes, expected {len(left)}")
     for a, b in zip(left, right, strict=False):
@@ -206,6 +251,41 @@ def same_graph(name: str, expected: ir.Model, found: ir.Model) -> Check:
         if [_signature(value) for value in a] != [_signature(value) for value in b]:
             wrong.append("inputs or outputs differ")
     return exact(name, len(left) + len(before), wrong)
+
+
+_HEADERS: Mapping[str, Callable[[ir.Model], object]] = {
+    "operator sets": lambda model: model.opset_imports,
+    "metadata": lambda model: (dict(model.metadata_props), dict(model.graph.metadata_props)),
+    "functions": lambda model: sorted(map(str, model.functions)),
+}
+
+
+def _unfounded(expected: ir.Model, found: ir.Model) -> list[str]:
+    """Values, those of bodies too, of which the found graph declares what the expected one does not."""
+    pairs = zip(expected.graph.all_nodes(), found.graph.all_nodes(), strict=False)
+    values = (both for a, b in pairs for both in zip(a.outputs, b.outputs, strict=False))
+    return [f"{y.name!r} is declared otherwise" for x, y in values if not _is_founded(_claim(x), _claim(y))]
+
+
+_Claim = tuple[ir.DataType | None, tuple[int | None, ...] | None]
+
+
+def _claim(value: ir.Value) -> _Claim:
+    """What a file declares of a value and a runtime may act on: type, rank and fixed sizes; the names of open ones not."""
+    shape = None if value.shape is None else tuple(size if isinstance(size, int) else None for size in value.shape)
+    return value.dtype, shape
+
+
+def _is_founded(known: _Claim, claimed: _Claim) -> bool:
+    """Whether nothing is claimed that is not known; to claim less is no harm."""
+    (dtype, sizes), (its_dtype, its_sizes) = known, claimed
+    if its_dtype not in (None, dtype):
+        return False
+    if its_sizes is None:
+        return True
+    if sizes is None or len(sizes) != len(its_sizes):
+        return False
+    return all(size is None or size == right for right, size in zip(sizes, its_sizes, strict=True))
 
 
 def _node(node: ir.Node) -> tuple[object, ...]:

@@ -15,6 +15,8 @@ from .fold import SCOPE, original_name
 from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
 from .scribe import PREFIX
 
+_OWN = (PREFIX, "vlmguard.")
+
 
 def strip_guard(model: ir.Model) -> None:
     """Undo `rewrite` in place.
@@ -38,6 +40,17 @@ def strip_guard(model: ir.Model) -> None:
         graph.initializers.pop(name)
     for key in [key for key in model.metadata_props if key.startswith("vlmguard.")]:
         model.metadata_props.pop(key)
+
+
+def names_left(model: ir.Model) -> list[str]:
+    """Names in a stripped graph that only a guard may bear: of nodes, values, initializers, metadata and functions."""
+    names: set[str] = set(model.metadata_props) | {str(key) for key in model.functions}
+    for graph in model.graphs():
+        names |= {value.name or "" for value in (*graph.inputs, *graph.outputs)} | set(graph.initializers)
+        names |= set(graph.metadata_props)
+        for node in graph:
+            names |= {node.name or "", *(value.name or "" for value in node.outputs)}
+    return sorted(name for name in names if name.startswith(_OWN))
 
 
 def unfold(model: ir.Model) -> int:

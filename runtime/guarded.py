@@ -193,14 +193,18 @@ def open_guarded_package(folder: Path, manifest: Manifest) -> ModelPackage:
     """The package around the decoders that the manifest names, in its order.
 
     Raises:
-        ManifestMismatch: the folder holds others.
+        ManifestMismatch: the folder holds others, or graphs beside them that its layout has no place for.
     """
-    views = {
-        view.decoder.relative_to(view.root).as_posix(): view for view in open_package(folder, vouched=True).views()
-    }
+    package = open_package(folder, vouched=True)
+    views = {view.decoder.relative_to(view.root).as_posix(): view for view in package.views()}
     listed = [record.path for record in manifest.decoders]
     if sorted(views) != sorted(listed):
         raise ManifestMismatch(
             f"{folder}: holds the decoders {', '.join(sorted(views))}, the manifest lists {', '.join(listed)}; export again"
+        )
+    if package.left_out:
+        raise ManifestMismatch(
+            f"{folder}: holds {package.left_out[0]} beside its decoders, a graph that no proof is about; remove it, or export "
+            "again"
         )
     return replace(views[listed[0]], others=tuple(views[name].decoder for name in listed[1:]))

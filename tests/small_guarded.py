@@ -19,6 +19,11 @@ from onnx import numpy_helper
 from random_directions import write_directions
 
 import vlmguard
+from vlmguard.graphs.anatomy import dissect
+from vlmguard.graphs.directions import read_directions
+from vlmguard.graphs.package import open_package
+from vlmguard.graphs.plan import plan_guard
+from vlmguard.graphs.strip import strip_guard
 
 NAME = "model.onnx"
 
@@ -60,6 +65,21 @@ def make_the_manifest_fit(folder: Path) -> None:
             content["files"][name] |= {"sha256": sha256(path), "size": path.stat().st_size}
 
     edit_manifest(folder, fit)
+
+
+def make_the_plan_fit(folder: Path) -> None:
+    """What our own code plans for the graph as it is now, written into the manifest; no change where it refuses the graph."""
+    package = open_package(folder)
+    try:
+        model = package.load_decoder()
+        strip_guard(model)
+        manifest = json.loads((folder / "guard.json").read_text(encoding="utf-8"))
+        spec = {key: tuple(value) if isinstance(value, list) else value for key, value in manifest["spec"].items()}
+        found = read_directions(folder / "directions.safetensors")
+        plan = plan_guard(model, dissect(model), found, vlmguard.GuardSpec(**spec))
+    except vlmguard.GuardError:
+        return
+    edit_manifest(folder, lambda content: content["decoders"][0].update(plan=plan.to_json()))
 
 
 def sha256(path: Path) -> str:

@@ -14,6 +14,8 @@ import numpy as np
 from ...graphs.anatomy import DecoderAnatomy, dissect
 from ...graphs.digests import sha256_file
 from ...graphs.errors import ManifestMismatch
+from ...graphs.graph_content import is_graph
+from ...graphs.inventory import is_read
 from ...graphs.manifest import EngineRecord, Manifest, read_manifest
 from ...graphs.package import ModelPackage
 from ...graphs.reference import LISTEN
@@ -53,18 +55,37 @@ def check_records(manifest: Manifest) -> list[Check]:
 
 
 def check_sources(manifest: Manifest, guarded: Path) -> list[Check]:
-    """Every engine was built from the graph of that folder."""
-    files = {path.name: path for path in sorted(guarded.rglob("*.onnx"))}
+    """Every engine was built from the graph that has its role in that folder, and what lies around them is that folder's."""
+    package = open_guarded_package(guarded, read_manifest(guarded))
+    parts = {"decoder": package.decoder, "vision_encoder": package.vision_encoder, "embed_tokens": package.embed_tokens}
     wrong = []
     for engine in manifest.engines:
-        path = files.get(engine.source["graph"])
+        path = parts[engine.role]
         if path is None:
             raise ManifestMismatch(
-                f"{guarded}: holds no {engine.source['graph']}, which {engine.path} was built from; give that folder"
+                f"{guarded}: holds no {engine.role}, which {engine.path} was built from; give the folder that it was built from"
             )
         if sha256_file(path) != engine.source["sha256"]:
             wrong.append(engine.path)
     return [exact("every engine was built from the guarded folder's graph", len(manifest.engines), wrong)]
+
+
+def check_around_engines(manifest: Manifest, guarded: Path) -> Check:
+    """Tokenizer, templates and configs are those of the guarded folder that the engines were built from."""
+    theirs = read_manifest(guarded).files
+    engines = {engine.path for engine in manifest.engines}
+    here = {name: record.sha256 for name, record in manifest.files.items() if name not in engines}
+    wrong = [name for name, digest in here.items() if name not in theirs or theirs[name].sha256 != digest]
+    wrong += [
+        f"{name} is missing"
+        for name in theirs
+        if name not in here and is_read(guarded / name, name) and _is_text(guarded / name)
+    ]
+    return exact("files around the engines are the guarded folder's", len(here), wrong)
+
+
+def _is_text(path: Path) -> bool:
+    return not is_graph(path) and path.suffix != ".safetensors"
 
 
 def check_by_running(folder: Path, manifest: Manifest, guarded: Path, tell: Watch) -> list[Check]:

@@ -6,35 +6,22 @@ external data NAME.onnx_data, NAME.onnx_data_1, ...; config.json counts them, be
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
 from ...graphs.errors import GuardError
 from ...graphs.manifest import Manifest
-from ...graphs.package import ModelPackage, external_files, graph_bytes, load_graph, read_json, relocated
+from ...graphs.package import ModelPackage, external_files, graph_bytes, load_graph, relocated
 from ...graphs.roles import EMBEDS, MASK, POSITIONS, TOKENS, input_roles
 from ...graphs.staging import Data
 from ..sources import Watch
 from .arrangement import Arrangement, Packaged, loose_files, rearrange, require_other_layout
+from .community_config import GENAI, RUNTIME, config_bytes, configs
 from .known_inputs import require_known
 
-_RUNTIME = "transformers.js"
 _FED = (TOKENS, EMBEDS, MASK, POSITIONS, "num_logits_to_keep", "use_cache_branch")
-_GENAI = "genai_config.json"
-# `genai_config.json` says of the decoder what `config.json` says under other names.
-_SAME = {
-    "hidden_size": "hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_hidden_layers": "num_hidden_layers",
-    "num_key_value_heads": "num_key_value_heads",
-    "head_size": "head_dim",
-}
-_ALSO = {"vocab_size": "vocab_size", "context_length": "max_position_embeddings", "type": "model_type"}
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def package_onnx_community(
@@ -59,16 +46,16 @@ def arrange(manifest: Manifest, package: ModelPackage) -> Arrangement:
     Raises:
         GuardError: as for `package_onnx_community`.
     """
-    require_other_layout(package, "onnx-community", _RUNTIME)
+    require_other_layout(package, "onnx-community", RUNTIME)
     if package.layout == "transformers":
         raise GuardError(
             f"{package.root}: was written by transformers' exporter, whose decoder is two graphs with other input names than "
-            f"{_RUNTIME} feeds; convert the checkpoint with `vlmguard convert` and guard that"
+            f"{RUNTIME} feeds; convert the checkpoint with `vlmguard convert` and guard that"
         )
     decoder = load_graph(package.decoder, vouched=True)
-    require_known(decoder, str(package.decoder), _RUNTIME, _FED)
+    require_known(decoder, str(package.decoder), RUNTIME, _FED)
     graphs = _names(package, bool(input_roles(decoder.graph).embeds))
-    brought = {name: name for name in loose_files(manifest, package) if name != _GENAI}
+    brought = {name: name for name in loose_files(manifest, package) if name != GENAI}
     written: dict[str, bytes] = {}
     chunks: dict[str, int] = {}
     for here, graph in graphs.items():
@@ -83,11 +70,11 @@ def arrange(manifest: Manifest, package: ModelPackage) -> Arrangement:
         for path in files:
             name = renamed[path.relative_to(graph.parent).as_posix()]
             brought[f"onnx/{name}"] = path.relative_to(package.root).as_posix()
-    config, generation = _configs(package, chunks)
+    config, generation = configs(package, chunks)
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         if content is not None:
             brought.pop(name, None)
-            written[name] = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+            written[name] = config_bytes(content)
     runs = next(here for here, graph in graphs.items() if graph == package.decoder)
     return Arrangement("onnx-community", {package.decoder.relative_to(package.root).as_posix(): runs}, brought, written)
 
@@ -104,7 +91,7 @@ def _names(package: ModelPackage, takes_embeds: bool) -> dict[str, Path]:
     taken = [str(value.name) for value in load_graph(embed, vouched=True).graph.inputs]
     if taken != [TOKENS]:
         raise GuardError(
-            f"{embed}: takes {', '.join(taken)}, {_RUNTIME} gives input_ids alone and puts the image features in itself; "
+            f"{embed}: takes {', '.join(taken)}, {RUNTIME} gives input_ids alone and puts the image features in itself; "
             "keep the layout that it has"
         )
     graphs = {"onnx/decoder_model_merged.onnx": package.decoder, "onnx/embed_tokens.onnx": embed}
@@ -124,29 +111,3 @@ def _referring(graph: Path, renamed: Mapping[str, str]) -> bytes:
             if isinstance(tensor, ir.ExternalTensor):
                 value.const_value = relocated(tensor, renamed[Path(tensor.location).as_posix()])
     return graph_bytes(model)
-
-
-def _configs(package: ModelPackage, chunks: Mapping[str, int]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """`config.json` and `generation_config.json` where they must be written; `None`: the folder's own will do."""
-    generation = package.companion("generation_config.json")
-    genai = read_json(package.root / _GENAI).get("model")
-    config = package.config
-    made = None
-    if not config:
-        if not isinstance(genai, dict) or not isinstance(genai.get("decoder"), dict):
-            raise GuardError(
-                f"{package.root}: has no config.json, by which {_RUNTIME} goes; put the model's beside the graph"
-            )
-        config = {new: genai["decoder"][old] for old, new in _SAME.items() if old in genai["decoder"]}
-        config |= {new: genai[old] for old, new in _ALSO.items() if old in genai}
-        made = config = config | {name: genai[name] for name in _TOKENS if name in genai}
-    if chunks:
-        own = config.get("transformers.js_config")
-        made = config | {
-            "transformers.js_config": {
-                **(own if isinstance(own, dict) else {}),
-                "use_external_data_format": dict(chunks),
-            }
-        }
-    tokens = {name: genai[name] for name in _TOKENS if name in genai} if isinstance(genai, dict) else {}
-    return made, tokens if generation is None and tokens else None

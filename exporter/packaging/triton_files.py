@@ -48,6 +48,12 @@ def written_files(
     return content
 
 
+def own_code() -> tuple[str, ...]:
+    """The files in a repository that Triton runs or configures itself by; `check_repository` compares their bytes."""
+    parts = (triton.DECODER, triton.VISION_ENCODER, triton.EMBED_TOKENS, triton.FRONT)
+    return (f"{triton.FRONT}/{triton.VERSION}/model.py", *(f"{part}/{triton.CONFIG}" for part in parts))
+
+
 def _config(part: Part, options: TritonOptions, guard: dict[str, str]) -> str:
     return graph_config(part, options, guard if part.name == triton.DECODER else {})
 

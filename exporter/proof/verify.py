@@ -12,18 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
 from ...graphs.anatomy import DecoderAnatomy, dissect
-from ...graphs.digests import sha256_file, sha256_files
+from ...graphs.digests import sha256_file
 from ...graphs.directions import DIRECTIONS_FILE, read_directions
 from ...graphs.errors import GuardError, ManifestMismatch
 from ...graphs.fold import FOLD
 from ...graphs.fold_proof import prove_fold, refolded, writers_orthogonal
 from ...graphs.manifest import MANIFEST_NAME, DecoderRecord, Manifest, read_manifest, require_intact
-from ...graphs.package import COMPANIONS, GUARD_DATA, SBOM_NAME, ModelPackage, external_files, open_package, relocated
+from ...graphs.package import ModelPackage, open_package
 from ...graphs.plan import GuardPlan, plan_guard
 from ...graphs.rewrite import rewrite
 from ...graphs.spec import GuardSpec
@@ -37,16 +37,19 @@ from ...graphs.static_proof import (
     signature_unchanged,
     sites_guarded_once,
 )
-from ...graphs.strip import strip_guard
+from ...graphs.strip import names_left, strip_guard
 from ...runtime.guarded import open_guarded_package
 from ..artifact.signing import check_signature
 from ..calibration.calibrate import DEFAULT_BUDGET
 from ..calibration.guard_config import CONFIG_NAME
 from ..calibration.no_worse import Refusals
-from ..engines.verify import check_by_running, check_records, check_sources
+from ..engines.verify import check_around_engines, check_by_running, check_records, check_sources
 from ..guide import Guide
-from ..packaging.triton_files import check_repository
+from ..packaging.regenerate import check_packaged
+from ..packaging.triton_files import check_repository, own_code
 from ..sources import Source, Watch, unwatched
+from .accounting import check_engine_files, check_graphs, check_layout, require_kind, text_inputs
+from .beside_source import Contents, check_around, check_external_data
 from .config_check import require_config_of_graph
 from .inputs import ProofInputs, given_inputs
 from .level import ENGINES_RUN, ProofLevel, choose_level, is_more
@@ -54,8 +57,15 @@ from .prove import prove_by_running
 from .prove_fold import prove_fold_by_running
 from .prove_local import prove_locally
 
+_RUN_THE_ENGINES = (
+    "engines cannot be read back; run `vlmguard verify --run --source GUARDED` on the GPU that runs them, with the guarded "
+    "folder that they were built from"
+)
 # the unguarded model and its anatomy -> what to run it on
 MakeInputs = Callable[[ModelPackage, DecoderAnatomy], ProofInputs]
+
+
+State = Literal["verified", "failed", "not verified"]
 
 
 @dataclass(frozen=True)
@@ -65,18 +75,29 @@ class Verification:
     Attributes:
         manifest: of the folder.
         checks: each with what it compared.
+        missing: what could not be verified, and what to do about it; "" where nothing is missing. An engine cannot be read
+            back, so that only running it verifies it.
     """
 
     manifest: Manifest
     checks: tuple[Check, ...]
+    missing: str = ""
+
+    @property
+    def state(self) -> State:
+        if not self.checks or not all(check.ok for check in self.checks):
+            return "failed"
+        return "not verified" if self.missing else "verified"
 
     @property
     def ok(self) -> bool:
-        return bool(self.checks) and all(check.ok for check in self.checks)
+        return self.state == "verified"
 
     def to_json(self) -> dict[str, Any]:
         return {
             "ok": self.ok,
+            "state": self.state,
+            "missing": self.missing,
             "mode": self.manifest.plan.get("mode"),
             "layers": self.manifest.plan.get("layers"),
             "checks": [check.to_json() for check in self.checks],
@@ -121,29 +142,31 @@ def verify(
     note = f"by size alone, as asked at export: {', '.join(unhashed)}" if unhashed else ""
     checks = [*signed, exact("every file has the manifest's SHA-256", files - len(unhashed), [], note)]
     checks += _no_fewer_refused(manifest)
+    require_kind(folder, manifest)
     if manifest.engines:
         if proof_inputs:
             raise GuardError(f"{folder}: holds engines, which are run on prompts; leave --proof-inputs out")
-        level = ENGINES_RUN if run else None
-        return _finished(folder, manifest, checks + _verify_engines(folder, manifest, source, run, tell), level)
-    views = {view.decoder: view for view in open_guarded_package(folder, manifest).views()}
+        checks += _verify_engines(folder, manifest, source, run, tell)
+        missing = "" if source is not None and run else _RUN_THE_ENGINES
+        return replace(_finished(folder, manifest, checks, ENGINES_RUN if run else None), missing=missing)
+    guarded = open_guarded_package(folder, manifest)
+    checks.append(check_layout(manifest, guarded))
+    views = {view.decoder: view for view in guarded.views()}
     originals = originals_of(source, manifest) if source is not None else {}
     level = _level(manifest, originals) if run else None
     is_run, locally = (level is not None and level.level == name for name in ("full", "local"))
+    contents = Contents(folder, manifest)
     inputs = partial(_inputs, given=tuple(map(Path, proof_inputs)), tell=tell) if is_run else None
     for record in manifest.decoders:
         path = folder / record.path
         if path not in views:
             raise ManifestMismatch(f"{path}: is in the manifest, but is no decoder of this folder; export again")
         tell(f"verifying {path.name}", 0, 1)
-        made = _verify_decoder(views[path], manifest, record, originals.get(record.path), inputs, locally)
+        made = _verify_decoder(views[path], manifest, record, originals.get(record.path), inputs, locally, contents)
         tell(f"verifying {path.name}", 1, 1)
         several = len(manifest.decoders) > 1
         checks += [replace(check, name=f"{path.name}: {check.name}") if several else check for check in made]
-    if manifest.layout == "triton" and manifest.packaged is not None:
-        checks += check_repository(folder, manifest, views[folder / manifest.decoder])
-    if originals:
-        checks += _same_files_around(folder, manifest, originals[manifest.decoder])
+    checks += _verify_folder(folder, manifest, guarded, originals, contents)
     if all(check.ok for check in checks):  # the plan is the graph's: what differs now is the config
         _require_config(views[folder / manifest.decoder], manifest)
     return _finished(folder, manifest, checks, level)
@@ -153,6 +176,28 @@ def _level(manifest: Manifest, originals: Mapping[str, ModelPackage]) -> ProofLe
     """As at export: the model is run if it fits into the memory that is free."""
     models = [(original, original.load_decoder()) for original in originals.values()]
     return choose_level("auto", models, manifest.plan.get("lowering", ""))
+
+
+def _verify_folder(
+    folder: Path,
+    manifest: Manifest,
+    guarded: ModelPackage,
+    originals: Mapping[str, ModelPackage],
+    contents: Contents,
+) -> list[Check]:
+    """What lies around the decoders; which checks there are follows from the folder."""
+    original = originals.get(manifest.decoder)
+    stripped = guarded.load_decoder()
+    strip_guard(stripped)
+    code = frozenset(own_code()) if guarded.layout == "triton" else frozenset()
+    checks = check_graphs(folder, manifest, stripped, dissect(stripped, guarded.declared_layers), code)
+    if manifest.packaged is not None:
+        checks.append(check_packaged(folder, manifest, guarded, original))
+        if guarded.layout == "triton":
+            checks += check_repository(folder, manifest, guarded)
+    if original is not None and all(check.ok for check in checks):
+        checks += check_around(folder, manifest, guarded, original, contents)
+    return checks
 
 
 def _finished(folder: Path, manifest: Manifest, checks: Sequence[Check], level: ProofLevel | None) -> Verification:
@@ -189,12 +234,12 @@ def _no_fewer_refused(manifest: Manifest) -> list[Check]:
 
 
 def _verify_engines(folder: Path, manifest: Manifest, source: Path | str | None, run: bool, tell: Watch) -> list[Check]:
-    checks = check_records(manifest)
-    if source is None:
+    checks = [*check_engine_files(folder, manifest), *check_records(manifest)]
+    if source is None or not all(check.ok for check in checks):
         return checks
     guarded = Path(source).absolute()
     checks += [replace(check, name=f"guarded graph: {check.name}") for check in verify(guarded, watch=tell).checks]
-    checks += check_sources(manifest, guarded)
+    checks += [*check_sources(manifest, guarded), check_around_engines(manifest, guarded)]
     if run and all(check.ok for check in checks):
         checks += check_by_running(folder, manifest, guarded, tell)
     return checks
@@ -207,14 +252,16 @@ def _verify_decoder(
     original: ModelPackage | None,
     inputs: MakeInputs | None,
     locally: bool,
+    contents: Contents,
 ) -> list[Check]:
     """One decoder; with `locally` each of its guards is run by itself."""
     shipped, stripped = package.load_decoder(), package.load_decoder()
     strip_guard(stripped)
+    left = [f"{name!r} is left" for name in names_left(stripped)]
     anatomy = dissect(stripped, package.declared_layers)
     plan = plan_again(package.root, manifest, record, stripped, anatomy)
     if plan.lowering == FOLD:
-        return _verify_fold(package, manifest, shipped, anatomy, plan, original, inputs)
+        return [_names(stripped, left), *_verify_fold(package, shipped, anatomy, plan, original, inputs, contents)]
     again = package.load_decoder()
     strip_guard(again)
     dissect(again, package.declared_layers)
@@ -222,18 +269,20 @@ def _verify_decoder(
     checks = [
         same_graph("the guard is what the manifest's plan and directions make", again, shipped),
         sites_guarded_once(shipped, plan, report),
-        guard_dominates(shipped, anatomy, plan, report),
+        _names(stripped, left),
+        guard_dominates(shipped, anatomy, plan, report, text_inputs(package)),
     ]
     if original is not None:
         graph = original.load_decoder()
         dissect(graph)
+        contents.refer(graph, original.decoder)
         for model in (stripped, shipped):
-            _name_data_as_before(model, package, manifest)
+            contents.refer(model, package.decoder)
         checks += [
             same_graph("without its guard it is the source, node for node", stripped, graph),
             signature_unchanged(graph, shipped, plan),
             initializers_untouched(graph, shipped),
-            *_same_external_data(original.decoder, package, manifest),
+            *check_external_data(contents, original.decoder, package.decoder),
         ]
         if inputs is not None:
             checks += prove_by_running(original, package.decoder, plan, report, inputs(original, anatomy))
@@ -257,14 +306,20 @@ def _require_config(package: ModelPackage, manifest: Manifest) -> None:
     require_config_of_graph(package.root / CONFIG_NAME, plan, stripped, anatomy)
 
 
+def _names(stripped: ir.Model, left: list[str]) -> Check:
+    """Nothing but the planned guard bears its names."""
+    nodes = sum(1 for _ in stripped.graph.all_nodes())
+    return exact("only the planned guard bears the guard's names", nodes, left)
+
+
 def _verify_fold(
     package: ModelPackage,
-    manifest: Manifest,
     shipped: ir.Model,
     anatomy: DecoderAnatomy,
     plan: GuardPlan,
     original: ModelPackage | None,
     inputs: MakeInputs | None,
+    contents: Contents,
 ) -> list[Check]:
     """A folded decoder. The original weights are not in the folder: without the source, the algebra is what is checked."""
     checks = [writers_orthogonal(shipped, anatomy, plan)]
@@ -274,9 +329,11 @@ def _verify_fold(
     for model in (graph, again):
         dissect(model, original.declared_layers)
     report = rewrite(again, plan)
-    _name_data_as_before(shipped, package, manifest)
+    contents.refer(graph, original.decoder)
+    contents.refer(again, original.decoder)
+    contents.refer(shipped, package.decoder)
     checks += [refolded(again, shipped), *prove_fold(graph, shipped, anatomy, plan, report)[0::2]]
-    checks += _same_external_data(original.decoder, package, manifest)
+    checks += check_external_data(contents, original.decoder, package.decoder)
     if inputs is not None:
         checks += prove_fold_by_running(original, package.decoder, plan, report, inputs(original, anatomy))
     return checks
@@ -292,68 +349,16 @@ def originals_of(source: Path | str, manifest: Manifest) -> dict[str, ModelPacka
     """The unguarded decoder of every record; by its place in the folder, or by digest where a file was given."""
     package = open_package(source)
     views = {view.decoder.relative_to(view.root).as_posix(): view for view in package.views()}
-    found = {record.path: views.get(_before(manifest, record.path), package) for record in manifest.decoders}
+    by_digest = {sha256_file(view.decoder): view for view in views.values()} if len(views) > 1 else {}
+    found = {}
     for record in manifest.decoders:
-        original = found[record.path]
+        original = views.get(record.path) or by_digest.get(str(record.source.get("sha256")), package)
+        found[record.path] = original
         if sha256_file(original.decoder) != record.source.get("sha256"):
             raise ManifestMismatch(
                 f"{original.decoder}: is not the model that {record.path} was made from (SHA-256 differs); give that one"
             )
     return found
-
-
-def _same_external_data(source: Path, package: ModelPackage, manifest: Manifest) -> list[Check]:
-    """Weights outside the graph are compared as files: inside it there are only references to them."""
-    before = {path.name: digest for path, digest in sha256_files(external_files(source)).items()}
-    here = {
-        path: _before(manifest, path.relative_to(package.root).as_posix()) for path in external_files(package.decoder)
-    }
-    found = sha256_files(path for path, there in here.items() if not there.endswith(GUARD_DATA))
-    after = {Path(here[path]).name: digest for path, digest in found.items()}
-    wrong = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
-    return [exact("external weights are the source's files", len(before), sorted(wrong))] if before or after else []
-
-
-def _name_data_as_before(model: ir.Model, package: ModelPackage, manifest: Manifest) -> None:
-    """Let references to external data be those of the folder that this one was packaged from, to be compared as references."""
-    if manifest.packaged is None:
-        return
-    folder = package.decoder.parent.relative_to(package.root)
-    graph = Path(_before(manifest, package.decoder.relative_to(package.root).as_posix()))
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            there = Path(_before(manifest, (folder / str(tensor.location)).as_posix()))
-            location = there.relative_to(graph.parent).as_posix()
-            value.const_value = relocated(tensor, location)
-
-
-def _same_files_around(folder: Path, manifest: Manifest, original: ModelPackage) -> list[Check]:
-    """Encoders, embeddings, tokenizer, template, configs: what a prompt or a picture becomes before it meets the guard."""
-    decoders = [folder / record.path for record in manifest.decoders]
-    ours = {DIRECTIONS_FILE, SBOM_NAME, *(record.path for record in manifest.decoders)}
-    ours |= {data.relative_to(folder).as_posix() for decoder in decoders for data in external_files(decoder)}
-    ours |= set(manifest.packaged.written) if manifest.packaged is not None else set()
-    before = {relative: path for path, relative in original.files()}
-    here = {_before(manifest, name): name for name in manifest.files if name not in ours}
-    shared = sorted(here.keys() & before.keys())
-    digests = sha256_files([before[name] for name in shared] + [folder / here[name] for name in shared])
-    wrong = [here[name] for name in shared if digests[before[name]] != digests[folder / here[name]]]
-    wrong += [f"{here[name]} is not in the source" for name in sorted(here.keys() - before.keys())]
-    left = set(manifest.packaged.left_out) if manifest.packaged is not None else set()
-    gone = before.keys() - here.keys() - left - set(manifest.files)
-    wrong += [f"{name} is missing" for name in sorted(gone) if _is_needed(name)]
-    return [exact("files around the decoder are the source's", len(shared), wrong)] if shared or wrong else []
-
-
-def _before(manifest: Manifest, path: str) -> str:
-    """Where a file was when the folder had the source's layout."""
-    return manifest.packaged.before(path) if manifest.packaged is not None else path
-
-
-def _is_needed(name: str) -> bool:
-    """A source may have got notes and prompts since; graphs and what goes with a tokenizer were there."""
-    return name.endswith(".onnx") or Path(name).name in COMPANIONS
 
 
 # Of a plan: what was measured or remarked at export. It decides nothing, and cannot be made again from the folder's files.

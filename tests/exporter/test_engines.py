@@ -263,7 +263,9 @@ def test_the_folder_of_engines(guarded: Guarded, engines: Path) -> None:
     assert (decoder.backend, decoder.pads, manifest.proved) == ("tensorrt_rtx", True, "structure")
     assert not list(engines.rglob("*.onnx")) and (engines / "tokenizer.json").is_file()
     found = verify(engines, guarded("restore"))
-    assert found.ok and {check.name for check in found.checks} >= {
+    assert (found.ok, found.state) == (False, "not verified") and all(check.ok for check in found.checks)
+    assert found.missing.startswith("engines cannot be read back; run `vlmguard verify --run --source GUARDED`")
+    assert {check.name for check in found.checks} >= {
         "the builder showed the guard's nodes in every guarded layer",
         "every engine was built from the guarded folder's graph",
     }

@@ -158,9 +158,9 @@ def no_ports(folder: Path) -> None:
 
 
 BOTH_RULES = {
-    stray_model: "Triton finds one version of each model, and no other model",
-    second_version: "Triton finds one version of each model, and no other model",
-    renamed_model: "Triton finds one version of each model, and no other model",
+    stray_model: "a graph that no proof is about",
+    second_version: "a graph that no proof is about",
+    renamed_model: "a graph that no proof is about",
     other_config: "configs and front model are what the graphs give",
     other_front: "configs and front model are what the graphs give",
     no_ports: "configs and front model are what the graphs give",
@@ -180,7 +180,11 @@ def test_what_triton_would_load_besides_is_found(repository: Path, damage: Calla
 
     edit_manifest(repository, fit)
     make_the_manifest_fit(repository)
-    assert BOTH_RULES[damage] in [check.name for check in verify(repository).checks if not check.ok]
+    try:
+        said = "; ".join(check.name for check in verify(repository).checks if not check.ok)
+    except ManifestMismatch as error:
+        said = str(error)
+    assert BOTH_RULES[damage] in said
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,15 @@ from small_guarded import (
     edit_manifest,
     guard_small,
     make_the_manifest_fit,
+    make_the_plan_fit,
     node_called,
     one_ulp,
     set_numbers,
     small_model,
     tensor_called,
 )
+from tampering_folders import FOLDER_ATTACKS, SOURCE_ATTACKS
+from tampering_graphs import GRAPH_ATTACKS
 from tiny_vlm_paths import digests
 
 from vlmguard.exporter.proof.both_sides import BothSides, open_both_sides
@@ -56,6 +59,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def graph(change: Callable[[onnx.ModelProto], Any]) -> Attack:
     return lambda folder: edit_graph(folder, change)
+
+
+def planned(change: Callable[[onnx.ModelProto], Any]) -> Attack:
+    """The graph is changed, and the manifest's plan is what our own code makes of it."""
+
+    def attack(folder: Path) -> None:
+        edit_graph(folder, change)
+        make_the_plan_fit(folder)
+
+    return attack
 
 
 def numbers(part: str, change: Callable[[np.ndarray], np.ndarray]) -> Attack:
@@ -308,10 +321,16 @@ def without_numbers(model: onnx.ModelProto) -> None:
         model.graph.initializer.remove(tensor)
 
 
+def metadata(model: onnx.ModelProto, key: str, value: str) -> None:
+    entry = next((entry for entry in model.metadata_props if entry.key == key), None)
+    (entry if entry is not None else model.metadata_props.add(key=key)).value = value
+
+
 def fewer_layers_everywhere(folder: Path) -> None:
     """The guard of layer 1 is gone from the graph, the plan and the spec."""
     edit_graph(folder, without_guard)
     edit_graph(folder, without_numbers)
+    edit_graph(folder, lambda model: metadata(model, "vlmguard.layers", "0"))
     edit_manifest(folder, lambda manifest: manifest["spec"].update(layers=[0]))
     plan_says(fewer_layers)(folder)
 
@@ -369,6 +388,7 @@ FROM_FILES: dict[str, tuple[str, Attack]] = {
     "the plan says fewer layers": ("restore", plan_says(fewer_layers)),
     "the plan says another threshold": ("restore", plan_says(lambda plan: plan["sites"][0].update(tau=9.0))),
     "the plan says other positions": ("restore", plan_says(lambda plan: plan.update(positions="all"))),
+    **{name: ("restore", planned(change)) for name, change in GRAPH_ATTACKS.items()},
 }
 BESIDE_SOURCE: dict[str, Attack] = {
     "another guarded decoder swapped in": swap_guarded_decoder,
@@ -386,6 +406,7 @@ REMADE = "the guard is what the manifest's plan and directions make"
 EXTERNAL = "external weights are the source's files"
 PLAN = "the manifest's plan is not what its spec and directions give"
 LEAKS = "shows the state from before the guard"
+AROUND = "on a way around the guard"
 # What must be said of an attack; what is not here is found by making the guard again.
 SAID = {
     "every guard removed": "the decoder carries no guard",
@@ -394,7 +415,30 @@ SAID = {
     "an If inside the guard": "does not lead back to the value it guards",
     "an output more: a copy of the raw sum": f"layer 1: output 'copy' {LEAKS}",
     "an output more: unguarded logits": f"layer 1: output 'second_logits' {LEAKS}",
-    "unguarded logits under the guarded ones' name": f"layer 1: output 'logits' {LEAKS}",
+    "unguarded logits under the guarded ones' name": "layer 1: 'inputs_embeds' reaches 'logits' on a way around the guard",
+    **{name: f"layer 1: 'inputs_embeds' reaches 'logits' {AROUND}" for name in GRAPH_ATTACKS if "comes back" in name},
+    "a decoy carries the guard, the text goes round it": f"layer 1: 'inputs_embeds' reaches 'logits' {AROUND}",
+    **dict.fromkeys(
+        [
+            "a second decoder's token comes back: ArgMax",
+            "a second decoder's token comes back: a sum over an axis of that size",
+            "a second decoder's token comes back: the trip count of a Loop",
+            "a second decoder's token comes back: conditions of Ifs",
+            "a second decoder behind the guard reads the text anew",
+        ],
+        "the stream splits",  # the anatomy refuses them before any proof
+    ),
+    "a second decoder reads an input of its own": (
+        "layer 1: an attention that the guard does not change reaches 'logits' on a way around it"
+    ),
+    "an output more: how long the unguarded token counts": f"layer 1: output 'told' {LEAKS}",
+    "an output more: the raw sum under a name like the guard's": (
+        "only the planned guard bears the guard's names: 'vlmguard.coordinates/then_branch' is left"
+    ),
+    "the metadata configures the runtime": "configures onnxruntime by its metadata (ort_config)",
+    "metadata more under the guard's name": f"{REMADE}: metadata differ",
+    "a guarded state is declared to be one token long": f"{REMADE}: 'vlmguard/layer_1/guarded' is declared otherwise",
+    "a state is declared twice": "has value_info 'layer_0_sum' twice",
     "a second threshold of the same name": "has initializer 'vlmguard/layer_1/tau' twice",
     "a sparse threshold of the same name": "keeps weights as sparse_initializer",
     "a threshold in two forms": "has its numbers in several forms",
@@ -502,7 +546,9 @@ def test_no_report_and_no_page_is_about_another_guard(made: Path, tmp_path: Path
 
 def test_the_documentation_counts_these_attacks() -> None:
     text = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
-    counts = len(FROM_FILES), len(BESIDE_SOURCE), len(SIGNED_ONLY)
-    assert f"{sum(counts)} attacks: {counts[0]} are caught from the files alone, {counts[1]} beside the source" in text
-    for name in (*FROM_FILES, *BESIDE_SOURCE, *SIGNED_ONLY):
+    files, beside = [*FROM_FILES, *FOLDER_ATTACKS], [*BESIDE_SOURCE, *SOURCE_ATTACKS]
+    total = len(files) + len(beside) + len(SIGNED_ONLY)
+    assert f"{total} attacks: {len(files)} are caught from the files alone, {len(beside)} with `--source`" in text
+    assert f"{len(SIGNED_ONLY)} by a signature alone" in text
+    for name in (*files, *beside, *SIGNED_ONLY):
         assert f"- {name}\n" in text, json.dumps(name)

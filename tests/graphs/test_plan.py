@@ -109,7 +109,9 @@ def test_a_layer_named_twice_is_guarded_once() -> None:
 
 
 def test_a_directions_file_recommends_a_layer_once() -> None:
-    with pytest.raises(DirectionMismatch, match=r"layers \(2, 0, 2\) are recommended, one of them twice; name it once$"):
+    with pytest.raises(
+        DirectionMismatch, match=r"layers \(2, 0, 2\) are recommended, one of them twice; name it once$"
+    ):
         directions((0, 2), recommended_layers=(2, 0, 2))
 
 

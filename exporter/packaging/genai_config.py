@@ -1,0 +1,79 @@
+"""`genai_config.json`, from what a model's own configs and its decoder's inputs say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+
+from ...graphs.decoder_state import COMMUNITY_PAST, COMMUNITY_PRESENT
+from ...graphs.errors import GuardError
+from ...graphs.package import ModelPackage, read_json
+from ...graphs.roles import LOGITS, MASK, POSITIONS, TOKENS
+from ...graphs.strict_json import to_strict_json
+
+RUNTIME = "onnxruntime-genai"
+FED = (TOKENS, MASK, POSITIONS)
+GRAPH = "model.onnx"
+
+
+def config_bytes(package: ModelPackage, decoder: ir.Model) -> bytes:
+    """`genai_config.json` as it is written."""
+    return (to_strict_json(_config(package, decoder), indent=4) + "\n").encode()
+
+
+def _config(package: ModelPackage, decoder: ir.Model) -> dict[str, Any]:
+    """`genai_config.json`: who the model is, what its graph is called, how it is searched (greedy)."""
+    config, generation = package.config, read_json(package.root / "generation_config.json")
+    nested = config.get("text_config")
+    text = nested if isinstance(nested, dict) else config
+
+    def said(*names: str) -> Any:
+        found = (part.get(name) for name in names for part in (generation, text, config))
+        return next((value for value in found if value is not None), None)
+
+    inputs = {name: name for name in FED if any(value.name == name for value in decoder.graph.inputs)}
+    longest, heads = package.longest_sequence, said("num_attention_heads", "n_head")
+    known = {
+        "eos_token_id": said("eos_token_id"),
+        "vocab_size": said("vocab_size"),
+        "num_hidden_layers": package.expected_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": package.kv_heads,
+        "head_dim": package.head_size,
+        "hidden_size": said("hidden_size", "n_embd"),
+        "max_position_embeddings": longest,
+    }
+    missing = [name for name, value in known.items() if value is None]
+    if missing:
+        raise GuardError(
+            f"{package.root}: its configs do not say {missing[0]}, which {RUNTIME} has to know; put the model's config.json "
+            "beside it"
+        )
+    shares = any(node.op_type == "GroupQueryAttention" for node in decoder.graph.all_nodes())
+    eos = known["eos_token_id"]
+    first = eos[0] if isinstance(eos, list) else eos
+    return {
+        "model": {
+            "bos_token_id": said("bos_token_id") if said("bos_token_id") is not None else first,
+            "context_length": longest,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": GRAPH,
+                "head_size": known["head_dim"],
+                "hidden_size": known["hidden_size"],
+                "inputs": inputs | {f"past_{kind}_names": f"{COMMUNITY_PAST}.%d.{kind}" for kind in ("key", "value")},
+                "outputs": {LOGITS: LOGITS}
+                | {f"present_{kind}_names": f"{COMMUNITY_PRESENT}.%d.{kind}" for kind in ("key", "value")},
+                "num_attention_heads": heads,
+                "num_hidden_layers": known["num_hidden_layers"],
+                "num_key_value_heads": known["num_key_value_heads"],
+            },
+            "eos_token_id": eos,
+            "pad_token_id": said("pad_token_id") if said("pad_token_id") is not None else first,
+            "type": said("model_type"),
+            "vocab_size": known["vocab_size"],
+        },
+        # One buffer for past and present is GroupQueryAttention's alone.
+        "search": {"do_sample": False, "max_length": longest, "past_present_share_buffer": shares},
+    }

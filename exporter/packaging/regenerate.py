@@ -1,0 +1,107 @@
+"""What `vlmguard package` writes into a folder, made again from the folder: nothing that it wrote is taken on trust.
+
+A manifest's record of the packaging (`packaged`) decides nothing. Which files a layout makes, moves and leaves out follows
+from the layout; the record must say the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
+
+from ...graphs import triton
+from ...graphs.manifest import Manifest
+from ...graphs.package import ModelPackage, external_files, load_graph, read_json
+from ...graphs.static_proof import Check, exact
+from . import community_config, genai_config
+
+_GENERATION = "generation_config.json"
+
+
+def check_packaged(folder: Path, manifest: Manifest, package: ModelPackage, original: ModelPackage | None) -> Check:
+    """The record of the packaging is what the layout's arrangement gives, and so is every file that it wrote.
+
+    Args:
+        package: of the folder.
+        original: the unguarded model, if at hand.
+    """
+    record = manifest.packaged
+    assert record is not None
+    made = regenerated(package, original, record.written)
+    graphs = _graphs(package)
+    data = {_relative(package, path) for graph in graphs for path in external_files(graph)}
+    movable = {_relative(package, graph) for graph in graphs} | data
+    wrong = []
+    if package.layout == "onnx-community":  # where data is outside, the graph's references to it were written anew
+        made |= {_relative(package, graph): None for graph in graphs if external_files(graph)}
+    elif package.layout == "triton":  # `check_repository` compares their bytes
+        made |= dict.fromkeys([name for name in record.written if _is_of_triton(name)])
+    for name in sorted(set(record.written) | made.keys()):
+        if name not in made or name not in record.written:
+            wrong.append(f"{name} is {'not ' if name in made else ''}said to be written anew")
+        elif made[name] is not None and (folder / name).read_bytes() != made[name]:
+            wrong.append(f"{name} is not what the packaging makes")
+    if len(set(record.moved.values())) != len(record.moved):
+        wrong.append("two files are said to have been one")
+    for here, there in record.moved.items():
+        plain = not PurePosixPath(there).is_absolute() and ".." not in PurePosixPath(there).parts
+        if here not in movable or here == there or not plain:
+            wrong.append(f"{here} is said to have been {there}")
+    return exact("what was packaged is what the layout makes", len(record.written) + len(record.moved), wrong)
+
+
+def regenerated(
+    package: ModelPackage, original: ModelPackage | None, written: Collection[str]
+) -> dict[str, bytes | None]:
+    """The files that the packaging wrote, by path; `None` where their bytes are judged elsewhere.
+
+    Args:
+        original: the unguarded model, if at hand.
+        written: which are said to be; only configs that were made of another layout's depend on it.
+    """
+    if package.layout == "genai":
+        return {"genai_config.json": genai_config.config_bytes(package, load_graph(package.decoder, vouched=True))}
+    if package.layout == "onnx-community":
+        return _community_configs(package, original, written)
+    return {}
+
+
+def is_left_out(layout: str, name: str) -> bool:
+    """Whether an arrangement leaves out a file of the guarded folder that is no graph of the model."""
+    if layout == "triton":
+        return "/" in name
+    return name == "genai_config.json" if layout == "onnx-community" else layout == "genai" and name.startswith("onnx/")
+
+
+def _community_configs(
+    package: ModelPackage, original: ModelPackage | None, written: Collection[str]
+) -> dict[str, bytes | None]:
+    chunks = {path.name: len(files) for path in _graphs(package) if (files := external_files(path))}
+    if original is not None:
+        made = zip(("config.json", _GENERATION), community_config.configs(original, chunks), strict=True)
+        return {name: community_config.config_bytes(content) for name, content in made if content is not None}
+    found: dict[str, bytes | None] = {}
+    config = read_json(package.root / "config.json")
+    settings = config.get("transformers.js_config")
+    if chunks:
+        settings = {**(settings if isinstance(settings, dict) else {}), "use_external_data_format": chunks}
+        config |= {"transformers.js_config": settings}
+    if chunks or "config.json" in written:  # made from genai_config.json, which is compared with the source alone
+        found["config.json"] = community_config.config_bytes(config)
+    generation = read_json(package.root / _GENERATION)
+    if _GENERATION in written and generation.keys() <= set(community_config.TOKENS):
+        found[_GENERATION] = community_config.config_bytes(generation)
+    return found
+
+
+def _graphs(package: ModelPackage) -> list[Path]:
+    parts = (package.decoder, *package.others, package.vision_encoder, package.embed_tokens)
+    return [path for path in parts if path is not None]
+
+
+def _relative(package: ModelPackage, path: Path) -> str:
+    return path.relative_to(package.root).as_posix()
+
+
+def _is_of_triton(name: str) -> bool:
+    return PurePosixPath(name).name in (triton.CONFIG, "model.py") or name == triton.PORTS
