@@ -13,7 +13,6 @@ from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.decoder_state import StatePair, is_past_name, pairs_by_name, state_name
 from vlmguard.graphs.errors import AnatomyNotFound
 from vlmguard.graphs.package import graph_bytes, open_package
-from vlmguard.graphs.positions import mask_input
 from vlmguard.graphs.roles import InputRoles, declare, declared_by_genai, input_roles, roles_by_name
 
 # input and output names of one key/value pair of layer N, as exporters write them
@@ -222,8 +221,7 @@ def test_names_in_genai_config_are_the_graphs(tmp_path: Path) -> None:
     (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"decoder": decoder}}))
     package = open_package(tmp_path)
     assert package.roles.mask == "other" and package.roles.positions == "where"
-    mask = mask_input(package.load_decoder().graph)
-    assert mask is not None and mask.name == "other"
+    assert input_roles(package.load_decoder().graph).mask == "other"
     decoder["filename"] = "another.onnx"  # a config that describes another graph
     (tmp_path / "another.onnx").write_bytes(graph_bytes(text_model(RENAMED)))
     (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"decoder": decoder}}))
