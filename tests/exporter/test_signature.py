@@ -174,8 +174,11 @@ def test_the_full_proof_runs_on_what_the_signature_says(name: str, tmp_path: Pat
     assert [len(roll(session, batch, None)) for batch in inputs.batches] == [calls] * kinds
     assert ("one call alone" in inputs.origin) == (calls == 1)
     directions = write_directions(tmp_path / "d.safetensors", random_directions(WIDTH, [0, 1]))
-    # which token of a call is the last one under a mask with room to spare is for tests of positions
-    spec = GuardSpec(mode="project", positions="all" if name == "buffers of fixed size" else "last")
+    everywhere = name in (
+        "a mask of four dimensions",
+        "buffers of fixed size",
+    )  # which token is last: tests of positions
+    spec = GuardSpec(mode="project", positions="all" if everywhere else "last")
     done = vlmguard.export(path, tmp_path / "out", directions=directions, spec=spec)
     assert done.written and all(check.ok for decoder in done.decoders for check in decoder.proof)
 
