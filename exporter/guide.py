@@ -14,7 +14,6 @@ from ..graphs.errors import DirectionMismatch, GuardError
 from ..graphs.package import ModelPackage, open_package
 from ..graphs.plan import GuardPlan, require_fitting
 from ..graphs.spec import GuardSpec
-from ..runtime.decoder import DecoderSession, can_pad, open_decoder
 from ..runtime.decoder_place import DecoderPlace
 from ..runtime.vision import unknown_processor
 from ..runtime.vlm import Request, VisionLanguageModel
@@ -46,8 +45,9 @@ from .prompts.labelled import (
     read_prompts,
 )
 from .prompts.overlaps import require_held_out
-from .proof.inputs import ProofInputs, given_inputs, proof_inputs, random_inputs
+from .proof.inputs import ProofInputs, given_inputs, proof_inputs, signature_inputs
 from .proof.prove import TOLERANCE
+from .proof.signature import why_made
 from .shards import Spreader, here
 from .sources import Source, Watch
 
@@ -221,6 +221,7 @@ class Guide:
             return None
         path = self.find("calibration", CALIBRATION_FILES) or self.find("anchors", ANCHOR_FILES)
         reason = why_not_asked(self.package, _needs_embeds(self.package))
+        reason = reason or why_made(self.package.load_decoder().graph) or None
         if reason is None:
             try:
                 found = self._ask_unguarded(path)
@@ -292,14 +293,16 @@ class Guide:
         a batch), else seeded random inputs."""
         self.place.close()  # random inputs open the decoder for what it says of itself
         if self.given:
-            return given_inputs(self.given)
+            return given_inputs(self.given, view.roles)
+        if why := why_made(view.load_decoder().graph):
+            return signature_inputs(view, self.anatomy.width, why)
         if self.package.companion("tokenizer.json") is None:
-            return _random_inputs(view, self.anatomy.width, "the model has no tokenizer.json")
+            return signature_inputs(view, self.anatomy.width, "the model has no tokenizer.json")
         needs_embeds = _needs_embeds(self.package)
         if needs_embeds and self.package.embed_tokens is None:
-            return _random_inputs(view, self.anatomy.width, "the model has no embed_tokens graph")
+            return signature_inputs(view, self.anatomy.width, "the model has no embed_tokens graph")
         if view != self.package and _needs_embeds(view) != needs_embeds:
-            return _random_inputs(view, self.anatomy.width, f"{view.decoder.name} takes other inputs than the tokens")
+            return signature_inputs(view, self.anatomy.width, f"{view.decoder.name} takes other inputs than the tokens")
         model = self.running()
         return proof_inputs(model, self._proof_requests(model), rows)
 
@@ -331,21 +334,8 @@ def _needs_embeds(package: ModelPackage) -> bool:
     return bool(package.roles.embeds)
 
 
-def _random_inputs(package: ModelPackage, width: int, why: str) -> ProofInputs:
-    session = open_decoder(package)
-    pads = can_pad(package.load_decoder().graph)
-    return random_inputs(session, width, _vocabulary(session, package), pads, why)
-
-
 def _some_of_each(prompts: Sequence[LabelledPrompt]) -> list[LabelledPrompt]:
     kinds: dict[tuple[str, str], list[LabelledPrompt]] = {}
     for prompt in prompts:
         kinds.setdefault((prompt.setting, prompt.label), []).append(prompt)
     return [prompt for members in kinds.values() for prompt in members[:_PROOF_PROMPTS]]
-
-
-def _vocabulary(session: DecoderSession, package: ModelPackage) -> int:
-    """How many tokens there are to choose from; the logits say, or the config."""
-    size = session.runner.outputs[session.logits_output].shape[-1]
-    config = package.config
-    return size or config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 100

@@ -6,9 +6,10 @@ Works from the graph's own inputs, so one class serves the onnx-community decode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -35,6 +36,14 @@ _GUARD_INPUTS = frozenset({SUPERVISOR_INPUT, PAST_GATE_INPUT})
 _TOKEN_TYPES = "token_type_ids"
 
 
+class FurtherInputs(Protocol):
+    """Values for inputs that no prompt fills."""
+
+    def between(self, start: int, stop: int) -> Mapping[str, np.ndarray]:
+        """By name, for the call that brings the tokens `start` to `stop`."""
+        ...
+
+
 @dataclass(frozen=True)
 class PromptBatch:
     """Prompts ready for a decoder.
@@ -46,6 +55,7 @@ class PromptBatch:
         images: what images change besides the embeddings; `None` for text, and for most models.
         given: all inputs of the graph by name, where somebody else made them; `ids` and `mask` then only say which of
             the sequence are tokens.
+        further: inputs besides those that a prompt fills, for every call.
     """
 
     ids: np.ndarray
@@ -53,6 +63,7 @@ class PromptBatch:
     embeds: np.ndarray | None = None
     images: PromptImages | None = None
     given: Mapping[str, np.ndarray] | None = None
+    further: FurtherInputs | None = None
 
     @property
     def size(self) -> int:
@@ -75,6 +86,7 @@ class DecoderState:
     cache: dict[str, Tensor] = field(default_factory=dict)
     supervisor: Tensor | None = None
     images: PromptImages | None = None
+    further: FurtherInputs | None = None
     dials: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -109,18 +121,12 @@ class DecoderSession:
         self.roles = roles or roles_by_name(inputs, runner.outputs)
         self.takes_embeds = bool(self.roles.embeds)
         self.logits_output = self.roles.logits
-        if given:
-            self.cache_inputs, self._states, self.injected = {}, {}, {}
-            return
-        if not self.roles.text:
+        if not given and not self.roles.text:
             raise GuardError(f"the decoder takes neither input_ids nor inputs_embeds, but {', '.join(inputs)}")
         self._states = {pair.past: pair for pair in self.roles.states}
         self.cache_inputs = {name: port for name, port in inputs.items() if name in self._states}
         self.injected = {name: port for name, port in inputs.items() if is_embeds(name)}
-        roles = self.roles
-        known = {roles.embeds, roles.tokens, roles.mask, roles.positions, *self.cache_inputs}
-        known |= {*_SWITCHES, *self.injected, _TOKEN_TYPES, *_GUARD_INPUTS}
-        unknown = [name for name in inputs if name not in known]
+        unknown = [] if given else needs_more(inputs, self.roles)
         if unknown and is_past_name(unknown[0]):
             raise GuardError(
                 f"cache input {unknown[0]!r} has no output to refill it among {', '.join(list(runner.outputs)[:4])} ..."
@@ -168,7 +174,9 @@ class DecoderSession:
         self, batch: PromptBatch, supervisor: Tensor | None, dials: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         cache = self._empty_cache(batch.size)
-        state = DecoderState(batch.ids, batch.mask, batch.embeds, cache, supervisor, batch.images, dict(dials))
+        state = DecoderState(
+            batch.ids, batch.mask, batch.embeds, cache, supervisor, batch.images, batch.further, dict(dials)
+        )
         return self._feeds(state, batch.ids, batch.embeds)
 
     def prefill(
@@ -191,7 +199,9 @@ class DecoderSession:
             return self._prefill_by_token(batch, supervisor, dials or {})
         outputs = self._run(self._prefill_feeds(batch, supervisor, dials or {}))
         embeds = None if self.cache_inputs else batch.embeds
-        state = DecoderState(batch.ids, batch.mask, embeds, {}, supervisor, batch.images, dict(dials or {}))
+        state = DecoderState(
+            batch.ids, batch.mask, embeds, {}, supervisor, batch.images, batch.further, dict(dials or {})
+        )
         self._keep(state, outputs)
         self._hold(state, outputs)
         return outputs, state
@@ -226,12 +236,29 @@ class DecoderSession:
         text = self.runner.inputs[self.roles.text]
         return len(text.shape) > 1 and text.shape[1] == 1
 
+    @property
+    def call_length(self) -> int | None:
+        """How many tokens every call brings, where the graph fixes it."""
+        shape = self.runner.inputs[self.roles.text].shape if self.roles.text else ()
+        return shape[1] if len(shape) > 1 else None
+
+    @property
+    def can_step(self) -> bool:
+        """Whether a second call can follow the first: not where the graph fixes its length and keeps no state, and not where
+        what comes out is of another fixed size than what goes in."""
+        if not self.cache_inputs:
+            return self.call_length is None
+        ports, outputs = self.runner.inputs, self.runner.outputs
+        pairs = ((ports[past].shape, outputs[pair.present].shape) for past, pair in self._states.items())
+        return all(a == b for before, after in pairs for a, b in zip(before, after, strict=False) if a is not None)
+
     def _prefill_by_token(
         self, batch: PromptBatch, supervisor: Tensor | None, dials: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, np.ndarray], DecoderState]:
         """A whole prompt, a token a call; the outputs are those of its last token."""
         none = np.zeros((batch.size, 0), np.int64)
-        state = DecoderState(none, none, None, self._empty_cache(batch.size), supervisor, batch.images, dict(dials))
+        cache = self._empty_cache(batch.size)
+        state = DecoderState(none, none, None, cache, supervisor, batch.images, batch.further, dict(dials))
         outputs: Mapping[str, np.ndarray] = {}
         for at in range(batch.ids.shape[1]):
             embeds = None if batch.embeds is None else batch.embeds[:, at : at + 1]
@@ -275,7 +302,7 @@ class DecoderSession:
         else:
             feeds[roles.tokens] = current.astype(ports[roles.tokens].dtype)
         if roles.mask:
-            feeds[roles.mask] = state.mask.astype(ports[roles.mask].dtype)
+            feeds[roles.mask] = _mask(state.mask, current.shape[1], ports[roles.mask], self.can_step)
         if roles.positions:
             positions = np.maximum(np.cumsum(state.mask, axis=1) - 1, 0)[:, -current.shape[1] :]
             axes = ports[roles.positions].shape[:-2]  # M-RoPE has one row per axis; between words all of them agree
@@ -303,7 +330,8 @@ class DecoderSession:
                     "first, as GuardedVLM does"
                 )
             feeds[SUPERVISOR_INPUT] = _coordinates(state.supervisor)
-        return feeds | self._undecided(current.shape[0]) | state.dials | state.cache
+        further = {} if state.further is None else dict(state.further.between(*window))
+        return feeds | further | self._undecided(current.shape[0]) | state.dials | state.cache
 
     def _undecided(self, batch: int) -> dict[str, Tensor]:
         """What goes in for gates that the prompt is to decide, `[batch, layers]`."""
@@ -320,6 +348,45 @@ class DecoderSession:
 
     def _empty_cache(self, batch: int) -> dict[str, Tensor]:
         return {name: _empty(port, self._states[name], batch, *self._heads) for name, port in self.cache_inputs.items()}
+
+
+def _mask(mask: np.ndarray, tokens: int, port: Port, keeps_size: bool) -> np.ndarray:
+    """The mask as the graph takes it.
+
+    Args:
+        mask: `[batch, tokens so far]`.
+        tokens: of this call.
+        port: of the graph; with a fixed number of columns the mask is filled up with zeros, behind the tokens where the
+            cache is a buffer that `keeps_size`, else before them. Of rank 4 it also says which token sees which.
+    """
+    columns = port.shape[-1]
+    if columns is not None and columns > mask.shape[1]:
+        missing = columns - mask.shape[1]
+        mask = np.pad(mask, ((0, 0), (0, missing) if keeps_size else (missing, 0)))
+    if len(port.shape) != 4:
+        return mask.astype(port.dtype)
+    total = mask.shape[1]
+    first = total - tokens
+    sees = np.arange(total)[None, :] <= np.arange(first, total)[:, None]
+    allowed = sees[None, None] & (mask != 0)[:, None, None, :]
+    if port.dtype.kind not in "fV":
+        return allowed.astype(port.dtype)
+    return np.where(allowed, 0.0, -1e4).astype(port.dtype)
+
+
+def needs_more(inputs: Iterable[str], roles: InputRoles) -> list[str]:
+    """The inputs that no prompt fills, in their order."""
+    known = {
+        roles.embeds,
+        roles.tokens,
+        roles.mask,
+        roles.positions,
+        *roles.pasts,
+        *_SWITCHES,
+        _TOKEN_TYPES,
+        *_GUARD_INPUTS,
+    }
+    return [name for name in inputs if name not in known and not is_embeds(name)]
 
 
 def can_pad(graph: ir.Graph) -> bool:

@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from ...graphs.errors import ModelUnreadable
+from ...graphs.package import ModelPackage
 from ...graphs.reference import call_mask
-from ...runtime.decoder import DecoderSession, PromptBatch
+from ...graphs.roles import EMBEDS, MASK, TOKENS, InputRoles
+from ...runtime.decoder import DecoderSession, PromptBatch, can_pad, open_decoder
 from ...runtime.vlm import Request, VisionLanguageModel
 from .npz import read_npz
+from .signature import made_batches
 
 _CACHE_AXES = 4  # of a KV cache: batch, heads, past, size
 
@@ -33,8 +36,8 @@ class ProofInputs:
 
     @property
     def given(self) -> bool:
-        """Whether they are inputs by name, one call each, instead of prompts."""
-        return any(batch.given is not None for batch in self.batches)
+        """Whether some were given or made by name, so that the graph may take others than a prompt fills."""
+        return any(batch.given is not None or batch.further is not None for batch in self.batches)
 
 
 def proof_inputs(model: VisionLanguageModel, requests: Sequence[Request], rows: int = 8) -> ProofInputs:
@@ -58,29 +61,51 @@ def random_inputs(session: DecoderSession, width: int, vocabulary: int, pads: bo
     return ProofInputs((one,), (one,), f"seeded random inputs ({why})")
 
 
-def given_inputs(paths: Sequence[Path]) -> ProofInputs:
+def signature_inputs(package: ModelPackage, width: int, why: str) -> ProofInputs:
+    """Seeded inputs of the sizes that the graph takes; `why` not prompts, for the record.
+
+    Raises:
+        GuardError: the graph runs on none that could be made; names the input.
+    """
+    session = open_decoder(package, given=True)
+    graph = package.load_decoder().graph
+    batches = tuple(made_batches(session, package, width, _vocabulary(session, package), can_pad(graph)))
+    kinds = f", {len(batches)} kinds of values" if len(batches) > 1 else ""
+    once = "" if session.can_step else "; the graph takes one call alone"
+    return ProofInputs(batches, batches, f"seeded random inputs{kinds} ({why}{once})")
+
+
+def _vocabulary(session: DecoderSession, package: ModelPackage) -> int:
+    """How many tokens there are to choose from; the logits say, or the config."""
+    size = session.runner.outputs[session.logits_output].shape[-1]
+    config = package.config
+    return size or config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 100
+
+
+def given_inputs(paths: Sequence[Path], roles: InputRoles | None = None) -> ProofInputs:
     """Inputs of the decoder by name, one `.npz` per call, for a graph that wants more than tokens.
 
     Raises:
         ModelUnreadable: a file is no such thing.
     """
+    texts = [roles.text] if roles is not None and roles.text not in ("", TOKENS, EMBEDS) else [EMBEDS, TOKENS]
+    masked = roles.mask if roles is not None and roles.mask else MASK
     batches = []
     for path in paths:
         given = read_npz(path)
-        text = given.get("inputs_embeds", given.get("input_ids"))
+        text = next((given[name] for name in texts if name in given), None)
         if text is None or text.ndim < 2:
-            raise ModelUnreadable(
-                f"{path}: holds no input_ids [batch, sequence] or inputs_embeds, but {', '.join(given) or 'nothing'}; add it"
-            )
+            wanted = f"{texts[0]} [batch, sequence]" if len(texts) == 1 else f"{TOKENS} [batch, sequence] or {EMBEDS}"
+            raise ModelUnreadable(f"{path}: holds no {wanted}, but {', '.join(given) or 'nothing'}; add it")
         ids = np.zeros((len(text), len(text[0])), np.int64)
-        batches.append(PromptBatch(ids, _own_mask(given, ids), given=given))
+        batches.append(PromptBatch(ids, _own_mask(given, ids, masked), given=given))
     names = ", ".join(path.name for path in paths)
     return ProofInputs(tuple(batches), tuple(batches), f"given inputs ({names})")
 
 
-def _own_mask(given: Mapping[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
+def _own_mask(given: Mapping[str, np.ndarray], ids: np.ndarray, masked: str) -> np.ndarray:
     """The given mask of this call's tokens, `[batch, sequence]`: it may be static, and then zeros stand behind them."""
-    mask, length = given.get("attention_mask"), ids.shape[1]
+    mask, length = given.get(masked), ids.shape[1]
     if mask is None or mask.ndim != ids.ndim:
         return np.ones_like(ids)
     past = mask.shape[1] - length

@@ -175,8 +175,10 @@ def roll(
     """
     outputs, state = session.prefill(batch, supervisor, dials)
     rolled = [outputs]
-    if batch.given is not None:
+    if batch.given is not None or not session.can_step:
         return rolled
+    if session.call_length not in (None, 1):  # every call brings as many tokens as the first
+        return rolled + [session.step(state, batch.ids, batch.embeds) for _ in range(steps)]
     for step in range(1, steps + 1):
         at = -1 - step % batch.ids.shape[1]
         embeds = None if batch.embeds is None else batch.embeds[:, at][:, None]
@@ -305,7 +307,7 @@ def _against_reference(
         rolled = roll(session, batch, supervisor, setting.feeds(plan, batch.size))
         for number, outputs in enumerate(rolled):
             # a cached decode step is one token long; without a cache the whole sequence comes again
-            mask = mask_at(batch, number)[:, -_length(outputs, names) :]
+            mask = mask_at(batch, number * (session.call_length or 1))[:, -_length(outputs, names) :]
             ends = last_token(mask)
             selected = ends if plan.positions == "last" else None
             all_held = _held(plan, setting, rolled, number)

@@ -9,9 +9,10 @@ import onnx_ir as ir
 import pytest
 from hand_graphs import text_model
 
+from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.decoder_state import StatePair, is_past_name, pairs_by_name, state_name
+from vlmguard.graphs.errors import AnatomyNotFound
 from vlmguard.graphs.package import graph_bytes, open_package
-from vlmguard.graphs.positions import mask_input
 from vlmguard.graphs.roles import InputRoles, declare, declared_by_genai, input_roles, roles_by_name
 
 # input and output names of one key/value pair of layer N, as exporters write them
@@ -220,8 +221,7 @@ def test_names_in_genai_config_are_the_graphs(tmp_path: Path) -> None:
     (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"decoder": decoder}}))
     package = open_package(tmp_path)
     assert package.roles.mask == "other" and package.roles.positions == "where"
-    mask = mask_input(package.load_decoder().graph)
-    assert mask is not None and mask.name == "other"
+    assert input_roles(package.load_decoder().graph).mask == "other"
     decoder["filename"] = "another.onnx"  # a config that describes another graph
     (tmp_path / "another.onnx").write_bytes(graph_bytes(text_model(RENAMED)))
     (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"decoder": decoder}}))
@@ -244,3 +244,15 @@ def test_states_in_genai_config_are_its_patterns() -> None:
 )
 def test_a_config_of_another_form_declares_nothing(config: dict) -> None:
     assert not declared_by_genai(config).names
+
+
+def test_tokens_that_are_reshaped_before_their_table_are_the_streams_source() -> None:
+    """GPT-2 and OPT: `input_ids.view(-1, length)`. Flattened to one row of tokens, the batch is lost, and it is no source."""
+    layer = "t = Transpose <perm = [0, 2, 1]> (x) s = MatMul (x, t) p = Softmax (s) a = MatMul (p, x) y = Add (x, a)"
+    text = f"""g (int64[B, S] input_ids) => (float[B, S, 9] logits) <float[9, 8] table, float[8, 9] head> {{
+        form = Constant <value_ints = [FORM]> () ids = Reshape (input_ids, form) x = Gather (table, ids)
+        {layer} logits = MatMul (y, head) }}"""
+    anatomy = dissect(text_model(text.replace("FORM", "-1, 4")))
+    assert (anatomy.layer_count, anatomy.source) == (1, "x")
+    with pytest.raises(AnatomyNotFound, match="no embedding lookup"):
+        dissect(text_model(text.replace("FORM", "-1")))
