@@ -29,8 +29,8 @@ def picture_path(prompts: Path, number: int, named: str, up: int = 0) -> Path:
     folder = prompts.parent.resolve()
     root = [folder, *folder.parents][min(up, len(folder.parents))]
     allowed = [Path(entry).resolve() for entry in os.environ.get(PICTURE_FOLDERS, "").split(os.pathsep) if entry]
+    path = prompts.parent / named
     try:
-        path = prompts.parent / named
         real = path.resolve()
         inside = any(real.is_relative_to(place) for place in (root, *allowed))
         cached = (

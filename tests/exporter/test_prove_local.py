@@ -210,7 +210,9 @@ def every_part(model: onnx.ModelProto) -> Iterator[tuple[str, Tamper]]:
     for tensor in model.graph.initializer:
         if tensor.name.startswith("vlmguard/layer_"):
             name = tensor.name.removeprefix("vlmguard/")
-            yield name, numbers(name, lambda array: array * 1.5 + 0.25)
+            # `hearing` is a limit far beyond every score: half as much again is still one
+            changed = (lambda array: array * 0) if name.endswith("/hearing") else (lambda array: array * 1.5 + 0.25)
+            yield name, numbers(name, changed)
 
 
 @pytest.mark.parametrize("lowering", ["lowrank", "rank1"])

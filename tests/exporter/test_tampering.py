@@ -424,10 +424,13 @@ SAID = {
             "a second decoder's token comes back: a sum over an axis of that size",
             "a second decoder's token comes back: the trip count of a Loop",
             "a second decoder's token comes back: conditions of Ifs",
-            "a second decoder behind the guard reads the text anew",
         ],
         "the stream splits",  # the anatomy refuses them before any proof
     ),
+    "a second decoder behind the guard reads the text anew": (
+        "a side path leaves the embedding at 'fresh_embeds' and enters layers past their"
+    ),
+    "an If around the guard": "some layers end in a norm behind their last sum and others do not",
     "a second decoder reads an input of its own": (
         "layer 1: an attention that the guard does not change reaches 'logits' on a way around it"
     ),
