@@ -43,10 +43,11 @@ from .guide import ANCHOR_FILES, EXTRACTED_RANK, Guide
 from .prompts.anchors import open_anchors
 from .prompts.labelled import BUILTIN, Sources, find_file
 from .proof.inputs import ProofInputs, given_inputs
-from .proof.level import ProofLevel, Wanted, choose_level
+from .proof.level import ProofLevel, Wanted, choose_level, without_inputs
 from .proof.prove import prove_by_running
 from .proof.prove_fold import prove_fold_by_running
 from .proof.prove_local import prove_locally
+from .proof.signature import InputsUnknown
 from .shards import Spreader, spreading
 from .sources import Watch, above, opened, require_apart, unwatched
 
@@ -154,7 +155,7 @@ def export(
         digests: hash big weights too; without it the manifest says that they were not.
         proof: `full` runs the model. `local` runs each guard by itself, cut out of the file, so the model's size does not
             matter. `structure` runs nothing, and `GuardedVLM` opens such a folder only after `verify --run`. `auto` takes
-            `full` if the model fits into the memory that is free, else `local`.
+            `full` if the model fits into the memory that is free and inputs can be made for it, else `local`.
         proof_inputs: `.npz` files of the decoder's inputs by name, one per call, to prove it on: for decoders that want
             more than tokens, which nobody here can make. Without, prompts or seeded random tokens.
         dry_run: plan only; nothing is written.
@@ -212,6 +213,15 @@ def export(
             return ExportResult(
                 target.absolute(), tuple(planned), chosen, calibrated, found=guide.found | above(source.package)
             )
+        made: dict[Path, ProofInputs] = {}
+        if chosen.level == "full":
+            try:
+                made = {one.view.decoder: guide.proof_inputs(one.view) for one in opened_graphs}
+            except InputsUnknown as unknown:
+                instead = without_inputs(proof, unknown.reason, planned[0].plan.lowering)
+                if instead is None:
+                    raise
+                chosen = instead
         unguarded = guide.unguarded(planned[0].plan.mode, runs=chosen.level == "full") if calibrated is None else None
         plans = [guide.separated(decoder.plan, unguarded) for decoder in planned]
         if guide.not_asked is not None:
@@ -221,7 +231,7 @@ def export(
             done = []
             for one, decoder in zip(opened_graphs, planned, strict=True):
                 report = _write(one, decoder.plan, stage, data)
-                inputs = guide.proof_inputs if chosen.level == "full" else None
+                inputs = made.get(one.view.decoder)
                 checks = prove(decoder, report, stage, inputs, tell, chosen.level == "local", guide.place)
                 done.append(replace(decoder, report=report, proof=checks))
             bring_companions(source.package, stage, data)
@@ -338,7 +348,7 @@ def prove(
     decoder: GuardedDecoder,
     report: GuardReport,
     folder: Path,
-    inputs: Callable[[ModelPackage], ProofInputs] | None,
+    inputs: ProofInputs | None,
     tell: Watch,
     locally: bool = False,
     place: DecoderPlace | None = None,
@@ -369,7 +379,7 @@ def prove(
         checks += prove_locally(path, decoder.plan, report)
     if inputs is not None:
         running = prove_fold_by_running if decoder.plan.lowering == FOLD else prove_by_running
-        checks += running(decoder.package, path, decoder.plan, report, inputs(decoder.package), place)
+        checks += running(decoder.package, path, decoder.plan, report, inputs, place)
     tell(label, 2, 2)
     _require_all(checks)
     return checks

@@ -65,7 +65,7 @@ def signature_inputs(package: ModelPackage, width: int, why: str) -> ProofInputs
     """Seeded inputs of the sizes that the graph takes; `why` not prompts, for the record.
 
     Raises:
-        GuardError: the graph runs on none that could be made; names the input.
+        InputsUnknown: the graph runs on none that could be made; names the input.
     """
     session = open_decoder(package, given=True)
     graph = package.load_decoder().graph

@@ -48,6 +48,11 @@ def is_more(level: Proved, than: Proved) -> bool:
     return _ORDER.index(level) > _ORDER.index(than)
 
 
+def without_inputs(wanted: Wanted, reason: str, lowering: str) -> ProofLevel | None:
+    """The level for a model that fits, and that no inputs could be made for; `None` if it cannot be proved as wanted."""
+    return ProofLevel("local", reason) if wanted == "auto" and lowering != FOLD else None
+
+
 def choose_level(wanted: Wanted, decoders: Sequence[tuple[ModelPackage, ir.Model]], lowering: str) -> ProofLevel:
     """The level that was asked for; `auto` takes `full` where the model fits into the free memory, else `local`.
 

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, product
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -36,6 +37,20 @@ _NUMPY = {
     ir.DataType.UINT8: np.uint8,
     ir.DataType.BOOL: np.bool_,
 }
+
+
+class InputsUnknown(GuardError):
+    """A graph runs on none of the inputs that could be made for it.
+
+    Attributes:
+        reason: what it lacks, a clause without the file and without advice.
+    """
+
+    def __init__(self, decoder: Path, reason: str) -> None:
+        super().__init__(f"{decoder}: {reason}; give inputs that it runs on with --proof-inputs")
+        self.reason = reason
+
+
 VARIANTS = ("plain values", "random values", "other random values")
 
 
@@ -179,7 +194,7 @@ def made_batches(
     """Batches that the graph runs on: one, or one for each kind of values of its further inputs.
 
     Raises:
-        GuardError: it runs on none of those tried; names the input.
+        InputsUnknown: it runs on none of those tried; names the input.
     """
     signature = read_signature(package.load_decoder().graph)
     random = np.random.default_rng(0)
@@ -204,7 +219,7 @@ def made_batches(
                 found.append(batch)
         if found:
             return found
-    raise GuardError(f"{package.decoder}: {_refusal(signature, failure)}")
+    raise InputsUnknown(package.decoder, _reason(signature, failure))
 
 
 def _assignments(names: Sequence[str]) -> Iterator[dict[str, int]]:
@@ -213,13 +228,13 @@ def _assignments(names: Sequence[str]) -> Iterator[dict[str, int]]:
         yield dict(zip(names, sizes, strict=True))
 
 
-def _refusal(signature: Signature, failure: RunFailed | None) -> str:
+def _reason(signature: Signature, failure: RunFailed | None) -> str:
     what = "; ".join(
         f"{value.name!r} ({value.dtype.name.lower() if value.dtype else 'unknown type'} {_shape(value)})"
         for value in signature.unknown
     )
     taken = f"no values could be made for its inputs {what}" if what else "it runs on no inputs that could be made"
-    return f"{taken} ({failure}); give inputs that it runs on with --proof-inputs"
+    return f"{taken} ({failure})"
 
 
 def _shape(value: ir.Value) -> str:

@@ -67,7 +67,7 @@ class Staged:
 
     def whole(self) -> tuple[Check, ...]:
         decoder = GuardedDecoder(self.package, self.anatomy, self.plan)
-        return prove(decoder, self.report, self.folder, lambda package: self.inputs, unwatched)
+        return prove(decoder, self.report, self.folder, self.inputs, unwatched)
 
 
 @pytest.fixture(scope="module")

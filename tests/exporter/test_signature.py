@@ -208,6 +208,15 @@ def test_an_input_that_nothing_fits_is_named(tmp_path: Path) -> None:
     assert said.startswith(f"{path}: no values could be made for its inputs 'odd' (float [Q]) (")
     assert said.endswith("; give inputs that it runs on with --proof-inputs")
 
+    # by default each guard is then run by itself, and the record has the reason; the full proof is refused
+    asked = {"directions": write_directions(tmp_path / "d.safetensors", random_directions(WIDTH, [1]))}
+    done = vlmguard.export(path, tmp_path / "out", spec=GuardSpec(mode="project"), **asked)
+    assert done.proved.level == "local"
+    assert done.proved.why.startswith("no values could be made for its inputs 'odd' (float [Q]) (")
+    with pytest.raises(GuardError, match=r"; give inputs that it runs on with --proof-inputs$"):
+        vlmguard.export(path, tmp_path / "full", spec=GuardSpec(mode="project"), proof="full", **asked)
+    assert not (tmp_path / "full").exists()
+
 
 def test_given_inputs_go_by_the_graphs_own_names(tmp_path: Path) -> None:
     np.savez(tmp_path / "in.npz", tokens=np.ones((2, 5), np.int64), seen=np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]))
