@@ -45,7 +45,8 @@ def before_logits(folder: Path, nodes: list[onnx.NodeProto], **constants: list[i
     proto.graph.node.extend([*nodes, helper.make_node("Add", ["plain", "zero"], [logits])])
     onnx.save(proto, folder / "model.onnx")
     found = write_directions(folder / "directions.safetensors", directions((0, 1)))
-    return ["export", folder / "model.onnx", folder / "out", "--directions", found, "--mode", "project"]
+    asked = ["--directions", found, "--mode", "project", "--proof", "full"]  # the default need not run such a graph
+    return ["export", folder / "model.onnx", folder / "out", *asked]
 
 
 def greedy(folder: Path, numbers: int) -> list[object]:
