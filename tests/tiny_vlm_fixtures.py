@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_vlm_paths import CALIBRATION, CALIBRATION_SIGNS, EXAMPLE, SOURCE, Guarded, digests
+from tiny_vlm_paths import CALIBRATION, CALIBRATION_SIGNS, EXAMPLE, PROMPTS, SOURCE, Guarded, digests
 
 import vlmguard
+from vlmguard.exporter.prompts.picture_paths import PICTURE_FOLDERS
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +50,14 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
         return out
 
     return get
+
+
+@pytest.fixture(scope="module")
+def bundled_pictures() -> Iterator[None]:
+    """Prompts files elsewhere may name the bundled pictures by absolute path, which a user allows like this."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PICTURE_FOLDERS, str(PROMPTS / "images"))
+        yield
 
 
 @pytest.fixture(scope="session")

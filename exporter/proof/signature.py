@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...graphs.decoder_state import size
-from ...graphs.errors import GuardError, RunFailed
+from ...graphs.errors import GuardError
 from ...graphs.package import ModelPackage
 from ...graphs.roles import InputRoles, input_roles
 from ...runtime.decoder import DecoderSession, PromptBatch, needs_more
@@ -204,7 +204,7 @@ def made_batches(
     if pads and signature.batch > 1 and signature.length > 3:
         mask[0, :3] = 0
     embeds = random.normal(0, 0.5, (*shape, width)).astype(np.float32) if session.takes_embeds else None
-    failure: RunFailed | None = None
+    failure: GuardError | None = None
     for tried in _assignments(signature.open):
         found = []
         for variant in range(len(VARIANTS) if signature.unknown else 1):
@@ -212,7 +212,7 @@ def made_batches(
             batch = PromptBatch(ids, mask, embeds, further=further)
             try:
                 outputs, _ = session.prefill(batch)
-            except RunFailed as error:
+            except GuardError as error:  # the runtime fails, or a size of its cache is nowhere to be found
                 failure = failure or error
                 continue
             if all(np.isfinite(np.asarray(outputs[session.logits_output], np.float32)).ravel()) or not found:
@@ -228,7 +228,7 @@ def _assignments(names: Sequence[str]) -> Iterator[dict[str, int]]:
         yield dict(zip(names, sizes, strict=True))
 
 
-def _reason(signature: Signature, failure: RunFailed | None) -> str:
+def _reason(signature: Signature, failure: GuardError | None) -> str:
     what = "; ".join(
         f"{value.name!r} ({value.dtype.name.lower() if value.dtype else 'unknown type'} {_shape(value)})"
         for value in signature.unknown

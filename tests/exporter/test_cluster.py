@@ -30,6 +30,7 @@ from vlmguard.graphs.errors import ExtraMissing, GuardError, ModelUnreadable, Pr
 from vlmguard.graphs.extras import install_command
 
 pytest_plugins = ("tiny_vlm_fixtures",)
+pytestmark = pytest.mark.usefixtures("bundled_pictures")
 
 WHERE = f"worker on {platform.node()}"
 

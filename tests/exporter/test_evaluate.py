@@ -31,6 +31,7 @@ from vlmguard.runtime.refusals import refused
 from vlmguard.runtime.vlm import Request, Sampling, VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures", "zoo_fixtures")
+pytestmark = pytest.mark.usefixtures("bundled_pictures")
 
 KINDS = [(setting, label) for setting in ("text", "blank", "image") for label in ("harmful", "harmless")]
 

@@ -107,11 +107,13 @@ def refusal(exported: Any, out: Path, **options: Any) -> str:
     return str(refused.value)
 
 
-def test_a_picture_that_nobody_gave(made: SimpleNamespace, tmp_path: Path) -> None:
-    said = refusal(made.folder, tmp_path / "out", spec=GuardSpec(mode="project"), directions=made.file)
-    assert said == (
-        "the decoder wants an input 'pixel_values' that is not known; export it in a standard layout, or give "
-        "example inputs with --proof-inputs"
+def test_without_a_picture_the_proof_runs_on_made_ones(made: SimpleNamespace, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = vlmguard.guard_exported(made.folder, out, spec=GuardSpec(mode="project"), directions=made.file)
+    assert done.proved.level == "full"
+    (closed,) = [c for c in done.decoders[0].proof if c.name == "closed gate equals the original bit for bit"]
+    assert (
+        "seeded random inputs" in closed.note and "the graph takes 'pixel_values', which no prompt fills" in closed.note
     )
 
 

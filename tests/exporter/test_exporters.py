@@ -191,7 +191,7 @@ def test_optimum_that_is_not_there_at_all(tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_optimum_says_against_a_checkpoint(llama: Path, tmp_path: Path, optimum: dict) -> None:
     optimum["fail"] = ValueError("no such architecture\nand much more")
     assert refusal(ModelUnreadable, llama, tmp_path / "out", "optimum") == (
-        f"{llama}: optimum cannot export it (no such architecture); try --exporter transformers"
+        f"{llama}: optimum cannot export it (no such architecture and much more); try --exporter transformers"
     )
 
 

@@ -48,6 +48,7 @@ from vlmguard.runtime.decoder import PromptBatch
 from vlmguard.runtime.vlm import Sampling
 
 pytest_plugins = ("tiny_vlm_fixtures",)
+pytestmark = pytest.mark.usefixtures("bundled_pictures")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("plotly")
 
