@@ -44,6 +44,7 @@ from .prompts.anchors import open_anchors
 from .prompts.labelled import BUILTIN, Sources, find_file
 from .proof.inputs import ProofInputs, given_inputs
 from .proof.level import ProofLevel, Wanted, choose_level, without_inputs
+from .proof.npz import read_npz
 from .proof.prove import prove_by_running
 from .proof.prove_fold import prove_fold_by_running
 from .proof.prove_local import prove_locally
@@ -172,8 +173,8 @@ def export(
     """
     if proof != "structure" and not dry_run:
         import_onnxruntime()  # a proof needs a runtime: say so before minutes of work
-    if proof_inputs:
-        given_inputs(tuple(map(Path, proof_inputs)))  # unfit files are refused before minutes of work
+    for path in proof_inputs:
+        read_npz(Path(path))  # damaged files are refused before a model is opened
     key = require_key(sign) if sign is not None else None
     stamped = stamp(reproducible)
     wished = _config(config, spec, directions, anchors, calibration)
@@ -190,6 +191,8 @@ def export(
             for one in opened_graphs:
                 require_readable(one.graph, str(one.view.decoder))
         _require_alike(opened_graphs)
+        if proof_inputs:
+            given_inputs(tuple(map(Path, proof_inputs)), source.package.roles)  # unfit ones before minutes of work
         anatomy = opened_graphs[0].anatomy
         require_layers(spec, anatomy)  # before minutes of extraction and calibration
         guide = Guide(

@@ -51,8 +51,9 @@ from ..sources import Source, Watch, unwatched
 from .accounting import check_engine_files, check_graphs, check_layout, require_kind, text_inputs
 from .beside_source import Contents, check_around, check_external_data
 from .config_check import require_config_of_graph
-from .inputs import ProofInputs, given_inputs
+from .inputs import ProofInputs
 from .level import ENGINES_RUN, ProofLevel, choose_level, is_more
+from .npz import read_npz
 from .prove import prove_by_running
 from .prove_fold import prove_fold_by_running
 from .prove_local import prove_locally
@@ -131,8 +132,8 @@ def verify(
     """
     if run and source is None:
         raise GuardError("running the proof compares with what the folder was made from; give that with --source")
-    if proof_inputs:
-        given_inputs(tuple(map(Path, proof_inputs)))  # unfit files are refused before minutes of work
+    for path in proof_inputs:
+        read_npz(Path(path))  # damaged files are refused before minutes of work
     folder = Path(folder).absolute()
     tell = watch or unwatched
     signed = [check_signature(folder, public_key)] if public_key is not None else []
