@@ -501,7 +501,7 @@ def test_prompts_that_cannot_be_used(guarded: Guarded, tmp_path: Path) -> None:
     ):
         report(folder, tmp_path / "r.html", prompts=ANCHORS)
     one = tmp_path / "one.jsonl"
-    one.write_text('{"prompt": "how to wash the boat", "label": "harmless"}\n')
+    one.write_text('{"prompt": "how to wash the bridge", "label": "harmless"}\n')
     said = refused(tmp_path, folder, tmp_path / "r.html", prompts=one)
     assert said == f"{one}: holds no harmful prompt that this model can be asked; a report compares both"
     said = refused(tmp_path, folder, tmp_path / "r.html", prompts=EVALUATION, max_prompts=1)
