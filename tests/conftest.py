@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ IN_THE_CHECKOUT = (
 
 # Commands run in the test's own process, where it patches them; `exporter/test_budget.py` is about the default budget.
 os.environ |= {"VLMGUARD_MAX_SECONDS": "0", "VLMGUARD_MAX_MEMORY": "0"}
+
+# A shell that runs the tests in the background has Ctrl-C ignored, and every command that they start would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Exporters and graph libraries make millions of small objects that live: a tenth of all the time went to looking through them.
 gc.set_threshold(50_000, 20, 100)

@@ -67,7 +67,6 @@ def interrupting(self, batch, states):
     keep(self, batch, states)
     os.kill(os.getpid(), signal.SIGINT)
 KeptStates.keep = interrupting
-signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
 _run(["directions", *sys.argv[1:]])
 """
 
