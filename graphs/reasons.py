@@ -88,6 +88,8 @@ _REWRITES: tuple[tuple[re.Pattern[str], Rewrite], ...] = tuple(
             r"## Exception summary <class '(?:[\w.]+\.)?(\w+)'>: (.*?)(?: consider using | Caused by: | \(Refer to |$)",
             lambda m: f"{m[1]}: {m[2]}",
         ),
+        # transformers lists every model that it knows behind the reason
+        (r"^(Unrecognized model.*?)\. Should (?:contain|have) .*", lambda m: m[1]),
         # Pillow, for a file in memory
         (r"^cannot identify image file <.*>$", lambda m: "it is in no known image format"),
     )
