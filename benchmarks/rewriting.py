@@ -38,6 +38,7 @@ OURS, OTHERS = ("export", "export with digests", DEFAULT, DEFAULT_INSIDE), ("onn
 def main() -> None:
     options = parser("rewriting", __doc__)
     options.add_argument("--compare", action="store_true", help="also onnx and onnx_ir, load + save")
+    options.add_argument("--only", action="append", choices=RUNS, help="only this row; may be given several times")
     options.add_argument("--child", nargs=3, metavar=("WHAT", "MODEL", "OUT"), help=argparse.SUPPRESS)
     args = options.parse_args()
     if args.child:
@@ -50,7 +51,7 @@ def main() -> None:
         claimed = wide_decoder(work / "model", *SIZES[size])
         _write_directions(work / "directions.safetensors", *SIZES[size][:2])
         _make_inside(work / "inside", INSIDE[size])
-        for what in (*OURS, *(OTHERS if args.compare else ())):
+        for what in args.only or (*OURS, *(OTHERS if args.compare else ())):
             source = work / ("inside" if what == DEFAULT_INSIDE else "model")
             if what == DEFAULT_INSIDE:
                 inside = (source / "model.onnx").stat().st_size
