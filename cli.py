@@ -1185,7 +1185,7 @@ def print_json(content: dict[str, Any]) -> None:
 _NOWHERE_TO_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
 
 
-# What the system refuses a path for, whoever asks; wherever that happens, it is no bug of ours.
+# Reasons for which the system refuses a path; wherever they happen, they are no bug of ours.
 _OUT_OF_REACH = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS)
 
 

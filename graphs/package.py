@@ -495,7 +495,7 @@ def load_graph(path: Path, vouched: bool = False) -> ir.Model:
 
 
 def _leave_in_file(model: ir.Model, path: Path, places: Iterable[tuple[str, tuple[int, int]]]) -> None:
-    """Large weights inside the file are read from there when somebody needs their numbers."""
+    """Large weights inside the file are read from there when their numbers are needed."""
     for name, (offset, length) in places:
         value = model.graph.initializers[name]
         tensor = value.const_value

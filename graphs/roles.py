@@ -8,7 +8,7 @@ that exporters agree on, and the structure where it leaves one answer:
   a table of positions
 - state: `decoder_state`
 
-An input without a role is in none of the fields; whoever runs the graph has to know what to feed it.
+An input without a role is in none of the fields; the runner has to know what to feed it.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def serve(memory: int, module: str) -> None:
     """
     jobs, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no reply
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent is told too, and closes stdin when it ends
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent gets them too, and closes stdin when it ends
         signal.signal(number, signal.SIG_IGN)
     watch = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     import_module(f"{__package__}.{module}")

@@ -1,6 +1,6 @@
 """A request's body: JSON of a bounded size, and nothing that must be unpacked first.
 
-It is read before the request gets a place, so that a client that sends slowly keeps nobody waiting. What bounds memory then is
+It is read before the request takes a place, so that a slow client delays no other request. What bounds memory then is
 `Bodies`: bytes of all bodies that are being read, not their number.
 """
 
