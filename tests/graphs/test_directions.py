@@ -52,7 +52,9 @@ def any_directions(draw: st.DrawFn) -> Directions:
     ordered = dict(sorted(layers.items()))
     recommended = draw(st.none() | st.sets(st.sampled_from(list(ordered)), min_size=1))
     evidence = st.dictionaries(
-        st.integers(0, 99).map(str), st.dictionaries(texts, st.floats(allow_nan=False)), max_size=3
+        st.integers(0, 99).map(str),
+        st.dictionaries(texts, st.floats(allow_nan=False, allow_infinity=False)),
+        max_size=3,
     )
     return Directions(
         width=width,
@@ -346,7 +348,15 @@ def test_a_file_without_metadata_or_tensors_is_refused(path: Path) -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     sentence = "no such directions file; extract one with `vlmguard directions`"
     assert refusal(tmp_path / "none.safetensors") == sentence
-    assert refusal(tmp_path) == sentence
+    assert refusal(tmp_path) == "is a folder; give a file"
+
+
+def test_evidence_that_is_no_number_is_left_open(tmp_path: Path) -> None:
+    """The metadata is JSON, which has no infinity."""
+    found = Directions(8, {0: LayerDirections(np.eye(1, 8, dtype=np.float32))}, evidence={"0": {"auc": float("inf")}})
+    path = tmp_path / "d.safetensors"
+    path.write_bytes(directions_bytes(found))
+    assert read_directions(path).evidence == {"0": {"auc": None}}
 
 
 def broken_files() -> dict[str, Callable[[bytes], bytes]]:
