@@ -306,11 +306,13 @@ def require_unguarded(model: ir.Model) -> None:
     """Refuse a graph that already carries a guard.
 
     Raises:
-        GuardError: some node or initializer is called `vlmguard/...`.
+        GuardError: some node or initializer is called `vlmguard/...`, or the metadata says that there is a guard.
     """
     names = [node.name or "" for node in model.graph.all_nodes()] + list(model.graph.initializers)
     if any(name.startswith(PREFIX) for name in names):
         raise GuardError("this decoder already carries a guard; start again from the unguarded model")
+    if any(key.startswith("vlmguard.") for key in model.metadata_props):
+        raise GuardError("this decoder's metadata says that it carries a guard; start again from the unguarded model")
 
 
 def require_layers(spec: GuardSpec, anatomy: DecoderAnatomy) -> None:

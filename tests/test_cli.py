@@ -302,7 +302,7 @@ def test_verify_shows_its_checks(run: Callable[..., Ran], guarded: Guarded) -> N
     ran = run("verify", guarded("restore"), "--source", SOURCE)
     assert (ran.code, ran.err) == (0, "")
     told = run("verify", guarded("restore"), "--source", SOURCE, "--json").json
-    assert told["ok"] is True and len(told["checks"]) == 9
+    assert told["ok"] is True and len(told["checks"]) == 15
     assert all(shows(ran.out, check["name"]) for check in told["checks"])
 
 

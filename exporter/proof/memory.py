@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ...graphs.package import ModelPackage
+from ...graphs.whole_numbers import whole_number
 
 # Bytes that onnxruntime's CPU provider holds at its peak, per byte of a weight: float32 and packed weights are mapped, and
 # packed again for the matrix kernels; float16 and bfloat16 are computed in float32 (measured: 2.6).
@@ -99,8 +100,7 @@ def _process() -> Iterator[int]:
 
 def _number(path: Path) -> int | None:
     """A limit in bytes; `None` where there is none (`max`)."""
-    text = "".join(_lines(path))
-    return int(text) if text.isascii() and text.isdigit() else None
+    return whole_number("".join(_lines(path)))
 
 
 def _lines(path: Path) -> list[str]:

@@ -808,19 +808,25 @@ def test_the_page_names_every_metric_and_every_field(served: Served) -> None:
     [
         ([str(SOURCE)], f"error: {SOURCE}: has no guard.json, so nothing says that it is guarded; export it first"),
         (
-            [str(SOURCE), "--host", "0.0.0.0"],
+            ["GUARDED", "--host", "0.0.0.0"],
             "error: host 0.0.0.0 can be reached from other machines and there is no API key; give --api-key-file or "
             "VLMGUARD_API_KEY, or say --without-key",
         ),
-        ([str(SOURCE), "--queue", "-1"], "error: queue -1 is out of range; choose 0 or more"),
+        (["GUARDED", "--queue", "-1"], "error: queue -1 is out of range; choose 0 or more"),
     ],
 )
 def test_the_command_refuses_in_one_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], line: str
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    guarded: Guarded,
+    arguments: list[str],
+    line: str,
 ) -> None:
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    folder = str(guarded("restore"))
+    capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        cli._run(["serve", *arguments])
+        cli._run(["serve", *(folder if word == "GUARDED" else word for word in arguments)])
     said = capsys.readouterr()
     assert (ended.value.code, said.out, said.err) == (1, "", f"{line}\n")
 
