@@ -22,7 +22,7 @@ def run(script: str, *arguments: str) -> str:
 
 
 def test_damaged_files_are_refused_in_one_line_or_guarded() -> None:
-    told = run("fuzz.py", "--cases", "25")
+    told = run("fuzz.py", "--cases", "25", "--seed", "2")
     assert told.startswith("25 cases") and "0 findings" in told
     assert "'guarded'" in told and "'refused'" in told  # both happen
 
