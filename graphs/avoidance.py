@@ -23,13 +23,13 @@ from .bodies import branches, branching
 from .dataflow import Flow
 from .influence import Influence, spread
 from .mixers import is_mixer, is_sum
+from .roles import LOOKUPS
 from .scribe import PREFIX
 
 # What runtimes feed text to, by these names.
 TEXT_INPUTS = frozenset({"input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"})
 # Inputs that index tables too, and that runtimes feed with no text.
 _NO_TEXT = frozenset({"position_ids", "attention_mask", "token_type_ids", "cache_position"})
-_LOOKUPS = frozenset({"Gather", "GatherBlockQuantized"})
 _UNCHANGED = frozenset({"Cast", "Identity", "Clip", "Reshape", "Squeeze", "Unsqueeze"})
 
 
@@ -143,7 +143,7 @@ def _text_inputs(
     for source in sources:
         found |= _inputs_of(source) or {value for value in graph.inputs if value is source}
     for node in graph.all_nodes():
-        if node.op_type in _LOOKUPS and len(node.inputs) > 1 and _is_table(node.inputs[0], width):
+        if node.op_type in LOOKUPS and len(node.inputs) > 1 and _is_table(node.inputs[0], width):
             found |= {value for value in _inputs_of(node.outputs[0]) if value.name not in _NO_TEXT}
     return tuple(value for value in graph.inputs if value in found)
 
@@ -158,7 +158,7 @@ def _is_table(value: ir.Value | None, width: int) -> bool:
 def _inputs_of(lookup: ir.Value) -> set[ir.Value]:
     """The graph input that a lookup is indexed by, if nothing but casts lies between."""
     node = lookup.producer()
-    if node is None or node.op_type not in _LOOKUPS or len(node.inputs) < 2:
+    if node is None or node.op_type not in LOOKUPS or len(node.inputs) < 2:
         return set()
     value = node.inputs[1]
     while value is not None and not value.is_graph_input():

@@ -19,7 +19,7 @@ import onnx_ir as ir
 SKIP_NORMS = frozenset({"SkipSimplifiedLayerNormalization", "SkipLayerNormalization"})
 CONTRIB_DOMAIN = "com.microsoft"
 SKIP_NORM_SUM_OUTPUT = 3
-_SHAPE_OPS = frozenset({"Shape", "Size"})
+SHAPE_OPS = frozenset({"Shape", "Size"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +138,7 @@ class Flow:
         return index
 
     def _add_node(self, node: ir.Node) -> None:
-        if node.op_type in _SHAPE_OPS and node.domain == "":
+        if node.op_type in SHAPE_OPS and node.domain == "":
             return
         sources = {self._vertex_of[value] for value in reads(node) if value in self._vertex_of}
         if not sources:

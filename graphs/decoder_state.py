@@ -17,11 +17,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from .dataflow import reads
+from .dataflow import SHAPE_OPS, reads
 
 # The names of the onnx-community layout, which our own conversion writes: `past_key_values.0.key` and `present.0.key`.
 COMMUNITY_PAST, COMMUNITY_PRESENT = "past_key_values", "present"
-_SHAPE_OPS = frozenset({"Shape", "Size"})
 # How names of one state begin on both sides; behind that they are the same, but for a plural.
 _SIDE = re.compile(r"^((?:input|output)[._])?((past|present)(_key_values)?(\.layers)?|cache\.layers)(?=[._])")
 _PAST_NAME = re.compile(r"^(input[._])?(past(_key_values)?|cache\.layers)(?=[._])(?!_sequence|_seen)")
@@ -130,7 +129,7 @@ def _nearest(output: ir.Value, fitting: set[ir.Value]) -> list[ir.Value]:
 def _sources(value: ir.Value) -> Iterator[ir.Value]:
     """What a value is computed from, one step back; for an `If` the value that each branch gives."""
     node = value.producer()
-    if node is None or (node.op_type in _SHAPE_OPS and not node.domain):
+    if node is None or (node.op_type in SHAPE_OPS and not node.domain):
         return
     if node.op_type == "If" and not node.domain:
         for attribute in node.attributes.values():
