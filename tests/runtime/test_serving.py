@@ -722,6 +722,7 @@ def test_the_metrics_are_what_was_asked_and_answered(vlm: GuardedVLM) -> None:
 def test_without_telemetry_no_gate_is_told(guarded: Guarded) -> None:
     with serving(GuardedVLM.open(guarded("restore"))) as one:
         assert one.ask(asking(HARMFUL, data_url())).json()["choices"][0]["message"]["content"] == REFUSAL
+        eventually(lambda: one.service.admission.inside == 0)  # an answer is counted after it has been sent
         numbers = one.metrics()
     (about,) = [name for name in numbers if name.startswith("vlmguard_model_info")]
     assert "{telemetry=no}" in about and "{mode=restore}" in about
