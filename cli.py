@@ -68,6 +68,7 @@ class ModeChoice(StrEnum):
     supervise = "supervise"
     restore = "restore"
     combined = "combined"
+    align = "align"
 
 
 class PositionsChoice(StrEnum):
@@ -75,6 +76,7 @@ class PositionsChoice(StrEnum):
 
     last = "last"
     all = "all"
+    prompt = "prompt"
 
 
 class DataChoice(StrEnum):
@@ -290,14 +292,21 @@ def export_command(
     anchors: Anchors = None,
     calibration: Calibration = None,
     mode: Annotated[
-        ModeChoice | None, typer.Option(help="Intervention. (default: restore; project for directions without a gate)")
+        ModeChoice | None,
+        typer.Option(
+            help="Intervention; align calibrates nothing. (default: restore; project for directions without a gate)"
+        ),
     ] = None,
     layers: Annotated[str, typer.Option(help="Decoder layers, from 0: 3,4 or 2-4 or auto.")] = "auto",
     rank: Annotated[int | None, typer.Option(help="Rows of the direction, 1 to 8. (default: calibrated)")] = None,
     alpha: Annotated[float | None, typer.Option(help="Strength of steer and supervise. (default: 1)")] = None,
     tau: Annotated[float | None, typer.Option(help="Gate threshold. (default: calibrated)")] = None,
     positions: Annotated[
-        PositionsChoice, typer.Option(help="last: the last token of each call; all: every token.")
+        PositionsChoice,
+        typer.Option(
+            help="last: the last token of each call; all: every token; prompt: the end of the prompt, and no token of the "
+            "answer (supervise; always so in align)."
+        ),
     ] = PositionsChoice.last,
     lowering: Annotated[
         str,

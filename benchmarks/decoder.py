@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 from shapes import Shape
 
-from vlmguard.graphs.plan import SUPERVISOR_INPUT
+from vlmguard.graphs.plan import SUPERVISOR_INPUTS
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -97,7 +97,7 @@ class Decoder:
         if name.startswith(_PAST):
             seed = sum(map(ord, name))
             return cache_values(self.shape, past, seed)
-        if name == SUPERVISOR_INPUT:
+        if name in SUPERVISOR_INPUTS:
             _, layers, rank = declared
             assert isinstance(layers, int) and isinstance(rank, int), declared
             return np.full((1, layers, rank), supervisor)

@@ -75,7 +75,7 @@ class Variant:
 
     @property
     def supervisor(self) -> float:
-        return 0.5 if self.gate == "open" else LISTEN
+        return 0.5 if self.gate == "open" or self.mode == "align" else LISTEN
 
 
 def gates(mode: str) -> tuple[str, ...]:

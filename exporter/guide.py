@@ -13,7 +13,7 @@ from ..graphs.directions import DIRECTIONS_FILE, Directions, read_directions
 from ..graphs.errors import DirectionMismatch, GuardError
 from ..graphs.package import ModelPackage, open_package
 from ..graphs.plan import GuardPlan, require_fitting
-from ..graphs.spec import GuardSpec
+from ..graphs.spec import MODES_TOWARD_TEXT, GuardSpec
 from ..runtime.decoder_place import DecoderPlace
 from ..runtime.vision import unknown_processor
 from ..runtime.vlm import Request, VisionLanguageModel
@@ -54,8 +54,9 @@ from .sources import Source, Watch
 ANCHOR_FILES = ("anchors.jsonl", "anchors.json", "anchors.csv")
 CALIBRATION_FILES = ("calibration.jsonl", "calibration.json", "calibration.csv")
 EXTRACTED_RANK = 4
+ALIGNED_RANK = 8  # rows that `align` copies: with fewer, borderline prompts follow the text-only model less faithfully
 _PROOF_PROMPTS = 4  # of each label and setting
-NOT_COUNTED = "the guard's effect was not counted: without an image, mode supervise compares each prompt with itself"
+NOT_COUNTED = "the guard's effect was not counted: without an image, mode {} compares each prompt with itself"
 NOT_ASKED = "no harmful prompts were asked without and with the guard"
 
 
@@ -102,6 +103,15 @@ class Guide:
         path = Path(given) if given is not None else None
         if path is None and anchors is None and calibration is None:
             path = self.find("directions", (DIRECTIONS_FILE,))
+        if self.spec.mode == "align":
+            self._require_no_calibration(calibration)
+            if path is None:
+                return self.aligned(anchors), None
+            if anchors is not None:
+                raise GuardError(
+                    f"{path}: mode align copies along these directions as they are, so --anchors has no effect; leave one of "
+                    "the two out"
+                )
         if path is None:
             made = self.calibrated(anchors, calibration)
             return made.directions, made
@@ -115,6 +125,23 @@ class Guide:
             return found, None
         made = self.calibrated(anchors, calibration, found)
         return made.directions, made
+
+    def aligned(self, anchors: Sources | None) -> Directions:
+        """Directions for mode `align`, which calibrates nothing: those of the anchors, of every layer."""
+        found = self.anchors(anchors)
+        self.notes.append(f"directions extracted from {found.title}; nothing is calibrated in mode align")
+        return replace(self.extracted(found, self.spec.rank or ALIGNED_RANK), mode="align")
+
+    def _require_no_calibration(self, calibration: Sources | None) -> None:
+        """Options of a calibration have no effect on a mode that has none."""
+        options = {
+            "--calibration": calibration is not None,
+            "--readout": self.readout is not None,
+            "--budget": self.budget != DEFAULT_BUDGET,
+        }
+        idle = next((name for name, is_set in options.items() if is_set), None)
+        if idle is not None:
+            raise GuardError(f"mode align calibrates nothing, so {idle} has no effect; leave it out")
 
     def _require_nothing_to_calibrate(self, path: Path) -> None:
         """Directions that are used as they are leave no room for the options of an extraction or a calibration."""
@@ -225,8 +252,8 @@ class Guide:
         if reason is None:
             try:
                 found = self._ask_unguarded(path)
-                if mode == "supervise" and all(prompt.setting == "text" for prompt in found.sample.prompts):
-                    self.not_asked = NOT_COUNTED
+                if mode in MODES_TOWARD_TEXT and all(prompt.setting == "text" for prompt in found.sample.prompts):
+                    self.not_asked = NOT_COUNTED.format(mode)
                 return found
             except _NotAsked as error:
                 reason = str(error)

@@ -243,7 +243,7 @@ def export(
             if unguarded is not None:
                 refusals = guide.refusals(unguarded, stage, planned[0].plan, allow_no_effect)
             write_manifest(stage, done, spec, calibrated, refusals, chosen, digests, tell, stamped, sbom)
-            _write_config(stage, calibrated, wished, found)
+            _write_config(stage, calibrated, wished, found, spec, planned[0].plan)
             if key is not None:
                 write_signature(stage, key)
         tell("done", 1, 1)
@@ -265,12 +265,22 @@ def _config(path: Path | str | None, *others: object) -> GuardConfig | None:
     return config
 
 
-def _write_config(stage: Path, calibrated: Calibration | None, wished: GuardConfig | None, found: Directions) -> None:
+def _write_config(
+    stage: Path,
+    calibrated: Calibration | None,
+    wished: GuardConfig | None,
+    found: Directions,
+    spec: GuardSpec,
+    plan: GuardPlan,
+) -> None:
     """The guard as a person reads and edits it. Not among the manifest's files: editing it changes no guard by itself."""
     if calibrated is not None:
         create_file(stage / CONFIG_NAME, config_of(calibrated, DIRECTIONS_FILE).encode())
     elif wished is not None:
         create_file(stage / CONFIG_NAME, to_toml(wished.spec, DIRECTIONS_FILE, found).encode())
+    elif plan.mode == "align":
+        spec = replace(spec, mode="align", layers=plan.layers, rank=plan.guards[0].rank, positions="prompt")
+        create_file(stage / CONFIG_NAME, to_toml(spec, DIRECTIONS_FILE, found).encode())
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,16 @@ def _supervise(scribe: Scribe, read: ir.Value, c: ir.Value, task: Task, units: _
     return scribe.op("weights", "Mul", [made.opened, scribe.op("difference", "Sub", [wanted, present])]), made
 
 
+def _align(scribe: Scribe, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
+    """`g(a) (a - c)`; `a` comes unscaled."""
+    wanted = task.supervisor
+    assert wanted is not None
+    made = gate(scribe, first_told(scribe, task), task)
+    if units.c != 1.0:
+        wanted = scribe.op("wanted", "Mul", [wanted, scribe.constant("wanted_unit", np.array(units.c), "float32")])
+    return scribe.op("weights", "Mul", [made.opened, scribe.op("difference", "Sub", [wanted, c])]), made
+
+
 def _restore(scribe: Scribe, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
     """`g (t - c)`; in `combined` the gate hears the supervisor too"""
     layer = task.layer
@@ -130,4 +140,4 @@ def _restore(scribe: Scribe, read: ir.Value, c: ir.Value, task: Task, units: _Un
     return scribe.op("weights", "Mul", [made.opened, difference]), made
 
 
-_WEIGHTS = {"steer": _steer, "supervise": _supervise, "restore": _restore, "combined": _restore}
+_WEIGHTS = {"steer": _steer, "supervise": _supervise, "restore": _restore, "combined": _restore, "align": _align}

@@ -18,7 +18,7 @@ from .lowering_gate import bounded, columns, combined_score, first_told, gate
 from .lowering_task import Gate, Task, Written
 from .reference import LayerGuard
 from .scribe import Scribe
-from .spec import MODES_WITH_READOUT, MODES_WITH_SUPERVISOR
+from .spec import MODES_TOWARD_TEXT, MODES_WITH_READOUT, MODES_WITH_SUPERVISOR
 
 
 def correction(scribe: Scribe, h: ir.Value, task: Task) -> Written:
@@ -54,7 +54,7 @@ def _gate(scribe: Scribe, h: ir.Value, c: list[ir.Value], task: Task) -> Gate | 
     """`None` for `project`, which has none."""
     if task.mode == "project":
         return None
-    if task.mode == "supervise":
+    if task.mode in MODES_TOWARD_TEXT:
         return gate(scribe, first_told(scribe, task), task)
     if task.mode == "steer":
         return gate(scribe, c[0], task)
@@ -77,6 +77,9 @@ def _weights(
         wanted = [scribe.op(f"minus_c_{number}", "Neg", [value]) for number, value in enumerate(c)]
     elif mode in MODES_WITH_READOUT:
         wanted = _to_the_target(scribe, layer, c)
+    elif mode == "align":
+        assert supervisor is not None
+        wanted = _to_the_text(scribe, layer, c, supervisor)
     else:
         alpha = scribe.constant("alpha", np.array(layer.alpha), "float32")
         if mode == "steer":
@@ -109,13 +112,26 @@ def _to_the_supervisor(
     """`alpha (a - o) - (c - o)`"""
     wanted = []
     for number, value in enumerate(c):
-        a = columns(scribe, f"a_{number}", supervisor, number, number + 1) if layer.rank > 1 else supervisor
+        a = _told(scribe, layer, supervisor, number)
         origin = scribe.constant(f"origin_{number}", layer.origin[number], "float32")
         told = scribe.op(f"a_{number}_centred", "Sub", [a, origin])
         told = scribe.op(f"a_{number}_strength", "Mul", [told, alpha])
         present = scribe.op(f"present_{number}", "Sub", [value, origin])
         wanted.append(scribe.op(f"wanted_{number}", "Sub", [told, present]))
     return wanted
+
+
+def _to_the_text(scribe: Scribe, layer: LayerGuard, c: list[ir.Value], supervisor: ir.Value) -> list[ir.Value]:
+    """`a - c`"""
+    return [
+        scribe.op(f"wanted_{number}", "Sub", [_told(scribe, layer, supervisor, number), value])
+        for number, value in enumerate(c)
+    ]
+
+
+def _told(scribe: Scribe, layer: LayerGuard, supervisor: ir.Value, number: int) -> ir.Value:
+    """The text-only coordinate along one row, `[batch, 1, 1]`."""
+    return columns(scribe, f"a_{number}", supervisor, number, number + 1) if layer.rank > 1 else supervisor
 
 
 def _coordinates(scribe: Scribe, mode: str, c: list[ir.Value]) -> ir.Value | None:

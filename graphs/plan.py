@@ -20,11 +20,12 @@ from .directions import Directions, LayerDirections
 from .errors import DirectionMismatch, GuardError
 from .fold import find_writers
 from .lowering import FOLDED, choose_lowering
-from .reference import LayerGuard
+from .reference import SUPERVISED_ABOVE, LayerGuard
 from .scribe import PREFIX
 from .separation import Separation, recorded_separations, warnings_of
 from .spec import (
     MAX_RANK,
+    MODES_ONLY_AT_PROMPT_END,
     MODES_WITH_ALPHA,
     MODES_WITH_GATE,
     MODES_WITH_READOUT,
@@ -34,6 +35,10 @@ from .spec import (
 
 PLAN_SCHEMA = "vlmguard.plan/1"
 SUPERVISOR_INPUT = "vlmguard.supervisor"
+# Positions `prompt`: the coordinates go into the call with the prompt's end, `reference.LISTEN` into every other. The name
+# differs, because a runner that feeds the coordinates in every call would garble answers.
+PROMPT_SUPERVISOR_INPUT = "vlmguard.prompt_supervisor"
+SUPERVISOR_INPUTS = (SUPERVISOR_INPUT, PROMPT_SUPERVISOR_INPUT)
 COORDINATES_OUTPUT = "vlmguard.coordinates"
 OLDEST_OPSET = 13  # Unsqueeze and Squeeze take their axes as inputs from here on
 LARGEST_ALPHA = 1000.0  # alpha times the LISTEN sentinel must stay finite in float32
@@ -130,9 +135,20 @@ class GuardPlan:
         return tuple(site.guard for site in self.sites if site.site.body == self.bodies[0])
 
     @property
+    def edits_last(self) -> bool:
+        """Whether only the last token of a call is edited."""
+        return self.positions != "all"
+
+    @property
+    def edits_prompt_end(self) -> bool:
+        """Whether no token of an answer is edited."""
+        return self.positions == "prompt"
+
+    @property
     def added_inputs(self) -> tuple[str, ...]:
         """In their order; the knobs come last, because they may be left out."""
-        supervisor = (SUPERVISOR_INPUT,) if self.mode in MODES_WITH_SUPERVISOR else ()
+        name = PROMPT_SUPERVISOR_INPUT if self.edits_prompt_end else SUPERVISOR_INPUT
+        supervisor = (name,) if self.mode in MODES_WITH_SUPERVISOR else ()
         return (*supervisor, *((PAST_GATE_INPUT,) if self.gate == "prompt" else ()), *self.knobs)
 
     @property
@@ -196,9 +212,9 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
         notes += _require_foldable(model, anatomy, sites, spec)
     notes += _quantized_behind(model, sites)
     notes += notes_on(knobs, spec.gate)
-    if spec.positions == "last" and not mask:
+    if spec.positions != "all" and not mask:
         notes.append("no attention_mask input: the last index of each call is edited, so pad on the left")
-    if spec.positions == "last" and mask and hides_later_padding(model.graph):
+    if spec.positions != "all" and mask and hides_later_padding(model.graph):
         notes.append(
             "the KV cache has a fixed size and there are no position_ids: where a prompt is fed in parts, do not pad the later "
             "ones on the right, or their last token is not edited"
@@ -206,7 +222,7 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
     notes += warnings_of(separation)
     return GuardPlan(
         mode=mode,
-        positions=spec.positions,
+        positions="prompt" if mode in MODES_ONLY_AT_PROMPT_END else spec.positions,
         lowering=lowering.name,
         lowering_reason=reason,
         mask=mask,
@@ -229,7 +245,7 @@ def _recorded(directions: Directions, layers: tuple[int, ...]) -> tuple[Separati
 
 def _mask(model: ir.Model, spec: GuardSpec, mode: str) -> str:
     """The mask that the last token is found by; one that cannot be read is refused only where it would have to be."""
-    is_read = spec.positions == "last" or spec.telemetry or spec.gate == "prompt" or mode in MODES_WITH_SUPERVISOR
+    is_read = spec.positions != "all" or spec.telemetry or spec.gate == "prompt" or mode in MODES_WITH_SUPERVISOR
     if not is_read:
         return readable_mask(model.graph)
     mask = mask_input(model.graph)
@@ -362,7 +378,7 @@ def _mode(spec: GuardSpec, directions: Directions) -> tuple[str, list[str]]:
         return "project", [
             "mode project as asked: an uncalibrated projection may over-refuse or do nothing; evaluate it"
         ]
-    if spec.mode in MODES_WITH_GATE and spec.tau is None and directions.mode not in (None, spec.mode):
+    if spec.mode in MODES_WITH_GATE and spec.tau is None and directions.mode not in (None, "align", spec.mode):
         raise DirectionMismatch(
             f"the directions' thresholds were calibrated for {directions.mode}, not for {spec.mode}; give --tau, or "
             "calibrate again with --anchors"
@@ -385,6 +401,10 @@ def _layers(
                 "extract them for that layer too"
             )
         return tuple(sorted(set(spec.layers))), [f"layers {_spell(spec.layers)} as asked"]
+    # layers that were chosen for another mode's edit say nothing of this one's
+    # layers that were chosen for another mode's edit say nothing of this one's
+    if mode == "align" and not (directions.mode == "align" and directions.recommended_layers):
+        return _later_layers(directions, anatomy.layer_count)
     if directions.recommended_layers:
         chosen = directions.recommended_layers
         return chosen, [f"layers {_spell(chosen)}: what calibration chose"]
@@ -393,6 +413,14 @@ def _layers(
         return chosen, [f"layers {_spell(chosen)}: those that the directions calibrate"]
     chosen = tuple(directions.layers)
     return chosen, [f"layers {_spell(chosen)}: those of the directions file"]
+
+
+def _later_layers(directions: Directions, count: int) -> tuple[tuple[int, ...], list[str]]:
+    """The later two thirds of the decoder, as far as the directions have them: what `align` guards without a calibration."""
+    later = tuple(number for number in directions.layers if number >= -(-count // 3))
+    chosen = later or tuple(directions.layers)
+    which = "the later two thirds of the decoder" if later else "those of the directions file"
+    return chosen, [f"layers {_spell(chosen)}: {which}; nothing is calibrated in mode align"]
 
 
 def _layer_guard(number: int, directions: Directions, spec: GuardSpec, mode: str, notes: list[str]) -> LayerGuard:
@@ -411,8 +439,9 @@ def _layer_guard(number: int, directions: Directions, spec: GuardSpec, mode: str
         raise GuardError(f"mode {mode} has no strength alpha; leave --alpha out, or choose steer or supervise")
     else:
         alpha = 1.0
-    if mode == "project" and spec.tau is not None:
-        raise GuardError("mode project has no gate; leave --tau out, or choose a mode with one")
+    if spec.tau is not None and mode not in MODES_WITH_GATE:
+        what = "gate" if mode == "project" else "threshold"
+        raise GuardError(f"mode {mode} has no {what}; leave --tau out, or choose a mode with one")
     zeros = np.zeros(rank, np.float32)
     threshold = _threshold(number, layer, spec, mode, notes)
     return LayerGuard(
@@ -445,7 +474,9 @@ def _readout(number: int, layer: LayerDirections, mode: str, notes: list[str]) -
 
 
 def _threshold(number: int, layer: LayerDirections, spec: GuardSpec, mode: str, notes: list[str]) -> float:
-    if mode == "project":
+    if mode == "align":
+        return float(np.float32(SUPERVISED_ABOVE))
+    if mode not in MODES_WITH_GATE:
         return 0.0
     if spec.tau is not None:
         return float(np.float32(spec.tau))

@@ -21,6 +21,8 @@ LARGEST_OFFSET = 1e29
 # `combined` hears its readout only where there is a supervisor: the readout's score is cut off this far above the
 # supervisor's coordinate. Above every score that is one; and LISTEN plus it is below every threshold.
 HEARING = 1e29
+# `align` edits wherever there is a supervisor: its gate opens above this, far below every coordinate and far above LISTEN.
+SUPERVISED_ABOVE = -1e29
 # A held gate that means "not decided yet: decide now".
 UNDECIDED = -1.0
 
@@ -34,7 +36,7 @@ class LayerGuard:
         origin: `[m]`, where the coordinates start (`supervise`).
         target: `[m]`, the level that the language model has for harmful text (`restore`, `combined`).
         readout: `[d]`, what the gate of `restore` and `combined` reads.
-        threshold: the gate opens above it.
+        threshold: the gate opens above it (`align`: `SUPERVISED_ABOVE`).
         alpha: strength (`steer`, `supervise`).
         text_shift: brings the text-only query's first coordinate to the readout's scale, so that one threshold serves both
             (`combined`).
@@ -94,14 +96,17 @@ def weights(
         assert supervisor is not None, "supervise needs the text-only coordinates"
         a, o = supervisor, layer.origin
         return strength * opened * (layer.alpha * (a - o) - (c - o))
+    if mode == "align":
+        assert supervisor is not None, "align needs the text-only coordinates"
+        return strength * opened * (supervisor - c)
     assert mode in {"restore", "combined"}, mode
     return strength * opened * (layer.target - c)
 
 
 def score(mode: str, layer: LayerGuard, h: np.ndarray, supervisor: np.ndarray | None = None) -> np.ndarray:
     """What the gate compares with its threshold, `[..., 1]`; `project` has no gate."""
-    if mode == "supervise":
-        assert supervisor is not None, "supervise needs the text-only coordinates"
+    if mode in {"supervise", "align"}:
+        assert supervisor is not None, f"{mode} needs the text-only coordinates"
         return supervisor[..., :1]
     assert mode in {"steer", "restore", "combined"}, mode
     row = layer.ssd[0] if mode == "steer" else layer.readout
@@ -141,7 +146,7 @@ def guard(
 
     Args:
         h: hidden states `[batch, sequence, d]`.
-        supervisor: coordinates of the text-only query, `[batch, 1, m]` (`supervise` and `combined`).
+        supervisor: coordinates of the text-only query, `[batch, 1, m]` (`supervise`, `combined` and `align`).
         selected: `[batch, sequence, 1]` of 0 and 1, the tokens to edit; `None` edits all of them.
         dials: what is set at this call.
     """

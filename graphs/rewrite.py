@@ -36,7 +36,7 @@ from .errors import GuardIncomplete
 from .fold import FOLD, fold
 from .lowering import LOWERINGS, Lowering
 from .lowering_task import Held, Task, Written
-from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, GuardPlan, SitePlan, require_unguarded
+from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan, SitePlan, require_unguarded
 from .positions import LastToken
 from .scribe import Scribe
 
@@ -302,7 +302,7 @@ def _find_last_token(edit: _Edit) -> None:
     assert stream is not None, "dissect refuses such a site"
     scribe = edit.scribe("positions")
     last = LastToken(scribe, stream, call_inputs(edit.model.graph) if edit.plan.mask else CallInputs())
-    if edit.plan.positions == "last":
+    if edit.plan.edits_last:
         for dtype in _selected_dtypes(edit):
             selected = scribe.cast(f"selected_{dtype}", last.selected, dtype)
             edit.selections[dtype] = _with_strength(edit, scribe, selected, dtype)
@@ -359,7 +359,7 @@ def _shapes(model: ir.Model, plan: GuardPlan) -> dict[str, ir.Shape]:
     if not names:
         return {}
     of_gates: list[ir.SymbolicDim | int | str] = [_batch(model, plan), len(plan.layers)]
-    ranked = {SUPERVISOR_INPUT, COORDINATES_OUTPUT}
+    ranked = {*SUPERVISOR_INPUTS, COORDINATES_OUTPUT}
     return {name: ir.Shape([*of_gates, plan.sites[0].guard.rank] if name in ranked else of_gates) for name in names}
 
 
@@ -379,7 +379,7 @@ def _batch(model: ir.Model, plan: GuardPlan) -> ir.SymbolicDim | int | str:
 
 def _supervisor(edit: _Edit, scribe: Scribe, planned: SitePlan) -> ir.Value | None:
     """This layer's row of the input, `[batch, 1, m]`: it meets every token."""
-    supervisor = edit.given.get(SUPERVISOR_INPUT)
+    supervisor = next((edit.given[name] for name in SUPERVISOR_INPUTS if name in edit.given), None)
     if supervisor is None:
         return None
     row = edit.plan.layers.index(planned.layer_index)

@@ -13,8 +13,8 @@ from typing import Literal, get_args
 
 from .errors import GuardError
 
-Mode = Literal["project", "steer", "supervise", "restore", "combined"]
-Positions = Literal["all", "last"]
+Mode = Literal["project", "steer", "supervise", "restore", "combined", "align"]
+Positions = Literal["all", "last", "prompt"]
 Target = Literal["onnxruntime", "tensorrt"]
 Decided = Literal["token", "prompt"]
 
@@ -32,7 +32,12 @@ MODES_WITH_ALPHA = frozenset({"steer", "supervise"})
 MODES_WITH_GATE = frozenset({"steer", "supervise", "restore", "combined"})
 # Modes that set the level of harmful text and whose gate has a readout of its own; modes that take a text-only pass first.
 MODES_WITH_READOUT = frozenset({"restore", "combined"})
-MODES_WITH_SUPERVISOR = frozenset({"supervise", "combined"})
+MODES_WITH_SUPERVISOR = frozenset({"supervise", "combined", "align"})
+# Modes whose edit leads to the text-only query's own coordinates: a prompt without an image stays as it is.
+MODES_TOWARD_TEXT = frozenset({"supervise", "align"})
+# Modes that can edit the prompt's end alone, and modes that never edit anything else.
+MODES_AT_PROMPT_END = frozenset({"supervise", "align"})
+MODES_ONLY_AT_PROMPT_END = frozenset({"align"})
 
 
 @dataclass(frozen=True)
@@ -40,15 +45,15 @@ class GuardSpec:
     """The wish. Every `None` means "take what the directions file says, else the mode's default".
 
     Attributes:
-        mode: which intervention (docs/method.md): `project`, `steer`, `supervise`, `restore`, `combined`. `None` follows the
-            directions file: calibrated ones mean `restore`, an SSD alone means `project`.
+        mode: which intervention (docs/method.md): `project`, `steer`, `supervise`, `restore`, `combined`, `align`. `None`
+            follows the directions file: calibrated ones mean `restore`, an SSD alone means `project`.
         layers: decoder layers, 0-based: layer `l` is guarded where its output leaves it (`hidden_states[l + 1]` in
             Hugging Face terms). `None` means those of the directions file.
         rank: how many rows of the SSD to use, 1..8. `None` means all that the file has.
         alpha: strength of `steer` and `supervise`; not negative, because a negative strength removes safety.
-        tau: gate threshold of every mode but `project`, for every guarded layer (of `combined`: the readout's).
+        tau: gate threshold of every mode but `project` and `align`, for every guarded layer (of `combined`: the readout's).
         positions: `last` edits the last token of each call (the end of the prompt, then each new token); `all` every
-            token of the call.
+            token of the call; `prompt` the end of the prompt and no token of the answer (`supervise`, and always `align`).
         lowering: how the guard is written into the graph; `auto` lets the plan choose and say why.
         direction_of: use this layer's SSD in every guarded layer (`project` only); what `fold` needs, because it changes
             the whole stream by one subspace. The layers are then all of the decoder's, unless `layers` says which.
@@ -99,14 +104,24 @@ class GuardSpec:
             raise GuardError(f"tau {self.tau} is not a finite number; a gate that never or always opens is not a guard")
 
     def require_dials(self, mode: str) -> None:
-        """The mode has the gate that is to be shown or held.
+        """The mode has the gate that is to be shown or held, and edits the tokens that are wanted.
 
         Args:
             mode: as asked, or as the directions decide.
 
         Raises:
-            GuardError: it has none, or holds it already.
+            GuardError: it has none, or holds it already, or edits other tokens.
         """
+        if self.positions == "prompt" and mode not in MODES_AT_PROMPT_END:
+            raise GuardError(
+                f"mode {mode} cannot leave the answer's tokens out; leave --positions out, or choose align or supervise"
+            )
+        if self.positions == "all" and mode in MODES_ONLY_AT_PROMPT_END:
+            raise GuardError(f"mode {mode} edits the end of the prompt and no other token; leave --positions out")
+        if mode == "align" and self.telemetry:
+            raise GuardError("mode align has no score to show: it has no threshold; leave --telemetry out")
+        if mode == "align" and self.gate == "prompt":
+            raise GuardError("mode align has no gate to hold: it edits the end of the prompt alone; leave --gate out")
         if self.telemetry and mode not in MODES_WITH_GATE:
             raise GuardError(f"mode {mode} has no gate, so there is no score to tell; leave --telemetry out")
         if self.gate == "prompt" and mode not in MODES_WITH_GATE:

@@ -12,7 +12,7 @@ from .bodies import branches, branching, unsurface
 from .dials import DEFAULTS, PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT, take_back_inputs
 from .errors import GuardIncomplete
 from .fold import SCOPE, original_name
-from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
+from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS
 from .scribe import PREFIX
 
 _OWN = (PREFIX, "vlmguard.")
@@ -35,7 +35,7 @@ def strip_guard(model: ir.Model) -> None:
         _strip_body(body, [node for node in body if node in members], members)
     # a number of the guard's that somebody made an input goes too, so that it is seen to be missing when put back as planned
     fed = {value.name or "" for value in graph.inputs if (value.name or "").startswith(PREFIX)}
-    take_back_inputs(graph, {SUPERVISOR_INPUT, PAST_GATE_INPUT, *DEFAULTS, *fed})
+    take_back_inputs(graph, {*SUPERVISOR_INPUTS, PAST_GATE_INPUT, *DEFAULTS, *fed})
     for name in [name for name in graph.initializers if name.startswith(PREFIX)]:
         graph.initializers.pop(name)
     for key in [key for key in model.metadata_props if key.startswith("vlmguard.")]:

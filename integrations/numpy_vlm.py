@@ -57,7 +57,9 @@ class NumpyDecoder:
         """
         h, coordinates, gates = embeds.astype(np.float64), [], []
         ends = (np.arange(len(h)) >= prompt - 1).astype(np.float64)[None, :, None]
-        selected = ends if self._plan.positions == "last" else None
+        if self._plan.edits_prompt_end:
+            ends = (np.arange(len(h)) == prompt - 1).astype(np.float64)[None, :, None]
+        selected = ends if self._plan.edits_last else None
         for number in range(self._layers):
             h = self._layer(number, h)
             if number in self._guards:

@@ -18,8 +18,8 @@ from ..graphs.decoder_state import StatePair, is_past_name
 from ..graphs.dials import PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT
 from ..graphs.errors import GuardError
 from ..graphs.package import ModelPackage, in_memory
-from ..graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
-from ..graphs.reference import UNDECIDED
+from ..graphs.plan import COORDINATES_OUTPUT, PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUTS
+from ..graphs.reference import LISTEN, UNDECIDED
 from ..graphs.roles import InputRoles, input_roles, roles_by_name
 from .deepstack import is_embeds
 from .device import DeviceOutputs, DeviceTensor, Tensor, last, where_it_is
@@ -31,7 +31,7 @@ from .runners import ClosableRunner, DeviceRunner, OverridableRunner, Port, Runn
 _CACHE_BRANCH, _KEPT_LOGITS = "use_cache_branch", "num_logits_to_keep"
 _SWITCHES = frozenset({_CACHE_BRANCH, _KEPT_LOGITS})
 # What a guard adds; knobs are not among a graph's inputs, because they have defaults.
-_GUARD_INPUTS = frozenset({SUPERVISOR_INPUT, PAST_GATE_INPUT})
+_GUARD_INPUTS = frozenset({*SUPERVISOR_INPUTS, PAST_GATE_INPUT})
 # 1 for the tokens of an image, which see one another in both directions, 0 for text (Gemma 3).
 _TOKEN_TYPES = "token_type_ids"
 
@@ -147,14 +147,28 @@ class DecoderSession:
     @property
     def supervised(self) -> bool:
         """Whether the graph takes the text-only coordinates."""
-        return SUPERVISOR_INPUT in self.runner.inputs
+        return bool(self.supervisor_input)
+
+    @property
+    def supervisor_input(self) -> str:
+        """The input for them, or ""."""
+        return next((name for name in SUPERVISOR_INPUTS if name in self.runner.inputs), "")
+
+    @property
+    def edits_prompt_end(self) -> bool:
+        """Whether the coordinates go into the call with the prompt's end alone: answers are then the unguarded decoder's."""
+        return self.supervisor_input == PROMPT_SUPERVISOR_INPUT
 
     @property
     def supervisor_shape(self) -> tuple[int, int]:
         """`(guarded layers, rank)`"""
-        _, layers, rank = self.runner.inputs[SUPERVISOR_INPUT].shape
+        _, layers, rank = self.runner.inputs[self.supervisor_input].shape
         assert layers is not None and rank is not None
         return layers, rank
+
+    def no_supervisor(self, batch: int) -> np.ndarray:
+        """What goes in where there are no text-only coordinates, `[batch, layers, m]`: nothing is edited then."""
+        return np.full((batch, *self.supervisor_shape), LISTEN, np.float32)
 
     @property
     def knobs(self) -> tuple[str, ...]:
@@ -185,7 +199,8 @@ class DecoderSession:
         """Run a whole prompt.
 
         Args:
-            supervisor: the text-only coordinates `[batch, layers, m]` that a supervised graph wants.
+            supervisor: the text-only coordinates `[batch, layers, m]` that a supervised graph wants. One that edits the
+                prompt's end alone gets them in the call with that token, and no supervisor in the calls after it.
             dials: further inputs of the guard by name, the same in every call (`graphs.dials`). Gates that are held are
                 decided here, at the end of the prompt, unless they are among these.
 
@@ -203,7 +218,7 @@ class DecoderSession:
             batch.ids, batch.mask, embeds, {}, supervisor, batch.images, batch.further, dict(dials or {})
         )
         self._keep(state, outputs)
-        self._hold(state, outputs)
+        self._end_prompt(state, outputs)
         return outputs, state
 
     def _run(self, feeds: Mapping[str, Tensor], step: bool = False) -> Mapping[str, np.ndarray]:
@@ -223,7 +238,7 @@ class DecoderSession:
                 f"the given inputs are {', '.join(given)}, the decoder takes {', '.join(ports)}; {differing[0]!r} is in one "
                 "of them alone"
             )
-        asked = {} if supervisor is None else {SUPERVISOR_INPUT: _coordinates(supervisor)}
+        asked = {} if supervisor is None else {self.supervisor_input: _coordinates(supervisor)}
         return (
             {name: given[name].astype(port.dtype) for name, port in ports.items()} | asked | self._undecided(batch.size)
         )
@@ -260,14 +275,26 @@ class DecoderSession:
         cache = self._empty_cache(batch.size)
         state = DecoderState(none, none, None, cache, supervisor, batch.images, batch.further, dict(dials))
         outputs: Mapping[str, np.ndarray] = {}
-        for at in range(batch.ids.shape[1]):
+        length = batch.ids.shape[1]
+        for at in range(length):
+            if self.edits_prompt_end and supervisor is not None:
+                state.supervisor = supervisor if at == length - 1 else self.no_supervisor(batch.size)
             embeds = None if batch.embeds is None else batch.embeds[:, at : at + 1]
             outputs = self.step(state, batch.ids[:, at : at + 1], embeds)
-        self._hold(state, outputs)
+        self._end_prompt(state, outputs)
         return outputs, state
 
     def step(self, state: DecoderState, tokens: np.ndarray, embeds: np.ndarray | None) -> Mapping[str, np.ndarray]:
-        """Run one more token per row, `[batch, 1]`; changes `state`."""
+        """Run one more token per row, `[batch, 1]`; changes `state`.
+
+        Raises:
+            GuardError: the guard edits the prompt's end, which this graph computes again without the edit.
+        """
+        if self.edits_prompt_end and not self.cache_inputs:
+            raise GuardError(
+                "this guard edits the end of the prompt, and the decoder has no KV cache that keeps the edit for the answer; "
+                "export the model with a cache, or choose another mode"
+            )
         state.ids = np.concatenate([state.ids, tokens], axis=1)
         state.mask = np.concatenate([state.mask, np.ones_like(tokens)], axis=1)
         current = tokens
@@ -323,13 +350,13 @@ class DecoderSession:
         for name, number in ((_CACHE_BRANCH, past), (_KEPT_LOGITS, 0)):
             if name in ports:
                 feeds[name] = np.full(len(ports[name].shape) * (1,), number, ports[name].dtype)
-        if SUPERVISOR_INPUT in ports:
+        if self.supervised:
             if state.supervisor is None:
                 raise GuardError(
                     "this graph is guarded with a supervisor and needs the text-only coordinates; run the text-only pass "
                     "first, as GuardedVLM does"
                 )
-            feeds[SUPERVISOR_INPUT] = _coordinates(state.supervisor)
+            feeds[self.supervisor_input] = _coordinates(state.supervisor)
         further = {} if state.further is None else dict(state.further.between(*window))
         return feeds | further | self._undecided(current.shape[0]) | state.dials | state.cache
 
@@ -338,8 +365,10 @@ class DecoderSession:
         port = self.runner.inputs.get(PAST_GATE_INPUT)
         return {} if port is None else {PAST_GATE_INPUT: np.full((batch, port.shape[1] or 0), UNDECIDED, np.float32)}
 
-    def _hold(self, state: DecoderState, outputs: Mapping[str, np.ndarray]) -> None:
-        """From here on gates are as the end of the prompt decided them."""
+    def _end_prompt(self, state: DecoderState, outputs: Mapping[str, np.ndarray]) -> None:
+        """From here on gates are as the end of the prompt decided them, and what edits the prompt's end edits nothing."""
+        if self.edits_prompt_end and state.supervisor is not None:
+            state.supervisor = self.no_supervisor(state.ids.shape[0])
         if PAST_GATE_INPUT in self.runner.inputs:
             state.dials.setdefault(PAST_GATE_INPUT, where_it_is(outputs, PRESENT_GATE_OUTPUT))
 

@@ -21,7 +21,6 @@ from PIL import Image
 from ..graphs.dials import SCORES_OUTPUT
 from ..graphs.errors import GuardError, ModelUnreadable, RunFailed
 from ..graphs.package import ModelPackage
-from ..graphs.reference import LISTEN
 from .chat import ChatTokenizer, Turn
 from .decoder import DecoderSession, PromptBatch, can_pad, open_decoder
 from .decoder_place import DecoderPlace
@@ -311,10 +310,8 @@ class VisionLanguageModel:
         """
         if not self.decoder.supervised:
             return None
-        layers, rank = self.decoder.supervisor_shape
         texts = [request.text_only for request in requests]
-        listen = np.full((len(texts), layers, rank), LISTEN, np.float32)
-        outputs, _ = self.decoder.prefill(self.batch(texts), listen)
+        outputs, _ = self.decoder.prefill(self.batch(texts), self.decoder.no_supervisor(len(texts)))
         return self.decoder.coordinates(outputs)
 
     # Inputs

@@ -32,6 +32,17 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 gc.set_threshold(50_000, 20, 100)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of every mode at all positions leave out what no mode can do: `align` edits the prompt's end and nothing else."""
+    items[:] = [item for item in items if _is_possible(getattr(getattr(item, "callspec", None), "params", {}))]
+
+
+def _is_possible(params: dict[str, Any]) -> bool:
+    """`supervise` at the prompt's end has tests of its own (`graphs/test_prompt_end.py`)."""
+    positions = params.get("positions")
+    return not isinstance(positions, str) or (positions == "prompt") == (params.get("mode") == "align")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write what golden tests compare with, and pass them")
 

@@ -7,7 +7,7 @@ to the logits. Odd graphs are written in ONNX's own text (`text_model`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.directions import Directions, LayerDirections
 from vlmguard.graphs.layer_count import LayerCount
 from vlmguard.graphs.package import graph_bytes
-from vlmguard.graphs.plan import GuardPlan, plan_guard
+from vlmguard.graphs.plan import PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUT, GuardPlan, plan_guard
 from vlmguard.graphs.rewrite import GuardReport, rewrite
 from vlmguard.graphs.scribe import IR_DTYPES, NUMPY_DTYPES
 from vlmguard.graphs.spec import MODES, POSITIONS, GuardSpec
@@ -258,9 +258,20 @@ def uncalibrated(layers: Iterable[int] = (0,), rank: int = 2, width: int = WIDTH
 def all_guards() -> Iterator[GuardSpec]:
     """Every mode at every position, and the other lowering."""
     for mode, positions in product(MODES, POSITIONS):
-        yield GuardSpec(mode=mode, positions=positions)  # type: ignore[arg-type]
-    for positions in POSITIONS:
+        if possible(mode, positions):
+            yield GuardSpec(mode=mode, positions=positions)  # type: ignore[arg-type]
+    for positions in ("all", "last"):
         yield GuardSpec(mode="project", positions=positions, lowering="dense")  # type: ignore[arg-type]
+
+
+def possible(mode: str, positions: str) -> bool:
+    """Whether the tests of every mode have it at these positions (`conftest.py`)."""
+    return (positions == "prompt") == (mode == "align")
+
+
+def supervisor_input(mode: str) -> str:
+    """The input for the text-only coordinates, where the positions are the mode's own."""
+    return PROMPT_SUPERVISOR_INPUT if mode == "align" else SUPERVISOR_INPUT
 
 
 @dataclass(frozen=True)
@@ -274,7 +285,9 @@ class Guarded:
 
 
 def guard_model(model: ir.Model, found: Directions, spec: GuardSpec, declared: LayerCount | None = None) -> Guarded:
-    """The pipeline's three steps; `model` is changed in place."""
+    """The pipeline's three steps; `model` is changed in place. On all layers of the directions, `align` too."""
+    if spec.mode == "align" and spec.layers is None:
+        spec = replace(spec, layers=tuple(found.layers))
     anatomy = dissect(model, declared)
     plan = plan_guard(model, anatomy, found, spec)
     return Guarded(model, anatomy, plan, rewrite(model, plan))

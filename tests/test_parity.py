@@ -291,7 +291,7 @@ def between_rows(scores: np.ndarray, margin: float) -> float:
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "align"])  # in test_torch_hooks.py
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_the_guarded_graph_equals_torch_with_hooks(
     subject: Callable[[str], Subject], name: str, mode: str, positions: str

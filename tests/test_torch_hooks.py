@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch_hooks import HookedGuard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlmguard.graphs import reference
-from vlmguard.graphs.reference import LISTEN, LayerGuard
+from vlmguard.graphs.reference import LISTEN, SUPERVISED_ABOVE, LayerGuard
 from vlmguard.graphs.spec import (
     LARGEST_TAU,
     MODES,
@@ -115,7 +116,8 @@ def run(model, guard: HookedGuard | None = None, supervisor=None, mask=LEFT, pro
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("mode", MODES)
 def test_hooks_equal_the_reference(model: LlamaForCausalLM, mode: str, positions: str, padding: str, rank: int) -> None:
-    layers = {number: layer_guard(number, rank) for number in GUARDED}
+    always: dict[str, Any] = {"threshold": SUPERVISED_ABOVE} if mode == "align" else {}
+    layers = {number: layer_guard(number, rank, **always) for number in GUARDED}
     # One row's supervisor opens the gates, the other's closes them.
     text = {n: torch.tensor([[0.7] * rank, [-0.7] * rank]) for n in GUARDED} if mode in MODES_WITH_SUPERVISOR else None
     guard = HookedGuard(layers, mode, positions)
@@ -126,7 +128,8 @@ def test_hooks_equal_the_reference(model: LlamaForCausalLM, mode: str, positions
     with recorded(model.model.layers, before), guard.attached(model.model.layers), recorded(model.model.layers, after):
         cache = None
         for step, (ids, seen) in enumerate(calls(mask, prompt)):
-            guard.set_call(attention_mask=seen, supervisor=text)
+            told = text if step == 0 or positions != "prompt" else None
+            guard.set_call(attention_mask=seen, supervisor=told)
             with torch.no_grad():
                 cache = model(input_ids=ids, attention_mask=seen, past_key_values=cache).past_key_values
             last = reference.last_token(seen[:, -ids.shape[1] :].numpy())
@@ -136,8 +139,8 @@ def test_hooks_equal_the_reference(model: LlamaForCausalLM, mode: str, positions
                     mode,
                     layer,
                     h,
-                    supervisor=None if text is None else text[number].numpy()[:, None],
-                    selected=last if positions == "last" else None,
+                    supervisor=supervisor_of(mode, told, number, rank),
+                    selected=None if positions == "all" else last,
                 )
                 np.testing.assert_allclose(after[number][step], expected, atol=2e-6)
                 coordinates = ((h @ layer.ssd.T) * last).sum(axis=1)
@@ -146,6 +149,13 @@ def test_hooks_equal_the_reference(model: LlamaForCausalLM, mode: str, positions
         np.testing.assert_array_equal(np.concatenate(after[number], 1), np.concatenate(before[number], 1))
     changed = [not np.array_equal(a, b) for n in GUARDED for a, b in zip(after[n], before[n], strict=True)]
     assert any(changed) and len(changed) == len(GUARDED) * 3
+
+
+def supervisor_of(mode: str, told: dict[int, torch.Tensor] | None, number: int, rank: int) -> np.ndarray | None:
+    """As the reference takes it, `[batch, 1, m]`: no supervisor is LISTEN."""
+    if mode not in MODES_WITH_SUPERVISOR:
+        return None
+    return np.full((2, 1, rank), LISTEN, np.float32) if told is None else told[number].numpy()[:, None]
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -188,7 +198,8 @@ def test_the_stream_keeps_its_dtype(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     h, module = torch.randn(2, 5, WIDTH).to(dtype), torch.nn.Identity()
     for mode in MODES:
-        layer = layer_guard(4)
+        always: dict[str, Any] = {"threshold": SUPERVISED_ABOVE} if mode == "align" else {}
+        layer = layer_guard(4, **always)
         guard = HookedGuard({0: layer}, mode, "all")
         text = torch.tensor([[0.7, 0.1], [-0.7, 0.1]])
         guard.set_call(supervisor={0: text})

@@ -35,6 +35,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
         "restore": None,
         "supervise": vlmguard.GuardSpec(mode="supervise"),
         "combined": vlmguard.GuardSpec(mode="combined"),
+        "align": vlmguard.GuardSpec(mode="align"),
         "dials": vlmguard.GuardSpec(knobs=True, telemetry=True, gate="prompt"),
     }
 

@@ -50,8 +50,8 @@ class HookedGuard:
     """
 
     def __init__(self, layers: Mapping[int, LayerNumbers], mode: str, positions: str = "last") -> None:
-        assert mode in ("project", "steer", "supervise", "restore", "combined"), mode
-        assert positions in ("all", "last"), positions
+        assert mode in ("project", "steer", "supervise", "restore", "combined", "align"), mode
+        assert positions in ("all", "last", "prompt"), positions
         self.layers = dict(layers)
         self.mode = mode
         self.positions = positions
@@ -121,6 +121,8 @@ class HookedGuard:
             told = self._supervisor[number].float()[:, None, :1]
             wanted = _like(c, layer.target) - c
             gate = (score > layer.threshold) | (told + layer.text_shift > layer.threshold)
+        elif self.mode == "align":  # the caller gives no supervisor behind the prompt
+            return self._supervisor[number].float()[:, None, :] - c
         else:
             text, origin = self._supervisor[number].float()[:, None, :], _like(c, layer.origin)
             wanted = layer.alpha * (text - origin) - (c - origin)

@@ -61,6 +61,7 @@ def table(prompts: Sequence[LabelledPrompt]) -> list[str]:
         for number, (mode, calibration) in enumerate(EXPORTS):
             print(f"{mode} ...", file=sys.stderr)
             out, on = Path(scratch) / str(number), "all four" if calibration else "text, blank, image"
+            on = "nothing" if mode == "align" else on
             try:
                 made = vlmguard.export(SOURCE, out, spec=vlmguard.GuardSpec(mode=mode), calibration=calibration)
             except vlmguard.GuardError as error:

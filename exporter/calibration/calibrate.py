@@ -189,6 +189,11 @@ def calibrate(
 
     Of prompts whose harm is in the picture alone `supervise` gets the harmless ones only (`visible`).
     """
+    if spec.mode == "align":
+        raise GuardError(
+            "mode align calibrates nothing: it copies the text-only coordinates; extract directions alone, and export with "
+            "--mode align"
+        )
     if not 0 <= budget < 1:
         raise GuardError(f"an over-refusal budget of {budget} is out of range; choose 0 or more, below 1")
     if readout is not None:

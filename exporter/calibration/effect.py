@@ -7,9 +7,9 @@ A guard has an **effect** on a prompt if the guarded model differs from the ungu
 - the greedy answer, token by token, up to the length that is asked.
 
 A guard has **no effect** if it has an effect on none of the harmful prompts, in none of the settings that count. All settings
-count but one: in `text`, mode `supervise` compares a prompt with itself and changes nothing by design at strength 1. Refusals
-are not part of the definition: a model that refuses all of them already can be changed, and `project` and `steer` may change
-answers without changing refusals. That refusals do not become fewer is checked besides (`no_worse`).
+count but one: in `text`, modes `supervise` and `align` compare a prompt with itself and change nothing by design at strength 1.
+Refusals are not part of the definition: a model that refuses all of them already can be changed, and `project` and `steer` may
+change answers without changing refusals. That refusals do not become fewer is checked besides (`no_worse`).
 
 The prompts are those that come with the model, else a sample of the built-in anchors that are kept back from extraction. One
 decoder session is open at a time.
@@ -27,6 +27,7 @@ from ...graphs.errors import NoEffect
 from ...graphs.package import ModelPackage
 from ...graphs.plan import GuardPlan
 from ...graphs.separation import Separation, separation_along
+from ...graphs.spec import MODES_TOWARD_TEXT
 from ...runtime.decoder_place import DecoderPlace
 from ...runtime.refusals import refused
 from ...runtime.vlm import Request, VisionLanguageModel
@@ -128,7 +129,9 @@ def ask_guarded(
     half = len(prompts)
     after = _behaviour(guarded(), unguarded.sample, lambda done: tell("asking both models", half + done, 2 * half))
     before = unguarded.behaviour
-    changed = {prompt.setting: 0 for prompt in prompts if not (plan.mode == "supervise" and prompt.setting == "text")}
+    changed = {
+        prompt.setting: 0 for prompt in prompts if not (plan.mode in MODES_TOWARD_TEXT and prompt.setting == "text")
+    }
     for prompt, left, right in zip(prompts, before.said, after.said, strict=True):
         if prompt.setting in changed:
             changed[prompt.setting] += has_effect(left, right, tolerance)

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from ...graphs.decoder_state import is_past_name
 from ...graphs.dials import PAST_GATE_INPUT
 from ...graphs.errors import GuardError
-from ...graphs.plan import SUPERVISOR_INPUT
+from ...graphs.plan import SUPERVISOR_INPUTS
 from ...graphs.roles import TOKENS, InputRoles, input_roles
 
 # Smallest, typical and largest shape of one input.
@@ -176,7 +176,7 @@ def _decoder_axes(
         return {0: batch, 1: total} if rank == 2 else {0: batch, rank - 2: sequence, rank - 1: total}
     if name == roles.positions:
         return {rank - 2: batch, rank - 1: sequence}
-    if name in {SUPERVISOR_INPUT, PAST_GATE_INPUT}:
+    if name in {*SUPERVISOR_INPUTS, PAST_GATE_INPUT}:
         return {0: batch}
     if name in {roles.tokens, roles.embeds, "token_type_ids"} or rank == 3:
         return {0: batch, 1: sequence}

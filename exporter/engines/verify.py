@@ -18,7 +18,6 @@ from ...graphs.graph_content import is_graph
 from ...graphs.inventory import is_read
 from ...graphs.manifest import EngineRecord, Manifest, read_manifest
 from ...graphs.package import ModelPackage
-from ...graphs.reference import LISTEN
 from ...graphs.spec import GuardSpec
 from ...graphs.static_proof import Check, exact
 from ...graphs.strip import strip_guard
@@ -130,7 +129,7 @@ def rolled(session: DecoderSession, inputs: ProofInputs) -> Rolled:
     for batch, text in zip(inputs.batches, inputs.texts, strict=True):
         supervisor = None
         if session.supervised:
-            heard, _ = session.prefill(text, np.full((text.size, *session.supervisor_shape), LISTEN, np.float32))
+            heard, _ = session.prefill(text, session.no_supervisor(text.size))
             supervisor = session.coordinates(heard)
         outputs = roll(session, batch, supervisor, steps=STEPS)
         found += [{name: np.asarray(call[name]) for name in call} for call in outputs]

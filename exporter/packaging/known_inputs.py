@@ -10,13 +10,14 @@ import onnx_ir as ir
 from ...graphs.decoder_state import COMMUNITY_PAST, COMMUNITY_PRESENT
 from ...graphs.dials import PAST_GATE_INPUT
 from ...graphs.errors import GuardError
-from ...graphs.plan import SUPERVISOR_INPUT
+from ...graphs.plan import PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUT
 from ...graphs.roles import LOGITS, input_roles
 
 # What the runtimes know of a cache: keys and values of a layer, in the onnx-community layout's names.
 _CACHE = re.compile(r"[0-9]+\.(key|value)")
 _WHY = {
     SUPERVISOR_INPUT: "modes supervise and combined need a text-only pass before each answer; export in mode restore",
+    PROMPT_SUPERVISOR_INPUT: "a guard at the prompt's end needs a text-only pass before each answer; export in mode restore",
     PAST_GATE_INPUT: "a gate that is held needs its state carried from call to call; export without --gate prompt",
 }
 

@@ -6,10 +6,18 @@ import numpy as np
 import onnx_ir as ir
 
 from ...graphs.plan import GuardPlan
+from ...graphs.reference import SUPERVISED_ABOVE
 from ...graphs.scribe import PREFIX
 
 # A threshold that no score passes, and one that all do; finite, so that nothing becomes NaN.
 NEVER, ALWAYS = 3.0e38, -3.0e38
+
+
+def forced_threshold(plan: GuardPlan, is_open: bool) -> float:
+    """What every gate compares with; where some calls have no supervisor, those stay closed, as nothing is there to copy."""
+    if not is_open:
+        return NEVER
+    return SUPERVISED_ABOVE if plan.edits_prompt_end else ALWAYS
 
 
 def force_gates(model: ir.Model, plan: GuardPlan, is_open: bool) -> None:
@@ -20,7 +28,7 @@ def force_gates(model: ir.Model, plan: GuardPlan, is_open: bool) -> None:
             continue
         array = value.const_value.numpy()
         if part == "tau":
-            _replace(value, np.full_like(array, ALWAYS if is_open else NEVER))
+            _replace(value, np.full_like(array, forced_threshold(plan, is_open)))
         elif plan.mode == "project" and not is_open and part.startswith(("ssd", "projection_minus_identity")):
             _replace(value, np.zeros_like(array))
         elif plan.mode == "project" and not is_open and part == "projection":

@@ -1,6 +1,7 @@
 """The proof by running: on the staged file, before it gets its name. Each check says how much it compared.
 
 1. Closed gate (or zero strength): every original output, prefill and decode, equals the unguarded model's bit for bit.
+   Where a guard edits the prompt's end alone, so does every call without a supervisor: each token of an answer.
 2. Guarded hidden states equal the numpy reference, with the gates as the inputs set them and with every gate forced open.
 3. Tokens that are not to be edited are untouched, bit for bit.
 4. In a float16 graph: how near the states come to the end of float16 (`headroom`).
@@ -25,14 +26,14 @@ from ...graphs.package import ModelPackage, load_graph
 from ...graphs.plan import COORDINATES_OUTPUT, GuardPlan
 from ...graphs.reference import LISTEN, Dials, LayerGuard, guard, last_token, score
 from ...graphs.rewrite import GuardReport
-from ...graphs.spec import MODES_WITH_SUPERVISOR
+from ...graphs.spec import MODES_TOWARD_TEXT, MODES_WITH_SUPERVISOR
 from ...graphs.static_proof import Check, exact
 from ...graphs.taps import tap_guard
 from ...runtime.decoder import DecoderSession, PromptBatch, open_decoder
 from ...runtime.decoder_place import DecoderPlace
 from ...runtime.device import Tensor
 from .compare import Comparison, first_no_number, padded, relative
-from .forced import ALWAYS, NEVER, force_gates
+from .forced import force_gates, forced_threshold
 from .headroom import Headroom
 from .inputs import ProofInputs
 from .limits import TOLERANCE
@@ -67,6 +68,7 @@ def prove_by_running(
         return (
             _closed_equals_source(package, staged, plan, inputs, place),
             *([_no_strength_equals_source(package, staged, plan, inputs, place)] if plan.knobs else ()),
+            *([_no_supervisor_equals_source(package, staged, plan, inputs, place)] if plan.edits_prompt_end else ()),
             *_states_equal_reference(package, staged, plan, report, inputs, place),
         )
     except RunFailed as failure:
@@ -98,6 +100,14 @@ def _no_strength_equals_source(
     turned = [{STRENGTH_INPUT: np.array(strength, np.float32)} for strength in _OFF]
     name = "strength 0, and below, equals the original bit for bit"
     return _equals_source(name, package, graph, staged.parent, plan, inputs, place, turned)
+
+
+def _no_supervisor_equals_source(
+    package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace | None = None
+) -> Check:
+    """The graph as it ships, fed as in a text-only pass and at every token of an answer."""
+    name = "calls without a supervisor equal the original bit for bit"
+    return _equals_source(name, package, load_graph(staged, vouched=True), staged.parent, plan, inputs, place)
 
 
 def _equals_source(
@@ -151,7 +161,12 @@ def _compare_runs(
     session = place.open(lambda: open_decoder(package, guarded, optimize=optimize, folder=folder, given=inputs.given))
     found = Comparison()
     for (number, (batch, expected)), dials in product(enumerate(zip(inputs.batches, left, strict=True)), turned):
-        right = roll(session, batch, listen(plan, batch.size), dials)
+        supervisor = listen(plan, batch.size)
+        if (
+            supervisor is not None and plan.edits_prompt_end and dials
+        ):  # else it would not be the knob that edits nothing
+            supervisor = np.zeros_like(supervisor)
+        right = roll(session, batch, supervisor, dials)
         for call, (before, after) in enumerate(zip(expected, right, strict=True)):
             found.see(f"batch {number}, call {call}", mask_at(batch, call), before, after)
     return found, f"{unguarded_calls} calls of the original and {session.calls} of the guarded model"
@@ -250,9 +265,9 @@ class _Setting:
         held = self.held
         return fed if held is None else fed | {PAST_GATE_INPUT: np.full((batch, len(plan.layers)), held, np.float32)}
 
-    def layer(self, layer: LayerGuard) -> LayerGuard:
+    def layer(self, layer: LayerGuard, plan: GuardPlan) -> LayerGuard:
         """The layer's numbers, as the graph has them now."""
-        return layer if self.forced is None else replace(layer, threshold=ALWAYS if self.forced else NEVER)
+        return layer if self.forced is None else replace(layer, threshold=forced_threshold(plan, self.forced))
 
     def dials(self, held: np.ndarray | None) -> Dials:
         strength = 1.0 if self.strength is None else self.strength
@@ -262,8 +277,11 @@ class _Setting:
 def _settings(plan: GuardPlan) -> list[_Setting]:
     """Every run of the proof."""
     gated = plan.mode != "project"
-    found = [_Setting("", "gates as the inputs set them", moves=None if gated else True)]
-    if gated:
+    if plan.mode == "align":
+        found = [_Setting("", "the text-only coordinates at the prompt's end", moves=True)]
+    else:
+        found = [_Setting("", "gates as the inputs set them", moves=None if gated else True)]
+    if gated and plan.mode != "align":
         found.append(_Setting(" (gates forced open)", "every gate forced open", True, True))
     if plan.mode in MODES_WITH_SUPERVISOR:
         found.append(_Setting(" (listening)", "no supervisor", moves=False, listens=True))
@@ -303,17 +321,18 @@ def _against_reference(
     compared, moved, states, undecided, worst = 0, 0, 0, 0, 0.0
     odd: list[str] = []
     for which, (batch, told_by_text) in enumerate(zip(inputs.batches, supervisors, strict=True)):
-        supervisor = listen(plan, batch.size) if setting.listens else told_by_text
-        rolled = roll(session, batch, supervisor, setting.feeds(plan, batch.size))
+        prompts = listen(plan, batch.size) if setting.listens else told_by_text
+        rolled = roll(session, batch, prompts, setting.feeds(plan, batch.size))
         for number, outputs in enumerate(rolled):
+            supervisor = prompts if number == 0 or not plan.edits_prompt_end else listen(plan, batch.size)
             # a cached decode step is one token long; without a cache the whole sequence comes again
             mask = mask_at(batch, number * (session.call_length or 1))[:, -_length(outputs, names) :]
             ends = last_token(mask)
-            selected = ends if plan.positions == "last" else None
+            selected = ends if plan.edits_last else None
             all_held = _held(plan, setting, rolled, number)
             for row, (guard_of_layer, (raw_name, guarded_name)) in enumerate(zip(plan.guards, names, strict=True)):
                 raw, found = outputs[raw_name].astype(np.float64), outputs[guarded_name].astype(np.float64)
-                layer = setting.layer(guard_of_layer)
+                layer = setting.layer(guard_of_layer, plan)
                 a = None if supervisor is None else supervisor[:, row : row + 1, :].astype(np.float64)
                 held = None if all_held is None else all_held[:, row : row + 1]
                 dials = setting.dials(None if held is None else held[:, None])
@@ -356,7 +375,7 @@ def _close_calls(
 
     Each state by its own summands: one outlier channel of one token, which real models have, must not excuse the others.
     """
-    if mode in {"project", "supervise"}:  # the one has no gate; the other compares numbers that it was given
+    if mode == "project" or mode in MODES_TOWARD_TEXT:  # no gate, or one that compares numbers that it was given
         return np.zeros(raw.shape[:2], bool)
     row = (layer.ssd[0] if mode == "steer" else layer.readout).astype(np.float64)
     rounding = limit * np.linalg.norm(raw * row, axis=-1)
@@ -380,7 +399,7 @@ def _unedited_tokens(
     """With positions `last`, every other token's state passes through bit for bit, whatever the gate says; no check where a
     call has no other token."""
     name = "tokens outside the positions are untouched bit for bit"
-    if plan.positions == "all":
+    if not plan.edits_last:
         return []
     graph = load_graph(staged, vouched=True)
     force_gates(graph, plan, is_open=True)

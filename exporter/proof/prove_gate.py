@@ -13,6 +13,7 @@ import numpy as np
 from ...graphs.dials import PRESENT_GATE_OUTPUT, SCORES_OUTPUT
 from ...graphs.plan import GuardPlan
 from ...graphs.reference import Dials, LayerGuard, gate, score
+from ...graphs.spec import MODES_TOWARD_TEXT
 from ...graphs.static_proof import Check, exact
 
 SCORES = "gate scores told equal the numpy reference"
@@ -92,7 +93,7 @@ class GatesTold:
 
 def summed(mode: str, layer: LayerGuard, state: np.ndarray, supervisor: np.ndarray | None) -> np.ndarray:
     """What rounding is relative to, `[batch, 1]`: the length of the summands, row by row."""
-    if mode == "supervise":
+    if mode in MODES_TOWARD_TEXT:
         assert supervisor is not None
         return np.maximum(np.abs(supervisor[:, :1]), 1e-6)
     row = (layer.ssd[0] if mode == "steer" else layer.readout).astype(np.float64)

@@ -32,14 +32,14 @@ from ...graphs.dials import (
 from ...graphs.errors import ModelUnreadable, RunFailed
 from ...graphs.lowering_gate import LARGEST_HALF_EDIT
 from ...graphs.package import graph_bytes, load_graph
-from ...graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, GuardPlan
+from ...graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan
 from ...graphs.reference import Dials, LayerGuard, call_end, gate, last_index, last_token, score, weights
 from ...graphs.rewrite import GuardReport
 from ...graphs.scribe import NUMPY_DTYPES
-from ...graphs.spec import MODES_WITH_SUPERVISOR
+from ...graphs.spec import MODES_TOWARD_TEXT, MODES_WITH_SUPERVISOR
 from ...graphs.static_proof import Check, exact
 from ...runtime.runners import open_runner
-from .forced import ALWAYS, NEVER, force_gates
+from .forced import force_gates, forced_threshold
 from .limits import TOLERANCE
 from .prove_gate import summed
 from .site_states import KINDS, TOKENS, Aim, Masked, listening, masks, site_states, supervisor_of
@@ -215,7 +215,7 @@ def _feeds(cut: Cut, plan: GuardPlan, call: _Call, states: Mapping[str, np.ndarr
     for name, value in cut.inputs.items():
         if name in states:
             fed[name] = states[name]
-        elif name == SUPERVISOR_INPUT:
+        elif name in SUPERVISOR_INPUTS:
             fed[name] = np.stack([call.supervisors[number] for number in plan.layers], axis=1)
         elif name == PAST_GATE_INPUT:
             assert call.held is not None
@@ -324,7 +324,7 @@ class _Findings:
         row, limit = self.plan.layers.index(number), TOLERANCE[site.planned.site.dtype]
         layer = site.planned.guard
         if call.forced is not None:
-            layer = replace(layer, threshold=ALWAYS if call.forced else NEVER)
+            layer = replace(layer, threshold=forced_threshold(self.plan, call.forced))
         base = states[site.stream]
         total = base if not site.residual else states[site.residual] + base
         total = (total + states[site.bias] if site.bias else total).astype(np.float64)
@@ -335,7 +335,7 @@ class _Findings:
         dials = Dials(strength, 0.0 if call.offset is None else call.offset, held)
         places = _Places.of(cut, call.mask)
         ends = places.edited
-        selected = ends if self.plan.positions == "last" else np.ones_like(ends)
+        selected = ends if self.plan.edits_last else np.ones_like(ends)
         delta = weights(mode, layer, total, a, dials) @ layer.ssd.astype(np.float64)
         if site.planned.site.dtype == "float16":
             delta = np.clip(delta, -LARGEST_HALF_EDIT, LARGEST_HALF_EDIT)
@@ -370,7 +370,7 @@ class _Findings:
         held: np.ndarray | None,
     ) -> np.ndarray:
         """`[KINDS, TOKENS]` bool: scores within rounding of the threshold, where the score decides."""
-        if mode in {"project", "supervise"} or call.forced is not None:
+        if mode == "project" or mode in MODES_TOWARD_TEXT or call.forced is not None:
             return np.zeros(total.shape[:2], bool)
         row = (layer.ssd[0] if mode == "steer" else layer.readout).astype(np.float64)
         rounding = limit * np.linalg.norm(total * row, axis=-1)
@@ -470,7 +470,7 @@ class _Findings:
         ok = ok and self.worst <= self.limit
         said = "; ".join(wrong[:3]) + (" ..." if len(wrong) > 3 else "") if wrong else note
         made.append(Check(STATES, self.compared, self.worst, self.limit, ok, said))
-        if gated or plan.positions == "last" or plan.knobs:  # else nothing is ever closed
+        if gated or plan.edits_last or plan.knobs:  # else nothing is ever closed
             made.append(exact(BITS, self.bits, [*dict.fromkeys(self.changed)], f"{self.calls} calls"))
         if plan.added_outputs:
             wrong = [*dict.fromkeys(self.mistold)]

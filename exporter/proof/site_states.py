@@ -141,6 +141,13 @@ def supervisor_of(seed: int, mode: str, layer: LayerGuard, turned: int) -> np.nd
     sides = [edge - far, edge + far, edge - near, edge + near]
     if mode == "supervise":
         sides += [edge, np.nextafter(edge, np.float32(np.inf))]
+    if mode == "align":  # most rows have a supervisor, some none; and both sides of the constant between the two
+        sides = [told[row, 0] for row in range(KINDS)]
+        for row, value in ((2, LISTEN), (5, edge), (7, np.nextafter(edge, np.float32(0)))):
+            sides[(row + turned) % KINDS] = np.float32(value)
+        told[:, 0] = sides
+        told[told[:, 0] == np.float32(LISTEN)] = LISTEN
+        return told
     told[:, 0] = [sides[(row + turned) % len(sides)] for row in range(KINDS)]
     return told
 

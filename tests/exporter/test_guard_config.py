@@ -147,7 +147,7 @@ def refusal(error: type[GuardError], call: Callable[..., Any], *arguments: Any, 
         (PLAIN + "rank = 9\n", "rank 9 is out of range; choose 1 to 8"),
         (
             PLAIN.replace("restore", "hope"),
-            "mode 'hope' is unknown; choose one of project, steer, supervise, restore, combined",
+            "mode 'hope' is unknown; choose one of project, steer, supervise, restore, combined, align",
         ),
         (PLAIN + "alpha = -1\n", "alpha -1 would remove safety or is not a number; choose 0 or more"),
         ("directions = 3\n" + PLAIN, "directions is 3, expected the name of a file beside it"),

@@ -62,7 +62,7 @@ def test_nothing_seen_is_not_ok() -> None:
     assert not Headroom().check().ok
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "align"])  # it wants a KV cache
 def test_the_proof_of_a_float16_graph_reports_it(tmp_path: Path, mode: str) -> None:
     pytest.importorskip("onnxruntime")
     checks = {dtype: proved(tmp_path / dtype, dtype, mode) for dtype in ("float16", "float32")}

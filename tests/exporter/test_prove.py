@@ -42,6 +42,7 @@ CLOSED = "closed gate equals the original bit for bit"
 REFERENCE = "guarded states equal the numpy reference"
 FORCED = "guarded states equal the numpy reference (gates forced open)"
 LISTENING = "guarded states equal the numpy reference (listening)"
+UNSUPERVISED = "calls without a supervisor equal the original bit for bit"
 UNEDITED = "tokens outside the positions are untouched bit for bit"
 
 
@@ -93,7 +94,9 @@ def stage(inputs: ProofInputs, tmp_path: Path) -> Callable[..., Staged]:
         package = open_package(SOURCE)
         graph = package.load_decoder()
         anatomy = dissect(graph)
-        spec = GuardSpec(mode, positions=positions, alpha=1.5 if mode in ("steer", "supervise") else None)
+        spec = GuardSpec(
+            mode, positions=positions, alpha=1.5 if mode in ("steer", "supervise") else None, layers=(2, 4)
+        )
         found = random_directions(anatomy.width, [2, 4])
         for layer, middle in TEXTS.items():
             found.layers[layer] = replace(found.layers[layer], text_threshold=middle)
@@ -120,8 +123,9 @@ def test_an_untouched_file_is_proved(stage: Callable[..., Staged], mode: str, po
     staged = stage(mode, positions)
     checks = staged.run()
     listening = [LISTENING] if mode in MODES_WITH_SUPERVISOR else []
-    others = [UNEDITED] if positions == "last" else []
-    expected = [CLOSED, REFERENCE, *([FORCED] if mode != "project" else []), *listening, *others]
+    others = [UNEDITED] if positions != "all" else []
+    unsupervised, forced = ([UNSUPERVISED], []) if mode == "align" else ([], [FORCED] if mode != "project" else [])
+    expected = [CLOSED, *unsupervised, REFERENCE, *forced, *listening, *others]
     assert list(checks) == expected
     assert not failing(checks)
     assert checks[CLOSED].worst == 0.0 and checks[REFERENCE].worst < 1e-5
@@ -133,6 +137,9 @@ def test_an_untouched_file_is_proved(stage: Callable[..., Staged], mode: str, po
     if mode != "project":  # thresholds at 0: some states are edited, and some are not
         edited, of = map(int, checks[REFERENCE].note.split(" states edited")[0].split(" of "))
         everything = 2 * (real if positions == "all" else (module.DECODE_STEPS + 1) * 8)
+        if mode == "align":  # one token of each prompt, and none of an answer
+            assert (edited, of) == (2 * 8, 2 * real)
+            return
         assert 0 < edited < everything and of == 2 * real
         assert checks[FORCED].note.startswith(f"{everything} of {2 * real} states edited")
 

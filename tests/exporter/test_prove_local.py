@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 
 from vlmguard.exporter.proof.prove_local import BITS, READS, STATES, TOLD, prove_locally
 from vlmguard.graphs.package import save_graph
-from vlmguard.graphs.spec import MODES, GuardSpec
+from vlmguard.graphs.spec import MODES, MODES_WITH_SUPERVISOR, GuardSpec
 from vlmguard.graphs.static_proof import Check
 
 pytest.importorskip("onnxruntime")
@@ -46,9 +46,11 @@ def failing(checks: dict[str, Check]) -> set[str]:
 
 def wishes() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     for mode, positions, lowering in product(MODES, ("last", "all"), ("lowrank", "rank1")):
-        yield mode, positions, lowering, {}
+        if (mode, positions) != ("align", "all"):
+            yield mode, positions, lowering, {}
     yield from (("project", positions, "dense", {}) for positions in ("last", "all"))
-    yield "project", "last", "lowrank", {"knobs": True}
+    yield from ((mode, "last", "lowrank", {"knobs": True}) for mode in ("project", "align"))
+    yield "supervise", "prompt", "lowrank", {}
     yield "supervise", "last", "rank1", {"knobs": True, "telemetry": True}
     yield from ((mode, "last", "lowrank", ALL_DIALS) for mode in ("steer", "restore", "combined"))
     yield "combined", "all", "rank1", ALL_DIALS
@@ -61,7 +63,7 @@ def test_an_untouched_guard_is_proved(tmp_path: Path, wish: tuple, dtype: str) -
     checks = prove(tmp_path, GuardSpec(mode, positions=positions, lowering=lowering, **more), dtype=dtype)
     assert not failing(checks), {name: check.note for name, check in checks.items() if not check.ok}
     bits = [] if (mode, positions, more) == ("project", "all", {}) else [BITS]
-    told = [TOLD] if mode in ("supervise", "combined") or "telemetry" in more else []
+    told = [TOLD] if mode in MODES_WITH_SUPERVISOR or "telemetry" in more else []
     assert list(checks) == [READS, STATES, *bits, *told]
     assert checks[STATES].note.startswith(f"{checks[STATES].compared // WIDTH} states of 2 guards in ")
 

@@ -20,6 +20,7 @@ from hand_graphs import (
     guard_model,
     merged,
     run,
+    supervisor_input,
     text_model,
 )
 
@@ -27,7 +28,7 @@ from vlmguard.graphs.anatomy import dissect, guarded_layers
 from vlmguard.graphs.bodies import Body, branches, branching, find_bodies, surface, unsurface
 from vlmguard.graphs.errors import AnatomyNotFound, GuardError, GuardIncomplete
 from vlmguard.graphs.package import graph_bytes
-from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, plan_guard
+from vlmguard.graphs.plan import COORDINATES_OUTPUT, plan_guard
 from vlmguard.graphs.reference import LISTEN
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import MODES_WITH_GATE, MODES_WITH_SUPERVISOR, GuardSpec
@@ -184,7 +185,11 @@ def test_each_branch_says_what_the_decoder_alone_says(kind: Kind) -> None:
     for spec in all_guards():
         found = directions((0, 2), rank=2, parts={"threshold": -9.0})
         together, alone = guard_model(merged(kind, 3), found, spec), guard_model(decoder(kind, 3), found, spec)
-        extra = {SUPERVISOR_INPUT: np.ones((2, 2, 2), np.float32)} if spec.mode in MODES_WITH_SUPERVISOR else {}
+        extra = (
+            {supervisor_input(str(spec.mode)): np.ones((2, 2, 2), np.float32)}
+            if spec.mode in MODES_WITH_SUPERVISOR
+            else {}
+        )
         expected = run(alone.model, feeds | extra)
         assert (COORDINATES_OUTPUT in expected) == (spec.mode in MODES_WITH_SUPERVISOR)
         assert not np.array_equal(expected["hidden"], run(decoder(kind, 3), feeds)["hidden"])
@@ -222,7 +227,7 @@ def test_a_closed_gate_is_exact_in_both_branches(kind: Kind, mode: str, dtype: s
         directions((0, 1), parts={"threshold": threshold}),
         GuardSpec(mode=mode),  # type: ignore[arg-type]
     )
-    extra = {SUPERVISOR_INPUT: np.full((2, 2, 2), LISTEN, np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
+    extra = {supervisor_input(mode): np.full((2, 2, 2), LISTEN, np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
     expected, found = both(source, feeds), both(closed.model, feeds | extra)
     for name in BOTH:
         for output, array in expected[name].items():

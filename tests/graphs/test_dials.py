@@ -24,6 +24,7 @@ from hand_graphs import (
     layer_directions,
     merged,
     run,
+    supervisor_input,
     uncalibrated,
 )
 
@@ -38,7 +39,7 @@ from vlmguard.graphs.dials import (
 )
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.package import graph_bytes
-from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, plan_guard
+from vlmguard.graphs.plan import COORDINATES_OUTPUT, plan_guard
 from vlmguard.graphs.reference import AS_CALIBRATED, LARGEST_STRENGTH, LISTEN, UNDECIDED, Dials, LayerGuard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.scribe import NUMPY_DTYPES
@@ -69,11 +70,15 @@ every_lowering = pytest.mark.parametrize("lowering", DIALLED)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
+def _place(mode: str, turn: int) -> str:
+    return "prompt" if mode == "align" else POSITIONS[turn % 2]
+
+
 def cases(modes: Iterable[str]) -> pytest.MarkDecorator:
     """Every mode, lowering and kind of sum, with positions and dtypes in turn, so that each meets each."""
     numbered = product(enumerate(sorted(modes)), enumerate(DIALLED), enumerate(KINDS))
     found = [
-        (mode, lowering, POSITIONS[(m + at + k) % 2], kind, list(TOLERANCE)[(m // 2 + at + k) % 2])
+        (mode, lowering, _place(mode, m + at + k), kind, list(TOLERANCE)[(m // 2 + at + k) % 2])
         for (m, mode), (at, lowering), (k, kind) in numbered
     ]
     return pytest.mark.parametrize(("mode", "lowering", "positions", "kind", "dtype"), found)
@@ -87,7 +92,7 @@ def feeds(mode: str, dtype: str = "float32", rank: int = 2) -> dict[str, np.ndar
     if mode in MODES_WITH_SUPERVISOR:
         coordinates = random.normal(size=(BATCH, len(LAYERS), rank)).astype(np.float32)
         coordinates[:, :, 0] = np.array([-0.9, 0.7, 1.5, -0.2])[:, None]
-        given[SUPERVISOR_INPUT] = coordinates
+        given[supervisor_input(mode)] = coordinates
     return given
 
 
@@ -209,7 +214,7 @@ def test_untouched_dials_are_the_plain_guard_bit_for_bit(
     plain = run(guarded(mode, kind, dtype, **wish).model, given)
     dialled = guarded(mode, kind, dtype, **wish, **dials_of(mode))
     extra = undecided() if mode in HELD else {}
-    for turned in ({}, knobs(1.0), knobs(1.0, 0.0) if mode != "project" else knobs(1.0)):
+    for turned in ({}, knobs(1.0), knobs(1.0, 0.0) if mode in MODES_WITH_GATE else knobs(1.0)):
         found = run(dialled.model, given | extra | turned)
         for name, array in plain.items():
             assert found[name].tobytes() == array.tobytes(), name
@@ -222,7 +227,7 @@ def test_without_dials_the_contract_of_the_graph_is_what_it_was(mode: str) -> No
     supervised = mode in MODES_WITH_SUPERVISOR
     names = [value.name for value in plain.model.graph.inputs], [value.name for value in plain.model.graph.outputs]
     assert names == (
-        ["inputs_embeds", "attention_mask", *([SUPERVISOR_INPUT] if supervised else [])],
+        ["inputs_embeds", "attention_mask", *([supervisor_input(mode)] if supervised else [])],
         ["logits", "hidden", *([COORDINATES_OUTPUT] if supervised else [])],
     )
     assert not {value.name for value in plain.model.graph.inputs} & set(plain.model.graph.initializers)
@@ -240,7 +245,7 @@ def test_strength_zero_is_the_source_bit_for_bit(
     given = feeds(mode, dtype)
     expected = unguarded(kind, dtype, given)
     model = guarded(mode, kind, dtype, lowering=lowering, positions=positions, knobs=True).model
-    lowered = {} if mode == "project" else knobs(offset=-1e9)
+    lowered = knobs(offset=-1e9) if mode in MODES_WITH_GATE else {}
     for strength in (0.0, -1.0):
         found = run(model, given | knobs(strength) | lowered)
         for name in ("logits", "hidden"):
@@ -267,21 +272,23 @@ def test_turned_knobs_equal_the_reference(mode: str, lowering: str, positions: s
     source, found = decoder(kind, 1, dtype), directions(rank=3, parts=parts, alpha=3.0 if mode == "steer" else None)
     given = {**feeds("project", dtype)}
     raw = run(source, given)["hidden"].astype(np.float64)
-    supervisor = feeds(mode, rank=3)[SUPERVISOR_INPUT][:, :1] if mode in MODES_WITH_SUPERVISOR else None
-    extra = {} if supervisor is None else {SUPERVISOR_INPUT: supervisor}
+    supervisor = feeds(mode, rank=3)[supervisor_input(mode)][:, :1] if mode in MODES_WITH_SUPERVISOR else None
+    extra = {} if supervisor is None else {supervisor_input(mode): supervisor}
     spec = GuardSpec(mode=mode, lowering=lowering, positions=positions, knobs=True)  # type: ignore[arg-type]
     made = guard_model(decoder(kind, 1, dtype), found, spec)
     layer = made.plan.sites[0].guard
-    selected = reference.last_token(MASK) if positions == "last" else None
+    selected = None if positions == "all" else reference.last_token(MASK)
     seen = set()
     for turned in TURNED:
-        offset = None if mode == "project" else turned.offset
+        offset = turned.offset if mode in MODES_WITH_GATE else None
         outputs = run(made.model, given | extra | knobs(turned.strength, offset))
         dials = Dials(turned.strength, turned.offset)
         expected = reference.guard(mode, layer, raw, supervisor, selected, dials)
         assert np.abs(outputs["hidden"] - expected).max() < TOLERANCE[dtype] * np.abs(expected).max()
         seen.add(outputs["hidden"].tobytes())
-    assert len(seen) == len(TURNED) - (mode == "project")  # 7 is 2, but with every gate open, where there are gates
+    assert len(seen) == len(TURNED) - (
+        mode not in MODES_WITH_GATE
+    )  # 7 is 2, but with every gate open, where there are gates
 
 
 def test_knobs_are_two_inputs_with_defaults_for_the_whole_guard() -> None:
@@ -319,7 +326,7 @@ def test_scores_told_equal_the_reference(mode: str, lowering: str, positions: st
     told = run(made.model, given)[SCORES_OUTPUT]
     assert (told.dtype, told.shape) == (np.float32, (BATCH, len(LAYERS)))
     for row, raw in enumerate(raw_states(made, given)):
-        a = given[SUPERVISOR_INPUT][:, row] if mode in MODES_WITH_SUPERVISOR else None
+        a = given[supervisor_input(mode)][:, row] if mode in MODES_WITH_SUPERVISOR else None
         expected = reference.score(mode, made.plan.guards[row], at_the_end(raw), a)[:, 0]
         np.testing.assert_allclose(told[:, row], expected, atol=4 * TOLERANCE[dtype] * np.abs(raw).max())
     assert 0 < (told > 0.125).mean() < 1
@@ -350,7 +357,7 @@ def test_held_gates_equal_the_reference(mode: str, lowering: str, positions: str
     selected = reference.last_token(MASK) if positions == "last" else None
     for row, raw in enumerate(states):
         layer, held = made.plan.guards[row], PAST[:, row : row + 1].astype(np.float64)
-        a = given[SUPERVISOR_INPUT][:, row] if mode in MODES_WITH_SUPERVISOR else None
+        a = given[supervisor_input(mode)][:, row] if mode in MODES_WITH_SUPERVISOR else None
         wanted = reference.gate(mode, layer, at_the_end(raw), a, Dials(held=held))
         np.testing.assert_array_equal(present[:, row : row + 1], wanted)
         np.testing.assert_array_equal(wanted[held >= 0], held[held >= 0] > 0)
@@ -394,7 +401,7 @@ def test_both_branches_of_a_merged_decoder_are_dialled(mode: str, kind: Kind) ->
     found, wish = directions(LAYERS), {"mode": mode, **dials_of(mode)}
     together = guard_model(merged(kind, 2), found, GuardSpec(**wish)).model
     alone = guard_model(decoder(kind, 2), found, GuardSpec(**wish)).model
-    extra = knobs(0.5, None if mode == "project" else -0.25) | ({PAST_GATE_INPUT: PAST} if mode in HELD else {})
+    extra = knobs(0.5, -0.25 if mode in MODES_WITH_GATE else None) | ({PAST_GATE_INPUT: PAST} if mode in HELD else {})
     expected = run(alone, feeds(mode) | extra)
     for branch in (True, False):
         said = run(together, feeds(mode) | extra | {"use_cache_branch": np.array([branch])})

@@ -304,7 +304,7 @@ METADATA: list[tuple[str, Any, str]] = [
         "many",
         "metadata cannot be read (invalid literal for int() with base 10: 'many'); extract the directions again",
     ),
-    ("mode", "erase", "mode 'erase' is unknown; expected one of project, steer, supervise, restore, combined"),
+    ("mode", "erase", "mode 'erase' is unknown; expected one of project, steer, supervise, restore, combined, align"),
     ("alpha", "-1", "alpha -1.0 is not a strength; expected 0 or more"),
     ("alpha", "nan", "alpha nan is not a strength; expected 0 or more"),
     ("alpha", "inf", "alpha inf is not a strength; expected 0 or more"),

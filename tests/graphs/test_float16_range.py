@@ -10,14 +10,13 @@ import numpy as np
 import onnx.reference
 import onnx_ir as ir
 import pytest
-from hand_graphs import WIDTH, directions, guard_model, orthonormal, run, text_model
+from hand_graphs import WIDTH, directions, guard_model, orthonormal, possible, run, supervisor_input, text_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmguard.graphs import reference
 from vlmguard.graphs.lowering import LOWERINGS
 from vlmguard.graphs.lowering_gate import LARGEST_HALF_EDIT
-from vlmguard.graphs.plan import SUPERVISOR_INPUT
 from vlmguard.graphs.reference import LayerGuard
 from vlmguard.graphs.scribe import NUMPY_DTYPES
 from vlmguard.graphs.spec import MODES, MODES_WITH_SUPERVISOR, POSITIONS, GuardSpec
@@ -109,7 +108,7 @@ def test_massive_activations_equal_the_reference(
     model, layer = guarded(PLAIN, dtype, lowering, mode, positions, ssd=ssd, readout=ssd[0], threshold=-1e29)
     inputs, supervisor = feeds(planted(dtype)), told(mode, rank)
     raw = evaluate(stream(dtype), inputs)["h"].astype(np.float64)
-    extra = {} if supervisor is None else {SUPERVISOR_INPUT: supervisor}
+    extra = {} if supervisor is None else {supervisor_input(mode): supervisor}
     found = evaluate(model, inputs | extra)
     expected = reference.guard(mode, layer, raw, supervisor, selected(positions))
     assert np.abs(expected - raw).max() > 100  # or it says nothing about large numbers
@@ -128,7 +127,7 @@ def test_massive_activations_in_a_fused_norm(lowering: str, mode: str, positions
     model, layer = guarded(FUSED, "float16", lowering, mode, positions, ssd=ssd, readout=ssd[0], threshold=-1e29)
     inputs, supervisor = feeds(planted()), told(mode, 4)
     raw = run(stream(total=FUSED), inputs)["h"].astype(np.float64)
-    found = run(model, inputs | ({} if supervisor is None else {SUPERVISOR_INPUT: supervisor}))
+    found = run(model, inputs | ({} if supervisor is None else {supervisor_input(mode): supervisor}))
     expected = reference.guard(mode, layer, raw, supervisor, selected(positions))
     assert all(np.isfinite(array).all() for array in found.values())
     assert np.abs(found["h"] - expected).max() / np.abs(raw).max() < TOLERANCE["float16"]
@@ -155,9 +154,9 @@ def test_a_coordinate_beyond_float16_is_still_read(lowering: str, mode: str, pos
     raw = evaluate(stream(), feeds(x))["h"].astype(np.float64)
     assert (raw @ ssd[0] > HALF).all()
     # above the threshold in `supervise`; the text of `combined` is below its own, so that its readout alone opens the gate
-    a = {"supervise": 1.1e5, "combined": 0.0}.get(mode)
+    a = {"supervise": 1.1e5, "combined": 0.0, "align": 1.1e5}.get(mode)
     supervisor = None if a is None else np.full((BATCH, 1, 1), a, np.float32)
-    found = evaluate(model, feeds(x) | ({} if supervisor is None else {SUPERVISOR_INPUT: supervisor}))["h"]
+    found = evaluate(model, feeds(x) | ({} if supervisor is None else {supervisor_input(mode): supervisor}))["h"]
     expected = reference.guard(mode, layer, raw, supervisor, selected(positions))
     assert (expected != raw).any()
     assert np.isfinite(found).all()
@@ -181,12 +180,12 @@ def test_no_state_up_to_half_the_range_makes_anything_overflow(lowering: str, mo
         "target": np.full(rank, data.draw(st.sampled_from([-1e30, 0.0, 1e30])), np.float32),
         "origin": np.full(rank, data.draw(st.sampled_from([-1e6, 0.0])), np.float32),
     }
-    positions = data.draw(st.sampled_from(POSITIONS))
+    positions = data.draw(st.sampled_from([one for one in POSITIONS if possible(mode, one)]))
     found = directions(rank=rank, parts=parts, alpha=1000.0)
     spec = GuardSpec(mode=mode, positions=positions, lowering=lowering)  # type: ignore[arg-type]
     model = guard_model(stream(), found, spec).model
     a = data.draw(st.sampled_from([reference.LISTEN, 0.0, 1e30]))
-    extra = {SUPERVISOR_INPUT: np.full((BATCH, 1, rank), a, np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
+    extra = {supervisor_input(mode): np.full((BATCH, 1, rank), a, np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
     outputs = evaluate(model, feeds(x) | extra)
     for array in outputs.values():
         assert np.isfinite(array).all()

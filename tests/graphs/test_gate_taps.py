@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hand_graphs import WIDTH, decoder, directions, guard_model, merged, run
+from hand_graphs import WIDTH, decoder, directions, guard_model, merged, run, supervisor_input
 
 from vlmguard.graphs import reference
 from vlmguard.graphs.gate_taps import tap_gates
-from vlmguard.graphs.plan import SUPERVISOR_INPUT
 from vlmguard.graphs.spec import MODES_WITH_GATE, MODES_WITH_SUPERVISOR, GuardSpec
 from vlmguard.graphs.taps import tap_guard
 
@@ -28,7 +27,7 @@ def test_a_gate_is_open_where_the_reference_opens_it(mode: str, lowering: str) -
     assert names == {0: "vlmguard.gate.0", 2: "vlmguard.gate.2"}
     supervisor = np.random.default_rng(1).normal(size=(6, 2, made.plan.sites[0].guard.rank)).astype(np.float32)
     feeds = {"inputs_embeds": EMBEDS, "attention_mask": MASK}
-    found = run(made.model, feeds | ({SUPERVISOR_INPUT: supervisor} if mode in MODES_WITH_SUPERVISOR else {}))
+    found = run(made.model, feeds | ({supervisor_input(mode): supervisor} if mode in MODES_WITH_SUPERVISOR else {}))
     seen = set()
     for number, (planned, (raw, _)) in enumerate(zip(made.plan.sites, taps, strict=True)):
         states, guard = found[raw], planned.guard

@@ -22,7 +22,9 @@ from hand_graphs import (
     directions,
     guard_model,
     layer_directions,
+    possible,
     run,
+    supervisor_input,
     text_model,
     value_called,
 )
@@ -49,7 +51,10 @@ pytest.importorskip("onnxruntime")
 
 PAIRS = [(lowering.name, mode) for lowering in LOWERINGS for mode in MODES if mode in lowering.modes]
 every_pair = pytest.mark.parametrize(("lowering", "mode"), PAIRS)
-every_gated_pair = pytest.mark.parametrize(("lowering", "mode"), [pair for pair in PAIRS if pair[1] in MODES_WITH_GATE])
+# Those that can leave a state as it is, bit for bit: `align` does without a supervisor.
+every_gated_pair = pytest.mark.parametrize(
+    ("lowering", "mode"), [pair for pair in PAIRS if pair[1] in MODES_WITH_GATE | {"align"}]
+)
 # Relative to the largest number compared. Seen at most, over all ranks: 5e-7, 1.4e-3, 9e-3.
 TOLERANCE = {"float32": 2e-6, "float16": 5e-3, "bfloat16": 3e-2}
 
@@ -97,11 +102,14 @@ class Case:
         return {"inputs_embeds": embeds} | ({} if self.mask is None else {"attention_mask": self.mask})
 
     def supervisor(self) -> np.ndarray | None:
-        """Text-only coordinates, `[batch, layers, rank]`: two rows open the gate, two do not (`combined`: only TOLD does)."""
+        """Text-only coordinates, `[batch, layers, rank]`: two rows open the gate, two do not (`combined`: only TOLD does); in
+        `align` two rows have some."""
         if self.mode not in MODES_WITH_SUPERVISOR:
             return None
         coordinates = np.random.default_rng(self.rank).normal(size=(BATCH, 1, self.rank)).astype(np.float32)
         coordinates[:, 0, 0] = (-0.9, 0.7, 1.5, -0.2)
+        if self.mode == "align":
+            coordinates[[0, 3]] = LISTEN
         return coordinates
 
 
@@ -118,7 +126,7 @@ def evaluate(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndar
 def with_split_gates(case: Case, raw: np.ndarray) -> Directions:
     """Directions whose thresholds lie in the middle of the scores seen, far from each of them: some gates open."""
     layer = layer_directions(case.rank)
-    if case.mode == "project":
+    if case.mode in ("project", "align"):
         return directions(rank=case.rank)
     if case.mode == "supervise":
         return directions(rank=case.rank, alpha=0.75)
@@ -156,7 +164,7 @@ def assert_conforms(case: Case) -> None:
     raw = execute(source, feeds, case.dtype)["hidden"].astype(np.float64)
     guarded = guard_model(case.source(), with_split_gates(case, raw), case.spec)
     layer, supervisor = guarded.plan.sites[0].guard, case.supervisor()
-    extra = {} if supervisor is None else {SUPERVISOR_INPUT: supervisor}
+    extra = {} if supervisor is None else {supervisor_input(case.mode): supervisor}
     outputs = execute(guarded.model, feeds | extra, case.dtype)
     expected = reference.guard(case.mode, layer, raw, supervisor, case.selected)
     assert outputs["hidden"].dtype == NUMPY_DTYPES[case.dtype]
@@ -215,8 +223,10 @@ def test_bfloat16_equals_the_reference(lowering: str, mode: str, positions: str)
 @every_pair
 def test_every_rank_equals_the_reference(lowering: str, mode: str) -> None:
     for rank in range(1, 9):
-        assert_conforms(Case("add", mode, lowering, "all", "float32", rank, "left"))
-        assert_conforms(Case("skip_norm", mode, lowering, "last", "float32", rank, "right"))
+        assert_conforms(Case("add", mode, lowering, "prompt" if mode == "align" else "all", "float32", rank, "left"))
+        assert_conforms(
+            Case("skip_norm", mode, lowering, "prompt" if mode == "align" else "last", "float32", rank, "right")
+        )
 
 
 def test_the_lowerings_of_a_mode_agree() -> None:
@@ -277,7 +287,7 @@ def test_a_closed_gate_is_the_identity_bit_for_bit(
     feeds = Case(kind, mode, lowering, positions, dtype, 2, "left").feeds()
     expected = run(decoder(kind, dtype=dtype), feeds, optimize)
     listening = np.full((BATCH, 1, 2), LISTEN, np.float32)
-    extra = {SUPERVISOR_INPUT: listening} if mode in MODES_WITH_SUPERVISOR else {}
+    extra = {supervisor_input(mode): listening} if mode in MODES_WITH_SUPERVISOR else {}
     # above every score that is possible here; a listening pass needs no such threshold, and in `combined` must not: it is
     # closed where the readout alone would open it
     guarded = guarded_with(
@@ -326,7 +336,7 @@ def test_a_coordinate_beyond_float16_leaves_a_closed_gate_closed(lowering: str, 
     spec = GuardSpec(mode=mode, positions=positions, lowering=lowering)  # type: ignore[arg-type]
     guarded = guard_model(model(), found, spec).model
     assert np.abs(feeds["x"].astype(np.float64) @ ssd[0]).min() > np.finfo(np.float16).max
-    extra = {SUPERVISOR_INPUT: np.full((2, 1, 1), LISTEN, np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
+    extra = {supervisor_input(mode): np.full((2, 1, 1), LISTEN, np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
     with np.errstate(over="ignore"):
         found_outputs = evaluate(guarded, feeds | extra)
     expected = evaluate(model(), feeds)["y"]
@@ -335,7 +345,7 @@ def test_a_coordinate_beyond_float16_leaves_a_closed_gate_closed(lowering: str, 
 
 
 def _opening(mode: str) -> dict[str, np.ndarray]:
-    return {SUPERVISOR_INPUT: np.ones((BATCH, 1, 2), np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
+    return {supervisor_input(mode): np.ones((BATCH, 1, 2), np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -468,10 +478,11 @@ def test_each_layer_gets_its_own_row_of_the_supervisor(kind: Kind, positions: st
 
 @pytest.mark.parametrize("mode", sorted(MODES_WITH_SUPERVISOR))
 def test_the_supervised_graph_tells_each_layers_coordinates(mode: str) -> None:
-    guarded = guard_model(decoder(layers=2), directions((0, 1)), GuardSpec(mode=mode, tau=0.0))  # type: ignore[arg-type]
+    tau = None if mode == "align" else 0.0
+    guarded = guard_model(decoder(layers=2), directions((0, 1)), GuardSpec(mode=mode, tau=tau, layers=(0, 1)))  # type: ignore[arg-type]
     feeds = Case("add", "supervise", "lowrank", "last", "float32", 2, "right").feeds()
     listening = np.full((BATCH, 2, 2), LISTEN, np.float32)
-    found = run(guarded.model, feeds | {SUPERVISOR_INPUT: listening})[COORDINATES_OUTPUT]
+    found = run(guarded.model, feeds | {supervisor_input(mode): listening})[COORDINATES_OUTPUT]
     tapped = decoder(layers=2)
     tapped.graph.outputs.append(value_called(tapped, "layer_0_sum"))
     states = run(tapped, feeds)
@@ -492,13 +503,14 @@ def lowrank_nodes(mode: str, rank: int, dtype: str) -> int:
     restore: read, coordinates, score, difference, opens, gate, weights, delta, guarded
     combined: those of restore; supervisor, first_shifted, either, first_hearing and score, own_last, own
     supervise: read, supervisor, opens, gate, centred, wanted, present, difference, weights, delta, guarded, own_last, own
+    align: read, supervisor, opens, gate, difference, weights, delta, guarded, own_last, own
     From rank 2 on the gate's coordinate is cut out; `restore` cuts out its readout anyway. In a float16 graph the edit is
     clipped, and behind the read a gate makes all float32, one Cast in and one out; `supervise` and `combined` tell
-    coordinates unscaled, and `combined` scales what it was told.
+    coordinates unscaled, and `combined` and `align` scale what they were told.
     """
-    nodes = {"project": 3, "steer": 7, "restore": 9, "supervise": 13, "combined": 9 + 7}[mode]
-    nodes += mode in {"steer", "supervise", "combined"} and rank > 1
-    half = {"project": 1, "steer": 3, "restore": 3, "supervise": 4, "combined": 5}
+    nodes = {"project": 3, "steer": 7, "restore": 9, "supervise": 13, "combined": 9 + 7, "align": 10}[mode]
+    nodes += mode in {"steer", "supervise", "combined", "align"} and rank > 1
+    half = {"project": 1, "steer": 3, "restore": 3, "supervise": 4, "combined": 5, "align": 5}
     return nodes + (dtype == "float16") * half[mode]
 
 
@@ -515,9 +527,16 @@ def rank1_nodes(mode: str, rank: int, dtype: str) -> int:
     the gate of restore, and first_shifted, either, first_hearing and score. From rank 2 on supervise cuts out each row,
     and both the gate's; their coordinates are put together. In a float16 graph: two Casts, and the edit is clipped.
     """
-    rows = {"project": 4, "steer": 5, "restore": 5, "supervise": 8, "combined": 5}[mode] * rank + rank
-    gate = {"project": 0, "steer": 2, "restore": 4, "supervise": 2 + 1 + 2, "combined": 4 + 4 + 1 + 2}[mode]
-    columns = {"supervise": rank + 2, "combined": 2}.get(mode, 0) * (rank > 1)
+    rows = {"project": 4, "steer": 5, "restore": 5, "supervise": 8, "combined": 5, "align": 5}[mode] * rank + rank
+    gate = {
+        "project": 0,
+        "steer": 2,
+        "restore": 4,
+        "supervise": 2 + 1 + 2,
+        "combined": 4 + 4 + 1 + 2,
+        "align": 2 + 1 + 2,
+    }[mode]
+    columns = {"supervise": rank + 2, "align": rank + 2, "combined": 2}.get(mode, 0) * (rank > 1)
     return rows + gate + columns + (dtype == "float16") * 3
 
 
@@ -547,10 +566,10 @@ def test_the_nodes_of_a_site_are_counted(lowering: str, mode: str, kind: Kind, d
     last = every + selecting(lowering, mode, rank) + (lowering == "dense" and kind == "add")
     every += lowering == "dense" and (kind != "add" or dtype == "float16")
     last += lowering == "dense" and kind != "add"
-    for positions, expected in (("all", every), ("last", last)):
+    for positions, expected in (("all", every), ("last", last))[mode == "align" :]:
         model = decoder(kind, layers=2, dtype=dtype)
         before = len(model.graph)
-        spec = GuardSpec(mode=mode, positions=positions, lowering=lowering)  # type: ignore[arg-type]
+        spec = GuardSpec(mode=mode, positions=positions, lowering=lowering, layers=(0, 1))  # type: ignore[arg-type]
         report = guard_model(model, directions((0, 1), rank), spec).report
         assert [len(site.nodes) for site in report.sites] == [expected] * 2
         shared = LAST_WITH_MASK if positions == "last" or mode in MODES_WITH_SUPERVISOR else 0
@@ -582,12 +601,16 @@ INITIALIZERS = {
     ("combined", "lowrank"): 4 + 2,
     # rows, ssd, tau, alpha, origin; the index of the layer's row is shared with others that are called the same
     ("supervise", "lowrank"): 5,
+    # rows, ssd, tau; two rows and tau
+    ("align", "lowrank"): 3,
+    ("align", "rank1"): 3,
 }
 
 
 @every_pair
 def test_the_initializers_of_a_site_are_counted(lowering: str, mode: str) -> None:
-    spec = GuardSpec(mode=mode, lowering=lowering, positions="all")  # type: ignore[arg-type]
+    positions = "prompt" if mode == "align" else "all"
+    spec = GuardSpec(mode=mode, lowering=lowering, positions=positions, layers=(0, 1))  # type: ignore[arg-type]
     report = guard_model(decoder(layers=2), directions((0, 1)), spec).report
     for layer in (0, 1):
         own = [name for name in report.initializers if name.startswith(f"vlmguard/layer_{layer}/")]
@@ -598,7 +621,7 @@ def test_no_node_is_one_that_engines_reject() -> None:
     """No If (TensorRT wants static shapes for it), no Where, no ScatterND; every operator of the standard domain."""
     used = set()
     for lowering, mode in PAIRS:
-        for positions in POSITIONS:
+        for positions in (positions for positions in POSITIONS if possible(mode, positions)):
             spec = GuardSpec(mode=mode, lowering=lowering, positions=positions)  # type: ignore[arg-type]
             guarded = guard_model(decoder(), directions(), spec)
             used |= {

@@ -9,13 +9,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from hand_graphs import WIDTH, copy_of, decoder, directions, run
+from hand_graphs import WIDTH, copy_of, decoder, directions, run, supervisor_input
 from hand_graphs import merged as merged_decoder
 
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.package import graph_bytes
 from vlmguard.graphs.parameters import guard_numbers, make_overridable, neutral, widened
-from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, GuardPlan, plan_guard
+from vlmguard.graphs.plan import COORDINATES_OUTPUT, GuardPlan, plan_guard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.scribe import NUMPY_DTYPES
 from vlmguard.graphs.spec import MODES, MODES_WITH_ALPHA, MODES_WITH_SUPERVISOR, GuardSpec
@@ -53,7 +53,7 @@ def feeds(dtype: str, mode: str, rank: int = WIDEST) -> dict[str, np.ndarray]:
     if mode in MODES_WITH_SUPERVISOR:
         coordinates = np.zeros((3, 1, rank), np.float32)
         coordinates[:, 0, :1] = [[-0.9], [0.7], [1.5]]
-        given[SUPERVISOR_INPUT] = coordinates
+        given[supervisor_input(mode)] = coordinates
     return given
 
 
@@ -77,7 +77,7 @@ def test_a_neutral_guard_changes_no_bit(mode: str, dtype: str) -> None:
     source = decoder("add", dtype=dtype, mask=True)
     session, _ = opened(copy_of(source), mode)
     given = feeds(dtype, mode)
-    plain = run(source, {name: array for name, array in given.items() if name != SUPERVISOR_INPUT})
+    plain = run(source, {name: array for name, array in given.items() if name != supervisor_input(mode)})
     np.testing.assert_array_equal(session.run(["logits"], given)[0], plain["logits"])
 
 
@@ -95,7 +95,9 @@ def test_fed_numbers_compute_what_baked_ones_do(mode: str, kind: Any, rank: int)
     numbers = guard_numbers(wide)
     assert numbers.keys() == defaults.keys()
     given = feeds("float32", mode)
-    narrow = {SUPERVISOR_INPUT: given[SUPERVISOR_INPUT][..., :rank]} if mode in MODES_WITH_SUPERVISOR else {}
+    narrow = (
+        {supervisor_input(mode): given[supervisor_input(mode)][..., :rank]} if mode in MODES_WITH_SUPERVISOR else {}
+    )
     expected = run(baked, given | narrow)
     for _ in range(2):
         names = [output.name for output in session.get_outputs()]

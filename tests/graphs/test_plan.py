@@ -268,10 +268,10 @@ def test_supervise_without_an_origin_starts_at_zero() -> None:
 @pytest.mark.parametrize("mode", sorted(MODES_WITH_SUPERVISOR))
 def test_a_supervisor_needs_one_rank_in_all_layers(mode: str) -> None:
     mixed = Directions(16, {0: layer_directions(3), 1: layer_directions(2)})
-    assert refusal(GuardError, mixed, mode=mode) == (
+    assert refusal(GuardError, mixed, mode=mode, layers=(0, 1)) == (
         f"{mode} needs one rank in all layers, found [2, 3]; give --rank 2"
     )
-    assert [site.guard.rank for site in plan(mixed, mode=mode, rank=2).sites] == [2, 2]
+    assert [site.guard.rank for site in plan(mixed, mode=mode, rank=2, layers=(0, 1)).sites] == [2, 2]
     assert [site.guard.rank for site in plan(mixed, mode="restore").sites] == [3, 2]
 
 
@@ -323,7 +323,8 @@ def test_the_mask_is_planned_for_or_its_absence_is_said() -> None:
 def test_only_a_supervised_graph_gets_another_signature() -> None:
     for mode in MODES:
         made = plan(directions(), mode=mode)
-        expected = (("vlmguard.supervisor",), ("vlmguard.coordinates",)) if mode in MODES_WITH_SUPERVISOR else ((), ())
+        name = "vlmguard.prompt_supervisor" if mode == "align" else "vlmguard.supervisor"
+        expected = ((name,), ("vlmguard.coordinates",)) if mode in MODES_WITH_SUPERVISOR else ((), ())
         assert (made.added_inputs, made.added_outputs) == expected
 
 
@@ -362,7 +363,7 @@ def readable(rank: int = 2, width: int = 16) -> LayerDirections:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_plan_is_sorted_plain_data(mode: str) -> None:
-    made = plan(directions((2, 0)), mode=mode).to_json()
+    made = plan(directions((2, 0)), mode=mode, layers=(0, 2)).to_json()
     assert json.loads(json.dumps(made)) == made
     assert made["layers"] == [site["layer"] for site in made["sites"]] == [0, 2]
     numbers = {"tau", "alpha", "origin", "target", "readout_sha256", "text_shift"} & made["sites"][0].keys()
@@ -374,6 +375,7 @@ def test_the_plan_is_sorted_plain_data(mode: str) -> None:
             "supervise": {"tau", "alpha", "origin"},
             "restore": {"tau", "target", "readout_sha256"},
             "combined": {"tau", "target", "readout_sha256", "text_shift"},
+            "align": set(),
         }[mode]
     )
 

@@ -24,6 +24,7 @@ from hand_graphs import (
     layer_directions,
     node_called,
     run,
+    supervisor_input,
     text_model,
     value_called,
 )
@@ -384,7 +385,11 @@ def test_the_guard_is_valid_in_every_operator_set(opset: int) -> None:
     for spec in all_guards():
         model = guard_model(decoder(opset=opset), directions(), spec).model
         onnx.checker.check_model(ir.to_proto(model), full_check=True)
-        extra = {SUPERVISOR_INPUT: np.ones((2, 1, 2), np.float32)} if spec.mode in MODES_WITH_SUPERVISOR else {}
+        extra = (
+            {supervisor_input(str(spec.mode)): np.ones((2, 1, 2), np.float32)}
+            if spec.mode in MODES_WITH_SUPERVISOR
+            else {}
+        )
         seen.append(run(model, feeds | extra)["hidden"])
     assert all(np.isfinite(hidden).all() for hidden in seen)
     oldest = guard_model(decoder(opset=13), directions(), GuardSpec(mode="restore", positions="all")).model

@@ -111,11 +111,11 @@ def test_without_a_word_everything_is_left_to_the_directions() -> None:
 
 
 def test_the_modes_with_a_strength_and_with_a_gate() -> None:
-    assert MODES == ("project", "steer", "supervise", "restore", "combined")
+    assert MODES == ("project", "steer", "supervise", "restore", "combined", "align")
     assert {"steer", "supervise"} == MODES_WITH_ALPHA
-    assert set(MODES) - MODES_WITH_GATE == {"project"}
+    assert set(MODES) - MODES_WITH_GATE == {"project", "align"}
     assert {"restore", "combined"} == MODES_WITH_READOUT
-    assert {"supervise", "combined"} == MODES_WITH_SUPERVISOR
+    assert {"supervise", "combined", "align"} == MODES_WITH_SUPERVISOR
 
 
 def test_what_is_wanted_does_not_change_later() -> None:
@@ -144,9 +144,9 @@ def test_what_can_be_wished(wish: dict[str, Any]) -> None:
 
 TAU = "is not a finite number; a gate that never or always opens is not a guard"
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"mode": "erase"}, "mode 'erase' is unknown; choose one of project, steer, supervise, restore, combined"),
-    ({"mode": ""}, "mode '' is unknown; choose one of project, steer, supervise, restore, combined"),
-    ({"positions": "first"}, "positions 'first' is unknown; choose one of all, last"),
+    ({"mode": "erase"}, "mode 'erase' is unknown; choose one of project, steer, supervise, restore, combined, align"),
+    ({"mode": ""}, "mode '' is unknown; choose one of project, steer, supervise, restore, combined, align"),
+    ({"positions": "first"}, "positions 'first' is unknown; choose one of all, last, prompt"),
     ({"layers": ()}, "the list of layers is empty; name at least one layer, or say auto"),
     ({"rank": 0}, "rank 0 is out of range; choose 1 to 8"),
     ({"rank": 9}, "rank 9 is out of range; choose 1 to 8"),

@@ -20,7 +20,7 @@ from tiny_vlm_paths import PROMPTS, SOURCE, Guarded
 
 from vlmguard.graphs.errors import GuardError, ModelUnreadable, RunFailed
 from vlmguard.graphs.package import load_graph, open_package, save_graph
-from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
+from vlmguard.graphs.plan import COORDINATES_OUTPUT, PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUT
 from vlmguard.graphs.reference import LISTEN
 from vlmguard.runtime.chat import Turn
 from vlmguard.runtime.guarded import GuardedVLM
@@ -341,6 +341,31 @@ def test_supervise_does_the_text_only_pass_by_itself(guarded: Guarded) -> None:
     for call in (prompt, *steps):
         np.testing.assert_array_equal(call[SUPERVISOR_INPUT], heard)
     assert answer == models_refusal(model)
+
+
+def test_align_feeds_the_text_only_coordinates_at_the_prompts_end_and_none_behind_it(guarded: Guarded) -> None:
+    model = fresh(guarded, "align")
+    spy = spied(model)
+    request = Request(HARMFUL, PICTURES[0])
+    tokens = len(list(model.steps([request])))
+    text, prompt, *steps = spy.feeds
+    assert len(spy.feeds) == 1 + tokens and len(steps) > 1
+    heard = spy.given[0][COORDINATES_OUTPUT]
+    assert heard.shape[1:] == model.decoder.supervisor_shape and np.abs(heard).max() < 1e3
+    np.testing.assert_array_equal(prompt[PROMPT_SUPERVISOR_INPUT], heard)
+    for call in (text, *steps):
+        assert (call[PROMPT_SUPERVISOR_INPUT] == np.float32(LISTEN)).all()
+    assert model.answer([request])[0] == models_refusal(model)
+
+
+def test_align_changes_no_answer_to_text_by_a_bit(guarded: Guarded) -> None:
+    """The prompt is compared with itself: even its logits stay."""
+    requests = [Request(HARMFUL), Request("how to wash the boat")]
+    for request in requests:
+        said = [list(fresh(guarded, name).steps([request])) for name in ("unguarded", "align")]
+        assert [step.tokens for step in said[0]] == [step.tokens for step in said[1]]
+        for plain, aligned in zip(*said, strict=True):
+            np.testing.assert_array_equal(plain.outputs["logits"], aligned.outputs["logits"])
 
 
 def models_refusal(model: VisionLanguageModel) -> str:

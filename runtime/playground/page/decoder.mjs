@@ -3,6 +3,7 @@
 import { cast, filled, tensor } from "./tensors.mjs";
 
 const SUPERVISOR = "vlmguard.supervisor";
+const PROMPT_SUPERVISOR = "vlmguard.prompt_supervisor"; // for the call with the prompt's end alone
 const COORDINATES = "vlmguard.coordinates";
 const SCORES = "vlmguard.gate_scores";
 const PAST_GATE = "vlmguard.past_gate";
@@ -26,7 +27,18 @@ export class Decoder {
   }
 
   get supervised() {
-    return this.ports.has(SUPERVISOR);
+    return this.supervisor !== undefined;
+  }
+
+  /** The input for the text-only coordinates, if there is one. */
+  get supervisor() {
+    return [SUPERVISOR, PROMPT_SUPERVISOR].find((name) => this.ports.has(name));
+  }
+
+  /** What goes in where there are no such coordinates: nothing is edited then. */
+  noSupervisor() {
+    const [, layers, rank] = this.ports.get(this.supervisor).shape;
+    return filled(this.ort, "float32", LISTEN, [1, layers, rank]);
   }
 
   get embedsType() {
@@ -35,8 +47,7 @@ export class Decoder {
 
   /** The coordinates of a text-only prompt: what a supervised graph takes with the real one. */
   async listen(embeds) {
-    const [, layers, rank] = this.ports.get(SUPERVISOR).shape;
-    const generation = new Generation(this, filled(this.ort, "float32", LISTEN, [1, layers, rank]));
+    const generation = new Generation(this, this.noSupervisor());
     try {
       const outputs = await generation.feed(embeds);
       return tensor(this.ort, "float32", outputs[COORDINATES].data, outputs[COORDINATES].dims);
@@ -76,6 +87,7 @@ class Generation {
       this.cache.set(past, outputs[present]);
       delete outputs[present];
     }
+    if (this.decoder.supervisor === PROMPT_SUPERVISOR) this.supervisor = this.decoder.noSupervisor();
     if (PRESENT_GATE in outputs) this.gate ??= outputs[PRESENT_GATE]; // as the end of the prompt decided it
     return outputs;
   }
@@ -98,7 +110,7 @@ class Generation {
     give("position_ids", ({ type }) => tensor(ort, type, positions, [1, tokens]));
     give("use_cache_branch", ({ type, shape }) => filled(ort, type, Number(this.cache.size > 0), shape.map(() => 1)));
     give("num_logits_to_keep", ({ type, shape }) => filled(ort, type, 0, shape.map(() => 1)));
-    give(SUPERVISOR, () => this.supervisor);
+    if (this.decoder.supervised) give(this.decoder.supervisor, () => this.supervisor);
     give(PAST_GATE, ({ shape }) => this.gate ?? filled(ort, "float32", UNDECIDED, [1, shape[1]]));
     for (const past of caches.keys()) feeds[past] = this.cache.get(past) ?? this.#empty(ports.get(past));
     return feeds;
