@@ -125,7 +125,7 @@ def test_nothing_in_the_current_folder_is_imported(tmp_path: Path) -> None:
     """Users go to the folder of a model that they look at, and it may hold a `jinja2.py`."""
     for name in ("jinja2", "PIL", "vlmguard", "json", "encodings"):
         (tmp_path / f"{name}.py").write_text("open('imported', 'w')")
-    # After the import: an editable install is found by a hook that comes after sys.path, and the parent would import these files.
+    # After the import: an editable install is found by a hook that comes after sys.path, so the parent would import these.
     script = PARENT.replace("TEMPLATES.run(", "sys.path.append(''); TEMPLATES.run(")
     assert "append" in script
     subprocess.run(
