@@ -177,7 +177,7 @@ def _streams(flow: Flow, sink: ir.Value, declared: LayerCount | None) -> list[tu
         return [_stream("", flow, sink, declared)]
     branches = branches_on_path(flow, _vertex(flow, sink))
     if not branches:
-        raise AnatomyNotFound(_reason_for_nothing(flow))
+        raise AnatomyNotFound(_reason_for_nothing(flow, declared))
     found = []
     for body, output in branches:
         try:
@@ -213,7 +213,7 @@ def _stream(body: str, flow: Flow, sink: ir.Value, declared: LayerCount | None) 
     if best is None:
         for source in _sources(flow):
             _require_no_side_path(flow, source, _vertex(flow, sink), declared)
-        raise AnatomyNotFound(_reason_for_nothing(flow))
+        raise AnatomyNotFound(_reason_for_nothing(flow, declared))
     chain, source = best
     _require_one_stream(flow, chain.gaps(), source, _vertex(flow, sink), declared)
     layers = chain.layers(declared)
@@ -337,8 +337,8 @@ def _require_one_stream(
                 wanted = f" of the config's {declared.count}" if declared is not None else ""
                 raise AnatomyNotFound(
                     f"the stream splits: {len(inside)} attention nodes follow one another inside layer {layer} without "
-                    f"a sum that all paths pass (best partial match: {len(layers)} layers{wanted}): several streams, "
-                    "or paths past the sums (per-layer embeddings, shared keys and values); such decoders cannot be guarded"
+                    f"a sum that all paths pass (best partial match: {len(layers)} layers{wanted}): {_past_sums(declared)}; "
+                    "such decoders cannot be guarded"
                 )
 
 
@@ -538,7 +538,14 @@ def _width_from_consumers(value: ir.Value, searched: set[tuple[ir.Value, int]], 
     return None
 
 
-def _reason_for_nothing(flow: Flow) -> str:
+def _past_sums(declared: LayerCount | None) -> str:
+    """What goes past the sums: as the config declares it, else what it can be."""
+    if declared is not None and declared.past_sums:
+        return f"the config declares {' and '.join(declared.past_sums)}"
+    return "several streams, or paths past the sums (embeddings per layer, keys and values that layers share)"
+
+
+def _reason_for_nothing(flow: Flow, declared: LayerCount | None) -> str:
     """Why no layer was found, with what was."""
     mixers = [v for v in flow.vertices if is_mixer(flow, v)]
     if not mixers:
@@ -554,8 +561,8 @@ def _reason_for_nothing(flow: Flow) -> str:
     everything = set(range(len(flow.vertices)))
     if any(_sums_between(flow, first, second, everything) for first, second in pairwise(mixers)):
         return (
-            f"{len(mixers)} attention nodes follow one another without a single sum that all paths pass: several residual "
-            "streams run side by side (as in Gemma3n), or earlier states come in again; such decoders cannot be guarded"
+            f"{len(mixers)} attention nodes follow one another without a single sum that all paths pass: "
+            f"{_past_sums(declared)}; such decoders cannot be guarded"
         )
     return (
         f"{_counted(mixers)} but no residual sum that every path from the embedding to the output passes; "

@@ -13,6 +13,12 @@ _COUNTS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer
 _LISTS = ("layers_block_type", "hybrid_override_pattern", "layer_types")
 # In a list of blocks: those that mix no positions. Models that have them (Nemotron-H) give every block ONE mixer or MLP.
 _NO_MIXER = frozenset({"mlp", "moe", "ffn", "-", "E"})
+# What takes a decoder's states past its residual sums, by the key that declares it, and from which value on.
+_PAST_SUMS = {
+    "altup_num_inputs": ("several residual streams side by side", 2),
+    "num_kv_shared_layers": ("keys and values that layers share", 1),
+    "hidden_size_per_layer_input": ("embeddings per layer", 1),
+}
 
 
 @dataclass(frozen=True)
@@ -23,10 +29,12 @@ class LayerCount:
         count: how many.
         mixers: where every layer is one block: whether it mixes positions (attention, recurrence) or not (MLP, experts).
             `None`: every layer has a mixer.
+        past_sums: what takes states past the residual sums, each a clause with its key.
     """
 
     count: int
     mixers: tuple[bool, ...] | None = None
+    past_sums: tuple[str, ...] = ()
 
 
 def declared_layers(configs: Iterable[Mapping[str, Any]]) -> LayerCount | None:
@@ -34,13 +42,13 @@ def declared_layers(configs: Iterable[Mapping[str, Any]]) -> LayerCount | None:
     for part in decoder_parts(configs):
         blocks = next((part[key] for key in _LISTS if _is_list(part.get(key))), None)
         if blocks is not None and any(block in _NO_MIXER for block in blocks):
-            return LayerCount(len(blocks), tuple(block not in _NO_MIXER for block in blocks))
+            return LayerCount(len(blocks), tuple(block not in _NO_MIXER for block in blocks), _past_sums(part))
         counts = (part.get(key) for key in _COUNTS)
-        count = next((number for number in counts if isinstance(number, int) and not isinstance(number, bool)), None)
+        count = next((number for number in counts if _is_count(number)), None)
         if count is not None:
-            return LayerCount(count)
+            return LayerCount(count, past_sums=_past_sums(part))
         if blocks is not None:
-            return LayerCount(len(blocks))
+            return LayerCount(len(blocks), past_sums=_past_sums(part))
     return None
 
 
@@ -55,6 +63,15 @@ def decoder_parts(configs: Iterable[Mapping[str, Any]], depth: int = 3) -> Itera
             nested = (config[key] for key in _PARTS if isinstance(config.get(key), Mapping))
             yield from decoder_parts(nested, depth - 1)
         yield config
+
+
+def _past_sums(part: Mapping[str, Any]) -> tuple[str, ...]:
+    values = ((key, part.get(key), *said) for key, said in _PAST_SUMS.items())
+    return tuple(f"{what} ({key} {value})" for key, value, what, least in values if _is_count(value) and value >= least)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_list(value: Any) -> bool:

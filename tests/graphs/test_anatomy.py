@@ -17,6 +17,7 @@ from zoo.table import SELDOM, parameter
 
 from vlmguard.graphs.anatomy import DecoderAnatomy, ResidualSite, dissect, find_node, prepare
 from vlmguard.graphs.errors import AnatomyNotFound
+from vlmguard.graphs.layer_count import LayerCount
 from vlmguard.graphs.package import load_graph, open_package
 from vlmguard.graphs.taps import STATES_OUTPUT, tap_last_token
 
@@ -446,7 +447,7 @@ def test_a_node_is_found_by_its_first_output() -> None:
 # ---------------------------------------------------------------------------------------------------------------- refusals
 
 
-def refusal(model: ir.Model, expected_layers: int | None = None) -> str:
+def refusal(model: ir.Model, expected_layers: int | LayerCount | None = None) -> str:
     with pytest.raises(AnatomyNotFound) as raised:
         dissect(model, expected_layers)
     assert "\n" not in str(raised.value)
@@ -520,10 +521,20 @@ def two_streams(layers: int) -> ir.Model:
 def test_several_streams_are_refused() -> None:
     assert refusal(two_streams(3)) == (
         "the stream splits: 3 attention nodes follow one another inside layer 0 without a sum that all paths pass "
-        "(best partial match: 1 layers): several streams, or paths past the sums (per-layer embeddings, shared keys and "
-        "values); such decoders cannot be guarded"
+        "(best partial match: 1 layers): several streams, or paths past the sums (embeddings per layer, keys and values that "
+        "layers share); such decoders cannot be guarded"
     )
     assert "(best partial match: 1 layers of the config's 3)" in refusal(two_streams(3), 3)
+
+
+def test_a_config_says_what_goes_past_the_sums() -> None:
+    """Gemma 4 has one stream: its refusal does not speak of several."""
+    shared = LayerCount(3, past_sums=("keys and values that layers share (num_kv_shared_layers 2)",))
+    assert refusal(two_streams(3), shared) == (
+        "the stream splits: 3 attention nodes follow one another inside layer 0 without a sum that all paths pass "
+        "(best partial match: 1 layers of the config's 3): the config declares keys and values that layers share "
+        "(num_kv_shared_layers 2); such decoders cannot be guarded"
+    )
 
 
 def test_several_streams_without_any_sum_in_common_are_refused() -> None:
@@ -536,8 +547,8 @@ def test_several_streams_without_any_sum_in_common_are_refused() -> None:
         + "l1 = Add(l0, a1) both = Concat <axis = 2> (l1, r0) y = ReduceMean(both)"
     )
     assert refusal(stream(body)) == (
-        "2 attention nodes follow one another without a single sum that all paths pass: several residual streams run side "
-        "by side (as in Gemma3n), or earlier states come in again; such decoders cannot be guarded"
+        "2 attention nodes follow one another without a single sum that all paths pass: several streams, or paths past the "
+        "sums (embeddings per layer, keys and values that layers share); such decoders cannot be guarded"
     )
 
 

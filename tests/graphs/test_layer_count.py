@@ -56,6 +56,18 @@ def test_nothing_is_declared(config: dict[str, Any]) -> None:
     assert declared_layers([config]) is None
 
 
+def test_what_goes_past_the_sums_is_named_by_its_key() -> None:
+    gemma4 = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8}
+    shared = "keys and values that layers share (num_kv_shared_layers 2)"
+    per_layer = "embeddings per layer (hidden_size_per_layer_input 8)"
+    assert declared_layers([{"text_config": gemma4}]) == LayerCount(4, past_sums=(shared, per_layer))
+    gemma3n = declared_layers([{"num_hidden_layers": 4, "altup_num_inputs": 4, "num_kv_shared_layers": 0}])
+    assert gemma3n == LayerCount(4, past_sums=("several residual streams side by side (altup_num_inputs 4)",))
+    assert declared_layers(
+        [{"num_hidden_layers": 4, "altup_num_inputs": True, "num_kv_shared_layers": "2"}]
+    ) == LayerCount(4)
+
+
 def test_the_first_config_that_declares_wins() -> None:
     assert declared_layers([{}, {"n_layer": 2}, {"n_layer": 3}]) == LayerCount(2)
 

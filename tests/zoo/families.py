@@ -58,8 +58,8 @@ VISION: Mapping[str, Any] = {
 }
 
 SEVERAL_STREAMS = (
-    "2 attention nodes follow one another without a single sum that all paths pass: several residual streams run side by "
-    "side (as in Gemma3n), or earlier states come in again; such decoders cannot be guarded"
+    "2 attention nodes follow one another without a single sum that all paths pass: several streams, or paths past the sums "
+    "(embeddings per layer, keys and values that layers share); such decoders cannot be guarded"
 )
 
 
