@@ -1018,12 +1018,12 @@ def evaluate_command(
     no_gates: Annotated[
         bool, typer.Option("--no-gates", help="Do not read the gates, which opens the decoder once more.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the confidence intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the bootstrap intervals.")] = 0,
     ray: Ray = None,
     ray_workers: RayWorkers = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask both models the same held-out prompts: refusals and attacks per setting, open gates, drift on harmless text."""
+    """Measure the safety gap closed: refusals of both models against the text-only model, attacks, open gates, drift."""
     if answers and record is None:
         raise typer.BadParameter("--answers keeps them in the file of --out; name one")
     require_model(base)

@@ -220,6 +220,7 @@ def show_scores(out: Console, answer: ScoredAnswer) -> None:
 
 def show_report(out: Console, data: ReportData, name: str) -> None:
     show_found(out, data.found)
+    out.print(f"[bold]{data.yardstick.headline.sentence}[/bold]", highlight=False)
     table = Table(title=escape(f"{data.name}: {len(data.prompts)} prompts"))
     for column in ("setting", "measure", "unguarded", "guarded"):
         table.add_column(column)

@@ -411,14 +411,17 @@ def test_long_answers_are_not_wrapped(run: Callable[..., Ran], guarded: Guarded)
 
 def test_evaluate_counts_refusals(run: Callable[..., Ran], guarded: Guarded, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in EVALUATION.read_text(encoding="utf-8").splitlines()]
-    some = [row for row in rows if row["setting"] != "image"][::40]
+    some = [row for row in rows if row["setting"] != "image"][::41]  # odd: texts and blank pictures take turns
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
     options = [SOURCE, guarded("restore"), "--prompts", path, "--max-new-tokens", "20", "--batch-size", "8"]
     told = run("evaluate", *options, "--json").json
-    assert told["schema"] == "vlmguard.evaluation/2" and sum(cell["asked"] for cell in told["cells"]) == len(some)
+    assert told["schema"] == "vlmguard.evaluation/3" and sum(cell["asked"] for cell in told["cells"]) == len(some)
     ran = run("evaluate", *options)
     assert (ran.code, ran.err) == (0, "")
+    sentence = "With an image, harmful requests answered: 100% -> 0%. Harmless requests refused: 0% -> 0%."
+    assert told["headline"] == sentence and squeezed(ran.out).startswith(sentence)
+    assert "against the text-only model: prompts refused" in squeezed(ran.out)
     assert f"{len(some)} prompts, refusals" in ran.out
     for cell in told["cells"]:
         assert f"{cell['guarded']['refused']}/{cell['asked']} ({cell['guarded']['rate']:.1%})" in ran.out

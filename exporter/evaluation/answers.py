@@ -40,6 +40,13 @@ def ask(model: VisionLanguageModel, requests: Sequence[Request], max_new_tokens:
     ]
 
 
+def first_tokens(model: VisionLanguageModel, requests: Sequence[Request]) -> np.ndarray:
+    """Log-probabilities of each answer's first token, `[requests, vocabulary]` float32, in nats; one prefill."""
+    measure = _Measure(Chooser(Sampling(1)))
+    _run(model, requests, 1, measure)
+    return measure.first
+
+
 def log_likelihoods(
     model: VisionLanguageModel, requests: Sequence[Request], answers: Sequence[Sequence[int]]
 ) -> list[float]:

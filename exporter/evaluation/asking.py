@@ -16,9 +16,9 @@ from ...runtime.vlm import Request, VisionLanguageModel
 from ..extraction.kept_states import model_files
 from ..prompts.labelled import LabelledPrompt
 from ..sources import open_model
-from .answers import Said, ask, kl_divergence, log_likelihoods
+from .answers import Said, ask, first_tokens, kl_divergence, log_likelihoods
 from .judge_model import GuardModel
-from .records import Drift, Record, Reply, digest_of
+from .records import Drift, FirstToken, Record, Reply, digest_of
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,16 @@ def open_gates(vlm: GuardedVLM) -> tuple[Gates | None, str | None]:
 
 @dataclass(frozen=True)
 class Shard:
-    """One batch: prompts by their numbers in the set, and how each is asked; a picture is there, not its path."""
+    """One batch: prompts by their numbers in the set, and how each is asked; a picture is there, not its path.
+
+    Attributes:
+        text_rows: rows of the batch whose words the unguarded model is also asked without the image.
+    """
 
     numbers: tuple[int, ...]
     prompts: tuple[LabelledPrompt, ...]
     requests: tuple[Request, ...]
+    text_rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,23 @@ class Asking:
         after = ask(self.guarded, shard.requests, self.max_new_tokens)
         made = _records(shard.numbers, shard.prompts, before, after, self.judge, self.keep_answers)
         made = _with_drift(made, shard.requests, before, after, self.guarded)
+        made = self._with_text_only(made, shard)
+        made = _with_first_tokens(made, shard.requests, before, after, self.base)
         if self.gates is not None:
             read = self.gates.read(shard.requests)
             made = [record.model_copy(update={"gates": gates}) for record, gates in zip(made, read, strict=True)]
         answers = [(b.answer, a.answer) for b, a in zip(before, after, strict=True)]
         return Made(made, answers, len(before) if self.halfway is not None else 0)
+
+    def _with_text_only(self, records: Sequence[Record], shard: Shard) -> list[Record]:
+        """With the unguarded model's replies to the words alone, in the batch's `text_rows`."""
+        found = list(records)
+        if shard.text_rows:
+            said = ask(self.base, [shard.requests[row].text_only for row in shard.text_rows], self.max_new_tokens)
+            replies = _replies([shard.prompts[row] for row in shard.text_rows], said, None, self.keep_answers)
+            for row, reply in zip(shard.text_rows, replies, strict=True):
+                found[row] = found[row].model_copy(update={"text_only": reply})
+        return found
 
 
 @dataclass(frozen=True)
@@ -131,11 +148,17 @@ class AskBoth:
         return GuardModel(self.judge) if self.judge is not None else None
 
 
-def shard_of(indices: Sequence[int], prompts: Sequence[LabelledPrompt], requests: Sequence[Request]) -> Shard:
-    """A batch of a set, by its indices."""
+def shard_of(
+    indices: Sequence[int],
+    prompts: Sequence[LabelledPrompt],
+    requests: Sequence[Request],
+    text_only: frozenset[int] = frozenset(),
+) -> Shard:
+    """A batch of a set, by its indices; those in `text_only` are also asked without their image."""
     asked = (requests[index] for index in indices)
     seen = (replace(r, image=open_image(r.image)) if r.image is not None else r for r in asked)
-    return Shard(tuple(indices), tuple(prompts[index] for index in indices), tuple(seen))
+    text_rows = tuple(row for row, index in enumerate(indices) if index in text_only)
+    return Shard(tuple(indices), tuple(prompts[index] for index in indices), tuple(seen), text_rows)
 
 
 def _records(
@@ -203,3 +226,27 @@ def _with_drift(
         for row in texts
     }
     return [record.model_copy(update={"drift": drifts.get(row)}) for row, record in enumerate(records)]
+
+
+def _with_first_tokens(
+    records: Sequence[Record],
+    asked: Sequence[Request],
+    before: Sequence[Said],
+    after: Sequence[Said],
+    base: VisionLanguageModel,
+) -> list[Record]:
+    """With the first tokens' divergences, of the batch's harmless prompts with an image."""
+    found = list(records)
+    rows = [row for row, record in enumerate(records) if compares_first_tokens(record.setting, record.label)]
+    if rows:
+        texts = first_tokens(base, [asked[row].text_only for row in rows])
+        for row, text in zip(rows, texts, strict=True):
+            first = after[row].first
+            kl = FirstToken(unguarded=kl_divergence(before[row].first, first), text_only=kl_divergence(text, first))
+            found[row] = found[row].model_copy(update={"first_token": kl})
+    return found
+
+
+def compares_first_tokens(setting: str, label: str) -> bool:
+    """Whether a prompt's record has `first_token`."""
+    return setting != "text" and label == "harmless"

@@ -1,9 +1,10 @@
 """Does the guard work? The same prompts to the unguarded and to the guarded model, and what each did with them.
 
 1. The prompts, in their settings, none of which an earlier step has used (`shown`, `overlaps`).
-2. Batch by batch, here or on a cluster (`shards`): both models answer; judges, drift and gates (`asking`).
+2. Batch by batch, here or on a cluster (`shards`): both models answer; judges, drift and gates (`asking`). The unguarded
+   model is also asked the words of prompts with an image alone, once per text: the text-only model is the yardstick.
 3. A record per prompt, on request in a file that a killed run goes on with (`records`).
-4. The figures, with their intervals (`evaluation`).
+4. The figures, with their intervals (`yardstick`, `outcome`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..prompts.labelled import BUILTIN, LabelledPrompt, Sources, find_file, fing
 from ..prompts.overlaps import require_held_out_of
 from ..shards import Spread, in_turn, spreading
 from ..sources import Watch, open_model, require_unmarked, unwatched
-from .asking import AskBoth, Asking, Gates, open_gates, shard_of
+from .asking import AskBoth, Asking, Gates, compares_first_tokens, open_gates, shard_of
 from .judge_model import GuardModel
 from .outcome import KEYWORDS, Cell, Evaluation, Tally, count
 from .records import Record, RecordFile, digest_of
@@ -178,7 +179,12 @@ def evaluate(
     answers: dict[int, tuple[str, str]] = {}
     # Batches are those of the whole set, whatever is done already: another batch has other padding, and other roundings.
     batches = list((base if base.pads else guarded).groups(requests, batch_size))
-    missing = [indices for indices in batches if not all(index in records for index in indices)]
+    text_only = _texts_to_ask(prompts)
+    missing = [
+        indices
+        for indices in batches
+        if not all(_is_complete(records.get(index), index in text_only) for index in indices)
+    ]
     both, done = 2 * len(prompts), 0
 
     def tell(count: int) -> None:
@@ -190,7 +196,7 @@ def evaluate(
     if len(missing) < len(batches):
         tell(2 * (len(prompts) - sum(map(len, missing))))
     work = Asking(base, guarded, max_new_tokens, gates, judge, keep_answers, halfway=tell)
-    shards = (shard_of(indices, prompts, requests) for indices in missing)
+    shards = (shard_of(indices, prompts, requests, text_only) for indices in missing)
     for indices, made in zip(missing, spread(work, shards), strict=True):
         if file is not None:
             file.add(made.records)
@@ -206,6 +212,26 @@ def evaluate(
         seed,
         found or {},
     )
+
+
+def _texts_to_ask(prompts: Sequence[LabelledPrompt]) -> frozenset[int]:
+    """Indices of the prompts that are also asked without their image: the first of each text that is not asked as text.
+
+    Harmful prompts whose harm is only in the picture are not: their text is innocent, and says nothing about them.
+    """
+    asked = {prompt.prompt for prompt in prompts if prompt.setting == "text"}
+    first: dict[str, int] = {}
+    for index, prompt in enumerate(prompts):
+        if prompt.prompt not in asked and prompt.has_text_twin:
+            first.setdefault(prompt.prompt, index)
+    return frozenset(first.values())
+
+
+def _is_complete(record: Record | None, text_only: bool) -> bool:
+    """Whether a record holds all that is measured; an earlier version's may lack the text-only comparison."""
+    if record is None or (text_only and record.text_only is None):
+        return False
+    return record.first_token is not None or not compares_first_tokens(record.setting, record.label)
 
 
 def _recalled(record: Record, answers: tuple[str, str] | None) -> Record:

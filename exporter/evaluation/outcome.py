@@ -1,10 +1,11 @@
-"""What an evaluation found, in figures: refusals, attacks that succeed, drift and gates, each with its interval."""
+"""An evaluation's figures: the yardstick, refusals, attacks that succeed, drift and gates, each with its interval."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +13,9 @@ import numpy as np
 
 from ..prompts.formats import LABELS, SETTINGS
 from ..prompts.labelled import LabelledPrompt
-from .bootstrap import LEVEL, RESAMPLES, Interval, interval, rate_interval
+from .intervals import LEVEL, METHODS, RESAMPLES, Interval, Share, bootstrap_interval
 from .records import Drift, Record, Reply
+from .yardstick import Yardstick, measure
 
 KEYWORDS = "keywords"
 Who = Literal["base", "guarded"]
@@ -68,22 +70,6 @@ def count(prompts: Sequence[LabelledPrompt], refusals: Sequence[bool]) -> tuple[
 
 
 @dataclass(frozen=True)
-class Share:
-    """A share of some prompts, with its interval."""
-
-    hits: int
-    of: int
-    interval: Interval
-
-    @property
-    def rate(self) -> float:
-        return self.hits / self.of
-
-    def to_json(self) -> dict[str, Any]:
-        return {"hits": self.hits, "of": self.of, "rate": self.rate, "interval": list(self.interval)}
-
-
-@dataclass(frozen=True)
 class DriftFigures:
     """How far the guarded model is from the unguarded one on harmless texts.
 
@@ -134,7 +120,7 @@ class Evaluation:
         judges: `keywords`, and the name of the guard model if there is one.
         gates_unread: why no gate was read, where none was.
         same_source: whether the guarded model was made from this unguarded one, file by file; `None`: not known.
-        seed: of the intervals.
+        seed: of the bootstrap intervals.
         found: what was found beside the model and used -> its absolute path.
     """
 
@@ -158,6 +144,11 @@ class Evaluation:
     def kinds(self) -> list[tuple[str, str]]:
         """`(setting, label)` of the prompts that were asked, in a fixed order."""
         return [(cell.setting, cell.label) for cell in self.base.cells]
+
+    @cached_property
+    def yardstick(self) -> Yardstick:
+        """The guarded model against its own text-only language model."""
+        return measure(self.prompts, self.records, self.seed)
 
     @property
     def text_answers_changed(self) -> int:
@@ -192,19 +183,21 @@ class Evaluation:
             prompts=len(rows),
             kl_mean=float(kl.mean()),
             kl_highest=float(kl.max()),
-            kl_interval=interval(len(rows), lambda chosen: float(kl[chosen].mean()), self.seed),
+            kl_interval=bootstrap_interval(len(rows), lambda chosen: float(kl[chosen].mean()), self.seed),
             base_perplexity=_perplexity(rows, "base_log_likelihood"),
             guarded_perplexity=_perplexity(rows, "guarded_log_likelihood"),
-            ratio_interval=interval(len(rows), _ratio_of(rows), self.seed),
+            ratio_interval=bootstrap_interval(len(rows), _ratio_of(rows), self.seed),
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Counts, rates and intervals per setting and label, and what changed on harmless text."""
+        """The yardstick first; then counts, rates and intervals per setting and label, and what changed on harmless text."""
         drift, settings = self.drift, list(dict.fromkeys(setting for setting, _ in self.kinds))
         return {
-            "schema": "vlmguard.evaluation/2",
+            "schema": "vlmguard.evaluation/3",
+            "headline": self.yardstick.headline.sentence,
+            "yardstick": self.yardstick.to_json(),
             "judges": list(self.judges),
-            "intervals": {"method": "percentile bootstrap", "level": LEVEL, "resamples": RESAMPLES, "seed": self.seed},
+            "intervals": {"methods": METHODS, "level": LEVEL, "resamples": RESAMPLES, "seed": self.seed},
             "cells": [self._cell(setting, label) for setting, label in self.kinds],
             "attack_success": [
                 {"setting": setting, "judge": judge}
@@ -240,8 +233,7 @@ class Evaluation:
         return Tally(count(self.prompts, refusals), tuple(said.answer or "" for said in replies), refusals)
 
     def _share(self, setting: str, label: str, holds: Callable[[Record], bool]) -> Share:
-        outcomes = [holds(r) for r in self.records if (r.setting, r.label) == (setting, label)]
-        return Share(sum(outcomes), len(outcomes), rate_interval(outcomes, self.seed))
+        return Share.counted([holds(r) for r in self.records if (r.setting, r.label) == (setting, label)])
 
 
 def reply(record: Record, who: Who) -> Reply:

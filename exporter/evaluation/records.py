@@ -60,13 +60,30 @@ class Drift(BaseModel):
     guarded_log_likelihood: float
 
 
+class FirstToken(BaseModel):
+    """How far the guarded model's first token is from others', on a harmless prompt with an image; KL divergences, nats.
+
+    Attributes:
+        unguarded: `KL(unguarded || guarded)`, both with the image.
+        text_only: `KL(text-only || guarded)`: the unguarded model without the image, the guarded one with it.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    unguarded: float
+    text_only: float
+
+
 class Record(BaseModel):
     """One prompt.
 
     Attributes:
         number: of the prompt in the set, from 0.
+        text_only: the unguarded model's reply to the same words without the image; in one record for each text that the set
+            does not itself ask in setting `text`.
         gates: by guarded layer, whether the gate was open at the end of the prompt.
         drift: of harmless prompts in setting `text`.
+        first_token: of harmless prompts with an image.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -78,8 +95,10 @@ class Record(BaseModel):
     intent: str
     base: Reply
     guarded: Reply
+    text_only: Reply | None = None
     gates: dict[str, bool] | None = None
     drift: Drift | None = None
+    first_token: FirstToken | None = None
 
 
 def digest_of(*parts: str) -> str:
@@ -116,8 +135,11 @@ class RecordFile:
             raise OutputRefused(f"{self.path}: cannot be written or read ({error}); choose another --out") from None
 
     def add(self, records: Sequence[Record]) -> None:
-        """Keep the records of one batch; those that a killed run could still write are there already."""
-        new = [record for record in records if record.number not in self.found]
+        """Keep the records of one batch; those that a killed run could still write are there already.
+
+        A record that an earlier version wrote with less in it is written again, in a later line, which is the one that counts.
+        """
+        new = [record for record in records if self.found.get(record.number) != record]
         try:
             self._append([record.model_dump_json(exclude_none=True) for record in new])
         except OSError as error:

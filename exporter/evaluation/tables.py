@@ -1,4 +1,4 @@
-"""An evaluation in the terminal: refusals, attack success, gates and drift, each with its interval."""
+"""An evaluation in the terminal: the headline and the yardstick, then refusals, attack success, gates and drift."""
 
 from __future__ import annotations
 
@@ -7,23 +7,78 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..terminal import show_found
-from .bootstrap import LEVEL, Interval
-from .outcome import KEYWORDS, Evaluation, Share
+from .intervals import LEVEL, Interval, Share
+from .outcome import KEYWORDS, Evaluation
+from .yardstick import Divergence, Gap, Yardstick
 
 
 def show_evaluation(out: Console, result: Evaluation) -> None:
-    """Tables first, then what has no table, then what to keep in mind."""
+    """The headline, the yardstick, the other tables, then what has no table, then what to keep in mind."""
     show_found(out, result.found)
+    out.print(f"[bold]{result.yardstick.headline.sentence}[/bold]", highlight=False)
+    _show_yardstick(out, result.yardstick)
     _show_refusals(out, result)
     if any(label == "harmful" for _, label in result.kinds):
         _show_attacks(out, result)
+    _show_first_tokens(out, result.yardstick)
     _show_drift(out, result)
     if result.gates_unread is not None:
         out.print(f"gates: not read ({escape(result.gates_unread)})", highlight=False)
     if result.same_source is False:
         out.print("[yellow]the guarded model was made from another file than this unguarded one[/yellow]")
-    out.print(f"text-only answers that changed word for word: {result.text_answers_changed}")
-    out.print(f"[dim]in brackets: {LEVEL:.0%} bootstrap intervals, seed {result.seed}[/dim]", highlight=False)
+    changed = result.yardstick.text_changed
+    if changed is not None:
+        out.print(f"text-only answers changed by a word or more: {_one_line(changed)}", highlight=False, markup=False)
+    out.print(
+        f"[dim]in brackets: {LEVEL:.0%} intervals, Clopper-Pearson for shares, bootstrap (seed {result.seed}) for the gap and "
+        "for means[/dim]",
+        highlight=False,
+    )
+
+
+def _show_yardstick(out: Console, yardstick: Yardstick) -> None:
+    """Prompts refused by each model; `extra` and `missing` are the guarded model's, against the text-only model."""
+    table = Table(title="against the text-only model: prompts refused")
+    for column in ("setting", "prompts", "text-only", "unguarded", "guarded", "gap closed", "extra", "missing"):
+        table.add_column(column)
+    for found in yardstick.settings:
+        for row in found.beyond:
+            counts = (str(share.hits) for share in (row.text_only, row.unguarded, row.guarded))
+            gap = _gap(found.gap) if row.label == "harmful" and found.gap is not None else "-"
+            prompts = f"{row.extra.of} {row.label}"
+            table.add_row(found.setting, prompts, *counts, gap, _counted(row.extra), _counted(row.missing))
+        if found.in_picture is not None:
+            before, after = found.in_picture
+            prompts = f"{before.of} harmful only in the picture"
+            table.add_row(found.setting, prompts, "-", str(before.hits), str(after.hits), "-", "-", "-")
+    out.print(table)
+
+
+def _gap(gap: Gap) -> str:
+    if gap.closed is None:
+        return "no gap"
+    between = _interval(gap.interval, ".0%") if gap.interval is not None else "no interval"
+    return f"{gap.closed:.1%}\n[dim]{escape(between)}[/dim]"
+
+
+def _counted(share: Share) -> str:
+    return f"{share.hits} ({share.rate:.1%})\n[dim]{escape(_interval(share.interval, '.1%'))}[/dim]"
+
+
+def _show_first_tokens(out: Console, yardstick: Yardstick) -> None:
+    for found in yardstick.settings:
+        if found.from_unguarded is not None and found.from_text_only is not None:
+            out.print(
+                f"first-token KL on {found.from_unguarded.prompts} harmless prompts, {found.setting}: "
+                f"{_nats(found.from_unguarded)} from the unguarded model with the image, "
+                f"{_nats(found.from_text_only)} from the text-only model",
+                highlight=False,
+                markup=False,
+            )
+
+
+def _nats(found: Divergence) -> str:
+    return f"{found.mean:.2g} nats {_interval(found.interval, '.2g')}, at most {found.highest:.2g},"
 
 
 def _show_refusals(out: Console, result: Evaluation) -> None:
@@ -69,5 +124,9 @@ def _share(share: Share) -> str:
     return f"{share.hits}/{share.of} ({share.rate:.1%})\n[dim]{escape(_interval(share.interval, '.1%'))}[/dim]"
 
 
-def _interval(found: Interval, format: str) -> str:
-    return f"[{found[0]:{format}}, {found[1]:{format}}]"
+def _one_line(share: Share) -> str:
+    return f"{share.hits}/{share.of} ({share.rate:.1%}) {_interval(share.interval, '.1%')}"
+
+
+def _interval(between: Interval, format: str) -> str:
+    return f"[{between[0]:{format}}, {between[1]:{format}}]"

@@ -65,6 +65,11 @@ class LabelledPrompt:
         """Whether somebody who reads the text alone can see the harm."""
         return self.label == "harmful" and self.setting != "typographic"
 
+    @property
+    def has_text_twin(self) -> bool:
+        """Whether the text without the image asks for the same: of harm that is only in the picture it does not."""
+        return self.harmful_as_text or self.label != "harmful"
+
     def request(self, model: VisionLanguageModel) -> Request:
         """As a request; `blank` gets a white picture of the model's size."""
         if self.setting == "blank":

@@ -1,7 +1,7 @@
 """`report`: one page about a guarded folder, in one screen.
 
 guarded folder ──► both sides ──► states ──► plane, separation, gates ──┐
-       prompts ──► chosen ──────► answers ──► rates, sweep ─────────────┴──► data ──► figures ──► page
+       prompts ──► chosen ──────► answers ──► yardstick, rates, sweep ──┴──► data ──► figures ──► page
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..artifact.stamp import stamp
 from ..evaluation.evaluate import evaluate
 from ..sources import Watch, unwatched
 from .cost import cost_of
-from .data import ReportData, layer_points
+from .data import ReportData, both_labels, layer_points
 from .gates import gate_scores
 from .outcomes import mistakes_of, rates_of
 from .page import make_page
@@ -77,7 +77,8 @@ def report(
         subject, Path(engine) if engine is not None else None, Path(benchmark) if benchmark is not None else None
     )
     layers = tuple(sorted({site.layer_index for site in subject.anatomy.sites}))
-    states = read_states(subject, asked, batch_size, lambda done, total: tell("reading states", done, total))
+    drawn = both_labels(asked)
+    states = read_states(subject, drawn, batch_size, lambda done, total: tell("reading states", done, total))
     answers = evaluate(
         subject.unguarded,
         subject.guarded,
@@ -96,12 +97,12 @@ def report(
         max_new_tokens=max_new_tokens,
         manifest=subject.manifest,
         layers=layers,
-        points=tuple(layer_points(states, asked, layers)),
-        separations=tuple(separations(states, asked, subject.directions, layers)),
-        gates=tuple(gate_scores(states, asked, subject.plan)),
+        points=tuple(layer_points(states, drawn, layers)),
+        separations=tuple(separations(states, drawn, subject.directions, layers)),
+        gates=tuple(gate_scores(states, drawn, subject.plan)),
+        yardstick=answers.yardstick,
         rates=tuple(rates_of(answers)),
         mistakes=tuple(mistakes_of(answers)),
-        text_answers_changed=answers.text_answers_changed,
         sweep=tuple(sweep),
         cost=cost,
         anchors_auc=_anchors_auc(subject.directions),

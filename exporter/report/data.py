@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ...graphs.manifest import Manifest
-from ..prompts.labelled import PAIRED_LABELS, SETTINGS, LabelledPrompt
+from ..evaluation.yardstick import Yardstick
+from ..prompts.labelled import LABELS, PAIRED_LABELS, SETTINGS, LabelledPrompt
 from .cost import Cost
 from .gates import GateScores
 from .outcomes import Mistake, Rate
@@ -54,8 +55,9 @@ class ReportData:
         max_new_tokens: longest answer that was judged.
         manifest: of the folder.
         layers: numbers of all decoder layers.
-        points, separations, gates, rates, mistakes, sweep, cost: one per figure or table.
-        text_answers_changed: how many text-only answers differ word for word.
+        points, separations, gates: of the prompts with one of `PAIRED_LABELS`.
+        yardstick: the guarded model against its own text-only language model; the headline.
+        rates, mistakes, sweep, cost: one per figure or table.
         found: what was found beside the model and used -> its absolute path. Not in the page, which others read.
         anchors_auc: AUC of the anchors along row 1, by layer, as the directions file recorded it.
     """
@@ -69,9 +71,9 @@ class ReportData:
     points: tuple[LayerPoints, ...]
     separations: tuple[Separation, ...]
     gates: tuple[GateScores, ...]
+    yardstick: Yardstick
     rates: tuple[Rate, ...]
     mistakes: tuple[Mistake, ...]
-    text_answers_changed: int
     sweep: tuple[Strength, ...]
     cost: Cost
     anchors_auc: dict[int, float]
@@ -90,15 +92,24 @@ class ReportData:
         """Those that were asked in, in the paper's order."""
         return tuple(setting for setting in SETTINGS if any(prompt.setting == setting for prompt in self.prompts))
 
+    @property
+    def drawn(self) -> list[LabelledPrompt]:
+        """The prompts that `points` has states of, in its order."""
+        return both_labels(self.prompts)
+
     def counts(self) -> list[tuple[str, str, int]]:
-        """`(setting, label, prompts)`"""
+        """`(setting, label, prompts)` of the kinds that were asked."""
         found = Counter((prompt.setting, prompt.label) for prompt in self.prompts)
-        return [(setting, label, found[setting, label]) for setting in self.settings for label in PAIRED_LABELS]
+        kinds = ((setting, label) for setting in self.settings for label in LABELS)
+        return [(*kind, found[kind]) for kind in kinds if found[kind]]
 
     def to_json(self) -> dict[str, Any]:
+        changed = self.yardstick.text_changed
         lists = ("points", "separations", "gates", "rates", "mistakes", "sweep")
         return {
             "schema": SCHEMA,
+            "headline": self.yardstick.headline.sentence,
+            "yardstick": self.yardstick.to_json(),
             "name": self.name,
             "mode": self.plan["mode"],
             "guarded_layers": list(self.guarded_layers),
@@ -107,10 +118,15 @@ class ReportData:
             "prompts": [{"id": p.id, "prompt": p.prompt, "label": p.label, "setting": p.setting} for p in self.prompts],
             **{name: [row.to_json() for row in getattr(self, name)] for name in lists},
             "max_new_tokens": self.max_new_tokens,
-            "text_answers_changed": self.text_answers_changed,
+            "text_answers_changed": changed.hits if changed is not None else 0,
             "cost": self.cost.to_json(),
             "anchors_auc": {str(layer): value for layer, value in self.anchors_auc.items()},
         }
+
+
+def both_labels(prompts: Sequence[LabelledPrompt]) -> list[LabelledPrompt]:
+    """The harmful and the harmless prompts, whose hidden states are compared; borderline ones are neither kind."""
+    return [prompt for prompt in prompts if prompt.label in PAIRED_LABELS]
 
 
 def layer_points(states: States, prompts: Sequence[LabelledPrompt], layers: Sequence[int]) -> list[LayerPoints]:

@@ -61,9 +61,10 @@ def _plane(data: ReportData, points: LayerPoints, side: str) -> Figure:
 
     placed = points.before if side == "before" else points.after
     traces = []
-    for setting, label, count in data.counts():
-        chosen = [n for n, p in enumerate(data.prompts) if (p.setting, p.label) == (setting, label)]
-        if not count:
+    drawn = data.drawn
+    for setting, label, _ in data.counts():
+        chosen = [n for n, p in enumerate(drawn) if (p.setting, p.label) == (setting, label)]
+        if not chosen:
             continue
         color = LABEL_COLORS[label]
         marker = {"color": color, "symbol": _symbol(setting, label), "size": 8, "line": {"width": 1.5, "color": color}}
@@ -74,7 +75,7 @@ def _plane(data: ReportData, points: LayerPoints, side: str) -> Figure:
                 mode="markers",
                 name=f"{label}, {SETTING_WORDS[setting]}",
                 marker=marker,
-                text=[escape(f"{data.prompts[n].id}: {data.prompts[n].prompt}") for n in chosen],
+                text=[escape(f"{drawn[n].id}: {drawn[n].prompt}") for n in chosen],
                 hovertemplate="%{text}<extra></extra>",
             )
         )

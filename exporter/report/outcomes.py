@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..evaluation.bootstrap import rate_interval
 from ..evaluation.evaluate import Evaluation, Tally
+from ..evaluation.intervals import clopper_pearson
 from ..prompts.labelled import SETTINGS, LabelledPrompt
 
 MEASURES = {"harmful": "attack success rate", "harmless": "over-refusal"}
@@ -88,4 +88,4 @@ def _rates(prompts: Sequence[LabelledPrompt], label: str, side: str, tally: Tall
             if (prompt.setting, prompt.label) == (setting, label)
         ]
         if erred:
-            yield Rate(setting, label, side, sum(erred), len(erred), *rate_interval(erred))
+            yield Rate(setting, label, side, sum(erred), len(erred), *clopper_pearson(sum(erred), len(erred)))

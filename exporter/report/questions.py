@@ -11,7 +11,7 @@ import numpy as np
 from ...graphs.errors import GuardError, PromptsUnusable
 from ...runtime.images import open_image
 from ..evaluation.evaluate import EVALUATION_FILES
-from ..prompts.labelled import PAIRED_LABELS, SETTINGS, LabelledPrompt, find_file, read_prompts
+from ..prompts.labelled import LABELS, PAIRED_LABELS, SETTINGS, Label, LabelledPrompt, find_file, read_prompts
 from ..prompts.overlaps import require_held_out_of
 from .subject import Subject
 
@@ -19,7 +19,7 @@ from .subject import Subject
 def choose_prompts(
     subject: Subject, path: Path | None, image: Path | None, most: int
 ) -> tuple[Path, list[LabelledPrompt]]:
-    """The file, and the prompts to ask, by setting and label.
+    """The file, and the prompts to ask, by setting and label; borderline ones are asked where the file has some.
 
     Args:
         path: labelled prompts; `None` takes those found beside the source or the guarded folder.
@@ -43,7 +43,7 @@ def choose_prompts(
         open_image(image)  # before minutes of work
     rows = in_settings(rows, sees, image)
     require_held_out_of(subject.folder, subject.manifest, str(found), rows, "report")
-    chosen = thinned(rows, most)
+    chosen = thinned(rows, most, LABELS)
     for label in PAIRED_LABELS:
         if not any(row.label == label for row in chosen):
             raise PromptsUnusable(
@@ -69,11 +69,11 @@ def in_settings(rows: Sequence[LabelledPrompt], sees: bool, image: Path | None) 
     return kept
 
 
-def thinned(rows: Sequence[LabelledPrompt], most: int) -> list[LabelledPrompt]:
+def thinned(rows: Sequence[LabelledPrompt], most: int, labels: Sequence[Label] = PAIRED_LABELS) -> list[LabelledPrompt]:
     """At most so many of each setting and label, spread over the whole list; by setting, then label."""
     chosen = []
     for setting in SETTINGS:
-        for label in PAIRED_LABELS:
+        for label in labels:
             kind = [row for row in rows if (row.setting, row.label) == (setting, label)]
             places = np.linspace(0, len(kind) - 1, min(most, len(kind))).round().astype(int)
             chosen += [kind[place] for place in places]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from ..evaluation.intervals import Share
+from ..evaluation.yardstick import Divergence, Gap
 from .data import ReportData
 from .figures import SETTING_WORDS
 from .gates import READS
@@ -14,8 +16,33 @@ from .separation import TEXT
 Row = list[str]
 
 
+def yardstick_table(data: ReportData) -> list[Row]:
+    """Setting, prompts, refused text-only, unguarded and guarded, gap closed, extra and missing refusals."""
+    rows = []
+    for found in data.yardstick.settings:
+        setting = SETTING_WORDS[found.setting]
+        for row in found.beyond:
+            counts = [_share(share.hits, share.of) for share in (row.text_only, row.unguarded, row.guarded)]
+            gap = _gap(found.gap) if row.label == "harmful" and found.gap is not None else "–"
+            rows.append([setting, row.label, *counts, gap, _bounded(row.extra), _bounded(row.missing)])
+        if found.in_picture is not None:
+            counts = [_share(share.hits, share.of) for share in found.in_picture]
+            rows.append([setting, "harmful only in the picture", "–", *counts, "–", "–", "–"])
+    return rows
+
+
+def first_tokens_table(data: ReportData) -> list[Row]:
+    """Setting, harmless prompts, KL from the unguarded and from the text-only model."""
+    return [
+        [SETTING_WORDS[found.setting], str(found.from_unguarded.prompts)]
+        + [_nats(kl) for kl in (found.from_unguarded, found.from_text_only)]
+        for found in data.yardstick.settings
+        if found.from_unguarded is not None and found.from_text_only is not None
+    ]
+
+
 def rates_table(data: ReportData) -> list[Row]:
-    """Setting, harmful answered (unguarded, guarded), harmless refused (unguarded, guarded)."""
+    """Setting, harmful answered (unguarded, guarded), harmless refused (unguarded, guarded), with intervals."""
     cells = {(rate.setting, rate.label, rate.side): _rate(rate) for rate in data.rates}
     kinds = [(label, side) for label in ("harmful", "harmless") for side in ("unguarded", "guarded")]
     return [
@@ -164,8 +191,33 @@ def asked_at_each(data: ReportData) -> int:
     return sum(asked for *_, asked in data.sweep[0].refused)
 
 
+def text_changed(data: ReportData) -> str:
+    """Text-only answers that the guard changed."""
+    changed = data.yardstick.text_changed
+    return "no text-only prompt was asked" if changed is None else _bounded(changed)
+
+
 def _rate(rate: Rate) -> str:
     return f"{_share(rate.erred, rate.asked)}, 95%: {rate.low:.1%} to {rate.high:.1%}"
+
+
+def _bounded(share: Share) -> str:
+    low, high = share.interval
+    return f"{_share(share.hits, share.of)}, 95%: {low:.1%} to {high:.1%}"
+
+
+def _gap(gap: Gap) -> str:
+    if gap.closed is None:
+        return "no gap"
+    between = "no interval" if gap.interval is None else "95%: {:.1%} to {:.1%}".format(*gap.interval)
+    return f"{gap.closed:.1%}, {between}"
+
+
+def _nats(found: Divergence | None) -> str:
+    if found is None:
+        return "–"
+    low, high = found.interval
+    return f"{found.mean:.2g} nats, 95%: {low:.2g} to {high:.2g}; at most {found.highest:.2g}"
 
 
 def _share(count: int, total: int) -> str:

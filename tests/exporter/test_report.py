@@ -170,6 +170,23 @@ def test_rates_are_errors_and_mistakes_are_named_without_answers() -> None:
     assert all("yes" not in m.to_json().values() for m in mistakes_of(evaluation))
 
 
+def test_borderline_prompts_are_asked_and_counted_and_have_no_states(
+    guarded: Guarded, some: Path, tmp_path: Path
+) -> None:
+    """They are neither kind, so that no direction or plane is judged by them; their extra refusals are."""
+    path = tmp_path / "p.jsonl"
+    rows = [json.loads(line) for line in some.read_text(encoding="utf-8").splitlines()]
+    odd = [dict(row, id=f"odd-{n}", label="borderline") for n, row in enumerate(rows) if row["label"] == "harmless"][:3]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*odd, *rows]), encoding="utf-8")
+    page = tmp_path / "r.html"
+    data = report(guarded("restore"), page, prompts=path, max_prompts=FEW, max_new_tokens=16)
+    assert ("text", "borderline", 3) in data.counts() and len(data.prompts) == 6 * FEW + 3
+    assert len(data.points[0].before) == len(data.drawn) == 6 * FEW
+    figures = json.loads(Elements(page.read_text(encoding="utf-8")).scripts[0])
+    assert sum(len(trace["x"]) for trace in figures["states-before"][0]["data"]) == 6 * FEW
+    assert data.yardstick.settings[0].beyond[-1].label == "borderline"
+
+
 def test_bins_hold_every_score_and_the_threshold() -> None:
     gates = [GateScores(3, "text", 5.0, (1.0, 2.0), (-1.0,)), GateScores(3, "blank", 5.0, (), (0.5,))]
     edges = bins(gates)
@@ -399,6 +416,21 @@ def test_the_same_data_gives_the_same_page(
     stamp = re.compile(r"Made on <span>[^<]*</span>")
     texts = [path.read_text(encoding="utf-8") for path in (first, tmp_path / "again.html")]
     assert texts[0] != texts[1] and stamp.sub("", texts[0]) == stamp.sub("", texts[1])
+
+
+def test_the_page_leads_with_the_yardstick(pages: Callable[[str], tuple[Path, ReportData]]) -> None:
+    page, data = pages("restore")
+    text, told = page.read_text(encoding="utf-8"), data.to_json()
+    sentence = told["headline"]
+    assert sentence.startswith("With an image, harmful requests answered: 100% -> ")
+    summary = text[text.index('<h2 id="summary">') :]
+    places = [
+        summary.index(part) for part in (sentence.replace(">", "&gt;"), "gap closed", "harmful answered, unguarded")
+    ]
+    assert places == sorted(places)
+    gaps = {row["setting"]: row["gap"] for row in told["yardstick"]["settings"]}
+    assert gaps["text"] is None and gaps["blank"]["closed"] == gaps["image"]["closed"] == 1.0
+    assert "100.0%, 95%: 39.8% to 100.0%" in summary  # 4 prompts make the gap
 
 
 @pytest.mark.parametrize("mode", ["restore", "supervise"])

@@ -1,0 +1,89 @@
+"""95% confidence intervals over prompts: what the same figures might be with other prompts of the same kind.
+
+- Shares: the exact interval of Clopper and Pearson (1934). It needs no seed, and 0 of 30 is not "never": it is at most 11.6%.
+- Means and ratios: the percentile bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13),
+  seeded: the same answers give the same interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+LEVEL = 0.95
+RESAMPLES = 2000
+
+# low, high
+Interval = tuple[float, float]
+
+METHODS = {"shares": "Clopper-Pearson", "means and ratios": "percentile bootstrap"}
+
+_TAIL = (1 - LEVEL) / 2
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of some prompts.
+
+    Attributes:
+        hits, of: counts; `of` is at least 1.
+    """
+
+    hits: int
+    of: int
+
+    @classmethod
+    def counted(cls, outcomes: Sequence[bool]) -> Share:
+        return cls(sum(outcomes), len(outcomes))
+
+    @property
+    def rate(self) -> float:
+        return self.hits / self.of
+
+    @property
+    def interval(self) -> Interval:
+        return clopper_pearson(self.hits, self.of)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"hits": self.hits, "of": self.of, "rate": self.rate, "interval": list(self.interval)}
+
+
+def clopper_pearson(hits: int, of: int) -> Interval:
+    """The exact interval of a share: the rates with which so many hits, and so few, each have a chance of 2.5% or more."""
+    return 1 - _highest(of - hits, of), _highest(hits, of)
+
+
+def bootstrap_interval(count: int, statistic: Callable[[np.ndarray], float], seed: int = 0) -> Interval:
+    """The interval of any statistic of `count` prompts.
+
+    Args:
+        statistic: of the prompts with these indices, `[count]` int64, some of them several times.
+    """
+    random = np.random.default_rng(seed)
+    return percentiles(np.array([statistic(random.integers(count, size=count)) for _ in range(RESAMPLES)]))
+
+
+def percentiles(statistics: np.ndarray) -> Interval:
+    """The interval that holds all but 2.5% at each end of resampled statistics, `[resamples]` float64."""
+    low, high = np.quantile(statistics, [_TAIL, 1 - _TAIL])
+    return float(low), float(high)
+
+
+def _highest(hits: int, of: int) -> float:
+    """The highest rate with which at most `hits` of `of` have a chance of 2.5%."""
+    if hits == of:
+        return 1.0
+    if hits == 0:
+        return 1 - _TAIL ** (1 / of)
+    k = np.arange(hits + 1)
+    factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, of + 1)))])
+    choices = factorials[of] - factorials[k] - factorials[of - k]
+    low, high = hits / of, 1.0
+    for _ in range(60):  # halving 1 so often reaches the last bit of a float64
+        middle = (low + high) / 2
+        chance = np.exp(choices + k * np.log(middle) + (of - k) * np.log1p(-middle)).sum()
+        low, high = (middle, high) if chance > _TAIL else (low, middle)
+    return high
