@@ -13,7 +13,7 @@ WORKERS ?= 2
 # One thread per test process: small models do not gain from more, and idle BLAS threads spin.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-latest lock check lint fast long fuzz soak zoo coverage-check bench integration integrations tiny-vlm report-picture playground-picture clean
+.PHONY: demo test test-latest lock check lint fast long fuzz soak zoo coverage-check bench integration integrations tiny-vlm real-model report-picture playground-picture clean
 
 demo: $(VENV)/.light
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
@@ -69,7 +69,7 @@ soak: $(VENV)/.full
 	$(BIN)/python tests/hostile/load.py --docs docs/security.md
 
 fast: $(VENV)/.full
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not zoo and not long"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not zoo and not long and not real"
 
 # The whole matrix: every graph of the zoo, asked everything; then docs/coverage.md, which also says what failed.
 zoo: $(VENV)/.full
@@ -109,6 +109,16 @@ integrations: $(VENV)/.full
 tiny-vlm: $(VENV)/.full
 	$(BIN)/python examples/tiny_vlm/train.py --out examples/tiny_vlm/checkpoint
 	$(BIN)/vlmguard convert examples/tiny_vlm/checkpoint examples/tiny_vlm/onnx-community --force
+
+# A real language model (Gemma 3 270M, from the package index) with a vision tower: build it, guard it with the default export, measure
+# that, and write docs/real-model.md. DATA is a folder with public prompt sets, which examples/real_model/README.md lists. What is
+# built stays below build/real-model.
+SEED ?= 0
+real-model: $(VENV)/.full
+	@test -d "$(DATA)" || { echo "DATA is '$(DATA)'; set it to the folder with the public prompt sets" >&2; exit 2; }
+	OMP_NUM_THREADS=2 $(BIN)/python examples/real_model/build.py --data "$(DATA)" --seed $(SEED)
+	OMP_NUM_THREADS=2 $(BIN)/python examples/real_model/measure.py --data "$(DATA)" --seed $(SEED)
+	$(BIN)/python examples/real_model/page.py
 
 # docs/report.png: the report of the tiny VLM, in Chromium (Debian's package `chromium`).
 report-picture: $(VENV)/.full
