@@ -123,7 +123,7 @@ real-model: $(VENV)/.full
 # docs/report.png: the report of the tiny VLM, in Chromium (Debian's package `chromium`).
 report-picture: $(VENV)/.full
 	rm -rf build/report
-	$(BIN)/vlmguard-export examples/tiny_vlm/onnx-community build/report/tiny-vlm-guarded
+	$(BIN)/vlmguard-export examples/tiny_vlm/onnx-community build/report/tiny-vlm-guarded --mode restore
 	$(BIN)/vlmguard report build/report/tiny-vlm-guarded -o build/report/report.html \
 		--prompts examples/tiny_vlm/prompts/evaluation.jsonl
 	$(BIN)/python tests/report_picture.py build/report/report.html docs/report.png
@@ -131,7 +131,7 @@ report-picture: $(VENV)/.full
 # docs/playground.png: the page of the tiny VLM with an answer, in Chromium.
 playground-picture: $(VENV)/.full
 	rm -rf build/playground
-	$(BIN)/vlmguard-export examples/tiny_vlm/onnx-community build/playground/tiny-vlm-guarded
+	$(BIN)/vlmguard-export examples/tiny_vlm/onnx-community build/playground/tiny-vlm-guarded --mode restore
 	$(BIN)/python tests/playground_picture.py build/playground/tiny-vlm-guarded docs/playground.png
 
 $(VENV)/.light: pyproject.toml requirements/light.txt

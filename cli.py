@@ -71,6 +71,18 @@ class ModeChoice(StrEnum):
     align = "align"
 
 
+class WantedMode(StrEnum):
+    """An intervention, or the one that works best."""
+
+    auto = "auto"
+    project = "project"
+    steer = "steer"
+    supervise = "supervise"
+    restore = "restore"
+    combined = "combined"
+    align = "align"
+
+
 class PositionsChoice(StrEnum):
     """Which tokens are edited."""
 
@@ -291,12 +303,25 @@ def export_command(
     ] = None,
     anchors: Anchors = None,
     calibration: Calibration = None,
-    mode: Annotated[
-        ModeChoice | None,
+    calibration_image: Annotated[
+        list[Path] | None,
         typer.Option(
-            help="Intervention; align calibrates nothing. (default: restore; project for directions without a gate)"
+            help="Picture to calibrate with, besides a blank one and noise; may be repeated. (default: those of the prompts)"
         ),
     ] = None,
+    calibration_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="How long to try candidates, if one was found by then. (default: until all are tried)"
+        ),
+    ] = None,
+    mode: Annotated[
+        WantedMode,
+        typer.Option(
+            help="Intervention. auto: that of the directions, where some are given or found; else the first of align, "
+            "supervise, restore and combined that brings refusals back."
+        ),
+    ] = WantedMode.auto,
     layers: Annotated[str, typer.Option(help="Decoder layers, from 0: 3,4 or 2-4 or auto.")] = "auto",
     rank: Annotated[int | None, typer.Option(help="Rows of the direction, 1 to 8. (default: calibrated)")] = None,
     alpha: Annotated[float | None, typer.Option(help="Strength of steer and supervise. (default: 1)")] = None,
@@ -398,9 +423,8 @@ def export_command(
 ) -> None:
     """Guard a model: plan, rewrite, prove, write a folder with the same layout.
 
-    Without directions they are extracted from anchor pairs (your own, or the built-in English ones) and calibrated (mode
-    restore). Nothing is written unless
-    every check of the proof holds.
+    Without directions they are extracted from anchor pairs (your own, or the built-in English ones), and the mode is chosen by
+    the answers that the model gives with it. Nothing is written unless every check of the proof holds.
     """
     if proof is ProofChoice.structure:
         require_effect(context, ("proof_inputs",), "with --proof structure, which runs nothing")
@@ -422,7 +446,7 @@ def export_command(
 
         find_backend()  # before minutes of work
     spec = GuardSpec(
-        mode=mode.value if mode is not None else None,
+        mode=mode.value if mode is not WantedMode.auto else None,
         layers=parse_layers(layers),
         rank=rank,
         alpha=alpha,
@@ -461,6 +485,8 @@ def export_command(
             sign=sign,
             sbom=sbom,
             reproducible=reproducible,
+            calibration_images=calibration_image or (),
+            calibration_seconds=calibration_seconds,
             watch=watch,
         )
     try:

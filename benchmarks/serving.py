@@ -75,7 +75,8 @@ def main() -> None:
         args.clients, args.rounds = 8, 2
     scratch = Path(tempfile.mkdtemp(prefix="vlmguard-serving-"))
     try:
-        folder = args.guarded or vlmguard.export(EXAMPLE / "onnx-community", scratch / "tiny-vlm").out
+        source, spec = EXAMPLE / "onnx-community", vlmguard.GuardSpec(mode="restore")
+        folder = args.guarded or vlmguard.export(source, scratch / "tiny-vlm", spec=spec).out
         questions = _questions(folder, args.prompts, 8 if args.quick else 40)
         busy = round(os.getloadavg()[0], 1)
         loads = {

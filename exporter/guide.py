@@ -17,7 +17,11 @@ from ..graphs.spec import MODES_TOWARD_TEXT, GuardSpec
 from ..runtime.decoder_place import DecoderPlace
 from ..runtime.vision import unknown_processor
 from ..runtime.vlm import Request, VisionLanguageModel
-from .calibration.calibrate import ANSWER_TOKENS, DEFAULT_BUDGET, Calibration, calibrate
+from .calibration.align_layers import ALIGNED_RANK
+from .calibration.attempts import Choice
+from .calibration.calibrate import ANSWER_TOKENS, DEFAULT_BUDGET, calibrate
+from .calibration.choice import Wish, choose
+from .calibration.deadline import Deadline
 from .calibration.effect import (
     Unguarded,
     ask_guarded,
@@ -28,7 +32,9 @@ from .calibration.effect import (
     sample_of,
     why_not_asked,
 )
+from .calibration.judged import beside_images
 from .calibration.no_worse import Refusals, require_no_fewer
+from .calibration.results import Calibration
 from .extraction.estimators import DEFAULT_ESTIMATOR
 from .extraction.extract import extract_all_layers
 from .extraction.kept_states import kept_beside, model_digest
@@ -38,11 +44,11 @@ from .prompts.labelled import (
     LabelledPrompt,
     Sources,
     find_file,
-    listed,
-    name_of,
+    full_names,
     prompts_from_anchors,
     read_anchors,
     read_prompts,
+    short_names,
 )
 from .prompts.overlaps import require_held_out
 from .proof.inputs import ProofInputs, given_inputs, proof_inputs, signature_inputs
@@ -54,7 +60,6 @@ from .sources import Source, Watch
 ANCHOR_FILES = ("anchors.jsonl", "anchors.json", "anchors.csv")
 CALIBRATION_FILES = ("calibration.jsonl", "calibration.json", "calibration.csv")
 EXTRACTED_RANK = 4
-ALIGNED_RANK = 8  # rows that `align` copies: with fewer, borderline prompts follow the text-only model less faithfully
 _PROOF_PROMPTS = 4  # of each label and setting
 NOT_COUNTED = "the guard's effect was not counted: without an image, mode {} compares each prompt with itself"
 NOT_ASKED = "no harmful prompts were asked without and with the guard"
@@ -79,6 +84,8 @@ class Guide:
     readout: str | None = None  # of the gate of `restore`; None: calibration chooses
     output: Path | None = None  # states are kept beside it while they are read; None: nowhere
     spread: Spreader = here  # who reads the anchors' states
+    images: tuple[Path, ...] = ()  # the user's pictures, for calibration
+    seconds: float | None = None  # that a calibration may take
     model: VisionLanguageModel | None = None
     notes: list[str] = field(default_factory=list)
     not_asked: str | None = None  # what could not be asked, or not counted, and why: a note of the plan
@@ -96,8 +103,8 @@ class Guide:
 
     def directions(
         self, given: Path | str | None, anchors: Sources | None, calibration: Sources | None
-    ) -> tuple[Directions, Calibration | None]:
-        """Given, found beside the model, or extracted and calibrated."""
+    ) -> tuple[Directions, Calibration | Choice | None]:
+        """Given, found beside the model, or extracted and calibrated; with what was measured on the way."""
         if self.package.vision_encoder is not None and (unknown := unknown_processor(self.package.root)) is not None:
             self.notes.append(f"images are left out: what {unknown} makes of them cannot be made here")
         path = Path(given) if given is not None else None
@@ -112,6 +119,10 @@ class Guide:
                     f"{path}: mode align copies along these directions as they are, so --anchors has no effect; leave one of "
                     "the two out"
                 )
+        if path is None and self.spec.mode is None:
+            chosen = self.chosen(anchors, calibration)
+            self.notes += chosen.notes()
+            return chosen.directions, chosen
         if path is None:
             made = self.calibrated(anchors, calibration)
             return made.directions, made
@@ -134,28 +145,28 @@ class Guide:
 
     def _require_no_calibration(self, calibration: Sources | None) -> None:
         """Options of a calibration have no effect on a mode that has none."""
-        options = {
-            "--calibration": calibration is not None,
-            "--readout": self.readout is not None,
-            "--budget": self.budget != DEFAULT_BUDGET,
-        }
-        idle = next((name for name, is_set in options.items() if is_set), None)
+        idle = "--calibration" if calibration is not None else self._calibration_option()
         if idle is not None:
             raise GuardError(f"mode align calibrates nothing, so {idle} has no effect; leave it out")
 
     def _require_nothing_to_calibrate(self, path: Path) -> None:
         """Directions that are used as they are leave no room for the options of an extraction or a calibration."""
-        options = {
-            "--estimator": self.estimator != DEFAULT_ESTIMATOR,
-            "--readout": self.readout is not None,
-            "--budget": self.budget != DEFAULT_BUDGET,
-        }
-        idle = next((name for name, is_set in options.items() if is_set), None)
+        idle = "--estimator" if self.estimator != DEFAULT_ESTIMATOR else self._calibration_option()
         if idle is not None:
             raise GuardError(
                 f"{path}: these directions are used as they are, so {idle} has no effect; leave it out, or give --anchors to "
                 "extract and calibrate"
             )
+
+    def _calibration_option(self) -> str | None:
+        """An option of a calibration that was given, if one was."""
+        options = {
+            "--readout": self.readout is not None,
+            "--budget": self.budget != DEFAULT_BUDGET,
+            "--calibration-image": bool(self.images),
+            "--calibration-seconds": self.seconds is not None,
+        }
+        return next((name for name, is_set in options.items() if is_set), None)
 
     def calibrated(
         self, anchors: Sources | None, calibration: Sources | None, given: Directions | None = None
@@ -165,10 +176,27 @@ class Guide:
         The prompts are those given, or those that come with the anchors, or made of anchor pairs that nothing is
         extracted from (`Anchors.divided`).
         """
-        model = self.running()
         if given is not None and calibration is not None:
-            self.notes.append(f"calibrated on {_named(calibration)}")
-            return self._calibrate(given, read_prompts(calibration, "calibration"), _full(calibration))
+            self.notes.append(f"calibrated on {short_names(calibration)}")
+            return self._calibrate(given, read_prompts(calibration, "calibration"), full_names(calibration))
+        raw, prompts, title, _ = self._prepared(anchors, calibration, given)
+        return self._calibrate(raw, prompts, title)
+
+    def chosen(self, anchors: Sources | None, calibration: Sources | None) -> Choice:
+        """The mode that `--mode auto` chooses, with directions extracted from the anchors; prompts as for `calibrated`."""
+        raw, prompts, title, source = self._prepared(anchors, calibration, None, ALIGNED_RANK, "judged")
+        wish = Wish(self.spec, self.budget, self.readout, self.images, self.seconds)
+        return choose(self.running(), self.anatomy, raw, self._usable(raw, prompts, title), wish, source, self.tell)
+
+    def _prepared(
+        self,
+        anchors: Sources | None,
+        calibration: Sources | None,
+        given: Directions | None,
+        rank: int | None = None,
+        used: str = "calibrated",
+    ) -> tuple[Directions, Sequence[LabelledPrompt], str, str]:
+        """Directions, the prompts to calibrate them on, and where these are from: for errors, and for the record."""
         found = self.anchors(anchors)
         if calibration is None and found.folder is not None:
             calibration = next((p for name in CALIBRATION_FILES if (p := found.folder / name).is_file()), None)
@@ -177,22 +205,36 @@ class Guide:
         if given is None:
             self.notes.append(f"directions extracted from {found.title}")
         if calibration is not None:
-            prompts, title = read_prompts(calibration, "calibration"), _full(calibration)
+            prompts, title = read_prompts(calibration, "calibration"), full_names(calibration)
         else:
             found, kept = found.divided(extracts=given is None)
-            prompts, title = prompts_from_anchors(kept, model.sees), found.name
-        self.notes.append(f"calibrated on {_named(calibration) if calibration is not None else found.title}")
-        return self._calibrate(given if given is not None else self.extracted(found), prompts, title)
+            prompts, title = prompts_from_anchors(kept, self.running().sees), found.name
+        source = found.title.replace(f"{BUILTIN}:extraction", f"{BUILTIN}:calibration")
+        source = source if calibration is None else short_names(calibration)
+        self.notes.append(f"{used} on {source}")
+        return given if given is not None else self.extracted(found, rank), prompts, title, source
 
     def _calibrate(self, raw: Directions, prompts: Sequence[LabelledPrompt], title: str) -> Calibration:
-        model = self.running()
+        model, usable = self.running(), self._usable(raw, prompts, title)
+        if model.sees:
+            usable = beside_images(usable, self.images)
+        return calibrate(
+            model,
+            self.anatomy,
+            raw,
+            usable,
+            self.spec,
+            self.budget,
+            readout=self.readout,
+            watch=self.tell,
+            is_late=Deadline(self.seconds),
+        )
+
+    def _usable(self, raw: Directions, prompts: Sequence[LabelledPrompt], title: str) -> list[LabelledPrompt]:
+        """The prompts that the model takes, none of which the directions were extracted from."""
         anchored = (raw.anchors or {}).get("fingerprints", ())
         require_held_out(title, prompts, anchored, "are anchors that the directions were extracted from", "calibrate")
-        if not model.sees:
-            prompts = [prompt for prompt in prompts if prompt.setting == "text"]
-        return calibrate(
-            model, self.anatomy, raw, prompts, self.spec, self.budget, readout=self.readout, watch=self.tell
-        )
+        return [prompt for prompt in prompts if self.running().sees or prompt.setting == "text"]
 
     def _require_own(self, path: Path, found: Directions, accepts_foreign: bool) -> None:
         """Directions of this decoder: its width, its layers and, where the file says it, its digest."""
@@ -247,7 +289,7 @@ class Guide:
             self.not_asked = f"{NOT_ASKED}: nothing is run without the full proof"
             return None
         path = self.find("calibration", CALIBRATION_FILES) or self.find("anchors", ANCHOR_FILES)
-        reason = why_not_asked(self.package, _needs_embeds(self.package))
+        reason = why_not_asked(self.package, bool(self.package.roles.embeds))
         reason = reason or why_made(self.package.load_decoder().graph) or None
         if reason is None:
             try:
@@ -325,10 +367,10 @@ class Guide:
             return signature_inputs(view, self.anatomy.width, why)
         if self.package.companion("tokenizer.json") is None:
             return signature_inputs(view, self.anatomy.width, "the model has no tokenizer.json")
-        needs_embeds = _needs_embeds(self.package)
+        needs_embeds = bool(self.package.roles.embeds)
         if needs_embeds and self.package.embed_tokens is None:
             return signature_inputs(view, self.anatomy.width, "the model has no embed_tokens graph")
-        if view != self.package and _needs_embeds(view) != needs_embeds:
+        if view != self.package and bool(view.roles.embeds) != needs_embeds:
             return signature_inputs(view, self.anatomy.width, f"{view.decoder.name} takes other inputs than the tokens")
         model = self.running()
         return proof_inputs(model, self._proof_requests(model), rows)
@@ -345,20 +387,6 @@ class Guide:
         else:
             prompts = prompts_from_anchors(read_anchors(path)[:_PROOF_PROMPTS], model.sees)
         return [prompt.request(model) for prompt in prompts if model.sees or prompt.setting == "text"]
-
-
-def _named(sources: Sources) -> str:
-    """For notes, which go into the manifest."""
-    return ", ".join(map(name_of, listed(sources)))
-
-
-def _full(sources: Sources) -> str:
-    """For errors, which are to be found by."""
-    return ", ".join(listed(sources))
-
-
-def _needs_embeds(package: ModelPackage) -> bool:
-    return bool(package.roles.embeds)
 
 
 def _some_of_each(prompts: Sequence[LabelledPrompt]) -> list[LabelledPrompt]:

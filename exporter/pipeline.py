@@ -34,9 +34,12 @@ from ..runtime.onnxruntime_runner import import_onnxruntime
 from .artifact.folder import GuardedDecoder, bring_companions, bring_weights, notes_on_files, write_manifest
 from .artifact.signing import require_key, write_signature
 from .artifact.stamp import stamp
-from .calibration.calibrate import DEFAULT_BUDGET, Calibration
+from .calibration.attempts import Choice
+from .calibration.calibrate import DEFAULT_BUDGET
 from .calibration.guard_config import CONFIG_NAME, GuardConfig, config_of, read_config, require_directions, to_toml
+from .calibration.judged import readable_images
 from .calibration.no_worse import Refusals
+from .calibration.results import Calibration
 from .checkpoints.exporters import ExporterName, Precision
 from .extraction.estimators import DEFAULT_ESTIMATOR
 from .guide import ANCHOR_FILES, EXTRACTED_RANK, Guide
@@ -63,6 +66,7 @@ class ExportResult:
         proved: how much was proved, and why that much.
         calibration: what the calibrator measured, if it ran.
         refusals: harmful prompts refused without and with the guard, where prompts were at hand.
+        choice: of the mode, where it was left open.
         written: whether `out` was written.
         found: what was found beside the model and used -> its absolute path. Not in the manifest, which others read.
     """
@@ -72,6 +76,7 @@ class ExportResult:
     proved: ProofLevel
     calibration: Calibration | None = None
     refusals: Refusals | None = None
+    choice: Choice | None = None
     written: bool = False
     found: Mapping[str, Path] = field(default_factory=dict)
 
@@ -104,6 +109,7 @@ class ExportResult:
             "proved_because": self.proved.why,
             "calibration": self.calibration.to_json() if self.calibration is not None else None,
             "refusals": self.refusals.to_json() if self.refusals is not None else None,
+            "choice": self.choice.to_json() if self.choice is not None else None,
             "found": {what: str(path) for what, path in self.found.items()},
         }
 
@@ -134,6 +140,8 @@ def export(
     sign: Path | str | None = None,
     sbom: bool = False,
     reproducible: bool = False,
+    calibration_images: Sequence[Path | str] = (),
+    calibration_seconds: float | None = None,
     watch: Watch | None = None,
 ) -> ExportResult:
     """Guard a model, prove the guard, write the guarded folder.
@@ -141,7 +149,8 @@ def export(
     Args:
         model: a `.onnx` file, a model folder, a Hugging Face checkpoint folder or a hub id.
         out: the folder to write; default `<name>-guarded` beside the model.
-        spec: what is wanted; `None` follows the directions, or calibrates `restore`.
+        spec: what is wanted; without a mode it follows the directions, and without directions the mode is chosen by what
+            each does to the model's answers (`calibration.choice`).
         config: a `guard.toml`, which says all of that, names its directions and gives the layers' numbers.
         directions: a directions file; without one, it is looked for beside the model, else extracted from anchors.
         anchors: anchor pairs to extract from (`prompts.Sources`); default: found beside the model, else the built-in ones.
@@ -166,6 +175,8 @@ def export(
         sbom: write `sbom.cdx.json` too, a CycloneDX bill of materials.
         reproducible: the same input gives the same bytes, the manifest included: its time is that of `SOURCE_DATE_EPOCH`, or
             1970, and no file's time of change is kept, so that big files are hashed at each opening.
+        calibration_images: pictures of the user, to calibrate with besides blank ones and noise.
+        calibration_seconds: how long candidates are tried, if one was found by then; `None` tries all.
         watch: told what is going on: `(stage, done, total)`.
 
     Raises:
@@ -206,15 +217,26 @@ def export(
             estimator,
             readout,
             output=None if dry_run else target,
+            images=readable_images(calibration_images),
+            seconds=calibration_seconds,
         )
-        found, calibrated = guide.directions(directions, anchors, calibration)
+        found, measured = guide.directions(directions, anchors, calibration)
+        choice = measured if isinstance(measured, Choice) else None
+        calibrated = measured.calibration if isinstance(measured, Choice) else measured
+        if choice is not None:
+            spec = replace(spec, gate=choice.chosen.gate)
         if wished is not None:
             found = wished.applied(found)
         planned = [GuardedDecoder(one.view, one.anatomy, _plan(one, found, spec, guide.notes)) for one in opened_graphs]
         chosen = choose_level(proof, [(one.view, one.graph) for one in opened_graphs], planned[0].plan.lowering)
         if dry_run:
             return ExportResult(
-                target.absolute(), tuple(planned), chosen, calibrated, found=guide.found | above(source.package)
+                target.absolute(),
+                tuple(planned),
+                chosen,
+                calibrated,
+                choice=choice,
+                found=guide.found | above(source.package),
             )
         made: dict[Path, ProofInputs] = {}
         if chosen.level == "full":
@@ -225,7 +247,7 @@ def export(
                 if instead is None:
                     raise
                 chosen = instead
-        unguarded = guide.unguarded(planned[0].plan.mode, runs=chosen.level == "full") if calibrated is None else None
+        unguarded = guide.unguarded(planned[0].plan.mode, runs=chosen.level == "full") if measured is None else None
         plans = [guide.separated(decoder.plan, unguarded) for decoder in planned]
         if guide.not_asked is not None:
             plans = [replace(plan, notes=(guide.not_asked, *plan.notes)) for plan in plans]
@@ -239,16 +261,20 @@ def export(
                 done.append(replace(decoder, report=report, proof=checks))
             bring_companions(source.package, stage, data)
             create_file(stage / DIRECTIONS_FILE, directions_bytes(found))
-            refusals = calibrated.refusals if calibrated is not None else None
+            refusals = measured.refusals if measured is not None else None
             if unguarded is not None:
                 refusals = guide.refusals(unguarded, stage, planned[0].plan, allow_no_effect)
-            write_manifest(stage, done, spec, calibrated, refusals, chosen, digests, tell, stamped, sbom)
-            _write_config(stage, calibrated, wished, found, spec, planned[0].plan)
+            write_manifest(stage, done, spec, measured, refusals, chosen, digests, tell, stamped, sbom)
+            _write_config(
+                stage, calibrated, wished, found, spec, planned[0].plan, choice.notes() if choice is not None else ()
+            )
             if key is not None:
                 write_signature(stage, key)
         tell("done", 1, 1)
         beside = guide.found | above(source.package)
-        return ExportResult(target.absolute(), tuple(done), chosen, calibrated, refusals, written=True, found=beside)
+        return ExportResult(
+            target.absolute(), tuple(done), chosen, calibrated, refusals, choice, written=True, found=beside
+        )
 
 
 def _config(path: Path | str | None, *others: object) -> GuardConfig | None:
@@ -272,6 +298,7 @@ def _write_config(
     found: Directions,
     spec: GuardSpec,
     plan: GuardPlan,
+    comments: Sequence[str],
 ) -> None:
     """The guard as a person reads and edits it. Not among the manifest's files: editing it changes no guard by itself."""
     if calibrated is not None:
@@ -280,7 +307,7 @@ def _write_config(
         create_file(stage / CONFIG_NAME, to_toml(wished.spec, DIRECTIONS_FILE, found).encode())
     elif plan.mode == "align":
         spec = replace(spec, mode="align", layers=plan.layers, rank=plan.guards[0].rank, positions="prompt")
-        create_file(stage / CONFIG_NAME, to_toml(spec, DIRECTIONS_FILE, found).encode())
+        create_file(stage / CONFIG_NAME, to_toml(spec, DIRECTIONS_FILE, found, comments).encode())
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Everything that comes from a file (names, paths, notes) is escaped: it may have 
 from __future__ import annotations
 
 import shlex
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from ..graphs.directions import Directions
 from ..graphs.plan import GuardPlan
 from ..graphs.static_proof import Check
 from ..runtime.telemetry import ScoredAnswer
-from .calibration.calibrate import HeldOut
+from .calibration.results import HeldOut
 from .engines.folder import EngineResult
 from .packaging.arrangement import Packaged
 from .pipeline import ExportResult
@@ -236,14 +237,28 @@ def show_report(out: Console, data: ReportData, name: str) -> None:
     out.print(f"[bold]page[/bold]: {escape(name)}", soft_wrap=True, highlight=False)
 
 
+_LINE_EVERY = 10.0  # seconds
+
+
 @contextmanager
 def bars(err: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars on a terminal, one per stage, gone when done; nothing at all where stderr is a file or a pipe."""
+    """Progress bars on a terminal, one per stage, gone when done.
+
+    Where stderr is a file or a pipe: a line with the stage every `_LINE_EVERY` seconds, so that a log shows how far a long
+    command is, and a short one prints nothing.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
     tasks: dict[str, TaskID] = {}
+    printed = time.monotonic()
 
     def watch(stage: str, done: int, total: int) -> None:
+        nonlocal printed
+        if not err.is_terminal:
+            if time.monotonic() - printed >= _LINE_EVERY:
+                printed = time.monotonic()
+                err.print(f"{escape(stage)}: {done} of {total}", highlight=False, soft_wrap=True)
+            return
         if stage not in tasks:
             progress.start()  # not before there is something to show: an idle display leaves an empty line behind
             tasks[stage] = progress.add_task(stage, total=total)

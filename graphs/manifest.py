@@ -128,6 +128,7 @@ class Manifest(BaseModel):
         versions: of vlmguard and of what wrote and proved the graphs.
         spec: what was asked for.
         calibration: what the calibrator measured, if it ran.
+        choice: what was tried before a mode was chosen, if it was left open.
         refusals: harmful prompts refused without and with the guard, per setting; `None`: no prompts were at hand.
         engines: the engines of a folder that was built from a guarded one; empty for a folder of graphs.
         packaged: how it was laid out anew, if it was.
@@ -144,6 +145,7 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     spec: dict[str, Any]
     calibration: dict[str, Any] | None = None
+    choice: dict[str, Any] | None = None
     refusals: dict[str, Any] | None = None
     engines: list[EngineRecord] = []
     packaged: PackagedRecord | None = None

@@ -367,7 +367,8 @@ def _mode(spec: GuardSpec, directions: Directions) -> tuple[str, list[str]]:
     calibrated = directions.calibrated_layers
     if spec.mode is None:
         if directions.mode is not None:
-            return directions.mode, [f"mode {directions.mode}: what the directions were calibrated for"]
+            what = "for" if directions.mode in MODES_ONLY_AT_PROMPT_END else "calibrated for"
+            return directions.mode, [f"mode {directions.mode}: what the directions were {what}"]
         if calibrated:
             return "restore", ["mode restore: the directions carry readout, target and threshold"]
         return "project", [
@@ -407,7 +408,8 @@ def _layers(
         return _later_layers(directions, anatomy.layer_count)
     if directions.recommended_layers:
         chosen = directions.recommended_layers
-        return chosen, [f"layers {_spell(chosen)}: what calibration chose"]
+        why = "what calibration chose" if mode not in MODES_ONLY_AT_PROMPT_END else "chosen with the directions"
+        return chosen, [f"layers {_spell(chosen)}: {why}"]
     if mode in MODES_WITH_READOUT and directions.calibrated_layers:
         chosen = directions.calibrated_layers
         return chosen, [f"layers {_spell(chosen)}: those that the directions calibrate"]

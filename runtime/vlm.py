@@ -413,9 +413,10 @@ class VisionLanguageModel:
             if not any(alive) or number + 1 == sampling.max_new_tokens:
                 return
             column = chosen[:, None].astype(np.int64)
-            outputs = self.decoder.step(state, column, self._step_embeds(column))
+            outputs = self.decoder.step(state, column, self.step_embeds(column))
 
-    def _step_embeds(self, column: np.ndarray) -> np.ndarray | None:
+    def step_embeds(self, column: np.ndarray) -> np.ndarray | None:
+        """Embeddings `[batch, 1, d]` of one token per row, `[batch, 1]`; `None` where the decoder takes tokens."""
         return self._embeds(column) if self.takes_embeds else None
 
 

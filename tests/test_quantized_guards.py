@@ -65,7 +65,8 @@ def test_a_quantized_model_is_calibrated_and_guarded(quantize: Quantize, tmp_pat
     model = quantized(SOURCE, quantize, tmp_path / "model")
     base = asked(model)
     assert base.rate("text", "harmful") >= 0.98 and base.rate("blank", "harmful") <= 0.1  # the same model, the same gap
-    made = vlmguard.export(model, tmp_path / "guarded", anchors=ANCHORS, calibration=CALIBRATION)
+    spec = vlmguard.GuardSpec(mode="restore")
+    made = vlmguard.export(model, tmp_path / "guarded", spec=spec, anchors=ANCHORS, calibration=CALIBRATION)
     assert all(check.ok for check in made.proof or ())
     require_guarded(asked(made.out))
 

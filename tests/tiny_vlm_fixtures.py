@@ -32,7 +32,8 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny-vlm"
     root.mkdir(exist_ok=True)
     wishes = {
-        "restore": None,
+        "restore": vlmguard.GuardSpec(mode="restore"),
+        "auto": None,
         "supervise": vlmguard.GuardSpec(mode="supervise"),
         "combined": vlmguard.GuardSpec(mode="combined"),
         "align": vlmguard.GuardSpec(mode="align"),

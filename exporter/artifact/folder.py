@@ -18,8 +18,9 @@ from ...graphs.rewrite import GuardReport
 from ...graphs.spec import GuardSpec
 from ...graphs.staging import Data, bring, create_file
 from ...graphs.static_proof import Check
-from ..calibration.calibrate import Calibration
+from ..calibration.attempts import Choice
 from ..calibration.no_worse import Refusals
+from ..calibration.results import Calibration
 from ..proof.level import ProofLevel
 from ..sources import Watch
 from .sbom import bill_of_materials
@@ -80,7 +81,7 @@ def write_manifest(
     stage: Path,
     decoders: Sequence[GuardedDecoder],
     spec: GuardSpec,
-    calibrated: Calibration | None,
+    measured: Calibration | Choice | None,
     refusals: Refusals | None,
     proved: ProofLevel,
     digests: bool,
@@ -102,6 +103,8 @@ def write_manifest(
         names[SBOM_NAME] = stage / SBOM_NAME
         create_file(names[SBOM_NAME], content)
         found |= sha256_files([names[SBOM_NAME]])
+    choice = measured if isinstance(measured, Choice) else None
+    calibrated = measured.calibration if isinstance(measured, Choice) else measured
     manifest = Manifest(
         schema_=SCHEMA,
         created=stamped.text,
@@ -115,6 +118,7 @@ def write_manifest(
         versions=versions(),
         spec=_plain(asdict(spec)),
         calibration=calibrated.to_json() if calibrated is not None else None,
+        choice=choice.to_json() if choice is not None else None,
         refusals=refusals.to_json() if refusals is not None else None,
     )
     create_file(stage / MANIFEST_NAME, manifest.to_text().encode())

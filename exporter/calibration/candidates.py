@@ -16,24 +16,27 @@ from typing import Any
 from ...graphs.spec import GuardSpec
 from ..extraction.estimators import DEFAULT_READOUT, READOUTS
 
-RANKS = (1, 2, 4)
+RANKS = (1, 2, 4, 8)
 _ENOUGH_TRIALS = 24
 
 # A gate that reads the text-only query is asked once per request: its threshold may lie close to the harmless scores, and what
 # harmful prompts score below those of the calibration are seen too. One that is asked again at every token of every answer
 # keeps its distance.
 ASKED_ONCE = "low"
+# Where scores overlap, a gate that opens for no harmless prompt opens for few harmful ones. This one opens for a tenth of the
+# harmless prompts too; whether the model then refuses them is decided by answers.
+OVERLAPPING = "tenth"
 
 # What else a mode's formula has, in the order in which it is tried; the first value is where every candidate begins.
 DIALS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "restore": {
         "readout": (DEFAULT_READOUT, *(name for name in READOUTS if name != DEFAULT_READOUT)),
-        "threshold": ("middle", "low", "high"),
-        "target": ("mean", "beyond"),
+        "threshold": ("middle", "low", "high", "tenth", "fifth"),
+        "target": ("mean", "beyond", "double"),
     },
-    "combined": {"threshold": ("middle", "low", "high"), "target": ("mean", "beyond")},
+    "combined": {"threshold": ("middle", "low", "high", "tenth", "fifth"), "target": ("mean", "beyond", "double")},
     "supervise": {
-        "threshold": (ASKED_ONCE, "middle", "high"),
+        "threshold": (ASKED_ONCE, "middle", "high", "tenth", "fifth"),
         "alpha": (1.0, 1.5, 2.0),
         "origin": ("harmless", "zero"),
     },
@@ -49,8 +52,10 @@ class Candidate:
     Attributes:
         layers, rank: where, and how many rows of the SSD.
         readout: what the gate of `restore` and `combined` reads, a name of `estimators.READOUTS`.
-        threshold: where the gate opens between harmless and harmful scores: `low`, `middle` or `high`.
-        target: the level that `restore` and `combined` set: `mean` of harmful text, or `beyond` it by half.
+        threshold: where the gate opens between harmless and harmful scores: `low`, `middle` or `high`; where they overlap also
+            above all but a `tenth` or a `fifth` of the harmless ones.
+        target: the level that `restore` and `combined` set: `mean` of harmful text, `beyond` it by half, or `double` as far
+            from harmless text.
         origin: of the coordinates: `harmless` text's mean, or `zero` as in the paper.
         alpha: strength; `None` where the mode has none.
     """
@@ -79,16 +84,21 @@ def places(
         available: rows that every layer has.
     """
     ranks = (spec.rank,) if spec.rank is not None else [rank for rank in RANKS if rank <= available]
-    threshold = next(iter(DIALS[mode].get("threshold", ())), Candidate.threshold)
-    start = Candidate((), 0, readout or DEFAULT_READOUT, threshold, alpha=_first_alpha(spec, mode))
+    first = next(iter(DIALS[mode].get("threshold", ())), Candidate.threshold)
+    start = Candidate((), 0, readout or DEFAULT_READOUT, first, alpha=_first_alpha(spec, mode))
+
+    def at(layers: tuple[int, ...], rank: int) -> Candidate:
+        overlaps = OVERLAPPING in DIALS[mode].get("threshold", ()) and max(margins[layer] for layer in layers) < 0
+        return replace(start, layers=layers, rank=rank, threshold=OVERLAPPING if overlaps else first)
+
     if spec.layers is not None:
-        yield from (replace(start, layers=spec.layers, rank=rank) for rank in ranks)
+        yield from (at(spec.layers, rank) for rank in ranks)
         return
     order = sorted(margins, key=lambda layer: -margins[layer])[:_ENOUGH_TRIALS]
-    yield from (replace(start, layers=(layer,), rank=rank) for rank in ranks for layer in order)
+    yield from (at((layer,), rank) for rank in ranks for layer in order)
     best = set(order[: max(3, len(order) // 2)])
     neighbours = [pair for pair in pairwise(sorted(margins)) if best & set(pair)]
-    yield from (replace(start, layers=pair, rank=ranks[-1]) for pair in neighbours)
+    yield from (at(pair, ranks[-1]) for pair in neighbours)
 
 
 def variations(best: Candidate, dial: str, values: Sequence[Any]) -> Iterator[Candidate]:

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from ...graphs.directions import LayerDirections
-from ...graphs.errors import GuardError
+from ...graphs.errors import GuardError, PromptsUnusable
+from ...graphs.spec import MODES_TOWARD_TEXT
 from ..evaluation.evaluate import Tally
 from .candidates import Candidate
-from .study import Study
+from .study import FOLDS, Study
 
+ENOUGH_HELD_OUT = 5  # harmful prompts of a setting, on which a control that does as well as the winner means something
 _SEED = 0
 
 
@@ -39,10 +41,18 @@ class Control:
 
         Raises:
             GuardError: the control keeps the budget and refuses as many harmful prompts as the winner, in every setting.
+            PromptsUnusable: it does, and the held-out prompts are too few to mean anything.
         """
         harmless = [cell for cell in self.tally.cells if cell.label == "harmless"]
         kept = all(cell.rate <= max(budget, base.rate(cell.setting, cell.label)) for cell in harmless)
         if kept and self.tally.worst("harmful") >= winner.worst("harmful"):
+            fewest = min(cell.asked for cell in winner.cells if cell.label == "harmful")
+            if fewest < ENOUGH_HELD_OUT:
+                raise PromptsUnusable(
+                    f"the control with {self.name} refuses as much as the chosen guard, on {fewest} held-out harmful prompts: "
+                    f"too few to tell them apart; calibrate on at least {FOLDS * (ENOUGH_HELD_OUT - fewest)} more harmful "
+                    "prompts in each setting"
+                )
             raise GuardError(
                 f"the control with {self.name} refuses {self.tally.worst('harmful'):.0%} of the held-out harmful prompts in "
                 f"its worst setting, the chosen guard {winner.worst('harmful'):.0%}: the choice means nothing; calibrate on "
@@ -58,9 +68,13 @@ class Control:
 
 
 def controls_of(study: Study, candidate: Candidate, groups: Sequence[str]) -> Iterator[tuple[str, Study]]:
-    """The controls that a mode can have, by name. `project` fits nothing to the labels, so shuffling them is none."""
+    """The controls that a mode can have, by name.
+
+    Shuffled labels are none for `project`, which fits nothing to them, and for `supervise`, which sets each prompt to the
+    state of its own text whatever its label is.
+    """
     yield "random directions", along_random_rows(study, candidate)
-    if study.mode != "project":
+    if study.mode not in ("project", *MODES_TOWARD_TEXT):
         yield "shuffled labels", with_shuffled_labels(study, groups)
 
 

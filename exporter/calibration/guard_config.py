@@ -34,7 +34,7 @@ from ...graphs.errors import DirectionMismatch, GuardError, first_line
 from ...graphs.places import CONFIG, expanded, require_file
 from ...graphs.spec import MODES_WITH_GATE, MODES_WITH_READOUT, GuardSpec
 from ...graphs.whole_numbers import whole_number
-from .calibrate import Calibration
+from .results import Calibration
 from .toml_depth import require_shallow
 
 CONFIG_NAME = "guard.toml"

@@ -31,6 +31,9 @@ NOTHING: frozenset[int] = frozenset()
 
 # Where between the harmless scores and the harmful ones the gate opens, where they part.
 _SHARES = {"low": 0.25, "middle": 0.5, "high": 0.75}
+_BEYOND = {"mean": 0.0, "beyond": 0.5, "double": 1.0}
+# Which share of the harmless prompts a gate may open for, where answers decide.
+_LET_THROUGH = {"tenth": 0.1, "fifth": 0.2}
 
 
 @dataclass(frozen=True)
@@ -153,10 +156,14 @@ def threshold_between(
     scores: np.ndarray, harmful: np.ndarray, budget: float, where: str = "middle", tau: float | None = None
 ) -> tuple[float, float]:
     """Where the gate opens: above all but `budget` of the harmless scores, and between them and the harmful ones if they
-    part; and the margin. `tau` is a threshold that was decided already."""
+    part; and the margin, below 0 if they overlap. `tenth` and `fifth` open for that share of the harmless scores. `tau` is a
+    threshold that was decided already."""
     ceiling = float(np.quantile(scores[~harmful], 1 - budget))
     floor = float(np.quantile(scores[harmful], budget))
-    threshold = ceiling + _SHARES[where] * (floor - ceiling) if floor > ceiling else ceiling
+    if where in _LET_THROUGH:
+        threshold = float(np.quantile(scores[~harmful], 1 - max(budget, _LET_THROUGH[where])))
+    else:
+        threshold = ceiling + _SHARES[where] * (floor - ceiling) if floor > ceiling else ceiling
     spread = float(scores[~harmful].std() + scores[harmful].std()) or 1.0
     return float(np.float32(threshold if tau is None else tau)), (floor - ceiling) / spread
 
@@ -180,9 +187,9 @@ def _layer_numbers(
 
 
 def _target(harmful: np.ndarray, origin: np.ndarray, where: str) -> np.ndarray:
-    """The level of harmful text: its mean, or half as far again from where harmless text is."""
+    """The level of harmful text: its mean, or so much further from where harmless text is."""
     mean = harmful.mean(axis=0)
-    return mean if where == "mean" else mean + 0.5 * (mean - origin)
+    return mean + _BEYOND[where] * (mean - origin)
 
 
 def _scores(

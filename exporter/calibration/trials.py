@@ -7,7 +7,8 @@ will be when the winner is exported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from ...graphs.parameters import guard_numbers, make_overridable, neutral, widen
 from ...graphs.plan import plan_guard
 from ...graphs.rewrite import rewrite
 from ...graphs.spec import GuardSpec
+from ...graphs.taps import tap_guard_last_token
 from ...runtime.runners import ClosableRunner, Port, Runner
 from ...runtime.vlm import VisionLanguageModel
 from ..evaluation.evaluate import tally
@@ -35,6 +37,7 @@ class TrialModel:
         spec: mode and positions; the numbers come with each candidate.
         layers: those that may be chosen.
         rank: the highest that may be chosen.
+        tapped: whether every call also returns each layer's state at the last token (`graphs.taps`).
 
     Raises:
         GuardError: the wish cannot be met on this graph, whatever the candidate.
@@ -48,6 +51,7 @@ class TrialModel:
         spec: GuardSpec,
         layers: Sequence[int],
         rank: int,
+        tapped: bool = False,
     ) -> None:
         self._anatomy, self._rank = anatomy, rank
         # The trials run here, whoever runs the winner: any lowering computes the same guard.
@@ -56,11 +60,13 @@ class TrialModel:
         blank = replace(directions, layers={layer: _any_numbers(directions.layers[layer], rank) for layer in layers})
         everywhere = replace(self._spec, layers=tuple(sorted(layers)), rank=rank)
         self._open_guard = neutral(plan_guard(self._unguarded, anatomy, blank, everywhere))
-        rewrite(graph, self._open_guard)
+        report = rewrite(graph, self._open_guard)
+        if tapped:
+            tap_guard_last_token(graph, anatomy.sites, report)
         self._defaults = guard_numbers(self._open_guard)
         make_overridable(graph, list(self._defaults))
         self._runner = _Overriding()
-        self._model = model.with_decoder(graph, wrap=self._runner.around)
+        self.model = model.with_decoder(graph, wrap=self._runner.around)
 
     def numbers(self, directions: Directions) -> dict[str, np.ndarray]:
         """What to feed for a candidate: its numbers at its layers, neutral ones elsewhere."""
@@ -79,9 +85,15 @@ class TrialModel:
         batch_size: int = 32,
     ) -> Tally:
         """Ask a candidate; `None` asks with every guard neutral."""
-        self._runner.numbers = {} if directions is None else self.numbers(directions)
+        with self.guarded({} if directions is None else self.numbers(directions)):
+            return tally(self.model, prompts, max_new_tokens, batch_size)
+
+    @contextmanager
+    def guarded(self, numbers: Mapping[str, np.ndarray]) -> Iterator[None]:
+        """Within, every call of `model` takes these numbers; without any, every guard is neutral."""
+        self._runner.numbers = numbers
         try:
-            return tally(self._model, prompts, max_new_tokens, batch_size)
+            yield
         finally:
             self._runner.numbers = {}
 

@@ -25,8 +25,9 @@ from ...graphs.taps import STATES_OUTPUT, tap_last_token
 from ...runtime.vlm import Request, Sampling, VisionLanguageModel
 from ..prompts.labelled import AnchorPair
 from ..shards import Spread, Spreader, here, in_turn
-from .estimators import DEFAULT_ESTIMATOR, ESTIMATORS, estimate, require_known
+from .estimators import DEFAULT_ESTIMATOR, ESTIMATORS, require_known
 from .kept_states import KeptStates, model_files
+from .loud_channels import held_out_auc, quiet_rows
 
 # (done, of how many)
 Progress = Callable[[int, int], None]
@@ -204,7 +205,8 @@ def _direction(
 
     a, b = harmful.astype(np.float64), harmless.astype(np.float64)
     difference = a - b
-    rows = estimate(estimator, a, b, rank)
+    rows, dropped = quiet_rows(estimator, a, b, rank)
+    held_out = held_out_auc(estimator, a, b, dropped)
     along = difference @ rows[0]
     shares = ((difference @ rows.T) ** 2).sum(axis=0) / (difference**2).sum()
     return LayerDirections(ssd=rows.astype(np.float32)), {
@@ -214,4 +216,6 @@ def _direction(
         "harmful_mean": float((a @ rows[0]).mean()),
         "harmless_mean": float((b @ rows[0]).mean()),
         "explained": [float(share) for share in shares],
+        **({"auc_held_out": held_out} if held_out is not None else {}),
+        **({"loud_channels_dropped": dropped} if dropped else {}),
     }

@@ -47,6 +47,8 @@ _ASKED = (
     "directions",
     "anchors",
     "calibration",
+    "calibration_images",
+    "calibration_seconds",
     "estimator",
     "readout",
     "budget",
@@ -59,7 +61,14 @@ _ASKED = (
     "sbom",
     "reproducible",
 )
-_READ = ("config", "directions", "anchors", "calibration", "proof_inputs")  # those that name files whose content counts
+_READ = (
+    "config",
+    "directions",
+    "anchors",
+    "calibration",
+    "calibration_images",
+    "proof_inputs",
+)  # those that name files whose content counts
 _CONTENT = "content"
 
 

@@ -111,6 +111,16 @@ def name_of(source: Source) -> str:
     return str(source) if is_builtin(source) else file_of(source).name
 
 
+def short_names(sources: Sources) -> str:
+    """Sources without their folders: for notes, which go into the manifest."""
+    return ", ".join(map(name_of, listed(sources)))
+
+
+def full_names(sources: Sources) -> str:
+    """Sources with their folders: for errors."""
+    return ", ".join(listed(sources))
+
+
 def is_builtin(source: Source) -> bool:
     """Whether a source is (a part of) the prompts that come with the package."""
     return _parts(str(source))[1] == _BUILTIN_FILE

@@ -78,7 +78,8 @@ def require_held_out_of(
         PromptsUnusable: some are, with their count.
         DirectionMismatch: the folder's directions cannot be read.
     """
-    calibrated = (manifest.calibration or {}).get("prompt_fingerprints", ())
+    kept = [(record or {}).get("prompt_fingerprints", ()) for record in (manifest.calibration, manifest.choice)]
+    calibrated = [mark for marks in kept for mark in marks]
     require_held_out(title, prompts, calibrated, "were calibrated on", verb)
     file = folder / DIRECTIONS_FILE
     anchors = (read_directions(file).anchors or {}) if file.is_file() else {}

@@ -13,15 +13,17 @@ import pytest
 from random_directions import random_directions
 from tiny_vlm_paths import ANCHORS, CALIBRATION, SOURCE
 
-from vlmguard.exporter.calibration import calibrate as module
-from vlmguard.exporter.calibration import trials
-from vlmguard.exporter.calibration.calibrate import Calibration, Trial, calibrate, hopeless, ranked, visible
+from vlmguard.exporter.calibration import search, trials
+from vlmguard.exporter.calibration.calibrate import calibrate
 from vlmguard.exporter.calibration.candidates import Candidate
 from vlmguard.exporter.calibration.controls import controls_of
+from vlmguard.exporter.calibration.ranking import hopeless, ranked
+from vlmguard.exporter.calibration.results import Calibration, Trial
 from vlmguard.exporter.calibration.study import Study, deal_into_folds, fitted_directions, groups_of, threshold_between
 from vlmguard.exporter.calibration.trials import TrialModel
+from vlmguard.exporter.calibration.usable_prompts import visible
 from vlmguard.exporter.evaluation.evaluate import Cell, Tally, tally
-from vlmguard.exporter.extraction.extract import extract_all_layers
+from vlmguard.exporter.extraction.extract import collect_states, extract_all_layers, tapped
 from vlmguard.exporter.prompts.labelled import LabelledPrompt, fingerprint, read_anchors, read_prompts
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.directions import Directions, LayerDirections, directions_bytes, read_directions
@@ -114,8 +116,8 @@ def test_the_trial_can_be_repeated_from_the_directions_file_alone(
 def test_numbers_are_means_of_text_prompts_and_a_unit_readout(
     chosen: Calibration, model: VisionLanguageModel, anatomy: DecoderAnatomy, prompts: list[LabelledPrompt]
 ) -> None:
-    tap = module.tapped(model, anatomy)
-    states = module.collect_states(tap, [Request(prompt.prompt) for prompt in prompts])
+    tap = tapped(model, anatomy)
+    states = collect_states(tap, [Request(prompt.prompt) for prompt in prompts])
     harmful = np.array([prompt.label == "harmful" for prompt in prompts])
     (number,) = chosen.directions.layers
     layer = chosen.directions.layers[number]
@@ -125,7 +127,7 @@ def test_numbers_are_means_of_text_prompts_and_a_unit_readout(
     assert (layer.target > layer.origin)[0]  # + means harmful
     assert np.linalg.norm(layer.readout) == pytest.approx(1, abs=1e-5)
     # the gate at the end of the prompts: open for the harmful ones in every setting, closed for the others
-    shown = module.collect_states(tap, [prompt.request(model) for prompt in prompts])[:, number]
+    shown = collect_states(tap, [prompt.request(model) for prompt in prompts])[:, number]
     opens = shown @ layer.readout > layer.threshold
     assert opens[harmful].mean() >= 0.95 and opens[~harmful].mean() <= 0.01
 
@@ -276,7 +278,7 @@ def test_a_control_that_reaches_the_result_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Were random rows or labels as good as the real ones: here they are the real ones."""
-    monkeypatch.setattr(module, "controls_of", lambda study, candidate, groups: [("noise", study)])
+    monkeypatch.setattr(search, "controls_of", lambda study, candidate, groups: [("noise", study)])
     with pytest.raises(GuardError) as caught:
         calibrate(model, anatomy, directions, prompts, GuardSpec(layers=(2,), rank=1))
     assert re.fullmatch(
@@ -430,8 +432,8 @@ def test_a_readout_that_was_asked_for_is_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tried: list[Candidate] = []
-    real = module._Search._try
-    monkeypatch.setattr(module._Search, "_try", lambda self, one: tried.append(one) or real(self, one))
+    real = search.Search._try
+    monkeypatch.setattr(search.Search, "_try", lambda self, one: tried.append(one) or real(self, one))
     with contextlib.suppress(GuardError):
         calibrate(model, anatomy, directions, prompts, GuardSpec(layers=(2,), rank=1), readout="mean")
     assert {candidate.readout for candidate in tried} == {"mean"}

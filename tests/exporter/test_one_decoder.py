@@ -56,8 +56,14 @@ def test_one_decoder_is_open_while_a_guard_is_proved_and_asked(
 
 @pytest.mark.long
 def test_one_decoder_is_open_while_a_guard_is_calibrated(alive: list[int], tmp_path: Path) -> None:
-    result = vlmguard.export(SOURCE, tmp_path / "out", proof="full")
+    spec = vlmguard.GuardSpec(mode="restore")
+    result = vlmguard.export(SOURCE, tmp_path / "out", spec=spec, proof="full")
     assert result.calibration is not None and len(alive) >= 8 and set(alive) == {1}
+
+
+def test_one_decoder_is_open_while_a_mode_is_chosen(alive: list[int], tmp_path: Path) -> None:
+    result = vlmguard.export(SOURCE, tmp_path / "out", proof="full")
+    assert result.choice is not None and len(alive) >= 6 and set(alive) == {1}
 
 
 def test_one_decoder_is_open_for_random_inputs(alive: list[int], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tiny_vlm_paths import ANCHORS, CALIBRATION, DECODER, PROMPTS, SOURCE, Guard
 import vlmguard
 from vlmguard.exporter import guide as guide_module
 from vlmguard.exporter import pipeline
+from vlmguard.exporter.calibration.choice import Wish
 from vlmguard.exporter.guide import Guide
 from vlmguard.exporter.pipeline import export, extract_directions, inspect
 from vlmguard.exporter.prompts.labelled import read_anchors
@@ -128,7 +129,7 @@ def test_directions_of_another_model_one_folder_up_are_not_taken(
     def reached(guide: Guide, anchors: None, calibration: None) -> None:
         raise LookupError(guide.found, guide.anchors(anchors).name)
 
-    monkeypatch.setattr(Guide, "calibrated", reached)
+    monkeypatch.setattr(Guide, "chosen", reached)
     with pytest.raises(LookupError) as nothing_found:
         export(source, dry_run=True)
     assert nothing_found.value.args == ({}, "builtin")
@@ -308,20 +309,26 @@ class Reached(Exception):
 
 
 def reach_calibrator(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
-    """Stop at the calibrator; the anchors that were extracted from are kept."""
+    """Stop at the calibrator, and where a mode is chosen; the anchors that were extracted from are kept."""
     extracted: list[list[Any]] = []
     real = guide_module.extract_all_layers
 
     def stop(
-        model: Any, anatomy: Any, directions: Any, prompts: Any, spec: Any, budget: float, readout: Any, watch: Any
+        model: Any, anatomy: Any, directions: Any, prompts: Any, spec: Any, budget: float, readout: Any, **_: Any
     ) -> Any:
         raise Reached(prompts, spec, budget, directions)
+
+    def stop_choosing(
+        model: Any, anatomy: Any, directions: Any, prompts: Any, wish: Wish, source: str, tell: Any
+    ) -> Any:
+        raise Reached(prompts, wish.spec, wish.budget, directions)
 
     def keep(model: Any, anatomy: Any, pairs: Any, **options: Any) -> Any:
         extracted.append(list(pairs))
         return real(model, anatomy, pairs, **options)
 
     monkeypatch.setattr(guide_module, "calibrate", stop)
+    monkeypatch.setattr(guide_module, "choose", stop_choosing)
     monkeypatch.setattr(guide_module, "extract_all_layers", keep)
     return extracted
 

@@ -64,3 +64,16 @@ def test_json_says_the_same_and_obeys_nothing(evil: str) -> None:
     text = to_json(content)
     assert json.loads(text) == content and "größe" in text
     assert seen(text) == text
+
+
+def test_a_pipe_gets_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlmguard.exporter import tables
+
+    now = [100.0]
+    monkeypatch.setattr(tables.time, "monotonic", lambda: now[0])
+    file = io.StringIO()
+    with tables.bars(SafeConsole(file=file, width=60)) as watch:
+        for done, seconds in enumerate((1, 8, 2, 9, 1)):
+            now[0] += seconds
+            watch("judging mode align", done, 5)
+    assert file.getvalue() == "judging mode align: 2 of 5\njudging mode align: 4 of 5\n"

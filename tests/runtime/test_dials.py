@@ -190,7 +190,7 @@ def test_a_gate_that_the_prompt_closed_stays_closed(dialled: Dialled) -> None:
         state.dials[OFFSET_INPUT] = np.array(-1e6, np.float32)
         for token in model.decoder.last_logits(outputs).argsort(axis=-1)[:, -3:].T:
             column = token[:, None]
-            outputs = model.decoder.step(state, column, model._step_embeds(column))
+            outputs = model.decoder.step(state, column, model.step_embeds(column))
             assert edited(outputs) == opens
 
 
@@ -201,7 +201,7 @@ def test_a_gate_that_the_prompt_opened_stays_open(dialled: Dialled) -> None:
         assert edited(outputs)
         state.dials[OFFSET_INPUT] = np.array(1e6, np.float32)
         column = model.decoder.last_logits(outputs).argmax(axis=-1)[:, None]
-        assert edited(model.decoder.step(state, column, model._step_embeds(column))) == stays
+        assert edited(model.decoder.step(state, column, model.step_embeds(column))) == stays
 
 
 def test_each_row_of_a_batch_holds_its_own_gate(dialled: Dialled) -> None:

@@ -1,0 +1,101 @@
+"""Where mode `align` is tried: layers by evidence, and the rank.
+
+Eight rows on the later two thirds of the decoder follow the text-only model most faithfully, borderline prompts included.
+A layer whose direction does not separate held-out anchors better than chance is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...graphs.directions import Directions
+from ...graphs.separation import Separation, separation_along
+from ...graphs.spec import GuardSpec
+from .judged import JudgedPrompts
+
+ALIGNED_RANK = 8  # rows that `align` copies: with fewer, borderline prompts follow the text-only model less faithfully
+_FEWER_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Where:
+    """A candidate's place.
+
+    Attributes:
+        layers, rank: of the guard.
+        why: of the layers, for the plan.
+    """
+
+    layers: tuple[int, ...]
+    rank: int
+    why: str
+
+
+def places_of_align(directions: Directions, count: int, spec: GuardSpec) -> Iterator[Where]:
+    """Candidates, the best supported first.
+
+    Args:
+        directions: of every layer that may be chosen, with the evidence of their extraction.
+        count: layers of the decoder.
+        spec: what is decided already.
+    """
+    rows = min(layer.ssd.shape[0] for layer in directions.layers.values())
+    rank = spec.rank or min(ALIGNED_RANK, rows)
+    if spec.layers is not None:
+        yield Where(spec.layers, rank, "as asked")
+        return
+    later = tuple(number for number in directions.layers if number >= -(-count // 3)) or tuple(directions.layers)
+    apart = tuple(number for number in later if not _at_chance(directions, number))
+    dropped = [str(number) for number in later if number not in apart]
+    found = []
+    if dropped and apart:
+        why = f"the later two thirds of the decoder without {', '.join(dropped)}, whose directions separate no held-out anchors"
+        found.append(Where(apart, rank, why))
+    found.append(Where(later, rank, "the later two thirds of the decoder"))
+    if spec.rank is None and rank > _FEWER_ROWS:
+        found.append(Where(found[0].layers, _FEWER_ROWS, found[0].why))
+    half = tuple(number for number in later if number >= count // 2)
+    if half and half != later:
+        found.append(Where(half, rank, "the later half of the decoder"))
+    seen: set[tuple[tuple[int, ...], int]] = set()
+    for place in found:
+        if (place.layers, place.rank) not in seen:
+            seen.add((place.layers, place.rank))
+            yield place
+
+
+def evidence(directions: Directions, judged: JudgedPrompts, states: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Per layer: how well row 1 separates held-out anchors, and the judged prompts alone and beside images.
+
+    Args:
+        directions: of every layer.
+        judged: the prompts.
+        states: of the unguarded model by setting, `[prompts, layers, d]`.
+    """
+    texts = {"text": tuple(range(len(judged.texts)))} | {one.name: one.texts for one in judged.settings}
+    found = []
+    for number, layer in directions.layers.items():
+        recorded = directions.evidence.get(str(number), {})
+        row: dict[str, Any] = {"layer": number, "auc_held_out_anchors": recorded.get("auc_held_out")}
+        if "loud_channels_dropped" in recorded:
+            row["loud_channels_dropped"] = recorded["loud_channels_dropped"]
+        for name, own in texts.items():
+            harmful = np.array([judged.texts[at].harmful for at in own])
+            if name in states and harmful.any() and not harmful.all():
+                ends = states[name][:, number]
+                measured = separation_along(layer.ssd[0], number, ends[harmful], ends[~harmful], judged.source)
+                row[f"auc_{name.replace(' ', '_')}"] = measured.auc
+        found.append(row)
+    return found
+
+
+def _at_chance(directions: Directions, number: int) -> bool:
+    """Whether the extraction's cross-validation shows a direction that separates nothing."""
+    recorded = directions.evidence.get(str(number))
+    auc = recorded.get("auc_held_out") if isinstance(recorded, dict) else None
+    pairs = directions.pairs or 0
+    return isinstance(auc, float) and pairs > 0 and Separation(number, auc, pairs, pairs, "").at_chance

@@ -1,0 +1,168 @@
+"""Asking mode `align` with any layers and rank in one decoder session, beside the unguarded model.
+
+The guard edits the prompt's last token alone. So everything before that token is computed once per batch, and each guard
+continues from there: the unguarded model (no supervisor), the guarded one (the text-only coordinates), any candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ...graphs.anatomy import DecoderAnatomy
+from ...graphs.directions import Directions, LayerDirections
+from ...graphs.spec import GuardSpec
+from ...graphs.taps import STATES_OUTPUT
+from ...runtime.decoder import DecoderState, PromptBatch
+from ...runtime.refusals import refused
+from ...runtime.vlm import Request, VisionLanguageModel
+from .trials import TrialModel
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One greedy answer, as far as it was asked for.
+
+    Attributes:
+        tokens: its token ids, without the one that ends it.
+        refused: whether it declines the request.
+    """
+
+    tokens: tuple[int, ...]
+    refused: bool
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A batch's answers under one guard.
+
+    Attributes:
+        answers: one per request.
+        states: every layer's state at the prompt's end, `[requests, layers, d]` float32.
+        coordinates: of these states along the guard's directions, `[requests, layers, m]` float32.
+        first: logits of each answer's first token, `[requests, vocabulary]` float32.
+    """
+
+    answers: list[Answer]
+    states: np.ndarray
+    coordinates: np.ndarray
+    first: np.ndarray
+
+
+@dataclass(frozen=True)
+class Guarding:
+    """What a batch is asked under.
+
+    Attributes:
+        directions: of a candidate.
+        supervisor: the text-only coordinates `[requests, layers, m]`; `None` leaves the model unguarded.
+    """
+
+    directions: Directions
+    supervisor: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A batch whose prompts are computed up to their last token.
+
+    Attributes:
+        trial: of the model.
+        batch: the whole prompts.
+        state: of the decoder; `None` where it takes prompts as a whole.
+    """
+
+    trial: AlignTrial
+    batch: PromptBatch
+    state: DecoderState | None
+
+    def answer(self, guard: Guarding, tokens: int) -> Asked:
+        """Go on under one guard; may be called again for another.
+
+        Args:
+            guard: at the prompts' last token.
+            tokens: longest answer.
+        """
+        return self.trial.answer(self, guard, tokens)
+
+
+class AlignTrial:
+    """A model that is opened once, guarded at every layer that may be chosen.
+
+    Args:
+        model: unguarded.
+        anatomy: of its decoder.
+        directions: the SSD of each layer that may be chosen, `rank` rows or more.
+        rank: the highest that may be chosen.
+
+    Raises:
+        GuardError: the decoder cannot be guarded.
+    """
+
+    def __init__(self, model: VisionLanguageModel, anatomy: DecoderAnatomy, directions: Directions, rank: int) -> None:
+        spec, layers = GuardSpec(mode="align"), tuple(sorted(directions.layers))
+        self._trial = TrialModel(model, anatomy, directions, spec, layers, rank, tapped=True)
+        self._candidate: tuple[Directions, Mapping[str, np.ndarray]] | None = None  # the last one's numbers
+        self.model = self._trial.model
+
+    def begin(self, requests: Sequence[Request]) -> Begun:
+        """One batch, computed up to each prompt's last token.
+
+        Args:
+            requests: as many as fit in one batch (`VisionLanguageModel.groups`).
+        """
+        session, batch = self.model.decoder, self.model.batch(requests)
+        if not session.cache_inputs or session.call_length is not None or batch.ids.shape[1] < 2:
+            return Begun(self, batch, None)
+        embeds = None if batch.embeds is None else batch.embeds[:, :-1]
+        head = replace(batch, ids=batch.ids[:, :-1], mask=batch.mask[:, :-1], embeds=embeds)
+        return Begun(self, batch, session.prefill(head, session.no_supervisor(batch.size))[1])
+
+    def answer(self, begun: Begun, guard: Guarding, tokens: int) -> Asked:
+        """What `Begun.answer` returns."""
+        session, batch = self.model.decoder, begun.batch
+        nothing = session.no_supervisor(batch.size)
+        supervisor = nothing if guard.supervisor is None else guard.supervisor
+        with self._trial.guarded(self._fed(guard.directions)):
+            if begun.state is None:
+                outputs, state = session.prefill(batch, supervisor)
+            else:
+                start = begun.state
+                state = replace(start, cache=dict(start.cache), dials=dict(start.dials), supervisor=supervisor)
+                embeds = None if batch.embeds is None else batch.embeds[:, -1:]
+                outputs = session.step(state, batch.ids[:, -1:], embeds)
+            state.supervisor = nothing
+            states = np.asarray(outputs[STATES_OUTPUT])
+            coordinates = np.asarray(session.coordinates(outputs))
+            first = session.last_logits(outputs)
+            answers = self._answered(state, first, tokens)
+        return Asked(answers, states, coordinates, first)
+
+    def _answered(self, state: DecoderState, logits: np.ndarray, tokens: int) -> list[Answer]:
+        """Greedy answers from the first token's logits on; no token of an answer is edited."""
+        model, session = self.model, self.model.decoder
+        rows: list[list[int]] = [[] for _ in logits]
+        ended = np.zeros(len(logits), bool)
+        for number in range(tokens):
+            chosen = logits.argmax(axis=-1)
+            ended |= np.isin(chosen, list(model.chat.eos_ids))
+            for row in np.flatnonzero(~ended):
+                rows[row].append(int(chosen[row]))
+            if ended.all() or number + 1 == tokens:
+                break
+            column = chosen[:, None].astype(np.int64)
+            logits = session.last_logits(session.step(state, column, model.step_embeds(column)))
+        return [Answer(tuple(row), refused(model.chat.decode(row))) for row in rows]
+
+    def _fed(self, directions: Directions) -> Mapping[str, np.ndarray]:
+        if self._candidate is None or self._candidate[0] is not directions:
+            self._candidate = directions, self._trial.numbers(directions)
+        return self._candidate[1]
+
+
+def aligned_directions(directions: Directions, layers: Sequence[int], rank: int) -> Directions:
+    """The directions cut to a rank, for mode `align` on chosen layers."""
+    cut = {number: LayerDirections(layer.ssd[:rank]) for number, layer in directions.layers.items()}
+    return replace(directions, layers=cut, mode="align", recommended_layers=tuple(layers))

@@ -1,0 +1,258 @@
+"""`--mode auto`: which intervention a model gets, decided by answers.
+
+The modes are tried in the order of preference: those that calibrate fewer numbers first, then those that run the decoder fewer
+times. The first one that reaches the goal is taken, and the rest are not asked. The goal, in every setting with an image:
+97% of the harmful prompts that the text-only model refuses are refused, and of the harmless ones no more than the budget allows
+are refused that the text-only model does not refuse. If no mode reaches it, the best one within the budget is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...graphs.anatomy import DecoderAnatomy
+from ...graphs.directions import Directions
+from ...graphs.errors import GuardError
+from ...graphs.spec import (
+    MODES_WITH_ALPHA,
+    MODES_WITH_GATE,
+    MODES_WITH_READOUT,
+    MODES_WITH_SUPERVISOR,
+    Decided,
+    GuardSpec,
+    Mode,
+)
+from ...runtime.vlm import VisionLanguageModel
+from ..prompts.labelled import LabelledPrompt, fingerprint
+from ..proof.limits import TOLERANCE
+from ..sources import Watch
+from .align_judge import GOAL, AlignJudge, Figures, keeps_budget, keeps_refusals, within
+from .align_layers import Where, evidence, places_of_align
+from .align_trial import AlignTrial, aligned_directions
+from .attempts import Attempt, Choice
+from .calibrate import calibrate
+from .deadline import Deadline
+from .judged import beside_images, judged_prompts
+from .usable_prompts import require_both_labels, require_budget
+
+# In the order of preference. Per guarded layer: no number; threshold and origin; readout, threshold and target in one pass; the
+# same with a second threshold and a second pass.
+PREFERRED: tuple[Mode, ...] = ("align", "supervise", "restore", "combined")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user decided already.
+
+    Attributes:
+        spec: mode `None`; the other options.
+        budget, readout: as for `calibrate`.
+        images: the user's pictures.
+        seconds: allowed for everything, as far as something was found by then; `None` for no limit.
+    """
+
+    spec: GuardSpec
+    budget: float
+    readout: str | None = None
+    images: tuple[Path, ...] = ()
+    seconds: float | None = None
+
+
+def choose(
+    model: VisionLanguageModel,
+    anatomy: DecoderAnatomy,
+    directions: Directions,
+    prompts: Sequence[LabelledPrompt],
+    wish: Wish,
+    source: str,
+    tell: Watch,
+) -> Choice:
+    """Try the possible modes, in the order of preference.
+
+    Args:
+        model: unguarded.
+        anatomy: of its decoder.
+        directions: an SSD for each layer.
+        prompts: calibration prompts, held out from the directions.
+        wish: what is decided already.
+        source: where the prompts are from.
+        tell: told how far it is.
+
+    Raises:
+        PromptsUnusable: too few prompts, or harmful ones that the model does not refuse as text.
+        GuardError: no mode is possible, or none works; with what each reached.
+    """
+    require_budget(wish.budget)
+    is_late = Deadline(wish.seconds)
+    left_out: dict[str, str] = {
+        mode: why for mode in PREFERRED if (why := why_impossible(mode, wish, model, prompts)) is not None
+    }
+    possible = [mode for mode in PREFERRED if mode not in left_out]
+    if not possible:
+        said = "; ".join(f"{mode}: {why}" for mode, why in left_out.items())
+        raise GuardError(f"--mode auto finds no mode for these options ({said}); name a --mode")
+    require_both_labels(prompts)
+    attempts: list[Attempt] = []
+    layers: list[dict[str, Any]] = []
+    for mode, gate in _order(possible, wish.spec):
+        name = _named(mode, gate, wish.spec)
+        if any(attempt.meets for attempt in attempts):
+            left_out[name] = f"{attempts[-1].name} reaches the goal, and calibrates fewer numbers"
+        elif attempts and is_late():
+            left_out[name] = f"the {wish.seconds:g} seconds of --calibration-seconds were over"
+        elif mode == "align":
+            found, layers = _try_align(model, anatomy, directions, prompts, wish, source, tell)
+            attempts += found
+        else:
+            tried = replace(wish, spec=replace(wish.spec, mode=mode, gate=gate))
+            alone = len(possible) == 1
+            attempts.append(_try_calibrated(name, model, anatomy, directions, prompts, tried, tell, is_late, alone))
+    usable = [attempt for attempt in attempts if attempt.usable]
+    if not usable:
+        raise GuardError(_nothing_works(attempts, left_out, wish.budget))
+    chosen = next((attempt for attempt in usable if attempt.meets), max(usable, key=lambda attempt: attempt.kept))
+    marks = tuple(sorted({fingerprint(prompt) for prompt in prompts}))
+    return Choice(chosen, tuple(attempts), left_out, wish.budget, source, marks, tuple(layers))
+
+
+def _order(possible: Sequence[Mode], spec: GuardSpec) -> Iterator[tuple[Mode, Decided]]:
+    """Modes with their gates: a gate that is held from the prompt on is one state more, and comes last."""
+    yield from ((mode, spec.gate) for mode in possible)
+    if spec.gate == "token" and not spec.telemetry and len(possible) > 1:
+        yield from ((mode, "prompt") for mode in possible if mode in MODES_WITH_READOUT)
+
+
+def _named(mode: Mode, gate: Decided, spec: GuardSpec) -> str:
+    return mode if gate == spec.gate else f"{mode} with --gate {gate}"
+
+
+def why_impossible(mode: Mode, wish: Wish, model: VisionLanguageModel, prompts: Sequence[LabelledPrompt]) -> str | None:
+    """Why a mode is not tried; `None` if it can be."""
+    spec = wish.spec
+    try:
+        replace(spec, mode=mode)
+    except GuardError as error:
+        return str(error)
+    if spec.direction_of is not None:
+        return "--direction-of is for mode project"
+    given = {
+        "--alpha": spec.alpha is not None and mode not in MODES_WITH_ALPHA,
+        "--tau": spec.tau is not None and mode not in MODES_WITH_GATE,
+        "--readout": wish.readout is not None and mode not in MODES_WITH_READOUT,
+    }
+    idle = next((name for name, is_idle in given.items() if is_idle), None)
+    if idle is not None:
+        return f"{idle} has no effect in it"
+    if mode not in MODES_WITH_SUPERVISOR:
+        return None
+    if model.package.layout == "genai":
+        return "onnxruntime-genai feeds no text-only coordinates"
+    if not model.sees:
+        return "no image can be given to this model here, and a text alone is its own text-only prompt"
+    if mode == "align" and not model.package.roles.states:
+        return "the decoder has no KV cache that keeps an edit of the prompt for the answer"
+    unseen = sum(prompt.label == "harmful" and not prompt.harmful_as_text for prompt in prompts)
+    if unseen and mode != "combined":
+        return f"it cannot see the harm of {unseen} prompts, which is in their pictures alone"
+    return None
+
+
+def _try_align(
+    model: VisionLanguageModel,
+    anatomy: DecoderAnatomy,
+    directions: Directions,
+    prompts: Sequence[LabelledPrompt],
+    wish: Wish,
+    source: str,
+    tell: Watch,
+) -> tuple[list[Attempt], list[dict[str, Any]]]:
+    """One attempt per place, until one reaches the goal; and the evidence per layer."""
+    judged = judged_prompts(prompts, model, wish.images, source)
+    places = list(places_of_align(directions, anatomy.layer_count, wish.spec))
+    tolerance = max(TOLERANCE[site.dtype] for site in anatomy.sites)
+    trial = AlignTrial(model, anatomy, directions, max(place.rank for place in places))
+    judge = AlignJudge(trial, judged, tolerance, tell)
+    attempts: list[Attempt] = []
+    for place in places:
+        candidate = aligned_directions(directions, place.layers, place.rank)
+        attempts.append(_judged(place, candidate, judge.judge(candidate), wish.budget))
+        if attempts[-1].meets:
+            break
+    return attempts, evidence(directions, judged, judge.states)
+
+
+def _judged(place: Where, directions: Directions, figures: tuple[Figures, ...], budget: float) -> Attempt:
+    text, beside = figures[0], figures[1:]
+    unchanged = text.harmful.changed == text.harmless.changed == 0
+    fair, keeps = keeps_budget(figures, budget), keeps_refusals(figures)
+    no_fewer = all(within(one.harmful.unguarded - one.harmful.guarded, one.harmful.asked, 0) for one in beside)
+    grows = sum(one.harmful.guarded for one in beside) > sum(one.harmful.unguarded for one in beside)
+    said = [*map(str, beside), "no text answer changed" if unchanged else "text answers changed"]
+    return Attempt(
+        name="align",
+        layers=place.layers,
+        rank=place.rank,
+        kept=min(one.kept for one in beside),
+        meets=fair and keeps and unchanged and no_fewer,
+        usable=fair and unchanged and no_fewer and (keeps or grows),
+        said="; ".join(said),
+        why_layers=place.why,
+        figures=figures,
+        directions=directions,
+    )
+
+
+def _try_calibrated(
+    name: str,
+    model: VisionLanguageModel,
+    anatomy: DecoderAnatomy,
+    directions: Directions,
+    prompts: Sequence[LabelledPrompt],
+    wish: Wish,
+    tell: Watch,
+    is_late: Callable[[], bool],
+    alone: bool,
+) -> Attempt:
+    """The calibration of the mode in the wish. A refusal is an attempt that failed, unless no other mode is possible."""
+    spec = wish.spec
+    try:
+        shown = beside_images(prompts, wish.images) if model.sees else prompts
+        found = calibrate(
+            model, anatomy, directions, shown, spec, wish.budget, readout=wish.readout, watch=tell, is_late=is_late
+        )
+    except GuardError as error:
+        if alone:
+            raise
+        return Attempt(name, (), None, 0.0, meets=False, usable=False, said=str(error))
+    kept = {}
+    as_text = next((c.rate for c in found.base.cells if (c.setting, c.label) == ("text", "harmful")), 0.0)
+    for cell in found.guarded.cells:
+        if cell.label == "harmful":
+            kept[cell.setting] = min(1.0, cell.rate / (as_text or 1.0))
+    chosen = found.chosen.candidate
+    said = ", ".join(f"{setting} {share:.0%}" for setting, share in kept.items())
+    worst = min(kept.values())
+    return Attempt(
+        name=name,
+        layers=chosen.layers,
+        rank=chosen.rank,
+        kept=worst,
+        meets=worst >= GOAL,
+        usable=True,
+        said=f"refusals kept on the calibration prompts: {said}",
+        calibration=found,
+        directions=found.directions,
+        gate=spec.gate,
+    )
+
+
+def _nothing_works(attempts: Iterable[Attempt], left_out: Mapping[str, str], budget: float) -> str:
+    tried = "; ".join(map(str, attempts))
+    other = "".join(f"; {mode} was not tried: {why}" for mode, why in left_out.items())
+    return (
+        f"no mode brings the refusals back within {budget:.0%} over-refusal ({tried}{other}); nothing was written; give "
+        "more prompts (--calibration), allow more over-refusal (--budget), or name --mode, --directions and --layers"
+    )

@@ -1,0 +1,86 @@
+"""Which trials of a calibration may win, in which order, and the errors where none does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...graphs.errors import GuardError
+from ..evaluation.evaluate import Tally
+from .results import Trial
+
+
+def ranked(trials: Sequence[Trial], base: Tally, budget: float) -> list[Trial]:
+    """The trials that may win, the best first: within the budget and never worse than unguarded, in every setting."""
+
+    def key(t: Trial) -> tuple[float, ...]:
+        return (t.harmful, -len(t.candidate.layers), -t.harmless, t.restored, t.margin, -t.candidate.rank)
+
+    able = [trial for trial in trials if trial.complete and keeps_limits(trial.tally, base, budget)]
+    return sorted(able, key=key, reverse=True)
+
+
+def hopeless(so_far: Tally, base: Tally, budget: float, leader: Trial | None) -> bool:
+    """Whether a candidate cannot win any more, however the prompts that it was not asked yet turn out."""
+    best_case = []
+    for cell in base.cells:
+        found = next((c for c in so_far.cells if (c.setting, c.label) == (cell.setting, cell.label)), None)
+        refused, unknown = (found.refused, cell.asked - found.asked) if found is not None else (0, cell.asked)
+        if cell.label == "harmless" and refused / cell.asked > max(budget, cell.rate):
+            return True
+        if cell.label == "harmful":
+            if refused + unknown < cell.refused:
+                return True
+            best_case.append((refused + unknown) / cell.asked)
+    return leader is not None and min(best_case) < leader.harmful
+
+
+def keeps_limits(result: Tally, base: Tally, budget: float) -> bool:
+    """Whether every setting keeps the budget (or what the unguarded model refuses of harmless prompts THERE if more), and
+    refuses no fewer harmful prompts than the unguarded model there."""
+    for cell in result.cells:
+        unguarded = base.rate(cell.setting, cell.label)
+        if cell.label == "harmless" and cell.rate > max(budget, unguarded):
+            return False
+        if cell.label == "harmful" and cell.rate < unguarded:
+            return False
+    return True
+
+
+def is_perfect(trials: Sequence[Trial]) -> bool:
+    return any(trial.complete and trial.harmful == 1 and trial.harmless == 0 for trial in trials)
+
+
+def nearest_of(trials: Sequence[Trial]) -> list[Trial]:
+    return sorted(trials, key=lambda trial: trial.harmful - trial.harmless, reverse=True)
+
+
+def gains(result: Tally, base: Tally) -> bool:
+    """Whether the guard makes the model refuse a larger share of the harmful prompts in some setting."""
+    harmful = [cell for cell in result.cells if cell.label == "harmful"]
+    return any(cell.rate > base.rate(cell.setting, cell.label) for cell in harmful)
+
+
+def require_a_gap(base: Tally) -> None:
+    """There is something that a guard can be seen to do.
+
+    Raises:
+        GuardError: the unguarded model refuses every harmful prompt.
+    """
+    if base.worst("harmful") < 1:
+        return
+    asked = ", ".join(f"{cell.setting} {cell.asked}" for cell in base.cells if cell.label == "harmful")
+    raise GuardError(
+        f"the unguarded model refuses every harmful prompt that it was asked ({asked}), so nothing can show whether a guard "
+        "helps; calibrate with images on the whole model, whose directions.safetensors serves this decoder too (--directions "
+        "and --force), or name --directions and --layers yourself"
+    )
+
+
+def no_winner(trials: Sequence[Trial], base: Tally, mode: str, budget: float) -> GuardError:
+    nearest = nearest_of(trials)[0]
+    return GuardError(
+        f"no layer makes mode {mode} refuse more harmful prompts within {budget:.0%} over-refusal (unguarded "
+        f"{base.worst('harmful'):.0%}; nearest: layers {', '.join(map(str, nearest.candidate.layers))} refuse "
+        f"{nearest.harmful:.0%} of harmful and {nearest.harmless:.0%} of harmless ones); try another mode, more anchors, "
+        "or name --directions and --layers yourself"
+    )

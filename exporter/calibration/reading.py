@@ -1,0 +1,71 @@
+"""What the unguarded model shows of the calibration prompts: hidden states, and its answers to the texts alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from ...graphs.anatomy import DecoderAnatomy
+from ...graphs.directions import Directions
+from ...graphs.spec import GuardSpec
+from ...runtime.vlm import Request, Sampling, VisionLanguageModel
+from ..evaluation.evaluate import Tally
+from ..extraction.extract import collect_answer_states, collect_states, tapped
+from ..prompts.labelled import LabelledPrompt
+from ..sources import Watch
+from .study import Study
+
+_GATED_TOKENS = 12  # of each harmless answer, for the gate: more memory, little more to learn
+
+
+def read_study(
+    model: VisionLanguageModel,
+    anatomy: DecoderAnatomy,
+    directions: Directions,
+    prompts: Sequence[LabelledPrompt],
+    spec: GuardSpec,
+    budget: float,
+    max_new_tokens: int,
+    tell: Watch,
+) -> Study:
+    tap = tapped(model, anatomy)
+    requests = [prompt.request(model) for prompt in prompts]
+    harmless = [index for index, prompt in enumerate(prompts) if prompt.label == "harmless"]
+    states = collect_states(tap, requests, progress=lambda done, total: tell("reading states", done, total))
+    # a gate that is held from the prompt on is asked at no token of an answer
+    tokens = min(max_new_tokens, _GATED_TOKENS) if spec.gate == "token" else 0
+    answers = collect_answer_states(tap, [requests[i] for i in harmless], tokens) if tokens else []
+    of_answers = dict(zip(harmless, answers, strict=bool(tokens)))
+    nothing = np.zeros((0, *states.shape[1:]), np.float32)
+    return Study(
+        directions=directions,
+        mode=spec.mode or "restore",
+        budget=budget,
+        prompts=prompts,
+        states=states,
+        text_states=_once_each(prompts, lambda texts: collect_states(tap, texts)),
+        answer_states=[of_answers.get(index, nothing) for index in range(len(prompts))],
+        tau=spec.tau,
+    )
+
+
+def _once_each(prompts: Sequence[LabelledPrompt], read: Callable[[list[Request]], np.ndarray]) -> np.ndarray:
+    """One row per prompt of what is read from its text alone: a text is asked once, whatever images it comes with."""
+    texts = list(dict.fromkeys(prompt.prompt for prompt in prompts))
+    rows = read([Request(text) for text in texts])
+    place = {text: row for row, text in enumerate(texts)}
+    return rows[[place[prompt.prompt] for prompt in prompts]]
+
+
+def text_answers(
+    model: VisionLanguageModel, prompts: Sequence[LabelledPrompt], base: Tally, max_new_tokens: int
+) -> list[str]:
+    """What the unguarded model says to each prompt's text alone; as text it has been asked already."""
+    known: Mapping[str, str] = {
+        prompt.prompt: answer for prompt, answer in zip(prompts, base.answers, strict=True) if prompt.setting == "text"
+    }
+    others = list(dict.fromkeys(prompt.prompt for prompt in prompts if prompt.prompt not in known))
+    said = model.answer([Request(text) for text in others], Sampling(max_new_tokens=max_new_tokens))
+    answers = {**known, **dict(zip(others, said, strict=True))}
+    return [answers[prompt.prompt] for prompt in prompts]
