@@ -367,8 +367,9 @@ def _mode(spec: GuardSpec, directions: Directions) -> tuple[str, list[str]]:
     calibrated = directions.calibrated_layers
     if spec.mode is None:
         if directions.mode is not None:
-            what = "for" if directions.mode in MODES_ONLY_AT_PROMPT_END else "calibrated for"
-            return directions.mode, [f"mode {directions.mode}: what the directions were {what}"]
+            if directions.mode in MODES_ONLY_AT_PROMPT_END:
+                return directions.mode, [f"mode {directions.mode}: that of the directions"]
+            return directions.mode, [f"mode {directions.mode}: what the directions were calibrated for"]
         if calibrated:
             return "restore", ["mode restore: the directions carry readout, target and threshold"]
         return "project", [

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...graphs.directions import Directions
 from ...graphs.spec import Decided
-from .align_judge import GOAL, Figures
+from .align_judge import GOAL, Figures, RandomRows
 from .no_worse import Refusals, Setting
 from .results import Calibration
 
@@ -25,7 +25,7 @@ class Attempt:
         usable: whether it may be exported: within the budget, and refusals grow.
         said: what it did, in words.
         why_layers: why these layers, in words.
-        figures: of `align`, by setting.
+        figures, control: of `align`: by setting, and with random directions.
         calibration: of a mode that is calibrated.
         directions: of the guard; their mode is the guard's.
         gate: when its gate is decided, as in `GuardSpec`.
@@ -40,6 +40,7 @@ class Attempt:
     said: str
     why_layers: str = ""
     figures: tuple[Figures, ...] = ()
+    control: RandomRows | None = None
     calibration: Calibration | None = None
     directions: Directions | None = None
     gate: Decided = "token"
@@ -60,6 +61,7 @@ class Attempt:
             "usable": self.usable,
             "result": self.said,
             **({"settings": [one.to_json() for one in self.figures]} if self.figures else {}),
+            **({"random_directions": dict(vars(self.control))} if self.control is not None else {}),
         }
 
 

@@ -29,7 +29,7 @@ from ...runtime.vlm import VisionLanguageModel
 from ..prompts.labelled import LabelledPrompt, fingerprint
 from ..proof.limits import TOLERANCE
 from ..sources import Watch
-from .align_judge import GOAL, AlignJudge, Figures, keeps_budget, keeps_refusals, within
+from .align_judge import GOAL, AlignJudge, Figures, RandomRows, keeps_budget, keeps_refusals, within
 from .align_layers import Where, evidence, places_of_align
 from .align_trial import AlignTrial, aligned_directions
 from .attempts import Attempt, Choice
@@ -178,29 +178,36 @@ def _try_align(
     attempts: list[Attempt] = []
     for place in places:
         candidate = aligned_directions(directions, place.layers, place.rank)
-        attempts.append(_judged(place, candidate, judge.judge(candidate), wish.budget))
+        figures = judge.judge(candidate)
+        attempts.append(_judged(place, candidate, figures, judge.control(candidate, figures), wish.budget))
         if attempts[-1].meets:
             break
     return attempts, evidence(directions, judged, judge.states)
 
 
-def _judged(place: Where, directions: Directions, figures: tuple[Figures, ...], budget: float) -> Attempt:
+def _judged(
+    place: Where, directions: Directions, figures: tuple[Figures, ...], control: RandomRows | None, budget: float
+) -> Attempt:
+    """An attempt with mode `align`, by its figures and its control."""
     text, beside = figures[0], figures[1:]
     unchanged = text.harmful.changed == text.harmless.changed == 0
     fair, keeps = keeps_budget(figures, budget), keeps_refusals(figures)
     no_fewer = all(within(one.harmful.unguarded - one.harmful.guarded, one.harmful.asked, 0) for one in beside)
     grows = sum(one.harmful.guarded for one in beside) > sum(one.harmful.unguarded for one in beside)
-    said = [*map(str, beside), "no text answer changed" if unchanged else "text answers changed"]
+    means = control is None or control.fails
+    told = [str(control)] if control is not None else []
+    said = [*map(str, beside), *told, "no text answer changed" if unchanged else "text answers changed"]
     return Attempt(
         name="align",
         layers=place.layers,
         rank=place.rank,
         kept=min(one.kept for one in beside),
-        meets=fair and keeps and unchanged and no_fewer,
-        usable=fair and unchanged and no_fewer and (keeps or grows),
+        meets=fair and keeps and unchanged and no_fewer and means,
+        usable=fair and unchanged and no_fewer and means and (keeps or grows),
         said="; ".join(said),
         why_layers=place.why,
         figures=figures,
+        control=control,
         directions=directions,
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...graphs.directions import LayerDirections
+from ...graphs.directions import Directions, LayerDirections
 from ...graphs.errors import GuardError, PromptsUnusable
 from ...graphs.spec import MODES_TOWARD_TEXT
 from ..evaluation.evaluate import Tally
@@ -80,12 +80,20 @@ def controls_of(study: Study, candidate: Candidate, groups: Sequence[str]) -> It
 
 def along_random_rows(study: Study, candidate: Candidate) -> Study:
     """The study with random orthonormal rows in place of the SSD."""
+    layers = {
+        layer: LayerDirections(study.directions.layers[layer].ssd[: candidate.rank]) for layer in candidate.layers
+    }
+    return study.redirected(random_rows(replace(study.directions, layers=layers, recommended_layers=None)))
+
+
+def random_rows(directions: Directions) -> Directions:
+    """The directions with random orthonormal rows, as many in each layer, in place of the SSD."""
     random = np.random.default_rng(_SEED)
     layers = {}
-    for layer in candidate.layers:
-        rows = np.linalg.qr(random.normal(size=(study.directions.width, candidate.rank)))[0].T
-        layers[layer] = LayerDirections(np.ascontiguousarray(rows, np.float32))
-    return study.redirected(replace(study.directions, layers=layers, recommended_layers=None))
+    for number, layer in directions.layers.items():
+        rows = np.linalg.qr(random.normal(size=layer.ssd.T.shape))[0].T
+        layers[number] = LayerDirections(np.ascontiguousarray(rows, np.float32))
+    return replace(directions, layers=layers)
 
 
 def with_shuffled_labels(study: Study, groups: Sequence[str]) -> Study:

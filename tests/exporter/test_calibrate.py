@@ -13,7 +13,7 @@ import pytest
 from random_directions import random_directions
 from tiny_vlm_paths import ANCHORS, CALIBRATION, SOURCE
 
-from vlmguard.exporter.calibration import search, trials
+from vlmguard.exporter.calibration import controls, search, trials
 from vlmguard.exporter.calibration.calibrate import calibrate
 from vlmguard.exporter.calibration.candidates import Candidate
 from vlmguard.exporter.calibration.controls import controls_of
@@ -279,6 +279,7 @@ def test_a_control_that_reaches_the_result_is_an_error(
 ) -> None:
     """Were random rows or labels as good as the real ones: here they are the real ones."""
     monkeypatch.setattr(search, "controls_of", lambda study, candidate, groups: [("noise", study)])
+    monkeypatch.setattr(controls, "ENOUGH_HELD_OUT", 2)
     with pytest.raises(GuardError) as caught:
         calibrate(model, anatomy, directions, prompts, GuardSpec(layers=(2,), rank=1))
     assert re.fullmatch(

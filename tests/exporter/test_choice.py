@@ -56,6 +56,7 @@ def test_the_default_export_chooses_align_and_says_why(guarded: Guarded) -> None
     kept = {one["setting"]: (one["harmful"]["kept"], one["harmful"]["unguarded"]) for one in tried["settings"]}
     assert kept == {"text": (24, 24), "blank": (12, 0), "noise": (12, 0), "image": (12, 0)}
     assert all(one["harmless"]["extra"] == 0 for one in tried["settings"])
+    assert tried["random_directions"] == {"setting": "blank", "asked": 8, "kept": 0, "guarded": 8}
     assert "--mode auto chose align: it reaches the goal, and calibrates no number" in plan["notes"]
     assert (
         f"--mode auto did not try {', '.join(NAMES[1:])}: align reaches the goal, and calibrates fewer numbers"
@@ -368,8 +369,16 @@ def test_random_directions_bring_nothing_back(trial: AlignTrial) -> None:
         (2, 3, 4, 5),
         8,
     )
-    _, blank, *_ = judge.judge(noise)
+    figures = judge.judge(noise)
+    blank = figures[1]
     assert (blank.harmful.text, blank.harmful.kept) == (12, 0) and not keeps_refusals([blank])
+    control = judge.control(noise, figures)
+    assert control is not None and (control.setting, control.asked, control.kept, control.fails) == (
+        "blank",
+        8,
+        0,
+        False,
+    )
 
 
 def test_a_model_that_refuses_nothing_as_text_has_nothing_to_bring_back(
