@@ -90,7 +90,7 @@ def choose(
     left_out: dict[str, str] = {
         mode: why for mode in PREFERRED if (why := why_impossible(mode, wish, model, prompts)) is not None
     }
-    possible = [mode for mode in PREFERRED if mode not in left_out]
+    possible: list[Mode] = [mode for mode in PREFERRED if mode not in left_out]
     if not possible:
         said = "; ".join(f"{mode}: {why}" for mode, why in left_out.items())
         raise GuardError(f"--mode auto finds no mode for these options ({said}); name a --mode")
@@ -120,9 +120,12 @@ def choose(
 
 def _order(possible: Sequence[Mode], spec: GuardSpec) -> Iterator[tuple[Mode, Decided]]:
     """Modes with their gates: a gate that is held from the prompt on is one state more, and comes last."""
-    yield from ((mode, spec.gate) for mode in possible)
+    for mode in possible:
+        yield mode, spec.gate
     if spec.gate == "token" and not spec.telemetry and len(possible) > 1:
-        yield from ((mode, "prompt") for mode in possible if mode in MODES_WITH_READOUT)
+        for mode in possible:
+            if mode in MODES_WITH_READOUT:
+                yield mode, "prompt"
 
 
 def _named(mode: Mode, gate: Decided, spec: GuardSpec) -> str:

@@ -62,7 +62,8 @@ def test_an_ssd_alone_means_project_with_a_warning() -> None:
 def test_the_mode_of_the_calibration_comes_first(mode: str) -> None:
     made = plan(directions(mode=mode))
     assert made.mode == mode
-    assert made.notes[0] == f"mode {mode}: what the directions were calibrated for"
+    why = "that of the directions" if mode == "align" else "what the directions were calibrated for"
+    assert made.notes[0] == f"mode {mode}: {why}"
 
 
 @pytest.mark.parametrize("mode", MODES)
