@@ -130,6 +130,13 @@ class GateChoice(StrEnum):
     prompt = "prompt"
 
 
+class SupervisorChoice(StrEnum):
+    """Where `align` reads the text-only coordinates."""
+
+    input = "input"
+    rows = "rows"
+
+
 class BackendChoice(StrEnum):
     """Who builds and runs engines."""
 
@@ -323,7 +330,7 @@ def export_command(
         ),
     ] = WantedMode.auto,
     layers: Annotated[str, typer.Option(help="Decoder layers, from 0: 3,4 or 2-4 or auto.")] = "auto",
-    rank: Annotated[int | None, typer.Option(help="Rows of the direction, 1 to 8. (default: calibrated)")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rows of the direction, 1 to 64. (default: calibrated)")] = None,
     alpha: Annotated[float | None, typer.Option(help="Strength of steer and supervise. (default: 1)")] = None,
     tau: Annotated[float | None, typer.Option(help="Gate threshold. (default: calibrated)")] = None,
     positions: Annotated[
@@ -343,6 +350,13 @@ def export_command(
             help="token: decided at every token; prompt: at the prompt's end, then held for the whole answer."
         ),
     ] = GateChoice.token,
+    supervisor: Annotated[
+        SupervisorChoice,
+        typer.Option(
+            help="Where align reads the text-only coordinates: input (a graph input, fed at the prompt's call) or rows "
+            "(row 2i of a batch is the text-only prompt, row 2i + 1 the prompt with its image; no extra inputs)."
+        ),
+    ] = SupervisorChoice.input,
     knobs: Annotated[
         bool,
         typer.Option(
@@ -458,6 +472,7 @@ def export_command(
         knobs=knobs,
         telemetry=telemetry,
         gate=gate.value,
+        supervisor=supervisor.value,
     )
     with tables.bars(err) as watch:
         result = export(
@@ -750,7 +765,7 @@ def directions_command(
     model: Model,
     anchors: Anchors = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("directions.safetensors"),
-    rank: Annotated[int, typer.Option(help="Rows to keep per layer, 1 to 8.")] = 4,
+    rank: Annotated[int, typer.Option(help="Rows to keep per layer, 1 to 64.")] = 4,
     calibrated_for: Annotated[
         ModeChoice | None, typer.Option("--calibrate", help="Also choose layers, thresholds and targets for this mode.")
     ] = None,

@@ -1,6 +1,6 @@
 """Safety steering directions on disk: one safetensors file, schema `vlmguard.directions/1`.
 
-Tensors (float32, `d` = the decoder's width, `m` = the rank, 1..8), per layer `l` (0-based):
+Tensors (float32, `d` = the decoder's width, `m` = the rank, 1..64), per layer `l` (0-based):
 
     layers.{l}.ssd        [m, d]  orthonormal rows, + means harmful
     layers.{l}.origin     [m]     optional: where the coordinates start

@@ -17,7 +17,7 @@ from .errors import GuardError
 from .fold import FOLD
 from .lowering_task import Task, Written
 from .scribe import Scribe
-from .spec import MODES, Target
+from .spec import MAX_RANK, MODES, Target
 
 
 def _never_whole(scribe: Scribe, h: ir.Value, task: Task) -> None:
@@ -35,6 +35,7 @@ class Lowering:
         selects: `(mode, dtype of the stream) -> dtype of the task's selection`.
         why: one clause for the plan.
         target: the runtime that it was made for.
+        most_rank: the largest rank that it is chosen for by itself.
         whole: `h'` in one step, for a lowering that can sometimes do without a correction, else `None`.
         dials: whether its arithmetic can be dialled at each call (`graphs.dials`).
     """
@@ -45,6 +46,7 @@ class Lowering:
     selects: Callable[[str, str], str]
     why: str
     target: Target = "onnxruntime"
+    most_rank: int = MAX_RANK
     whole: Callable[[Scribe, ir.Value, Task], ir.Value | None] = _never_whole
     dials: bool = True
 
@@ -78,6 +80,7 @@ LOWERINGS: tuple[Lowering, ...] = (
         "a chain of Mul and ReduceSum per row, which TensorRT fuses into the next norm, and every mode "
         "(on ONNX Runtime lowrank is cheaper)",
         target="tensorrt",
+        most_rank=8,  # a chain per row; up to 8 rows are fused (TensorRT-RTX 1.7)
     ),
     Lowering(
         "dense",
@@ -105,15 +108,19 @@ FOLDED = Lowering(
 )
 
 
-def choose_lowering(name: str, mode: str, target: Target = "onnxruntime") -> tuple[Lowering, str]:
-    """The lowering for a mode, and the reason for the plan; `auto` takes the table's first for the target that can.
+def choose_lowering(name: str, mode: str, target: Target = "onnxruntime", rank: int = 1) -> tuple[Lowering, str]:
+    """The lowering for a mode, and the reason for the plan; `auto` takes the table's first for the target and the rank.
 
     Raises:
         GuardError: unknown name, or one that cannot write this mode.
     """
     if name == "auto":
-        chosen = next(lowering for lowering in LOWERINGS if mode in lowering.modes and lowering.target == target)
-        return chosen, f"auto: {chosen.why}"
+        able = [lowering for lowering in LOWERINGS if mode in lowering.modes]
+        made_for = next(lowering for lowering in able if lowering.target == target)
+        if rank <= made_for.most_rank:
+            return made_for, f"auto: {made_for.why}"
+        chosen = next(lowering for lowering in able if rank <= lowering.most_rank)
+        return chosen, f"auto: {made_for.name} writes a chain for each row, too many at rank {rank}; {chosen.why}"
     by_name = {lowering.name: lowering for lowering in (*LOWERINGS, FOLDED)}
     if name not in by_name:
         raise GuardError(f"lowering {name!r} is unknown; choose one of auto, {', '.join(by_name)}")

@@ -20,7 +20,7 @@ from .lowering_gate import bounded, columns, combined_score, first_told, gate
 from .lowering_task import Gate, Task, Written
 from .reference import LayerGuard
 from .scribe import Scribe
-from .spec import MODES_WITH_READOUT, MODES_WITH_SUPERVISOR
+from .spec import MODES_WITH_READOUT
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def correction(scribe: Scribe, h: ir.Value, task: Task) -> Written:
         read = scribe.cast("read_float32", read, "float32")
     c = columns(scribe, "coordinates", read, 0, layer.rank) if mode in MODES_WITH_READOUT else read
     weights, opened = _WEIGHTS[mode](scribe, read, c, task, units)
-    coordinates = _told(scribe, c, units) if mode in MODES_WITH_SUPERVISOR else None
+    coordinates = _told(scribe, c, units) if task.supervisor is not None else None
     delta = _write(scribe, h, _at(scribe, weights, task.selected), layer, units, "float32", dtype)
     return Written(delta, coordinates, opened)
 
@@ -119,8 +119,11 @@ def _supervise(scribe: Scribe, read: ir.Value, c: ir.Value, task: Task, units: _
     return scribe.op("weights", "Mul", [made.opened, scribe.op("difference", "Sub", [wanted, present])]), made
 
 
-def _align(scribe: Scribe, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
-    """`g(a) (a - c)`; `a` comes unscaled."""
+def _align(scribe: Scribe, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate | None]:
+    """`g(a) (a - c)`; `a` comes unscaled, or is read from another row of `c`."""
+    if task.text_ends is not None:
+        text = scribe.op("text", "GatherND", [c, task.text_ends])
+        return scribe.op("difference", "Sub", [text, c]), None
     wanted = task.supervisor
     assert wanted is not None
     made = gate(scribe, first_told(scribe, task), task)

@@ -18,12 +18,12 @@ from .lowering_gate import bounded, columns, combined_score, first_told, gate
 from .lowering_task import Gate, Task, Written
 from .reference import LayerGuard
 from .scribe import Scribe
-from .spec import MODES_TOWARD_TEXT, MODES_WITH_READOUT, MODES_WITH_SUPERVISOR
+from .spec import MODES_TOWARD_TEXT, MODES_WITH_READOUT
 
 
 def correction(scribe: Scribe, h: ir.Value, task: Task) -> Written:
     """`delta = w_1 v_1 + ... + w_m v_m`; a closed gate makes each `w`, and so `delta`, exactly zero."""
-    mode, layer, dtype, supervisor = task.mode, task.layer, task.dtype, task.supervisor
+    layer, dtype = task.layer, task.dtype
     wide = h if dtype == "float32" else scribe.cast("stream_float32", h, "float32")
     rows = [scribe.constant(f"ssd_{number}", row, "float32") for number, row in enumerate(layer.ssd)]
     c = [_read(scribe, f"c_{number}", wide, row) for number, row in enumerate(rows)]
@@ -31,7 +31,7 @@ def correction(scribe: Scribe, h: ir.Value, task: Task) -> Written:
     opened = None if made is None else made.opened
     if task.selected is not None:
         opened = task.selected if opened is None else scribe.op("gate_selected", "Mul", [opened, task.selected])
-    w = _weights(scribe, mode, layer, c, opened, supervisor)
+    w = _weights(scribe, task, c, opened)
     edits = [scribe.op(f"edit_{number}", "Mul", [w[number], row]) for number, row in enumerate(rows)]
     delta = edits[0]
     for number, edit in enumerate(edits[1:], start=1):
@@ -41,7 +41,7 @@ def correction(scribe: Scribe, h: ir.Value, task: Task) -> Written:
     if dtype != "float32":
         delta = scribe.cast("delta", delta, dtype)
     delta.type, delta.shape = h.type, h.shape
-    return Written(delta, _coordinates(scribe, mode, c), made)
+    return Written(delta, _coordinates(scribe, task, c), made)
 
 
 def _read(scribe: Scribe, name: str, h: ir.Value, row: ir.Value) -> ir.Value:
@@ -51,8 +51,8 @@ def _read(scribe: Scribe, name: str, h: ir.Value, row: ir.Value) -> ir.Value:
 
 
 def _gate(scribe: Scribe, h: ir.Value, c: list[ir.Value], task: Task) -> Gate | None:
-    """`None` for `project`, which has none."""
-    if task.mode == "project":
+    """`None` for `project` and for paired rows, which have none."""
+    if task.mode == "project" or task.text_ends is not None:
         return None
     if task.mode in MODES_TOWARD_TEXT:
         return gate(scribe, first_told(scribe, task), task)
@@ -64,22 +64,15 @@ def _gate(scribe: Scribe, h: ir.Value, c: list[ir.Value], task: Task) -> Gate | 
     return gate(scribe, combined_score(scribe, _read(scribe, "score_read", h, readout), task), task)
 
 
-def _weights(
-    scribe: Scribe,
-    mode: str,
-    layer: LayerGuard,
-    c: list[ir.Value],
-    opened: ir.Value | None,
-    supervisor: ir.Value | None,
-) -> list[ir.Value]:
+def _weights(scribe: Scribe, task: Task, c: list[ir.Value], opened: ir.Value | None) -> list[ir.Value]:
     """The numbers of `w`, each `[..., 1]` float32."""
+    mode, layer, supervisor = task.mode, task.layer, task.supervisor
     if mode == "project":
         wanted = [scribe.op(f"minus_c_{number}", "Neg", [value]) for number, value in enumerate(c)]
     elif mode in MODES_WITH_READOUT:
         wanted = _to_the_target(scribe, layer, c)
     elif mode == "align":
-        assert supervisor is not None
-        wanted = _to_the_text(scribe, layer, c, supervisor)
+        wanted = _to_the_text(scribe, task, c)
     else:
         alpha = scribe.constant("alpha", np.array(layer.alpha), "float32")
         if mode == "steer":
@@ -121,12 +114,14 @@ def _to_the_supervisor(
     return wanted
 
 
-def _to_the_text(scribe: Scribe, layer: LayerGuard, c: list[ir.Value], supervisor: ir.Value) -> list[ir.Value]:
+def _to_the_text(scribe: Scribe, task: Task, c: list[ir.Value]) -> list[ir.Value]:
     """`a - c`"""
-    return [
-        scribe.op(f"wanted_{number}", "Sub", [_told(scribe, layer, supervisor, number), value])
-        for number, value in enumerate(c)
-    ]
+    if task.text_ends is not None:
+        text = [scribe.op(f"text_{number}", "GatherND", [value, task.text_ends]) for number, value in enumerate(c)]
+    else:
+        assert task.supervisor is not None
+        text = [_told(scribe, task.layer, task.supervisor, number) for number in range(len(c))]
+    return [scribe.op(f"wanted_{number}", "Sub", both) for number, both in enumerate(zip(text, c, strict=True))]
 
 
 def _told(scribe: Scribe, layer: LayerGuard, supervisor: ir.Value, number: int) -> ir.Value:
@@ -134,8 +129,8 @@ def _told(scribe: Scribe, layer: LayerGuard, supervisor: ir.Value, number: int) 
     return columns(scribe, f"a_{number}", supervisor, number, number + 1) if layer.rank > 1 else supervisor
 
 
-def _coordinates(scribe: Scribe, mode: str, c: list[ir.Value]) -> ir.Value | None:
-    """`c` side by side; only modes with a supervisor tell it to anybody."""
-    if mode not in MODES_WITH_SUPERVISOR:
+def _coordinates(scribe: Scribe, task: Task, c: list[ir.Value]) -> ir.Value | None:
+    """`c` side by side, where the text-only pass must output it."""
+    if task.supervisor is None:
         return None
     return c[0] if len(c) == 1 else scribe.op("coordinates", "Concat", c, axis=-1)

@@ -18,6 +18,7 @@ class Task:
         layer: its numbers.
         dtype: of the stream.
         supervisor: the text-only coordinates `[batch, 1, m]` float32 (modes with a supervisor).
+        text_ends: in place of them, where each row's text-only prompt ends: (row, position) `[batch, 1, 2]` int64 (`pairs`).
         selected: what the weights are multiplied with, in the dtype that the lowering `selects`: `[batch, sequence, 1]` of 0
             and 1, the tokens to edit, times the strength where the guard has that knob (a scalar, if all tokens are
             edited); `None` for all tokens as calibrated.
@@ -32,6 +33,7 @@ class Task:
     selected: ir.Value | None = None
     offset: ir.Value | None = None
     held: Held | None = None
+    text_ends: ir.Value | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Written:
     Attributes:
         delta: of `h' = h + delta`, in the stream's dtype.
         coordinates: `c`, `[batch, sequence, m]` float32; `None` where nobody asks for them.
-        gate: `None` for `project`.
+        gate: `None` where every selected token is edited: `project`, and paired rows.
     """
 
     delta: ir.Value

@@ -20,6 +20,7 @@ from .directions import Directions, LayerDirections
 from .errors import DirectionMismatch, GuardError
 from .fold import find_writers
 from .lowering import FOLDED, choose_lowering
+from .pairs import require_pairs
 from .reference import SUPERVISED_ABOVE, LayerGuard
 from .scribe import PREFIX
 from .separation import Separation, recorded_separations, warnings_of
@@ -95,7 +96,7 @@ class GuardPlan:
         sites: one per guarded layer and body, by layer; the bodies share one `LayerGuard`.
         notes: what a person should know, each a sentence.
         knobs: names of the inputs with defaults, empty without `--knobs`.
-        telemetry, gate: as in `GuardSpec`.
+        telemetry, gate, supervisor: as in `GuardSpec`.
         separation: how well each guarded layer's direction separates harmful from harmless prompts, where that is known.
     """
 
@@ -112,6 +113,7 @@ class GuardPlan:
     telemetry: bool = False
     gate: str = "token"
     separation: tuple[Separation, ...] = ()
+    supervisor: str = "input"
 
     def with_separation(self, found: tuple[Separation, ...]) -> GuardPlan:
         """The plan with other figures, and the warnings that they give."""
@@ -145,17 +147,27 @@ class GuardPlan:
         return self.positions == "prompt"
 
     @property
+    def paired(self) -> bool:
+        """Whether the text-only coordinates come from another row of the batch (`graphs.pairs`)."""
+        return self.supervisor == "rows"
+
+    @property
+    def takes_supervisor(self) -> bool:
+        """Whether the graph takes the text-only coordinates as an input, and outputs its own."""
+        return self.mode in MODES_WITH_SUPERVISOR and not self.paired
+
+    @property
     def added_inputs(self) -> tuple[str, ...]:
         """In their order; the knobs come last, because they may be left out."""
         name = PROMPT_SUPERVISOR_INPUT if self.edits_prompt_end else SUPERVISOR_INPUT
-        supervisor = (name,) if self.mode in MODES_WITH_SUPERVISOR else ()
+        supervisor = (name,) if self.takes_supervisor else ()
         return (*supervisor, *((PAST_GATE_INPUT,) if self.gate == "prompt" else ()), *self.knobs)
 
     @property
     def added_outputs(self) -> tuple[str, ...]:
         """In their order."""
         told = {
-            COORDINATES_OUTPUT: self.mode in MODES_WITH_SUPERVISOR,
+            COORDINATES_OUTPUT: self.takes_supervisor,
             SCORES_OUTPUT: self.telemetry,
             PRESENT_GATE_OUTPUT: self.gate == "prompt",
         }
@@ -177,6 +189,7 @@ class GuardPlan:
             "layers": list(self.layers),
             "added_inputs": list(self.added_inputs),
             "added_outputs": list(self.added_outputs),
+            **({"supervisor": self.supervisor} if self.paired else {}),
             "sites": [site.to_json(self.mode) for site in self.sites],
             "notes": list(self.notes),
             **({"separation": [one.to_json() for one in self.separation]} if self.separation else {}),
@@ -195,7 +208,9 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
     mode, notes = _mode(spec, directions)
     layers, why_layers = _layers(spec, directions, anatomy, mode)
     notes += why_layers
-    lowering, reason = choose_lowering(spec.lowering, mode, spec.target)
+    ranks = [layer.ssd.shape[0] for number, layer in directions.layers.items() if number in layers]
+    rank = spec.rank or max(ranks, default=1)
+    lowering, reason = choose_lowering(spec.lowering, mode, spec.target, rank)
     spec.require_dials(mode)
     knobs = knobs_of(mode) if spec.knobs else ()
     if knobs:
@@ -208,6 +223,8 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
     separation = () if spec.direction_of is not None else _recorded(directions, tuple(guards))
     mask = _mask(model, spec, mode)
     _require_expressible(model, sites, mode)
+    if spec.supervisor == "rows":
+        notes.append(require_pairs(model.graph, mask))
     if lowering is FOLDED:
         notes += _require_foldable(model, anatomy, sites, spec)
     notes += _quantized_behind(model, sites)
@@ -234,6 +251,7 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
         telemetry=spec.telemetry,
         gate=spec.gate,
         separation=separation,
+        supervisor=spec.supervisor,
     )
 
 
@@ -404,7 +422,6 @@ def _layers(
             )
         return tuple(sorted(set(spec.layers))), [f"layers {_spell(spec.layers)} as asked"]
     # layers that were chosen for another mode's edit say nothing of this one's
-    # layers that were chosen for another mode's edit say nothing of this one's
     if mode == "align" and not (directions.mode == "align" and directions.recommended_layers):
         return _later_layers(directions, anatomy.layer_count)
     if directions.recommended_layers:
@@ -478,7 +495,7 @@ def _readout(number: int, layer: LayerDirections, mode: str, notes: list[str]) -
 
 def _threshold(number: int, layer: LayerDirections, spec: GuardSpec, mode: str, notes: list[str]) -> float:
     if mode == "align":
-        return float(np.float32(SUPERVISED_ABOVE))
+        return -np.inf if spec.supervisor == "rows" else float(np.float32(SUPERVISED_ABOVE))
     if mode not in MODES_WITH_GATE:
         return 0.0
     if spec.tau is not None:

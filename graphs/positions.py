@@ -47,21 +47,41 @@ class LastToken:
     @cached_property
     def pairs(self) -> ir.Value:
         """`[batch, 2]` int64, (row, position): what GatherND reads by."""
-        rows = self._op("rows", "Range", [self._zero, self._batch, self._one])
-        row_column = self._op("row_column", "Unsqueeze", [rows, self._integers(1)])
+        row_column = self._op("row_column", "Unsqueeze", [self.rows, self._integers(1)])
         column = self._column
         if self._earlier is not None:
             column = self._op("read_column", "Max", [self._earlier, self._zero])
         return self._op("pairs", "Concat", [row_column, column], axis=1)
 
     @cached_property
+    def here(self) -> ir.Value:
+        """`[batch, 1]` bool: whether the row has a token in this call, as the mask shows it."""
+        return self._op("here", "Less", [self._behind, self._length])
+
+    @cached_property
+    def rows(self) -> ir.Value:
+        """`[batch]` int64: the numbers of the rows."""
+        return self._op("rows", "Range", [self._zero, self._batch, self._one])
+
+    @cached_property
+    def length(self) -> ir.Value:
+        """Int64: tokens of this call."""
+        return self._length
+
+    @cached_property
     def selected(self) -> ir.Value:
         """`[batch, sequence, 1]` bool: what an edit is multiplied with, once cast to the stream's dtype."""
+        return self.selected_in(None)
+
+    def selected_in(self, rows: ir.Value | None) -> ir.Value:
+        """`selected` of some rows, `[batch, 1]` bool; `None` for all. To be called once."""
         places = self._op("places", "Range", [self._zero, self._length, self._one])
         is_last = self._op("is_last", "Equal", [places, self._column])  # [sequence] against [batch, 1]
         if self._earlier is not None:
             is_earlier = self._op("is_earlier", "Equal", [places, self._earlier])
             is_last = self._op("is_either", "Or", [is_last, is_earlier])
+        if rows is not None:
+            is_last = self._op("is_edited", "And", [is_last, rows])
         # Reshaped to the stream's own sizes, not unsqueezed: a mask's sizes have other names, and TensorRT no longer fuses
         # the attention behind a stream whose sizes it is not sure of (docs/tensorrt.md).
         leading = self._op("leading_sizes", "Slice", [self._shape, self._integers(0), self._integers(2)])
@@ -75,12 +95,15 @@ class LastToken:
             row = self._op("batch_shape", "Unsqueeze", [self._batch, self._integers(0)])
             last = self._op("last", "Expand", [self._last_index, row])
             return self._op("last_column", "Unsqueeze", [last, self._integers(1)])
-        behind = self._op("behind", "Sub", [self._end, self._attended_to])
         # a multiplication and no Where, which TensorRT does not fuse with the rest
-        here = self._op("here", "Less", [behind, self._length])
-        here = self._op("here_int", "Cast", [here], to=int(ir.DataType.INT64))
-        behind = self._op("behind_here", "Mul", [behind, here])
+        here = self._op("here_int", "Cast", [self.here], to=int(ir.DataType.INT64))
+        behind = self._op("behind_here", "Mul", [self._behind, here])
         return self._op("last", "Sub", [self._last_index, behind])
+
+    @cached_property
+    def _behind(self) -> ir.Value:
+        """`[batch, 1]` int64: how many columns before the end of the call the row's last token is."""
+        return self._op("behind", "Sub", [self._end, self._attended_to])
 
     @cached_property
     def _earlier(self) -> ir.Value | None:

@@ -36,7 +36,7 @@ class LayerGuard:
         origin: `[m]`, where the coordinates start (`supervise`).
         target: `[m]`, the level that the language model has for harmful text (`restore`, `combined`).
         readout: `[d]`, what the gate of `restore` and `combined` reads.
-        threshold: the gate opens above it (`align`: `SUPERVISED_ABOVE`).
+        threshold: the gate opens above it (`align`: `SUPERVISED_ABOVE`; with paired rows minus infinity, there is no gate).
         alpha: strength (`steer`, `supervise`).
         text_shift: brings the text-only query's first coordinate to the readout's scale, so that one threshold serves both
             (`combined`).
@@ -152,6 +152,35 @@ def guard(
     """
     delta = weights(mode, layer, h, supervisor, dials) @ layer.ssd
     return h + (delta if selected is None else delta * selected)
+
+
+def text_rows(batch: int) -> np.ndarray:
+    """`[batch]` int: the row that holds each row's text-only prompt where rows are paired: the even one of its pair."""
+    index = np.arange(batch)
+    return index - index % 2
+
+
+def paired_rows(mask: np.ndarray, length: int | None = None, past: int = 0) -> np.ndarray:
+    """`[batch, 1, 1]` of 0 and 1: the rows that a call edits where rows are paired; arguments as in `last_token`.
+
+    Odd rows, in a call of more than one token, if they and their text-only rows have a token in it.
+    """
+    tokens = mask.shape[1] if length is None else length
+    here = call_end(mask, tokens, past) - _attended_to(mask) < tokens
+    index, text = np.arange(len(mask)), text_rows(len(mask))
+    edited = (index != text) & here & here[text] & (tokens > 1)
+    return edited.astype(np.float32)[:, None, None]
+
+
+def text_coordinates(layer: LayerGuard, h: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """`[batch, 1, m]`: the supervisor of paired rows, each row's text-only row at its last token.
+
+    Args:
+        h: hidden states of the call, `[batch, sequence, d]`.
+        last: of `last_index`, `[batch]`.
+    """
+    rows = text_rows(len(h))
+    return (h[rows, last[rows]] @ layer.ssd.T)[:, None]
 
 
 def last_token(

@@ -36,6 +36,7 @@ from .errors import GuardIncomplete
 from .fold import FOLD, fold
 from .lowering import LOWERINGS, Lowering
 from .lowering_task import Held, Task, Written
+from .pairs import SUPERVISOR_KEY, PairedRows
 from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan, SitePlan, require_unguarded
 from .positions import LastToken
 from .scribe import Scribe
@@ -114,6 +115,7 @@ class _Edit:
     lowering: Lowering
     given: dict[str, ir.Value] = field(default_factory=dict)
     ends: ir.Value | None = None
+    text_ends: ir.Value | None = None
     offset: ir.Value | None = None
     held: Held | None = None
     selections: dict[str, ir.Value] = field(default_factory=dict)
@@ -252,7 +254,7 @@ def _task(edit: _Edit, planned: SitePlan, scribe: Scribe) -> Task:
     selected = edit.selections.get(edit.lowering.selects(mode, dtype))
     supervisor, row = _supervisor(edit, scribe, planned), edit.plan.layers.index(planned.layer_index)
     held = None if edit.held is None else held_at(scribe, edit.held, row)
-    return Task(mode, planned.guard, dtype, supervisor, selected, edit.offset, held)
+    return Task(mode, planned.guard, dtype, supervisor, selected, edit.offset, held, edit.text_ends)
 
 
 def _sum(scribe: Scribe, residual: ir.Value, branch: ir.Value, bias: ir.Value | None) -> ir.Value:
@@ -302,12 +304,16 @@ def _find_last_token(edit: _Edit) -> None:
     assert stream is not None, "dissect refuses such a site"
     scribe = edit.scribe("positions")
     last = LastToken(scribe, stream, call_inputs(edit.model.graph) if edit.plan.mask else CallInputs())
+    pairs = PairedRows(scribe, last) if edit.plan.paired else None
     if edit.plan.edits_last:
+        places = last.selected if pairs is None else last.selected_in(pairs.edited)
         for dtype in _selected_dtypes(edit):
-            selected = scribe.cast(f"selected_{dtype}", last.selected, dtype)
+            selected = scribe.cast(f"selected_{dtype}", places, dtype)
             edit.selections[dtype] = _with_strength(edit, scribe, selected, dtype)
     if edit.plan.added_outputs:
         edit.ends = last.pairs
+    if pairs is not None:
+        edit.text_ends = pairs.text_ends
     _share(edit, scribe)
 
 
@@ -442,6 +448,7 @@ def _sign(model: ir.Model, plan: GuardPlan) -> None:
             "vlmguard.layers": ",".join(map(str, plan.layers)),
             "vlmguard.positions": plan.positions,
             "vlmguard.lowering": plan.lowering,
+            **({SUPERVISOR_KEY: "rows"} if plan.paired else {}),
         }
     )
 

@@ -17,12 +17,14 @@ Mode = Literal["project", "steer", "supervise", "restore", "combined", "align"]
 Positions = Literal["all", "last", "prompt"]
 Target = Literal["onnxruntime", "tensorrt"]
 Decided = Literal["token", "prompt"]
+Supervisor = Literal["input", "rows"]
 
 MODES: tuple[str, ...] = get_args(Mode)
 POSITIONS: tuple[str, ...] = get_args(Positions)
 TARGETS: tuple[str, ...] = get_args(Target)
 GATES: tuple[str, ...] = get_args(Decided)
-MAX_RANK = 8
+SUPERVISORS: tuple[str, ...] = get_args(Supervisor)
+MAX_RANK = 64  # what it costs: docs/method.md, section "Lowerings"
 # A threshold beyond it is passed by every score or by none, and in float32 it could be infinite. The sentinel of a
 # listening pass (`reference.LISTEN`, -1e30) must stay below every threshold.
 LARGEST_TAU = 1e29
@@ -38,6 +40,8 @@ MODES_TOWARD_TEXT = frozenset({"supervise", "align"})
 # Modes that can edit the prompt's end alone, and modes that never edit anything else.
 MODES_AT_PROMPT_END = frozenset({"supervise", "align"})
 MODES_ONLY_AT_PROMPT_END = frozenset({"align"})
+# Modes that can read the text-only coordinates from another row of the batch.
+MODES_WITH_ROWS = frozenset({"align"})
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class GuardSpec:
             follows the directions file: calibrated ones mean `restore`, an SSD alone means `project`.
         layers: decoder layers, 0-based: layer `l` is guarded where its output leaves it (`hidden_states[l + 1]` in
             Hugging Face terms). `None` means those of the directions file.
-        rank: how many rows of the SSD to use, 1..8. `None` means all that the file has.
+        rank: how many rows of the SSD to use, 1..64. `None` means all that the file has.
         alpha: strength of `steer` and `supervise`; not negative, because a negative strength removes safety.
         tau: gate threshold of every mode but `project` and `align`, for every guarded layer (of `combined`: the readout's).
         positions: `last` edits the last token of each call (the end of the prompt, then each new token); `all` every
@@ -61,6 +65,8 @@ class GuardSpec:
         knobs: strength and threshold offset become inputs with defaults, for an app to set at each call (`graphs.dials`).
         telemetry: one output more, the score of each guarded layer's gate at the last token.
         gate: decided at every `token`, or at the end of the `prompt` and held for the whole answer.
+        supervisor: where `align` takes the text-only coordinates from: an `input` of the graph, or paired `rows`: row 2i of
+            a batch is the text-only prompt, row 2i + 1 the same prompt with its image (`graphs.pairs`).
     """
 
     mode: Mode | None = None
@@ -75,6 +81,7 @@ class GuardSpec:
     knobs: bool = False
     telemetry: bool = False
     gate: Decided = "token"
+    supervisor: Supervisor = "input"
 
     def __post_init__(self) -> None:
         if self.mode is not None and self.mode not in MODES:
@@ -85,6 +92,8 @@ class GuardSpec:
             raise GuardError(f"target {self.target!r} is unknown; choose one of {', '.join(TARGETS)}")
         if self.gate not in GATES:
             raise GuardError(f"gate {self.gate!r} is unknown; choose one of {', '.join(GATES)}")
+        if self.supervisor not in SUPERVISORS:
+            raise GuardError(f"supervisor {self.supervisor!r} is unknown; choose one of {', '.join(SUPERVISORS)}")
         if self.knobs and self.target == "tensorrt":
             raise GuardError(
                 "knobs are refused for TensorRT: an engine has no inputs with defaults, so every caller would have to feed "
@@ -118,6 +127,8 @@ class GuardSpec:
             )
         if self.positions == "all" and mode in MODES_ONLY_AT_PROMPT_END:
             raise GuardError(f"mode {mode} edits the end of the prompt and no other token; leave --positions out")
+        if self.supervisor == "rows" and mode not in MODES_WITH_ROWS:
+            raise GuardError(f"mode {mode} does not read paired rows; leave --supervisor out, or choose align")
         if mode == "align" and self.telemetry:
             raise GuardError("mode align has no score to show: it has no threshold; leave --telemetry out")
         if mode == "align" and self.gate == "prompt":

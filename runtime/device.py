@@ -75,6 +75,30 @@ class DeviceOutputs(Mapping[str, np.ndarray]):
         return len(self.tensors)
 
 
+class SomeRows(Mapping[str, np.ndarray]):
+    """Some rows of a call's outputs, each `[batch, ...]`; none is copied to the host before it is read.
+
+    Attributes:
+        outputs: those of all rows.
+        rows: which.
+    """
+
+    def __init__(self, outputs: Mapping[str, np.ndarray], rows: slice) -> None:
+        self.outputs, self.rows = outputs, rows
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.outputs[name][self.rows]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.outputs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.outputs)
+
+    def __len__(self) -> int:
+        return len(self.outputs)
+
+
 def where_it_is(outputs: Mapping[str, np.ndarray], name: str) -> Tensor:
     """One output without a copy: on the device if that is where it was computed."""
     return outputs.tensors[name] if isinstance(outputs, DeviceOutputs) else outputs[name]
@@ -85,6 +109,8 @@ def last(outputs: Mapping[str, np.ndarray], name: str) -> np.ndarray:
 
     The logits of a prompt of 2000 tokens are half a gigabyte for a vocabulary of 128000 in fp16, of which one row counts.
     """
+    if isinstance(outputs, SomeRows):
+        return last(outputs.outputs, name)[outputs.rows]
     found = where_it_is(outputs, name)
     if isinstance(found, DeviceTensor):
         return found.last() if len(found.shape) == 3 else found.numpy()

@@ -38,7 +38,9 @@ class GuardedVLM(VisionLanguageModel):
     ) -> None:
         if open_part is None:
             require_guard(package, manifest)
-        super().__init__(package, runtime=runtime, open_part=open_part, pads=pads)
+        # an engine's graph cannot be read
+        pairs = None if open_part is None else manifest.plan.get("supervisor") == "rows"
+        super().__init__(package, runtime=runtime, open_part=open_part, pads=pads, pairs=pairs)
         self.manifest = manifest
 
     @classmethod

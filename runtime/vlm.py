@@ -2,7 +2,8 @@
 
 `VisionLanguageModel` puts the parts together: tokenizer and chat template, image preprocessing, vision encoder, token
 embeddings, decoder with KV cache. A decoder that takes `input_ids` needs only the first and the last. For a graph in
-mode `supervise` each batch is run twice: a short text-only pass gives the coordinates, the real pass takes them.
+mode `supervise` each batch is run twice: a short text-only pass gives the coordinates, the real pass takes them. For a
+graph that reads paired rows the text-only prompts go into the same call.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from PIL import Image
 from ..graphs.dials import SCORES_OUTPUT
 from ..graphs.errors import GuardError, ModelUnreadable, RunFailed
 from ..graphs.package import ModelPackage
+from ..graphs.pairs import reads_pairs
 from .chat import ChatTokenizer, Turn
-from .decoder import DecoderSession, PromptBatch, can_pad, open_decoder
+from .decoder import DecoderSession, DecoderState, PromptBatch, can_pad, open_decoder
 from .decoder_place import DecoderPlace
 from .deepstack import scatter
-from .device import Tensor
+from .device import SomeRows, Tensor
 from .images import open_image
 from .knobs import AS_EXPORTED, Knobs
+from .pairs import PROMPTS, interleaved, rows_of
 from .positions_mrope import mrope_positions
 from .prompt_images import PromptImages
 from .runners import Runner, open_runner
@@ -149,6 +152,7 @@ class VisionLanguageModel:
         optimize: whether the runtime may optimise the decoder's graph.
         open_part: opens the package's files in place of the runtime (engines, each against its digest).
         pads: whether rows of different lengths may share a batch; default: what the decoder's graph says.
+        pairs: whether the decoder's guard reads paired rows; default: what its graph says.
         place: where the decoder is opened when it is needed, and closed when another takes the place; default: it is opened
             here and stays.
         wrap: what the decoder's runner is put into, each time that it is opened.
@@ -166,6 +170,7 @@ class VisionLanguageModel:
         optimize: bool = True,
         open_part: OpenPart | None = None,
         pads: bool | None = None,
+        pairs: bool | None = None,
         place: DecoderPlace | None = None,
         wrap: Callable[[Runner], Runner] | None = None,
     ) -> None:
@@ -176,9 +181,11 @@ class VisionLanguageModel:
         self._runs_part = open_part is not None and decoder is None
         self._session: DecoderSession | None = None
         self._open_part = open_part or (lambda path: open_runner(path, path.parent, runtime))
-        if pads is None:
-            pads = can_pad((package.load_decoder() if decoder is None else decoder).graph)
-        self.pads = pads
+        if pads is None or pairs is None:
+            graph = package.load_decoder() if decoder is None else decoder
+            pads = can_pad(graph.graph) if pads is None else pads
+            pairs = reads_pairs(graph) if pairs is None else pairs
+        self.pads, self.pairs = pads, pairs
         if place is None:
             self._session = self._opened()
 
@@ -300,8 +307,18 @@ class VisionLanguageModel:
 
     def prefill(self, requests: Sequence[Request], batch: PromptBatch | None = None) -> Mapping[str, np.ndarray]:
         """All outputs of the decoder for one batch of prompts; requests must fit in one batch."""
+        return self._prefill(requests, batch)[0]
+
+    def _prefill(
+        self, requests: Sequence[Request], batch: PromptBatch | None, dials: Mapping[str, Tensor] | None = None
+    ) -> tuple[Mapping[str, np.ndarray], DecoderState]:
+        """The prompts' call, with the text-only prompts before or beside them where the guard takes these."""
         batch = self.batch(requests) if batch is None else batch
-        return self.decoder.prefill(batch, self.supervise(requests))[0]
+        if not self.pairs or _is_text_alone(requests):
+            return self.decoder.prefill(batch, self.supervise(requests), dials)
+        texts = self.batch([request.text_only for request in requests])
+        outputs, state = self.decoder.prefill(interleaved(texts, batch, left=self.pads), None, dials)
+        return SomeRows(outputs, PROMPTS), rows_of(state, PROMPTS)
 
     def supervise(self, requests: Sequence[Request]) -> Tensor | None:
         """The text-only pass of a supervised graph: coordinates `[batch, layers, m]`; `None` for any other graph.
@@ -403,8 +420,7 @@ class VisionLanguageModel:
             GuardError: a knob is to be turned that the graph does not have.
         """
         choose, dials = choose or Chooser(sampling), knobs.feeds(self.decoder.knobs)
-        batch = self.batch(requests) if batch is None else batch
-        outputs, state = self.decoder.prefill(batch, self.supervise(requests), dials)
+        outputs, state = self._prefill(requests, batch, dials)
         alive = [True] * len(requests)
         for number in range(sampling.max_new_tokens):
             chosen = choose(self.decoder.last_logits(outputs))
@@ -418,6 +434,11 @@ class VisionLanguageModel:
     def step_embeds(self, column: np.ndarray) -> np.ndarray | None:
         """Embeddings `[batch, 1, d]` of one token per row, `[batch, 1]`; `None` where the decoder takes tokens."""
         return self._embeds(column) if self.takes_embeds else None
+
+
+def _is_text_alone(requests: Sequence[Request]) -> bool:
+    """One request without an image: a row without a partner, which no guard of paired rows edits."""
+    return len(requests) == 1 and requests[0].image is None
 
 
 class Chooser:

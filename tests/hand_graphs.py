@@ -85,7 +85,7 @@ class _Draft:
 
 
 def initializer(name: str, array: np.ndarray, dtype: str) -> ir.Value:
-    tensor = ir.Tensor(np.asarray(array).astype(NUMPY_DTYPES[dtype]), name=name)
+    tensor = ir.Tensor(np.asarray(array).astype(NUMPY_DTYPES.get(dtype, dtype)), name=name)
     return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
 
 
@@ -97,6 +97,7 @@ def decoder(
     opset: int = 18,
     seed: int = 0,
     hidden: bool = True,
+    cache: bool = False,
 ) -> ir.Model:
     """A decoder that takes `inputs_embeds` and gives `logits` and (the last layer's sum) `hidden`.
 
@@ -109,6 +110,7 @@ def decoder(
         opset: of the graph.
         seed: of the weights.
         hidden: whether the last layer's sum is an output; without it a fused last layer has no such value at all.
+        cache: whether there is a KV cache `[batch, 1, past, width]`, which grows by the embeddings and is not attended to.
     """
     draft = _Draft(dtype, seed)
     inputs = [_input("inputs_embeds", IR_DTYPES[dtype], ["batch", "sequence", WIDTH])]
@@ -126,6 +128,19 @@ def decoder(
     if hidden:
         stream.shape = ir.Shape(["batch", "sequence", WIDTH])
         outputs.append(stream)
+    if cache:
+        past = _input("past_key_values.0.key", IR_DTYPES[dtype], ["batch", 1, "past", WIDTH])
+        inputs.append(past)
+        axes = initializer("cache_axes", np.array([1]), "int64")
+        draft.initializers.append(axes)
+        present = draft.node("Unsqueeze", [inputs[0], axes], "new_keys")
+        present = ir.node("Concat", [past, present], {"axis": 2}, name="make present").outputs[0]
+        present.name, present.type = "present.0.key", ir.TensorType(IR_DTYPES[dtype])
+        present.shape = ir.Shape(["batch", 1, "total", WIDTH])
+        node = present.producer()
+        assert node is not None
+        draft.nodes.append(node)
+        outputs.append(present)
     imports = {"": opset} | ({} if kind == "add" else {"com.microsoft": 1})
     graph = ir.Graph(
         inputs, outputs, nodes=draft.nodes, initializers=draft.initializers, opset_imports=imports, name="hand"

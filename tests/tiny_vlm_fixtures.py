@@ -22,7 +22,7 @@ from vlmguard.exporter.prompts.picture_paths import PICTURE_FOLDERS
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
     """`guarded("restore")`: the folder that a plain `export` writes; `guarded("supervise")`: the same in that mode;
     `guarded("combined")`: calibrated on typographic prompts too; `guarded("dials")`: the first one's directions, with every
-    dial that there is.
+    dial that there is; `guarded("rows")`: the directions of `align`, and paired rows.
 
     Calibrating takes seconds, so that the workers of pytest-xdist share one folder.
     """
@@ -37,6 +37,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
         "supervise": vlmguard.GuardSpec(mode="supervise"),
         "combined": vlmguard.GuardSpec(mode="combined"),
         "align": vlmguard.GuardSpec(mode="align"),
+        "rows": vlmguard.GuardSpec(mode="align", supervisor="rows"),
         "dials": vlmguard.GuardSpec(knobs=True, telemetry=True, gate="prompt"),
     }
 
@@ -46,7 +47,8 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
             if not out.exists():
                 # What the example was before: a test compares it with what it is afterwards.
                 (root / f"{mode}-before.json").write_text(json.dumps(digests(EXAMPLE)))
-                directions = get("restore") / "directions.safetensors" if mode == "dials" else None
+                of = {"dials": "restore", "rows": "align"}.get(mode)
+                directions = get(of) / "directions.safetensors" if of is not None else None
                 both = [CALIBRATION, CALIBRATION_SIGNS] if mode == "combined" else None
                 vlmguard.export(SOURCE, out, spec=wishes[mode], directions=directions, calibration=both)
         return out

@@ -264,7 +264,7 @@ def _spec(path: Path, guard: Mapping[str, Any]) -> GuardSpec:
 
 
 _KINDS: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("mode", "positions", "lowering", "target", "gate"), (str,)),
+    **dict.fromkeys(("mode", "positions", "lowering", "target", "gate", "supervisor"), (str,)),
     **dict.fromkeys(("rank", "direction_of"), (int,)),
     **dict.fromkeys(("alpha", "tau"), (int, float)),
     **dict.fromkeys(("knobs", "telemetry"), (bool,)),

@@ -27,6 +27,7 @@ from ...graphs.manifest import (
     require_intact,
 )
 from ...graphs.package import ModelPackage, external_files, load_graph
+from ...graphs.pairs import reads_pairs
 from ...graphs.roles import input_roles
 from ...graphs.scribe import PREFIX
 from ...graphs.staging import bring, create_file, require_writable, staged
@@ -188,8 +189,13 @@ def plan_parts(
     settled = {role: bool(settle_sizes(model)) for role, (_, model) in loaded.items()}
     decoder = loaded["decoder"][1].graph
     limit, caches = package.longest_sequence, bool(input_roles(decoder).states)
-    chosen = tuple(profiles) or default_profiles(limit, caches)
+    pairs = reads_pairs(loaded["decoder"][1])
+    chosen = tuple(profiles) or default_profiles(limit, caches, pairs)
     require_within(chosen, limit)
+    if pairs and all(profile.batch.largest < 2 for profile in chosen):
+        raise GuardError(
+            f"{package.decoder}: its guard reads pairs of rows, and no profile has 2; write it as prefill:batch=1:2:2,..."
+        )
     unknown = given.keys() - {value.name for _, model in loaded.values() for value in model.graph.inputs}
     if unknown:
         raise GuardError(

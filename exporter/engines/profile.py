@@ -99,17 +99,19 @@ class EngineProfile:
         return {"name": self.name, "batch": str(self.batch), "sequence": str(self.sequence), "past": str(self.past)}
 
 
-def default_profiles(limit: int | None, caches: bool) -> tuple[EngineProfile, ...]:
-    """Prefill of up to 2048 tokens and decode on up to 4096, up to 4 rows; less where the model ends earlier.
+def default_profiles(limit: int | None, caches: bool, pairs: bool = False) -> tuple[EngineProfile, ...]:
+    """Prefill of up to 2048 tokens and decode on up to 4096, up to 4 prompts; less where the model ends earlier.
 
     Args:
         limit: longest sequence that the model knows (`max_position_embeddings`), if that is known.
         caches: whether the decoder has a KV cache; without one each call is a prefill.
+        pairs: whether each prompt takes two rows of the prefill (`graphs.pairs`).
     """
     longest = min(limit or 4096, 4096)
     batch = Span(1, 1, 4)
     prompt = min(longest, 2048)
-    prefill = EngineProfile("prefill", batch, Span(1, min(256, prompt), prompt), Span(0, 0, 0))
+    rows = Span(1, 2, 2 * batch.largest) if pairs else batch
+    prefill = EngineProfile("prefill", rows, Span(1, min(256, prompt), prompt), Span(0, 0, 0))
     if not caches:
         return (replace(prefill, sequence=Span(1, min(256, longest), longest)),)
     past = max(longest - 1, 1)

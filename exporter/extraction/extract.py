@@ -50,7 +50,7 @@ def extract_all_layers(
         model: unguarded.
         anatomy: of its decoder.
         pairs: anchors.
-        rank: rows to keep per layer, 1..8; never more than there are pairs.
+        rank: rows to keep per layer, 1..64; never more than there are pairs.
         batch_size: prompts per pass.
         progress: told after each batch.
         estimator: of row 1, a name of `estimators.ESTIMATORS`.

@@ -39,6 +39,10 @@ def require_page_model(sides: Sides) -> None:
         raise GuardError(
             f"{root}: is laid out as {package.layout}; the page runs folders of the onnx-community layout alone"
         )
+    if sides.plan.paired:
+        raise GuardError(
+            f"{root}: its guard reads pairs of rows, and the page runs one prompt a call; export with --supervisor input"
+        )
     if package.vision_encoder is None or package.embed_tokens is None:
         raise GuardError(
             f"{root}: has no vision encoder or no embed_tokens graph; the page runs vision-language models alone"

@@ -60,6 +60,7 @@ def values_of(plan: GuardPlan) -> dict[str, Any]:
         "guard.positions": plan.positions,
         "guard.lowering": plan.lowering,
         "guard.gate": plan.gate,
+        "guard.supervisor": plan.supervisor,
         "guard.knobs": bool(plan.knobs),
         "guard.telemetry": plan.telemetry,
     }

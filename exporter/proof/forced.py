@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from ...graphs.pairs import STEP_TOKENS
 from ...graphs.plan import GuardPlan
 from ...graphs.reference import SUPERVISED_ABOVE
 from ...graphs.scribe import PREFIX
@@ -21,9 +22,12 @@ def forced_threshold(plan: GuardPlan, is_open: bool) -> float:
 
 
 def force_gates(model: ir.Model, plan: GuardPlan, is_open: bool) -> None:
-    """Set a guarded graph's gates open or closed for good; `project` has no gate, so closed means zero strength."""
+    """Set a guarded graph's gates open or closed for good; `project` has no gate, so closed means zero strength. Paired rows
+    have none either: closed means that no call is long enough to be a prompt."""
     for name, value in model.graph.initializers.items():
         part = name.rpartition("/")[2]
+        if plan.paired and part == STEP_TOKENS and not is_open and value.const_value is not None:
+            _replace(value, np.array(np.iinfo(np.int64).max))
         if not name.startswith(f"{PREFIX}layer_") or value.const_value is None:
             continue
         array = value.const_value.numpy()

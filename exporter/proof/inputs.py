@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ...graphs.errors import ModelUnreadable
+from ...graphs.errors import GuardError, ModelUnreadable
 from ...graphs.package import ModelPackage
 from ...graphs.reference import call_mask
 from ...graphs.roles import EMBEDS, MASK, TOKENS, InputRoles
 from ...runtime.decoder import DecoderSession, PromptBatch, can_pad, open_decoder
+from ...runtime.pairs import interleaved
 from ...runtime.vlm import Request, VisionLanguageModel
 from .npz import read_npz
 from .signature import made_batches
@@ -46,6 +47,35 @@ def proof_inputs(model: VisionLanguageModel, requests: Sequence[Request], rows: 
     batches = tuple(model.batch(group) for group in groups)
     texts = tuple(model.batch([Request(request.prompt) for request in group]) for group in groups)
     return ProofInputs(batches, texts, f"{len(requests)} real prompts")
+
+
+def paired_inputs(inputs: ProofInputs, pads: bool) -> ProofInputs:
+    """Batches of paired rows: the text of another prompt in front of each prompt, so that every pair has something to copy.
+
+    Batches without texts of their own (given or made from the signature) are taken as they are: their rows are the pairs.
+
+    Args:
+        pads: whether the decoder takes padding on the left; else the shorter row of a pair is padded on the right.
+
+    Raises:
+        GuardError: no batch has two rows.
+    """
+    batches = []
+    for number, batch in enumerate(inputs.batches):
+        texts = inputs.texts[(number + 1) % len(inputs.texts)]
+        if batch is inputs.texts[number]:
+            batches.append(batch)
+        else:
+            batches.append(interleaved(_some_rows(texts, np.arange(1, batch.size + 1) % texts.size), batch, left=pads))
+    if all(batch.size < 2 for batch in batches):
+        raise GuardError("paired rows are proved on batches of two rows and more; give such inputs with --proof-inputs")
+    return ProofInputs(tuple(batches), tuple(batches), f"{inputs.origin}, in pairs")
+
+
+def _some_rows(batch: PromptBatch, rows: np.ndarray) -> PromptBatch:
+    """Text-only prompts in another order, as often as wanted."""
+    embeds = None if batch.embeds is None else batch.embeds[rows]
+    return PromptBatch(batch.ids[rows], batch.mask[rows], embeds)
 
 
 def random_inputs(session: DecoderSession, width: int, vocabulary: int, pads: bool, why: str) -> ProofInputs:

@@ -5,6 +5,7 @@
 2. Guarded hidden states equal the numpy reference, with the gates as the inputs set them and with every gate forced open.
 3. Tokens that are not to be edited are untouched, bit for bit.
 4. In a float16 graph: how near the states come to the end of float16 (`headroom`).
+   Paired rows: even rows, and with them rows that stand alone, equal the original bit for bit, decode steps of odd rows too.
 5. Where the graph has dials (`graphs.dials`): strength 0, and below, equals the original bit for bit; states at other settings
    equal the reference; scores and gates told are the reference's (`prove_gate`); a held gate outlasts what the scores say.
 """
@@ -24,22 +25,33 @@ from ...graphs.dials import OFFSET_INPUT, PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, 
 from ...graphs.errors import RunFailed
 from ...graphs.package import ModelPackage, load_graph
 from ...graphs.plan import COORDINATES_OUTPUT, GuardPlan
-from ...graphs.reference import LISTEN, Dials, LayerGuard, guard, last_token, score
+from ...graphs.reference import (
+    LISTEN,
+    Dials,
+    LayerGuard,
+    guard,
+    last_index,
+    last_token,
+    paired_rows,
+    score,
+    text_coordinates,
+)
 from ...graphs.rewrite import GuardReport
-from ...graphs.spec import MODES_TOWARD_TEXT, MODES_WITH_SUPERVISOR
+from ...graphs.spec import MODES_TOWARD_TEXT
 from ...graphs.static_proof import Check, exact
 from ...graphs.taps import tap_guard
-from ...runtime.decoder import DecoderSession, PromptBatch, open_decoder
+from ...runtime.decoder import DecoderSession, PromptBatch, can_pad, open_decoder
 from ...runtime.decoder_place import DecoderPlace
-from ...runtime.device import Tensor
+from ...runtime.device import SomeRows, Tensor
 from .compare import Comparison, first_no_number, padded, relative
 from .forced import force_gates, forced_threshold
 from .headroom import Headroom
-from .inputs import ProofInputs
+from .inputs import ProofInputs, paired_inputs
 from .limits import TOLERANCE
 from .prove_gate import GatesTold
 
 DECODE_STEPS = 4
+TEXTS = slice(None, None, 2)  # the text-only rows of a batch of pairs
 # A threshold offset that opens every gate, and is cut nowhere.
 _LOWERED = -1.0e9
 # Strengths that must leave the original; below 0 the guard must not turn round.
@@ -64,11 +76,13 @@ def prove_by_running(
         place: where decoders are opened, one at a time.
     """
     place = place or DecoderPlace()
+    if plan.paired:
+        inputs = paired_inputs(inputs, can_pad(package.load_decoder().graph))
     try:
         return (
             _closed_equals_source(package, staged, plan, inputs, place),
             *([_no_strength_equals_source(package, staged, plan, inputs, place)] if plan.knobs else ()),
-            *([_no_supervisor_equals_source(package, staged, plan, inputs, place)] if plan.edits_prompt_end else ()),
+            *([_unedited_equals_source(package, staged, plan, inputs, place)] if plan.edits_prompt_end else ()),
             *_states_equal_reference(package, staged, plan, report, inputs, place),
         )
     except RunFailed as failure:
@@ -102,12 +116,17 @@ def _no_strength_equals_source(
     return _equals_source(name, package, graph, staged.parent, plan, inputs, place, turned)
 
 
-def _no_supervisor_equals_source(
+def _unedited_equals_source(
     package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace | None = None
 ) -> Check:
-    """The graph as it ships, fed as in a text-only pass and at every token of an answer."""
+    """The graph as it ships, fed as in a text-only pass and at every token of an answer; of paired rows the text-only ones."""
     name = "calls without a supervisor equal the original bit for bit"
-    return _equals_source(name, package, load_graph(staged, vouched=True), staged.parent, plan, inputs, place)
+    rows = slice(None)
+    if plan.paired:
+        name, rows = "the text-only rows equal the original bit for bit", TEXTS
+    return _equals_source(
+        name, package, load_graph(staged, vouched=True), staged.parent, plan, inputs, place, rows=rows
+    )
 
 
 def _equals_source(
@@ -119,17 +138,18 @@ def _equals_source(
     inputs: ProofInputs,
     place: DecoderPlace | None,
     turned: Sequence[Mapping[str, np.ndarray]] = ({},),
+    rows: slice = slice(None),
 ) -> Check:
-    found, calls = _compare_runs(package, closed, at, plan, inputs, place or DecoderPlace(), turned, optimize=True)
+    """`rows`: those of each batch that are compared."""
+    runs = partial(_compare_runs, package, closed, at, plan, inputs, place or DecoderPlace(), turned, rows)
+    found, calls = runs(optimize=True)
     if not found.differing and not found.odd:
         note = f"{found.compared} numbers in {calls}, {inputs.origin}"
         return exact(name, found.compared, [], f"{note}; {found.note}" if found.note else note)
     limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
     if found.odd:
         return Check(name, found.compared, found.worst, limit, False, found.note)
-    plain, plain_calls = _compare_runs(
-        package, closed, at, plan, inputs, place or DecoderPlace(), turned, optimize=False
-    )
+    plain, plain_calls = runs(optimize=False)
     note = (
         f"exact in {plain.compared} numbers without the runtime's optimiser ({plain_calls}); with it ({calls}), "
         f"{found.differing} of {found.compared} differ by its own rounding (casts and fusions around the guard)"
@@ -149,6 +169,7 @@ def _compare_runs(
     inputs: ProofInputs,
     place: DecoderPlace,
     turned: Sequence[Mapping[str, np.ndarray]],
+    rows: slice,
     optimize: bool,
 ) -> tuple[Comparison, str]:
     """Every output of prefill and decode, for every setting of dials; and how many calls that took, in words.
@@ -168,7 +189,10 @@ def _compare_runs(
             supervisor = np.zeros_like(supervisor)
         right = roll(session, batch, supervisor, dials)
         for call, (before, after) in enumerate(zip(expected, right, strict=True)):
-            found.see(f"batch {number}, call {call}", mask_at(batch, call), before, after)
+            mask = mask_at(batch, call)[rows]
+            if rows != slice(None):
+                before, after = SomeRows(before, rows), SomeRows(after, rows)
+            found.see(f"batch {number}, call {call}", mask, before, after)
     return found, f"{unguarded_calls} calls of the original and {session.calls} of the guarded model"
 
 
@@ -203,7 +227,7 @@ def roll(
 
 def listen(plan: GuardPlan, batch: int) -> np.ndarray | None:
     """Supervisor coordinates of a text-only pass; `None` for modes that take none."""
-    if plan.mode not in MODES_WITH_SUPERVISOR:
+    if not plan.takes_supervisor:
         return None
     return np.full((batch, len(plan.layers), plan.sites[0].guard.rank), LISTEN, np.float32)
 
@@ -283,7 +307,7 @@ def _settings(plan: GuardPlan) -> list[_Setting]:
         found = [_Setting("", "gates as the inputs set them", moves=None if gated else True)]
     if gated and plan.mode != "align":
         found.append(_Setting(" (gates forced open)", "every gate forced open", True, True))
-    if plan.mode in MODES_WITH_SUPERVISOR:
+    if plan.takes_supervisor:
         found.append(_Setting(" (listening)", "no supervisor", moves=False, listens=True))
     if OFFSET_INPUT in plan.knobs:
         what = f"strength 0.5, every threshold lowered by {-_LOWERED:g}"
@@ -329,16 +353,22 @@ def _against_reference(
             mask = mask_at(batch, number * (session.call_length or 1))[:, -_length(outputs, names) :]
             ends = last_token(mask)
             selected = ends if plan.edits_last else None
+            if plan.paired:
+                selected = ends * paired_rows(mask)
             all_held = _held(plan, setting, rolled, number)
             for row, (guard_of_layer, (raw_name, guarded_name)) in enumerate(zip(plan.guards, names, strict=True)):
                 raw, found = outputs[raw_name].astype(np.float64), outputs[guarded_name].astype(np.float64)
                 layer = setting.layer(guard_of_layer, plan)
                 a = None if supervisor is None else supervisor[:, row : row + 1, :].astype(np.float64)
+                if plan.paired:
+                    a = text_coordinates(layer, raw, last_index(mask))
                 held = None if all_held is None else all_held[:, row : row + 1]
                 dials = setting.dials(None if held is None else held[:, None])
                 expected = guard(plan.mode, layer, raw, a, selected, dials)
                 last = raw[ends[..., 0] == 1]
-                told.see(row, layer, last, None if a is None else a[:, 0], setting.dials(held), outputs)
+                told.see(
+                    row, layer, last, None if supervisor is None or a is None else a[:, 0], setting.dials(held), outputs
+                )
                 real = mask.astype(bool)
                 if plan.layers[row] in halves:
                     headroom.see(plan.layers[row], raw[real], found[real])
@@ -409,15 +439,18 @@ def _unedited_tokens(
         return []
     compared, wrong = 0, []
     for batch, supervisor in zip(inputs.batches, supervisors, strict=True):
-        outputs, _ = session.prefill(batch, supervisor)
-        others = last_token(batch.mask)[:, -_length(outputs, names) :, 0] == 0
-        for layer, (raw, guarded) in zip(plan.layers, names, strict=True):
-            compared += int(others.sum()) * plan.width
-            left, right = outputs[raw], outputs[guarded]
-            nothing = np.isnan(left) & np.isnan(right) & padded(left, batch.mask)
-            if not ((left == right) | nothing)[others].all():
-                wrong.append(f"layer {layer}")
-            compared -= int(nothing[others].sum())
+        # paired rows: no token of a decode step is edited either
+        calls = roll(session, batch, supervisor, steps=DECODE_STEPS if plan.paired else 0)
+        for call, outputs in enumerate(calls):
+            mask = mask_at(batch, call * (session.call_length or 1))[:, -_length(outputs, names) :]
+            others = (last_token(mask) * (paired_rows(mask) if plan.paired else 1))[..., 0] == 0
+            for layer, (raw, guarded) in zip(plan.layers, names, strict=True):
+                compared += int(others.sum()) * plan.width
+                left, right = outputs[raw], outputs[guarded]
+                nothing = np.isnan(left) & np.isnan(right) & padded(left, mask)
+                if not ((left == right) | nothing)[others].all():
+                    wrong.append(f"layer {layer}")
+                compared -= int(nothing[others].sum())
     return [exact(name, compared, wrong, f"{session.calls} calls")]
 
 
@@ -425,7 +458,7 @@ def _supervisors(
     package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace
 ) -> list[np.ndarray | None]:
     """The text-only pass of each batch, through the graph as it ships: with its gates forced, it would not listen."""
-    if plan.mode not in MODES_WITH_SUPERVISOR:
+    if not plan.takes_supervisor:
         return [None for _ in inputs.batches]
     graph = load_graph(staged, vouched=True)
     session = place.open(lambda: open_decoder(package, graph, folder=staged.parent, given=inputs.given))

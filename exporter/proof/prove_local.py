@@ -6,7 +6,8 @@ What it does not run is the decoder around it: `prove` does.
 
 1. Each guard reads its own stream, the inputs that show which token is last, and the guard's own inputs. Nothing else.
 2. Guarded states equal the numpy reference: states from zero to the dtype's limit, outlier channels, scores just above
-   and below the threshold; masks whole, padded, static and behind a past; all supervisors, knobs and held gates.
+   and below the threshold; masks whole, padded, static and behind a past; all supervisors, knobs and held gates; paired
+   rows also in a decode step, with an odd number of rows, and where a row has no token in the call.
 3. A closed gate, strength 0 or less, a listening pass and every token outside the positions give the stream's bits back.
 4. Coordinates, scores and gates that the guard outputs are the reference's.
 """
@@ -33,16 +34,28 @@ from ...graphs.errors import ModelUnreadable, RunFailed
 from ...graphs.lowering_gate import LARGEST_HALF_EDIT
 from ...graphs.package import graph_bytes, load_graph
 from ...graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan
-from ...graphs.reference import Dials, LayerGuard, call_end, gate, last_index, last_token, score, weights
+from ...graphs.reference import (
+    Dials,
+    LayerGuard,
+    call_end,
+    gate,
+    last_index,
+    last_token,
+    paired_rows,
+    score,
+    text_coordinates,
+    text_rows,
+    weights,
+)
 from ...graphs.rewrite import GuardReport
 from ...graphs.scribe import NUMPY_DTYPES
-from ...graphs.spec import MODES_TOWARD_TEXT, MODES_WITH_SUPERVISOR
+from ...graphs.spec import MODES_TOWARD_TEXT
 from ...graphs.static_proof import Check, exact
 from ...runtime.runners import open_runner
 from .forced import force_gates, forced_threshold
 from .limits import TOLERANCE
 from .prove_gate import summed
-from .site_states import KINDS, TOKENS, Aim, Masked, listening, masks, site_states, supervisor_of
+from .site_states import KINDS, TOKENS, Aim, Masked, listening, masks, paired_masks, site_states, supervisor_of
 
 READS = "each guard reads its stream and the guard's inputs, nothing else"
 STATES = "each guard, cut out, equals the numpy reference"
@@ -99,7 +112,7 @@ class _Call:
 def _calls(plan: GuardPlan, layers: Sequence[int]) -> Iterator[_Call]:
     """Every call of the proof; the graph as it ships first, then with its gates forced."""
     guards = dict(zip(plan.layers, plan.guards, strict=True))
-    supervised, gated = plan.mode in MODES_WITH_SUPERVISOR, plan.mode != "project"
+    supervised, gated = plan.takes_supervisor, plan.mode != "project"
 
     def told(turned: int) -> dict[int, np.ndarray]:
         chosen = plan.layers if supervised else ()
@@ -107,6 +120,7 @@ def _calls(plan: GuardPlan, layers: Sequence[int]) -> Iterator[_Call]:
 
     silent = {number: listening(guards[number].rank) for number in plan.layers if supervised}
     whole, *others = masks() if plan.mask else masks()[:1]
+    others += paired_masks() if plan.paired else []
     undecided = np.full((KINDS, len(plan.layers)), -1, np.float32) if plan.gate == "prompt" else None
     plain = _Call(whole, told(0), held=undecided)
     yield plain
@@ -150,7 +164,8 @@ def _prove_part(
             try:
                 run = _Executor(cut, optimize)
                 for call in calls:
-                    found.see(cut, call, states, run(_feeds(cut, plan, call, states)))
+                    here = _part_of(states, call.mask)
+                    found.see(cut, call, here, run(_feeds(cut, plan, call, here)))
             except (ModelUnreadable, RunFailed) as error:
                 found.foreign.append(f"the guard does not run: {error}")
                 return
@@ -210,6 +225,11 @@ def _streams(cut: Cut, plan: GuardPlan) -> dict[str, np.ndarray]:
     return found
 
 
+def _part_of(states: Mapping[str, np.ndarray], masked: Masked) -> dict[str, np.ndarray]:
+    """The rows and tokens of a call; a bias has neither."""
+    return {name: v if v.ndim == 1 else v[: masked.rows, : masked.tokens] for name, v in states.items()}
+
+
 def _feeds(cut: Cut, plan: GuardPlan, call: _Call, states: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     fed: dict[str, np.ndarray] = {}
     for name, value in cut.inputs.items():
@@ -229,22 +249,23 @@ def _feeds(cut: Cut, plan: GuardPlan, call: _Call, states: Mapping[str, np.ndarr
         elif cut.calls.positions is not None and name == cut.calls.positions.name:
             fed[name] = _positions(call.mask).astype(_numpy(value))
         elif cut.calls.cache is not None and name == cut.calls.cache.value.name:
-            fed[name] = _empty_cache(cut.calls.cache, value, call.mask.past)
+            fed[name] = _empty_cache(cut.calls.cache, value, call.mask)
         else:  # the first residual, of which only the sizes are read
-            fed[name] = np.zeros((KINDS, TOKENS, plan.width), NUMPY_DTYPES[cut.sites[0].planned.site.dtype])
+            sizes = call.mask.rows, call.mask.tokens, plan.width
+            fed[name] = np.zeros(sizes, NUMPY_DTYPES[cut.sites[0].planned.site.dtype])
     return fed
 
 
 def _positions(masked: Masked) -> np.ndarray:
-    """Position ids of the call's tokens, `[KINDS, TOKENS]`, as an app counts them."""
-    end = call_end(masked.mask, TOKENS, masked.past)
-    return np.maximum(np.cumsum(masked.mask, axis=1) - 1, 0)[:, end - TOKENS : end]
+    """Position ids of the call's tokens, `[rows, tokens]`, as an app counts them."""
+    end = call_end(masked.mask, masked.tokens, masked.past)
+    return np.maximum(np.cumsum(masked.mask, axis=1) - 1, 0)[:, end - masked.tokens : end]
 
 
-def _empty_cache(cache: GrowingCache, value: ir.Value, past: int) -> np.ndarray:
+def _empty_cache(cache: GrowingCache, value: ir.Value, masked: Masked) -> np.ndarray:
     """A cache of so many tokens, of which only the sizes are read; other sizes that are not known are 1."""
     sizes = [int(size) if isinstance(size, int) else 1 for size in value.shape or ()]
-    sizes[0], sizes[cache.axis] = KINDS, past
+    sizes[0], sizes[cache.axis] = masked.rows, masked.past
     return np.zeros(tuple(sizes), _numpy(value))
 
 
@@ -258,23 +279,25 @@ class _Places:
     """Where the tokens of a call are, as a graph with these inputs can know it.
 
     Attributes:
-        edited: `[KINDS, TOKENS, 1]` of 0 and 1, the last tokens.
-        read: `[KINDS]`, the token that outputs are read at.
+        last: `[rows, tokens, 1]` of 0 and 1, the last tokens.
+        read: `[rows]`, the token that outputs are read at.
+        paired: `[rows, 1, 1]` of 0 and 1, the rows that are edited where rows are paired.
     """
 
-    edited: np.ndarray
+    last: np.ndarray
     read: np.ndarray
+    paired: np.ndarray
 
     @classmethod
     def of(cls, cut: Cut, masked: Masked) -> _Places:
         calls = cut.calls
         if calls.mask is None:
-            whole = np.ones((KINDS, TOKENS), np.int64)
-            return cls(last_token(whole), last_index(whole))
+            whole = np.ones((masked.rows, masked.tokens), np.int64)
+            return cls(last_token(whole), last_index(whole), paired_rows(whole))
         past = masked.past if calls.cache is not None else 0
         positions = _positions(masked) if calls.positions is not None else None
-        known = masked.mask, TOKENS, past, positions
-        return cls(last_token(*known), last_index(*known))
+        known = masked.mask, masked.tokens, past
+        return cls(last_token(*known, positions), last_index(*known, positions), paired_rows(*known))
 
 
 @dataclass
@@ -323,7 +346,7 @@ class _Findings:
         mode, number = self.plan.mode, site.done.layer_index
         row, limit = self.plan.layers.index(number), TOLERANCE[site.planned.site.dtype]
         layer = site.planned.guard
-        if call.forced is not None:
+        if call.forced is not None and not self.plan.paired:
             layer = replace(layer, threshold=forced_threshold(self.plan, call.forced))
         base = states[site.stream]
         total = base if not site.residual else states[site.residual] + base
@@ -334,8 +357,13 @@ class _Findings:
         strength = 1.0 if call.strength is None else call.strength
         dials = Dials(strength, 0.0 if call.offset is None else call.offset, held)
         places = _Places.of(cut, call.mask)
-        ends = places.edited
+        ends = places.last
         selected = ends if self.plan.edits_last else np.ones_like(ends)
+        copied = None
+        if self.plan.paired:
+            a = text_coordinates(layer, total, places.read)
+            selected = np.zeros_like(ends) if call.forced is False else ends * places.paired
+            copied = total[text_rows(len(total)), places.read[text_rows(len(total))]]
         delta = weights(mode, layer, total, a, dials) @ layer.ssd.astype(np.float64)
         if site.planned.site.dtype == "float16":
             delta = np.clip(delta, -LARGEST_HALF_EDIT, LARGEST_HALF_EDIT)
@@ -350,9 +378,9 @@ class _Findings:
         edits = opened & (strength > 0)
         self._compare_bits(number, base.astype(np.float64), found, ~edits & ~(unsure & (selected[..., 0] > 0)))
         sure = ~unsure | (selected[..., 0] == 0)
-        self._compare_states(site, number, total, base, expected, found, sure)
+        self._compare_states(site, number, total, base, expected, found, sure, copied)
         self.opened += int((edits & sure).sum())
-        self.closed += int((~opened & (selected[..., 0] > 0) & sure).sum())
+        self.closed += int((~opened & (ends if self.plan.paired else selected)[..., 0].astype(bool) & sure).sum())
         self.undecided += int((~sure).sum())
         if self.plan.added_outputs:
             at = np.arange(TOKENS)[None, :] == places.read[:, None]
@@ -391,8 +419,10 @@ class _Findings:
         expected: np.ndarray,
         found: np.ndarray,
         sure: np.ndarray,
+        copied: np.ndarray | None,
     ) -> None:
-        """Each token by its own largest number: an outlier of one must not excuse another."""
+        """Each token by its own largest number: an outlier of one must not excuse another. Where rows are paired, also by the
+        largest of the state that its coordinates are copied from, `copied` `[rows, d]`."""
         largest = 65504.0 if site.planned.site.dtype == "float16" else 3e38
         beyond = (np.abs(expected) > 0.99 * largest).any(axis=-1) & (
             np.abs(base.astype(np.float64)) != np.abs(expected)
@@ -400,6 +430,8 @@ class _Findings:
         self.beyond += int((sure & beyond).sum())
         sure = sure & ~beyond
         scale = np.maximum.reduce([np.abs(x).max(axis=-1) for x in (total, base.astype(np.float64), expected)])
+        if copied is not None:
+            scale = np.maximum(scale, np.abs(copied).max(axis=-1, keepdims=True))
         off = np.abs(found - expected).max(axis=-1) / np.maximum(scale, 1e-30)
         off = np.where(np.isnan(off), np.inf, off)[sure]
         self.states += int(sure.sum())

@@ -107,12 +107,18 @@ class Masked:
     """An attention mask of one call.
 
     Attributes:
-        mask: `[KINDS, columns]` int64.
+        mask: `[rows, columns]` int64, at most KINDS rows.
         past: tokens in the cache before the call.
+        tokens: of the call, at most TOKENS.
     """
 
     mask: np.ndarray
     past: int = 0
+    tokens: int = TOKENS
+
+    @property
+    def rows(self) -> int:
+        return len(self.mask)
 
 
 def masks() -> list[Masked]:
@@ -128,6 +134,14 @@ def masks() -> list[Masked]:
     room = np.zeros((KINDS, 5), np.int64)
     static = [Masked(np.hstack([padded, room])), Masked(np.hstack([behind, room]), _PAST)]
     return [Masked(whole), Masked(padded), Masked(behind, _PAST), *static]
+
+
+def paired_masks() -> list[Masked]:
+    """For paired rows: a decode step; an odd number of rows; rows without a token in the call, odd and even ones."""
+    absent = np.ones((KINDS, _PAST + TOKENS), np.int64)
+    absent[[3, 6], _PAST:] = 0
+    step = Masked(np.ones((KINDS, _PAST + 1), np.int64), _PAST, tokens=1)
+    return [step, Masked(np.ones((KINDS - 1, TOKENS), np.int64)), Masked(absent, _PAST)]
 
 
 def supervisor_of(seed: int, mode: str, layer: LayerGuard, turned: int) -> np.ndarray:

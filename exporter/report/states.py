@@ -64,8 +64,11 @@ _SUPERVISOR = "supervisor"
 
 
 def _prefill(model: VisionLanguageModel, requests: Sequence[Request]) -> dict[str, np.ndarray]:
-    told = model.supervise(requests)
-    outputs, _ = model.decoder.prefill(model.batch(requests), told)
+    if model.pairs:
+        told, outputs = None, model.prefill(requests)
+    else:
+        told = model.supervise(requests)
+        outputs, _ = model.decoder.prefill(model.batch(requests), told)
     found = {name: np.asarray(outputs[name]) for name in (STATES_OUTPUT, RAW_OUTPUT) if name in outputs}
     return found if told is None else found | {_SUPERVISOR: np.asarray(told)}
 

@@ -100,6 +100,11 @@ def test_default_profiles_end_where_the_model_ends() -> None:
     assert only.sequence.largest == 4096
 
 
+def test_default_profiles_take_two_rows_for_each_prompt_where_rows_are_paired() -> None:
+    prefill, decode = default_profiles(256, caches=True, pairs=True)
+    assert (prefill.batch, decode.batch) == (Span(1, 2, 8), Span(1, 1, 4))
+
+
 def test_profiles_that_reach_further_than_the_model_are_refused() -> None:
     with pytest.raises(GuardError, match=r"profile decode reaches 300 tokens, the model's config ends at 256"):
         require_within([EngineProfile("decode", Span(1, 1, 1), Span(1, 1, 1), Span(1, 1, 299))], 256)

@@ -144,7 +144,7 @@ def refusal(error: type[GuardError], call: Callable[..., Any], *arguments: Any, 
         (PLAIN.replace("[1]", '"1"'), "guard.layers is '1', expected a list"),
         (PLAIN.replace("[1]", "[-1]"), "guard.layers is [-1], expected layer numbers from 0, such as [3, 4]"),
         (PLAIN + 'rank = "one"\n', "guard.rank is 'one', expected a whole number"),
-        (PLAIN + "rank = 9\n", "rank 9 is out of range; choose 1 to 8"),
+        (PLAIN + "rank = 65\n", "rank 65 is out of range; choose 1 to 64"),
         (
             PLAIN.replace("restore", "hope"),
             "mode 'hope' is unknown; choose one of project, steer, supervise, restore, combined, align",

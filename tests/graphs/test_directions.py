@@ -193,10 +193,18 @@ def skewed(amount: float) -> np.ndarray:
 
 # what is done to a tensor of the good file -> the sentence
 TENSORS: list[tuple[str, np.ndarray, str]] = [
-    ("layers.2.ssd", orthonormal(2, 15), "layers.2.ssd has shape (2, 15), expected 1 to 8 rows of width 16"),
-    ("layers.2.ssd", orthonormal(9, 16), "layers.2.ssd has shape (9, 16), expected 1 to 8 rows of width 16"),
-    ("layers.2.ssd", orthonormal(1)[0], "layers.2.ssd has shape (16,), expected 1 to 8 rows of width 16"),
-    ("layers.2.ssd", np.zeros((0, 16), np.float32), "layers.2.ssd has shape (0, 16), expected 1 to 8 rows of width 16"),
+    ("layers.2.ssd", orthonormal(2, 15), "layers.2.ssd has shape (2, 15), expected 1 to 64 rows of width 16"),
+    (
+        "layers.2.ssd",
+        np.zeros((65, 16), np.float32),
+        "layers.2.ssd has shape (65, 16), expected 1 to 64 rows of width 16",
+    ),
+    ("layers.2.ssd", orthonormal(1)[0], "layers.2.ssd has shape (16,), expected 1 to 64 rows of width 16"),
+    (
+        "layers.2.ssd",
+        np.zeros((0, 16), np.float32),
+        "layers.2.ssd has shape (0, 16), expected 1 to 64 rows of width 16",
+    ),
     ("layers.2.ssd", orthonormal(2).astype(np.float16), "layers.2.ssd is float16, expected float32"),
     ("layers.2.ssd", orthonormal(2).astype(np.float64), "layers.2.ssd is float64, expected float32"),
     ("layers.2.origin", np.zeros(3, np.float32), "layers.2.origin has shape (3,), expected (2,)"),
@@ -287,7 +295,7 @@ METADATA: list[tuple[str, Any, str]] = [
     ("recommended_layers", "x", "metadata 'recommended_layers' is 'x', expected numbers such as '3,4'"),
     ("recommended_layers", "3", "layers [3] are recommended but have no ssd"),
     ("recommended_layers", "2,5,9", "layers [5, 9] are recommended but have no ssd"),
-    ("width", "15", "layers.2.ssd has shape (2, 16), expected 1 to 8 rows of width 15"),
+    ("width", "15", "layers.2.ssd has shape (2, 16), expected 1 to 64 rows of width 15"),
     ("width", "0", "directions say width 0; expected the decoder's hidden size"),
     (
         "width",

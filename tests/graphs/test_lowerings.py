@@ -229,6 +229,12 @@ def test_every_rank_equals_the_reference(lowering: str, mode: str) -> None:
         )
 
 
+@pytest.mark.parametrize("lowering", ["lowrank", "rank1"])
+def test_as_many_rows_as_the_width_equal_the_reference(lowering: str) -> None:
+    for dtype in ("float32", "float16"):
+        assert_conforms(Case("add", "align", lowering, "prompt", dtype, WIDTH, "left"))
+
+
 def test_the_lowerings_of_a_mode_agree() -> None:
     """The dense projection, the low-rank one and the chain are the same mathematics."""
     feeds = Case("add", "project", "dense", "all", "float32", 3, "left").feeds()
@@ -671,6 +677,17 @@ def test_auto_takes_the_first_of_the_table_that_can() -> None:
         assert reason == (
             "auto: two skinny MatMuls per layer, the cheapest on ONNX Runtime, and every mode (on TensorRT rank1 is cheaper)"
         )
+
+
+def test_many_rows_are_not_written_as_chains() -> None:
+    assert choose_lowering("auto", "align", "tensorrt", 8)[0].name == "rank1"
+    chosen, reason = choose_lowering("auto", "align", "tensorrt", 9)
+    assert chosen.name == "lowrank"
+    assert reason == (
+        "auto: rank1 writes a chain for each row, too many at rank 9; two skinny MatMuls per layer, the cheapest on ONNX "
+        "Runtime, and every mode (on TensorRT rank1 is cheaper)"
+    )
+    assert choose_lowering("rank1", "align", "tensorrt", 64)[0].name == "rank1"
 
 
 def test_a_lowering_may_be_named() -> None:

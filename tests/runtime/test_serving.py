@@ -730,6 +730,21 @@ def test_without_telemetry_no_gate_is_told(guarded: Guarded) -> None:
     assert not any(name.startswith("vlmguard_gate_margin_count") for name in numbers)
 
 
+@pytest.mark.parametrize("mode", ["align", "rows"])
+def test_a_guard_at_the_prompts_end_holds_in_conversations(guarded: Guarded, mode: str) -> None:
+    """With the image in the newest turn, and with it in an earlier one."""
+    picture = {"type": "image_url", "image_url": {"url": data_url()}}
+    ask = {"role": "user", "content": [{"type": "text", "text": HARMFUL}]}
+    earlier = [
+        {"role": "user", "content": [picture, {"type": "text", "text": "what color is this image"}]},
+        {"role": "assistant", "content": "i see red ."},
+    ]
+    with serving(GuardedVLM.open(guarded(mode))) as one:
+        for messages in ([{"role": "user", "content": [picture, *ask["content"]]}], [*earlier, ask]):
+            found = one.ask({"model": NAME, "messages": messages}).json()
+            assert found["choices"][0]["message"]["content"] == REFUSAL, found
+
+
 def test_the_log_holds_no_word_of_anybody(
     vlm: GuardedVLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
