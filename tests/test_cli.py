@@ -434,9 +434,9 @@ def test_prompts_shows_formats_and_the_built_in_sets(run: Callable[..., Ran]) ->
         assert name in squeezed(ran.out).replace(" ", "") or name in squeezed(ran.out)
     told = run("prompts", "--disjoint", "--json").json
     assert [(one["source"], one["harmful"], one["harmless"]) for one in told["sets"]] == [
-        ("builtin:extraction", 40, 40),
-        ("builtin:calibration", 30, 30),
-        ("builtin:test", 30, 30),
+        ("builtin:extraction", 120, 120),
+        ("builtin:calibration", 90, 90),
+        ("builtin:test", 90, 90),
     ]
     assert told["overlaps"] == []
 

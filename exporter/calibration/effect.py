@@ -40,7 +40,7 @@ from ..sources import Watch
 from .no_worse import Refusals, compare_refusals, some_harmful
 
 BUILTIN_TOKENS = 8  # of each answer to a built-in prompt: enough to begin a refusal
-_MOST_BUILTIN = 10  # harmful built-in prompts of each setting: of the 30 that are kept back, one of each intent
+_MOST_BUILTIN = 10  # harmful built-in prompts of each setting: one of each intent
 _FEWEST_PAIRS = 4  # that a tokenizer can tell apart
 _MOST_TEXTS = 40  # of each label, for the AUC
 _BATCH = 16

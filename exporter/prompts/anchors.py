@@ -1,9 +1,10 @@
 """Which anchors to extract from, and which to keep back for calibration: no prompt serves both.
 
-`anchors.csv`, beside this module, holds 100 pairs of ours: English "How to ..." queries, ten intents, ten pairs each. The
-halves of a pair have the same words but for the one or two that make one of them harmful, and end in the same token.
-They are terse on purpose: a direction needs the request, nobody needs details. Within each intent the first four pairs
-are for extraction, the next three for calibration, the last three for the held-out test.
+`anchors.csv`, beside this module, holds 300 pairs of ours in English: ten intents, 30 pairs each. The halves of a pair have the
+same words but for the one or two that make one of them harmful, in the same places. 140 pairs are terse ("How to ...?"), 160
+are phrased as people write to assistants ("Can you tell me how to ...?"), in twelve openings; the two take turns in the file.
+All name the request in a few words and nothing else: a direction needs the request, not its details. Of each intent 12
+pairs are for extraction, 9 for calibration, 9 for the held-out test.
 """
 
 from __future__ import annotations

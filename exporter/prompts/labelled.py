@@ -1,7 +1,8 @@
 """Prompts from files: anchor pairs for the directions, labelled prompts for calibration and evaluation.
 
-A source is a file, `FORMAT:FILE` (`formats.FORMATS`), or `builtin`: the pairs that come with the package. Our own
-formats, as lines of JSON, a JSON list or a csv:
+A source is a file, `FORMAT:FILE` (`formats.FORMATS`), or `builtin`: the pairs that come with the package. `builtin:PART` is
+all pairs of a part; `builtin` has a sample of the parts that a model is run on before it is guarded (`_OF_EACH_INTENT`).
+Our own formats, as lines of JSON, a JSON list or a csv:
 
 - anchors: `{"harmful", "harmless"}`, and if wanted `intent` and `split` (`extraction`, `calibration` or `test`);
 - labelled prompts: `{"id", "prompt", "label", "setting", "image"}`: label `harmful`, `harmless` or `borderline` (harmless,
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,9 @@ Sources = Source | Sequence[Source]
 BUILTIN = "builtin"
 _BUILTIN_FILE = Path(__file__).with_name("anchors.csv")
 SPLITS = ("extraction", "calibration", "test")
+# Pairs of each intent in `builtin`, the first of the part; `builtin:PART` has them all. An export runs the model on both
+# halves of every pair, once for extraction, and many times for calibration.
+_OF_EACH_INTENT = {"extraction": 8, "calibration": 4}
 PAIRED_LABELS: tuple[Label, Label] = ("harmful", "harmless")
 _FOLDERS = (".", "prompts")
 
@@ -132,6 +137,7 @@ def read_set(source: Source, split: str | None = None, what: str = "prompts") ->
     Args:
         source: a file, `FORMAT:FILE`, `builtin`, or `builtin:` and one of its parts.
         split: of a file that is divided into `extraction`, `calibration` and `test` this part alone; `None` is all of it.
+            Of `builtin` a sample of the part, the same number of each intent.
         what: what it is wanted for, `anchors` or `prompts`.
 
     Raises:
@@ -151,6 +157,8 @@ def read_set(source: Source, split: str | None = None, what: str = "prompts") ->
         raise PromptsUnusable(f"{path}: {error}") from None
     if any(entry.split for _, entry in numbered):
         numbered = _of_split(path, numbered, own_split or split)
+    if path == _BUILTIN_FILE and own_split is None:
+        numbered = _sampled(numbered, _OF_EACH_INTENT.get(split or ""))
     prompts = tuple(_prompt(path, number, entry) for number, entry in numbered)
     return PromptSet(str(source), format.name, prompts, _paired([entry for _, entry in numbered]), format.places)
 
@@ -253,6 +261,19 @@ def _of_split(path: Path, numbered: list[tuple[int, Entry]], split: str | None) 
     kept = [(number, entry) for number, entry in numbered if split is None or entry.split == split]
     if not kept:
         raise PromptsUnusable(f"{path}: holds nothing of split {split}; add some, or remove the column split")
+    return kept
+
+
+def _sampled(numbered: list[tuple[int, Entry]], pairs: int | None) -> list[tuple[int, Entry]]:
+    """The first so many pairs of each intent; `None` is all of them."""
+    if pairs is None:
+        return numbered
+    seen: Counter[str] = Counter()
+    kept = []
+    for number, entry in numbered:  # halves of pairs, side by side
+        if seen[entry.intent] < 2 * pairs:
+            kept.append((number, entry))
+        seen[entry.intent] += 1
     return kept
 
 

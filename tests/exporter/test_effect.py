@@ -85,7 +85,7 @@ def test_a_guard_that_changes_nothing_is_not_written(wish: dict[str, Any], expor
     with pytest.raises(NoEffect) as caught:
         exported(**wish)
     assert str(caught.value) == (
-        f"the guard has no effect on 12 harmful prompts (builtin:calibration: text 6, blank 6): {EXACTLY}"
+        f"the guard has no effect on 16 harmful prompts (builtin:calibration: text 8, blank 8): {EXACTLY}"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -95,10 +95,10 @@ def test_no_effect_can_be_allowed_and_is_recorded(allowed: ExportResult) -> None
     assert recorded is not None and allowed.refusals is not None
     assert recorded == allowed.refusals.to_json() == allowed.to_json()["refusals"]
     assert recorded["prompts"] == "builtin:calibration" and recorded["no_effect"] and recorded["allowed_no_effect"]
-    assert [(s["setting"], s["asked"], s["changed"]) for s in recorded["settings"]] == [("text", 6, 0), ("blank", 6, 0)]
+    assert [(s["setting"], s["asked"], s["changed"]) for s in recorded["settings"]] == [("text", 8, 0), ("blank", 8, 0)]
     (check,) = (check for check in verify(allowed.out).checks if check.name == CHECK)
-    assert check.ok and check.compared == 12
-    assert check.note == "no effect on 12 harmful prompts, allowed with --allow-no-effect"
+    assert check.ok and check.compared == 16
+    assert check.note == "no effect on 16 harmful prompts, allowed with --allow-no-effect"
 
 
 def test_verify_fails_where_no_effect_was_counted_and_not_allowed(allowed: ExportResult, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_verify_fails_where_no_effect_was_counted_and_not_allowed(allowed: Expor
     (out / "guard.json").write_text(manifest.replace('"allowed_no_effect": true', '"allowed_no_effect": false'))
     result = verify(out)
     assert [(check.name, check.note) for check in result.checks if not check.ok] == [
-        (CHECK, "no effect on 12 harmful prompts")
+        (CHECK, "no effect on 16 harmful prompts")
     ]
 
 
@@ -117,12 +117,12 @@ def test_the_right_guard_has_an_effect_and_its_counts(right: ExportResult) -> No
     assert blank.changed is not None and blank.changed > 0 and blank.guarded > blank.unguarded == 0
     assert text.guarded >= text.unguarded and not right.refusals.no_effect
     (check,) = (check for check in verify(right.out).checks if check.name == CHECK)
-    assert check.ok and check.compared == 12 and check.note == ""
+    assert check.ok and check.compared == 16 and check.note == ""
 
 
 def test_in_supervise_the_text_setting_does_not_count(exported: Export) -> None:
     """There the supervisor and the model are given the same prompt, so the edit is nothing by design."""
-    with pytest.raises(NoEffect, match=r"no effect on 6 harmful prompts \(builtin:calibration: blank 6\)"):
+    with pytest.raises(NoEffect, match=r"no effect on 8 harmful prompts \(builtin:calibration: blank 8\)"):
         exported(mode="supervise", tau=1e6)
 
 
@@ -141,7 +141,7 @@ def test_given_directions_with_the_wrong_sign_are_asked_the_built_in_anchors(
 def test_directions_without_figures_are_measured_and_warned_of(exported: Export) -> None:
     result = exported(random_directions(128, [1], rank=1, calibrated=False), mode="project")
     (found,) = result.plan.separation
-    assert (found.layer, found.harmful, found.harmless, found.prompts) == (1, 11, 11, "builtin:calibration")
+    assert (found.layer, found.harmful, found.harmless, found.prompts) == (1, 15, 15, "builtin:calibration")
     assert found.at_chance and found.warning in result.plan.notes
     plan = read_manifest(result.out).plan
     assert plan["separation"] == [found.to_json()] == result.to_json()["decoders"][0]["plan"]["separation"]
@@ -194,8 +194,8 @@ def test_the_built_in_sample_is_small_held_back_and_harmful() -> None:
     model = VisionLanguageModel(open_package(SOURCE))
     sample = builtin_sample(model)
     assert {prompt.label for prompt in sample.prompts} == {"harmful"} and sample.tokens == BUILTIN_TOKENS == 8
-    assert [prompt.setting for prompt in sample.prompts] == ["text"] * 6 + ["blank"] * 6
-    assert len(sample.harmful) == len(sample.harmless) == 11
+    assert [prompt.setting for prompt in sample.prompts] == ["text"] * 8 + ["blank"] * 8
+    assert len(sample.harmful) == len(sample.harmless) == 15
 
 
 def test_a_sample_of_given_prompts_has_both_labels_as_text() -> None:
