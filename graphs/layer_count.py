@@ -43,8 +43,8 @@ def declared_layers(configs: Iterable[Mapping[str, Any]]) -> LayerCount | None:
         blocks = next((part[key] for key in _LISTS if _is_list(part.get(key))), None)
         if blocks is not None and any(block in _NO_MIXER for block in blocks):
             return LayerCount(len(blocks), tuple(block not in _NO_MIXER for block in blocks), _past_sums(part))
-        counts = (part.get(key) for key in _COUNTS)
-        count = next((number for number in counts if _is_count(number)), None)
+        counts = (_count(part.get(key)) for key in _COUNTS)
+        count = next((number for number in counts if number is not None), None)
         if count is not None:
             return LayerCount(count, past_sums=_past_sums(part))
         if blocks is not None:
@@ -66,12 +66,13 @@ def decoder_parts(configs: Iterable[Mapping[str, Any]], depth: int = 3) -> Itera
 
 
 def _past_sums(part: Mapping[str, Any]) -> tuple[str, ...]:
-    values = ((key, part.get(key), *said) for key, said in _PAST_SUMS.items())
-    return tuple(f"{what} ({key} {value})" for key, value, what, least in values if _is_count(value) and value >= least)
+    counts = {key: _count(part.get(key)) for key in _PAST_SUMS}
+    said = ((key, count, *_PAST_SUMS[key]) for key, count in counts.items() if count is not None)
+    return tuple(f"{what} ({key} {count})" for key, count, what, least in said if count >= least)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _is_list(value: Any) -> bool:
