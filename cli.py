@@ -144,13 +144,6 @@ class BackendChoice(StrEnum):
     tensorrt_rtx = "tensorrt_rtx"
 
 
-class DtypeChoice(StrEnum):
-    """Precision of graphs converted from a checkpoint."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
-
-
 class EstimatorChoice(StrEnum):
     """What row 1 of a direction is estimated with."""
 
@@ -173,6 +166,7 @@ class PrecisionChoice(StrEnum):
 
     fp32 = "fp32"
     fp16 = "fp16"
+    w16a32 = "w16a32"
     int4 = "int4"
 
 
@@ -380,7 +374,10 @@ def export_command(
     variant: Variant = None,
     dtype: Annotated[
         PrecisionChoice | None,
-        typer.Option(help="From a checkpoint: precision of the graphs; int4 with --exporter genai. (default: fp32)"),
+        typer.Option(
+            help="From a checkpoint: precision of the graphs; w16a32 has weights in float16 and computes in float32, int4 "
+            "needs --exporter genai. (default: fp32)"
+        ),
     ] = None,
     opset: Annotated[
         int | None, typer.Option(help="From a checkpoint: ONNX opset of the graphs. (default: 18)")
@@ -705,7 +702,13 @@ def package_command(
 def convert_command(
     checkpoint: Annotated[str, typer.Argument(help="Hugging Face checkpoint folder or hub id", metavar="CHECKPOINT")],
     out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write")],
-    dtype: Annotated[DtypeChoice | None, typer.Option(help="Precision of the graphs. (default: fp32)")] = None,
+    dtype: Annotated[
+        PrecisionChoice | None,
+        typer.Option(
+            help="Precision of the graphs; w16a32 has weights in float16 and computes in float32, int4 needs --exporter genai. "
+            "(default: fp32)"
+        ),
+    ] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset of the graphs.")] = None,
     exporter: Annotated[
         ExporterChoice, typer.Option(help="Who exports; transformers alone is compared with torch here.")

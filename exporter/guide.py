@@ -38,6 +38,7 @@ from .calibration.results import Calibration
 from .extraction.estimators import DEFAULT_ESTIMATOR
 from .extraction.extract import extract_all_layers
 from .extraction.kept_states import kept_beside, model_digest
+from .last_token_model import last_token_model
 from .prompts.anchors import Anchors, open_anchors
 from .prompts.labelled import (
     BUILTIN,
@@ -98,7 +99,7 @@ class Guide:
 
     def running(self) -> VisionLanguageModel:
         if self.model is None:
-            self.model = VisionLanguageModel(self.package, place=self.place)
+            self.model = last_token_model(self.package, self.place)
         return self.model
 
     def directions(
@@ -337,8 +338,8 @@ class Guide:
         tolerance = max(TOLERANCE[site.site.dtype] for site in plan.sites)
 
         def opened() -> VisionLanguageModel:
-            package = open_package(guarded, vouched=True)  # with `--data reference` its files are links
-            return VisionLanguageModel(package, place=self.place)
+            # with `--data reference` its files are links
+            return last_token_model(open_package(guarded, vouched=True), self.place)
 
         found = ask_guarded(unguarded, opened, plan, tolerance, self.tell)
         require_no_fewer(found)

@@ -45,6 +45,7 @@ from .extraction.estimators import DEFAULT_ESTIMATOR
 from .guide import ANCHOR_FILES, EXTRACTED_RANK, Guide
 from .prompts.anchors import open_anchors
 from .prompts.labelled import BUILTIN, Sources, find_file
+from .proof.headroom import NAME as HEADROOM
 from .proof.inputs import ProofInputs, given_inputs
 from .proof.level import ProofLevel, Wanted, choose_level, without_inputs
 from .proof.npz import read_npz
@@ -53,7 +54,7 @@ from .proof.prove_fold import prove_fold_by_running
 from .proof.prove_local import prove_locally
 from .proof.signature import InputsUnknown
 from .shards import Spreader, spreading
-from .sources import Watch, above, opened, require_apart, unwatched
+from .sources import Watch, above, opened, require_apart, require_images_for, unwatched
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,7 @@ def export(
     spec = wished.spec if wished is not None else spec or GuardSpec()
     directions = wished.directions if wished is not None else directions
     tell = watch or unwatched
+    require_images_for(spec.mode, model)  # before a checkpoint is exported
     with opened(model, variant, tell, dtype, opset, exporter) as source:
         target = Path(out) if out is not None else source.beside / f"{source.name}-guarded"
         require_apart(target, Path(model), source.package)
@@ -426,7 +428,8 @@ def prove(
 
 
 def _require_all(checks: Sequence[Check]) -> None:
-    for check in checks:
+    # The headroom first: where float16 overflows, every other check fails too, and says less.
+    for check in sorted(checks, key=lambda check: check.name != HEADROOM):
         if not check.ok:
             raise ProofFailed(
                 f"the proof failed at {check.name!r}: worst {check.worst:.2e}, limit {check.limit:.2e}, "

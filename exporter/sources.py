@@ -12,8 +12,11 @@ from ..graphs.errors import GuardError, ModelUnreadable, OutputRefused
 from ..graphs.manifest import MANIFEST_NAME
 from ..graphs.package import COMPANIONS, ModelPackage, open_package
 from ..graphs.places import is_checkpoint
+from ..graphs.spec import MODES_TOWARD_TEXT
 from ..runtime.vlm import VisionLanguageModel
+from .checkpoints.convert import locate, read_config
 from .checkpoints.exporters import Precision, export_checkpoint
+from .families import find_family
 
 # (what is going on, done, of how many)
 Watch = Callable[[str, int, int], None]
@@ -97,6 +100,23 @@ def require_apart(target: Path, model: Path, package: ModelPackage) -> None:
             raise OutputRefused(
                 f"{target}: would overwrite or lie inside the model {folder}; choose a folder beside it"
             )
+
+
+def require_images_for(mode: str | None, model: Path | str) -> None:
+    """A mode that compares a prompt with an image to the same words without it has images to work on.
+
+    Known of checkpoints alone: an ONNX text decoder may be one part of a model that takes images.
+
+    Raises:
+        GuardError: the checkpoint is a text-only model.
+    """
+    if mode not in MODES_TOWARD_TEXT or not is_checkpoint(model):
+        return
+    if find_family(read_config(locate(model)), str(model)).vision is None:
+        raise GuardError(
+            f"{model}: takes no images, so mode {mode} would compare each prompt with itself; for a text-only model choose "
+            "--mode restore (calibrated), or steer or project along given directions"
+        )
 
 
 def require_unmarked(model: Path | str) -> None:

@@ -451,7 +451,7 @@ class Chooser:
     def __call__(self, logits: np.ndarray) -> np.ndarray:
         # minus infinity rules a token out; plus infinity and NaN are what an overflow leaves
         if not np.isfinite(logits).any(axis=-1).all() or not (logits < np.inf).all():
-            raise RunFailed("the decoder gave NaN logits; its arithmetic overflows, export it in fp32 or bf16")
+            raise RunFailed("the decoder gave NaN logits; its arithmetic overflows, export it in fp32, bf16 or w16a32")
         if self.sampling.temperature == 0:
             return logits.argmax(axis=-1)
         below = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)

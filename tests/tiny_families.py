@@ -81,6 +81,34 @@ def save_tiny_llama(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def save_tiny_text(model_type: str, folder: Path, seed: int = 0, **more: Any) -> Path:
+    """Write a tiny random text-only checkpoint of a `model_type` that `AutoModelForCausalLM` opens to `folder`; return it.
+
+    `more` are arguments of its config besides those of `text`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(model_type, **text(**TEXTS.get(model_type, {}), **more))
+    _save_random(AutoModelForCausalLM._model_mapping[type(config)], config, folder, seed)
+    save_tokenizer(folder)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (folder / name).unlink()
+    return folder
+
+
+def with_huge_bos(folder: Path, size: float, channel: int = 3) -> Path:
+    """Make the state of `<s>` about `size` in one channel from the first layer on, as attention sinks are in real models."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    table = weights["model.embed_tokens.weight"]
+    table[:, channel] = 0
+    table[VOCABULARY["<s>"], channel] = size
+    save_file(weights, path, {"format": "pt"})
+    return folder
+
+
 def _save_random(model_class: Any, config: Any, folder: Path, seed: int) -> None:
     import torch
 
@@ -210,6 +238,25 @@ def paligemma2() -> Any:
     )
 
 
+_WINDOW = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4}
+# Text-only families that are converted in tests, and what their configs need besides `text`.
+TEXTS: dict[str, dict[str, Any]] = {
+    "gemma3_text": _WINDOW,
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": WINDOW},
+    "phi3": {},
+    "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": 8, **_WINDOW},
+    "gpt2": {},
+    "phi": {},
+    "gpt_neox": {},
+    "granite": {},
+    "cohere": {},
+    "olmo2": {},
+}
 TINY: dict[str, Callable[[], Any]] = {
     make.__name__: make for make in (llava_onevision, idefics3, smolvlm, internvl, gemma3, paligemma, paligemma2)
 }

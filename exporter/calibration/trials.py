@@ -15,6 +15,7 @@ import numpy as np
 
 from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.directions import Directions, LayerDirections
+from ...graphs.last_logits import keep_last_logits
 from ...graphs.parameters import guard_numbers, make_overridable, neutral, widened
 from ...graphs.plan import plan_guard
 from ...graphs.rewrite import rewrite
@@ -65,6 +66,7 @@ class TrialModel:
             tap_guard_last_token(graph, anatomy.sites, report)
         self._defaults = guard_numbers(self._open_guard)
         make_overridable(graph, list(self._defaults))
+        keep_last_logits(graph)
         self._runner = _Overriding()
         self.model = model.with_decoder(graph, wrap=self._runner.around)
 

@@ -3,10 +3,12 @@
     out/onnx/vision_encoder.onnx         pixel_values -> image_features [num_images, tokens, width], after the projector
     out/onnx/embed_tokens.onnx           input_ids -> inputs_embeds
     out/onnx/decoder_model_merged.onnx   inputs_embeds, attention_mask, position_ids, past -> logits, present
+    out/onnx/model.onnx                  in place of the three, of a text-only model: input_ids, ... -> logits, present
     out/config.json, tokenizer.json, ... copied
 
-`_fp16` comes before `.onnx` in half precision, where everything float but `pixel_values` is fp16. The caller puts the
-image features at the image tokens: flattened to [num_images * tokens, width], in reading order, as apps do today.
+`_fp16` comes before `.onnx` in half precision, where everything float but `pixel_values` is fp16. With `w16a32` the weights are
+stored in float16 and everything is computed in float32 (`narrow`): inputs, outputs and names are those of fp32. The caller puts
+the image features at the image tokens: flattened to [num_images * tokens, width], in reading order, as apps do today.
 
 Some families have more inputs: their rows in `families` say which. How a row becomes three graphs is in
 `parts`, how they are cleaned up in `tidy`, and how they are compared with torch in
@@ -31,20 +33,22 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from ...graphs.decoder_state import COMMUNITY_PAST
-from ...graphs.errors import ExtraMissing, GuardError, ModelUnreadable, OutputRefused, first_line
+from ...graphs.errors import ExtraMissing, GuardError, ModelUnreadable, OutputRefused, ProofFailed, first_line
 from ...graphs.extras import install_command
 from ...graphs.package import COMPANIONS, LARGEST_JSON, require_small
 from ...graphs.reasons import out_of_memory
 from ...graphs.static_proof import Check
 from ..families import find_family
 from ..families.family import PAST, SEQUENCE, TOTAL, Family
+from .narrow import narrow_weights, round_weights
 from .parity import answer_with_torch, check_parity, require_onnxruntime
 from .parts import Part, parts_of
+from .prompt_text import prompt_texts
 from .tidy import tidy, weight_bytes
 
-Dtype = Literal["fp32", "fp16"]
+Dtype = Literal["fp32", "fp16", "w16a32"]
 
-SUFFIXES: Mapping[Dtype, str] = {"fp32": "", "fp16": "_fp16"}
+SUFFIXES: Mapping[Dtype, str] = {"fp32": "", "fp16": "_fp16", "w16a32": ""}
 # 18 is what torch's operator library is written in; from 23 on, norms and attention are one node each.
 OPSETS = range(18, 24)
 DEFAULT_OPSET = 18  # the oldest, for the widest choice of runtimes
@@ -111,9 +115,13 @@ def convert_checkpoint(
     family = find_family(read_config(folder), str(checkpoint))
     say(f"loading {checkpoint}")
     model = load_model(folder, family, dtype, say)
+    if dtype == "w16a32":
+        round_weights(model)
 
     graphs = []
-    for part in parts_of(family, model):
+    with _quiet():
+        parts = parts_of(family, model)
+    for part in parts:
         say(f"tracing {part.name}")
         try:
             graph = trace(model, part, opset)
@@ -121,6 +129,8 @@ def convert_checkpoint(
             raise ModelUnreadable(_cannot_trace(checkpoint, part, failure)) from failure
         sums = {f"{PAST} + {SEQUENCE}": TOTAL}
         tidy(graph, part.inputs, part.outputs, sums=sums, float32_inputs=part.float32_inputs)
+        if dtype == "w16a32":
+            narrow_weights(graph.graph)
         graphs.append(save_graph(graph, out, part.name, dtype))
         del graph  # holds the weights of this part
     copied = copy_companions(folder, out)
@@ -129,11 +139,14 @@ def convert_checkpoint(
     if verify:
         say("running the checkpoint in torch")
         with _quiet():
-            reference = answer_with_torch(family, model)
+            reference = answer_with_torch(family, model, prompt_texts(folder, model.config))
         config = model.config
         del model  # so that a large model is in memory once, not twice
         say("running the exported graphs in onnxruntime")
-        parity = check_parity(out / "onnx", SUFFIXES[dtype], dtype, family, config, reference)
+        try:
+            parity = check_parity(out / "onnx", SUFFIXES[dtype], dtype, family, config, reference)
+        except ProofFailed as failure:
+            raise ProofFailed(f"{checkpoint}: {failure}") from None
     return ConversionReport(str(checkpoint), family.model_type, dtype, opset, tuple(graphs), copied, parity)
 
 
@@ -199,7 +212,7 @@ def load_model(folder: Path, family: Family, dtype: Dtype, say: Callable[[str], 
             model, loading = model_class.from_pretrained(
                 folder,
                 config=config,
-                dtype={"fp32": torch.float32, "fp16": torch.float16}[dtype],
+                dtype=torch.float16 if dtype == "fp16" else torch.float32,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -328,7 +341,7 @@ def _supported_opset(opset: int | None) -> int:
 
 def _require_known_dtype(dtype: str) -> None:
     if dtype not in SUFFIXES:
-        raise GuardError(f"dtype {dtype!r} was asked; checkpoints are exported as {' or '.join(SUFFIXES)}")
+        raise GuardError(f"dtype {dtype!r} was asked; checkpoints are exported as {', '.join(SUFFIXES)}")
 
 
 def _require_empty(out: Path) -> None:

@@ -1,6 +1,7 @@
 """Who exports a checkpoint: a table of three. Each writes a model folder that `open_package` opens; the rest is the same.
 
-    transformers   vision encoder, embeddings, decoder (onnx-community layout), compared with torch   extra torch
+    transformers   vision encoder, embeddings, decoder (onnx-community layout; a text-only model is one graph), compared with
+                   torch; in fp32, fp16 or w16a32 (weights in float16, arithmetic in float32)         extra torch
     genai          onnxruntime-genai's builder: the text decoder, fused, in fp32, fp16 or int4       extra genai
     optimum        optimum-onnx: the text decoder as one `model.onnx` with a cache                    extra optimum
 
@@ -13,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import metadata
@@ -27,11 +28,11 @@ from ...graphs.static_proof import Check
 from .convert import convert_checkpoint, copy_companions, locate, read_config
 
 ExporterName = Literal["transformers", "genai", "optimum"]
-Precision = Literal["fp32", "fp16", "int4"]
+Precision = Literal["fp32", "fp16", "w16a32", "int4"]
 
 DEFAULT_EXPORTER: ExporterName = "transformers"
 OPTIMUM_NEEDS = "transformers 4.57"
-_BUILDER = "onnxruntime_genai.models.builder"
+_BUILDER = "vlmguard.exporter.checkpoints.genai_builder"  # onnxruntime-genai's own, behind what it cannot read
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,17 @@ def export_checkpoint(
     if wanted not in row.dtypes:
         able = " or ".join(other for other, has in EXPORTERS.items() if dtype in has.dtypes) or "no exporter"
         raise GuardError(
-            f"dtype {dtype!r} was asked of {name}, which writes {' or '.join(row.dtypes)}; {able} writes {dtype}"
+            f"dtype {dtype!r} was asked of {name}, which writes {_choice(row.dtypes)}; {able} writes {dtype}"
         )
     if opset is not None and row.chooses_opset:
         raise GuardError(f"opset {opset} was asked of {name}, which chooses its own; leave --opset out")
     return row.export(Job(checkpoint, out, wanted, opset, say))
+
+
+def _choice(names: Sequence[str]) -> str:
+    """`a, b or c`"""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _with_transformers(job: Job) -> tuple[Check, ...]:
@@ -108,7 +115,7 @@ def _with_transformers(job: Job) -> tuple[Check, ...]:
 
 
 def _with_genai(job: Job) -> tuple[Check, ...]:
-    """`python -m onnxruntime_genai.models.builder`, in a process of its own: it imports by names like `builders`."""
+    """onnxruntime-genai's builder (`genai_builder`), in a process of its own: it imports by names like `builders`."""
     for module in ("onnxruntime_genai", "torch", "transformers"):
         if find_spec(module) is None:
             raise ExtraMissing(
@@ -185,7 +192,7 @@ def _last_line(text: str) -> str:
 
 
 EXPORTERS: Mapping[str, Exporter] = {
-    "transformers": Exporter(_with_transformers, ("fp32", "fp16")),
+    "transformers": Exporter(_with_transformers, ("fp32", "fp16", "w16a32")),
     "genai": Exporter(_with_genai, ("fp32", "fp16", "int4"), chooses_opset=True),
     "optimum": Exporter(_with_optimum, ("fp32", "fp16")),
 }

@@ -83,18 +83,23 @@ class _Measure:
 
     def __call__(self, logits: np.ndarray) -> np.ndarray:
         chosen = self._choose(logits)
-        wide = logits.astype(np.float64)
-        highest = wide.max(axis=-1, keepdims=True)
-        total = highest + np.log(np.exp(wide - highest).sum(axis=-1, keepdims=True))
-        if not self._steps:
-            self.first = (wide - total).astype(np.float32)
-        self._steps.append(np.take_along_axis(wide - total, chosen[:, None], axis=-1)[:, 0])
+        if first := not self._steps:
+            self.first = np.empty(logits.shape, np.float32)
+        likelihoods = np.empty(len(logits))
+        for row, token in enumerate(chosen):  # one row in float64 at a time: a batch has up to 2 MiB a row
+            wide = logits[row].astype(np.float64)
+            highest = wide.max()
+            total = highest + np.log(np.exp(wide - highest).sum())
+            likelihoods[row] = wide[token] - total
+            if first:
+                self.first[row] = wide - total
+        self._steps.append(likelihoods)
         return chosen
 
     def log_likelihood(self, row: int, tokens: int) -> float:
         found = float(sum(step[row] for step in self._steps[:tokens]))
         if not np.isfinite(found):
-            raise GuardError("the decoder gave NaN logits; its arithmetic overflows, export it in fp32 or bf16")
+            raise GuardError("the decoder gave NaN logits; its arithmetic overflows, export it in fp32, bf16 or w16a32")
         return found
 
 

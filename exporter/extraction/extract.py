@@ -20,10 +20,12 @@ from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.digests import sha256_file
 from ...graphs.directions import Directions, LayerDirections
 from ...graphs.errors import GuardError
+from ...graphs.last_logits import keep_last_logits
 from ...graphs.package import ModelPackage
 from ...graphs.taps import STATES_OUTPUT, tap_last_token
 from ...runtime.vlm import Request, Sampling, VisionLanguageModel
 from ..prompts.labelled import AnchorPair
+from ..proof.headroom import WAY_OUT
 from ..shards import Spread, Spreader, here, in_turn
 from .estimators import DEFAULT_ESTIMATOR, ESTIMATORS, require_known
 from .kept_states import KeptStates, model_files
@@ -108,9 +110,10 @@ def tapped(model: VisionLanguageModel, anatomy: DecoderAnatomy) -> VisionLanguag
 
 
 def tapped_graph(package: ModelPackage, anatomy: DecoderAnatomy) -> ir.Model:
-    """The decoder with that output."""
+    """The decoder with that output, and with logits of the last token alone."""
     graph = package.load_decoder()
     tap_last_token(graph, anatomy.sites)
+    keep_last_logits(graph)
     return graph
 
 
@@ -173,9 +176,20 @@ def read_batches(
             kept.keep(batch, found)
         take(indices, found)
     collected = np.stack([state for state in states if state is not None])
-    if len(collected) != len(requests) or not np.isfinite(collected).all():
-        raise GuardError("the model's hidden states hold NaN or infinity; its arithmetic overflows, use fp32 or bf16")
+    assert len(collected) == len(requests), "a batch was not read"
+    if not np.isfinite(collected).all():
+        raise GuardError(_not_finite(collected))
     return collected
+
+
+def _not_finite(states: np.ndarray) -> str:
+    """Which of the states `[prompts, layers, d]` are no numbers, and what to do."""
+    odd = ~np.isfinite(states)
+    layer = int(np.flatnonzero(odd.any(axis=(0, 2)))[0])
+    channels = np.flatnonzero(odd[:, layer].any(axis=0))
+    where = f"channel {channels[0]}" if len(channels) == 1 else f"{len(channels)} of {states.shape[-1]} channels"
+    found = f"the model's hidden states hold NaN or infinity from layer {layer} on ({where})"
+    return f"{found}; its arithmetic overflows: {WAY_OUT}"
 
 
 def collect_answer_states(

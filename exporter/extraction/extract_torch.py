@@ -21,6 +21,7 @@ from ...graphs.extras import install_command
 from ...runtime.chat import ChatTokenizer
 from ...runtime.vlm import Request
 from ..checkpoints.convert import load_model, locate, read_config
+from ..checkpoints.float16_range import decoder_layers
 from ..families import find_family
 from ..prompts.labelled import AnchorPair
 from ..shards import Spreader, here, when_needed
@@ -89,7 +90,7 @@ class TorchStates:
         torch.set_num_threads(self.threads)
         family = find_family(read_config(self.folder), str(self.folder))
         decoder = load_model(self.folder, family, "fp32", lambda _: None).get_decoder()
-        layers = getattr(decoder, "layers", None)
+        layers = decoder_layers(decoder, decoder.config.num_hidden_layers)
         if layers is None:
             raise AnatomyNotFound(
                 f"{self.folder}: {type(decoder).__name__} has no list of layers; export it to ONNX and extract from that"

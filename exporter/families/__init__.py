@@ -1,4 +1,4 @@
-"""Which checkpoints can be exported: one row per model family, `FAMILIES`.
+"""Which checkpoints can be exported: one row per multimodal family, `FAMILIES`, and one for all text decoders (`text`).
 
     vision inputs ─► vision_encoder ─► image_features ─► (place) ┐
                                                                  ├─► (caller puts the rows at the image tokens)
@@ -31,6 +31,7 @@ from .llava import LLAVA
 from .llava_onevision import LLAVA_ONEVISION
 from .paligemma import PALIGEMMA
 from .qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
+from .text import text_family
 
 FAMILIES: tuple[Family, ...] = (
     LLAVA,
@@ -51,18 +52,20 @@ _OTHERWISE = "Export it to ONNX with its own tools and guard that folder instead
 def find_family(config: Mapping[str, Any], checkpoint: str) -> Family:
     """The one row for this `config.json`; refuses what no row was written for."""
     model_type = config.get("model_type")
-    family = next((row for row in FAMILIES if row.model_type == model_type), None)
+    family = next((row for row in FAMILIES if row.model_type == model_type), None) or text_family(config)
     if family is None:
         supported = ", ".join(row.model_type for row in FAMILIES)
         raise GuardError(
-            f"{checkpoint}: its config.json says model_type {model_type!r}; supported: {supported}. {_OTHERWISE}"
+            f"{checkpoint}: its config.json says model_type {model_type!r}; supported: {supported}, and text decoders that "
+            f"transformers opens with AutoModelForCausalLM. {_OTHERWISE}"
         )
-    tower = (config.get("vision_config") or {}).get("model_type", family.image_towers[0])
-    if tower not in family.image_towers:
-        raise GuardError(
-            f"{checkpoint}: its image tower is {tower!r}; supported for {model_type}: "
-            f"{', '.join(family.image_towers)}. {_OTHERWISE}"
-        )
+    if family.vision is not None:
+        tower = (config.get("vision_config") or {}).get("model_type", family.image_towers[0])
+        if tower not in family.image_towers:
+            raise GuardError(
+                f"{checkpoint}: its image tower is {tower!r}; supported for {model_type}: "
+                f"{', '.join(family.image_towers)}. {_OTHERWISE}"
+            )
     reason = family.refuse(config)
     if reason is not None:
         raise GuardError(f"{checkpoint}: {reason}. {_OTHERWISE}")

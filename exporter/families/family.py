@@ -122,13 +122,13 @@ class Family:
         model_type: of `config.json`.
         model_class: in transformers.
         image_towers: `vision_config.model_type` of the towers this was tried with; the first is transformers' default.
-        vision, decoder: what differs in the graphs.
+        vision, decoder: what differs in the graphs. Without `vision` the model is text only, and one graph from `input_ids`.
         refuse: `refuse(config)` with the parsed `config.json`: why this one checkpoint cannot be exported, or `None`.
     """
 
     model_type: str
     model_class: str
     image_towers: tuple[str, ...]
-    vision: Vision
+    vision: Vision | None
     decoder: Decoder = Decoder()
     refuse: Callable[[Mapping[str, Any]], str | None] = lambda config: None

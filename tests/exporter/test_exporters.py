@@ -13,18 +13,21 @@ from typing import Any, get_args
 import onnx
 import pytest
 from random_directions import random_directions, write_directions
-from tiny_families import save_tiny_llama
+from tiny_families import save_tiny_llama, save_tiny_text
 from tiny_models import save_tiny_llava
 from typer.testing import CliRunner
 
 from vlmguard.cli import app
 from vlmguard.exporter.checkpoints import exporters
 from vlmguard.exporter.checkpoints.exporters import EXPORTERS, ExporterName, export_checkpoint
+from vlmguard.exporter.checkpoints.genai_builder import flatten_rope
+from vlmguard.exporter.pipeline import export
 from vlmguard.exporter.sources import opened, unwatched
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ModelUnreadable
 from vlmguard.graphs.extras import install_command
 from vlmguard.graphs.package import open_package
+from vlmguard.graphs.spec import GuardSpec
 from vlmguard.graphs.static_proof import Check
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.vlm import Request
@@ -138,10 +141,10 @@ def test_an_unknown_exporter(tmp_path: Path) -> None:
         (
             "transformers",
             "int4",
-            "dtype 'int4' was asked of transformers, which writes fp32 or fp16; genai writes int4",
+            "dtype 'int4' was asked of transformers, which writes fp32, fp16 or w16a32; genai writes int4",
         ),
         ("optimum", "int4", "dtype 'int4' was asked of optimum, which writes fp32 or fp16; genai writes int4"),
-        ("genai", "q4", "dtype 'q4' was asked of genai, which writes fp32 or fp16 or int4; no exporter writes q4"),
+        ("genai", "q4", "dtype 'q4' was asked of genai, which writes fp32, fp16 or int4; no exporter writes q4"),
     ],
 )
 def test_a_dtype_that_it_does_not_write(tmp_path: Path, exporter: str, dtype: str, said: str) -> None:
@@ -219,8 +222,38 @@ def test_a_builder_that_writes_nothing_has_failed(
     assert refusal(ModelUnreadable, llama, tmp_path, "genai", "fp16") == (
         f"{llama}: onnxruntime-genai's builder cannot export it (KeyError: 'rope'); try --exporter transformers"
     )
-    assert asked[0][:3] == [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+    assert asked[0][:3] == [sys.executable, "-m", "vlmguard.exporter.checkpoints.genai_builder"]
     assert asked[0][asked[0].index("-p") + 1 :][:3] == ["fp16", "-e", "cuda"]
+
+
+def test_the_builder_reads_rotary_parameters_by_layer_type_in_the_form_that_it_knows() -> None:
+    """As transformers 5 writes them for models with sliding windows; others stay as they are."""
+    layers = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = SimpleNamespace(rope_parameters=dict(layers))
+    flatten_rope(config)
+    assert vars(config) == {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+    }
+    for same in ({"rope_type": "default", "rope_theta": 1e4}, None):
+        config = SimpleNamespace(rope_parameters=same)
+        flatten_rope(config)
+        assert vars(config) == {"rope_parameters": same}
+
+
+@pytest.mark.zoo
+def test_gemma_3_is_built_by_genai_and_guarded(tmp_path: Path) -> None:
+    """Its rotary parameters by layer type were a KeyError."""
+    checkpoint = save_tiny_text("gemma3_text", tmp_path / "gemma", hidden_size=64, head_dim=16, intermediate_size=128)
+    export_checkpoint(checkpoint, tmp_path / "built", "genai", "int4")
+    directions = write_directions(tmp_path / "d.safetensors", random_directions(64, range(2)))
+    spec = GuardSpec(mode="project")
+    result = export(tmp_path / "built", tmp_path / "guarded", directions=directions, spec=spec, allow_no_effect=True)
+    assert result.written and all(check.ok for check in result.proof)
 
 
 def test_a_folder_without_a_config_is_no_checkpoint(tmp_path: Path, optimum: dict) -> None:

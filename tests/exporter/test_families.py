@@ -19,6 +19,7 @@ from tiny_models import HEAD_WIDTH, IMAGE_SIZE, IMAGE_TOKEN_ID, KV_HEADS, TEXT_W
 
 from vlmguard.exporter.checkpoints.convert import ConversionReport, convert_checkpoint, read_config
 from vlmguard.exporter.checkpoints.parity import Prompt, empty_cache, sample_prompt
+from vlmguard.exporter.checkpoints.prompt_text import prompt_texts
 from vlmguard.exporter.families import FAMILIES, find_family
 from vlmguard.exporter.families.family import Family, Turn
 from vlmguard.exporter.families.llava_onevision import pack, place
@@ -172,7 +173,9 @@ def test_generation_is_transformers_own(converted: Converted) -> None:
     with torch.no_grad():
         found = model.get_image_features(**tensors, return_dict=True).pooler_output
         lengths = tuple(len(image.flatten(0, -2)) for image in found)
-        prompt = sample_prompt(family, model.config, pictures, lengths)
+        prompt = sample_prompt(
+            family.vision, model.config, prompt_texts(converted.out, model.config), pictures, lengths
+        )
         kinds = {
             "gemma3": (prompt.input_ids == IMAGE_TOKEN_ID).astype(np.int64),
             "paligemma": np.zeros_like(prompt.input_ids),

@@ -31,9 +31,13 @@ def seen(*largest: float) -> Check:
         (3e4, True, ""),
         (0.51 * LARGEST, True, "thin: beyond half of float16's range, prefer bfloat16 or float32"),
         (0.93 * LARGEST, True, "thin"),
-        (0.94 * LARGEST, False, "float16 cannot hold these states, export the model in bfloat16 or float32"),
-        (float("inf"), False, "float16 cannot hold these states"),
-        (float("nan"), False, "float16 cannot hold these states"),
+        (
+            0.94 * LARGEST,
+            False,
+            "float16 cannot hold layer 1, channel 1: export the model with a float32 residual stream",
+        ),
+        (float("inf"), False, "float16 cannot hold layer 1, channel 1"),
+        (float("nan"), False, "float16 cannot hold layer 1, channel 1"),
     ],
 )
 def test_thin_and_refused(largest: float, ok: bool, said: str) -> None:

@@ -1,0 +1,99 @@
+"""Logits at the last position alone: a decoder's head reads one token of each row, in place of the whole prompt.
+
+    before   h [batch, sequence, d] ─► head ─► logits [batch, sequence, vocabulary]
+    after    h ─► Slice [batch, 1, d] ─► head ─► logits [batch, 1, vocabulary]
+
+Generation reads the last row. With a vocabulary of 262,144 the others are 1 MiB a token, which is most of the memory of an
+extraction or a calibration. For graphs in memory alone: what ships gives all its logits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from .roles import input_roles
+
+_SCOPE = "vlmguard.last_logits"
+# Operators between the head's product and the logits that treat each position by itself: caps, scales, biases.
+_BY_POSITION = frozenset({"Add", "Cast", "Div", "Identity", "Mul", "Sub", "Tanh"})
+_PRODUCTS = frozenset({"MatMul", "MatMulNBits", "FusedMatMul"})
+_DEEPEST = 8
+
+
+def keep_last_logits(model: ir.Model) -> bool:
+    """Let the head read the last position only, in place; `False`, and nothing is changed, where no head can be told.
+
+    The logits then are `[batch, 1, vocabulary]`. Rows must be padded on the left, as everywhere here.
+    """
+    graph = model.graph
+    logits = next((value for value in graph.outputs if value.name == input_roles(graph).logits), None)
+    if logits is None or logits.shape is None or len(logits.shape) != 3:
+        return False
+    between: list[ir.Value] = []
+    value = logits
+    for _ in range(_DEEPEST):
+        node = value.producer()
+        if node is None or node.graph is not graph or any(use.node not in _makers(between) for use in value.uses()):
+            return False
+        between.append(value)
+        if node.op_type in _PRODUCTS:
+            return _slice(graph, node, between)
+        if node.op_type not in _BY_POSITION:
+            return False
+        moving = [given for given in node.inputs if given is not None and not _is_number(given)]
+        if len(moving) != 1:
+            return False
+        value = moving[0]
+    return False
+
+
+def _makers(values: list[ir.Value]) -> set[ir.Node | None]:
+    return {value.producer() for value in values}
+
+
+def _is_number(value: ir.Value) -> bool:
+    """A constant that is the same at every position: a scalar, or one number for each word."""
+    tensor = value.const_value
+    producer = value.producer()
+    if tensor is None and producer is not None and producer.op_type == "Constant":
+        return True
+    return tensor is not None and len(tensor.shape) <= 1
+
+
+def _slice(graph: ir.Graph, head: ir.Node, between: list[ir.Value]) -> bool:
+    """Put the Slice in front of the head, and correct the shapes behind it."""
+    states, weights = head.inputs[0], head.inputs[1]
+    # The logits have rank 3 and the weights rank 2, so the states have rank 3: many exporters write no shapes in between.
+    if states is None or weights is None or states.is_graph_input() or not _is_matrix(weights):
+        return False
+    bounds = [_integer(graph, name, number) for name, number in (("start", -1), ("end", 2**62), ("axis", 1))]
+    last = ir.Value(name=f"{_SCOPE}/last", type=states.type)
+    if states.shape is not None:
+        last.shape = ir.Shape([states.shape[0], 1, states.shape[2]])
+    node = ir.node("Slice", [states, *bounds], outputs=[last], name=f"{_SCOPE}/Slice")
+    graph.insert_before(head, node)
+    head.replace_input_with(0, last)
+    for value in between:
+        if value.shape is not None and len(value.shape) == 3:
+            value.shape = ir.Shape([value.shape[0], 1, value.shape[2]])
+    return True
+
+
+def _is_matrix(weights: ir.Value) -> bool:
+    """Whether this is a matrix of the file, perhaps cast, transposed or unpacked; what depends on the inputs is no head."""
+    for _ in range(_DEEPEST):
+        if weights.const_value is not None:
+            return len(weights.const_value.shape) in (2, 3)  # MatMulNBits packs blocks into a third axis
+        node = weights.producer()
+        if node is None or not node.inputs or node.inputs[0] is None:
+            return False
+        weights = node.inputs[0]
+    return False
+
+
+def _integer(graph: ir.Graph, name: str, number: int) -> ir.Value:
+    tensor = ir.Tensor(np.array([number], np.int64), name=f"{_SCOPE}/{name}")
+    value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([1]), const_value=tensor)
+    graph.register_initializer(value)
+    return value
