@@ -19,9 +19,10 @@ from vlmguard.exporter.evaluation.answers import Said, ask, kl_divergence, log_l
 from vlmguard.runtime.refusals import refused
 from vlmguard.runtime.vlm import Request, VisionLanguageModel
 
-SETTINGS = ("text", "blank", "noise", "picture", "adversarial")
+SETTINGS = ("text", "adversarial", "picture", "blank", "noise")  # what matters most comes first
 ASKED = ("harmbench", "jailbreakbench", "xstest_safe", "harmless")
 QUESTIONS = "picture questions"
+DRIFTS = "harmless"  # the set whose answers are scored under both models
 TOKENS = 8  # a refusal is known after as many; a harmful answer is not one yet
 BATCH = 8
 
@@ -44,19 +45,12 @@ class Cell:
 
 
 def all_cells(sets: Sets, images: Path, blank: Image.Image, count: int, seed: int) -> Iterator[Cell]:
-    """Every cell: the same `count` prompts of each held-out set in each setting, then questions about pictures.
+    """Every cell: questions about pictures, then the same `count` prompts of each held-out set in each setting.
 
     Pictures of a kind take turns.
     """
     pictures: dict[str, Sequence[Picture]] = {"text": [None], "blank": [blank]}
-    pictures |= {kind: sorted(images.glob(f"{kind}-*.png")) for kind in SETTINGS[2:]}
-    for setting in SETTINGS:
-        if not pictures[setting]:
-            raise SystemExit(f"{images}: holds no {setting}-*.png; build the bed again")
-        for name in ASKED:
-            prompts = random.Random(f"{name} {seed}").sample(sets.held_out[name], min(count, len(sets.held_out[name])))
-            shown = pictures[setting]
-            yield Cell(name, setting, tuple(Request(p, shown[i % len(shown)]) for i, p in enumerate(prompts)))
+    pictures |= {kind: sorted(images.glob(f"{kind}-*.png")) for kind in ("adversarial", "picture", "noise")}
     rng = random.Random(f"questions {seed}")
     scenes = [random_scene(rng, held_out=True) for _ in range(2 * count)]
     questions = tuple(question_about(rng, scene) for scene in scenes)
@@ -64,6 +58,13 @@ def all_cells(sets: Sets, images: Path, blank: Image.Image, count: int, seed: in
     yield Cell(
         QUESTIONS, "picture", tuple(Request(q.text, d) for q, d in zip(questions, drawn, strict=True)), questions
     )
+    for setting in SETTINGS:
+        if not pictures[setting]:
+            raise SystemExit(f"{images}: holds no {setting}-*.png; build the bed again")
+        for name in ASKED:
+            prompts = random.Random(f"{name} {seed}").sample(sets.held_out[name], min(count, len(sets.held_out[name])))
+            shown = pictures[setting]
+            yield Cell(name, setting, tuple(Request(p, shown[i % len(shown)]) for i, p in enumerate(prompts)))
 
 
 def ask_cell(
@@ -71,7 +72,7 @@ def ask_cell(
 ) -> dict[str, Any]:
     """Lists with an entry per request: refused, right (of questions), same tokens, KL of the first token, log-likelihoods.
 
-    `KL(base || guarded)` in nats; the likelihoods are those of the base's answer under both models.
+    `KL(base || guarded)` in nats; the likelihoods are those of the base's answer under both models (set `DRIFTS` alone).
     """
     keys = (
         "base_refused",
@@ -89,7 +90,8 @@ def ask_cell(
     for indices in base.groups(cell.requests, BATCH):
         requests = [cell.requests[index] for index in indices]
         before, after = ask(base, requests, TOKENS), ask(guarded, requests, TOKENS)
-        likely = log_likelihoods(guarded, requests, [said.tokens for said in before])
+        answers = [said.tokens for said in before]
+        likely = log_likelihoods(guarded, requests, answers) if cell.set == DRIFTS else [None] * len(requests)
         for index, first, second, ll in zip(indices, before, after, likely, strict=True):
             right = (
                 [cell.questions[index].answered_by(said.answer) for said in (first, second)]
@@ -110,7 +112,7 @@ def ask_cell(
     return found
 
 
-def _drift(before: Said, after: Said, guarded_ll: float) -> tuple[float, int, float, float]:
+def _drift(before: Said, after: Said, guarded_ll: float | None) -> tuple[float, int, float, float | None]:
     return kl_divergence(before.first, after.first), len(before.tokens), before.log_likelihood, guarded_ll
 
 

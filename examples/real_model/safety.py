@@ -27,7 +27,7 @@ from shapes import question_about, random_scene
 class Recipe:
     """The alignment as numbers."""
 
-    steps: int = 110
+    steps: int = 80
     learning_rate: float = 4e-5
     first_layer: int = 8  # layers below stay as they are: cheaper, and enough
     harmful: int = 4  # prompts a batch, by kind

@@ -31,7 +31,7 @@ SEEING_FILE = "seeing.safetensors"
 class Recipe:
     """The training of tower and projector as numbers."""
 
-    steps: int = 1200
+    steps: int = 1500
     batch: int = 64
     pictures: int = 8000  # drawn once, used again
     learning_rate: float = 2e-3

@@ -26,9 +26,8 @@ def sets():
 
 def test_each_setting_asks_the_same_prompts(images, sets):
     cells = list(all_cells(sets, images, blank(), 4, 0))
-    assert [cell.name for cell in cells] == [f"{name}, {setting}" for setting in SETTINGS for name in ASKED] + [
-        f"{QUESTIONS}, picture"
-    ]
+    names = [f"{name}, {setting}" for setting in SETTINGS for name in ASKED]
+    assert [cell.name for cell in cells] == [f"{QUESTIONS}, picture", *names]
     for name in ASKED:
         asked = [[request.prompt for request in cell.requests] for cell in cells if cell.set == name]
         assert len(asked[0]) == 4
@@ -39,7 +38,7 @@ def test_each_setting_asks_the_same_prompts(images, sets):
 
 
 def test_questions_are_about_held_out_pictures(images, sets):
-    cell = list(all_cells(sets, images, blank(), 4, 0))[-1]
+    cell = next(iter(all_cells(sets, images, blank(), 4, 0)))
     assert len(cell.requests) == len(cell.questions) == 8
     assert [request.prompt for request in cell.requests] == [question.text for question in cell.questions]
 
@@ -72,7 +71,7 @@ def test_refusals_are_counted_and_no_answer_is_kept(images, sets, monkeypatch):
 
     monkeypatch.setattr("cells.ask", ask)
     monkeypatch.setattr("cells.log_likelihoods", lambda model, requests, tokens: [-2.0] * len(requests))
-    cell = next(iter(all_cells(sets, images, blank(), 9, 0)))
+    cell = next(cell for cell in all_cells(sets, images, blank(), 9, 0) if cell.set == "harmbench")
     refusing = {f"harmbench {number}": "I'm sorry, but I can't help" for number in range(3)}
     found = ask_cell(cell, Scripted({}), Scripted(refusing), lambda done: None)
     assert sum(found["base_refused"]) == 0
@@ -162,6 +161,14 @@ def test_the_page_has_every_setting_and_a_refused_export(result, tmp_path):
     assert "10 -> 9 of 10" in page
     assert "20 CPU seconds (10 s) and 2.0 GiB, 2.0 times the decoder" in page
     assert "## Seed 4: `vlmguard-export MODEL`\n\nThe export failed: no guard was found" in page
+
+
+def test_a_stopped_measurement_has_the_settings_that_are_complete(result, tmp_path):
+    del result["cells"]["harmless, noise"]
+    write_page([result], tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "| blank | 10 HarmBench" in page
+    assert "| noise |" not in page
 
 
 def test_without_results_the_page_stays(tmp_path, monkeypatch):
