@@ -4,7 +4,7 @@ Each case runs both sides through a padded prefill and eight decode steps, each 
 
 1. Two layers get random directions, and thresholds between the scores of the two rows, so that gates open and close.
 2. torch runs with `HookedGuard`, ONNX Runtime with the graph that `rewrite` made. In mode `supervise` both first run the
-   text-only pass, and each side's main pass takes its own coordinates.
+   text-only pass, and each side's main pass takes its own coordinates; in mode `align` its first call alone.
 3. Logits must agree at every token that is not padding, and must NOT be the unguarded model's.
 
 For the float16 graphs torch runs in float32 on the same half-rounded weights: half precision on a CPU rounds after each
@@ -33,8 +33,16 @@ from vlmguard.graphs.package import ModelPackage, open_package
 from vlmguard.graphs.plan import GuardPlan, plan_guard
 from vlmguard.graphs.reference import LISTEN, LayerGuard
 from vlmguard.graphs.rewrite import rewrite
-from vlmguard.graphs.spec import MODES, MODES_WITH_READOUT, MODES_WITH_SUPERVISOR, POSITIONS, GuardSpec
+from vlmguard.graphs.spec import (
+    MODES,
+    MODES_WITH_GATE,
+    MODES_WITH_READOUT,
+    MODES_WITH_SUPERVISOR,
+    POSITIONS,
+    GuardSpec,
+)
 from vlmguard.runtime.decoder import PromptBatch, open_decoder
+from vlmguard.runtime.pairs import interleaved
 from vlmguard.runtime.runners import open_runner
 from vlmguard.runtime.vlm import Request, VisionLanguageModel
 
@@ -169,7 +177,7 @@ def run_torch(
                 mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
             length = next(iter(given.values())).shape[1]
             if guard:
-                guard.set_call(mask, supervisor)
+                guard.set_call(mask, supervisor if step == 0 or guard.positions != "prompt" else None)
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
             output = subject.model(
                 **given, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
@@ -221,13 +229,13 @@ def run_onnx(subject: Subject, plan: GuardPlan, supervised: bool) -> tuple[list[
 
 
 def plan_with_thresholds(subject: Subject, mode: str, positions: str) -> tuple[GuardPlan, dict[int, np.ndarray]]:
-    """The plan, and per layer the scores that its gate will see; empty for `project`, which has no gate.
+    """The plan, and per layer the scores that its gate will see; empty for modes without a threshold.
 
     What a layer reads does not depend on its own guard, only on those below it: thresholds are chosen upward.
     """
     directions = random_directions(subject.width, subject.guarded_layers)
     scores: dict[int, np.ndarray] = {}
-    for number in subject.guarded_layers if mode != "project" else ():
+    for number in subject.guarded_layers if mode in MODES_WITH_GATE else ():
         below = {n: layer for n, layer in guards(_plan(subject, directions, mode, positions)).items() if n in scores}
         seen = gate_scores(subject, mode, positions, below, directions, number)
         if mode == "combined":
@@ -252,7 +260,8 @@ def plan_with_thresholds(subject: Subject, mode: str, positions: str) -> tuple[G
 def _plan(subject: Subject, directions: Directions, mode: str, positions: str) -> GuardPlan:
     graph = subject.package.load_decoder()
     alpha = 1.5 if mode in ("steer", "supervise") else None
-    return plan_guard(graph, dissect(graph), directions, GuardSpec(mode=mode, positions=positions, alpha=alpha))
+    spec = GuardSpec(mode=mode, layers=subject.guarded_layers, positions=positions, alpha=alpha)
+    return plan_guard(graph, dissect(graph), directions, spec)
 
 
 def guards(plan: GuardPlan) -> dict[int, LayerGuard]:
@@ -291,7 +300,7 @@ def between_rows(scores: np.ndarray, margin: float) -> float:
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "align"])  # in test_torch_hooks.py
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_the_guarded_graph_equals_torch_with_hooks(
     subject: Callable[[str], Subject], name: str, mode: str, positions: str
@@ -315,6 +324,31 @@ def test_the_guarded_graph_equals_torch_with_hooks(
     assert relative(real_tokens(expected, mask), real_tokens(found, mask)) <= limit
     # And what agrees is the guard, not a model that nobody guards.
     assert relative(real_tokens(unguarded, mask), real_tokens(expected, mask)) > 5 * limit
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_paired_rows_equal_torch_with_hooks_after_a_text_only_pass(
+    subject: Callable[[str], Subject], name: str
+) -> None:
+    """One call of the graph against two of torch; behind the prompt both rows of a pair get the same tokens."""
+    case = subject(name)
+    plan, _ = plan_with_thresholds(case, "align", "prompt")
+    told = text_pass(case, plan, "prompt")
+    expected, _ = run_torch(case, case.prompt, HookedGuard(guards(plan), "align", "prompt"), told)
+    graph, prompt = case.package.load_decoder(), case.prompt
+    dissect(graph)
+    rewrite(graph, replace(plan, supervisor="rows"))
+    session = open_decoder(case.package, graph)
+    outputs, state = session.prefill(interleaved(case.text.batch, prompt.batch, left=True))
+    logits = [outputs["logits"][1::2]]
+    for step in range(STEPS):
+        tokens, embeds = (
+            np.repeat(rows[:, step : step + 1], 2, axis=0) for rows in (prompt.next_tokens, prompt.next_embeds)
+        )
+        logits.append(session.step(state, tokens, embeds)["logits"][1::2])
+    mask = prompt.batch.mask.astype(bool)
+    found = real_tokens([array.astype(np.float32) for array in logits], mask)
+    assert relative(real_tokens(expected, mask), found) <= LIMITS[case.precision]
 
 
 @pytest.mark.parametrize("name", ["llava-torchscript-fp16", "tiny-vlm"])
@@ -342,7 +376,7 @@ def text_pass(case: Subject, plan: GuardPlan, positions: str) -> dict[int, torch
 
 def require_open_and_closed(plan: GuardPlan, scores: dict[int, np.ndarray], mode: str) -> None:
     """In each guarded layer one row's gate is open at the end of the prompt, and the other's closed."""
-    assert len(scores) == (0 if mode == "project" else 2)
+    assert len(scores) == (2 if mode in MODES_WITH_GATE else 0)
     for number, seen in scores.items():
         opens = seen[:, 0] > guards(plan)[number].threshold
         assert sorted(opens) == [False, True]
