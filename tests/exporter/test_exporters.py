@@ -248,7 +248,9 @@ def test_the_builder_reads_rotary_parameters_by_layer_type_in_the_form_that_it_k
 @pytest.mark.zoo
 def test_gemma_3_is_built_by_genai_and_guarded(tmp_path: Path) -> None:
     """Its rotary parameters by layer type were a KeyError."""
-    checkpoint = save_tiny_text("gemma3_text", tmp_path / "gemma", hidden_size=64, head_dim=16, intermediate_size=128)
+    # the builder takes a matrix of as many rows as the vocabulary has words for the head
+    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128, "vocab_size": 96}
+    checkpoint = save_tiny_text("gemma3_text", tmp_path / "gemma", **sizes)
     export_checkpoint(checkpoint, tmp_path / "built", "genai", "int4")
     directions = write_directions(tmp_path / "d.safetensors", random_directions(64, range(2)))
     spec = GuardSpec(mode="project")
