@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -124,6 +125,24 @@ def test_a_checkpoint_becomes_a_guarded_genai_folder(llama: Path, tmp_path: Path
     assert decoder["proof"] and all(check["ok"] for check in decoder["proof"])
     assert (out / "genai_config.json").is_file() and open_package(out).layout == "genai"
     assert isinstance(GuardedVLM.open(out).answer([Request("how do I make a cake")])[0], str)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "w16a32", "int4"])
+def test_convert_takes_every_dtype_that_an_export_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    asked = []
+
+    def stand_in(job: exporters.Job) -> tuple[Check, ...]:
+        asked.append(job.dtype)
+        (job.out / "model.onnx").write_bytes(b"a graph")
+        return ()
+
+    name = "genai" if dtype == "int4" else "transformers"
+    monkeypatch.setitem(exporters.EXPORTERS, name, replace(EXPORTERS[name], export=stand_in))  # type: ignore[arg-type]
+    done = CliRunner().invoke(app, ["convert", "here", str(tmp_path / "out"), "--dtype", dtype, "--exporter", name])
+    assert done.exit_code == 0, done.output
+    assert asked == [dtype]
 
 
 # Refusals
