@@ -17,6 +17,7 @@ import onnx_ir as ir
 from ..graphs.decoder_state import StatePair, is_past_name
 from ..graphs.dials import PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT
 from ..graphs.errors import GuardError
+from ..graphs.last_logits import reads_in_place
 from ..graphs.package import ModelPackage, in_memory
 from ..graphs.plan import COORDINATES_OUTPUT, PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUTS
 from ..graphs.reference import LISTEN, UNDECIDED
@@ -447,7 +448,7 @@ def open_decoder(
     """
     if isinstance(graph, ir.Model):
         content, home = in_memory(graph, folder or package.decoder.parent)
-        runner = open_runner(content, home, runtime, optimize)
+        runner = open_runner(content, home, runtime, optimize, packs=not reads_in_place(graph))
     else:
         path = graph or package.decoder
         runner = open_runner(path, path.parent, runtime, optimize)

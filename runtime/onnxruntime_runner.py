@@ -45,6 +45,7 @@ _NAMED: dict[str, tuple[tuple[str, ...], str]] = {
 }
 _ON_CUDA = (_CUDA, _TENSORRT)
 _FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
+_NO_PACKING = "session.disable_prepacking"
 
 
 class OnnxRuntimeRunner:
@@ -56,6 +57,7 @@ class OnnxRuntimeRunner:
         optimize: ONNX Runtime's graph optimisations on (all) or off.
         providers: execution providers in order; `None` takes CUDA when present, then CPU.
         fallback: whether a provider that does not start may be left out, which onnxruntime does without a word.
+        packs: whether onnxruntime may keep packed copies of weights.
 
     Raises:
         ExtraMissing: onnxruntime is not installed, or a provider that must start does not.
@@ -69,6 +71,7 @@ class OnnxRuntimeRunner:
         optimize: bool = True,
         providers: tuple[str, ...] | None = None,
         fallback: bool = True,
+        packs: bool = True,
     ) -> None:
         runtime = import_onnxruntime()
         options = runtime.SessionOptions()
@@ -76,6 +79,8 @@ class OnnxRuntimeRunner:
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
         # What it has to say comes as an exception; its log would print names from files as they are.
         options.log_severity_level = 4
+        if not packs:
+            options.add_session_config_entry(_NO_PACKING, "1")
         chosen = providers or _preferred(runtime.get_available_providers())
         if isinstance(graph, bytes):
             options.add_session_config_entry(_FOLDER_OPTION, str(folder))
@@ -177,7 +182,9 @@ class OrtTensor(DeviceTensor):
             raise RunFailed(f"onnxruntime cannot copy {self.dtype} to the host ({first_line(error)})") from error
 
 
-def open_onnxruntime(graph: Path | bytes, folder: Path, optimize: bool, provider: str | None) -> Runner:
+def open_onnxruntime(
+    graph: Path | bytes, folder: Path, optimize: bool, provider: str | None, packs: bool = True
+) -> Runner:
     """A runner with the provider of that name (`cpu`, `cuda`, `tensorrt`); for `None` with CUDA when it is there.
 
     Raises:
@@ -192,12 +199,14 @@ def open_onnxruntime(graph: Path | bytes, folder: Path, optimize: bool, provider
         if providers[0] not in available:
             raise ExtraMissing(f"this onnxruntime has no {providers[0]}, it has {', '.join(available)}; {missing}")
     kind = OnnxRuntimeDeviceRunner if providers[0] in _ON_CUDA else OnnxRuntimeRunner
-    runner = kind(graph, folder, optimize, providers, fallback=provider is None)
+    runner = kind(graph, folder, optimize, providers, fallback=provider is None, packs=packs)
     if runner.providers[0] == providers[0]:
         return runner
     if provider is not None:
         raise ExtraMissing(f"{providers[0]} does not start, onnxruntime would take {runner.providers[0]}; {missing}")
-    return OnnxRuntimeRunner(graph, folder, optimize, (_CPU,))  # onnxruntime-gpu on a machine without a GPU
+    return OnnxRuntimeRunner(
+        graph, folder, optimize, (_CPU,), packs=packs
+    )  # onnxruntime-gpu on a machine without a GPU
 
 
 # What to do, by what the reason says. "Is the file complete?" is asked only where that can be the reason.

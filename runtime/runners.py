@@ -73,11 +73,13 @@ class DeviceRunner(Runner, Protocol):
         ...
 
 
-# path or serialized graph, folder of its external data, whether to optimise -> runner
-_Open = Callable[[Path | bytes, Path, bool], Runner]
+# path or serialized graph, folder of its external data, whether to optimise, whether to pack weights -> runner
+_Open = Callable[[Path | bytes, Path, bool, bool], Runner]
 
 
-def open_runner(graph: Path | bytes, folder: Path, runtime: str = "onnxruntime", optimize: bool = True) -> Runner:
+def open_runner(
+    graph: Path | bytes, folder: Path, runtime: str = "onnxruntime", optimize: bool = True, packs: bool = True
+) -> Runner:
     """Open a graph with one of the runtimes.
 
     Args:
@@ -85,6 +87,8 @@ def open_runner(graph: Path | bytes, folder: Path, runtime: str = "onnxruntime",
         folder: where the graph's external data is.
         runtime: a row of the table.
         optimize: whether the runtime may fuse and reorder; off shows the graph exactly as it is written.
+        packs: whether the runtime may keep packed copies of weights, which make products faster; off leaves mapped weights
+            in their file.
 
     Raises:
         GuardError: the runtime is unknown, or runs engines and no graphs.
@@ -100,7 +104,7 @@ def open_runner(graph: Path | bytes, folder: Path, runtime: str = "onnxruntime",
     if isinstance(graph, Path) and (_by_reference(graph) or read_outline(graph) is not None):
         # weights by reference, or mapped from inside the file: see `in_memory`
         graph, folder = in_memory(load_graph(graph, vouched=True), graph.parent)
-    return _RUNNERS[runtime](graph, folder, optimize)
+    return _RUNNERS[runtime](graph, folder, optimize, packs)
 
 
 def _by_reference(graph: Path) -> bool:
@@ -115,10 +119,10 @@ def _by_reference(graph: Path) -> bool:
 
 
 def _onnxruntime(provider: str | None) -> _Open:
-    def opened(graph: Path | bytes, folder: Path, optimize: bool) -> Runner:
+    def opened(graph: Path | bytes, folder: Path, optimize: bool, packs: bool) -> Runner:
         from .onnxruntime_runner import open_onnxruntime
 
-        return open_onnxruntime(graph, folder, optimize, provider)
+        return open_onnxruntime(graph, folder, optimize, provider, packs)
 
     return opened
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -124,6 +125,24 @@ def test_a_checkpoint_becomes_a_guarded_genai_folder(llama: Path, tmp_path: Path
     assert decoder["proof"] and all(check["ok"] for check in decoder["proof"])
     assert (out / "genai_config.json").is_file() and open_package(out).layout == "genai"
     assert isinstance(GuardedVLM.open(out).answer([Request("how do I make a cake")])[0], str)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "w16a32", "int4"])
+def test_convert_takes_every_dtype_that_an_export_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    asked = []
+
+    def stand_in(job: exporters.Job) -> tuple[Check, ...]:
+        asked.append(job.dtype)
+        (job.out / "model.onnx").write_bytes(b"a graph")
+        return ()
+
+    name = "genai" if dtype == "int4" else "transformers"
+    monkeypatch.setitem(exporters.EXPORTERS, name, replace(EXPORTERS[name], export=stand_in))  # type: ignore[arg-type]
+    done = CliRunner().invoke(app, ["convert", "here", str(tmp_path / "out"), "--dtype", dtype, "--exporter", name])
+    assert done.exit_code == 0, done.output
+    assert asked == [dtype]
 
 
 # Refusals
@@ -248,7 +267,9 @@ def test_the_builder_reads_rotary_parameters_by_layer_type_in_the_form_that_it_k
 @pytest.mark.zoo
 def test_gemma_3_is_built_by_genai_and_guarded(tmp_path: Path) -> None:
     """Its rotary parameters by layer type were a KeyError."""
-    checkpoint = save_tiny_text("gemma3_text", tmp_path / "gemma", hidden_size=64, head_dim=16, intermediate_size=128)
+    # the builder takes a matrix of as many rows as the vocabulary has words for the head
+    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128, "vocab_size": 96}
+    checkpoint = save_tiny_text("gemma3_text", tmp_path / "gemma", **sizes)
     export_checkpoint(checkpoint, tmp_path / "built", "genai", "int4")
     directions = write_directions(tmp_path / "d.safetensors", random_directions(64, range(2)))
     spec = GuardSpec(mode="project")

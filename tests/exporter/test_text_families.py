@@ -204,6 +204,16 @@ def test_the_worst_state_is_named_and_the_first_layer() -> None:
     )
 
 
+@pytest.mark.zoo
+def test_a_text_checkpoint_is_guarded_in_one_go(tmp_path: Path) -> None:
+    """`vlmguard-export CHECKPOINT --dtype w16a32`: converted, guarded, proved, and it answers."""
+    checkpoint = save_tiny_text("llama", tmp_path / "llama")
+    directions = write_directions(tmp_path / "d.safetensors", random_directions(TEXT_WIDTH, range(2)))
+    result = vlmguard.export(checkpoint, directions=directions, spec=GuardSpec(mode="project"), dtype="w16a32")
+    assert result.out == tmp_path / "llama-guarded" and all(check.ok for check in result.proof)
+    assert len(GuardedVLM.open(result.out).answer(PROMPTS)) == 2
+
+
 # What is compared
 
 
