@@ -6,7 +6,7 @@ A layer whose direction does not separate held-out anchors better than chance is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from ...graphs.directions import Directions
 from ...graphs.separation import Separation, separation_along
 from ...graphs.spec import GuardSpec
-from .judged import JudgedPrompts
+from .judged import JudgedPrompts, Setting
 
 ALIGNED_RANK = 8  # rows that `align` copies: with fewer, borderline prompts follow the text-only model less faithfully
 _FEWER_ROWS = 4
@@ -68,15 +68,18 @@ def places_of_align(directions: Directions, count: int, spec: GuardSpec) -> Iter
             yield place
 
 
-def evidence(directions: Directions, judged: JudgedPrompts, states: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+def evidence(
+    directions: Directions, judged: JudgedPrompts, asked: Sequence[Setting], states: Mapping[str, np.ndarray]
+) -> list[dict[str, Any]]:
     """Per layer: how well row 1 separates held-out anchors, and the judged prompts alone and beside images.
 
     Args:
         directions: of every layer.
         judged: the prompts.
+        asked: the settings as they were asked.
         states: of the unguarded model by setting, `[prompts, layers, d]`.
     """
-    texts = {"text": tuple(range(len(judged.texts)))} | {one.name: one.texts for one in judged.settings}
+    texts = {"text": tuple(range(len(judged.texts)))} | {one.name: one.texts for one in asked}
     found = []
     for number, layer in directions.layers.items():
         recorded = directions.evidence.get(str(number), {})

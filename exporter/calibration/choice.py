@@ -185,7 +185,7 @@ def _try_align(
         attempts.append(_judged(place, candidate, figures, judge.control(candidate, figures), wish.budget))
         if attempts[-1].meets:
             break
-    return attempts, evidence(directions, judged, judge.states)
+    return attempts, evidence(directions, judged, judge.asked, judge.states)
 
 
 def _judged(

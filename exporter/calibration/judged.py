@@ -21,7 +21,8 @@ from ...runtime.images import open_image
 from ...runtime.vlm import Request, VisionLanguageModel
 from ..prompts.labelled import LabelledPrompt
 
-MOST_PER_LABEL = 12  # texts, and prompts with pictures of their own
+MOST_PER_LABEL = 12  # prompts of each setting
+_MOST_TEXTS = 24  # harmful ones that are asked alone, to find those that are refused
 USERS_IMAGES = "calibration image"
 _SEED = 0
 
@@ -69,6 +70,23 @@ class JudgedPrompts:
     settings: tuple[Setting, ...]
     source: str
     prompts: tuple[LabelledPrompt, ...]
+
+    def shown(self, setting: Setting) -> int:
+        """The most prompts that `chosen` asks in a setting."""
+        harmful = sum(self.texts[at].harmful for at in setting.texts)
+        return min(harmful, MOST_PER_LABEL) + len(setting.texts) - harmful
+
+    def chosen(self, setting: Setting, refused: Sequence[bool]) -> Setting:
+        """The setting with the harmful texts that are refused alone, `MOST_PER_LABEL` at most, and all harmless ones.
+
+        Args:
+            refused: whether each text is.
+        """
+        harmful = [row for row, at in enumerate(setting.texts) if self.texts[at].harmful and refused[at]]
+        harmless = [row for row, at in enumerate(setting.texts) if not self.texts[at].harmful]
+        rows = [*harmful[:MOST_PER_LABEL], *harmless]
+        texts, requests = (tuple(kind[row] for row in rows) for kind in (setting.texts, setting.requests))
+        return Setting(setting.name, texts, requests)
 
     def labelled(self, harmful: bool) -> list[int]:
         """Indices of the texts with one label."""
@@ -127,12 +145,12 @@ def beside_images(prompts: Sequence[LabelledPrompt], images: Sequence[Path]) -> 
 
 
 def _spread(prompts: Iterable[LabelledPrompt]) -> list[LabelledPrompt]:
-    """At most `MOST_PER_LABEL` of each label, each text once, from the beginning of the set to its end."""
+    """Some of each label, each text once, from the beginning of the set to its end."""
     unique = list({(prompt.prompt, prompt.label == "harmful"): prompt for prompt in prompts}.values())
     chosen = []
-    for harmful in (True, False):
+    for harmful, most in ((True, _MOST_TEXTS), (False, MOST_PER_LABEL)):
         kind = [prompt for prompt in unique if (prompt.label == "harmful") == harmful]
-        at = np.linspace(0, len(kind) - 1, min(MOST_PER_LABEL, len(kind))).round().astype(int)
+        at = np.linspace(0, len(kind) - 1, min(most, len(kind))).round().astype(int)
         chosen += [kind[number] for number in at]
     return chosen
 

@@ -54,7 +54,7 @@ def test_the_default_export_chooses_align_and_says_why(guarded: Guarded) -> None
     assert [one["mode"] for one in choice["not_tried"]] == list(NAMES[1:])
     (tried,) = choice["tried"]
     kept = {one["setting"]: (one["harmful"]["kept"], one["harmful"]["unguarded"]) for one in tried["settings"]}
-    assert kept == {"text": (24, 24), "blank": (12, 0), "noise": (12, 0), "image": (12, 0)}
+    assert kept == {"text": (48, 48), "blank": (12, 0), "noise": (12, 0), "image": (12, 0)}
     assert all(one["harmless"]["extra"] == 0 for one in tried["settings"])
     assert tried["random_directions"] == {"setting": "blank", "asked": 8, "kept": 0, "guarded": 8}
     assert "--mode auto chose align: it reaches the goal, and calibrates no number" in plan["notes"]
@@ -75,7 +75,7 @@ def test_the_folder_verifies_and_its_files_say_the_same(guarded: Guarded) -> Non
     refusals = read_manifest(folder).refusals
     assert refusals is not None
     rows = {one["setting"]: (one["unguarded"], one["guarded"], one["changed"]) for one in refusals["settings"]}
-    assert rows == {"text": (24, 24, None), "blank": (0, 12, 12), "noise": (0, 12, 12), "image": (0, 12, 12)}
+    assert rows == {"text": (48, 48, None), "blank": (0, 12, 12), "noise": (0, 12, 12), "image": (0, 12, 12)}
 
 
 def test_prompts_that_a_mode_was_chosen_on_are_not_evaluated_on(guarded: Guarded) -> None:
@@ -292,11 +292,24 @@ def test_judged_prompts_are_spread_and_come_with_every_image() -> None:
     model, prompts = VisionLanguageModel(open_package(SOURCE)), read_prompts(CALIBRATION)
     found = judged_prompts(prompts, model, [PICTURE], "set")
     assert [setting.name for setting in found.settings] == ["blank", "noise", "image", "calibration image"]
-    assert (len(found.labelled(True)), len(found.labelled(False))) == (24, 24)
+    assert (len(found.labelled(True)), len(found.labelled(False))) == (48, 24)
     for setting in found.settings:
-        assert len(setting.texts) == len(setting.requests) == 24
+        assert len(setting.texts) == len(setting.requests) == 36
         assert all(found.texts[at].prompt == r.prompt for at, r in zip(setting.texts, setting.requests, strict=True))
         assert all(request.image is not None for request in setting.requests)
+
+
+def test_beside_images_only_what_is_refused_alone_is_asked() -> None:
+    """A harmful text that the model answers alone shows nothing beside an image."""
+    model, prompts = VisionLanguageModel(open_package(SOURCE)), read_prompts(CALIBRATION)
+    found = judged_prompts(prompts, model, (), "set")
+    blank = found.settings[0]
+    few = set(found.labelled(True)[:3])
+    for refused, harmful in ((few, 3), (set(found.labelled(True)), 12), (set(), 0)):
+        chosen = found.chosen(blank, [number in refused for number in range(len(found.texts))])
+        assert len(chosen.texts) == len(chosen.requests) == harmful + 12
+        assert {at for at in chosen.texts if found.texts[at].harmful} <= refused
+    assert found.shown(blank) == 24
 
 
 def test_the_users_images_are_dealt_out_among_the_texts() -> None:
@@ -393,6 +406,6 @@ def test_a_model_that_refuses_nothing_as_text_has_nothing_to_bring_back(
         judge.judge(candidate)
     assert judge.tokens == align_judge.MORE_TOKENS  # late refusals were looked for
     assert str(refusal.value) == (
-        "set: the unguarded model refuses none of 12 harmful prompts as text, so there are no refusals that a guard could "
+        "set: the unguarded model refuses none of 24 harmful prompts as text, so there are no refusals that a guard could "
         "bring back; check the model's chat template, or give harmful prompts that it refuses with --anchors or --calibration"
     )
