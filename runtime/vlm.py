@@ -28,7 +28,9 @@ from .decoder import DecoderSession, DecoderState, PromptBatch, can_pad, open_de
 from .decoder_place import DecoderPlace
 from .deepstack import scatter
 from .device import SomeRows, Tensor
+from .image_features import ImageFeatures
 from .images import open_image
+from .images_qwen import QwenImagePreprocessor
 from .knobs import AS_EXPORTED, Knobs
 from .pairs import PROMPTS, interleaved, rows_of
 from .positions_mrope import mrope_positions
@@ -44,13 +46,13 @@ class Request:
 
     Attributes:
         prompt: what is asked.
-        image: path, picture or the bytes of a file; `None` for text only.
+        image: path, picture or the bytes of a file, or rows in the place of a picture's tokens; `None` for text only.
         history: what was said before, if this is a conversation. The image belongs to the turn that `shows` it; to the
             question, if none does.
     """
 
     prompt: str
-    image: Image.Image | Path | str | bytes | None = None
+    image: Image.Image | Path | str | bytes | ImageFeatures | None = None
     history: tuple[Turn, ...] = ()
 
     def __post_init__(self) -> None:
@@ -255,6 +257,18 @@ class VisionLanguageModel:
         """A white picture of the size that the model looks at."""
         return self.images.blank_image()
 
+    def image_features(self, image: Image.Image | Path | str | bytes) -> ImageFeatures:
+        """What the vision encoder gives for one picture: `[image tokens, d]` in the encoder's dtype.
+
+        Raises:
+            GuardError: the model takes no images, or the picture cannot be read.
+        """
+        return ImageFeatures(look(self._vision, self.images, [open_image(image)]).features)
+
+    def token_embeddings(self, ids: np.ndarray) -> np.ndarray:
+        """The decoder's embeddings of token ids `[n]`: `[n, d]`."""
+        return self._embeds(np.asarray(ids, np.int64)[None])[0]
+
     # Answers
 
     def answer(
@@ -348,8 +362,7 @@ class VisionLanguageModel:
 
     def batch(self, requests: Sequence[Request]) -> PromptBatch:
         """Token ids padded on the left, and embeddings with image features where the decoder takes them."""
-        pictures = [open_image(request.image) for request in requests if request.image is not None]
-        seen = look(self._vision, self.images, pictures) if pictures else None
+        seen = self._look_at([request.image for request in requests if request.image is not None])
         tokens = iter(() if seen is None else seen.tokens)
         rows = [self.chat.encode_turns(r.turns, 0 if r.image is None else int(next(tokens))) for r in requests]
         longest = max(map(len, rows))
@@ -366,6 +379,25 @@ class VisionLanguageModel:
             return PromptBatch(ids, mask, self._embeds(ids))
         at = (ids == self.chat.image_token_id) & (mask == 1)
         return PromptBatch(ids, mask, self._embeds(ids, at, seen.features), self._placed(at, mask, seen))
+
+    def _look_at(self, images: Sequence[Image.Image | Path | str | bytes | ImageFeatures]) -> Seen | None:
+        """The features of a batch's images, in their order; pictures go through the vision encoder."""
+        pictures = [open_image(image) for image in images if not isinstance(image, ImageFeatures)]
+        seen = look(self._vision, self.images, pictures) if pictures else None
+        if len(pictures) == len(images):
+            return seen
+        if not self.takes_embeds:
+            raise GuardError(f"{self.package.root}: the decoder takes no embeddings; leave the image out")
+        if self.images_have_grids:
+            raise GuardError("this model places an image's tokens by its size, which rows do not have; give a picture")
+        looked = iter(() if seen is None else np.split(seen.features, np.cumsum(seen.tokens)[:-1]))
+        rows = [image.rows if isinstance(image, ImageFeatures) else next(looked) for image in images]
+        return Seen(np.concatenate(rows), np.array([len(found) for found in rows]), {})
+
+    @property
+    def images_have_grids(self) -> bool:
+        """Whether an image's tokens are placed by its height and width (the Qwen family)."""
+        return isinstance(self.images, QwenImagePreprocessor)
 
     @cached_property
     def _vision(self) -> Runner:

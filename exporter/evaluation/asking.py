@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from PIL import Image
+
 from ...graphs.gate_taps import tap_gates
 from ...graphs.manifest import MANIFEST_NAME, read_manifest
 from ...graphs.package import open_package
 from ...runtime.guarded import GuardedVLM
+from ...runtime.image_features import ImageFeatures
 from ...runtime.images import open_image
 from ...runtime.refusals import refused
 from ...runtime.vlm import Request, VisionLanguageModel
@@ -156,9 +159,14 @@ def shard_of(
 ) -> Shard:
     """A batch of a set, by its indices; those in `text_only` are also asked without their image."""
     asked = (requests[index] for index in indices)
-    seen = (replace(r, image=open_image(r.image)) if r.image is not None else r for r in asked)
+    seen = (replace(r, image=_opened(r.image)) if r.image is not None else r for r in asked)
     text_rows = tuple(row for row, index in enumerate(indices) if index in text_only)
     return Shard(tuple(indices), tuple(prompts[index] for index in indices), tuple(seen), text_rows)
+
+
+def _opened(image: Image.Image | Path | str | bytes | ImageFeatures) -> Image.Image | ImageFeatures:
+    """A picture, decoded; rows as they are."""
+    return image if isinstance(image, ImageFeatures) else open_image(image)
 
 
 def _records(

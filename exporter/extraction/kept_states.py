@@ -21,6 +21,7 @@ from ...graphs.digests import BIG, sha256_file
 from ...graphs.errors import GuardError
 from ...graphs.package import ModelPackage, external_files
 from ...graphs.staging import write_file
+from ...runtime.image_features import ImageFeatures
 from ...runtime.images import picture_bytes
 from ...runtime.vlm import Request
 
@@ -106,6 +107,8 @@ def _image(request: Request) -> bytes:
         return b""
     if isinstance(request.image, bytes):
         return request.image
+    if isinstance(request.image, ImageFeatures):
+        return request.image.content()
     if isinstance(request.image, (str, Path)):
         return picture_bytes(Path(request.image))
     return f"{request.image.mode} {request.image.size} ".encode() + request.image.tobytes()

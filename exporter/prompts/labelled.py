@@ -23,6 +23,7 @@ from pathlib import Path
 
 from ...graphs.errors import PromptsUnusable
 from ...graphs.places import model_folders
+from ...runtime.image_features import ImageFeatures
 from ...runtime.images import picture_bytes
 from ...runtime.vlm import Request, VisionLanguageModel
 from .files import read_rows
@@ -64,6 +65,7 @@ class LabelledPrompt:
     setting: Setting
     image: Path | None = None
     intent: str = ""
+    features: ImageFeatures | None = None  # in the place of a picture: soft images have no file
 
     @property
     def harmful_as_text(self) -> bool:
@@ -79,7 +81,7 @@ class LabelledPrompt:
         """As a request; `blank` gets a white picture of the model's size."""
         if self.setting == "blank":
             return Request(self.prompt, model.blank_image())
-        return Request(self.prompt, self.image)
+        return Request(self.prompt, self.features if self.features is not None else self.image)
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,8 @@ def fingerprint(prompt: LabelledPrompt) -> str:
     A blank picture asks nothing, so that a prompt is the same in `text` and `blank`; a picture that matters is part of it.
     """
     image = picture_bytes(prompt.image) if prompt.image is not None else b""
+    if prompt.features is not None:
+        image = prompt.features.content()
     return hashlib.sha256(normalised(prompt.prompt).encode() + b"\0" + image).hexdigest()[:16]
 
 
