@@ -8,11 +8,10 @@ import os
 from pathlib import Path
 
 import pytest
+from build import BUILD
 from cells import ASKED, QUESTIONS, counted
 from measure import measure
 from sets import HARMFUL_HELD_OUT, read_sets
-
-from build import BUILD
 
 OPTIONS = ("--mode", "align")
 PROMPTS = 24
