@@ -85,7 +85,7 @@ coverage-check: $(VENV)/.full
 
 # Every benchmark with few repetitions, and the draft of its page: shows that they run. docs/performance.md says how to measure.
 bench: $(VENV)/.full
-	for name in rewriting inference hooks extraction spellings serving; do \
+	for name in rewriting inference hooks supervisors extraction spellings serving; do \
 		$(BIN)/python benchmarks/$$name.py --quick --out build/bench/$$name.json \
 			$$(test $$name != rewriting || echo --compare) || exit 1; done
 	$(BIN)/python benchmarks/gpu.py --quick --shape tiny --runtime onnxruntime-cpu --out build/bench/gpu.json

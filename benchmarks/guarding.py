@@ -8,13 +8,13 @@ import numpy as np
 
 from vlmguard.exporter.pipeline import ExportResult, export
 from vlmguard.graphs.directions import Directions, LayerDirections, directions_bytes
-from vlmguard.graphs.spec import MAX_RANK, GuardSpec
+from vlmguard.graphs.spec import GuardSpec
 
 # A gate compares sums of a few thousand products with its threshold: these decide it before any token is read.
 ALWAYS_CLOSED, ALWAYS_OPEN = 1e9, -1e9
 
 
-def write_directions(path: Path, width: int, layers: int, rank: int = MAX_RANK) -> Path:
+def write_directions(path: Path, width: int, layers: int, rank: int = 8) -> Path:
     """Calibrated directions for every layer: orthonormal rows, small targets, so that an open gate stays finite."""
     made = {}
     for number in range(layers):

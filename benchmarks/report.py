@@ -35,6 +35,7 @@ python benchmarks/rewriting.py --compare   # 13.2 GB guarded: time, memory, disk
 python benchmarks/inference.py             # the guard's cost when the model runs (--full for every combination, --resume)
 python benchmarks/hooks.py                 # against PyTorch with forward hooks
 python benchmarks/extraction.py            # the taps' cost
+python benchmarks/supervisors.py           # mode align: a text-only pass, or paired rows
 python benchmarks/spellings.py             # the guard's arithmetic in isolation, in several spellings
 python benchmarks/serving.py               # `vlmguard serve` under load: docs/serving.md has its figures
 python benchmarks/report.py                # this page
@@ -259,6 +260,27 @@ def _hooks(parts: Parts) -> list[str]:
     ]
 
 
+def _supervisors(parts: Parts) -> list[str]:
+    prefill = parts["prefill"]
+    columns = ["way", "ratio", "median's 95%", "p10 to p90", "pairs", "ms", "unguarded ms"]
+    blocks = [
+        "## Mode align: a text-only pass, or paired rows",
+        f"{prefill['shape']}, float32, the later two thirds of the layers, rank {prefill['rank']}; {prefill['text']} tokens of "
+        f"text and {prefill['image']} of an image. Prefill is everything until the first token: `input` runs the text-only "
+        "prompt and then the prompt, `rows` one call of two rows of the prompt's length.",
+    ]
+    for name in ("prefill", "decode"):
+        part = parts[name]
+        before = f"{part['unguarded_ms']['median']:.2f}"
+        rows = [[r["name"], *_ratio_cells(r["ratio"]), f"{r['ms']['median']:.2f}", before] for r in part["rows"]]
+        blocks += [f"### {name}", _table(columns, rows)]
+    return [
+        *blocks,
+        "`input` adds the text's own tokens, so it is the cheaper one wherever an image is longer than its text. `rows` adds a "
+        "second prompt of the same length, and is for runtimes that take no further inputs.",
+    ]
+
+
 def _extraction(parts: Parts) -> list[str]:
     blocks = [
         "## Extracting directions",
@@ -302,6 +324,7 @@ SECTIONS = (
     Section("rewriting", ("export", "export with digests", "onnx", "onnx_ir"), _rewriting),
     Section("inference", tuple(f"{p}/{phase}" for p in PRECISIONS for phase in ("decode", "prefill")), _inference),
     Section("hooks", ("hooks",), _hooks),
+    Section("supervisors", ("prefill", "decode"), _supervisors),
     Section("extraction", ("tiny-vlm", "decoder"), _extraction),
     Section("spellings", tuple(f"{p}/{phase}" for p in ("last", "all") for phase in ("decode", "prefill")), _spellings),
 )

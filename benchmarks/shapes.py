@@ -49,6 +49,7 @@ SHAPES = {
     for shape in (
         Shape("qwen2.5-0.5b", 896, 24, 14, 2, 4864, 151936),  # config.json of Qwen/Qwen2.5-0.5B
         Shape("qwen2.5-7b", 3584, 28, 28, 4, 18944, 152064, tied=False),  # config.json of Qwen/Qwen2.5-7B
+        Shape("gemma-270m", 640, 18, 4, 1, 2048, 32000),  # Gemma 3 270M's layers; a smaller vocabulary
         Shape("tiny", 64, 4, 4, 2, 128, 320),  # to see that a script runs; its figures say nothing
     )
 }

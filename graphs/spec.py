@@ -94,6 +94,10 @@ class GuardSpec:
             raise GuardError(f"gate {self.gate!r} is unknown; choose one of {', '.join(GATES)}")
         if self.supervisor not in SUPERVISORS:
             raise GuardError(f"supervisor {self.supervisor!r} is unknown; choose one of {', '.join(SUPERVISORS)}")
+        if self.supervisor == "rows" and self.mode is None:
+            raise GuardError(
+                "paired rows are read by mode align alone; give --mode align too, or leave --supervisor out"
+            )
         if self.knobs and self.target == "tensorrt":
             raise GuardError(
                 "knobs are refused for TensorRT: an engine has no inputs with defaults, so every caller would have to feed "

@@ -2,7 +2,7 @@
 
     python -m integrations.cases [FOLDER] [--mode MODE]     # FOLDER: build/integrations/cases
 
-writes, for each of the five modes,
+writes, for each of the six modes,
 
     <mode>/model/        the guarded folder, as an app would get it
     <mode>/images/       the pictures that the cases show
@@ -15,11 +15,11 @@ so that a runtime without Python needs a JSON parser and one file. `cases.json`:
     model                 {"decoder", "embed_tokens", "vision_encoder"}: files, relative to <mode>/model
     cases[]               one question each:
       name, prompt, label, image          image: file relative to <mode>/images, or null
-      gate_open                           at the end of the prompt: true, false, or null (project has no gate)
+      gate_open                           at the end of the prompt: true, false, or null (project and align have no gate)
       pixel_values, image_features        tensors: what goes into the vision encoder and what comes out, or null
       tokens, answer                      the greedy answer, with its end-of-sequence token if it got there
       calls[]                             every call of the decoder that gives this answer, in order:
-        what                              "text-only" (modes supervise and combined, first), "prompt", "step"
+        what                              "text-only" (modes with a supervisor, first), "prompt", "step"
         input_ids                         tensor: the call's tokens; their embeddings, with the features at image_token_id, are
                                           its inputs_embeds
         feeds                             every input by name: a tensor, or {"call": i, "output": name}: what call i gave
@@ -63,7 +63,7 @@ from integrations.tiny_vlm import (
 from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, GuardPlan
 from vlmguard.graphs.reference import LISTEN
-from vlmguard.graphs.spec import Mode
+from vlmguard.graphs.spec import MODES_WITH_GATE, Mode
 from vlmguard.runtime.images import ImagePreprocessor
 from vlmguard.runtime.runners import Runner, open_runner
 from vlmguard.runtime.vlm import Request, Sampling
@@ -127,7 +127,9 @@ def write_cases(mode: Mode, out: Path) -> None:
         asker = Asker(vlm, plan, tensors, out)
         cases = [asker.case(prompt) for prompt in asked]
     gates = {case["gate_open"] for case in cases}
-    assert gates == ({None} if mode == "project" else {True, False}), f"{mode}: gates are {gates}; ask other prompts"
+    assert gates == ({True, False} if mode in MODES_WITH_GATE else {None}), (
+        f"{mode}: gates are {gates}; ask other prompts"
+    )
     parts = {"decoder": package.decoder, "embed_tokens": package.embed_tokens, "vision_encoder": package.vision_encoder}
     shown = {
         "mode": mode,
@@ -283,7 +285,7 @@ class Asker:
 
     def _gate(self, prompt: Call, told: np.ndarray | None) -> bool | None:
         """Whether any layer's gate is open at the end of the prompt, as the oracle says."""
-        if self._plan.mode == "project":
+        if self._plan.mode not in MODES_WITH_GATE:
             return None
         embeds = prompt.feeds["inputs_embeds"][0]
         return bool(self._oracle.run(embeds, len(embeds), told)["gates"].any())

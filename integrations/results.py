@@ -20,7 +20,7 @@ from integrations.replay import BUILD, Agreement
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "runtimes.md"
 BEGIN, END = "<!-- begin: integrations/results.py -->", "<!-- end: integrations/results.py -->"
-MODES = ("project", "steer", "supervise", "restore", "combined")
+MODES = ("project", "steer", "supervise", "restore", "combined", "align")
 
 
 def main() -> int:
@@ -69,7 +69,7 @@ def _row(result: Mapping[str, Any]) -> str:
     agreements = {mode: Agreement(**result["modes"][mode]) for mode in MODES if mode in result["modes"]}
     working = [mode for mode, agreement in agreements.items() if agreement.ok]
     differing = [mode for mode in agreements if mode not in working]
-    modes = "all five" if len(working) == len(MODES) else ", ".join(f"`{mode}`" for mode in working) or "none"
+    modes = "all six" if len(working) == len(MODES) else ", ".join(f"`{mode}`" for mode in working) or "none"
     if differing:
         modes += f"; DIFFERENT: {', '.join(f'`{mode}`' for mode in differing)}"
     same = sum(agreement.tokens for agreement in agreements.values() if agreement.same_tokens)

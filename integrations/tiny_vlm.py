@@ -15,14 +15,13 @@ from vlmguard.graphs.directions import read_directions
 from vlmguard.graphs.manifest import read_manifest
 from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import GuardPlan
-from vlmguard.graphs.spec import MODES_ONLY_AT_PROMPT_END, MODES_WITH_ALPHA, GuardSpec, Mode
+from vlmguard.graphs.spec import MODES_WITH_ALPHA, GuardSpec, Mode
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "tiny_vlm"
 SOURCE, CHECKPOINT, PROMPTS = EXAMPLE / "onnx-community", EXAMPLE / "checkpoint", EXAMPLE / "prompts"
 CALIBRATION = [PROMPTS / "calibration.jsonl", PROMPTS / "calibration-typographic.jsonl"]
-# Modes that every runtime is compared in. `align` takes the coordinates in the prompt's call alone, which GuardedVLM does.
-MODES = cast(tuple[Mode, ...], tuple(mode for mode in get_args(Mode) if mode not in MODES_ONLY_AT_PROMPT_END))
+MODES = cast(tuple[Mode, ...], get_args(Mode))
 # What a calibration comes from.
 MODEL_AND_CODE = ("graphs", "runtime", "exporter", "examples/tiny_vlm")
 

@@ -21,6 +21,7 @@ SCRIPTS = {
     "rewriting": ["--compare"],
     "inference": [],
     "hooks": ["--tokens", "2"],
+    "supervisors": [],
     "extraction": [],
     "spellings": ["--rank", "2"],
     "gpu": ["--runtime", "onnxruntime-cpu", "--runtime", "torch", "--only", "restore rank1 last"],

@@ -17,7 +17,8 @@ from ...graphs.roles import LOGITS, input_roles
 _CACHE = re.compile(r"[0-9]+\.(key|value)")
 _WHY = {
     SUPERVISOR_INPUT: "modes supervise and combined need a text-only pass before each answer; export in mode restore",
-    PROMPT_SUPERVISOR_INPUT: "a guard at the prompt's end needs a text-only pass before each answer; export in mode restore",
+    PROMPT_SUPERVISOR_INPUT: "a guard at the prompt's end needs a text-only pass before each answer; export with --supervisor "
+    "rows where the app can batch the text with the prompt, else in mode restore",
     PAST_GATE_INPUT: "a gate that is held needs its state carried from call to call; export without --gate prompt",
 }
 

@@ -1,4 +1,4 @@
-// A guarded LLaVA (onnx-community layout, any of the five modes) in OpenVINO's C++ API: token ids and pixels in, token ids out.
+// A guarded LLaVA (onnx-community layout, any of the six modes) in OpenVINO's C++ API: token ids and pixels in, token ids out.
 //
 //   guarded_vlm FOLDER IMAGE_TOKEN END_TOKEN LOGITS TEXT_IDS [IDS PIXELS]
 //
@@ -25,7 +25,8 @@ namespace {
 
 using Tensors = std::map<std::string, ov::Tensor>;
 
-const std::string kSupervisor = "vlmguard.supervisor";    // input of the modes supervise and combined:
+const std::string kSupervisor = "vlmguard.supervisor";    // input of the modes supervise and combined, and of align:
+const std::string kPromptSupervisor = "vlmguard.prompt_supervisor";
 const std::string kCoordinates = "vlmguard.coordinates";  // what a text-only pass gave as this output
 const std::string kPast = "past_key_values.", kPresent = "present.";
 constexpr float kListen = -1e30F;  // the supervisor of that first pass: no gate opens
@@ -86,7 +87,7 @@ Tensors EmptyState(const ov::CompiledModel& decoder) {
     if (name.rfind(kPast, 0) == 0) {  // [batch, heads, tokens so far, head size]
       const ov::Shape empty{1, static_cast<std::size_t>(shape[1].get_length()), 0, static_cast<std::size_t>(shape[3].get_length())};
       state[name] = ov::Tensor(ov::element::f32, empty);
-    } else if (name == kSupervisor) {  // [batch, guarded layers, rank]
+    } else if (name == kSupervisor || name == kPromptSupervisor) {  // [batch, guarded layers, rank]
       const ov::Shape one{1, static_cast<std::size_t>(shape[1].get_length()), static_cast<std::size_t>(shape[2].get_length())};
       state[name] = ov::Tensor(ov::element::f32, one);
       std::fill_n(state[name].data<float>(), state[name].get_size(), kListen);
@@ -107,13 +108,16 @@ class GuardedVlm {
   std::vector<std::int64_t> Answer(const std::vector<std::int64_t>& text_ids, const std::vector<std::int64_t>& ids,
                                    const std::vector<float>& pixels, std::int64_t end_token, std::vector<float>& logits) {
     Tensors state = EmptyState(decoder_.model());
-    if (state.count(kSupervisor) != 0) {  // first the text alone decides, then the prompt with its picture is answered
+    const ov::Tensor silence = state.count(kPromptSupervisor) != 0 ? state[kPromptSupervisor] : ov::Tensor();
+    for (const auto& guard : {kSupervisor, kPromptSupervisor}) {  // first the text alone, then the prompt with its picture
+      if (state.count(guard) == 0) continue;
       Tensors listening = state;
-      state[kSupervisor] = Run(text_ids, {}, listening).at(kCoordinates);
+      state[guard] = Run(text_ids, {}, listening).at(kCoordinates);
     }
     const std::vector<float> features = pixels.empty() ? std::vector<float>{} : Look(pixels);
     std::vector<std::int64_t> tokens;
     Tensors outputs = Run(ids, features, state);
+    if (silence) state[kPromptSupervisor] = silence;  // align: no token of the answer is edited
     for (;;) {
       const ov::Tensor all = outputs.at("logits");  // [1, tokens, vocabulary]
       const std::size_t vocabulary = all.get_shape()[2];

@@ -125,7 +125,7 @@ const RUNTIMES = [
     runtime: "transformers.js (Node.js)",
     version: version("@huggingface/transformers"),
     run: withTransformersJs,
-    note: "plain generate() in project, steer and restore; supervise and combined through a wrapper of 25 lines",
+    note: "plain generate() in project, steer and restore; supervise, combined and align through a wrapper of 30 lines",
   },
 ];
 const results = [];

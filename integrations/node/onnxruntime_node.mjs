@@ -3,12 +3,12 @@
 //   const model = await GuardedModel.open("guarded");       // an onnx-community folder that vlmguard-export wrote
 //   const tokens = await model.answer({ ids, textIds, pixelValues });
 //
-// Nothing of the guard is here: it is part of the decoder's graph. Modes supervise and combined take one more input, the
-// coordinates of the text-only prompt, which a first, short pass gives.
+// Nothing of the guard is here: it is part of the decoder's graph. Modes supervise, combined and align take one more input,
+// the coordinates of the text-only prompt, which a first, short pass gives; align takes them in the prompt's call alone.
 import { join } from "node:path";
 import { InferenceSession, Tensor } from "onnxruntime-node";
 
-const SUPERVISOR = "vlmguard.supervisor";
+const SUPERVISORS = ["vlmguard.supervisor", "vlmguard.prompt_supervisor"]; // supervise and combined; align
 const COORDINATES = "vlmguard.coordinates";
 const LISTEN = -1e30; // no gate opens at this: what the text-only pass says is the model's own
 
@@ -26,11 +26,11 @@ export class GuardedModel {
    * The greedy answer, its end-of-sequence token included.
    *
    * @param ids the prompt, with the image tokens where the picture goes
-   * @param textIds the prompt as it is without a picture (modes supervise and combined)
+   * @param textIds the prompt as it is without a picture (modes supervise, combined and align)
    * @param pixelValues Float32 Tensor [1, 3, height, width], or null
    */
   async answer({ ids, textIds, pixelValues = null, maxNewTokens = 24 }) {
-    const guard = this.supervised ? { [SUPERVISOR]: await this.coordinates(textIds) } : {};
+    let guard = this.supervisor ? { [this.supervisor]: await this.coordinates(textIds) } : {};
     let embeds = await this.embed(ids, pixelValues && (await this.look(pixelValues)));
     let cache = this.emptyCache();
     const tokens = [];
@@ -40,22 +40,28 @@ export class GuardedModel {
       tokens.push(token);
       if (this.eosIds.includes(token)) break;
       cache = refilled(outputs);
+      if (this.supervisor === SUPERVISORS[1]) guard = this.silence(); // no token of the answer is edited
       embeds = await this.embed([token]);
     }
     return tokens;
   }
 
-  get supervised() {
-    return this.decoder.inputNames.includes(SUPERVISOR);
+  /** The input for the text-only coordinates, if the mode has one. */
+  get supervisor() {
+    return SUPERVISORS.find((name) => this.decoder.inputNames.includes(name));
   }
 
   /** What the text alone says: the first of the two passes. */
   async coordinates(textIds) {
-    const { shape } = this.decoder.inputMetadata.find((input) => input.name === SUPERVISOR);
-    const [layers, rank] = shape.slice(1);
-    const listen = new Tensor("float32", new Float32Array(layers * rank).fill(LISTEN), [1, layers, rank]);
-    const outputs = await this.run(await this.embed(textIds), textIds.length, { ...this.emptyCache(), [SUPERVISOR]: listen });
+    const outputs = await this.run(await this.embed(textIds), textIds.length, { ...this.emptyCache(), ...this.silence() });
     return outputs[COORDINATES];
+  }
+
+  /** No supervisor: nothing is edited. */
+  silence() {
+    const { name, shape } = this.decoder.inputMetadata.find((input) => input.name === this.supervisor);
+    const [layers, rank] = shape.slice(1);
+    return { [name]: new Tensor("float32", new Float32Array(layers * rank).fill(LISTEN), [1, layers, rank]) };
   }
 
   /** One call of the decoder; `seen` tokens so far, the new ones included. */

@@ -4,8 +4,8 @@
 //   console.log(await answer("what is in this picture", await load_image("photo.png")));
 //
 // With a guard of mode restore, project or steer, `model` is used like any other. Modes supervise and combined want the
-// text-only coordinates at every call of the decoder; generate() passes no inputs that it does not know, so `supervise`
-// below gives them to the session itself.
+// text-only coordinates at every call of the decoder, align at the prompt's call; generate() passes no inputs that it does not
+// know, so `supervise` below gives them to the session itself.
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import {
@@ -17,7 +17,7 @@ import {
   env,
 } from "@huggingface/transformers";
 
-const SUPERVISOR = "vlmguard.supervisor";
+const SUPERVISORS = ["vlmguard.supervisor", "vlmguard.prompt_supervisor"]; // supervise and combined; align
 const COORDINATES = "vlmguard.coordinates";
 const LISTEN = -1e30; // no gate opens at this: what the text-only pass says is the model's own
 
@@ -52,18 +52,21 @@ export async function openGuarded(parent, name) {
  */
 export function supervise(model) {
   const session = model.sessions.decoder_model_merged;
-  if (!session.inputNames.includes(SUPERVISOR)) return null;
-  const { shape } = session.inputMetadata.find((input) => input.name === SUPERVISOR);
+  const guard = SUPERVISORS.find((name) => session.inputNames.includes(name));
+  if (guard === undefined) return null;
+  const { shape } = session.inputMetadata.find((input) => input.name === guard);
   const [layers, rank] = shape.slice(1);
   const silence = new Tensor("float32", new Float32Array(layers * rank).fill(LISTEN), [1, layers, rank]);
   let coordinates = null;
   model.sessions.decoder_model_merged = new Proxy(session, {
     get(target, key) {
-      if (key === "inputNames") return target.inputNames.filter((name) => name !== SUPERVISOR);
+      if (key === "inputNames") return target.inputNames.filter((name) => name !== guard);
       if (key === "run") {
         return (feeds, ...rest) => {
           if (coordinates === null) throw new Error("the guard listens to the text alone first: call listen(inputs)");
-          return target.run({ ...feeds, [SUPERVISOR]: coordinates.ort_tensor }, ...rest);
+          const fed = { ...feeds, [guard]: coordinates.ort_tensor };
+          if (guard === SUPERVISORS[1]) coordinates = silence; // align: the prompt's call alone
+          return target.run(fed, ...rest);
         };
       }
       const value = target[key];

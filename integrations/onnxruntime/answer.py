@@ -1,4 +1,4 @@
-"""A guarded LLaVA in plain onnxruntime, any of the five modes: python answer.py FOLDER PROMPT [PICTURE]"""
+"""A guarded LLaVA in plain onnxruntime, any of the six modes: python answer.py FOLDER PROMPT [PICTURE]"""
 
 import sys
 
@@ -26,14 +26,15 @@ def run(ids, state):  # a prompt, or one token more; the state is the KV cache, 
     return outputs, {name: outputs.get(name.replace("past_key_values", "present"), old) for name, old in state.items()}
 
 
-if (guard := "vlmguard.supervisor") in shapes:  # supervise, combined: first the text alone, while no gate can open
-    listening = state | {guard: np.full((1, *shapes[guard][1:]), -1e30, np.float32)}
-    state[guard] = run(tokenizer.encode(TEMPLATE.format("", prompt)).ids, listening)[0]["vlmguard.coordinates"]
+silent = {name: np.full((1, *s[1:]), -1e30, np.float32) for name, s in shapes.items() if name.endswith("supervisor")}
+for guard in silent:  # supervise, combined, align: first the text alone, while no gate can open
+    state[guard] = run(tokenizer.encode(TEMPLATE.format("", prompt)).ids, state | silent)[0]["vlmguard.coordinates"]
 if picture:
     pixels = np.array(Image.open(*picture).convert("RGB").resize((EDGE, EDGE), Image.Resampling.BICUBIC)) / 255
     features = see.run(None, {"pixel_values": np.float32((pixels - MEAN) / STD).transpose(2, 0, 1)[None]})[0][0]
 ids = tokenizer.encode(TEMPLATE.format(IMAGE * len(features) + "\n" * bool(picture), prompt)).ids
 while len(tokens) < 64 and tokenizer.token_to_id(END) not in tokens:
     outputs, state = run(tokens[-1:] or ids, state)
+    state |= {name: none for name, none in silent.items() if "prompt" in name}  # align: at the end of the prompt alone
     tokens.append(int(outputs["logits"][0, -1].argmax()))
 print(tokenizer.decode(tokens))

@@ -297,6 +297,18 @@ def test_running_tells_an_engine_with_its_guard_from_one_without(
     assert read_manifest(out).proved == "full"
 
 
+@pytest.mark.parametrize("lowering", ["rank1", pytest.param("lowrank", marks=pytest.mark.zoo)])
+def test_paired_rows_are_built_and_shown(zoo: Callable[[str], ZooModel], lowering: str) -> None:
+    path = zoo("llava-transformers-fp16").path
+    layers = zoo("llava-transformers-fp16").layers
+    engine, names = build(
+        path, GuardSpec(mode="align", lowering=lowering, layers=tuple(range(layers)), supervisor="rows")
+    )
+    require_guard(engine.layers, names, len(PROFILES), "align in pairs")
+    added = [engine.layers.of_profile(n).kernels - bare for n, bare in enumerate(kernels_of(path))]
+    assert added == {"rank1": [7, 7], "lowrank": [11, 11]}[lowering]
+
+
 def test_a_supervised_decoder_is_run_with_what_it_heard_itself(guarded: Guarded) -> None:
     package = open_package(guarded("supervise"))
     stripped = package.load_decoder()

@@ -206,7 +206,7 @@ def test_what_triton_would_run_besides_is_found(repository: Path, name: str) -> 
 # The front model
 
 
-@pytest.mark.parametrize("mode", ["restore", "supervise", "dials"])
+@pytest.mark.parametrize("mode", ["restore", "supervise", "align", "rows", "dials"])
 def test_front_model_answers_as_guarded_vlm(repositories: Callable[[str], Path], guarded: Guarded, mode: str) -> None:
     repository, vlm = Repository(repositories(mode)), GuardedVLM.open(guarded(mode))
     for prompt, picture in ((HARMFUL, None), (HARMFUL, PICTURE), (HARMLESS, PICTURE)):
@@ -219,7 +219,7 @@ def test_front_model_answers_as_guarded_vlm(repositories: Callable[[str], Path],
         assert whole["text_output"] == [vlm.generate(prompt, picture, max_new_tokens=64).encode()]
         assert whole["finish_reason"] == [b"stop"]
         # a call per token and one for the end; with a supervisor one more before them
-        assert repository.asked.count("decoder") == len(tokens) + 1 + (mode == "supervise")
+        assert repository.asked.count("decoder") == len(tokens) + 1 + (mode in ("supervise", "align"))
         pieces = [told(one) for one in repository.ask(text_input=prompt, stream=np.bool_(True), **shown).responses]
         assert [token for piece in pieces for token in piece["token_ids"]] == tokens
         assert b"".join(piece["text_output"][0] for piece in pieces).strip() == whole["text_output"][0]
@@ -228,7 +228,8 @@ def test_front_model_answers_as_guarded_vlm(repositories: Callable[[str], Path],
 
 def test_no_request_can_leave_the_guard_out(repositories: Callable[[str], Path]) -> None:
     """Knobs of the graph are no inputs of any model, the supervisor is none of the front model's."""
-    for mode, inside in (("dials", ()), ("supervise", ("vlmguard.supervisor",))):
+    supervised = (("supervise", ("vlmguard.supervisor",)), ("align", ("vlmguard.prompt_supervisor",)))
+    for mode, inside in (("dials", ()), ("rows", ()), *supervised):
         for name in MODELS:
             config = read_config(repositories(mode) / name / "config.pbtxt")
             found = [one.name for one in config.input if one.name.startswith("vlmguard.")]

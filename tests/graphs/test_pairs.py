@@ -173,6 +173,14 @@ def test_other_modes_do_not_read_pairs(mode: Any) -> None:
     assert str(error.value) == f"mode {mode} does not read paired rows; leave --supervisor out, or choose align"
 
 
+def test_the_mode_must_be_named() -> None:
+    with pytest.raises(GuardError) as error:
+        GuardSpec(supervisor="rows")
+    assert str(error.value) == (
+        "paired rows are read by mode align alone; give --mode align too, or leave --supervisor out"
+    )
+
+
 def test_an_unknown_supervisor_is_refused() -> None:
     with pytest.raises(GuardError) as error:
         GuardSpec(mode="align", supervisor="row")  # type: ignore[arg-type]

@@ -265,6 +265,12 @@ def test_a_model_that_the_page_would_prepare_otherwise_is_refused(
         )
 
 
+def test_a_guard_of_paired_rows_is_refused(guarded: Guarded, libraries: None) -> None:
+    assert refused(guarded("rows")) == (
+        f"{guarded('rows')}: its guard reads pairs of rows, and the page runs one prompt a call; export with --supervisor input"
+    )
+
+
 def test_layouts_and_inputs_that_the_page_does_not_know_are_refused(
     guarded: Guarded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
