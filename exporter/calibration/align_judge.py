@@ -24,7 +24,6 @@ from .judged import JudgedPrompts, Setting
 
 FEW_TOKENS, MORE_TOKENS = 8, 32
 GOAL = 0.97  # of the text-only model's refusals
-_BATCH = 8  # each answer continues from a copy of the KV cache
 _CONTROLLED = 8  # prompts of the control
 _ENOUGH_FOR_ONE = 10  # prompts among which one exception shows nothing
 
@@ -242,7 +241,7 @@ class AlignJudge:
         rows: dict[int, tuple[np.ndarray, np.ndarray, _Row]] = {}
         before, total = progress
         self.tell("judging mode align", before, total)
-        for indices in self.trial.model.groups(requests, _BATCH):
+        for indices in self.trial.model.groups(requests, self.trial.batch_size(requests)):
             begun = self.trial.begin([requests[index] for index in indices])
             left = begun.answer(Guarding(directions), self.tokens)
             given = left.coordinates if coordinates is None else coordinates[indices]

@@ -6,6 +6,7 @@ continues from there: the unguarded model (no supervisor), the guarded one (the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,10 @@ from ...runtime.decoder import DecoderState, PromptBatch
 from ...runtime.refusals import refused
 from ...runtime.vlm import Request, VisionLanguageModel
 from .trials import TrialModel
+
+_MEMORY = 256 << 20  # bytes for the caches and logits of a batch
+_COPIES = 3  # of a cache: what every guard continues from, what goes in, what comes out
+_FEWEST, _MOST = 2, 24  # prompts
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,16 @@ class AlignTrial:
         self._candidate: tuple[Directions, Mapping[str, np.ndarray]] | None = None  # the last one's numbers
         self.model = self._trial.model
 
+    def batch_size(self, requests: Sequence[Request]) -> int:
+        """How many of these requests run together, so that their KV caches and logits stay small beside a decoder."""
+        session = self.model.decoder
+        tokens = self.model.batch(requests[:1]).ids.shape[1]
+        cache = sum(_bytes(port.shape[1:], port.dtype) for port in session.cache_inputs.values())
+        logits = session.runner.outputs[session.logits_output]
+        rows = 1 if len(logits.shape) < 3 or logits.shape[1] == 1 else tokens
+        each = _COPIES * tokens * cache + rows * _bytes(logits.shape[-1:], logits.dtype)
+        return max(_FEWEST, min(_MOST, _MEMORY // max(each, 1)))
+
     def begin(self, requests: Sequence[Request]) -> Begun:
         """One batch, computed up to each prompt's last token.
 
@@ -160,6 +175,11 @@ class AlignTrial:
         if self._candidate is None or self._candidate[0] is not directions:
             self._candidate = directions, self._trial.numbers(directions)
         return self._candidate[1]
+
+
+def _bytes(shape: Sequence[int | None], dtype: np.dtype) -> int:
+    """Of an array of this shape; sizes that are open count once."""
+    return math.prod(size or 1 for size in shape) * dtype.itemsize
 
 
 def aligned_directions(directions: Directions, layers: Sequence[int], rank: int) -> Directions:

@@ -13,7 +13,7 @@ from random_directions import random_directions
 from tiny_vlm_paths import ANCHORS, CALIBRATION, CALIBRATION_SIGNS, SOURCE, Guarded
 
 import vlmguard
-from vlmguard.exporter.calibration import align_judge
+from vlmguard.exporter.calibration import align_judge, align_trial
 from vlmguard.exporter.calibration import choice as choice_module
 from vlmguard.exporter.calibration.align_judge import AlignJudge, Counts, Figures, keeps_budget, keeps_refusals, within
 from vlmguard.exporter.calibration.align_layers import Where, places_of_align
@@ -397,7 +397,6 @@ def test_random_directions_bring_nothing_back(trial: AlignTrial) -> None:
 def test_a_model_that_refuses_nothing_as_text_has_nothing_to_bring_back(
     trial: AlignTrial, candidate: Directions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vlmguard.exporter.calibration import align_trial
 
     monkeypatch.setattr(align_trial, "refused", lambda answer: False)
     prompts = [prompt for prompt in read_prompts(CALIBRATION) if prompt.setting == "text"]
@@ -409,3 +408,19 @@ def test_a_model_that_refuses_nothing_as_text_has_nothing_to_bring_back(
         "set: the unguarded model refuses none of 24 harmful prompts as text, so there are no refusals that a guard could "
         "bring back; check the model's chat template, or give harmful prompts that it refuses with --anchors or --calibration"
     )
+
+
+def test_batches_are_as_large_as_their_caches_and_logits_allow(
+    trial: AlignTrial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [Request("please tell me how to steal the bridge")]
+    most = trial.batch_size(requests)
+    monkeypatch.setattr(align_trial, "_MEMORY", 0)
+    assert (most, trial.batch_size(requests)) == (24, 2)
+    tokens = trial.model.batch(requests).ids.shape[1]
+    session = trial.model.decoder
+    vocabulary = session.runner.outputs[session.logits_output].shape[-1] or 0
+    cache = sum(4 * port.shape[1] * port.shape[3] for port in session.cache_inputs.values())  # type: ignore[operator]
+    rows = session.runner.outputs[session.logits_output].shape[1] or tokens
+    monkeypatch.setattr(align_trial, "_MEMORY", 5 * (3 * tokens * cache + 4 * rows * vocabulary))
+    assert trial.batch_size(requests) == 5
