@@ -268,10 +268,17 @@ def test_layers_at_chance_are_left_out_at_first() -> None:
         ((3, 4, 5), 8),
         ((2, 3, 4, 5), 8),
         ((3, 4, 5), 4),
+        ((4,), 4),
     ]
     assert (
         found[0].why == "the later two thirds of the decoder without 2, whose directions separate no held-out anchors"
     )
+
+
+def test_layers_with_one_between_them_are_tried_last() -> None:
+    *_, last = places_of_align(with_evidence([0.9] * 18), 18, GuardSpec())
+    assert (last.layers, last.rank) == ((10, 12, 14, 16), 4)
+    assert last.why == "every second layer of the later half of the decoder, the last left out"
 
 
 def test_evidence_against_all_layers_changes_nothing() -> None:
