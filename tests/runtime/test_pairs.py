@@ -99,7 +99,7 @@ def test_a_runtime_that_batches_two_prompts_runs_it_in_one_call(rows: GuardedVLM
         while len(tokens) < 24 and (not tokens or tokens[-1] not in rows.chat.eos_ids):
             column = session.last_logits(outputs).argmax(axis=-1)[:, None]
             tokens.append(int(column[1, 0]))
-            outputs = session.step(state, column, rows._step_embeds(column))
+            outputs = session.step(state, column, rows.step_embeds(column))
         assert rows.chat.decode([t for t in tokens if t not in rows.chat.eos_ids]).strip() == expected
 
 
