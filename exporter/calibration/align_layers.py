@@ -61,8 +61,8 @@ def places_of_align(directions: Directions, count: int, spec: GuardSpec) -> Iter
     half = tuple(number for number in later if number >= count // 2)
     if half and half != later:
         found.append(Where(half, rank, "the later half of the decoder"))
-    # On a real model under an adversarial picture, edits in every layer brought back fewer refusals (19 of 34) than edits with a
-    # layer between them (29 of 34), and changed answers about pictures.
+    # On a real model under an adversarial picture, edits in every layer brought back fewer refusals (19 of 34) than edits with
+    # a layer between them (29 of 34), and changed answers about pictures.
     spaced = tuple(number for number in later if number in range(count - 2, count // 2, -2))
     if spaced and spec.rank is None and rank > _FEWER_ROWS:
         found.append(
