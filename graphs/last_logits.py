@@ -103,8 +103,10 @@ def _transposed(head: ir.Node, weights: ir.Value) -> ir.Value | None:
     if head.op_type != "MatMul" or node is None or node.op_type != "Transpose":
         return None
     table = node.inputs[0]
-    whole = table is not None and table.const_value is not None and len(table.const_value.shape) == 2
-    return table if whole and table.dtype == ir.DataType.FLOAT else None  # onnxruntime has no float16 product on CPUs
+    tensor = table.const_value if table is not None else None
+    # onnxruntime has no float16 product on CPUs
+    whole = tensor is not None and len(tensor.shape) == 2 and tensor.dtype == ir.DataType.FLOAT
+    return table if whole else None
 
 
 def _multiply_by_table(graph: ir.Graph, head: ir.Node, last: ir.Value, table: ir.Value) -> None:

@@ -6,7 +6,7 @@ compute float16 graphs in float32, so a comparison of answers is no test of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +71,7 @@ def recorded_peaks(model: Any, ids: np.ndarray, mask: np.ndarray, peaks: list[Pe
         yield
 
 
-def why_not_float16(peaks: list[Peak]) -> str | None:
+def why_not_float16(peaks: Sequence[Peak]) -> str | None:
     """Which state float16 cannot hold; `None` where it holds all of them."""
     beyond = [peak for peak in peaks if peak.value > LARGEST]
     if not beyond:
