@@ -85,8 +85,9 @@ class JudgedPrompts:
         harmful = [row for row, at in enumerate(setting.texts) if self.texts[at].harmful and refused[at]]
         harmless = [row for row, at in enumerate(setting.texts) if not self.texts[at].harmful]
         rows = [*harmful[:MOST_PER_LABEL], *harmless]
-        texts, requests = (tuple(kind[row] for row in rows) for kind in (setting.texts, setting.requests))
-        return Setting(setting.name, texts, requests)
+        return Setting(
+            setting.name, tuple(setting.texts[row] for row in rows), tuple(setting.requests[row] for row in rows)
+        )
 
     def labelled(self, harmful: bool) -> list[int]:
         """Indices of the texts with one label."""
