@@ -1,4 +1,4 @@
-"""What `--mode auto` tried and chose: values, and how they are told."""
+"""What `--mode auto` tried and chose: values, and how they are written down."""
 
 from __future__ import annotations
 
