@@ -17,7 +17,7 @@ from ..graphs.spec import MODES_TOWARD_TEXT, GuardSpec
 from ..runtime.decoder_place import DecoderPlace
 from ..runtime.vision import unknown_processor
 from ..runtime.vlm import Request, VisionLanguageModel
-from .calibration.align_layers import ALIGNED_RANK
+from .calibration.align_layers import ALIGNED_RANK, MORE_ROWS
 from .calibration.attempts import Choice
 from .calibration.calibrate import ANSWER_TOKENS, DEFAULT_BUDGET, calibrate
 from .calibration.choice import Wish, choose
@@ -185,7 +185,7 @@ class Guide:
 
     def chosen(self, anchors: Sources | None, calibration: Sources | None) -> Choice:
         """The mode that `--mode auto` chooses, with directions extracted from the anchors; prompts as for `calibrated`."""
-        raw, prompts, title, source = self._prepared(anchors, calibration, None, ALIGNED_RANK, "judged")
+        raw, prompts, title, source = self._prepared(anchors, calibration, None, MORE_ROWS[-1], "judged")
         wish = Wish(self.spec, self.budget, self.readout, self.images, self.seconds)
         return choose(self.running(), self.anatomy, raw, self._usable(raw, prompts, title), wish, source, self.tell)
 

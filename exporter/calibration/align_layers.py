@@ -19,6 +19,9 @@ from .judged import JudgedPrompts, Setting
 
 ALIGNED_RANK = 8  # rows that `align` copies: with fewer, borderline prompts follow the text-only model less faithfully
 _FEWER_ROWS = 4
+# On a real model under adversarial pictures, with 12 of 12 refusals kept, rank 8 refused 5 of 12 matched harmless prompts
+# beyond the text-only model, ranks 32 and 64 refused 2.
+MORE_ROWS = (32, 64)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ def places_of_align(directions: Directions, count: int, spec: GuardSpec) -> Iter
         why = f"the later two thirds of the decoder without {', '.join(dropped)}, whose directions separate no held-out anchors"
         found.append(Where(apart, rank, why))
     found.append(Where(later, rank, "the later two thirds of the decoder"))
+    if spec.rank is None:
+        found += [Where(found[0].layers, more, found[0].why) for more in MORE_ROWS if rank < more <= rows]
     if spec.rank is None and rank > _FEWER_ROWS:
         found.append(Where(found[0].layers, _FEWER_ROWS, found[0].why))
     half = tuple(number for number in later if number >= count // 2)

@@ -181,7 +181,7 @@ def _try_align(
     attempts: list[Attempt] = []
     for place in places:
         candidate = aligned_directions(directions, place.layers, place.rank)
-        figures = judge.judge(candidate)
+        figures = judge.judge(candidate, wish.budget)
         attempts.append(_judged(place, candidate, figures, judge.control(candidate, figures), wish.budget))
         if attempts[-1].meets:
             break

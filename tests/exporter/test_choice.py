@@ -236,10 +236,10 @@ def figures(kept: int, extra: int, unguarded: int = 0) -> Figures:
 
 
 def test_refusals_and_budget_are_judged_setting_by_setting() -> None:
-    good, loses, refuses = figures(20, 0), figures(18, 0), figures(20, 2)
+    good, loses, refuses = figures(20, 0), figures(18, 0), figures(20, 4)
     assert keeps_refusals([good, refuses]) and not keeps_refusals([good, loses])
     assert keeps_budget([good, loses], 0.01) and not keeps_budget([good, refuses], 0.01)
-    assert keeps_budget([refuses], 0.1)
+    assert keeps_budget([refuses], 0.1) and keeps_budget([figures(20, 2)], 0.01)
 
 
 def test_no_gap_is_said_and_is_no_error(tried: dict[str, Attempt]) -> None:
