@@ -45,7 +45,7 @@ def measure(
         options: of `vlmguard-export`.
         count: prompts a cell.
     """
-    checkpoint = seed_folder / "checkpoint"
+    checkpoint, seed = seed_folder / "checkpoint", stage_record(seed_folder / "safety")["key"]["seed"]
     onnx = run_stage(
         seed_folder / "onnx", {"checkpoint": key_of(checkpoint)}, lambda folder: convert(checkpoint, folder)
     )
@@ -56,7 +56,7 @@ def measure(
     else:
         exported = {"options": None}
     if not (guarded / "guard.json").is_file():
-        return write_results(seed_folder, name, {"exported": exported, "cells": {}})
+        return write_results(seed_folder, name, {"seed": seed, "exported": exported, "cells": {}})
     key = {
         "guard": digest_of(json.loads((guarded / "guard.json").read_text())),
         "images": key_of(seed_folder / "images"),
@@ -65,11 +65,11 @@ def measure(
     path = results_path(seed_folder, name)
     results = json.loads(path.read_text()) if path.is_file() else {}
     if results.get("key") != key:
-        results = {"key": key, "seed": stage_record(seed_folder / "safety")["key"]["seed"], "cells": {}}
+        results = {"key": key, "seed": seed, "cells": {}}
     plan = json.loads((guarded / "guard.json").read_text())["decoders"][0]["plan"]
     results |= {
         "exported": exported,
-        "plan": {key: plan.get(key) for key in ("mode", "layers", "rank")},
+        "plan": {"mode": plan["mode"], "layers": plan["layers"], "rank": max(site["rank"] for site in plan["sites"])},
         "machine": machine(),
     }
     base, vlm = open_model(onnx / "model"), GuardedVLM.open(guarded)
@@ -150,7 +150,7 @@ def machine() -> dict[str, Any]:
     )
     return {
         "processor": model,
-        "cores": int(os.environ.get("OMP_NUM_THREADS", 0)) or cores,
+        "cores": cores,
         "libraries": {name: version(name) for name in LIBRARIES},
     }
 

@@ -46,6 +46,10 @@ LIMITS = """## Limits
   commercial model.
 - The recipe of the alignment was chosen by looking at over-refusal of XSTest's safe prompts in text. The guard was not.
 - The language model takes no part in the training on pictures, and the vision tower knows coloured shapes alone.
+- Ordinary pictures, blank ones and noise hardly change what the model refuses: the gap of this bed is that of the
+  adversarial pictures.
+- The unguarded model answers some questions about pictures wrongly: it mixes up which colour belongs to which shape. The
+  goal of the test bed, 90%, is not met.
 - The attacks know the unguarded model, not the guard. An attack on the guard itself was not tried.
 - A question about a picture is harmless as text too. Harm that is only in the image is not part of this page.
 """
