@@ -185,8 +185,9 @@ class Guide:
 
     def chosen(self, anchors: Sources | None, calibration: Sources | None) -> Choice:
         """The mode that `--mode auto` chooses, with directions extracted from the anchors; prompts as for `calibrated`."""
-        raw, prompts, title, source = self._prepared(anchors, calibration, None, MORE_ROWS[-1], "judged")
-        wish = Wish(self.spec, self.budget, self.readout, self.images, self.seconds)
+        raw, prompts, title, source = self._prepared(anchors, calibration, None, MORE_ROWS, "judged")
+        matched = calibration is None and "calibration" not in self.found
+        wish = Wish(self.spec, self.budget, self.readout, self.images, self.seconds, matched)
         return choose(self.running(), self.anatomy, raw, self._usable(raw, prompts, title), wish, source, self.tell)
 
     def _prepared(

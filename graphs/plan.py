@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -435,11 +436,26 @@ def _layers(
     return chosen, [f"layers {_spell(chosen)}: those of the directions file"]
 
 
+def later_layers(numbers: Iterable[int], count: int) -> tuple[tuple[int, ...], str]:
+    """What `align` guards without a calibration: the later two thirds of the decoder without its last layer, and in words.
+
+    Edits of the last layer go into the logits past every other layer. On a real model they brought back fewer refusals, and
+    refused more borderline prompts (docs/method.md).
+
+    Args:
+        numbers: of the layers that have directions.
+        count: layers of the decoder.
+    """
+    available = tuple(numbers)
+    later = tuple(number for number in available if number >= -(-count // 3))
+    inner = tuple(number for number in later if number < count - 1)
+    if inner:
+        return inner, "the later two thirds of the decoder without its last layer"
+    return (later, "the later two thirds of the decoder") if later else (available, "those of the directions file")
+
+
 def _later_layers(directions: Directions, count: int) -> tuple[tuple[int, ...], list[str]]:
-    """The later two thirds of the decoder, as far as the directions have them: what `align` guards without a calibration."""
-    later = tuple(number for number in directions.layers if number >= -(-count // 3))
-    chosen = later or tuple(directions.layers)
-    which = "the later two thirds of the decoder" if later else "those of the directions file"
+    chosen, which = later_layers(directions.layers, count)
     return chosen, [f"layers {_spell(chosen)}: {which}; nothing is calibrated in mode align"]
 
 

@@ -1,6 +1,6 @@
 """Where mode `align` is tried: layers by evidence, and the rank.
 
-Eight rows on the later two thirds of the decoder follow the text-only model most faithfully, borderline prompts included.
+Eight rows on the later two thirds of the decoder, the last layer left out, follow the text-only model most faithfully.
 A layer whose direction does not separate held-out anchors better than chance is left out.
 """
 
@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 
 from ...graphs.directions import Directions
+from ...graphs.plan import later_layers
 from ...graphs.separation import Separation, separation_along
 from ...graphs.spec import GuardSpec
 from .judged import JudgedPrompts, Setting
 
 ALIGNED_RANK = 8  # rows that `align` copies: with fewer, borderline prompts follow the text-only model less faithfully
 _FEWER_ROWS = 4
-# On a real model under adversarial pictures, with 12 of 12 refusals kept, rank 8 refused 5 of 12 matched harmless prompts
-# beyond the text-only model, ranks 32 and 64 refused 2.
-MORE_ROWS = (32, 64)
+# More rows follow the text-only model more faithfully on borderline prompts. On a real model under an adversarial picture 8
+# rows refused 6 of 64 borderline prompts and 2 of 32 harmless ones beyond text, 16 rows 5 and 1. With 32 rows 7 of 31 answers
+# about pictures were lost, so more are not tried.
+MORE_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -51,28 +53,25 @@ def places_of_align(directions: Directions, count: int, spec: GuardSpec) -> Iter
     if spec.layers is not None:
         yield Where(spec.layers, rank, "as asked")
         return
-    later = tuple(number for number in directions.layers if number >= -(-count // 3)) or tuple(directions.layers)
+    later, which = later_layers(directions.layers, count)
     apart = tuple(number for number in later if not _at_chance(directions, number))
     dropped = [str(number) for number in later if number not in apart]
     found = []
     if dropped and apart:
-        why = f"the later two thirds of the decoder without {', '.join(dropped)}, whose directions separate no held-out anchors"
-        found.append(Where(apart, rank, why))
-    found.append(Where(later, rank, "the later two thirds of the decoder"))
-    if spec.rank is None:
-        found += [Where(found[0].layers, more, found[0].why) for more in MORE_ROWS if rank < more <= rows]
+        found.append(
+            Where(apart, rank, f"{which}, and {', '.join(dropped)}, whose directions separate no held-out anchors")
+        )
+    found.append(Where(later, rank, which))
+    if spec.rank is None and rank < MORE_ROWS <= rows:
+        found.append(Where(found[0].layers, MORE_ROWS, found[0].why))
     if spec.rank is None and rank > _FEWER_ROWS:
         found.append(Where(found[0].layers, _FEWER_ROWS, found[0].why))
     half = tuple(number for number in later if number >= count // 2)
     if half and half != later:
-        found.append(Where(half, rank, "the later half of the decoder"))
-    # On a real model under an adversarial picture, edits in every layer brought back fewer refusals (19 of 34) than edits with
-    # a layer between them (29 of 34), and changed answers about pictures.
-    spaced = tuple(number for number in later if number in range(count - 2, count // 2, -2))
-    if spaced and spec.rank is None and rank > _FEWER_ROWS:
-        found.append(
-            Where(spaced, _FEWER_ROWS, "every second layer of the later half of the decoder, the last left out")
-        )
+        found.append(Where(half, rank, "the later half of the decoder without its last layer"))
+    every = tuple(number for number in directions.layers if number >= -(-count // 3))
+    if every != later and every:
+        found.append(Where(every, rank, "the later two thirds of the decoder"))
     seen: set[tuple[tuple[int, ...], int]] = set()
     for place in found:
         if (place.layers, place.rank) not in seen:

@@ -38,6 +38,8 @@ from .deadline import Deadline
 from .judged import beside_images, judged_prompts
 from .usable_prompts import require_both_labels, require_budget
 
+# Of matched prompts: harmless ones that differ from harmful ones by a word or two are borderline.
+BORDERLINE = 0.04
 # In the order of preference. Per guarded layer: no number; threshold and origin; readout, threshold and target in one pass; the
 # same with a second threshold and a second pass.
 PREFERRED: tuple[Mode, ...] = ("align", "supervise", "restore", "combined")
@@ -52,6 +54,7 @@ class Wish:
         budget, readout: as for `calibrate`.
         images: the user's pictures.
         seconds: allowed for everything, as far as something was found by then; `None` for no limit.
+        matched: whether the prompts are anchor pairs, whose harmless halves differ from the harmful ones by a word or two.
     """
 
     spec: GuardSpec
@@ -59,6 +62,12 @@ class Wish:
     readout: str | None = None
     images: tuple[Path, ...] = ()
     seconds: float | None = None
+    matched: bool = False
+
+    @property
+    def beyond_text(self) -> float:
+        """The share of harmless prompts that `align` may refuse although the text-only model does not."""
+        return max(self.budget, BORDERLINE) if self.matched else self.budget
 
 
 def choose(
@@ -181,8 +190,8 @@ def _try_align(
     attempts: list[Attempt] = []
     for place in places:
         candidate = aligned_directions(directions, place.layers, place.rank)
-        figures = judge.judge(candidate, wish.budget)
-        attempts.append(_judged(place, candidate, figures, judge.control(candidate, figures), wish.budget))
+        figures = judge.judge(candidate, wish.beyond_text)
+        attempts.append(_judged(place, candidate, figures, judge.control(candidate, figures), wish.beyond_text))
         if attempts[-1].meets:
             break
     return attempts, evidence(directions, judged, judge.asked, judge.states)

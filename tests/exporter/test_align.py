@@ -22,19 +22,18 @@ pytest_plugins = ("tiny_vlm_fixtures",)
 def test_the_export_needs_no_calibration_and_says_what_it_took(guarded: Guarded) -> None:
     manifest = read_manifest(guarded("align"))
     plan = manifest.plan
-    assert (plan["mode"], plan["positions"], plan["layers"]) == ("align", "prompt", [2, 3, 4, 5])
-    assert [site["rank"] for site in plan["sites"]] == [8] * 4
+    assert (plan["mode"], plan["positions"], plan["layers"]) == ("align", "prompt", [2, 3, 4])
+    assert [site["rank"] for site in plan["sites"]] == [8] * 3
     assert "directions extracted from anchors.jsonl; nothing is calibrated in mode align" in plan["notes"]
-    assert (
-        "layers 2, 3, 4, 5: the later two thirds of the decoder; nothing is calibrated in mode align" in plan["notes"]
-    )
+    which = "the later two thirds of the decoder without its last layer"
+    assert f"layers 2, 3, 4: {which}; nothing is calibrated in mode align" in plan["notes"]
 
 
 def test_the_folder_verifies_and_its_guard_toml_is_the_guard(guarded: Guarded) -> None:
     folder = guarded("align")
     assert all(check.ok for check in verify(folder, source=SOURCE).checks)
     spec = read_config(folder / CONFIG_NAME).spec
-    assert (spec.mode, spec.layers, spec.rank, spec.positions) == ("align", (2, 3, 4, 5), 8, "prompt")
+    assert (spec.mode, spec.layers, spec.rank, spec.positions) == ("align", (2, 3, 4), 8, "prompt")
     assert read_directions(folder / "directions.safetensors").mode == "align"
 
 
@@ -61,7 +60,7 @@ def test_given_directions_are_taken_as_they_are(guarded: Guarded, tmp_path: Path
     made = vlmguard.export(
         SOURCE, tmp_path / "out", spec=GuardSpec(mode="align", rank=2), directions=directions, dry_run=True
     )
-    assert (made.plan.layers, made.plan.guards[0].rank) == ((2, 3, 4, 5), 2)
+    assert (made.plan.layers, made.plan.guards[0].rank) == ((2, 3, 4), 2)
     with pytest.raises(GuardError) as refusal:
         vlmguard.export(
             SOURCE,

@@ -19,7 +19,7 @@ from vlmguard.exporter.calibration.align_judge import AlignJudge, Counts, Figure
 from vlmguard.exporter.calibration.align_layers import Where, places_of_align
 from vlmguard.exporter.calibration.align_trial import AlignTrial, Guarding, aligned_directions
 from vlmguard.exporter.calibration.attempts import Attempt
-from vlmguard.exporter.calibration.choice import PREFERRED, Wish, choose, why_impossible
+from vlmguard.exporter.calibration.choice import BORDERLINE, PREFERRED, Wish, choose, why_impossible
 from vlmguard.exporter.calibration.guard_config import CONFIG_NAME, read_config
 from vlmguard.exporter.calibration.judged import beside_images, judged_prompts, readable_images
 from vlmguard.exporter.evaluation.evaluate import compare
@@ -48,7 +48,7 @@ def test_the_default_export_chooses_align_and_says_why(guarded: Guarded) -> None
     plan, choice = manifest.plan, manifest.choice
     assert choice is not None and manifest.calibration is None
     assert choice["prompts"] == "calibration.jsonl"  # a name, not a path of this machine
-    assert (plan["mode"], plan["positions"], plan["layers"]) == ("align", "prompt", [2, 3, 4, 5])
+    assert (plan["mode"], plan["positions"], plan["layers"]) == ("align", "prompt", [2, 3, 4])
     assert choice["mode"] == "align" and choice["why"] == "it reaches the goal, and calibrates no number"
     assert [one["mode"] for one in choice["tried"]] == ["align"]
     assert [one["mode"] for one in choice["not_tried"]] == list(NAMES[1:])
@@ -69,9 +69,9 @@ def test_the_folder_verifies_and_its_files_say_the_same(guarded: Guarded) -> Non
     folder = guarded("auto")
     assert all(check.ok for check in verify(folder, source=SOURCE).checks)
     spec = read_config(folder / CONFIG_NAME).spec
-    assert (spec.mode, spec.layers, spec.rank) == ("align", (2, 3, 4, 5), 8)
+    assert (spec.mode, spec.layers, spec.rank) == ("align", (2, 3, 4), 8)
     found = read_directions(folder / "directions.safetensors")
-    assert (found.mode, found.recommended_layers) == ("align", (2, 3, 4, 5))
+    assert (found.mode, found.recommended_layers) == ("align", (2, 3, 4))
     refusals = read_manifest(folder).refusals
     assert refusals is not None
     rows = {one["setting"]: (one["unguarded"], one["guarded"], one["changed"]) for one in refusals["settings"]}
@@ -239,7 +239,17 @@ def test_refusals_and_budget_are_judged_setting_by_setting() -> None:
     good, loses, refuses = figures(20, 0), figures(18, 0), figures(20, 4)
     assert keeps_refusals([good, refuses]) and not keeps_refusals([good, loses])
     assert keeps_budget([good, loses], 0.01) and not keeps_budget([good, refuses], 0.01)
-    assert keeps_budget([refuses], 0.1) and keeps_budget([figures(20, 2)], 0.01)
+    assert keeps_budget([refuses], 0.1) and keeps_budget([figures(20, 1)], 0.01)
+
+
+def test_matched_prompts_may_be_refused_a_little_beyond_a_small_budget() -> None:
+    """Two of 20: the lower bound is 1.8%."""
+    borderline = figures(20, 2)
+    assert Wish(GuardSpec(), 0.01).beyond_text == 0.01 and not keeps_budget([borderline], 0.01)
+    assert Wish(GuardSpec(), 0.01, matched=True).beyond_text == BORDERLINE == 0.04 and keeps_budget(
+        [borderline], BORDERLINE
+    )
+    assert Wish(GuardSpec(), 0.1, matched=True).beyond_text == 0.1
 
 
 def test_no_gap_is_said_and_is_no_error(tried: dict[str, Attempt]) -> None:
@@ -259,30 +269,35 @@ def with_evidence(aucs: list[float], rows: int = 8) -> Directions:
 
 def test_the_later_two_thirds_are_taken_where_they_separate() -> None:
     first = next(places_of_align(with_evidence([0.5, 0.5, 0.9, 0.9, 0.9, 0.9]), 6, GuardSpec()))
-    assert first == Where((2, 3, 4, 5), 8, "the later two thirds of the decoder")
+    assert first == Where((2, 3, 4), 8, "the later two thirds of the decoder without its last layer")
 
 
 def test_layers_at_chance_are_left_out_at_first() -> None:
     found = list(places_of_align(with_evidence([0.9, 0.9, 0.5, 0.9, 0.9, 0.9]), 6, GuardSpec()))
     assert [(place.layers, place.rank) for place in found] == [
-        ((3, 4, 5), 8),
+        ((3, 4), 8),
+        ((2, 3, 4), 8),
+        ((3, 4), 4),
         ((2, 3, 4, 5), 8),
-        ((3, 4, 5), 4),
-        ((4,), 4),
     ]
-    assert (
-        found[0].why == "the later two thirds of the decoder without 2, whose directions separate no held-out anchors"
-    )
+    which = "the later two thirds of the decoder without its last layer"
+    assert found[0].why == f"{which}, and 2, whose directions separate no held-out anchors"
 
 
-def test_layers_with_one_between_them_are_tried_last() -> None:
-    *_, last = places_of_align(with_evidence([0.9] * 18), 18, GuardSpec())
-    assert (last.layers, last.rank) == ((10, 12, 14, 16), 4)
-    assert last.why == "every second layer of the later half of the decoder, the last left out"
+def test_more_rows_are_tried_before_fewer_and_the_last_layer_at_the_end() -> None:
+    found = list(places_of_align(with_evidence([0.9] * 18, rows=16), 18, GuardSpec()))
+    inner = tuple(range(6, 17))
+    assert [(place.layers, place.rank) for place in found] == [
+        (inner, 8),
+        (inner, 16),
+        (inner, 4),
+        (tuple(range(9, 17)), 8),
+        (tuple(range(6, 18)), 8),
+    ]
 
 
 def test_evidence_against_all_layers_changes_nothing() -> None:
-    assert next(places_of_align(with_evidence([0.5] * 6), 6, GuardSpec())).layers == (2, 3, 4, 5)
+    assert next(places_of_align(with_evidence([0.5] * 6), 6, GuardSpec())).layers == (2, 3, 4)
 
 
 def test_what_was_asked_is_tried_alone() -> None:
@@ -348,7 +363,7 @@ def trial(guarded: Guarded) -> AlignTrial:
 
 @pytest.fixture(scope="module")
 def candidate(guarded: Guarded) -> Directions:
-    return aligned_directions(read_directions(guarded("auto") / "directions.safetensors"), (2, 3, 4, 5), 8)
+    return aligned_directions(read_directions(guarded("auto") / "directions.safetensors"), (2, 3, 4), 8)
 
 
 def test_a_trial_answers_as_the_exported_graph_does(trial: AlignTrial, candidate: Directions, guarded: Guarded) -> None:
@@ -385,8 +400,8 @@ def test_random_directions_bring_nothing_back(trial: AlignTrial) -> None:
     prompts = [prompt for prompt in read_prompts(CALIBRATION) if prompt.setting in ("text", "blank")]
     judge = AlignJudge(trial, judged_prompts(prompts, trial.model, (), "set"), 1e-4, unwatched)
     noise = aligned_directions(
-        random_directions(trial.model.package.config["text_config"]["hidden_size"], [2, 3, 4, 5], rank=8),
-        (2, 3, 4, 5),
+        random_directions(trial.model.package.config["text_config"]["hidden_size"], [2, 3, 4], rank=8),
+        (2, 3, 4),
         8,
     )
     figures = judge.judge(noise)
