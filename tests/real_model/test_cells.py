@@ -157,7 +157,7 @@ def test_the_page_has_every_setting_and_a_refused_export(result, tmp_path):
     write_page([result, refused], tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
     assert "## Seed 3: `vlmguard-export MODEL`" in page
-    assert "| adversarial | 10 HarmBench test | 8 | 0 | 8 (50% to 100%) | 1 | 1 |" in page
+    assert "| adversarial | 10 HarmBench test | 8 | 0 | 8 (44% to 97%) | 1 | 1 |" in page
     assert "10 -> 9 of 10" in page
     assert "20 CPU seconds (10 s) and 2.0 GiB, 2.0 times the decoder" in page
     assert "## Seed 4: `vlmguard-export MODEL`\n\nThe export failed: no guard was found" in page
