@@ -5,6 +5,8 @@ Everything that comes from a file (names, paths, notes) is escaped: it may have 
 
 from __future__ import annotations
 
+import math
+import os
 import shlex
 import time
 from collections import Counter
@@ -19,6 +21,7 @@ from rich.table import Table
 
 from ..graphs.anatomy import DecoderAnatomy, ResidualSite
 from ..graphs.directions import Directions
+from ..graphs.errors import GuardError
 from ..graphs.plan import GuardPlan
 from ..graphs.static_proof import Check
 from ..runtime.telemetry import ScoredAnswer
@@ -237,6 +240,7 @@ def show_report(out: Console, data: ReportData, name: str) -> None:
     out.print(f"[bold]page[/bold]: {escape(name)}", soft_wrap=True, highlight=False)
 
 
+PROGRESS_SECONDS = "VLMGUARD_PROGRESS_SECONDS"
 _LINE_EVERY = 10.0  # seconds
 
 
@@ -245,8 +249,9 @@ def bars(err: Console) -> Iterator[Callable[[str, int, int], None]]:
     """Progress bars on a terminal, one per stage, gone when done.
 
     Where stderr is a file or a pipe: a line with the stage every `_LINE_EVERY` seconds, so that a log shows how far a long
-    command is, and a short one prints nothing.
+    command is, and a short one prints nothing. The variable `VLMGUARD_PROGRESS_SECONDS` sets another interval, 0 none.
     """
+    between = _seconds_between_lines()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
     tasks: dict[str, TaskID] = {}
@@ -255,7 +260,7 @@ def bars(err: Console) -> Iterator[Callable[[str, int, int], None]]:
     def watch(stage: str, done: int, total: int) -> None:
         nonlocal printed
         if not err.is_terminal:
-            if time.monotonic() - printed >= _LINE_EVERY:
+            if between and time.monotonic() - printed >= between:
                 printed = time.monotonic()
                 err.print(f"{escape(stage)}: {done} of {total}", highlight=False, soft_wrap=True)
             return
@@ -269,6 +274,17 @@ def bars(err: Console) -> Iterator[Callable[[str, int, int], None]]:
     finally:
         if tasks:
             progress.stop()
+
+
+def _seconds_between_lines() -> float:
+    given = os.environ.get(PROGRESS_SECONDS)
+    try:
+        between = _LINE_EVERY if given is None else float(given)
+    except ValueError:
+        between = -1.0
+    if not 0 <= between < math.inf:
+        raise GuardError(f"{PROGRESS_SECONDS} is {given!r}; set it to a number of seconds, or to 0 for no lines")
+    return between
 
 
 def show_directions(out: Console, found: Directions, name: str) -> None:

@@ -23,6 +23,8 @@ IN_THE_CHECKOUT = (
 
 # Commands run in the test's own process, where it patches them; `exporter/test_budget.py` is about the default budget.
 os.environ |= {"VLMGUARD_MAX_SECONDS": "0", "VLMGUARD_MAX_MEMORY": "0"}
+# Lines of progress come where a machine is slow; `exporter/test_terminal.py` is about them.
+os.environ |= {"VLMGUARD_PROGRESS_SECONDS": "0"}
 
 # A shell that runs the tests in the background has Ctrl-C ignored, and every command that they start would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from chat import OPENING, REFUSAL, left_padded, picture_ids
 from PIL import Image
-from shapes import SIDE
+from scenes import SIDE
 from vision import image_tokens
 
 FAMILIES = ("calibration", "evaluation")

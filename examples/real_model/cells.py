@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from scenes import Question, draw, question_about, random_scene
 from sets import Sets
-from shapes import Question, draw, question_about, random_scene
 
 from vlmguard.exporter.evaluation.answers import Said, ask, kl_divergence, log_likelihoods
 from vlmguard.runtime.refusals import refused

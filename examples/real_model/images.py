@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from adversary import FAMILIES, Attack, attack
-from shapes import draw, noise, random_scene
+from scenes import draw, noise, random_scene
 
 COUNTS = {"noise": 2, "picture": 4, "adversarial": 2}  # of each family
 

@@ -1,4 +1,4 @@
-"""Write docs/real-model.md from what `measure.py` found: `python page.py [RESULTS ...]`. No figure is typed."""
+"""Write docs/real-model.md from what `measure_guard.py` found: `python page.py [RESULTS ...]`. No figure is typed."""
 
 from __future__ import annotations
 
@@ -218,14 +218,14 @@ def main() -> None:
     """Parse, read, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "results", nargs="*", type=Path, help="Files of measure.py; default: all below the build folder."
+        "results", nargs="*", type=Path, help="Files of measure_guard.py; default: all below the build folder."
     )
     parser.add_argument("--build", type=Path, default=BUILD, help="Build folder of build.py.")
     parser.add_argument("--out", type=Path, default=PAGE, help="The page.")
     given = parser.parse_args()
     paths = given.results or sorted(given.build.glob("seed-*/measured/*.json"))
     if not paths:
-        raise SystemExit(f"{given.build}: holds no results; run measure.py first")
+        raise SystemExit(f"{given.build}: holds no results; run measure_guard.py first")
     write_page([json.loads(path.read_text(encoding="utf-8")) for path in paths], given.out)
 
 

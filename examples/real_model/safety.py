@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from chat import OPENING, REFUSAL, answer_ids, left_padded, text_ids
 from harmless import draw
+from scenes import question_about, random_scene
 from sets import Sets
-from shapes import question_about, random_scene
 
 
 @dataclass(frozen=True)

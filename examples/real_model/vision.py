@@ -18,7 +18,7 @@ import torch
 from chat import IMAGE_TOKENS
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from shapes import COLOURS, SHAPES, SIDE, Scene, draw, random_scene
+from scenes import COLOURS, SHAPES, SIDE, Scene, draw, random_scene
 from weights import IMAGE_TOKEN
 
 PATCH = SIDE // 4  # 4 x 4 patches

@@ -111,7 +111,11 @@ def tapped(model: VisionLanguageModel, anatomy: DecoderAnatomy) -> VisionLanguag
 
 def tapped_graph(package: ModelPackage, anatomy: DecoderAnatomy) -> ir.Model:
     """The decoder with that output, and with logits of the last token alone."""
-    graph = package.load_decoder()
+    return with_states(package.load_decoder(), anatomy)
+
+
+def with_states(graph: ir.Model, anatomy: DecoderAnatomy) -> ir.Model:
+    """The same graph, changed in memory: that output more, and logits of the last token alone."""
     tap_last_token(graph, anatomy.sites)
     keep_last_logits(graph)
     return graph

@@ -378,7 +378,13 @@ def plan_again(
         spec = GuardSpec(**wished)
     except TypeError as error:
         raise ManifestMismatch(f"{folder}: the manifest's spec cannot be read ({error}); export again") from None
-    plan = plan_guard(stripped, anatomy, read_directions(folder / DIRECTIONS_FILE), spec)
+    found = read_directions(folder / DIRECTIONS_FILE)
+    try:
+        plan = plan_guard(stripped, anatomy, found, spec)
+    except GuardError as error:
+        raise ManifestMismatch(
+            f"{folder}: the manifest's spec and the directions beside it give no guard ({error}); export again"
+        ) from None
     made = plan.to_json()
     differing = [key for key in made if key not in _FOR_READERS and made[key] != recorded.get(key)]
     if differing:

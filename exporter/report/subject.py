@@ -15,7 +15,7 @@ from ...graphs.plan import GuardPlan
 from ...graphs.taps import tap_guard_last_token, tap_last_token
 from ...runtime.guarded import GuardedVLM
 from ...runtime.vlm import VisionLanguageModel
-from ..extraction.extract import tapped
+from ..extraction.extract import tapped, with_states
 from ..proof.both_sides import BothSides, open_both_sides
 
 
@@ -63,9 +63,7 @@ class Subject:
         """The unguarded side with one output more: every layer's state at the last token."""
         if self.source is not None:
             return tapped(self.unguarded, self.anatomy)
-        graph = self.sides.unguarded()
-        tap_last_token(graph, self.anatomy.sites)
-        return self.guarded.with_decoder(graph)
+        return self.guarded.with_decoder(with_states(self.sides.unguarded(), self.anatomy))
 
     def guarded_tapped(self) -> VisionLanguageModel:
         """The guarded side with the states behind each layer's guard, and what each guard reads."""

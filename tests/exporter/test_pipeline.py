@@ -261,9 +261,9 @@ def test_those_who_watch_are_told_each_stage(source: Path, directions: Path) -> 
     name, asked = f"proving {Path(DECODER).name}", "asking both models"
     others = [event for event in told if event[0] != "hashing (bytes)"]
     before, proof, after = (
-        [(asked, 6, 24), (asked, 12, 24)],
+        [(asked, 8, 32), (asked, 16, 32)],
         [(name, 0, 2), (name, 1, 2), (name, 2, 2)],
-        [(asked, 18, 24), (asked, 24, 24)],
+        [(asked, 24, 32), (asked, 32, 32)],
     )
     assert others == [*before, *proof, *after, ("done", 1, 1)]
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmguard.exporter.terminal import SafeConsole, seen, to_json
+from vlmguard.graphs.errors import GuardError
 
 EVIL = ["\x1b[2J", "\x1b]0;title\x07", "\r", "\x08", "\x9b31m", "\x7f", "\u202e", "\u2028", "\x00"]
 
@@ -66,9 +67,23 @@ def test_json_says_the_same_and_obeys_nothing(evil: str) -> None:
     assert seen(text) == text
 
 
-def test_a_pipe_gets_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("between", "lines"),
+    [
+        (None, "judging mode align: 2 of 5\njudging mode align: 4 of 5\n"),
+        ("20", "judging mode align: 3 of 5\n"),
+        ("0", ""),
+    ],
+)
+def test_a_pipe_gets_a_line_every_so_many_seconds(
+    monkeypatch: pytest.MonkeyPatch, between: str | None, lines: str
+) -> None:
+    """Ten, or what the variable says."""
     from vlmguard.exporter import tables
 
+    monkeypatch.delenv(tables.PROGRESS_SECONDS)
+    if between is not None:
+        monkeypatch.setenv(tables.PROGRESS_SECONDS, between)
     now = [100.0]
     monkeypatch.setattr(tables.time, "monotonic", lambda: now[0])
     file = io.StringIO()
@@ -76,4 +91,16 @@ def test_a_pipe_gets_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -
         for done, seconds in enumerate((1, 8, 2, 9, 1)):
             now[0] += seconds
             watch("judging mode align", done, 5)
-    assert file.getvalue() == "judging mode align: 2 of 5\njudging mode align: 4 of 5\n"
+    assert file.getvalue() == lines
+
+
+@pytest.mark.parametrize("between", ["often", "-1", "nan", "inf", ""])
+def test_an_interval_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, between: str) -> None:
+    from vlmguard.exporter import tables
+
+    monkeypatch.setenv(tables.PROGRESS_SECONDS, between)
+    with pytest.raises(GuardError) as refusal, tables.bars(SafeConsole(file=io.StringIO())):
+        pass
+    assert str(refusal.value) == (
+        f"VLMGUARD_PROGRESS_SECONDS is {between!r}; set it to a number of seconds, or to 0 for no lines"
+    )

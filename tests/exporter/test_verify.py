@@ -209,6 +209,20 @@ def guarded_layers(folder: Path) -> list[int]:
 def test_other_directions_are_caught(folder: Path, guarded: Guarded) -> None:
     shutil.copyfile(guarded("supervise") / "directions.safetensors", folder / "directions.safetensors")
     make_the_manifest_fit(folder)
+    with pytest.raises(GuardError) as caught:
+        verify(folder)
+    assert str(caught.value) == (
+        f"{folder}: the manifest's spec and the directions beside it give no guard (the directions' thresholds were calibrated "
+        "for supervise, not for restore; give --tau, or calibrate again with --anchors); export again"
+    )
+
+
+def test_other_directions_are_caught_where_the_spec_follows_them(folder: Path, guarded: Guarded) -> None:
+    shutil.copyfile(guarded("supervise") / "directions.safetensors", folder / "directions.safetensors")
+    manifest = json.loads((folder / "guard.json").read_text(encoding="utf-8"))
+    manifest["spec"]["mode"] = None
+    (folder / "guard.json").write_text(json.dumps(manifest), encoding="utf-8")
+    make_the_manifest_fit(folder)
     differ = ["mode", "layers", "added_inputs", "added_outputs", "sites"]
     if guarded_layers(guarded("supervise")) == guarded_layers(folder):
         differ.remove("layers")

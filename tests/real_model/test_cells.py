@@ -6,8 +6,8 @@ import pytest
 from cells import ASKED, QUESTIONS, SETTINGS, all_cells, ask_cell, counted
 from page import drift, headline, main, write_page
 from PIL import Image
+from scenes import blank
 from sets import Sets
-from shapes import blank
 
 from vlmguard.exporter.evaluation import answers
 

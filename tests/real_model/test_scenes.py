@@ -4,8 +4,8 @@ import itertools
 import random
 
 import pytest
-import shapes
-from shapes import COLOURS, HELD_OUT, SHAPES, Question, Scene, Thing, question_about, random_scene
+import scenes
+from scenes import COLOURS, HELD_OUT, SHAPES, Question, Scene, Thing, question_about, random_scene
 
 
 def test_training_scenes_never_show_a_held_out_combination():
@@ -59,8 +59,8 @@ def test_answers_to_a_question_about_a_colour(said, right):
 
 
 def test_pictures_show_their_colours_on_their_sides():
-    picture = shapes.draw(Scene(Thing("red", "square"), Thing("blue", "circle")))
-    assert picture.size == (shapes.SIDE, shapes.SIDE)
+    picture = scenes.draw(Scene(Thing("red", "square"), Thing("blue", "circle")))
+    assert picture.size == (scenes.SIDE, scenes.SIDE)
     assert picture.getpixel((16, 32)) == COLOURS["red"]
     assert picture.getpixel((48, 32)) == COLOURS["blue"]
     assert picture.getpixel((32, 2)) == (250, 250, 250)
@@ -68,11 +68,11 @@ def test_pictures_show_their_colours_on_their_sides():
 
 def test_every_shape_is_drawn_in_its_own_way():
     pictures = {
-        shapes.draw(Scene(Thing("red", shape), Thing("blue", "circle"))).crop((0, 0, 32, 64)).tobytes()
+        scenes.draw(Scene(Thing("red", shape), Thing("blue", "circle"))).crop((0, 0, 32, 64)).tobytes()
         for shape in SHAPES
     }
     assert len(pictures) == len(SHAPES)
 
 
 def test_noise_follows_its_seed():
-    assert shapes.noise("a").tobytes() == shapes.noise("a").tobytes() != shapes.noise("b").tobytes()
+    assert scenes.noise("a").tobytes() == scenes.noise("a").tobytes() != scenes.noise("b").tobytes()

@@ -1,4 +1,4 @@
-"""Measure a guard on the test bed: `python measure.py --data FOLDER [-- OPTIONS]` exports it and asks both models.
+"""Measure a guard on the test bed: `python measure_guard.py --data FOLDER [-- OPTIONS]` exports it and asks both models.
 
 1. `onnx`       the checkpoint converted by `vlmguard convert`, once                     (stage of `seed-N`)
 2. `guarded`    `vlmguard-export` of that, timed; OPTIONS are its options, none by default
