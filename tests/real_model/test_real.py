@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from build import BUILD
 from cells import ASKED, QUESTIONS, counted
+from measure_guard import measure
 from sets import HARMFUL_HELD_OUT, read_sets
 
 OPTIONS = ("--mode", "align")
