@@ -44,7 +44,9 @@ LIMITS = """## Limits
 
 - One language model of 270M parameters, aligned in minutes with one fixed refusal. It does not stand for a large,
   commercial model.
-- The recipe of the alignment was chosen by looking at over-refusal of XSTest's safe prompts in text. The guard was not.
+- The recipe of the alignment was chosen by looking at over-refusal of XSTest's safe prompts in text.
+- That mode `align` leaves the last layer out was decided on both seeds, with hooks in torch, on prompts of these sets
+  ([method.md](method.md#choosing-the-mode)). A third seed has not been measured.
 - The language model takes no part in the training on pictures, and the vision tower knows coloured shapes alone.
 - Ordinary pictures, blank ones and noise hardly change what the model refuses: the gap of this bed is that of the
   adversarial pictures.
