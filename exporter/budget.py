@@ -32,6 +32,8 @@ _INSIDE = "VLMGUARD_WITHIN_BUDGET"  # seconds that the process has, or nothing
 _PARENT = "VLMGUARD_BUDGET_PARENT"  # its process id
 _GRACE = 3.0  # seconds to clean up in, once time is up
 _WANTED_MORE, _TIME_IS_UP, _INTERRUPTED = 71, 72, 130  # exit codes of the process
+# Sent by a person or a supervisor; what runs out of memory ends by others (SIGKILL, SIGABRT, SIGSEGV, ...).
+_SENT = {getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)}
 MOST = 1 << 50
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -119,7 +121,7 @@ def run_within(arguments: Sequence[str], seconds: float | None, memory: int | No
         code = _awaited(child, None if seconds is None else seconds + 3 * _GRACE)
     if code == _TIME_IS_UP:
         raise GuardError(f"time is up: it took more than the {seconds:g} s of --max-seconds; allow more")
-    if code == _WANTED_MORE or (code < 0 and memory is not None):
+    if code == _WANTED_MORE or (code < 0 and memory is not None and -code not in _SENT):
         how = "" if code == _WANTED_MORE else f" (ended by {signal.Signals(-code).name})"
         allowed = f"the {memory / (1 << 30):.1f}G of --max-memory" if memory is not None else "there is"
         raise GuardError(f"it wanted more memory than {allowed}{how}; allow more")

@@ -20,6 +20,7 @@ from random_directions import write_directions
 from tiny_vlm_paths import SOURCE
 
 from vlmguard import cli
+from vlmguard.exporter import budget
 from vlmguard.exporter.budget import DEFAULT_SECONDS, LEAST, LEAST_DEFAULT, free_memory, memory_of
 from vlmguard.graphs.errors import GuardError
 
@@ -201,6 +202,26 @@ def test_who_ends_the_command_ends_what_it_waits_for(tmp_path: Path) -> None:
     wait_until_it_computes(started.pid)
     started.send_signal(signal.SIGTERM)
     assert started.wait(60) == 128 + signal.SIGTERM
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("sent", ["SIGTERM", "SIGHUP", "SIGKILL", "SIGABRT"])
+def test_a_signal_that_is_sent_is_not_taken_for_a_lack_of_memory(sent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = signal.Signals[sent]
+
+    def ended(child: subprocess.Popen[bytes], _: float | None) -> int:
+        child.send_signal(number)
+        return child.wait()
+
+    monkeypatch.setattr(budget, "_awaited", ended)
+    if sent in ("SIGTERM", "SIGHUP"):
+        assert budget.run_within(["inspect", "missing"], None, 8 << 30) == 128 + number
+    else:
+        with pytest.raises(GuardError) as refusal:
+            budget.run_within(["inspect", "missing"], None, 8 << 30)
+        assert (
+            str(refusal.value) == f"it wanted more memory than the 8.0G of --max-memory (ended by {sent}); allow more"
+        )
 
 
 def wait_until_it_computes(parent: int) -> None:
