@@ -416,6 +416,24 @@ def test_random_directions_bring_nothing_back(trial: AlignTrial) -> None:
     )
 
 
+def test_a_few_lost_refusals_are_too_few_for_a_control(trial: AlignTrial, candidate: Directions) -> None:
+    """Where the unguarded model refuses beside the image too, random directions keep the refusals as well as any others."""
+    prompts = [prompt for prompt in read_prompts(CALIBRATION) if prompt.setting in ("text", "blank")]
+    judge = AlignJudge(trial, judged_prompts(prompts, trial.model, (), "set"), 1e-4, unwatched)
+    figures = judge.judge(candidate)
+    control = judge.control(candidate, figures)
+    assert (
+        control is not None and str(control) == "8 of 8 lost refusals brought back in blank, 0 along random directions"
+    )
+    for name in ("blank", "noise"):
+        rows = list(judge._rows[name])
+        harmful = [row for row, at in enumerate(judge.asked[0].texts) if judge.judged.texts[at].harmful]
+        for row in harmful[3:]:
+            rows[row] = replace(rows[row], unguarded=replace(rows[row].unguarded, refused=True))
+        judge._rows[name] = rows
+    assert judge.control(candidate, figures) is None
+
+
 def test_a_model_that_refuses_nothing_as_text_has_nothing_to_bring_back(
     trial: AlignTrial, candidate: Directions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
