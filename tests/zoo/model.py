@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -132,11 +133,14 @@ class ZooModel:
         """Whether `hidden_states`, `logits` and `run_torch` can be asked."""
         return self.torch_model is not None
 
-    @property
+    @cached_property
     def cache(self) -> dict[str, str]:
         """The graph's cache: name of the past input -> name of the present output."""
         pasts = [n for n in self.inputs if "past_key_values" in n or n.startswith(("past.", "input.cache."))]
-        return {name: present_name(name) for name in pasts}
+        if not pasts:
+            return {}
+        outputs = {value.name for value in onnx.load(self.path, load_external_data=False).graph.output}
+        return {name: next(after for after in _present_names(name) if after in outputs) for name in pasts}
 
     @property
     def _text_name(self) -> str:
@@ -207,6 +211,11 @@ def zoo_model(
         torch_runner=torch_runner,
         refusal=refusal,
     )
+
+
+def _present_names(past_name: str) -> tuple[str, ...]:
+    """What exporters call it: the second is that of transformers 5.24 where a decoder's inputs are named by hand."""
+    return present_name(past_name), past_name.replace("past_key_values.", "cache.", 1)
 
 
 def present_name(past_name: str) -> str:
