@@ -243,7 +243,7 @@ def test_refusals_and_budget_are_judged_setting_by_setting() -> None:
 
 
 def test_matched_prompts_may_be_refused_a_little_beyond_a_small_budget() -> None:
-    """Two of 20: the lower bound is 1.8%."""
+    """Two of 20: the lower bound is 1.2%."""
     borderline = figures(20, 2)
     assert Wish(GuardSpec(), 0.01).beyond_text == 0.01 and not keeps_budget([borderline], 0.01)
     assert Wish(GuardSpec(), 0.01, matched=True).beyond_text == BORDERLINE == 0.04 and keeps_budget(
