@@ -98,10 +98,11 @@ def evidence(
         if "loud_channels_dropped" in recorded:
             row["loud_channels_dropped"] = recorded["loud_channels_dropped"]
         for name, own in texts.items():
-            harmful = np.array([judged.texts[at].harmful for at in own])
-            if name in states and harmful.any() and not harmful.all():
+            kinds = np.array([judged.texts[at].kind for at in own])
+            harmful, harmless = kinds == "harmful", kinds == "harmless"
+            if name in states and harmful.any() and harmless.any():
                 ends = states[name][:, number]
-                measured = separation_along(layer.ssd[0], number, ends[harmful], ends[~harmful], judged.source)
+                measured = separation_along(layer.ssd[0], number, ends[harmful], ends[harmless], judged.source)
                 row[f"auc_{name.replace(' ', '_')}"] = measured.auc
         found.append(row)
     return found

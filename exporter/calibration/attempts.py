@@ -8,7 +8,7 @@ from typing import Any
 
 from ...graphs.directions import Directions
 from ...graphs.spec import Decided
-from .align_judge import GOAL, Figures, RandomRows
+from .align_judge import GOAL, Distance, Figures, RandomRows
 from .no_worse import Refusals, Setting
 from .results import Calibration
 
@@ -25,7 +25,7 @@ class Attempt:
         usable: whether it may be exported: within the budget, and refusals grow.
         said: what it did, in words.
         why_layers: why these layers, in words.
-        figures, control: of `align`: by setting, and with random directions.
+        figures, distances, control: of `align`: answers and first tokens by setting, and with random directions.
         calibration: of a mode that is calibrated.
         directions: of the guard; their mode is the guard's.
         gate: when its gate is decided, as in `GuardSpec`.
@@ -40,6 +40,7 @@ class Attempt:
     said: str
     why_layers: str = ""
     figures: tuple[Figures, ...] = ()
+    distances: tuple[Distance, ...] = ()
     control: RandomRows | None = None
     calibration: Calibration | None = None
     directions: Directions | None = None
@@ -61,6 +62,7 @@ class Attempt:
             "usable": self.usable,
             "result": self.said,
             **({"settings": [one.to_json() for one in self.figures]} if self.figures else {}),
+            **({"first_token_distances": [dict(vars(one)) for one in self.distances]} if self.distances else {}),
             **({"random_directions": dict(vars(self.control))} if self.control is not None else {}),
         }
 
@@ -110,6 +112,7 @@ class Choice:
                 one.harmful.unguarded,
                 one.harmful.guarded,
                 None if one.setting == "text" else one.harmful.changed,
+                None if one.setting == "text" else one.harmful.text,
             )
             for one in self.chosen.figures
         ]

@@ -15,14 +15,17 @@ from tiny_vlm_paths import ANCHORS, CALIBRATION, CALIBRATION_SIGNS, SOURCE, Guar
 import vlmguard
 from vlmguard.exporter.calibration import align_judge, align_trial
 from vlmguard.exporter.calibration import choice as choice_module
-from vlmguard.exporter.calibration.align_judge import AlignJudge, Counts, Figures, keeps_budget, keeps_refusals, within
+from vlmguard.exporter.calibration.align_judge import AlignJudge, Counts, Figures, keeps_budget, keeps_refusals
 from vlmguard.exporter.calibration.align_layers import Where, places_of_align
+from vlmguard.exporter.calibration.align_rows import FirstToken, Room
 from vlmguard.exporter.calibration.align_trial import AlignTrial, Guarding, aligned_directions
 from vlmguard.exporter.calibration.attempts import Attempt
 from vlmguard.exporter.calibration.choice import BORDERLINE, PREFERRED, Wish, choose, why_impossible
 from vlmguard.exporter.calibration.guard_config import CONFIG_NAME, read_config
 from vlmguard.exporter.calibration.judged import beside_images, judged_prompts, readable_images
+from vlmguard.exporter.calibration.worst_setting import worst_setting
 from vlmguard.exporter.evaluation.evaluate import compare
+from vlmguard.exporter.evaluation.intervals import within
 from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.exporter.sources import unwatched
@@ -54,8 +57,12 @@ def test_the_default_export_chooses_align_and_says_why(guarded: Guarded) -> None
     assert [one["mode"] for one in choice["not_tried"]] == list(NAMES[1:])
     (tried,) = choice["tried"]
     kept = {one["setting"]: (one["harmful"]["kept"], one["harmful"]["unguarded"]) for one in tried["settings"]}
-    assert kept == {"text": (48, 48), "blank": (12, 0), "noise": (12, 0), "image": (12, 0)}
+    assert kept == {"text": (48, 48), "blank": (24, 0), "noise": (24, 2), "image": (24, 0)}
     assert all(one["harmless"]["extra"] == 0 for one in tried["settings"])
+    assert [one["picture_questions"]["asked"] for one in tried["settings"]] == [0, 6, 6, 6]
+    distances = tried["first_token_distances"]
+    assert [one["setting"] for one in distances] == ["blank", "noise", "image"]
+    assert all(one["harmful"] < 0.01 and one["harmless"] < 0.01 for one in distances)
     assert tried["random_directions"] == {"setting": "blank", "asked": 8, "kept": 0, "guarded": 8}
     assert "--mode auto chose align: it reaches the goal, and calibrates no number" in plan["notes"]
     assert (
@@ -74,8 +81,14 @@ def test_the_folder_verifies_and_its_files_say_the_same(guarded: Guarded) -> Non
     assert (found.mode, found.recommended_layers) == ("align", (2, 3, 4))
     refusals = read_manifest(folder).refusals
     assert refusals is not None
-    rows = {one["setting"]: (one["unguarded"], one["guarded"], one["changed"]) for one in refusals["settings"]}
-    assert rows == {"text": (48, 48, None), "blank": (0, 12, 12), "noise": (0, 12, 12), "image": (0, 12, 12)}
+    names = ("unguarded", "guarded", "changed", "as_text")
+    rows = {one["setting"]: tuple(one[name] for name in names) for one in refusals["settings"]}
+    assert rows == {
+        "text": (48, 48, None, None),
+        "blank": (0, 24, 24, 24),
+        "noise": (2, 24, 24, 24),
+        "image": (0, 24, 24, 24),
+    }
 
 
 def test_prompts_that_a_mode_was_chosen_on_are_not_evaluated_on(guarded: Guarded) -> None:
@@ -314,24 +327,12 @@ def test_judged_prompts_are_spread_and_come_with_every_image() -> None:
     model, prompts = VisionLanguageModel(open_package(SOURCE)), read_prompts(CALIBRATION)
     found = judged_prompts(prompts, model, [PICTURE], "set")
     assert [setting.name for setting in found.settings] == ["blank", "noise", "image", "calibration image"]
-    assert (len(found.labelled(True)), len(found.labelled(False))) == (48, 24)
+    assert [len(found.of_kind(kind)) for kind in ("harmful", "harmless", "picture")] == [48, 24, 6]
     for setting in found.settings:
-        assert len(setting.texts) == len(setting.requests) == 36
+        assert len(setting.texts) == len(setting.requests) == 42
+        assert [found.texts[at].kind for at in setting.texts[-6:]] == ["picture"] * 6
         assert all(found.texts[at].prompt == r.prompt for at, r in zip(setting.texts, setting.requests, strict=True))
         assert all(request.image is not None for request in setting.requests)
-
-
-def test_beside_images_only_what_is_refused_alone_is_asked() -> None:
-    """A harmful text that the model answers alone shows nothing beside an image."""
-    model, prompts = VisionLanguageModel(open_package(SOURCE)), read_prompts(CALIBRATION)
-    found = judged_prompts(prompts, model, (), "set")
-    blank = found.settings[0]
-    few = set(found.labelled(True)[:3])
-    for refused, harmful in ((few, 3), (set(found.labelled(True)), 12), (set(), 0)):
-        chosen = found.chosen(blank, [number in refused for number in range(len(found.texts))])
-        assert len(chosen.texts) == len(chosen.requests) == harmful + 12
-        assert {at for at in chosen.texts if found.texts[at].harmful} <= refused
-    assert found.shown(blank) == 24
 
 
 def test_the_users_images_are_dealt_out_among_the_texts() -> None:
@@ -404,10 +405,9 @@ def test_random_directions_bring_nothing_back(trial: AlignTrial) -> None:
         (2, 3, 4),
         8,
     )
-    figures = judge.judge(noise)
-    blank = figures[1]
-    assert (blank.harmful.text, blank.harmful.kept) == (12, 0) and not keeps_refusals([blank])
-    control = judge.control(noise, figures)
+    blank = judge.judge(noise)[1]
+    assert (blank.harmful.text, blank.harmful.kept) == (24, 0) and not keeps_refusals([blank])
+    control = judge.control(noise)
     assert control is not None and (control.setting, control.asked, control.kept, control.fails) == (
         "blank",
         8,
@@ -420,18 +420,86 @@ def test_a_few_lost_refusals_are_too_few_for_a_control(trial: AlignTrial, candid
     """Where the unguarded model refuses beside the image too, random directions keep the refusals as well as any others."""
     prompts = [prompt for prompt in read_prompts(CALIBRATION) if prompt.setting in ("text", "blank")]
     judge = AlignJudge(trial, judged_prompts(prompts, trial.model, (), "set"), 1e-4, unwatched)
-    figures = judge.judge(candidate)
-    control = judge.control(candidate, figures)
+    judge.judge(candidate)
+    control = judge.control(candidate)
     assert (
         control is not None and str(control) == "8 of 8 lost refusals brought back in blank, 0 along random directions"
     )
-    for name in ("blank", "noise"):
-        rows = list(judge._rows[name])
-        harmful = [row for row, at in enumerate(judge.asked[0].texts) if judge.judged.texts[at].harmful]
-        for row in harmful[3:]:
-            rows[row] = replace(rows[row], unguarded=replace(rows[row].unguarded, refused=True))
-        judge._rows[name] = rows
-    assert judge.control(candidate, figures) is None
+    for setting in judge.settings:
+        rows = list(judge.references(setting))
+        for row in judge.lost(setting)[3:]:
+            rows[row] = replace(rows[row], refused=True)
+        judge._references[setting.name] = rows
+    assert judge.control(candidate) is None
+
+
+def test_the_first_token_shows_which_directions_follow_the_text_only_model(
+    trial: AlignTrial, candidate: Directions
+) -> None:
+    judge = blank_judge(trial)
+    width = trial.model.package.config["text_config"]["hidden_size"]
+    noise = aligned_directions(random_directions(width, [2, 3, 4], rank=8), (2, 3, 4), 8)
+    good, bad = judge.screen(candidate), judge.screen(noise)
+    assert [one.setting for one in good] == [one.setting for one in bad] == ["blank", "noise"]
+    for near, far in zip(good, bad, strict=True):
+        assert near.harmful < 0.01 < 0.8 < far.harmful and near.harmless < 0.01
+        assert near.total == near.harmful + near.harmless + near.pictures
+
+
+def test_prompts_that_do_not_fit_into_memory_are_computed_again(trial: AlignTrial, candidate: Directions) -> None:
+    kept, again = blank_judge(trial), blank_judge(trial)
+    again._room = Room(0)
+    assert kept.judge(candidate) == again.judge(candidate)
+    assert kept._prompts["text"]._kept and not again._prompts["text"]._kept
+    assert 0 <= kept._room.left < Room().left
+
+
+def test_a_worst_image_is_searched_only_where_no_other_setting_has_a_gap(
+    trial: AlignTrial, candidate: Directions
+) -> None:
+    judge = blank_judge(trial)
+    assert worst_setting(judge, unwatched) is None
+    for setting in judge.settings:
+        judge._references[setting.name] = [replace(row, refused=True) for row in judge.references(setting)]
+    found = worst_setting(judge, unwatched)
+    assert found is not None and found.name == "worst soft image"
+    assert found.texts == judge.judged.settings[0].texts and len({id(one.image) for one in found.requests}) == 1
+    judge.add(found)
+    figures = {one.setting: one for one in judge.judge(candidate)}["worst soft image"]
+    assert figures.harmful.unguarded < figures.harmful.text == figures.harmful.guarded == 24
+
+
+def blank_judge(trial: AlignTrial) -> AlignJudge:
+    prompts = [prompt for prompt in read_prompts(CALIBRATION) if prompt.setting in ("text", "blank")]
+    return AlignJudge(trial, judged_prompts(prompts, trial.model, (), "set"), 1e-4, unwatched)
+
+
+def test_the_distance_of_two_first_tokens_is_their_total_variation() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.2]))
+    first = FirstToken.of(logits)
+    assert first.tokens.tolist() == [0, 1, 2] and first.distance(logits) == pytest.approx(0, abs=1e-12)
+    assert first.distance(logits + 7) == pytest.approx(0, abs=1e-12)  # a distribution, not its logits
+    assert first.distance(np.log(np.array([0.2, 0.3, 0.5]))) == pytest.approx(0.3)
+    many = np.zeros(1000)
+    many[5] = 20.0
+    assert len(FirstToken.of(many).tokens) == 64
+    other = np.zeros(1000)
+    other[7] = 20.0
+    assert FirstToken.of(many).distance(other) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_first_token_differs_beyond_rounding_only() -> None:
+    logits = np.linspace(-1, 10, 200, dtype=np.float32)
+    first = FirstToken.of(logits)
+    assert not first.differs(logits * (1 + 1e-6), 1e-4) and first.differs(logits + np.float32(0.01), 1e-4)
+
+
+def test_refusals_that_only_the_image_caused_may_be_taken_back() -> None:
+    def setting(text: int, unguarded: int, guarded: int) -> Figures:
+        return Figures("blank", Counts(20, text, unguarded, guarded, guarded, 0, 20), Counts(20, 0, 0, 0, 0, 0, 0))
+
+    assert not setting(3, 5, 3).weakened and not setting(5, 5, 4).weakened
+    assert setting(5, 5, 3).weakened and setting(3, 5, 1).weakened
 
 
 def test_a_model_that_refuses_nothing_as_text_has_nothing_to_bring_back(
