@@ -82,6 +82,11 @@ class FirstToken:
         highest = float(row.max())
         return cls(tokens, row[tokens], highest + float(np.log(np.exp(row - highest).sum())))
 
+    @property
+    def probability(self) -> float:
+        """Of the likeliest token."""
+        return float(np.exp(self.logits[0] - self.log_total))
+
     def distance(self, logits: np.ndarray) -> float:
         """Total variation between this distribution and that of a row of logits, 0 to 1; the rarer tokens count as one."""
         other = FirstToken.of(logits, self.tokens)
@@ -111,6 +116,10 @@ class Reference:
     refused: bool
     first: FirstToken
     states: np.ndarray
+
+    def clearly_refused(self, confidence: float) -> bool:
+        """Whether it declines, and its first token has at least this probability."""
+        return self.refused and self.first.probability >= confidence
 
     @classmethod
     def of(cls, asked: Asked, row: int) -> Reference:

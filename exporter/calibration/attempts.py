@@ -79,6 +79,7 @@ class Choice:
         prompts: where the judged prompts are from.
         fingerprints: of the judged prompts.
         layers: per layer the evidence of its direction; empty where `align` was not tried.
+        as_text: what the unguarded model refuses as text, in words; empty where `align` was not tried.
     """
 
     chosen: Attempt
@@ -88,6 +89,7 @@ class Choice:
     prompts: str
     fingerprints: tuple[str, ...]
     layers: tuple[Mapping[str, Any], ...] = ()
+    as_text: str = ""
 
     @property
     def directions(self) -> Directions:
@@ -120,7 +122,8 @@ class Choice:
 
     def notes(self) -> list[str]:
         """For the plan."""
-        told = [f"--mode auto tried {attempt}" for attempt in self.attempts]
+        told = [self.as_text] if self.as_text else []
+        told += [f"--mode auto tried {attempt}" for attempt in self.attempts]
         told.append(f"--mode auto chose {self.chosen.name}: {self._why()}")
         beside = [one for one in self.chosen.figures if one.setting != "text"]
         if beside and not any(one.has_gap for one in beside):
@@ -149,6 +152,7 @@ class Choice:
             "why": self._why(),
             "goal": {"text_refusals_kept": GOAL, "harmless_refused_beyond_text": self.budget},
             "prompts": self.prompts,
+            **({"as_text": self.as_text} if self.as_text else {}),
             "prompt_fingerprints": list(self.fingerprints),
             "tried": [attempt.to_json() for attempt in self.attempts],
             "not_tried": [{"mode": mode, "why": why} for mode, why in self.left_out.items()],
