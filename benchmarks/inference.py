@@ -29,8 +29,8 @@ from measure import QUICK, Budget, Spread, asked, interleaved, ratio, say
 from record import parser, read_parts, write_result
 from shapes import SHAPES, Precision, Shape, built
 
+from vlmguard.graphs.node_builder import PREFIX
 from vlmguard.graphs.reference import LISTEN
-from vlmguard.graphs.scribe import PREFIX
 from vlmguard.graphs.spec import MODES, MODES_WITH_GATE, GuardSpec, Mode, Positions
 
 RANKS = (1, 4, 8)

@@ -26,12 +26,12 @@ from shapes import SHAPES
 
 from vlmguard.graphs.anatomy import ResidualSite
 from vlmguard.graphs.call_inputs import CallInputs
+from vlmguard.graphs.node_builder import Scribe
 from vlmguard.graphs.package import graph_bytes
 from vlmguard.graphs.plan import GuardPlan, SitePlan
 from vlmguard.graphs.positions import LastToken
 from vlmguard.graphs.reference import LayerGuard
 from vlmguard.graphs.rewrite import rewrite
-from vlmguard.graphs.scribe import Scribe
 
 BOTTLENECK = 64
 PHASES = {"decode": (1, 128), "prefill": (256, 0)}

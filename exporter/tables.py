@@ -23,7 +23,7 @@ from ..graphs.anatomy import DecoderAnatomy, ResidualSite
 from ..graphs.directions import Directions
 from ..graphs.errors import GuardError
 from ..graphs.plan import GuardPlan
-from ..graphs.static_proof import Check
+from ..graphs.proof.structure import Check
 from ..runtime.telemetry import ScoredAnswer
 from .calibration.results import HeldOut
 from .engines.folder import EngineResult

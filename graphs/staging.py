@@ -13,9 +13,9 @@ from typing import IO, Literal
 
 from .digests import BIG
 from .errors import OutputRefused
-from .leftovers import OLD, begin, hold, remove, sweep, writer, written
 from .places import require_no_tilde
 from .replaceable import require_replaceable
+from .stage_locks import OLD, begin, hold, remove, sweep, writer, written
 
 _IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 _FICLONE = 0x40049409  # linux/fs.h

@@ -15,13 +15,13 @@ import numpy as np
 import onnx_ir as ir
 
 from ..graphs.decoder_state import StatePair, is_past_name
-from ..graphs.dials import PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT
 from ..graphs.errors import GuardError
 from ..graphs.last_logits import reads_in_place
 from ..graphs.package import ModelPackage, in_memory
 from ..graphs.plan import COORDINATES_OUTPUT, PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUTS
 from ..graphs.reference import LISTEN, UNDECIDED
 from ..graphs.roles import InputRoles, input_roles, roles_by_name
+from ..graphs.runtime_controls import PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT
 from .deepstack import is_embeds
 from .device import DeviceOutputs, DeviceTensor, Tensor, last, where_it_is
 from .prompt_images import PromptImages
@@ -202,7 +202,7 @@ class DecoderSession:
         Args:
             supervisor: the text-only coordinates `[batch, layers, m]` that a supervised graph wants. One that edits the
                 prompt's end alone gets them in the call with that token, and no supervisor in the calls after it.
-            dials: further inputs of the guard by name, the same in every call (`graphs.dials`). Gates that are held are
+            dials: further inputs of the guard by name, the same in every call (`graphs.runtime_controls`). Gates that are held are
                 decided here, at the end of the prompt, unless they are among these.
 
         Returns:

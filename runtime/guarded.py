@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..graphs.anatomy import guarded_layers
 from ..graphs.errors import GuardError, ManifestMismatch
-from ..graphs.fold import FOLD, folded_weights
+from ..graphs.lowerings.fold import FOLD, folded_weights
 from ..graphs.manifest import Manifest, read_manifest, require_intact
 from ..graphs.package import ModelPackage, open_package
 from .knobs import Knobs

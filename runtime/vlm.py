@@ -19,10 +19,10 @@ import numpy as np
 import onnx_ir as ir
 from PIL import Image
 
-from ..graphs.dials import SCORES_OUTPUT
 from ..graphs.errors import GuardError, ModelUnreadable, RunFailed
 from ..graphs.package import ModelPackage
 from ..graphs.pairs import reads_pairs
+from ..graphs.runtime_controls import SCORES_OUTPUT
 from .chat import ChatTokenizer, Turn
 from .decoder import DecoderSession, DecoderState, PromptBatch, can_pad, open_decoder
 from .decoder_place import DecoderPlace

@@ -14,6 +14,8 @@ import vlmguard
 ROOT = Path(__file__).parents[1]
 FOLDERS = (
     "graphs",
+    "graphs/lowerings",
+    "graphs/proof",
     "runtime",
     "runtime/serving",
     "runtime/playground",
@@ -61,10 +63,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (copy / path.name).write_bytes(path.read_bytes())
     for folder in FOLDERS:
         for path in (ROOT / folder).glob("*.py"):
-            (copy / folder).mkdir(exist_ok=True)
+            (copy / folder).mkdir(parents=True, exist_ok=True)
             (copy / folder / path.name).write_bytes(path.read_bytes())
     for name in DATA:
-        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes((ROOT / name).read_bytes())
     out = tmp_path_factory.mktemp("wheel")
     command = [

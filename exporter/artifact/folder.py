@@ -14,10 +14,10 @@ from ...graphs.digests import sha256_files
 from ...graphs.manifest import MANIFEST_NAME, SCHEMA, DecoderRecord, Manifest, may_go_unhashed, record_files
 from ...graphs.package import SBOM_NAME, ModelPackage, external_files
 from ...graphs.plan import GuardPlan
+from ...graphs.proof.structure import Check
 from ...graphs.rewrite import GuardReport
 from ...graphs.spec import GuardSpec
 from ...graphs.staging import Data, bring, create_file
-from ...graphs.static_proof import Check
 from ..calibration.attempts import Choice
 from ..calibration.no_worse import Refusals
 from ..calibration.results import Calibration

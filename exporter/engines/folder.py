@@ -26,10 +26,10 @@ from ...graphs.manifest import (
     record_files,
     require_intact,
 )
+from ...graphs.node_builder import PREFIX
 from ...graphs.package import ModelPackage, external_files, load_graph
 from ...graphs.pairs import reads_pairs
 from ...graphs.roles import input_roles
-from ...graphs.scribe import PREFIX
 from ...graphs.staging import bring, create_file, require_writable, staged
 from ...graphs.tensorrt import require_readable, settle_sizes
 from ...runtime.decoder import can_pad

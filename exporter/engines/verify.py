@@ -18,9 +18,9 @@ from ...graphs.graph_content import is_graph
 from ...graphs.inventory import is_read
 from ...graphs.manifest import EngineRecord, Manifest, read_manifest
 from ...graphs.package import ModelPackage
+from ...graphs.proof.strip import strip_guard
+from ...graphs.proof.structure import Check, exact
 from ...graphs.spec import GuardSpec
-from ...graphs.static_proof import Check, exact
-from ...graphs.strip import strip_guard
 from ...runtime.decoder import DecoderSession, open_decoder
 from ...runtime.guarded import GuardedVLM, open_guarded_package
 from ..calibration.calibrate import DEFAULT_BUDGET

@@ -21,7 +21,7 @@ from ...graphs.graph_content import is_engine, is_graph
 from ...graphs.inventory import CHECKPOINTS, CODE
 from ...graphs.manifest import Manifest
 from ...graphs.package import LARGEST_JSON, ModelPackage, external_files, load_graph, read_json
-from ...graphs.static_proof import Check, exact
+from ...graphs.proof.structure import Check, exact
 
 # Configs that name graphs, by the key.
 _NAMES_A_GRAPH = frozenset({"filename", "file", "model_file", "model_file_name"})

@@ -18,7 +18,7 @@ from ...graphs.graph_content import is_graph
 from ...graphs.inventory import is_read
 from ...graphs.manifest import Manifest
 from ...graphs.package import GUARD_DATA, SBOM_NAME, ModelPackage, external_files, load_graph, relocated
-from ...graphs.static_proof import Check, exact, same_graph
+from ...graphs.proof.structure import Check, exact, same_graph
 from ..packaging.regenerate import is_left_out, regenerated
 
 

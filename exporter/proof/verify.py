@@ -20,15 +20,13 @@ from ...graphs.anatomy import DecoderAnatomy, dissect
 from ...graphs.digests import sha256_file
 from ...graphs.directions import DIRECTIONS_FILE, read_directions
 from ...graphs.errors import GuardError, ManifestMismatch
-from ...graphs.fold import FOLD
-from ...graphs.fold_proof import prove_fold, refolded, writers_orthogonal
+from ...graphs.lowerings.fold import FOLD
 from ...graphs.manifest import MANIFEST_NAME, DecoderRecord, Manifest, read_manifest, require_intact
 from ...graphs.package import ModelPackage, open_package
 from ...graphs.plan import GuardPlan, plan_guard
-from ...graphs.rewrite import rewrite
-from ...graphs.spec import GuardSpec
-from ...graphs.staging import write_file
-from ...graphs.static_proof import (
+from ...graphs.proof.fold_proof import prove_fold, refolded, writers_orthogonal
+from ...graphs.proof.strip import names_left, strip_guard
+from ...graphs.proof.structure import (
     Check,
     exact,
     guard_dominates,
@@ -37,7 +35,9 @@ from ...graphs.static_proof import (
     signature_unchanged,
     sites_guarded_once,
 )
-from ...graphs.strip import names_left, strip_guard
+from ...graphs.rewrite import rewrite
+from ...graphs.spec import GuardSpec
+from ...graphs.staging import write_file
 from ...runtime.guarded import open_guarded_package
 from ..artifact.signing import check_signature
 from ..calibration.calibrate import DEFAULT_BUDGET

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from ...graphs.errors import GuardError, ManifestMismatch
 from ...graphs.manifest import read_manifest, require_intact
-from ...graphs.scribe import PREFIX
+from ...graphs.node_builder import PREFIX
 from ...graphs.strict_json import from_strict_json
 from .subject import Subject
 

@@ -36,9 +36,9 @@ from vlmguard.graphs.errors import GuardError, GuardIncomplete, ManifestMismatch
 from vlmguard.graphs.manifest import read_manifest
 from vlmguard.graphs.package import load_graph, open_package
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, plan_guard
+from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import MODES_WITH_SUPERVISOR, GuardSpec, Mode, Positions
-from vlmguard.graphs.strip import strip_guard
 from vlmguard.graphs.tensorrt import require_readable, settle_sizes, unreadable_nodes
 from vlmguard.runtime.decoder import open_decoder
 from vlmguard.runtime.guarded import GuardedVLM

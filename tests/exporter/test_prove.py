@@ -29,10 +29,10 @@ from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.errors import ProofFailed
 from vlmguard.graphs.package import ModelPackage, open_package, save_graph
 from vlmguard.graphs.plan import GuardPlan, plan_guard
+from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.reference import LISTEN, LayerGuard
 from vlmguard.graphs.rewrite import GuardReport, rewrite
 from vlmguard.graphs.spec import MODES, MODES_WITH_SUPERVISOR, POSITIONS, GuardSpec
-from vlmguard.graphs.static_proof import Check
 from vlmguard.runtime.decoder import open_decoder
 from vlmguard.runtime.vlm import VisionLanguageModel
 

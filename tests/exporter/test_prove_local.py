@@ -15,8 +15,8 @@ from onnx import helper, numpy_helper
 
 from vlmguard.exporter.proof.prove_local import BITS, READS, STATES, TOLD, prove_locally
 from vlmguard.graphs.package import save_graph
+from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.spec import MODES, MODES_WITH_SUPERVISOR, GuardSpec
-from vlmguard.graphs.static_proof import Check
 
 pytest.importorskip("onnxruntime")
 

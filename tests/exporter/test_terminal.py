@@ -40,7 +40,7 @@ def test_a_plain_console_would_let_it_through() -> None:
 
 def test_markup_in_a_name_is_text() -> None:
     from vlmguard.exporter.tables import show_checks
-    from vlmguard.graphs.static_proof import Check
+    from vlmguard.graphs.proof.structure import Check
 
     file = io.StringIO()
     name = "[link=http://x]a[/link]"

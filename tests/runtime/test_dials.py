@@ -10,13 +10,6 @@ import pytest
 from tiny_vlm_paths import PROMPTS, SOURCE, Guarded
 
 from vlmguard.graphs.anatomy import dissect
-from vlmguard.graphs.dials import (
-    OFFSET_INPUT,
-    PAST_GATE_INPUT,
-    PRESENT_GATE_OUTPUT,
-    SCORES_OUTPUT,
-    STRENGTH_INPUT,
-)
 from vlmguard.graphs.directions import read_directions
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.manifest import read_manifest
@@ -24,6 +17,13 @@ from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import plan_guard
 from vlmguard.graphs.reference import UNDECIDED
 from vlmguard.graphs.rewrite import rewrite
+from vlmguard.graphs.runtime_controls import (
+    OFFSET_INPUT,
+    PAST_GATE_INPUT,
+    PRESENT_GATE_OUTPUT,
+    SCORES_OUTPUT,
+    STRENGTH_INPUT,
+)
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.graphs.taps import tap_guard
 from vlmguard.runtime.decoder import DecoderSession, PromptBatch

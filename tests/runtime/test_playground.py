@@ -32,7 +32,7 @@ from vlmguard.exporter.playground.sides import open_sides
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.package import load_graph
-from vlmguard.graphs.static_proof import same_graph
+from vlmguard.graphs.proof.structure import same_graph
 from vlmguard.runtime.chat import ChatTokenizer
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.images import open_image

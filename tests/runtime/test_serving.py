@@ -27,9 +27,9 @@ from serving_thread import NAME, Paced, Served, eventually, serving
 from tiny_vlm_paths import DECODER, PROMPTS, SOURCE, Guarded
 
 from vlmguard import cli
-from vlmguard.graphs.dials import OFFSET_INPUT, STRENGTH_INPUT
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ManifestMismatch, RunFailed
 from vlmguard.graphs.extras import install_command
+from vlmguard.graphs.runtime_controls import OFFSET_INPUT, STRENGTH_INPUT
 from vlmguard.runtime.chat import Turn
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.serving import server as server_module

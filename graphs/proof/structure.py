@@ -12,17 +12,17 @@ from typing import Any
 
 import onnx_ir as ir
 
-from .anatomy import DecoderAnatomy, ResidualStream, find_sink
-from .avoidance import Barrier, Surroundings
-from .bodies import Body, find_bodies
-from .dataflow import Flow, Vertex, is_skip_norm
-from .dials import is_default
-from .inline_weights import InFile
+from ..anatomy import DecoderAnatomy, ResidualStream, find_sink
+from ..avoidance import Barrier, Surroundings
+from ..dataflow import Flow, Vertex, is_skip_norm
+from ..inline_weights import InFile
+from ..node_builder import PREFIX
+from ..plan import GuardPlan, SitePlan
+from ..rewrite import GuardedSite, GuardReport
+from ..roles import input_roles
+from ..runtime_controls import is_default
+from ..subgraphs import Body, find_bodies
 from .leaks import leaking_outputs
-from .plan import GuardPlan, SitePlan
-from .rewrite import GuardedSite, GuardReport
-from .roles import input_roles
-from .scribe import PREFIX
 
 # What runtimes read the answer from, by these names.
 _ANSWERS = frozenset({"logits", "last_hidden_state"})

@@ -12,11 +12,11 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from .lowering import LOWERINGS
-from .lowering_task import Task
+from .lowerings.table import LOWERINGS
+from .lowerings.task import Task
+from .node_builder import IR_DTYPES, PREFIX, Scribe
 from .plan import GuardPlan, SitePlan
 from .reference import LayerGuard
-from .scribe import IR_DTYPES, PREFIX, Scribe
 from .spec import LARGEST_TAU, MODES_WITH_SUPERVISOR
 
 

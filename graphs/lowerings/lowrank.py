@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from .lowering_gate import bounded, columns, combined_score, first_told, gate
-from .lowering_task import Gate, Task, Written
-from .reference import LayerGuard
-from .scribe import Scribe
-from .spec import MODES_WITH_READOUT
+from ..node_builder import Scribe
+from ..reference import LayerGuard
+from ..spec import MODES_WITH_READOUT
+from .gate import bounded, columns, combined_score, first_told, gate
+from .task import Gate, Task, Written
 
 
 @dataclass(frozen=True)

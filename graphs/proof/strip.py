@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from .bodies import branches, branching, unsurface
-from .dials import DEFAULTS, PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT, take_back_inputs
-from .errors import GuardIncomplete
-from .fold import SCOPE, original_name
-from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS
-from .scribe import PREFIX
+from ..errors import GuardIncomplete
+from ..lowerings.fold import SCOPE, original_name
+from ..node_builder import PREFIX
+from ..plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS
+from ..runtime_controls import DEFAULTS, PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT, take_back_inputs
+from ..subgraphs import branches, branching, unsurface
 
 _OWN = (PREFIX, "vlmguard.")
 

@@ -21,10 +21,10 @@ import numpy as np
 import onnx_ir as ir
 
 from .errors import GuardError
-from .lowering_gate import bounded
-from .lowering_task import Held
+from .lowerings.gate import bounded
+from .lowerings.task import Held
+from .node_builder import Scribe
 from .reference import LARGEST_OFFSET, LARGEST_STRENGTH
-from .scribe import Scribe
 from .spec import MODES_WITH_GATE
 
 STRENGTH_INPUT = "vlmguard.strength"

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from .anatomy import STREAM_DTYPES, DecoderAnatomy
-from .dataflow import is_skip_norm
-from .errors import GuardError
-from .fold import SCOPE, find_writers, left_over, original_name, projected, subspace
-from .lowering import choose_lowering
-from .lowering_task import Task
-from .plan import GuardPlan, last_sites
-from .rewrite import GuardReport
-from .scribe import Scribe
-from .static_proof import Check, attribute_bits, exact, same_graph, same_tensor, signature_unchanged
+from ..anatomy import STREAM_DTYPES, DecoderAnatomy
+from ..dataflow import is_skip_norm
+from ..errors import GuardError
+from ..lowerings.fold import SCOPE, find_writers, left_over, original_name, projected, subspace
+from ..lowerings.table import choose_lowering
+from ..lowerings.task import Task
+from ..node_builder import Scribe
+from ..plan import GuardPlan, last_sites
+from ..rewrite import GuardReport
+from .structure import Check, attribute_bits, exact, same_graph, same_tensor, signature_unchanged
 
 
 def prove_fold(

@@ -14,11 +14,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .lowering_gate import bounded, columns, combined_score, first_told, gate
-from .lowering_task import Gate, Task, Written
-from .reference import LayerGuard
-from .scribe import Scribe
-from .spec import MODES_TOWARD_TEXT, MODES_WITH_READOUT
+from ..node_builder import Scribe
+from ..reference import LayerGuard
+from ..spec import MODES_TOWARD_TEXT, MODES_WITH_READOUT
+from .gate import bounded, columns, combined_score, first_told, gate
+from .task import Gate, Task, Written
 
 
 def correction(scribe: Scribe, h: ir.Value, task: Task) -> Written:

@@ -25,15 +25,15 @@ from hand_graphs import (
 )
 
 from vlmguard.graphs.anatomy import dissect, guarded_layers
-from vlmguard.graphs.bodies import Body, branches, branching, find_bodies, surface, unsurface
 from vlmguard.graphs.errors import AnatomyNotFound, GuardError, GuardIncomplete
 from vlmguard.graphs.package import graph_bytes
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, plan_guard
+from vlmguard.graphs.proof.strip import strip_guard
+from vlmguard.graphs.proof.structure import guard_dominates, prove_structure, same_graph, sites_guarded_once
 from vlmguard.graphs.reference import LISTEN
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import MODES_WITH_GATE, MODES_WITH_SUPERVISOR, GuardSpec
-from vlmguard.graphs.static_proof import guard_dominates, prove_structure, same_graph, sites_guarded_once
-from vlmguard.graphs.strip import strip_guard
+from vlmguard.graphs.subgraphs import Body, branches, branching, find_bodies, surface, unsurface
 from vlmguard.graphs.taps import STATES_OUTPUT, tap_guard, tap_last_token
 
 pytest.importorskip("onnxruntime")

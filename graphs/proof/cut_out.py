@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from .anatomy import find_node
-from .bodies import Body, find_bodies
-from .call_inputs import CallInputs, call_inputs
-from .dataflow import skip_norm_bias
-from .plan import GuardPlan, SitePlan
-from .rewrite import GuardedSite, GuardReport
-from .scribe import IR_DTYPES, PREFIX
+from ..anatomy import find_node
+from ..call_inputs import CallInputs, call_inputs
+from ..dataflow import skip_norm_bias
+from ..node_builder import IR_DTYPES, PREFIX
+from ..plan import GuardPlan, SitePlan
+from ..rewrite import GuardedSite, GuardReport
+from ..subgraphs import Body, find_bodies
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 from hand_graphs import text_model
 
-from vlmguard.graphs.scribe import PREFIX, Scribe
+from vlmguard.graphs.node_builder import PREFIX, Scribe
 
 
 @pytest.fixture

@@ -30,19 +30,21 @@ from hand_graphs import (
 
 from vlmguard.graphs import reference
 from vlmguard.graphs.anatomy import dissect
-from vlmguard.graphs.dials import (
+from vlmguard.graphs.errors import GuardError
+from vlmguard.graphs.node_builder import NUMPY_DTYPES
+from vlmguard.graphs.package import graph_bytes
+from vlmguard.graphs.plan import COORDINATES_OUTPUT, plan_guard
+from vlmguard.graphs.proof.strip import strip_guard
+from vlmguard.graphs.proof.structure import initializers_untouched, prove_structure, same_graph, signature_unchanged
+from vlmguard.graphs.reference import AS_CALIBRATED, LARGEST_STRENGTH, LISTEN, UNDECIDED, Dials, LayerGuard
+from vlmguard.graphs.rewrite import rewrite
+from vlmguard.graphs.runtime_controls import (
     OFFSET_INPUT,
     PAST_GATE_INPUT,
     PRESENT_GATE_OUTPUT,
     SCORES_OUTPUT,
     STRENGTH_INPUT,
 )
-from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.package import graph_bytes
-from vlmguard.graphs.plan import COORDINATES_OUTPUT, plan_guard
-from vlmguard.graphs.reference import AS_CALIBRATED, LARGEST_STRENGTH, LISTEN, UNDECIDED, Dials, LayerGuard
-from vlmguard.graphs.rewrite import rewrite
-from vlmguard.graphs.scribe import NUMPY_DTYPES
 from vlmguard.graphs.spec import (
     LARGEST_TAU,
     MODES,
@@ -51,8 +53,6 @@ from vlmguard.graphs.spec import (
     POSITIONS,
     GuardSpec,
 )
-from vlmguard.graphs.static_proof import initializers_untouched, prove_structure, same_graph, signature_unchanged
-from vlmguard.graphs.strip import strip_guard
 from vlmguard.graphs.taps import tap_guard
 
 pytest.importorskip("onnxruntime")

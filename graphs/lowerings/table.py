@@ -12,12 +12,12 @@ from typing import NoReturn
 
 import onnx_ir as ir
 
-from . import lowering_dense, lowering_lowrank, lowering_rank1
-from .errors import GuardError
+from ..errors import GuardError
+from ..node_builder import Scribe
+from ..spec import MAX_RANK, MODES, Target
+from . import dense, lowrank, rank1
 from .fold import FOLD
-from .lowering_task import Task, Written
-from .scribe import Scribe
-from .spec import MAX_RANK, MODES, Target
+from .task import Task, Written
 
 
 def _never_whole(scribe: Scribe, h: ir.Value, task: Task) -> None:
@@ -37,7 +37,7 @@ class Lowering:
         target: the runtime that it was made for.
         most_rank: the largest rank that it is chosen for by itself.
         whole: `h'` in one step, for a lowering that can sometimes do without a correction, else `None`.
-        dials: whether its arithmetic can be dialled at each call (`graphs.dials`).
+        dials: whether its arithmetic can be dialled at each call (`graphs.runtime_controls`).
     """
 
     name: str
@@ -68,15 +68,15 @@ LOWERINGS: tuple[Lowering, ...] = (
     Lowering(
         "lowrank",
         frozenset(MODES),
-        lowering_lowrank.correction,
-        lowering_lowrank.selects,
+        lowrank.correction,
+        lowrank.selects,
         "two skinny MatMuls per layer, the cheapest on ONNX Runtime, and every mode (on TensorRT rank1 is cheaper)",
     ),
     Lowering(
         "rank1",
         frozenset(MODES),
-        lowering_rank1.correction,
-        lowering_rank1.selects,
+        rank1.correction,
+        rank1.selects,
         "a chain of Mul and ReduceSum per row, which TensorRT fuses into the next norm, and every mode "
         "(on ONNX Runtime lowrank is cheaper)",
         target="tensorrt",
@@ -85,17 +85,17 @@ LOWERINGS: tuple[Lowering, ...] = (
     Lowering(
         "dense",
         frozenset({"project"}),
-        lowering_dense.correction,
-        lowering_dense.selects,
+        dense.correction,
+        dense.selects,
         "the literal h @ (I - V^T V), one d x d MatMul per layer (to compare with; the others cost less)",
-        whole=lowering_dense.whole,
+        whole=dense.whole,
         dials=False,
     ),
 )
 
 
 def _no_node(*_: object) -> NoReturn:
-    raise AssertionError("fold writes no node; rewrite asks graphs.fold")
+    raise AssertionError("fold writes no node; rewrite asks lowerings.fold")
 
 
 FOLDED = Lowering(

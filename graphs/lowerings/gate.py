@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .lowering_task import Gate, Task
-from .reference import HEARING
-from .scribe import Scribe
+from ..node_builder import Scribe
+from ..reference import HEARING
+from .task import Gate, Task
 
 # In a float16 graph no channel is moved by more than this (half of float16's range, 65504, less room for rounding): the edit
 # is finite whatever the gate says and the guard's numbers are, and so is the sum of it and any state up to 2^15.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from .reference import LayerGuard
+from ..reference import LayerGuard
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from .avoidance import Surroundings
+from ..avoidance import Surroundings
 
 _UNREACHED = -1
 

@@ -13,12 +13,10 @@ import pytest
 from hand_graphs import KINDS, Kind, copy_of, decoder, directions, guard_model, node_called, text_model, value_called
 
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
+from vlmguard.graphs.node_builder import Scribe
 from vlmguard.graphs.package import load_graph
 from vlmguard.graphs.plan import GuardPlan
-from vlmguard.graphs.rewrite import GuardReport
-from vlmguard.graphs.scribe import Scribe
-from vlmguard.graphs.spec import MODES, POSITIONS, GuardSpec
-from vlmguard.graphs.static_proof import (
+from vlmguard.graphs.proof.structure import (
     Check,
     exact,
     guard_dominates,
@@ -28,6 +26,8 @@ from vlmguard.graphs.static_proof import (
     signature_unchanged,
     sites_guarded_once,
 )
+from vlmguard.graphs.rewrite import GuardReport
+from vlmguard.graphs.spec import MODES, POSITIONS, GuardSpec
 
 SIGNATURE = "inputs and outputs unchanged"
 ONCE = "every planned site guarded exactly once"

@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .lowering_gate import bounded
-from .lowering_task import Task, Written
-from .reference import LayerGuard
-from .scribe import Scribe
+from ..node_builder import Scribe
+from ..reference import LayerGuard
+from .gate import bounded
+from .task import Task, Written
 
 
 def whole(scribe: Scribe, h: ir.Value, task: Task) -> ir.Value | None:

@@ -13,12 +13,12 @@ from hand_graphs import WIDTH, copy_of, decoder, directions, run, supervisor_inp
 from hand_graphs import merged as merged_decoder
 
 from vlmguard.graphs.anatomy import dissect
+from vlmguard.graphs.node_builder import NUMPY_DTYPES
 from vlmguard.graphs.package import graph_bytes
-from vlmguard.graphs.parameters import guard_numbers, make_overridable, neutral, widened
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, GuardPlan, plan_guard
 from vlmguard.graphs.rewrite import rewrite
-from vlmguard.graphs.scribe import NUMPY_DTYPES
 from vlmguard.graphs.spec import MODES, MODES_WITH_ALPHA, MODES_WITH_SUPERVISOR, GuardSpec
+from vlmguard.graphs.trial_graph import guard_numbers, make_overridable, neutral, widened
 
 WIDEST = 4
 
