@@ -453,7 +453,7 @@ def export_command(
     from .exporter.pipeline import export
 
     if engine:
-        from .runtime.tensorrt_backend import find_backend
+        from .runtime.tensorrt.backend import find_backend
 
         find_backend()  # before minutes of work
     spec = GuardSpec(

@@ -42,10 +42,10 @@ from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.package import ModelPackage, load_graph, open_package
 from vlmguard.graphs.spec import MODES, GuardSpec, Mode, Positions
 from vlmguard.graphs.tensorrt import settle_sizes
-from vlmguard.runtime.cuda import Cuda
 from vlmguard.runtime.decoder import DecoderSession, PromptBatch, open_decoder
-from vlmguard.runtime.tensorrt_backend import find_backend
-from vlmguard.runtime.tensorrt_runner import TensorRTRunner
+from vlmguard.runtime.tensorrt.backend import find_backend
+from vlmguard.runtime.tensorrt.cuda import Cuda
+from vlmguard.runtime.tensorrt.engine_runner import TensorRTRunner
 
 RANK = 4
 PHASES = {"decode": (1, 512), "prefill": (256, 0)}  # tokens of the call, tokens in the cache

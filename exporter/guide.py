@@ -15,7 +15,7 @@ from ..graphs.package import ModelPackage, open_package
 from ..graphs.plan import GuardPlan, require_fitting
 from ..graphs.spec import MODES_TOWARD_TEXT, GuardSpec
 from ..runtime.decoder_place import DecoderPlace
-from ..runtime.vision import unknown_processor
+from ..runtime.images.vision import unknown_processor
 from ..runtime.vlm import Request, VisionLanguageModel
 from .calibration.align_layers import ALIGNED_RANK, MORE_ROWS
 from .calibration.attempts import Choice

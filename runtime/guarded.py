@@ -157,9 +157,9 @@ def package_of(folder: Path, manifest: Manifest) -> ModelPackage:
 
 def _open_engines(cls: type[GuardedVLM], folder: Path, manifest: Manifest, runtime: str | None) -> GuardedVLM:
     """Engines are opened by their own backend, each against the digest that it was built with."""
-    from .cuda import Cuda
-    from .tensorrt_backend import find_backend
-    from .tensorrt_runner import TensorRTRunner
+    from .tensorrt.backend import find_backend
+    from .tensorrt.cuda import Cuda
+    from .tensorrt.engine_runner import TensorRTRunner
 
     decoder = next(engine for engine in manifest.engines if engine.role == "decoder")
     if runtime not in {None, decoder.backend}:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...runtime.images import open_image
+from ...runtime.images.images import open_image
 from ...runtime.vlm import Request, VisionLanguageModel
 from ..prompts.labelled import LabelledPrompt
 

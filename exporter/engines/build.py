@@ -12,7 +12,7 @@ import onnx_ir as ir
 from ...graphs.errors import GuardError, GuardIncomplete
 from ...graphs.package import in_memory
 from ...graphs.staging import write_file
-from ...runtime.tensorrt_backend import Backend, Message, why
+from ...runtime.tensorrt.backend import Backend, Message, why
 from .layers import EngineLayers, layers_from_inspector, layers_from_log
 from .profile import Shapes
 

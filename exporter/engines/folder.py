@@ -34,7 +34,7 @@ from ...graphs.staging import bring, create_file, require_writable, staged
 from ...graphs.tensorrt import require_readable, settle_sizes
 from ...runtime.decoder import can_pad
 from ...runtime.guarded import open_guarded_package
-from ...runtime.tensorrt_backend import Backend, find_backend
+from ...runtime.tensorrt.backend import Backend, find_backend
 from ..artifact.folder import versions
 from ..sources import Watch, require_apart, unwatched
 from .build import BuildOptions, Engine, build_engine, require_capabilities

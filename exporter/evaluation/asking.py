@@ -12,8 +12,8 @@ from ...graphs.gate_taps import tap_gates
 from ...graphs.manifest import MANIFEST_NAME, read_manifest
 from ...graphs.package import open_package
 from ...runtime.guarded import GuardedVLM
-from ...runtime.image_features import ImageFeatures
-from ...runtime.images import open_image
+from ...runtime.images.image_features import ImageFeatures
+from ...runtime.images.images import open_image
 from ...runtime.refusals import refused
 from ...runtime.vlm import Request, VisionLanguageModel
 from ..extraction.kept_states import model_files

@@ -18,8 +18,8 @@ from ...graphs.manifest import read_manifest
 from ...graphs.package import external_files, graph_bytes
 from ...graphs.roles import input_roles
 from ...graphs.strict_json import to_strict_json
-from ...runtime.chat import ChatTokenizer
-from ...runtime.images import ImagePreprocessor
+from ...runtime.chat.chat import ChatTokenizer
+from ...runtime.images.images import ImagePreprocessor
 from ...runtime.playground.libraries import LIBRARIES, find_libraries
 from ...runtime.playground.server import PlaygroundServer
 from ...runtime.playground.site import make_site

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from ...runtime.images import open_image
+from ...runtime.images.images import open_image
 from ..evaluation.evaluate import EVALUATION_FILES
 from ..prompts.labelled import BUILTIN, LABELS, SETTINGS, LabelledPrompt, find_file, read_prompts
 

@@ -6,8 +6,9 @@
 3. Tokens that are not to be edited are untouched, bit for bit.
 4. In a float16 graph: how near the states come to the end of float16 (`headroom`).
    Paired rows: even rows, and with them rows that stand alone, equal the original bit for bit, decode steps of odd rows too.
-5. Where the graph has dials (`graphs.runtime_controls`): strength 0, and below, equals the original bit for bit; states at other settings
-   equal the reference; scores and gates told are the reference's (`prove_gate`); a held gate outlasts what the scores say.
+5. Where the graph has runtime controls (`graphs.runtime_controls`): strength 0, and below, equals the original bit for bit;
+   states at other settings equal the reference; its scores and gates are the reference's (`prove_gate`); a held gate
+   outlasts later scores.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ...graphs.errors import GuardError, PromptsUnusable
-from ...runtime.images import open_image
+from ...runtime.images.images import open_image
 from ..evaluation.evaluate import EVALUATION_FILES
 from ..prompts.labelled import LABELS, PAIRED_LABELS, SETTINGS, Label, LabelledPrompt, find_file, read_prompts
 from ..prompts.overlaps import require_held_out_of

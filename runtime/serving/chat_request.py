@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ..chat import Role, Turn
+from ..chat.chat import Role, Turn
 from ..vlm import Request, Sampling
 from .errors import ApiError
 from .parameters import MESSAGE_NEUTRAL, NOTES, without_neutral

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...graphs.errors import GuardError
-from ..chat import FolderConfigs
+from ..chat.chat import FolderConfigs
 from ..guarded import GuardedVLM
 from .settings import ServeSettings
 

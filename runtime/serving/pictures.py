@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 
-from ..picture_files import media_type
+from ..images.picture_files import media_type
 from .errors import ApiError
 
 MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "image/tiff")

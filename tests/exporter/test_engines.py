@@ -42,7 +42,7 @@ from vlmguard.graphs.spec import MODES_WITH_SUPERVISOR, GuardSpec, Mode, Positio
 from vlmguard.graphs.tensorrt import require_readable, settle_sizes, unreadable_nodes
 from vlmguard.runtime.decoder import open_decoder
 from vlmguard.runtime.guarded import GuardedVLM
-from vlmguard.runtime.tensorrt_backend import find_backend
+from vlmguard.runtime.tensorrt.backend import find_backend
 from vlmguard.runtime.vlm import Request, VisionLanguageModel
 
 pytest.importorskip("tensorrt_rtx")

@@ -33,9 +33,9 @@ from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.package import load_graph
 from vlmguard.graphs.proof.structure import same_graph
-from vlmguard.runtime.chat import ChatTokenizer
+from vlmguard.runtime.chat.chat import ChatTokenizer
 from vlmguard.runtime.guarded import GuardedVLM
-from vlmguard.runtime.images import open_image
+from vlmguard.runtime.images.images import open_image
 from vlmguard.runtime.playground.libraries import LIBRARIES
 from vlmguard.runtime.playground.server import HEADERS, PlaygroundServer, Served
 from vlmguard.runtime.vlm import Request, VisionLanguageModel

@@ -25,7 +25,7 @@ from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.package import open_package
 from vlmguard.graphs.spec import MODES_WITH_GATE
 from vlmguard.runtime.guarded import GuardedVLM
-from vlmguard.runtime.images import CLIP_MEAN, CLIP_STD, ImagePreprocessor
+from vlmguard.runtime.images.images import CLIP_MEAN, CLIP_STD, ImagePreprocessor
 from vlmguard.runtime.playground.libraries import find_libraries
 from vlmguard.runtime.vlm import Request, Sampling, VisionLanguageModel
 

@@ -30,7 +30,7 @@ from vlmguard import cli
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ManifestMismatch, RunFailed
 from vlmguard.graphs.extras import install_command
 from vlmguard.graphs.runtime_controls import OFFSET_INPUT, STRENGTH_INPUT
-from vlmguard.runtime.chat import Turn
+from vlmguard.runtime.chat.chat import Turn
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.serving import server as server_module
 from vlmguard.runtime.serving.chat_request import _Body, read_chat_request

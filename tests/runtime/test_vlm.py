@@ -22,7 +22,7 @@ from vlmguard.graphs.errors import GuardError, ModelUnreadable, RunFailed
 from vlmguard.graphs.package import load_graph, open_package, save_graph
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUT
 from vlmguard.graphs.reference import LISTEN
-from vlmguard.runtime.chat import Turn
+from vlmguard.runtime.chat.chat import Turn
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.runners import Runner
 from vlmguard.runtime.vlm import Chooser, Request, Sampling, VisionLanguageModel

@@ -1,4 +1,4 @@
-// Prompts to token ids and back: the model's own chat template and tokenizer, with the rules of vlmguard's runtime/chat.py.
+// Prompts to token ids and back: the model's own chat template and tokenizer, with the rules of vlmguard's runtime/chat/chat.py.
 
 import { Template } from "./lib/jinja.mjs";
 import { Tokenizer } from "./lib/tokenizers.mjs";

@@ -1,5 +1,5 @@
 // Pixels to `pixel_values`, as the model's image processor does it: the steps, order and roundings of vlmguard's
-// runtime/images.py, which are those of transformers.
+// runtime/images/images.py, which are those of transformers.
 
 import { resize } from "./resize.mjs";
 

@@ -21,8 +21,8 @@ from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.runtime.decoder import DecoderSession, PromptBatch, open_decoder
 from vlmguard.runtime.guarded import GuardedVLM
-from vlmguard.runtime.pairs import interleaved
-from vlmguard.runtime.prompt_images import PromptImages
+from vlmguard.runtime.images.prompt_images import PromptImages
+from vlmguard.runtime.paired_batches import interleaved
 from vlmguard.runtime.vlm import Request, Sampling, VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures", "zoo_fixtures")

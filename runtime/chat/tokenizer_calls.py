@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..graphs.errors import GuardError, ModelUnreadable, first_line
+from ...graphs.errors import GuardError, ModelUnreadable, first_line
 
 
 @contextmanager

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..graphs.errors import GuardError, ModelUnreadable, first_line
-from ..graphs.package import read_json
-from ..graphs.regular_files import NotRegular, read_regular
-from .confined import PICTURES, ConfinedFailure
+from ...graphs.errors import GuardError, ModelUnreadable, first_line
+from ...graphs.package import read_json
+from ...graphs.regular_files import NotRegular, read_regular
+from ..confined import PICTURES, ConfinedFailure
 from .picture_files import FORMATS, refuse_huge, to_rgb
 from .picture_files import MAX_PIXELS as MAX_PIXELS  # part of what this module promises
 

@@ -23,11 +23,11 @@ from tiny_vlm_paths import DECODER, PROMPTS, SOURCE, Guarded
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ManifestMismatch, ModelUnreadable, RunFailed
 from vlmguard.graphs.extras import install_command
 from vlmguard.graphs.package import open_package
-from vlmguard.runtime.cuda import Cuda, CudaTensor, Pool
 from vlmguard.runtime.decoder import DecoderSession, PromptBatch, open_decoder
 from vlmguard.runtime.runners import DeviceRunner
-from vlmguard.runtime.tensorrt_backend import Backend, BackendName, Log
-from vlmguard.runtime.tensorrt_runner import TensorRTRunner
+from vlmguard.runtime.tensorrt.backend import Backend, BackendName, Log
+from vlmguard.runtime.tensorrt.cuda import Cuda, CudaTensor, Pool
+from vlmguard.runtime.tensorrt.engine_runner import TensorRTRunner
 from vlmguard.runtime.vlm import Request, Sampling, VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures",)
@@ -527,7 +527,7 @@ def test_everything_is_given_back(rig: Rig, how: str) -> None:
 
 
 def test_a_device_of_ones_own_goes_with_the_last_that_is_on_it(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlmguard.runtime.cuda.import_cudart", lambda: rig.cudart)
+    monkeypatch.setattr("vlmguard.runtime.tensorrt.cuda.import_cudart", lambda: rig.cudart)
     rig.cuda.close()
     session = rig.decoder(cuda=None)
     outputs, state = session.prefill(prompt())
@@ -565,7 +565,7 @@ def test_what_nobody_holds_makes_room() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 256, 257, 1000, 4096, 5000, 10**6 + 1, 2**31 + 1])
 def test_a_buffer_is_large_enough_and_wastes_a_quarter_at_most(size: int) -> None:
-    from vlmguard.runtime.cuda import _rounded
+    from vlmguard.runtime.tensorrt.cuda import _rounded
 
     assert max(size, 256) <= _rounded(size) <= max(1.25 * size, size + 256)
     assert _rounded(_rounded(size)) == _rounded(size)

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..graphs.errors import GuardError
-from ..graphs.package import read_json
-from .chat import MARKED_PLACEHOLDER_PROCESSORS, PLAIN_PLACEHOLDER_PROCESSORS, FolderConfigs
+from ...graphs.errors import GuardError
+from ...graphs.package import read_json
+from ..chat.chat import MARKED_PLACEHOLDER_PROCESSORS, PLAIN_PLACEHOLDER_PROCESSORS, FolderConfigs
+from ..runners import Runner
 from .images import ELSEWHERE, PROCESSORS, ImagePreprocessor, declared_processor, processor_name
 from .images_qwen import KIND, QwenImagePreprocessor
-from .runners import Runner
 
 Preprocessor = ImagePreprocessor | QwenImagePreprocessor
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..graphs.errors import GuardError, first_line
+from ...graphs.errors import GuardError, first_line
 
 # Above it a picture is refused before it is decoded: 50 million RGB pixels are 150 MB, and more helps no vision tower.
 MAX_PIXELS = 50_000_000

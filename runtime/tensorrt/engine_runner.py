@@ -18,13 +18,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..graphs.errors import GuardError, ManifestMismatch, ModelUnreadable, RunFailed, first_line
+from ...graphs.errors import GuardError, ManifestMismatch, ModelUnreadable, RunFailed, first_line
+from ..device import Tensor
+from ..runners import Port
+from .backend import Backend, why
 from .cuda import Cuda, CudaTensor, Pool
-from .device import Tensor
-from .runners import Port
-from .tensorrt_backend import Backend, why
-from .tensorrt_cache import default_path
-from .tensorrt_contexts import Call, Contexts, Shapes
+from .execution_contexts import Call, Contexts, Shapes
+from .kernel_cache import default_path
 
 _NUMPY = {
     "FLOAT": np.float32,

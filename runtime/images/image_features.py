@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..graphs.errors import GuardError
+from ...graphs.errors import GuardError
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
-from ..graphs.errors import ExtraMissing, GuardError
-from ..graphs.extras import Extra, install_command
+from ...graphs.errors import ExtraMissing, GuardError
+from ...graphs.extras import Extra, install_command
 
 BackendName = Literal["tensorrt", "tensorrt_rtx"]
 # Modules in the order in which they are looked for, and the extra that installs each. Plain TensorRT first: it knows every GPU.

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..graphs.errors import RunFailed
+from ...graphs.errors import RunFailed
+from .backend import Backend, Message, why
 from .cuda import Cuda
-from .tensorrt_backend import Backend, Message, why
-from .tensorrt_cache import RuntimeCache
+from .kernel_cache import RuntimeCache
 
 Shapes = Mapping[str, tuple[int, ...]]
 _GRAPHS = 8  # recorded calls of one engine; each has an execution context of its own, with its memory

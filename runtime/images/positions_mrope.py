@@ -14,7 +14,7 @@ from itertools import groupby
 
 import numpy as np
 
-from ..graphs.errors import GuardError
+from ...graphs.errors import GuardError
 
 
 def mrope_positions(is_image: np.ndarray, mask: np.ndarray, grids: np.ndarray, merge: int) -> np.ndarray:

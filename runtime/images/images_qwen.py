@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..graphs.errors import GuardError, ModelUnreadable, first_line
+from ...graphs.errors import GuardError, ModelUnreadable, first_line
 from .images import CLIP_MEAN, CLIP_STD, declared_processor, normalised, open_image
 from .picture_files import refuse_huge
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ..graphs.errors import ExtraMissing, GuardError, RunFailed
-from ..graphs.extras import install_command
-from .device import DeviceTensor
+from ...graphs.errors import ExtraMissing, GuardError, RunFailed
+from ...graphs.extras import install_command
+from ..device import DeviceTensor
 
 _SMALLEST = 256  # bytes; what cudaMalloc aligns to, and TensorRT wants
 

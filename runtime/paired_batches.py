@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 
 from .decoder import DecoderState, PromptBatch
-from .positions_mrope import text_positions
-from .prompt_images import PromptImages
+from .images.positions_mrope import text_positions
+from .images.prompt_images import PromptImages
 
 PROMPTS = slice(1, None, 2)  # rows of the prompts in an interleaved batch
 
