@@ -32,10 +32,10 @@ from record import parser, write_result
 from shapes import SHAPES, Shape, llava_folder
 from torch_decoder import TorchDecoder
 
-from vlmguard.exporter.engines.build import BuildOptions, build_engine
-from vlmguard.exporter.engines.folder import plan_parts
+from vlmguard.exporter.engines.build_engine import BuildOptions, build_engine
+from vlmguard.exporter.engines.engine_folder import plan_parts
 from vlmguard.exporter.engines.profile import EngineProfile, Span
-from vlmguard.exporter.engines.verify import rolled, same_outputs
+from vlmguard.exporter.engines.verify_engines import rolled, same_outputs
 from vlmguard.exporter.proof.inputs import ProofInputs
 from vlmguard.exporter.proof.prove import TOLERANCE
 from vlmguard.graphs.errors import GuardError

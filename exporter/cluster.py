@@ -18,7 +18,7 @@ from typing import Any
 
 from ..graphs.errors import ExtraMissing, GuardError, first_line
 from ..graphs.extras import install_command
-from .shards import Pinned, R, S, Spread, Spreader
+from .executors import Pinned, R, S, Spread, Spreader
 
 _MOST_LOSSES = 3  # a shard that kills its workers, or machines on which none comes up, must end the run
 _AHEAD = 4  # shards per worker that may be done before their turn: what a killed run loses of them

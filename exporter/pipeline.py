@@ -31,18 +31,18 @@ from ..graphs.staging import Data, create_file, require_writable, require_writab
 from ..graphs.tensorrt import require_readable
 from ..runtime.decoder_place import DecoderPlace
 from ..runtime.onnxruntime_runner import import_onnxruntime
-from .artifact.folder import GuardedDecoder, bring_companions, bring_weights, notes_on_files, write_manifest
+from .artifact.guarded_folder import GuardedDecoder, bring_companions, bring_weights, notes_on_files, write_manifest
 from .artifact.signing import require_key, write_signature
 from .artifact.stamp import stamp
 from .calibration.attempts import Choice
 from .calibration.calibrate import DEFAULT_BUDGET
 from .calibration.guard_config import CONFIG_NAME, GuardConfig, config_of, read_config, require_directions, to_toml
 from .calibration.judged import readable_images
-from .calibration.no_worse import Refusals
+from .calibration.refusal_regression import Refusals
 from .calibration.results import Calibration
 from .checkpoints.exporters import ExporterName, Precision
+from .executors import Spreader, spreading
 from .extraction.estimators import DEFAULT_ESTIMATOR
-from .guide import ANCHOR_FILES, EXTRACTED_RANK, Guide
 from .prompts.anchors import open_anchors
 from .prompts.labelled import BUILTIN, Sources, find_file
 from .proof.headroom import NAME as HEADROOM
@@ -53,7 +53,7 @@ from .proof.prove import prove_by_running
 from .proof.prove_fold import prove_fold_by_running
 from .proof.prove_local import prove_locally
 from .proof.signature import InputsUnknown
-from .shards import Spreader, spreading
+from .resolve import ANCHOR_FILES, EXTRACTED_RANK, Guide
 from .sources import Watch, above, opened, require_apart, require_images_for, unwatched
 
 

@@ -31,13 +31,13 @@ from ...graphs.spec import MODES_TOWARD_TEXT
 from ...runtime.decoder_place import DecoderPlace
 from ...runtime.refusals import refused
 from ...runtime.vlm import Request, VisionLanguageModel
-from ..evaluation.answers import Said, ask
 from ..evaluation.evaluate import Tally
-from ..evaluation.outcome import count
+from ..evaluation.logprobs import Said, ask
+from ..evaluation.metrics import count
 from ..extraction.extract import collect_states, tapped_graph
 from ..prompts.labelled import BUILTIN, AnchorPair, LabelledPrompt, prompts_from_anchors, read_anchors
 from ..sources import Watch
-from .no_worse import Refusals, compare_refusals, some_harmful
+from .refusal_regression import Refusals, compare_refusals, some_harmful
 
 BUILTIN_TOKENS = 8  # of each answer to a built-in prompt: enough to begin a refusal
 _MOST_BUILTIN = 10  # harmful built-in prompts of each setting: one of each intent

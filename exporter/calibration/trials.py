@@ -24,7 +24,7 @@ from ...graphs.trial_graph import guard_numbers, make_overridable, neutral, wide
 from ...runtime.runners import ClosableRunner, Port, Runner
 from ...runtime.vlm import VisionLanguageModel
 from ..evaluation.evaluate import tally
-from ..evaluation.outcome import Tally, count
+from ..evaluation.metrics import Tally, count
 from ..prompts.labelled import LabelledPrompt
 
 

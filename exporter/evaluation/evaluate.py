@@ -21,16 +21,16 @@ from ...graphs.package import external_files
 from ...runtime.guarded import GuardedVLM
 from ...runtime.refusals import refused
 from ...runtime.vlm import Sampling, VisionLanguageModel
+from ..executors import Spread, in_turn, spreading
 from ..extraction.extract import Progress
 from ..prompts.labelled import BUILTIN, LabelledPrompt, Sources, find_file, fingerprint, listed
 from ..prompts.overlaps import require_held_out_of
-from ..shards import Spread, in_turn, spreading
 from ..sources import Watch, open_model, require_unmarked, unwatched
-from .asking import AskBoth, Asking, Gates, compares_first_tokens, open_gates, shard_of
+from .batch_runner import AskBoth, Asking, Gates, compares_first_tokens, open_gates, shard_of
 from .judge_model import GuardModel
-from .outcome import KEYWORDS, Cell, Evaluation, Tally, count
+from .metrics import KEYWORDS, Cell, Evaluation, Tally, count
+from .prompt_settings import shown_prompts
 from .records import Record, RecordFile, digest_of
-from .shown import shown_prompts
 
 __all__ = ["Cell", "Evaluation", "Tally", "compare", "evaluate", "tally"]
 

@@ -14,9 +14,9 @@ from ...graphs.package import ModelPackage, load_graph
 from ...graphs.roles import EMBEDS
 from ...graphs.staging import Data
 from ..sources import Watch
-from .arrangement import Arrangement, Packaged, loose_files, rearrange, require_other_layout, with_data
 from .genai_config import FED, GRAPH, RUNTIME, config_bytes
 from .known_inputs import require_known
+from .repackage import Arrangement, Packaged, loose_files, rearrange, require_other_layout, with_data
 
 
 def package_genai(

@@ -17,9 +17,9 @@ from ...graphs.package import ModelPackage, external_files, graph_bytes, load_gr
 from ...graphs.roles import EMBEDS, MASK, POSITIONS, TOKENS, input_roles
 from ...graphs.staging import Data
 from ..sources import Watch
-from .arrangement import Arrangement, Packaged, loose_files, rearrange, require_other_layout
 from .community_config import GENAI, RUNTIME, config_bytes, configs
 from .known_inputs import require_known
+from .repackage import Arrangement, Packaged, loose_files, rearrange, require_other_layout
 
 _FED = (TOKENS, EMBEDS, MASK, POSITIONS, "num_logits_to_keep", "use_cache_branch")
 

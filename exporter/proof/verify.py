@@ -42,11 +42,11 @@ from ...runtime.guarded import open_guarded_package
 from ..artifact.signing import check_signature
 from ..calibration.calibrate import DEFAULT_BUDGET
 from ..calibration.guard_config import CONFIG_NAME
-from ..calibration.no_worse import Refusals
-from ..engines.verify import check_around_engines, check_by_running, check_records, check_sources
-from ..guide import Guide
+from ..calibration.refusal_regression import Refusals
+from ..engines.verify_engines import check_around_engines, check_by_running, check_records, check_sources
 from ..packaging.regenerate import check_packaged
 from ..packaging.triton_files import check_repository, own_code
+from ..resolve import Guide
 from ..sources import Source, Watch, unwatched
 from .accounting import check_engine_files, check_graphs, check_layout, require_kind, text_inputs
 from .beside_source import Contents, check_around, check_external_data

@@ -23,12 +23,12 @@ from zoo.model import ZooModel
 from zoo_fixtures import zoo
 
 from vlmguard.exporter.checkpoints.convert import convert_checkpoint
-from vlmguard.exporter.engines.build import BuildOptions, Engine, build_engine
+from vlmguard.exporter.engines.build_engine import BuildOptions, Engine, build_engine
 from vlmguard.exporter.engines.commands import commands_for
-from vlmguard.exporter.engines.folder import build_engines, plan_parts
+from vlmguard.exporter.engines.engine_folder import build_engines, plan_parts
 from vlmguard.exporter.engines.layers import require_guard
 from vlmguard.exporter.engines.profile import EngineProfile, Span, decoder_shapes, parse_shapes
-from vlmguard.exporter.engines.verify import STEPS, rolled, same_outputs
+from vlmguard.exporter.engines.verify_engines import STEPS, rolled, same_outputs
 from vlmguard.exporter.proof.inputs import proof_inputs
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.anatomy import dissect

@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 from random_directions import random_directions
 from tiny_vlm_paths import CALIBRATION, DECODER, SOURCE
 
-from vlmguard.exporter.artifact.folder import GuardedDecoder
+from vlmguard.exporter.artifact.guarded_folder import GuardedDecoder
 from vlmguard.exporter.pipeline import prove
 from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.exporter.proof import prove as module

@@ -19,7 +19,7 @@ from onnx import helper, numpy_helper
 from tiny_vlm_paths import DECODER, SOURCE, Guarded, digests
 
 import vlmguard
-from vlmguard.exporter.engines.folder import open_buildable
+from vlmguard.exporter.engines.engine_folder import open_buildable
 from vlmguard.exporter.proof.inputs import ProofInputs
 from vlmguard.exporter.proof.prove import prove_by_running
 from vlmguard.exporter.proof.prove_gate import DECIDED, SCORES

@@ -22,7 +22,7 @@ from hand_graphs import uncalibrated
 from text_decoder import IDS, decoder
 from tiny_vlm_paths import ANCHORS, CALIBRATION, DECODER, EVALUATION, PROMPTS, SOURCE, Guarded
 
-from vlmguard.exporter.evaluation.outcome import Evaluation
+from vlmguard.exporter.evaluation.metrics import Evaluation
 from vlmguard.exporter.evaluation.records import Record, Reply
 from vlmguard.exporter.pipeline import export
 from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts

@@ -35,9 +35,9 @@ from ...graphs.tensorrt import require_readable, settle_sizes
 from ...runtime.decoder import can_pad
 from ...runtime.guarded import open_guarded_package
 from ...runtime.tensorrt.backend import Backend, find_backend
-from ..artifact.folder import versions
+from ..artifact.guarded_folder import versions
 from ..sources import Watch, require_apart, unwatched
-from .build import BuildOptions, Engine, build_engine, require_capabilities
+from .build_engine import BuildOptions, Engine, build_engine, require_capabilities
 from .layers import require_guard
 from .profile import (
     EngineProfile,

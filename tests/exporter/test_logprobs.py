@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_vlm_paths import PROMPTS, SOURCE, Guarded
 
-from vlmguard.exporter.evaluation.answers import ask, kl_divergence, log_likelihoods
+from vlmguard.exporter.evaluation.logprobs import ask, kl_divergence, log_likelihoods
 from vlmguard.graphs.package import open_package
 from vlmguard.runtime.decoder import PromptBatch
 from vlmguard.runtime.guarded import GuardedVLM

@@ -14,7 +14,12 @@ from random_directions import write_directions
 from tiny_vlm_paths import ANCHORS, CALIBRATION, PROMPTS, SOURCE, Guarded
 
 import vlmguard
-from vlmguard.exporter.calibration.no_worse import MOST_PER_SETTING, compare_refusals, require_no_fewer, some_harmful
+from vlmguard.exporter.calibration.refusal_regression import (
+    MOST_PER_SETTING,
+    compare_refusals,
+    require_no_fewer,
+    some_harmful,
+)
 from vlmguard.exporter.evaluation.evaluate import Cell, Tally
 from vlmguard.exporter.pipeline import export, extract_directions
 from vlmguard.exporter.prompts.labelled import read_prompts

@@ -33,8 +33,9 @@ from .calibration.effect import (
     why_not_asked,
 )
 from .calibration.judged import beside_images
-from .calibration.no_worse import Refusals, require_no_fewer
+from .calibration.refusal_regression import Refusals, require_no_fewer
 from .calibration.results import Calibration
+from .executors import Spreader, here
 from .extraction.estimators import DEFAULT_ESTIMATOR
 from .extraction.extract import extract_all_layers
 from .extraction.kept_states import kept_beside, model_digest
@@ -55,7 +56,6 @@ from .prompts.overlaps import require_held_out
 from .proof.inputs import ProofInputs, given_inputs, proof_inputs, signature_inputs
 from .proof.prove import TOLERANCE
 from .proof.signature import why_made
-from .shards import Spreader, here
 from .sources import Source, Watch
 
 ANCHOR_FILES = ("anchors.jsonl", "anchors.json", "anchors.csv")

@@ -24,11 +24,11 @@ from ...graphs.spec import GuardSpec
 from ...runtime.decoder import DecoderSession, open_decoder
 from ...runtime.guarded import GuardedVLM, open_guarded_package
 from ..calibration.calibrate import DEFAULT_BUDGET
-from ..guide import Guide
 from ..proof.compare import Comparison, relative
 from ..proof.inputs import ProofInputs
 from ..proof.limits import TOLERANCE
 from ..proof.prove import roll
+from ..resolve import Guide
 from ..sources import Source, Watch
 
 # Prefill, and as many decode steps.

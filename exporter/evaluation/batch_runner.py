@@ -19,8 +19,8 @@ from ...runtime.vlm import Request, VisionLanguageModel
 from ..extraction.kept_states import model_files
 from ..prompts.labelled import LabelledPrompt
 from ..sources import open_model
-from .answers import Said, ask, first_tokens, kl_divergence, log_likelihoods
 from .judge_model import GuardModel
+from .logprobs import Said, ask, first_tokens, kl_divergence, log_likelihoods
 from .records import Drift, FirstToken, Record, Reply, digest_of
 
 

@@ -19,7 +19,7 @@ from ...graphs.rewrite import GuardReport
 from ...graphs.spec import GuardSpec
 from ...graphs.staging import Data, bring, create_file
 from ..calibration.attempts import Choice
-from ..calibration.no_worse import Refusals
+from ..calibration.refusal_regression import Refusals
 from ..calibration.results import Calibration
 from ..proof.level import ProofLevel
 from ..sources import Watch

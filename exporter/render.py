@@ -26,8 +26,8 @@ from ..graphs.plan import GuardPlan
 from ..graphs.proof.structure import Check
 from ..runtime.telemetry import ScoredAnswer
 from .calibration.results import HeldOut
-from .engines.folder import EngineResult
-from .packaging.arrangement import Packaged
+from .engines.engine_folder import EngineResult
+from .packaging.repackage import Packaged
 from .pipeline import ExportResult
 from .report.data import ReportData
 from .report.outcomes import MEASURES
