@@ -996,8 +996,8 @@ def serve_command(
     if without_key and api_key_file is not None:
         raise typer.BadParameter("--without-key and --api-key-file exclude each other")
     require_guarded_folder(guarded.absolute())
-    from .runtime.serving.server import log_to_stderr, require_extra, serve
-    from .runtime.serving.settings import MIB, ServeSettings, read_api_key, require_key_or_loopback
+    from .apps.serving.server import log_to_stderr, require_extra, serve
+    from .apps.serving.settings import MIB, ServeSettings, read_api_key, require_key_or_loopback
 
     require_extra()
     api_key = read_api_key(api_key_file, os.environ)
@@ -1154,8 +1154,9 @@ def report_command(
     require_guarded_folder(guarded.absolute())
     if source is not None:
         require_model(source)
+    from .apps.report.build_report import report
+    from .apps.report.report_summary import show_report
     from .exporter import render
-    from .exporter.report.build import report
 
     with render.bars(err) as watch:
         data = report(
@@ -1176,7 +1177,7 @@ def report_command(
         found = {what: str(path) for what, path in data.found.items()}
         print_json({"output": str(output), **data.to_json(), **({"found": found} if found else {})})
     else:
-        render.show_report(out, data, str(output))
+        show_report(out, data, str(output))
 
 
 @app.command("playground")
@@ -1213,8 +1214,8 @@ def playground_command(
     require_guarded_folder(guarded.absolute())
     if base is not None:
         require_model(base)
+    from .apps.playground.open import playground
     from .exporter import render
-    from .exporter.playground.open import playground
 
     with render.bars(err) as watch:
         server = playground(guarded, base=base, variant=variant, prompts=prompts, assets=assets, port=port, watch=watch)

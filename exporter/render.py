@@ -29,8 +29,6 @@ from .calibration.results import HeldOut
 from .engines.engine_folder import EngineResult
 from .packaging.repackage import Packaged
 from .pipeline import ExportResult
-from .report.data import ReportData
-from .report.outcomes import MEASURES
 from .terminal import show_found
 
 
@@ -220,24 +218,6 @@ def show_scores(out: Console, answer: ScoredAnswer) -> None:
         shown = (f"{threshold:.3f}", f"{scores[0]:.3f}", highest, str(int(answer.opened[:, row].sum())))
         table.add_row(str(layer), *shown)
     out.print(table)
-
-
-def show_report(out: Console, data: ReportData, name: str) -> None:
-    show_found(out, data.found)
-    out.print(f"[bold]{data.yardstick.headline.sentence}[/bold]", highlight=False)
-    table = Table(title=escape(f"{data.name}: {len(data.prompts)} prompts"))
-    for column in ("setting", "measure", "unguarded", "guarded"):
-        table.add_column(column)
-    for before in (rate for rate in data.rates if rate.side == "unguarded"):
-        after = next(
-            rate
-            for rate in data.rates
-            if (rate.label, rate.setting, rate.side) == (before.label, before.setting, "guarded")
-        )
-        cells = (f"{rate.erred}/{rate.asked} ({rate.rate:.1%})" for rate in (before, after))
-        table.add_row(before.setting, MEASURES[before.label], *cells)
-    out.print(table)
-    out.print(f"[bold]page[/bold]: {escape(name)}", soft_wrap=True, highlight=False)
 
 
 PROGRESS_SECONDS = "VLMGUARD_PROGRESS_SECONDS"

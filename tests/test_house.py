@@ -13,6 +13,10 @@ import vlmguard
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (
+    "apps",
+    "apps/playground",
+    "apps/report",
+    "apps/serving",
     "graphs",
     "graphs/lowerings",
     "graphs/proof",
@@ -20,8 +24,6 @@ FOLDERS = (
     "runtime/chat",
     "runtime/images",
     "runtime/tensorrt",
-    "runtime/serving",
-    "runtime/playground",
     "exporter",
     "exporter/artifact",
     "exporter/calibration",
@@ -31,11 +33,9 @@ FOLDERS = (
     "exporter/extraction",
     "exporter/families",
     "exporter/packaging",
-    "exporter/playground",
-    "exporter/plugins",
+    "plugins",
     "exporter/prompts",
     "exporter/proof",
-    "exporter/report",
 )
 # What is not Python.
 HEAVY = (
@@ -53,8 +53,8 @@ HEAVY = (
 )
 DATA = (
     "exporter/prompts/anchors.csv",
-    *(f"exporter/report/page.{kind}" for kind in ("html", "css", "js")),
-    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "runtime/playground/page").iterdir())),
+    *(f"apps/report/page.{kind}" for kind in ("html", "css", "js")),
+    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "apps/playground/page").iterdir())),
 )
 
 

@@ -404,7 +404,11 @@ def test_a_library_that_a_config_names_is_refused(tmp_path: Path) -> None:
 def test_nothing_in_the_project_loads_code_of_a_model() -> None:
     """Pickle, remote code, libraries of operators: words that would have to stand somewhere."""
     root = Path(graph_file.__file__).parents[1]
-    sources = [path for folder in ("graphs", "runtime", "exporter") for path in (root / folder).rglob("*.py")]
+    sources = [
+        path
+        for folder in ("graphs", "runtime", "exporter", "apps", "plugins")
+        for path in (root / folder).rglob("*.py")
+    ]
     text = "\n".join(path.read_text(encoding="utf-8") for path in [*sources, root / "cli.py"])
     assert len(sources) > 50
     for word in (
