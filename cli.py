@@ -718,8 +718,9 @@ def convert_command(
     """Export a checkpoint WITHOUT a guard, the base to compare with: the onnx-community layout, or that of --exporter."""
     from .exporter import render
     from .exporter.checkpoints.exporters import export_checkpoint
+    from .graphs.new_files import create_file
     from .graphs.replaceable import WRITTEN_NAME, foreign_file, written_record
-    from .graphs.staging import create_file, staged
+    from .graphs.staging import staged
 
     with render.bars(err) as watch, staged(out_folder, force) as stage:
         parity = export_checkpoint(

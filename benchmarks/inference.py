@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from decoder import Decoder
+from decoder_call import Decoder
 from guarding import ALWAYS_CLOSED, ALWAYS_OPEN, guarded, write_directions
 from measure import QUICK, Budget, Spread, asked, interleaved, ratio, say
 from record import parser, read_parts, write_result

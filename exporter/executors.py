@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ..graphs.digests import sha256_files
-from ..graphs.errors import GuardError, ModelUnreadable
+from ..graphs.errors import ModelUnreadable
 
 S = TypeVar("S")  # a shard
 R = TypeVar("R")  # its results
@@ -62,17 +61,6 @@ def when_needed(recipe: Recipe) -> Callable[[Any], Any]:
     """What a recipe opens, not before there is a shard: where others do them all, nothing is opened here."""
     opened = lru_cache(maxsize=1)(recipe.open)
     return lambda shard: opened()(shard)
-
-
-def spreading(address: str | None, workers: int | None = None) -> AbstractContextManager[Spreader]:
-    """Here, or over the Ray cluster at an address; arguments and errors as for `cluster.cluster`."""
-    if address is None:
-        if workers is not None:
-            raise GuardError(f"{workers} workers need a cluster; say which with --ray")
-        return nullcontext(here)
-    from .cluster import cluster
-
-    return cluster(address, workers)
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,18 @@ import onnx_ir as ir
 from ..graphs.anatomy import DecoderAnatomy, dissect
 from ..graphs.directions import DIRECTIONS_FILE, Directions, directions_bytes
 from ..graphs.errors import AnatomyNotFound, GuardError, ModelUnreadable, ProofFailed
+from ..graphs.graph_io import external_files, load_graph, save_graph
 from ..graphs.lowerings.fold import FOLD
+from ..graphs.new_files import create_file
 from ..graphs.operators import hidden_decoder, uncertain_layers
-from ..graphs.package import ModelPackage, external_files, load_graph, save_graph
+from ..graphs.package import ModelPackage
 from ..graphs.places import is_checkpoint
 from ..graphs.plan import GuardPlan, plan_guard, require_layers, require_unguarded
 from ..graphs.proof.fold_proof import prove_fold
 from ..graphs.proof.structure import Check, prove_structure
 from ..graphs.rewrite import GuardReport, rewrite
 from ..graphs.spec import GuardSpec, Mode
-from ..graphs.staging import Data, create_file, require_writable, require_writable_file, staged, write_file
+from ..graphs.staging import Data, require_writable, require_writable_file, staged, write_file
 from ..graphs.tensorrt import require_readable
 from ..runtime.decoder_place import DecoderPlace
 from ..runtime.onnxruntime_runner import import_onnxruntime
@@ -41,7 +43,8 @@ from .calibration.judged import readable_images
 from .calibration.refusal_regression import Refusals
 from .calibration.results import Calibration
 from .checkpoints.exporters import ExporterName, Precision
-from .executors import Spreader, spreading
+from .cluster import spreading
+from .executors import Spreader
 from .extraction.estimators import DEFAULT_ESTIMATOR
 from .prompts.anchors import open_anchors
 from .prompts.labelled import BUILTIN, Sources, find_file

@@ -28,7 +28,8 @@ from ..exporter.prompts.labelled import Sources
 from ..exporter.sources import Watch
 from ..graphs.errors import ExtraMissing, GuardError
 from ..graphs.extras import install_command
-from ..graphs.package import load_graph, open_package
+from ..graphs.graph_io import load_graph
+from ..graphs.package import open_package
 from ..graphs.spec import GuardSpec
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ import onnx_ir as ir
 
 from ..graphs.decoder_state import StatePair, is_past_name
 from ..graphs.errors import GuardError
+from ..graphs.graph_io import in_memory
 from ..graphs.last_logits import reads_in_place
-from ..graphs.package import ModelPackage, in_memory
+from ..graphs.package import ModelPackage
 from ..graphs.plan import COORDINATES_OUTPUT, PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUTS
 from ..graphs.reference import LISTEN, UNDECIDED
 from ..graphs.roles import InputRoles, input_roles, roles_by_name
@@ -25,7 +26,8 @@ from ..graphs.runtime_controls import PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCOR
 from .device import DeviceOutputs, DeviceTensor, Tensor, last, where_it_is
 from .images.deepstack import is_embeds
 from .images.prompt_images import PromptImages
-from .runners import ClosableRunner, DeviceRunner, OverridableRunner, Port, Runner, open_runner
+from .runner_protocol import ClosableRunner, DeviceRunner, OverridableRunner, Port, Runner
+from .runners import open_runner
 
 # What merged decoders want to know besides: which branch of their `If` to take (optimum), and how many logits to give
 # (older transformers; 0 gives all).

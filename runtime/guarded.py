@@ -14,7 +14,7 @@ from ..graphs.lowerings.fold import FOLD, folded_weights
 from ..graphs.manifest import Manifest, read_manifest, require_intact
 from ..graphs.package import ModelPackage, open_package
 from .knobs import Knobs
-from .runners import Runner
+from .runner_protocol import Runner
 from .telemetry import ScoredAnswer, scored
 from .vlm import OpenPart, Request, Sampling, VisionLanguageModel
 

@@ -37,7 +37,8 @@ from .images.prompt_images import PromptImages
 from .images.vision import Preprocessor, Seen, look, open_preprocessor, unknown_processor
 from .knobs import AS_EXPORTED, Knobs
 from .paired_batches import PROMPTS, interleaved, rows_of
-from .runners import Runner, open_runner
+from .runner_protocol import Runner
+from .runners import open_runner
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...graphs.errors import GuardError
-from ...graphs.package import load_graph
+from ...graphs.graph_io import load_graph
 from ...graphs.plan import GuardPlan
 from ...graphs.roles import EMBEDS, MASK, POSITIONS, input_roles
 from ...graphs.spec import MODES_WITH_GATE

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from ...graphs.digests import sha256_file
 from ...graphs.errors import GuardError, OutputRefused, first_line
-from ...graphs.staging import create_file, staged
+from ...graphs.new_files import create_file
+from ...graphs.staging import staged
 
 # what is being done, bytes done, bytes in all
 Progress = Callable[[str, int, int], None]

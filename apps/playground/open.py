@@ -16,8 +16,8 @@ import onnx_ir as ir
 from ...exporter.prompts.overlaps import require_held_out_of
 from ...exporter.sources import Watch, unwatched
 from ...graphs.errors import GuardError
+from ...graphs.graph_io import external_files, graph_bytes
 from ...graphs.manifest import read_manifest
-from ...graphs.package import external_files, graph_bytes
 from ...graphs.roles import input_roles
 from ...graphs.strict_json import to_strict_json
 from ...runtime.chat.chat import ChatTokenizer

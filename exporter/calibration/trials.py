@@ -21,7 +21,7 @@ from ...graphs.rewrite import rewrite
 from ...graphs.spec import GuardSpec
 from ...graphs.taps import tap_guard_last_token
 from ...graphs.trial_graph import guard_numbers, make_overridable, neutral, widened
-from ...runtime.runners import ClosableRunner, Port, Runner
+from ...runtime.runner_protocol import ClosableRunner, Port, Runner
 from ...runtime.vlm import VisionLanguageModel
 from ..evaluation.evaluate import tally
 from ..evaluation.metrics import Tally, count

@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ...graphs.errors import GuardError, GuardIncomplete
-from ...graphs.package import in_memory
+from ...graphs.graph_io import in_memory
 from ...graphs.staging import write_file
 from ...runtime.tensorrt.backend import Backend, Message, why
 from .layers import EngineLayers, layers_from_inspector, layers_from_log

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from ...graphs.digests import sha256_file, sha256_files
 from ...graphs.errors import GuardError, ManifestMismatch
+from ...graphs.graph_io import external_files, load_graph
 from ...graphs.manifest import (
     MANIFEST_NAME,
     EngineRecord,
@@ -26,11 +27,12 @@ from ...graphs.manifest import (
     record_files,
     require_intact,
 )
+from ...graphs.new_files import create_file
 from ...graphs.node_builder import PREFIX
-from ...graphs.package import ModelPackage, external_files, load_graph
+from ...graphs.package import ModelPackage
 from ...graphs.pairs import reads_pairs
 from ...graphs.roles import input_roles
-from ...graphs.staging import bring, create_file, require_writable, staged
+from ...graphs.staging import bring, require_writable, staged
 from ...graphs.tensorrt import require_readable, settle_sizes
 from ...runtime.decoder import can_pad
 from ...runtime.guarded import open_guarded_package

@@ -16,12 +16,13 @@ from typing import Any
 
 from ...graphs.digests import sha256_file
 from ...graphs.errors import PromptsUnusable
+from ...graphs.graph_io import external_files
 from ...graphs.manifest import MANIFEST_NAME
-from ...graphs.package import external_files
 from ...runtime.guarded import GuardedVLM
 from ...runtime.refusals import refused
 from ...runtime.vlm import Sampling, VisionLanguageModel
-from ..executors import Spread, in_turn, spreading
+from ..cluster import spreading
+from ..executors import Spread, in_turn
 from ..extraction.extract import Progress
 from ..prompts.labelled import BUILTIN, LabelledPrompt, Sources, find_file, fingerprint, listed
 from ..prompts.overlaps import require_held_out_of

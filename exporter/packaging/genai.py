@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...graphs.errors import GuardError
+from ...graphs.graph_io import load_graph
 from ...graphs.manifest import Manifest
-from ...graphs.package import ModelPackage, load_graph
+from ...graphs.package import ModelPackage
 from ...graphs.roles import EMBEDS
 from ...graphs.staging import Data
 from ..sources import Watch

@@ -12,8 +12,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ...graphs.errors import GuardError
+from ...graphs.graph_io import external_files, graph_bytes, load_graph, relocated
 from ...graphs.manifest import Manifest
-from ...graphs.package import ModelPackage, external_files, graph_bytes, load_graph, relocated
+from ...graphs.package import ModelPackage
 from ...graphs.roles import EMBEDS, MASK, POSITIONS, TOKENS, input_roles
 from ...graphs.staging import Data
 from ..sources import Watch

@@ -23,7 +23,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ...graphs.errors import RunFailed
-from ...graphs.package import ModelPackage, load_graph
+from ...graphs.graph_io import load_graph
+from ...graphs.package import ModelPackage
 from ...graphs.plan import COORDINATES_OUTPUT, GuardPlan
 from ...graphs.proof.structure import Check, exact
 from ...graphs.reference import (

@@ -13,8 +13,9 @@ import numpy as np
 import onnx_ir as ir
 
 from ...graphs.anatomy import STREAM_DTYPES, dissect
+from ...graphs.graph_io import load_graph
 from ...graphs.lowerings.fold import subspace
-from ...graphs.package import ModelPackage, load_graph
+from ...graphs.package import ModelPackage
 from ...graphs.plan import GuardPlan
 from ...graphs.proof.fold_proof import project_explicitly
 from ...graphs.proof.structure import Check

@@ -23,9 +23,9 @@ import onnx_ir as ir
 
 from ...graphs.call_inputs import GrowingCache
 from ...graphs.errors import ModelUnreadable, RunFailed
+from ...graphs.graph_io import graph_bytes, load_graph
 from ...graphs.lowerings.gate import LARGEST_HALF_EDIT
 from ...graphs.node_builder import NUMPY_DTYPES
-from ...graphs.package import graph_bytes, load_graph
 from ...graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan
 from ...graphs.proof.cut_out import Cut, CutSite, cut_out
 from ...graphs.proof.structure import Check, exact

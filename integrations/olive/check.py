@@ -22,7 +22,7 @@ import vlmguard
 from integrations.replay import BUILD, Agreement, CaseFolder, Feeds, mode_folders, replay, write_result
 from vlmguard.graphs.anatomy import guarded_layers
 from vlmguard.graphs.directions import Directions, LayerDirections, directions_bytes
-from vlmguard.graphs.package import load_graph
+from vlmguard.graphs.graph_io import load_graph
 from vlmguard.plugins.olive import GuardRefused, package_config
 
 HERE, WORK = Path(__file__).parent, BUILD / "olive"

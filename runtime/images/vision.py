@@ -17,7 +17,7 @@ from PIL import Image
 from ...graphs.errors import GuardError
 from ...graphs.package import read_json
 from ..chat.chat import MARKED_PLACEHOLDER_PROCESSORS, PLAIN_PLACEHOLDER_PROCESSORS, FolderConfigs
-from ..runners import Runner
+from ..runner_protocol import Runner
 from .images import ELSEWHERE, PROCESSORS, ImagePreprocessor, declared_processor, processor_name
 from .images_qwen import KIND, QwenImagePreprocessor
 

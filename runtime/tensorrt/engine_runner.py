@@ -20,7 +20,7 @@ import numpy as np
 
 from ...graphs.errors import GuardError, ManifestMismatch, ModelUnreadable, RunFailed, first_line
 from ..device import Tensor
-from ..runners import Port
+from ..runner_protocol import Port
 from .backend import Backend, why
 from .cuda import Cuda, CudaTensor, Pool
 from .execution_contexts import Call, Contexts, Shapes

@@ -33,7 +33,7 @@ from vlmguard.apps.playground.sides import open_sides
 from vlmguard.cli import app
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.package import load_graph
+from vlmguard.graphs.graph_io import load_graph
 from vlmguard.graphs.proof.structure import same_graph
 from vlmguard.runtime.chat.chat import ChatTokenizer
 from vlmguard.runtime.guarded import GuardedVLM

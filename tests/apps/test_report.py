@@ -41,7 +41,7 @@ from vlmguard.graphs import reference
 from vlmguard.graphs.directions import Directions, LayerDirections, directions_bytes
 from vlmguard.graphs.errors import ExtraMissing, GuardError, OutputRefused, PromptsUnusable
 from vlmguard.graphs.extras import install_command
-from vlmguard.graphs.package import save_graph
+from vlmguard.graphs.graph_io import save_graph
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.graphs.taps import STATES_OUTPUT
 from vlmguard.runtime.decoder import PromptBatch

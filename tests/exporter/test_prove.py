@@ -27,7 +27,8 @@ from vlmguard.exporter.proof.prove import prove_by_running
 from vlmguard.exporter.sources import unwatched
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.errors import ProofFailed
-from vlmguard.graphs.package import ModelPackage, open_package, save_graph
+from vlmguard.graphs.graph_io import save_graph
+from vlmguard.graphs.package import ModelPackage, open_package
 from vlmguard.graphs.plan import GuardPlan, plan_guard
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.reference import LISTEN, LayerGuard

@@ -17,8 +17,9 @@ from zoo.table import SELDOM, parameter
 
 from vlmguard.graphs.anatomy import DecoderAnatomy, ResidualSite, dissect, find_node, prepare
 from vlmguard.graphs.errors import AnatomyNotFound
+from vlmguard.graphs.graph_io import load_graph
 from vlmguard.graphs.layer_count import LayerCount
-from vlmguard.graphs.package import load_graph, open_package
+from vlmguard.graphs.package import open_package
 from vlmguard.graphs.taps import STATES_OUTPUT, tap_last_token
 
 Zoo = Callable[[str], ZooModel]

@@ -19,7 +19,8 @@ from tiny_vlm_paths import digests
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs import graph_file, staging
 from vlmguard.graphs.errors import GuardError, ModelUnreadable, OutputRefused
-from vlmguard.graphs.package import load_graph, open_package, read_json
+from vlmguard.graphs.graph_io import load_graph
+from vlmguard.graphs.package import open_package, read_json
 
 DATA = f"{NAME}.data"
 
@@ -278,7 +279,7 @@ def test_a_file_that_the_source_lends_is_never_written_to(
     for writing would overwrite the source."""
     monkeypatch.setattr(staging, "BIG", 1)
     monkeypatch.setattr(staging, "_reflink", lambda source, destination: False)
-    monkeypatch.setattr("vlmguard.graphs.package._MOVED_FROM", 1)
+    monkeypatch.setattr("vlmguard.graphs.graph_io._MOVED_FROM", 1)
     (model.parent / DATA).rename(model.parent / data)
     edit_graph(
         model.parent,

@@ -14,8 +14,8 @@ from onnx import numpy_helper
 
 from vlmguard.graphs import inline_weights
 from vlmguard.graphs.errors import GuardError, ModelUnreadable
+from vlmguard.graphs.graph_io import external_files, graph_bytes, in_memory, load_graph, save_graph
 from vlmguard.graphs.inline_weights import InFile, read_outline, weights_in_files
-from vlmguard.graphs.package import external_files, graph_bytes, in_memory, load_graph, save_graph
 from vlmguard.graphs.proof.structure import initializers_untouched, same_graph
 
 

@@ -13,8 +13,8 @@ import pytest
 from hand_graphs import KINDS, Kind, copy_of, decoder, directions, guard_model, node_called, text_model, value_called
 
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
+from vlmguard.graphs.graph_io import load_graph
 from vlmguard.graphs.node_builder import Scribe
-from vlmguard.graphs.package import load_graph
 from vlmguard.graphs.plan import GuardPlan
 from vlmguard.graphs.proof.structure import (
     Check,

@@ -26,7 +26,7 @@ from hand_graphs import (
 
 from vlmguard.graphs.anatomy import dissect, guarded_layers
 from vlmguard.graphs.errors import AnatomyNotFound, GuardError, GuardIncomplete
-from vlmguard.graphs.package import graph_bytes
+from vlmguard.graphs.graph_io import graph_bytes
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.proof.structure import guard_dominates, prove_structure, same_graph, sites_guarded_once

@@ -17,7 +17,7 @@ import vlmguard
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.anatomy import guarded_layers
 from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.package import load_graph
+from vlmguard.graphs.graph_io import load_graph
 from vlmguard.graphs.spec import GuardSpec
 
 pytest.importorskip("onnxruntime")

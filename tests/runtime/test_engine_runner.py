@@ -24,7 +24,7 @@ from vlmguard.graphs.errors import ExtraMissing, GuardError, ManifestMismatch, M
 from vlmguard.graphs.extras import install_command
 from vlmguard.graphs.package import open_package
 from vlmguard.runtime.decoder import DecoderSession, PromptBatch, open_decoder
-from vlmguard.runtime.runners import DeviceRunner
+from vlmguard.runtime.runner_protocol import DeviceRunner
 from vlmguard.runtime.tensorrt.backend import Backend, BackendName, Log
 from vlmguard.runtime.tensorrt.cuda import Cuda, CudaTensor, Pool
 from vlmguard.runtime.tensorrt.engine_runner import TensorRTRunner

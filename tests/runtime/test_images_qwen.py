@@ -137,7 +137,7 @@ class Encoder:
     """A vision encoder with these inputs that gives `features` rows."""
 
     def __init__(self, names: tuple[str, ...], features: int) -> None:
-        from vlmguard.runtime.runners import Port
+        from vlmguard.runtime.runner_protocol import Port
 
         dtypes = {"image_grid_thw": np.dtype(np.int64)}
         self.inputs = {name: Port(name, dtypes.get(name, np.dtype(np.float16)), (None,)) for name in names}

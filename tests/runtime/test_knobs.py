@@ -29,7 +29,7 @@ from vlmguard.graphs.taps import tap_guard
 from vlmguard.runtime.decoder import DecoderSession, PromptBatch
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.knobs import Knobs
-from vlmguard.runtime.runners import Port
+from vlmguard.runtime.runner_protocol import Port
 from vlmguard.runtime.telemetry import scored
 from vlmguard.runtime.vlm import GREEDY, Request, Step, VisionLanguageModel
 

@@ -20,7 +20,7 @@ from zoo.oracle import run_graph, stream_values
 
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import AnatomyNotFound
-from vlmguard.graphs.package import load_graph
+from vlmguard.graphs.graph_io import load_graph
 
 Zoo = Callable[[str], ZooModel]
 

@@ -1,7 +1,7 @@
 """Memory of an extraction and a calibration against the decoder's size, with the vocabulary of Gemma 3 (262,144 words).
 
-    python benchmarks/memory.py                      # decoder of 0.3 GB: tied table 262144 x 256, four layers
-    python benchmarks/memory.py --model FOLDER       # another model folder
+    python benchmarks/memory_use.py                      # decoder of 0.3 GB: tied table 262144 x 256, four layers
+    python benchmarks/memory_use.py --model FOLDER       # another model folder
 
 Each stage runs in a process of its own, and its peak is what the system counted (`ru_maxrss`: pages of mapped weights
 count). The weights are random: nothing here says how well a guard works, and a calibration that finds none still shows its
