@@ -9,7 +9,7 @@ A guard has an **effect** on a prompt if the guarded model differs from the ungu
 A guard has **no effect** if it has an effect on none of the harmful prompts, in none of the settings that count. All settings
 count but one: in `text`, modes `supervise` and `align` compare a prompt with itself and change nothing by design at strength 1.
 Refusals are not part of the definition: a model that refuses all of them already can be changed, and `project` and `steer` may
-change answers without changing refusals. That refusals do not become fewer is checked besides (`no_worse`).
+change answers without changing refusals. That refusals do not become fewer is checked besides (`refusal_regression`).
 
 The prompts are those that come with the model, else a sample of the built-in anchors that are kept back from extraction. One
 decoder session is open at a time.

@@ -1,6 +1,6 @@
 """`lowrank`: read MatMul, a few scalars of gate arithmetic, write MatMul. Every mode; the cheapest on ONNX Runtime.
 
-The read has the stream's dtype; what a gate decides on is float32 (`lowering_gate`), and so is what it lets through.
+The read has the stream's dtype; what a gate decides on is float32 (`lowerings.gate`), and so is what it lets through.
 
 float16 ends at 65504, and real models have channels beyond 3e4. So a float16 read gives `s c`, with a power of two
 `s < d^(-1/2)`: `|s c| <= s |h|_2` is finite for every finite `h`, its partial sums included, and a power of two rounds
