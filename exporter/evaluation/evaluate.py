@@ -1,8 +1,8 @@
 """Does the guard work? The same prompts to the unguarded and to the guarded model, and what each did with them.
 
 1. The prompts, in their settings, none of which an earlier step has used (`prompt_settings`, `overlaps`).
-2. Batch by batch, here or on a cluster (`executors`): both models answer; judges, drift and gates (`batch_runner`). The unguarded
-   model is also asked the words of prompts with an image alone, once per text: the text-only model is the yardstick.
+2. Batch by batch, here or on a cluster (`executors`): both models answer; judges, drift and gates (`batch_runner`). The
+   unguarded model also answers the words of prompts with an image alone, once per text: the text-only model is the yardstick.
 3. A record per prompt, on request in a file that a killed run goes on with (`records`).
 4. The figures, with their intervals (`yardstick`, `metrics`).
 """
