@@ -120,9 +120,9 @@ def test_a_graph_of_another_folder_is_serialized_whole(path: Path, tmp_path: Pat
 def test_a_file_that_would_pass_two_gigabytes_is_refused(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vlmguard.graphs import package
+    from vlmguard.graphs import graph_io
 
-    monkeypatch.setattr(package, "LARGEST_FILE", 1000)  # of what is written; reading has its own
+    monkeypatch.setattr(graph_io, "LARGEST_FILE", 1000)  # of what is written; reading has its own
     with pytest.raises(GuardError) as caught:
         save_graph(load_graph(path), tmp_path / "out.onnx")
     assert str(caught.value) == (
