@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .exporter.checkpoints.convert import convert_checkpoint
     from .exporter.pipeline import ExportResult, export, extract_directions, inspect
-    from .exporter.plugins.exported import guard_exported
     from .exporter.proof.verify import Verification, verify
     from .graphs.anatomy import DecoderAnatomy
     from .graphs.directions import Directions, read_directions
     from .graphs.errors import GuardError
     from .graphs.spec import GuardSpec
+    from .plugins.transformers_exporters import guard_exported
     from .runtime.guarded import GuardedVLM
 
 __version__ = "0.1.0"
@@ -39,7 +39,7 @@ _PUBLIC = {
     "convert_checkpoint": ".exporter.checkpoints.convert",
     "export": ".exporter.pipeline",
     "extract_directions": ".exporter.pipeline",
-    "guard_exported": ".exporter.plugins.exported",
+    "guard_exported": ".plugins.transformers_exporters",
     "inspect": ".exporter.pipeline",
     "read_directions": ".graphs.directions",
     "verify": ".exporter.proof.verify",

@@ -44,7 +44,7 @@ from .graphs.places import (
 from .graphs.spec import GuardSpec, parse_layers
 
 if TYPE_CHECKING:
-    from .exporter.engines.folder import EngineResult
+    from .exporter.engines.engine_folder import EngineResult
     from .runtime.telemetry import ScoredAnswer
 
 # No emoji: ":cat:" in somebody's path is not a cat.
@@ -449,11 +449,11 @@ def export_command(
             require_file(path, missing)
     for path in proof_inputs or ():
         require_file(path, PROOF_INPUTS)
-    from .exporter import tables
+    from .exporter import render
     from .exporter.pipeline import export
 
     if engine:
-        from .runtime.tensorrt_backend import find_backend
+        from .runtime.tensorrt.backend import find_backend
 
         find_backend()  # before minutes of work
     spec = GuardSpec(
@@ -471,7 +471,7 @@ def export_command(
         gate=gate.value,
         supervisor=supervisor.value,
     )
-    with tables.bars(err) as watch:
+    with render.bars(err) as watch:
         result = export(
             model,
             out_folder,
@@ -509,9 +509,9 @@ def export_command(
     if as_json:
         print_json(result.to_json() | ({"engine": built.to_json()} if built is not None else {}))
         return
-    tables.show_export(out, result)
+    render.show_export(out, result)
     if built is not None:
-        tables.show_engines(out, built)
+        render.show_engines(out, built)
 
 
 # What a config does not say: which model, where to, and how it is checked. Any other option beside it is refused.
@@ -548,10 +548,10 @@ def _require_alone(context: typer.Context) -> None:
 
 
 def _engines(guarded: Path, force: bool) -> EngineResult:
-    from .exporter import tables
-    from .exporter.engines.folder import build_engines
+    from .exporter import render
+    from .exporter.engines.engine_folder import build_engines
 
-    with tables.bars(err) as watch:
+    with render.bars(err) as watch:
         return build_engines(guarded, force=force, watch=watch)
 
 
@@ -603,10 +603,10 @@ def engine_command(
     if backend is BackendChoice.tensorrt:
         require_effect(context, ("target_capability",), "with --backend tensorrt, which builds for this machine's GPU")
     require_guarded_folder(guarded.absolute())
-    from .exporter import tables
-    from .exporter.engines.build import BuildOptions
+    from .exporter import render
+    from .exporter.engines.build_engine import BuildOptions
     from .exporter.engines.commands import commands_for
-    from .exporter.engines.folder import build_engines
+    from .exporter.engines.engine_folder import build_engines
     from .exporter.engines.profile import EngineProfile
 
     profiles = [EngineProfile.parse(text) for text in profile or ()]
@@ -620,7 +620,7 @@ def engine_command(
             for command in commands:
                 out.print(command, markup=False, highlight=False, soft_wrap=True)
         return
-    with tables.bars(err) as watch:
+    with render.bars(err) as watch:
         result = build_engines(
             guarded,
             out_folder,
@@ -634,7 +634,7 @@ def engine_command(
     if as_json:
         print_json(result.to_json())
     else:
-        tables.show_engines(out, result)
+        render.show_engines(out, result)
 
 
 @app.command("package")
@@ -675,13 +675,13 @@ def package_command(
     if triton is None:
         require_effect(context, ("gpu", "instances", "requests", "max_batch"), "without --triton")
     require_guarded_folder(guarded.absolute())
-    from .exporter import tables
+    from .exporter import render
     from .exporter.packaging.genai import package_genai
     from .exporter.packaging.onnx_community import package_onnx_community
     from .exporter.packaging.triton_config import TritonOptions
     from .exporter.packaging.triton_repository import package_triton
 
-    with tables.bars(err) as watch:
+    with render.bars(err) as watch:
         if triton is not None:
             options = TritonOptions("gpu" if gpu else "cpu", instances, requests, max_batch)
             result = package_triton(guarded, triton, options, data=data.value, force=force, watch=watch)
@@ -695,7 +695,7 @@ def package_command(
     if as_json:
         print_json(result.to_json())
     else:
-        tables.show_packaged(out, result)
+        render.show_packaged(out, result)
 
 
 @app.command("convert")
@@ -716,12 +716,13 @@ def convert_command(
     force: Force = False,
 ) -> None:
     """Export a checkpoint WITHOUT a guard, the base to compare with: the onnx-community layout, or that of --exporter."""
-    from .exporter import tables
+    from .exporter import render
     from .exporter.checkpoints.exporters import export_checkpoint
+    from .graphs.new_files import create_file
     from .graphs.replaceable import WRITTEN_NAME, foreign_file, written_record
-    from .graphs.staging import create_file, staged
+    from .graphs.staging import staged
 
-    with tables.bars(err) as watch, staged(out_folder, force) as stage:
+    with render.bars(err) as watch, staged(out_folder, force) as stage:
         parity = export_checkpoint(
             checkpoint,
             stage,
@@ -737,7 +738,7 @@ def convert_command(
             create_file(stage / WRITTEN_NAME, written_record(stage))
     out.print(f"{escape(str(out_folder))}: {graphs} graphs, [bold]unguarded[/bold]")
     if parity:
-        tables.show_checks(out, parity, "parity with torch")
+        render.show_checks(out, parity, "parity with torch")
 
 
 @app.command("inspect")
@@ -751,15 +752,15 @@ def inspect_command(
 ) -> None:
     """Show the decoder's residual stream: layers, width, dtype, and which value carries each layer's output."""
     require_model(model)
-    from .exporter import tables
+    from .exporter import render
     from .exporter.pipeline import inspect
 
-    with tables.bars(err) as watch:
+    with render.bars(err) as watch:
         anatomy = inspect(model, variant, watch)
     if as_json:
         print_json({"model": model, **anatomy.to_json()})
     else:
-        tables.show_anatomy(out, anatomy, model, full)
+        render.show_anatomy(out, anatomy, model, full)
 
 
 @app.command("directions")
@@ -791,11 +792,11 @@ def directions_command(
         if is_checkpoint(model):
             require_effect(context, ("variant",), "on a checkpoint, which is read in torch")
     require_model(model)
-    from .exporter import tables
+    from .exporter import render
     from .exporter.pipeline import extract_directions
 
     beside: dict[str, Path] = {}
-    with tables.bars(err) as watch:
+    with render.bars(err) as watch:
         found = extract_directions(
             model,
             output,
@@ -818,7 +819,7 @@ def directions_command(
         print_json(shown | {"estimator": found.estimator, "evidence": found.evidence})
         return
     show_found(out, beside)
-    tables.show_directions(out, found, str(output))
+    render.show_directions(out, found, str(output))
 
 
 @app.command("verify")
@@ -846,15 +847,15 @@ def verify_command(
         require_file(path, PROOF_INPUTS)
     if verify_signature is not None:
         require_file(verify_signature, KEY)
-    from .exporter import tables
+    from .exporter import render
     from .exporter.proof.verify import verify
 
-    with tables.bars(err) as watch:
+    with render.bars(err) as watch:
         result = verify(guarded, source, run, proof_inputs or (), watch, public_key=verify_signature)
     if as_json:
         print_json(result.to_json())
     else:
-        tables.show_checks(
+        render.show_checks(
             out, result.checks, f"{guarded}: {result.manifest.plan['mode']} on layers {result.manifest.plan['layers']}"
         )
     if not result.ok:
@@ -948,13 +949,13 @@ def generate_command(
 
 
 def _show_scored(answer: ScoredAnswer, as_json: bool) -> None:
-    from .exporter import tables
+    from .exporter import render
 
     if as_json:
         print_json(answer.to_json())
         return
     out.print(answer.text, markup=False, highlight=False, soft_wrap=True)
-    tables.show_scores(out, answer)
+    render.show_scores(out, answer)
 
 
 @app.command("serve")
@@ -996,8 +997,8 @@ def serve_command(
     if without_key and api_key_file is not None:
         raise typer.BadParameter("--without-key and --api-key-file exclude each other")
     require_guarded_folder(guarded.absolute())
-    from .runtime.serving.server import log_to_stderr, require_extra, serve
-    from .runtime.serving.settings import MIB, ServeSettings, read_api_key, require_key_or_loopback
+    from .apps.serving.server import log_to_stderr, require_extra, serve
+    from .apps.serving.settings import MIB, ServeSettings, read_api_key, require_key_or_loopback
 
     require_extra()
     api_key = read_api_key(api_key_file, os.environ)
@@ -1072,11 +1073,11 @@ def evaluate_command(
         raise typer.BadParameter("--answers keeps them in the file of --out; name one")
     require_model(base)
     require_guarded_folder(guarded.absolute())
-    from .exporter import tables
+    from .exporter import render
     from .exporter.evaluation.evaluate import compare
     from .exporter.evaluation.tables import show_evaluation
 
-    with tables.bars(err) as watch:
+    with render.bars(err) as watch:
         result = compare(
             base,
             guarded,
@@ -1154,10 +1155,11 @@ def report_command(
     require_guarded_folder(guarded.absolute())
     if source is not None:
         require_model(source)
-    from .exporter import tables
-    from .exporter.report.build import report
+    from .apps.report.build_report import report
+    from .apps.report.report_summary import show_report
+    from .exporter import render
 
-    with tables.bars(err) as watch:
+    with render.bars(err) as watch:
         data = report(
             guarded,
             output,
@@ -1176,7 +1178,7 @@ def report_command(
         found = {what: str(path) for what, path in data.found.items()}
         print_json({"output": str(output), **data.to_json(), **({"found": found} if found else {})})
     else:
-        tables.show_report(out, data, str(output))
+        show_report(out, data, str(output))
 
 
 @app.command("playground")
@@ -1213,10 +1215,10 @@ def playground_command(
     require_guarded_folder(guarded.absolute())
     if base is not None:
         require_model(base)
-    from .exporter import tables
-    from .exporter.playground.open import playground
+    from .apps.playground.open import playground
+    from .exporter import render
 
-    with tables.bars(err) as watch:
+    with render.bars(err) as watch:
         server = playground(guarded, base=base, variant=variant, prompts=prompts, assets=assets, port=port, watch=watch)
     if as_json:
         print_json({"url": server.url})

@@ -32,20 +32,21 @@ from record import parser, write_result
 from shapes import SHAPES, Shape, llava_folder
 from torch_decoder import TorchDecoder
 
-from vlmguard.exporter.engines.build import BuildOptions, build_engine
-from vlmguard.exporter.engines.folder import plan_parts
+from vlmguard.exporter.engines.build_engine import BuildOptions, build_engine
+from vlmguard.exporter.engines.engine_folder import plan_parts
 from vlmguard.exporter.engines.profile import EngineProfile, Span
-from vlmguard.exporter.engines.verify import rolled, same_outputs
+from vlmguard.exporter.engines.verify_engines import rolled, same_outputs
 from vlmguard.exporter.proof.inputs import ProofInputs
 from vlmguard.exporter.proof.prove import TOLERANCE
 from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.package import ModelPackage, load_graph, open_package
+from vlmguard.graphs.graph_io import load_graph
+from vlmguard.graphs.package import ModelPackage, open_package
 from vlmguard.graphs.spec import MODES, GuardSpec, Mode, Positions
 from vlmguard.graphs.tensorrt import settle_sizes
-from vlmguard.runtime.cuda import Cuda
 from vlmguard.runtime.decoder import DecoderSession, PromptBatch, open_decoder
-from vlmguard.runtime.tensorrt_backend import find_backend
-from vlmguard.runtime.tensorrt_runner import TensorRTRunner
+from vlmguard.runtime.tensorrt.backend import find_backend
+from vlmguard.runtime.tensorrt.cuda import Cuda
+from vlmguard.runtime.tensorrt.engine_runner import TensorRTRunner
 
 RANK = 4
 PHASES = {"decode": (1, 512), "prefill": (256, 0)}  # tokens of the call, tokens in the cache

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from decoder import Decoder, cache_values, token_ids
+from decoder_call import Decoder, cache_values, token_ids
 from guarding import ALWAYS_OPEN, guarded, write_directions
 from measure import Budget, Spread, asked, interleaved, ratio, say
 from record import parser, write_result

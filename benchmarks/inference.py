@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from decoder import Decoder
+from decoder_call import Decoder
 from guarding import ALWAYS_CLOSED, ALWAYS_OPEN, guarded, write_directions
 from measure import QUICK, Budget, Spread, asked, interleaved, ratio, say
 from record import parser, read_parts, write_result
 from shapes import SHAPES, Precision, Shape, built
 
+from vlmguard.graphs.node_builder import PREFIX
 from vlmguard.graphs.reference import LISTEN
-from vlmguard.graphs.scribe import PREFIX
 from vlmguard.graphs.spec import MODES, MODES_WITH_GATE, GuardSpec, Mode, Positions
 
 RANKS = (1, 4, 8)

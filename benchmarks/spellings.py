@@ -19,19 +19,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
-from decoder import session_options
+from decoder_call import session_options
 from measure import Budget, Spread, asked, interleaved, say
 from record import parser, write_result
 from shapes import SHAPES
 
 from vlmguard.graphs.anatomy import ResidualSite
 from vlmguard.graphs.call_inputs import CallInputs
-from vlmguard.graphs.package import graph_bytes
+from vlmguard.graphs.graph_io import graph_bytes
+from vlmguard.graphs.node_builder import Scribe
 from vlmguard.graphs.plan import GuardPlan, SitePlan
 from vlmguard.graphs.positions import LastToken
 from vlmguard.graphs.reference import LayerGuard
 from vlmguard.graphs.rewrite import rewrite
-from vlmguard.graphs.scribe import Scribe
 
 BOTTLENECK = 64
 PHASES = {"decode": (1, 128), "prefill": (256, 0)}

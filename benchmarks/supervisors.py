@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 import onnxruntime
-from decoder import session_options, token_ids
+from decoder_call import session_options, token_ids
 from guarding import guarded, write_directions
 from measure import Budget, Spread, asked, interleaved, ratio, say
 from record import parser, write_result

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..graphs.errors import GuardError
-from ..graphs.leftovers import abandon
+from ..graphs.stage_locks import abandon
 
 MOST_MEMORY, MOST_SECONDS = "VLMGUARD_MAX_MEMORY", "VLMGUARD_MAX_SECONDS"
 # Seconds that a command may take unless the user says otherwise. Proving a model of 13 GB takes minutes, calibrating it hours.

@@ -11,6 +11,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import chain
@@ -18,7 +19,7 @@ from typing import Any
 
 from ..graphs.errors import ExtraMissing, GuardError, first_line
 from ..graphs.extras import install_command
-from .shards import Pinned, R, S, Spread, Spreader
+from .executors import Pinned, R, S, Spread, Spreader, here
 
 _MOST_LOSSES = 3  # a shard that kills its workers, or machines on which none comes up, must end the run
 _AHEAD = 4  # shards per worker that may be done before their turn: what a killed run loses of them
@@ -212,3 +213,12 @@ class _Run:
                 f"{_MOST_LOSSES} workers were lost while they {what} ({first_line(error)}); is there enough memory on the "
                 "machines of the cluster? choose fewer workers, or smaller batches"
             )
+
+
+def spreading(address: str | None, workers: int | None = None) -> AbstractContextManager[Spreader]:
+    """Here, or over the Ray cluster at an address; arguments and errors as for `cluster`."""
+    if address is None:
+        if workers is not None:
+            raise GuardError(f"{workers} workers need a cluster; say which with --ray")
+        return nullcontext(here)
+    return cluster(address, workers)

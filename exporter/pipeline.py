@@ -18,31 +18,34 @@ import onnx_ir as ir
 from ..graphs.anatomy import DecoderAnatomy, dissect
 from ..graphs.directions import DIRECTIONS_FILE, Directions, directions_bytes
 from ..graphs.errors import AnatomyNotFound, GuardError, ModelUnreadable, ProofFailed
-from ..graphs.fold import FOLD
-from ..graphs.fold_proof import prove_fold
+from ..graphs.graph_io import external_files, load_graph, save_graph
+from ..graphs.lowerings.fold import FOLD
+from ..graphs.new_files import create_file
 from ..graphs.operators import hidden_decoder, uncertain_layers
-from ..graphs.package import ModelPackage, external_files, load_graph, save_graph
+from ..graphs.package import ModelPackage
 from ..graphs.places import is_checkpoint
 from ..graphs.plan import GuardPlan, plan_guard, require_layers, require_unguarded
+from ..graphs.proof.fold_proof import prove_fold
+from ..graphs.proof.structure import Check, prove_structure
 from ..graphs.rewrite import GuardReport, rewrite
 from ..graphs.spec import GuardSpec, Mode
-from ..graphs.staging import Data, create_file, require_writable, require_writable_file, staged, write_file
-from ..graphs.static_proof import Check, prove_structure
+from ..graphs.staging import Data, require_writable, require_writable_file, staged, write_file
 from ..graphs.tensorrt import require_readable
 from ..runtime.decoder_place import DecoderPlace
 from ..runtime.onnxruntime_runner import import_onnxruntime
-from .artifact.folder import GuardedDecoder, bring_companions, bring_weights, notes_on_files, write_manifest
+from .artifact.guarded_folder import GuardedDecoder, bring_companions, bring_weights, notes_on_files, write_manifest
 from .artifact.signing import require_key, write_signature
 from .artifact.stamp import stamp
 from .calibration.attempts import Choice
 from .calibration.calibrate import DEFAULT_BUDGET
 from .calibration.guard_config import CONFIG_NAME, GuardConfig, config_of, read_config, require_directions, to_toml
 from .calibration.judged import readable_images
-from .calibration.no_worse import Refusals
+from .calibration.refusal_regression import Refusals
 from .calibration.results import Calibration
 from .checkpoints.exporters import ExporterName, Precision
+from .cluster import spreading
+from .executors import Spreader
 from .extraction.estimators import DEFAULT_ESTIMATOR
-from .guide import ANCHOR_FILES, EXTRACTED_RANK, Guide
 from .prompts.anchors import open_anchors
 from .prompts.labelled import BUILTIN, Sources, find_file
 from .proof.headroom import NAME as HEADROOM
@@ -53,7 +56,7 @@ from .proof.prove import prove_by_running
 from .proof.prove_fold import prove_fold_by_running
 from .proof.prove_local import prove_locally
 from .proof.signature import InputsUnknown
-from .shards import Spreader, spreading
+from .resolve import ANCHOR_FILES, EXTRACTED_RANK, Guide
 from .sources import Watch, above, opened, require_apart, require_images_for, unwatched
 
 

@@ -23,15 +23,15 @@ from typing import Any, Literal
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
-from .bodies import branches_on_path
 from .dataflow import Flow, Vertex, is_skip_norm, is_sorted
 from .errors import AnatomyNotFound, ModelUnreadable, first_line
 from .inlining import require_inlinable
 from .layer_count import LayerCount
 from .layering import Chain, Layer
 from .mixers import OTHER_MIXERS, QUANTIZED_SUM, is_attention, is_mixer, is_sum_of
-from .scribe import PREFIX
+from .node_builder import PREFIX
 from .side_paths import side_path
+from .subgraphs import branches_on_path
 
 SiteKind = Literal["add", "skip_norm", "behind"]
 _STREAM_AXES = 3  # [batch, sequence, width]

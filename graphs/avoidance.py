@@ -8,7 +8,7 @@ Two laws, asked of everything that a value can depend on (`influence.py`):
 2. Nothing else brings a decoder of its own. Masks, positions, image features and caches may enter behind a guard, but no
    attention that the guard does not change lies on their way to that output.
 
-The outputs beside it (caches, telemetry) are judged by depth, in `leaks.py`.
+The outputs beside it (caches, telemetry) are judged by depth, in `proof/leaks.py`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from functools import cached_property
 
 import onnx_ir as ir
 
-from .bodies import branches, branching
 from .dataflow import Flow
 from .influence import Influence, spread
 from .mixers import is_mixer, is_sum
+from .node_builder import PREFIX
 from .roles import LOOKUPS
-from .scribe import PREFIX
+from .subgraphs import branches, branching
 
 # What runtimes feed text to, by these names.
 TEXT_INPUTS = frozenset({"input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"})

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
-from .bodies import Body, branches, branching, surface, top
-from .scribe import PREFIX
+from .node_builder import PREFIX
+from .subgraphs import Body, branches, branching, surface, top
 
 
 def tap_gates(model: ir.Model, layers: Sequence[int]) -> dict[int, str]:

@@ -21,9 +21,9 @@ import numpy as np
 import onnx_ir as ir
 
 from .errors import GuardError
+from .node_builder import Scribe
 from .positions import LastToken
 from .roles import input_roles
-from .scribe import Scribe
 
 # An int64 scalar of the guard: a call of more tokens than this is a prompt. Proofs that close the guard raise it.
 STEP_TOKENS = "step_tokens"

@@ -14,16 +14,15 @@ import numpy as np
 import onnx_ir as ir
 
 from .anatomy import DecoderAnatomy, ResidualSite, find_node
-from .bodies import find_bodies
 from .call_inputs import hides_later_padding, mask_input, readable_mask
-from .dials import PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT, knobs_of, notes_on, require_knobs
 from .directions import Directions, LayerDirections
 from .errors import DirectionMismatch, GuardError
-from .fold import find_writers
-from .lowering import FOLDED, choose_lowering
+from .lowerings.fold import find_writers
+from .lowerings.table import FOLDED, choose_lowering
+from .node_builder import PREFIX
 from .pairs import require_pairs
 from .reference import SUPERVISED_ABOVE, LayerGuard
-from .scribe import PREFIX
+from .runtime_controls import PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT, knobs_of, notes_on, require_knobs
 from .separation import Separation, recorded_separations, warnings_of
 from .spec import (
     MAX_RANK,
@@ -34,6 +33,7 @@ from .spec import (
     MODES_WITH_SUPERVISOR,
     GuardSpec,
 )
+from .subgraphs import find_bodies
 
 PLAN_SCHEMA = "vlmguard.plan/1"
 SUPERVISOR_INPUT = "vlmguard.supervisor"

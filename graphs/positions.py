@@ -27,7 +27,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .call_inputs import CallInputs
-from .scribe import Scribe
+from .node_builder import Scribe
 
 _OPSET_OF_AXES_INPUT = 18  # from here on ReduceMax takes its axes as an input
 

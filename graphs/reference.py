@@ -13,8 +13,8 @@ import numpy as np
 # The supervisor coordinates that mean "no supervisor: listen only" (the text-only pass). A finite number, far
 # below every threshold: infinity or NaN times a closed gate would be NaN, and the closed gate must write exact zeros.
 LISTEN = -1e30
-# The largest strength that is taken. In float16 a coordinate is read with one bit to spare (`lowering_lowrank`), and a strength
-# that is not bounded could be infinite, and infinity times a closed gate is not zero.
+# The largest strength that is accepted. In float16 a coordinate is read with one bit to spare (`lowerings.lowrank`); an
+# unbounded strength could be infinite, and infinity times a closed gate is not zero.
 LARGEST_STRENGTH = 2.0
 # A threshold offset is cut here: it must not bring a threshold below LISTEN.
 LARGEST_OFFSET = 1e29

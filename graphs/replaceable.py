@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ModelUnreadable, OutputRefused
+from .graph_io import external_files
+from .package import COMPANIONS
 
 WRITTEN_NAME = ".vlmguard.json"  # hidden: no layout takes it along
 _WRITTEN_SCHEMA = "vlmguard.written/1"
@@ -95,16 +97,12 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def _has_a_layouts_name(path: Path) -> bool:
-    from .package import COMPANIONS  # package.py writes graphs with staging.py, which asks this file
-
     known = path.name in COMPANIONS or path.name in _CONFIGS or _GRAPHS.fullmatch(path.name) is not None
     return path.parent in _LAYOUT_FOLDERS and known
 
 
 def _external_data(folder: Path) -> set[str]:
     """External data of the folder's graphs, under whatever names they keep it."""
-    from .package import external_files
-
     found: set[str] = set()
     for graph in (path for place in _LAYOUT_FOLDERS for path in sorted((folder / place).glob("*.onnx"))):
         with contextlib.suppress(ModelUnreadable):

@@ -17,10 +17,17 @@ import numpy as np
 import onnx_ir as ir
 
 from .anatomy import find_node, sequence_stream
-from .bodies import Body, find_bodies, surface
 from .call_inputs import CallInputs, call_inputs
 from .dataflow import skip_norm_bias
-from .dials import (
+from .errors import GuardIncomplete
+from .lowerings.fold import FOLD, fold
+from .lowerings.table import LOWERINGS, Lowering
+from .lowerings.task import Held, Task, Written
+from .node_builder import Scribe
+from .pairs import SUPERVISOR_KEY, PairedRows
+from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan, SitePlan, require_unguarded
+from .positions import LastToken
+from .runtime_controls import (
     OFFSET_INPUT,
     PAST_GATE_INPUT,
     PRESENT_GATE_OUTPUT,
@@ -32,14 +39,7 @@ from .dials import (
     write_offset,
     write_strength,
 )
-from .errors import GuardIncomplete
-from .fold import FOLD, fold
-from .lowering import LOWERINGS, Lowering
-from .lowering_task import Held, Task, Written
-from .pairs import SUPERVISOR_KEY, PairedRows
-from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan, SitePlan, require_unguarded
-from .positions import LastToken
-from .scribe import Scribe
+from .subgraphs import Body, find_bodies, surface
 
 
 @dataclass(frozen=True)

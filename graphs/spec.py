@@ -62,7 +62,8 @@ class GuardSpec:
         direction_of: use this layer's SSD in every guarded layer (`project` only); what `fold` needs, because it changes
             the whole stream by one subspace. The layers are then all of the decoder's, unless `layers` says which.
         target: who will run the graph; `auto` takes the lowering that is cheapest there. Any runtime runs any of them.
-        knobs: strength and threshold offset become inputs with defaults, for an app to set at each call (`graphs.dials`).
+        knobs: strength and threshold offset become inputs with defaults, for an app to set at each call
+            (`graphs.runtime_controls`).
         telemetry: one output more, the score of each guarded layer's gate at the last token.
         gate: decided at every `token`, or at the end of the `prompt` and held for the whole answer.
         supervisor: where `align` takes the text-only coordinates from: an `input` of the graph, or paired `rows`: row 2i of

@@ -9,13 +9,13 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from .digests import BIG
 from .errors import OutputRefused
-from .leftovers import OLD, begin, hold, remove, sweep, writer, written
 from .places import require_no_tilde
 from .replaceable import require_replaceable
+from .stage_locks import OLD, begin, hold, remove, sweep, writer, written
 
 _IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 _FICLONE = 0x40049409  # linux/fs.h
@@ -122,33 +122,6 @@ def write_file(path: Path, content: bytes) -> None:
             temporary.replace(path)
     except OSError as error:
         raise OutputRefused(f"{path}: cannot be written ({error.strerror}); choose another file") from None
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that was not there before, to be written. What is there may be a hard link to the source's own bytes: a model
-    may call its weights what we call our files.
-
-    Raises:
-        OutputRefused: there is such a file.
-    """
-    try:
-        with path.open("xb") as file:
-            yield file
-    except FileExistsError:
-        raise OutputRefused(
-            f"{path.name}: the model has a file of this name, which the guarded folder needs for its own; rename it"
-        ) from None
-
-
-def create_file(path: Path, content: bytes) -> None:
-    """Write a file that was not there before.
-
-    Raises:
-        OutputRefused: as for `new_file`.
-    """
-    with new_file(path) as file:
-        file.write(content)
 
 
 def bring(source: Path, destination: Path, data: Data = "link") -> None:

@@ -8,14 +8,14 @@ from typing import Literal, get_args
 import onnx_ir as ir
 
 from .anatomy import ResidualSite, find_node
-from .bodies import Body, find_bodies, surface
 from .call_inputs import call_inputs
 from .dataflow import skip_norm_bias
 from .errors import AnatomyNotFound
+from .node_builder import Scribe
 from .plan import GuardPlan
 from .positions import LastToken
 from .rewrite import GuardedSite, GuardReport
-from .scribe import Scribe
+from .subgraphs import Body, find_bodies, surface
 
 STATES_OUTPUT = "vlmguard.states"
 RAW_OUTPUT = "vlmguard.raw_states"

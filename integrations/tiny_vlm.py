@@ -23,7 +23,7 @@ SOURCE, CHECKPOINT, PROMPTS = EXAMPLE / "onnx-community", EXAMPLE / "checkpoint"
 CALIBRATION = [PROMPTS / "calibration.jsonl", PROMPTS / "calibration-typographic.jsonl"]
 MODES = cast(tuple[Mode, ...], get_args(Mode))
 # What a calibration comes from.
-MODEL_AND_CODE = ("graphs", "runtime", "exporter", "examples/tiny_vlm")
+MODEL_AND_CODE = ("graphs", "runtime", "exporter", "apps", "plugins", "examples/tiny_vlm")
 
 
 def calibrated_directions(folder: Path) -> Path:

@@ -55,10 +55,10 @@ class ConfinedPool:
     Args:
         seconds: of the processor that a job may take, and `_PATIENCE` times that on the clock.
         memory: bytes of address space of a helper.
-        module: of `runtime`, that the jobs need; imported before a job's time begins.
+        module: dotted, within `runtime`, that the jobs need; imported before a job's time begins.
     """
 
-    def __init__(self, seconds: float, memory: int, module: str = "chat_environment") -> None:
+    def __init__(self, seconds: float, memory: int, module: str = "chat.chat_environment") -> None:
         self.seconds, self.memory, self.module = seconds, memory, module
         self._forget()
         atexit.register(self.close)
@@ -182,4 +182,4 @@ def _pipe(stream: Any) -> Any:
 
 
 TEMPLATES = ConfinedPool(seconds=5, memory=512 << 20)
-PICTURES = ConfinedPool(seconds=10, memory=2 << 30, module="picture_files")
+PICTURES = ConfinedPool(seconds=10, memory=2 << 30, module="images.picture_files")

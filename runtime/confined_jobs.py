@@ -28,7 +28,7 @@ def serve(memory: int, module: str) -> None:
 
     Args:
         memory: bytes of address space that the process may have, where the system can limit it.
-        module: beside this one, that the jobs need.
+        module: dotted, within this package, that the jobs need.
     """
     jobs, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no reply
@@ -62,20 +62,20 @@ def _answered(header: dict[str, Any], payload: bytes) -> Reply:
 
 
 def _compile(header: dict[str, Any], payload: bytes) -> Reply:
-    from .chat_environment import compiled
+    from .chat.chat_environment import compiled
 
     return {"literals": list(compiled(payload.decode("utf-8", "surrogatepass")).literals)}, b""
 
 
 def _render(header: dict[str, Any], payload: bytes) -> Reply:
-    from .chat_environment import compiled
+    from .chat.chat_environment import compiled
 
     text = compiled(payload.decode("utf-8", "surrogatepass")).render(header["values"])
     return {}, text.encode("utf-8", "surrogatepass")
 
 
 def _decode(header: dict[str, Any], payload: bytes) -> Reply:
-    from .picture_files import decode
+    from .images.picture_files import decode
 
     image = decode(payload, header["what"], header["damaged"])
     return {"width": image.width, "height": image.height}, image.tobytes()

@@ -15,17 +15,19 @@ import numpy as np
 import onnx_ir as ir
 
 from ..graphs.decoder_state import StatePair, is_past_name
-from ..graphs.dials import PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT
 from ..graphs.errors import GuardError
+from ..graphs.graph_io import in_memory
 from ..graphs.last_logits import reads_in_place
-from ..graphs.package import ModelPackage, in_memory
+from ..graphs.package import ModelPackage
 from ..graphs.plan import COORDINATES_OUTPUT, PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUTS
 from ..graphs.reference import LISTEN, UNDECIDED
 from ..graphs.roles import InputRoles, input_roles, roles_by_name
-from .deepstack import is_embeds
+from ..graphs.runtime_controls import PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT
 from .device import DeviceOutputs, DeviceTensor, Tensor, last, where_it_is
-from .prompt_images import PromptImages
-from .runners import ClosableRunner, DeviceRunner, OverridableRunner, Port, Runner, open_runner
+from .images.deepstack import is_embeds
+from .images.prompt_images import PromptImages
+from .runner_protocol import ClosableRunner, DeviceRunner, OverridableRunner, Port, Runner
+from .runners import open_runner
 
 # What merged decoders want to know besides: which branch of their `If` to take (optimum), and how many logits to give
 # (older transformers; 0 gives all).
@@ -202,8 +204,8 @@ class DecoderSession:
         Args:
             supervisor: the text-only coordinates `[batch, layers, m]` that a supervised graph wants. One that edits the
                 prompt's end alone gets them in the call with that token, and no supervisor in the calls after it.
-            dials: further inputs of the guard by name, the same in every call (`graphs.dials`). Gates that are held are
-                decided here, at the end of the prompt, unless they are among these.
+            dials: further inputs of the guard by name, the same in every call (`graphs.runtime_controls`). Gates that are
+                held are decided here, at the end of the prompt, unless they are among these.
 
         Returns:
             All outputs, and the state for `step`. Outputs of a runner with a device are copied when they are looked at.

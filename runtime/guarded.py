@@ -10,11 +10,11 @@ from PIL import Image
 
 from ..graphs.anatomy import guarded_layers
 from ..graphs.errors import GuardError, ManifestMismatch
-from ..graphs.fold import FOLD, folded_weights
+from ..graphs.lowerings.fold import FOLD, folded_weights
 from ..graphs.manifest import Manifest, read_manifest, require_intact
 from ..graphs.package import ModelPackage, open_package
 from .knobs import Knobs
-from .runners import Runner
+from .runner_protocol import Runner
 from .telemetry import ScoredAnswer, scored
 from .vlm import OpenPart, Request, Sampling, VisionLanguageModel
 
@@ -157,9 +157,9 @@ def package_of(folder: Path, manifest: Manifest) -> ModelPackage:
 
 def _open_engines(cls: type[GuardedVLM], folder: Path, manifest: Manifest, runtime: str | None) -> GuardedVLM:
     """Engines are opened by their own backend, each against the digest that it was built with."""
-    from .cuda import Cuda
-    from .tensorrt_backend import find_backend
-    from .tensorrt_runner import TensorRTRunner
+    from .tensorrt.backend import find_backend
+    from .tensorrt.cuda import Cuda
+    from .tensorrt.engine_runner import TensorRTRunner
 
     decoder = next(engine for engine in manifest.engines if engine.role == "decoder")
     if runtime not in {None, decoder.backend}:

@@ -1,4 +1,4 @@
-"""The knobs of a guarded graph that has some: how much of the guard a request gets (`graphs/dials.py`).
+"""The knobs of a guarded graph that has some: how much of the guard a request gets (`graphs/runtime_controls.py`).
 
 A graph without knobs refuses them: a strength that nobody obeys would be believed.
 """
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..graphs.dials import OFFSET_INPUT, STRENGTH_INPUT
 from ..graphs.errors import GuardError
 from ..graphs.reference import LARGEST_OFFSET, LARGEST_STRENGTH
+from ..graphs.runtime_controls import OFFSET_INPUT, STRENGTH_INPUT
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ..graphs.extras import install_command
 from ..graphs.reasons import out_of_memory
 from ..graphs.whole_numbers import whole_number
 from .device import DeviceTensor, Tensor
-from .runners import Port, Runner
+from .runner_protocol import Port, Runner
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -3,75 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, runtime_checkable
-
-import numpy as np
 
 from ..graphs.errors import GuardError
+from ..graphs.graph_io import external_files, in_memory, load_graph
 from ..graphs.inline_weights import read_outline
-from ..graphs.package import external_files, in_memory, load_graph
-from .device import Tensor
-
-
-@dataclass(frozen=True)
-class Port:
-    """One input or output of a graph; unknown dimensions are `None`."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int | None, ...]
-
-
-class Runner(Protocol):
-    """Executes one graph."""
-
-    @property
-    def inputs(self) -> Mapping[str, Port]: ...
-
-    @property
-    def outputs(self) -> Mapping[str, Port]: ...
-
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All outputs by name."""
-        ...
-
-
-@runtime_checkable
-class OverridableRunner(Runner, Protocol):
-    """A runner that knows inputs with defaults (overridable initializers); they may be left out of the feeds."""
-
-    @property
-    def optional(self) -> Mapping[str, Port]: ...
-
-
-@runtime_checkable
-class ClosableRunner(Runner, Protocol):
-    """A runner that can give its memory back before it is forgotten."""
-
-    def close(self) -> None:
-        """End it; it is not run any more."""
-        ...
-
-
-@runtime_checkable
-class DeviceRunner(Runner, Protocol):
-    """A runner with memory of its own, in which outputs can stay until the next call."""
-
-    def run_on_device(self, feeds: Mapping[str, Tensor], step: bool = False) -> Mapping[str, Tensor]:
-        """All outputs by name, where they were computed.
-
-        Args:
-            feeds: arrays, and tensors that runners of the same device gave; those are not copied.
-            step: one more token of a generation: the same shapes may come again, and recording the call may pay.
-
-        Raises:
-            RunFailed: the graph does not take these inputs, or the device failed.
-        """
-        ...
-
+from .runner_protocol import Runner
 
 # path or serialized graph, folder of its external data, whether to optimise, whether to pack weights -> runner
 _Open = Callable[[Path | bytes, Path, bool, bool], Runner]
@@ -133,5 +71,6 @@ _RUNNERS: dict[str, _Open] = {
     "onnxruntime-cuda": _onnxruntime("cuda"),
     "onnxruntime-tensorrt": _onnxruntime("tensorrt"),
 }
-# What they run is built ahead of time and is executable code: an engine is opened only against a digest (tensorrt_runner.py).
+# What they run is built ahead of time and is executable code: an engine is opened only against a digest
+# (tensorrt/engine_runner.py).
 _ENGINE_RUNTIMES = ("tensorrt", "tensorrt_rtx")

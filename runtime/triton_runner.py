@@ -18,7 +18,7 @@ from ..graphs.errors import ManifestMismatch, RunFailed, first_line
 from ..graphs.manifest import MANIFEST_NAME
 from ..graphs.package import read_json
 from .guarded import GuardedVLM, open_manifest, package_of, require_guard
-from .runners import Port, Runner
+from .runner_protocol import Port, Runner
 
 # Python writes it when Triton imports the front model, where it may. Whoever runs by then cannot be checked by itself any
 # more; `vlmguard verify` refuses such a file.

@@ -19,25 +19,26 @@ import numpy as np
 import onnx_ir as ir
 from PIL import Image
 
-from ..graphs.dials import SCORES_OUTPUT
 from ..graphs.errors import GuardError, ModelUnreadable, RunFailed
 from ..graphs.package import ModelPackage
 from ..graphs.pairs import reads_pairs
-from .chat import ChatTokenizer, Turn
+from ..graphs.runtime_controls import SCORES_OUTPUT
+from .chat.chat import ChatTokenizer, Turn
+from .chat.text_stream import TextStream
 from .decoder import DecoderSession, DecoderState, PromptBatch, can_pad, open_decoder
 from .decoder_place import DecoderPlace
-from .deepstack import scatter
 from .device import SomeRows, Tensor
-from .image_features import ImageFeatures
-from .images import open_image
-from .images_qwen import QwenImagePreprocessor
+from .images.deepstack import scatter
+from .images.image_features import ImageFeatures
+from .images.images import open_image
+from .images.images_qwen import QwenImagePreprocessor
+from .images.positions_mrope import mrope_positions
+from .images.prompt_images import PromptImages
+from .images.vision import Preprocessor, Seen, look, open_preprocessor, unknown_processor
 from .knobs import AS_EXPORTED, Knobs
-from .pairs import PROMPTS, interleaved, rows_of
-from .positions_mrope import mrope_positions
-from .prompt_images import PromptImages
-from .runners import Runner, open_runner
-from .text_stream import TextStream
-from .vision import Preprocessor, Seen, look, open_preprocessor, unknown_processor
+from .paired_batches import PROMPTS, interleaved, rows_of
+from .runner_protocol import Runner
+from .runners import open_runner
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from browser import CHROMIUM, NO_CHROMIUM, Browser
 from report_picture import WIDTH, save
 from tiny_vlm_paths import EVALUATION
 
-from vlmguard.exporter.playground.open import playground
+from vlmguard.apps.playground.open import playground
 
 QUESTION = "optgroup[label='harmful, picture'] option"
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmguard.exporter.evaluation.asking import AskBoth, Made, Shard
+from vlmguard.exporter.evaluation.batch_runner import AskBoth, Made, Shard
 from vlmguard.graphs.errors import PromptsUnusable
 
 

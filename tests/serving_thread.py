@@ -16,10 +16,10 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from vlmguard.apps.serving.app import Service
+from vlmguard.apps.serving.server import graceful_server, open_port
+from vlmguard.apps.serving.settings import ServeSettings
 from vlmguard.runtime.guarded import GuardedVLM
-from vlmguard.runtime.serving.app import Service
-from vlmguard.runtime.serving.server import graceful_server, open_port
-from vlmguard.runtime.serving.settings import ServeSettings
 
 NAME = "tiny"
 

@@ -23,7 +23,7 @@ from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import read_directions
 from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import plan_guard
-from vlmguard.graphs.strip import strip_guard
+from vlmguard.graphs.proof.strip import strip_guard
 
 NAME = "model.onnx"
 

@@ -31,7 +31,7 @@ from vlmguard.exporter.checkpoints import exporters as exporters_module
 from vlmguard.exporter.checkpoints.convert import ConversionReport, GraphFile
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import read_directions
-from vlmguard.graphs.static_proof import Check
+from vlmguard.graphs.proof.structure import Check
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 

@@ -265,8 +265,8 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 import vlmguard
-from vlmguard.exporter.artifact import folder
-from vlmguard.exporter import guide
+from vlmguard.exporter.artifact import guarded_folder
+from vlmguard.exporter import resolve
 from vlmguard.exporter import pipeline
 from vlmguard.graphs import staging
 
@@ -294,7 +294,7 @@ MOMENTS = {
     "before the decoder is written": lambda: before(pipeline, "save_graph"),
     "after the decoder is written": lambda: after(pipeline, "save_graph"),
     "after the proof": lambda: after(pipeline, "prove"),
-    "between companions": lambda: before(folder, "bring", calls=3),
+    "between companions": lambda: before(guarded_folder, "bring", calls=3),
     "before the manifest": lambda: before(pipeline, "write_manifest"),
     "after the manifest": lambda: after(pipeline, "write_manifest"),
     "before OUT gets its name": lambda: before(staging.Path, "rename"),

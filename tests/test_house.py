@@ -1,10 +1,13 @@
-"""The house: what the wheel holds, how light the import is, and that the public names are there."""
+"""The house: what the wheel holds, how light the import is, who imports whom, and that the public names are there."""
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import zipfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,10 +16,17 @@ import vlmguard
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (
+    "apps",
+    "apps/playground",
+    "apps/report",
+    "apps/serving",
     "graphs",
+    "graphs/lowerings",
+    "graphs/proof",
     "runtime",
-    "runtime/serving",
-    "runtime/playground",
+    "runtime/chat",
+    "runtime/images",
+    "runtime/tensorrt",
     "exporter",
     "exporter/artifact",
     "exporter/calibration",
@@ -26,13 +36,12 @@ FOLDERS = (
     "exporter/extraction",
     "exporter/families",
     "exporter/packaging",
-    "exporter/playground",
-    "exporter/plugins",
+    "plugins",
     "exporter/prompts",
     "exporter/proof",
-    "exporter/report",
 )
-# What is not Python.
+TOPS = sorted({folder.partition("/")[0] for folder in FOLDERS})
+# What `import vlmguard` leaves for later.
 HEAVY = (
     "torch",
     "transformers",
@@ -46,11 +55,19 @@ HEAVY = (
     "uvicorn",
     "openai",
 )
+# What is not Python.
 DATA = (
     "exporter/prompts/anchors.csv",
-    *(f"exporter/report/page.{kind}" for kind in ("html", "css", "js")),
-    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "runtime/playground/page").iterdir())),
+    *(f"apps/report/page.{kind}" for kind in ("html", "css", "js")),
+    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "apps/playground/page").iterdir())),
 )
+
+
+SOURCES = [
+    ROOT / "__init__.py",
+    ROOT / "cli.py",
+    *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +78,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (copy / path.name).write_bytes(path.read_bytes())
     for folder in FOLDERS:
         for path in (ROOT / folder).glob("*.py"):
-            (copy / folder).mkdir(exist_ok=True)
+            (copy / folder).mkdir(parents=True, exist_ok=True)
             (copy / folder / path.name).write_bytes(path.read_bytes())
     for name in DATA:
-        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes((ROOT / name).read_bytes())
     out = tmp_path_factory.mktemp("wheel")
     command = [
@@ -136,3 +153,63 @@ def test_main_job_needs_no_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip()
+
+
+# Structure
+
+
+def test_every_folder_of_the_package_is_listed() -> None:
+    found = {path.parent.relative_to(ROOT).as_posix() for top in TOPS for path in (ROOT / top).rglob("*.py")}
+    assert found == set(FOLDERS)
+
+
+def test_no_two_files_share_a_name() -> None:
+    """A file's name alone identifies it. Helpers of tests, examples and integrations are not part of the package."""
+    files = [path for top in (*TOPS, "benchmarks") for path in (ROOT / top).rglob("*")]
+    files += [*ROOT.glob("*.py"), *(ROOT / "tests").rglob("test_*.py")]
+    names = Counter(path.name for path in files if path.is_file() and "__pycache__" not in path.parts)
+    assert len(names) > 400
+    assert {name for name, count in names.items() if count > 1} == {"__init__.py"}
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, ...]]:
+    """Modules of the package that a file imports anywhere, inside functions too, as parts of their paths."""
+    here = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (*here[: len(here) - node.level + 1], *(node.module or "").split(".")[: 1000 if node.module else 0])
+            for name in node.names:
+                yield (*base, name.name)
+                yield base
+
+
+def module_of(path: Path) -> tuple[str, ...]:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def circles(graph: dict[tuple[str, ...], set[tuple[str, ...]]]) -> set[tuple[str, ...]]:
+    """What is left when modules without imports, or without importers, are taken away again and again."""
+    left = {module: set(imported) for module, imported in graph.items()}
+    while True:
+        imported = set().union(*left.values()) if left else set()
+        gone = {module for module in left if module not in imported or not left[module] & left.keys()}
+        if not gone:
+            return set(left)
+        left = {module: names - gone for module, names in left.items() if module not in gone}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports inside functions count: they hide a circle, and do not break it."""
+    modules = {module_of(path): path for path in SOURCES if path != ROOT / "__init__.py"}
+    graph = {
+        module: {name for name in imports_of(path) if name in modules} - {module} for module, path in modules.items()
+    }
+    assert sum(map(len, graph.values())) > 500
+    assert circles(graph) == set()
+
+
+def test_a_circle_is_found() -> None:
+    a, b, c, d = ("a",), ("b",), ("c",), ("d",)
+    assert circles({a: {b}, b: {c}, c: set()}) == set()
+    assert circles({a: {b}, b: {c}, c: {b, d}, d: set()}) == {b, c}

@@ -42,7 +42,7 @@ from vlmguard.graphs.spec import (
     GuardSpec,
 )
 from vlmguard.runtime.decoder import PromptBatch, open_decoder
-from vlmguard.runtime.pairs import interleaved
+from vlmguard.runtime.paired_batches import interleaved
 from vlmguard.runtime.runners import open_runner
 from vlmguard.runtime.vlm import Request, VisionLanguageModel
 

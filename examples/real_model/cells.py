@@ -16,8 +16,8 @@ from PIL import Image
 from scenes import Question, draw, question_about, random_scene
 from sets import Sets
 
-from vlmguard.exporter.evaluation.answers import Said, ask, kl_divergence, log_likelihoods
-from vlmguard.runtime.image_features import ImageFeatures
+from vlmguard.exporter.evaluation.logprobs import Said, ask, kl_divergence, log_likelihoods
+from vlmguard.runtime.images.image_features import ImageFeatures
 from vlmguard.runtime.refusals import refused
 from vlmguard.runtime.vlm import Request, VisionLanguageModel
 

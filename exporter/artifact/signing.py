@@ -14,8 +14,8 @@ from ...graphs.errors import ExtraMissing, GuardError, ManifestMismatch, first_l
 from ...graphs.extras import install_command
 from ...graphs.manifest import read_manifest, require_intact
 from ...graphs.package import SIGNATURE_NAME
+from ...graphs.proof.structure import Check, exact
 from ...graphs.staging import write_file
-from ...graphs.static_proof import Check, exact
 
 
 def sign(folder: Path | str, private_key: Path | str) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 from ...graphs.directions import Directions
 from ...graphs.spec import Decided
 from .align_judge import GOAL, Distance, Figures, RandomRows
-from .no_worse import Refusals, Setting
+from .refusal_regression import Refusals, Setting
 from .results import Calibration
 
 

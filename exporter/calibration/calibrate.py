@@ -2,7 +2,7 @@
 
 1. One tapped pass over the calibration prompts (and their text-only versions) gives every layer's states; so do the
    tokens of the unguarded model's answers to the harmless ones, because the gate is asked again at each of them.
-2. The numbers of a candidate are fitted to these (`study.py`), always without the prompts that they are asked next.
+2. The numbers of a candidate are fitted to these (`fitting.py`), always without the prompts that they are asked next.
 3. Candidates, the likeliest first (`candidates.py`), are asked in one graph whose numbers are inputs (`trials.py`). The
    winner keeps over-refusal within the budget in every setting, refuses no fewer harmful prompts than the unguarded model in
    any, refuses the most in its worst one, has the fewest layers, and gives back most often, word for word, what the

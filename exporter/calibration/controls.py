@@ -18,7 +18,7 @@ from ...graphs.errors import GuardError, PromptsUnusable
 from ...graphs.spec import MODES_TOWARD_TEXT
 from ..evaluation.evaluate import Tally
 from .candidates import Candidate
-from .study import FOLDS, Study
+from .fitting import FOLDS, Study
 
 ENOUGH_HELD_OUT = 5  # harmful prompts of a setting, on which a control that does as well as the winner means something
 _SEED = 0

@@ -9,7 +9,7 @@ A guard has an **effect** on a prompt if the guarded model differs from the ungu
 A guard has **no effect** if it has an effect on none of the harmful prompts, in none of the settings that count. All settings
 count but one: in `text`, modes `supervise` and `align` compare a prompt with itself and change nothing by design at strength 1.
 Refusals are not part of the definition: a model that refuses all of them already can be changed, and `project` and `steer` may
-change answers without changing refusals. That refusals do not become fewer is checked besides (`no_worse`).
+change answers without changing refusals. That refusals do not become fewer is checked besides (`refusal_regression`).
 
 The prompts are those that come with the model, else a sample of the built-in anchors that are kept back from extraction. One
 decoder session is open at a time.
@@ -31,13 +31,13 @@ from ...graphs.spec import MODES_TOWARD_TEXT
 from ...runtime.decoder_place import DecoderPlace
 from ...runtime.refusals import refused
 from ...runtime.vlm import Request, VisionLanguageModel
-from ..evaluation.answers import Said, ask
 from ..evaluation.evaluate import Tally
-from ..evaluation.outcome import count
+from ..evaluation.logprobs import Said, ask
+from ..evaluation.metrics import count
 from ..extraction.extract import collect_states, tapped_graph
 from ..prompts.labelled import BUILTIN, AnchorPair, LabelledPrompt, prompts_from_anchors, read_anchors
 from ..sources import Watch
-from .no_worse import Refusals, compare_refusals, some_harmful
+from .refusal_regression import Refusals, compare_refusals, some_harmful
 
 BUILTIN_TOKENS = 8  # of each answer to a built-in prompt: enough to begin a refusal
 _MOST_BUILTIN = 10  # harmful built-in prompts of each setting: one of each intent

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from ...runtime.images import open_image
+from ...runtime.images.images import open_image
 from ...runtime.vlm import Request, VisionLanguageModel
 from ..prompts.labelled import LabelledPrompt
 

@@ -14,7 +14,7 @@ from ..evaluation.evaluate import Tally
 from ..extraction.extract import collect_answer_states, collect_states, tapped
 from ..prompts.labelled import LabelledPrompt
 from ..sources import Watch
-from .study import Study
+from .fitting import Study
 
 _GATED_TOKENS = 12  # of each harmless answer, for the gate: more memory, little more to learn
 

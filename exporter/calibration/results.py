@@ -11,7 +11,7 @@ from ..evaluation.evaluate import Tally
 from ..prompts.labelled import LabelledPrompt, fingerprint
 from .candidates import Candidate
 from .controls import Control
-from .no_worse import Refusals, compare_refusals
+from .refusal_regression import Refusals, compare_refusals
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from ..prompts.labelled import LabelledPrompt
 from ..sources import Watch
 from .candidates import Candidate, open_dials, places, variations
 from .controls import Control, controls_of
-from .no_worse import compare_refusals, require_no_fewer
+from .fitting import NOTHING, Study, deal_into_folds, fit_gate, fitted_directions, groups_of
 from .ranking import gains, hopeless, is_perfect, keeps_limits, nearest_of, no_winner, ranked, require_a_gap
 from .reading import text_answers
+from .refusal_regression import compare_refusals, require_no_fewer
 from .results import Calibration, HeldOut, Trial
-from .study import NOTHING, Study, deal_into_folds, fit_gate, fitted_directions, groups_of
 from .trials import TrialModel, only, together
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ...graphs.errors import GuardError
-from ...runtime.image_features import ImageFeatures
+from ...runtime.images.image_features import ImageFeatures
 from ...runtime.refusals import refused
 from ...runtime.vlm import Request, Sampling, VisionLanguageModel
 from ..extraction.extract import Progress

@@ -1,6 +1,6 @@
 """Asking candidates: ONE graph, guarded at every layer that may be chosen, its numbers fed with each call.
 
-The graph is rewritten and opened once. By default its guards do nothing (`graphs/parameters.py`); a candidate is its
+The graph is rewritten and opened once. By default its guards do nothing (`graphs/trial_graph.py`); a candidate is its
 numbers, so a trial costs its answers and nothing else. What a candidate's numbers are is decided by `plan_guard`, as it
 will be when the winner is exported.
 """
@@ -16,15 +16,15 @@ import numpy as np
 from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.directions import Directions, LayerDirections
 from ...graphs.last_logits import keep_last_logits
-from ...graphs.parameters import guard_numbers, make_overridable, neutral, widened
 from ...graphs.plan import plan_guard
 from ...graphs.rewrite import rewrite
 from ...graphs.spec import GuardSpec
 from ...graphs.taps import tap_guard_last_token
-from ...runtime.runners import ClosableRunner, Port, Runner
+from ...graphs.trial_graph import guard_numbers, make_overridable, neutral, widened
+from ...runtime.runner_protocol import ClosableRunner, Port, Runner
 from ...runtime.vlm import VisionLanguageModel
 from ..evaluation.evaluate import tally
-from ..evaluation.outcome import Tally, count
+from ..evaluation.metrics import Tally, count
 from ..prompts.labelled import LabelledPrompt
 
 

@@ -8,7 +8,7 @@ from ...graphs.directions import Directions
 from ...graphs.errors import DirectionMismatch, GuardError, PromptsUnusable
 from ...graphs.spec import GuardSpec
 from ..prompts.labelled import LabelledPrompt
-from .study import FEWEST_FOLDS, groups_of
+from .fitting import FEWEST_FOLDS, groups_of
 
 
 def visible(prompts: Sequence[LabelledPrompt], mode: str) -> list[LabelledPrompt]:

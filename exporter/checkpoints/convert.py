@@ -36,8 +36,8 @@ from ...graphs.decoder_state import COMMUNITY_PAST
 from ...graphs.errors import ExtraMissing, GuardError, ModelUnreadable, OutputRefused, ProofFailed, first_line
 from ...graphs.extras import install_command
 from ...graphs.package import COMPANIONS, LARGEST_JSON, require_small
+from ...graphs.proof.structure import Check
 from ...graphs.reasons import out_of_memory
-from ...graphs.static_proof import Check
 from ..families import find_family
 from ..families.family import PAST, SEQUENCE, TOTAL, Family
 from .narrow import narrow_weights, round_weights

@@ -24,7 +24,7 @@ from typing import Literal
 
 from ...graphs.errors import ExtraMissing, GuardError, ModelUnreadable, first_line
 from ...graphs.extras import install_command
-from ...graphs.static_proof import Check
+from ...graphs.proof.structure import Check
 from .convert import convert_checkpoint, copy_companions, locate, read_config
 
 ExporterName = Literal["transformers", "genai", "optimum"]

@@ -19,7 +19,7 @@ import numpy as np
 from ...graphs.decoder_state import COMMUNITY_PAST, COMMUNITY_PRESENT
 from ...graphs.errors import ExtraMissing, ProofFailed
 from ...graphs.extras import install_command
-from ...graphs.static_proof import Check
+from ...graphs.proof.structure import Check
 from ..families.family import Arrays, Family, Turn, Vision
 from ..proof.headroom import WAY_OUT
 from .float16_range import Peak, recorded_peaks, why_not_float16

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.chat import FolderConfigs, add_declared_tokens, boundary_ids, open_tokenizer
+from ...runtime.chat.chat import FolderConfigs, add_declared_tokens, boundary_ids, open_tokenizer
 
 _SENTENCES = (
     "The capital of France is Paris.",

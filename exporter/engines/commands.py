@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from ...graphs.errors import GuardError
-from .build import BuildOptions
-from .folder import Part, open_buildable, plan_parts
+from .build_engine import BuildOptions
+from .engine_folder import Part, open_buildable, plan_parts
 from .profile import EngineProfile, Shapes, parse_shapes
 
 Tool = Literal["trtexec", "tensorrt_rtx"]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...graphs.errors import GuardIncomplete
-from ...graphs.scribe import PREFIX
+from ...graphs.node_builder import PREFIX
 
 # Layers that compute sizes on the host and launch nothing.
 _BOOKKEEPING = frozenset({"shape_call", "reshape", "cast", "signal", "wait", "NoOp"})

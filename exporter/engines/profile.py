@@ -14,10 +14,10 @@ from typing import Any
 import onnx_ir as ir
 
 from ...graphs.decoder_state import is_past_name
-from ...graphs.dials import PAST_GATE_INPUT
 from ...graphs.errors import GuardError
 from ...graphs.plan import SUPERVISOR_INPUTS
 from ...graphs.roles import TOKENS, InputRoles, input_roles
+from ...graphs.runtime_controls import PAST_GATE_INPUT
 
 # Smallest, typical and largest shape of one input.
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]

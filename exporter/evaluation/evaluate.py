@@ -1,10 +1,10 @@
 """Does the guard work? The same prompts to the unguarded and to the guarded model, and what each did with them.
 
-1. The prompts, in their settings, none of which an earlier step has used (`shown`, `overlaps`).
-2. Batch by batch, here or on a cluster (`shards`): both models answer; judges, drift and gates (`asking`). The unguarded
-   model is also asked the words of prompts with an image alone, once per text: the text-only model is the yardstick.
+1. The prompts, in their settings, none of which an earlier step has used (`prompt_settings`, `overlaps`).
+2. Batch by batch, here or on a cluster (`executors`): both models answer; judges, drift and gates (`batch_runner`). The
+   unguarded model also answers the words of prompts with an image alone, once per text: the text-only model is the yardstick.
 3. A record per prompt, on request in a file that a killed run goes on with (`records`).
-4. The figures, with their intervals (`yardstick`, `outcome`).
+4. The figures, with their intervals (`yardstick`, `metrics`).
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from typing import Any
 
 from ...graphs.digests import sha256_file
 from ...graphs.errors import PromptsUnusable
+from ...graphs.graph_io import external_files
 from ...graphs.manifest import MANIFEST_NAME
-from ...graphs.package import external_files
 from ...runtime.guarded import GuardedVLM
 from ...runtime.refusals import refused
 from ...runtime.vlm import Sampling, VisionLanguageModel
+from ..cluster import spreading
+from ..executors import Spread, in_turn
 from ..extraction.extract import Progress
 from ..prompts.labelled import BUILTIN, LabelledPrompt, Sources, find_file, fingerprint, listed
 from ..prompts.overlaps import require_held_out_of
-from ..shards import Spread, in_turn, spreading
 from ..sources import Watch, open_model, require_unmarked, unwatched
-from .asking import AskBoth, Asking, Gates, compares_first_tokens, open_gates, shard_of
+from .batch_runner import AskBoth, Asking, Gates, compares_first_tokens, open_gates, shard_of
 from .judge_model import GuardModel
-from .outcome import KEYWORDS, Cell, Evaluation, Tally, count
+from .metrics import KEYWORDS, Cell, Evaluation, Tally, count
+from .prompt_settings import shown_prompts
 from .records import Record, RecordFile, digest_of
-from .shown import shown_prompts
 
 __all__ = ["Cell", "Evaluation", "Tally", "compare", "evaluate", "tally"]
 

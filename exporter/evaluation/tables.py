@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ..terminal import show_found
 from .intervals import LEVEL, Interval, Share
-from .outcome import KEYWORDS, Evaluation
+from .metrics import KEYWORDS, Evaluation
 from .yardstick import Divergence, Gap, Yardstick
 
 

@@ -24,9 +24,9 @@ from ...graphs.last_logits import keep_last_logits
 from ...graphs.package import ModelPackage
 from ...graphs.taps import STATES_OUTPUT, tap_last_token
 from ...runtime.vlm import Request, Sampling, VisionLanguageModel
+from ..executors import Spread, Spreader, here, in_turn
 from ..prompts.labelled import AnchorPair
 from ..proof.headroom import WAY_OUT
-from ..shards import Spread, Spreader, here, in_turn
 from .estimators import DEFAULT_ESTIMATOR, ESTIMATORS, require_known
 from .kept_states import KeptStates, model_files
 from .loud_channels import held_out_auc, quiet_rows

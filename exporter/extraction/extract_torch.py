@@ -18,13 +18,13 @@ import numpy as np
 from ...graphs.directions import Directions
 from ...graphs.errors import AnatomyNotFound, ExtraMissing
 from ...graphs.extras import install_command
-from ...runtime.chat import ChatTokenizer
+from ...runtime.chat.chat import ChatTokenizer
 from ...runtime.vlm import Request
 from ..checkpoints.convert import load_model, locate, read_config
 from ..checkpoints.float16_range import decoder_layers
+from ..executors import Spreader, here, when_needed
 from ..families import find_family
 from ..prompts.labelled import AnchorPair
-from ..shards import Spreader, here, when_needed
 from .estimators import DEFAULT_ESTIMATOR, ESTIMATORS, require_known
 from .extract import Progress, anchor_requests, directions_from_states, read_batches
 from .kept_states import digest_of, kept_beside

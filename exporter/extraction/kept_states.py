@@ -19,10 +19,11 @@ import numpy as np
 
 from ...graphs.digests import BIG, sha256_file
 from ...graphs.errors import GuardError
-from ...graphs.package import ModelPackage, external_files
+from ...graphs.graph_io import external_files
+from ...graphs.package import ModelPackage
 from ...graphs.staging import write_file
-from ...runtime.image_features import ImageFeatures
-from ...runtime.images import picture_bytes
+from ...runtime.images.image_features import ImageFeatures
+from ...runtime.images.images import picture_bytes
 from ...runtime.vlm import Request
 
 

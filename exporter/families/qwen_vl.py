@@ -5,7 +5,7 @@ The signature is that of onnx-community's Qwen2-VL:
     pixel_values   [num_patches, channels * temporal * patch * patch]
     image_grid_thw [num_images, 3] int64       patches over time, height and width
     image_features [num_image_tokens, width]
-    position_ids   [3, batch, sequence] int64  time, row and column of a token (`runtime/positions_mrope.py`)
+    position_ids   [3, batch, sequence] int64  time, row and column of a token (`runtime/images/positions_mrope.py`)
 
 Qwen3-VL adds features of inner layers of the tower to the stream after the first layers of the decoder. There is no settled
 signature for that; the names are those of two exporters that carry it:
@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...runtime.deepstack import embeds_name, features_name, scatter
-from ...runtime.positions_mrope import mrope_positions, text_positions
+from ...runtime.images.deepstack import embeds_name, features_name, scatter
+from ...runtime.images.positions_mrope import mrope_positions, text_positions
 from .family import BATCH, IMAGE_FEATURES, IMAGES, SEQUENCE, Arrays, Decoder, Family, Shapes, Turn, Vision
 from .qwen_vision import image_features
 

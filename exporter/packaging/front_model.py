@@ -20,7 +20,7 @@ import triton_python_backend_utils as pb_utils  # Triton's own, there in its Pyt
 from PIL import Image
 
 from vlmguard.graphs.errors import GuardError
-from vlmguard.runtime.images import open_image
+from vlmguard.runtime.images.images import open_image
 from vlmguard.runtime.triton_runner import open_in_triton
 from vlmguard.runtime.vlm import Request, Sampling
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...graphs.errors import GuardError
+from ...graphs.graph_io import load_graph
 from ...graphs.manifest import Manifest
-from ...graphs.package import ModelPackage, load_graph
+from ...graphs.package import ModelPackage
 from ...graphs.roles import EMBEDS
 from ...graphs.staging import Data
 from ..sources import Watch
-from .arrangement import Arrangement, Packaged, loose_files, rearrange, require_other_layout, with_data
 from .genai_config import FED, GRAPH, RUNTIME, config_bytes
 from .known_inputs import require_known
+from .repackage import Arrangement, Packaged, loose_files, rearrange, require_other_layout, with_data
 
 
 def package_genai(

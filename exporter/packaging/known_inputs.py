@@ -8,10 +8,10 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from ...graphs.decoder_state import COMMUNITY_PAST, COMMUNITY_PRESENT
-from ...graphs.dials import PAST_GATE_INPUT
 from ...graphs.errors import GuardError
 from ...graphs.plan import PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUT
 from ...graphs.roles import LOGITS, input_roles
+from ...graphs.runtime_controls import PAST_GATE_INPUT
 
 # What the runtimes know of a cache: keys and values of a layer, in the onnx-community layout's names.
 _CACHE = re.compile(r"[0-9]+\.(key|value)")

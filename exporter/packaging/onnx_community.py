@@ -12,14 +12,15 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ...graphs.errors import GuardError
+from ...graphs.graph_io import external_files, graph_bytes, load_graph, relocated
 from ...graphs.manifest import Manifest
-from ...graphs.package import ModelPackage, external_files, graph_bytes, load_graph, relocated
+from ...graphs.package import ModelPackage
 from ...graphs.roles import EMBEDS, MASK, POSITIONS, TOKENS, input_roles
 from ...graphs.staging import Data
 from ..sources import Watch
-from .arrangement import Arrangement, Packaged, loose_files, rearrange, require_other_layout
 from .community_config import GENAI, RUNTIME, config_bytes, configs
 from .known_inputs import require_known
+from .repackage import Arrangement, Packaged, loose_files, rearrange, require_other_layout
 
 _FED = (TOKENS, EMBEDS, MASK, POSITIONS, "num_logits_to_keep", "use_cache_branch")
 

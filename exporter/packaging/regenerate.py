@@ -10,9 +10,10 @@ from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
 from ...graphs import triton
+from ...graphs.graph_io import external_files, load_graph
 from ...graphs.manifest import Manifest
-from ...graphs.package import ModelPackage, external_files, load_graph, read_json
-from ...graphs.static_proof import Check, exact
+from ...graphs.package import ModelPackage, read_json
+from ...graphs.proof.structure import Check, exact
 from . import community_config, genai_config
 
 _GENERATION = "generation_config.json"

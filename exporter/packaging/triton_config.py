@@ -17,7 +17,7 @@ import onnx_ir as ir
 from ...graphs import triton
 from ...graphs.errors import GuardError
 from ...graphs.whole_numbers import whole_number
-from ...runtime.runners import Port
+from ...runtime.runner_protocol import Port
 from ...runtime.triton_runner import Ports
 from .prototext import Message, Word, to_prototext
 

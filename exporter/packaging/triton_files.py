@@ -10,9 +10,10 @@ from typing import Any
 
 from ...graphs import triton
 from ...graphs.errors import GuardError, ManifestMismatch
+from ...graphs.graph_io import load_graph
 from ...graphs.manifest import Manifest
-from ...graphs.package import ModelPackage, load_graph
-from ...graphs.static_proof import Check, exact
+from ...graphs.package import ModelPackage
+from ...graphs.proof.structure import Check, exact
 from ...graphs.strict_json import to_strict_json
 from ...runtime.decoder import DecoderSession, can_pad
 from ...runtime.triton_runner import Ports, TritonRunner

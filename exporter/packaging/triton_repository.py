@@ -15,7 +15,7 @@ from ...graphs.manifest import Manifest
 from ...graphs.package import ModelPackage
 from ...graphs.staging import Data
 from ..sources import Watch
-from .arrangement import Arrangement, Packaged, loose_files, rearrange, with_data
+from .repackage import Arrangement, Packaged, loose_files, rearrange, with_data
 from .triton_config import TritonOptions
 from .triton_files import graphs_of, written_files
 

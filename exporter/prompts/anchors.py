@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...graphs.errors import PromptsUnusable
-from ..calibration.study import FEWEST_FOLDS
+from ..calibration.fitting import FEWEST_FOLDS
 from .labelled import (
     BUILTIN,
     AnchorPair,

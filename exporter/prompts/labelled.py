@@ -23,8 +23,8 @@ from pathlib import Path
 
 from ...graphs.errors import PromptsUnusable
 from ...graphs.places import model_folders
-from ...runtime.image_features import ImageFeatures
-from ...runtime.images import picture_bytes
+from ...runtime.images.image_features import ImageFeatures
+from ...runtime.images.images import picture_bytes
 from ...runtime.vlm import Request, VisionLanguageModel
 from .files import read_rows
 from .formats import BY_NAME, PICTURED, Entry, Label, RowUnusable, Setting, recognise

@@ -18,10 +18,11 @@ from ...graphs.bystanders import decoder_in
 from ...graphs.directions import DIRECTIONS_FILE
 from ...graphs.errors import GuardError, ManifestMismatch
 from ...graphs.graph_content import is_engine, is_graph
+from ...graphs.graph_io import external_files, load_graph
 from ...graphs.inventory import CHECKPOINTS, CODE
 from ...graphs.manifest import Manifest
-from ...graphs.package import LARGEST_JSON, ModelPackage, external_files, load_graph, read_json
-from ...graphs.static_proof import Check, exact
+from ...graphs.package import LARGEST_JSON, ModelPackage, read_json
+from ...graphs.proof.structure import Check, exact
 
 # Configs that name graphs, by the key.
 _NAMES_A_GRAPH = frozenset({"filename", "file", "model_file", "model_file_name"})

@@ -15,10 +15,11 @@ from ...graphs.anatomy import prepare
 from ...graphs.digests import sha256_files
 from ...graphs.directions import DIRECTIONS_FILE
 from ...graphs.graph_content import is_graph
+from ...graphs.graph_io import GUARD_DATA, external_files, load_graph, relocated
 from ...graphs.inventory import is_read
 from ...graphs.manifest import Manifest
-from ...graphs.package import GUARD_DATA, SBOM_NAME, ModelPackage, external_files, load_graph, relocated
-from ...graphs.static_proof import Check, exact, same_graph
+from ...graphs.package import SBOM_NAME, ModelPackage
+from ...graphs.proof.structure import Check, exact, same_graph
 from ..packaging.regenerate import is_left_out, regenerated
 
 

@@ -14,13 +14,13 @@ import onnx_ir as ir
 
 from ...graphs.anatomy import DecoderAnatomy, dissect
 from ...graphs.errors import GuardError, ManifestMismatch
-from ...graphs.fold import FOLD
+from ...graphs.lowerings.fold import FOLD
 from ...graphs.manifest import DecoderRecord, Manifest
 from ...graphs.package import ModelPackage
 from ...graphs.plan import GuardPlan
+from ...graphs.proof.strip import strip_guard
+from ...graphs.proof.structure import same_graph
 from ...graphs.rewrite import GuardReport, rewrite
-from ...graphs.static_proof import same_graph
-from ...graphs.strip import strip_guard
 from .verify import originals_of, plan_again
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from ...graphs.node_builder import PREFIX
 from ...graphs.pairs import STEP_TOKENS
 from ...graphs.plan import GuardPlan
 from ...graphs.reference import SUPERVISED_ABOVE
-from ...graphs.scribe import PREFIX
 
 # A threshold that no score passes, and one that all do; finite, so that nothing becomes NaN.
 NEVER, ALWAYS = 3.0e38, -3.0e38

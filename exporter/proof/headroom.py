@@ -1,7 +1,7 @@
 """Headroom: how near the states of a float16 graph come to the end of float16, 65504, layer by layer.
 
 The guard's own arithmetic stays finite for any finite state, and for states up to half the range the guarded sum too
-(`graphs/lowering_gate.py`). What the proof cannot know is the prompts that were not tried, so there are two lines:
+(`graphs/lowerings/gate.py`). What the proof cannot know is the prompts that were not tried, so there are two lines:
 beyond half the range the headroom is thin, which is said; beyond 15/16 of it, or if anything was not finite, the guard
 is refused, because a state of another prompt need only be a sixteenth larger to be infinite.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ...graphs.static_proof import Check
+from ...graphs.proof.structure import Check
 
 LARGEST = float(np.finfo(np.float16).max)
 WAY_OUT = (

@@ -13,7 +13,7 @@ from ...graphs.package import ModelPackage
 from ...graphs.reference import call_mask
 from ...graphs.roles import EMBEDS, MASK, TOKENS, InputRoles
 from ...runtime.decoder import DecoderSession, PromptBatch, can_pad, open_decoder
-from ...runtime.pairs import interleaved
+from ...runtime.paired_batches import interleaved
 from ...runtime.vlm import Request, VisionLanguageModel
 from .npz import read_npz
 from .signature import made_batches

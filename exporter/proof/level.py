@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import onnx_ir as ir
 
 from ...graphs.errors import GuardError
-from ...graphs.fold import FOLD
+from ...graphs.lowerings.fold import FOLD
 from ...graphs.manifest import Proved
 from ...graphs.package import ModelPackage
 from .memory import free_bytes, needed_bytes

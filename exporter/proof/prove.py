@@ -6,8 +6,9 @@
 3. Tokens that are not to be edited are untouched, bit for bit.
 4. In a float16 graph: how near the states come to the end of float16 (`headroom`).
    Paired rows: even rows, and with them rows that stand alone, equal the original bit for bit, decode steps of odd rows too.
-5. Where the graph has dials (`graphs.dials`): strength 0, and below, equals the original bit for bit; states at other settings
-   equal the reference; scores and gates told are the reference's (`prove_gate`); a held gate outlasts what the scores say.
+5. Where the graph has runtime controls (`graphs.runtime_controls`): strength 0, and below, equals the original bit for bit;
+   states at other settings equal the reference; its scores and gates are the reference's (`prove_gate`); a held gate
+   outlasts later scores.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from ...graphs.dials import OFFSET_INPUT, PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, STRENGTH_INPUT
 from ...graphs.errors import RunFailed
-from ...graphs.package import ModelPackage, load_graph
+from ...graphs.graph_io import load_graph
+from ...graphs.package import ModelPackage
 from ...graphs.plan import COORDINATES_OUTPUT, GuardPlan
+from ...graphs.proof.structure import Check, exact
 from ...graphs.reference import (
     LISTEN,
     Dials,
@@ -37,8 +39,8 @@ from ...graphs.reference import (
     text_coordinates,
 )
 from ...graphs.rewrite import GuardReport
+from ...graphs.runtime_controls import OFFSET_INPUT, PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, STRENGTH_INPUT
 from ...graphs.spec import MODES_TOWARD_TEXT
-from ...graphs.static_proof import Check, exact
 from ...graphs.taps import tap_guard
 from ...runtime.decoder import DecoderSession, PromptBatch, can_pad, open_decoder
 from ...runtime.decoder_place import DecoderPlace

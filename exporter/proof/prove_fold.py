@@ -13,12 +13,13 @@ import numpy as np
 import onnx_ir as ir
 
 from ...graphs.anatomy import STREAM_DTYPES, dissect
-from ...graphs.fold import subspace
-from ...graphs.fold_proof import project_explicitly
-from ...graphs.package import ModelPackage, load_graph
+from ...graphs.graph_io import load_graph
+from ...graphs.lowerings.fold import subspace
+from ...graphs.package import ModelPackage
 from ...graphs.plan import GuardPlan
+from ...graphs.proof.fold_proof import project_explicitly
+from ...graphs.proof.structure import Check
 from ...graphs.rewrite import GuardReport
-from ...graphs.static_proof import Check
 from ...graphs.taps import STATES_OUTPUT, tap_last_token
 from ...runtime.decoder import open_decoder
 from ...runtime.decoder_place import DecoderPlace

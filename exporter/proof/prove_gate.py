@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ...graphs.dials import PRESENT_GATE_OUTPUT, SCORES_OUTPUT
 from ...graphs.plan import GuardPlan
+from ...graphs.proof.structure import Check, exact
 from ...graphs.reference import Dials, LayerGuard, gate, score
+from ...graphs.runtime_controls import PRESENT_GATE_OUTPUT, SCORES_OUTPUT
 from ...graphs.spec import MODES_TOWARD_TEXT
-from ...graphs.static_proof import Check, exact
 
 SCORES = "gate scores told equal the numpy reference"
 DECIDED = "gates told are those that the numpy reference decides"

@@ -22,18 +22,13 @@ import numpy as np
 import onnx_ir as ir
 
 from ...graphs.call_inputs import GrowingCache
-from ...graphs.cut_out import Cut, CutSite, cut_out
-from ...graphs.dials import (
-    OFFSET_INPUT,
-    PAST_GATE_INPUT,
-    PRESENT_GATE_OUTPUT,
-    SCORES_OUTPUT,
-    STRENGTH_INPUT,
-)
 from ...graphs.errors import ModelUnreadable, RunFailed
-from ...graphs.lowering_gate import LARGEST_HALF_EDIT
-from ...graphs.package import graph_bytes, load_graph
+from ...graphs.graph_io import graph_bytes, load_graph
+from ...graphs.lowerings.gate import LARGEST_HALF_EDIT
+from ...graphs.node_builder import NUMPY_DTYPES
 from ...graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan
+from ...graphs.proof.cut_out import Cut, CutSite, cut_out
+from ...graphs.proof.structure import Check, exact
 from ...graphs.reference import (
     Dials,
     LayerGuard,
@@ -48,9 +43,14 @@ from ...graphs.reference import (
     weights,
 )
 from ...graphs.rewrite import GuardReport
-from ...graphs.scribe import NUMPY_DTYPES
+from ...graphs.runtime_controls import (
+    OFFSET_INPUT,
+    PAST_GATE_INPUT,
+    PRESENT_GATE_OUTPUT,
+    SCORES_OUTPUT,
+    STRENGTH_INPUT,
+)
 from ...graphs.spec import MODES_TOWARD_TEXT
-from ...graphs.static_proof import Check, exact
 from ...runtime.runners import open_runner
 from .forced import force_gates, forced_threshold
 from .limits import TOLERANCE

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...graphs.node_builder import NUMPY_DTYPES
 from ...graphs.reference import LISTEN, LayerGuard
-from ...graphs.scribe import NUMPY_DTYPES
 
 TOKENS = 4
 _PAST = 3

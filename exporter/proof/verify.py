@@ -20,15 +20,13 @@ from ...graphs.anatomy import DecoderAnatomy, dissect
 from ...graphs.digests import sha256_file
 from ...graphs.directions import DIRECTIONS_FILE, read_directions
 from ...graphs.errors import GuardError, ManifestMismatch
-from ...graphs.fold import FOLD
-from ...graphs.fold_proof import prove_fold, refolded, writers_orthogonal
+from ...graphs.lowerings.fold import FOLD
 from ...graphs.manifest import MANIFEST_NAME, DecoderRecord, Manifest, read_manifest, require_intact
 from ...graphs.package import ModelPackage, open_package
 from ...graphs.plan import GuardPlan, plan_guard
-from ...graphs.rewrite import rewrite
-from ...graphs.spec import GuardSpec
-from ...graphs.staging import write_file
-from ...graphs.static_proof import (
+from ...graphs.proof.fold_proof import prove_fold, refolded, writers_orthogonal
+from ...graphs.proof.strip import names_left, strip_guard
+from ...graphs.proof.structure import (
     Check,
     exact,
     guard_dominates,
@@ -37,16 +35,18 @@ from ...graphs.static_proof import (
     signature_unchanged,
     sites_guarded_once,
 )
-from ...graphs.strip import names_left, strip_guard
+from ...graphs.rewrite import rewrite
+from ...graphs.spec import GuardSpec
+from ...graphs.staging import write_file
 from ...runtime.guarded import open_guarded_package
 from ..artifact.signing import check_signature
 from ..calibration.calibrate import DEFAULT_BUDGET
 from ..calibration.guard_config import CONFIG_NAME
-from ..calibration.no_worse import Refusals
-from ..engines.verify import check_around_engines, check_by_running, check_records, check_sources
-from ..guide import Guide
+from ..calibration.refusal_regression import Refusals
+from ..engines.verify_engines import check_around_engines, check_by_running, check_records, check_sources
 from ..packaging.regenerate import check_packaged
 from ..packaging.triton_files import check_repository, own_code
+from ..resolve import Guide
 from ..sources import Source, Watch, unwatched
 from .accounting import check_engine_files, check_graphs, check_layout, require_kind, text_inputs
 from .beside_source import Contents, check_around, check_external_data

@@ -20,10 +20,10 @@ from olive.workflows import run
 
 import vlmguard
 from integrations.replay import BUILD, Agreement, CaseFolder, Feeds, mode_folders, replay, write_result
-from vlmguard.exporter.plugins.olive import GuardRefused, package_config
 from vlmguard.graphs.anatomy import guarded_layers
 from vlmguard.graphs.directions import Directions, LayerDirections, directions_bytes
-from vlmguard.graphs.package import load_graph
+from vlmguard.graphs.graph_io import load_graph
+from vlmguard.plugins.olive import GuardRefused, package_config
 
 HERE, WORK = Path(__file__).parent, BUILD / "olive"
 ROOT = HERE.parents[1]

@@ -13,7 +13,7 @@ test -d "$venv" || python3 -m venv "$venv"
 cd "$root"
 rm -rf "$work"/guarded "$work"/cache "$work"/check
 # What a user does: two commands. The second line guards the tiny VLM, anchors to proof.
-"$venv/bin/python" -m vlmguard.exporter.plugins.olive > "$work/passes.json"
+"$venv/bin/python" -m vlmguard.plugins.olive > "$work/passes.json"
 "$venv/bin/olive" run --config integrations/olive/workflow.json --package-config "$work/passes.json"
 "$venv/bin/vlmguard" verify "$work/guarded" --source examples/tiny_vlm/onnx-community
 PYTHONPATH="$root" "$venv/bin/python" integrations/olive/check.py

@@ -17,9 +17,15 @@ from vlmguard.exporter.calibration import controls, search, trials
 from vlmguard.exporter.calibration.calibrate import calibrate
 from vlmguard.exporter.calibration.candidates import Candidate
 from vlmguard.exporter.calibration.controls import controls_of
+from vlmguard.exporter.calibration.fitting import (
+    Study,
+    deal_into_folds,
+    fitted_directions,
+    groups_of,
+    threshold_between,
+)
 from vlmguard.exporter.calibration.ranking import hopeless, ranked
 from vlmguard.exporter.calibration.results import Calibration, Trial
-from vlmguard.exporter.calibration.study import Study, deal_into_folds, fitted_directions, groups_of, threshold_between
 from vlmguard.exporter.calibration.trials import TrialModel
 from vlmguard.exporter.calibration.usable_prompts import visible
 from vlmguard.exporter.evaluation.evaluate import Cell, Tally, tally

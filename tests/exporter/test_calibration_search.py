@@ -8,10 +8,10 @@ import pytest
 from vlmguard.exporter.calibration.candidates import DIALS, OVERLAPPING, Candidate, places
 from vlmguard.exporter.calibration.controls import ENOUGH_HELD_OUT, Control
 from vlmguard.exporter.calibration.deadline import Deadline
+from vlmguard.exporter.calibration.fitting import _target, threshold_between
 from vlmguard.exporter.calibration.ranking import gains, hopeless, keeps_limits, ranked
 from vlmguard.exporter.calibration.results import Trial
-from vlmguard.exporter.calibration.study import _target, threshold_between
-from vlmguard.exporter.evaluation.outcome import Cell, Tally
+from vlmguard.exporter.evaluation.metrics import Cell, Tally
 from vlmguard.graphs.errors import GuardError, PromptsUnusable
 from vlmguard.graphs.spec import GuardSpec
 

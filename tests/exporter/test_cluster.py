@@ -21,11 +21,11 @@ import pytest
 from tiny_vlm_paths import ANCHORS, EVALUATION, PROMPTS, SOURCE, Guarded
 
 from vlmguard.exporter import cluster as cluster_module
-from vlmguard.exporter.cluster import cluster
+from vlmguard.exporter.cluster import cluster, spreading
 from vlmguard.exporter.evaluation import evaluate as evaluate_module
 from vlmguard.exporter.evaluation.evaluate import compare
+from vlmguard.exporter.executors import Pinned, Spreader, here, versions, when_needed
 from vlmguard.exporter.pipeline import extract_directions
-from vlmguard.exporter.shards import Pinned, Spreader, here, spreading, versions, when_needed
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ModelUnreadable, PromptsUnusable
 from vlmguard.graphs.extras import install_command
 

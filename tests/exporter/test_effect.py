@@ -14,12 +14,12 @@ from random_directions import random_directions, write_directions
 from tiny_vlm_paths import PROMPTS, SOURCE, Guarded
 
 from vlmguard.exporter.calibration.effect import BUILTIN_TOKENS, builtin_sample, has_effect, require_effect, sample_of
-from vlmguard.exporter.calibration.no_worse import Refusals, Setting
-from vlmguard.exporter.evaluation.answers import Said
-from vlmguard.exporter.guide import Guide
+from vlmguard.exporter.calibration.refusal_regression import Refusals, Setting
+from vlmguard.exporter.evaluation.logprobs import Said
 from vlmguard.exporter.pipeline import ExportResult, dissect_decoder, export
 from vlmguard.exporter.prompts.labelled import LabelledPrompt
 from vlmguard.exporter.proof.verify import verify
+from vlmguard.exporter.resolve import Guide
 from vlmguard.exporter.sources import Source, unwatched
 from vlmguard.graphs.directions import Directions, read_directions
 from vlmguard.graphs.errors import GuardWeakens, NoEffect

@@ -23,26 +23,27 @@ from zoo.model import ZooModel
 from zoo_fixtures import zoo
 
 from vlmguard.exporter.checkpoints.convert import convert_checkpoint
-from vlmguard.exporter.engines.build import BuildOptions, Engine, build_engine
+from vlmguard.exporter.engines.build_engine import BuildOptions, Engine, build_engine
 from vlmguard.exporter.engines.commands import commands_for
-from vlmguard.exporter.engines.folder import build_engines, plan_parts
+from vlmguard.exporter.engines.engine_folder import build_engines, plan_parts
 from vlmguard.exporter.engines.layers import require_guard
 from vlmguard.exporter.engines.profile import EngineProfile, Span, decoder_shapes, parse_shapes
-from vlmguard.exporter.engines.verify import STEPS, rolled, same_outputs
+from vlmguard.exporter.engines.verify_engines import STEPS, rolled, same_outputs
 from vlmguard.exporter.proof.inputs import proof_inputs
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError, GuardIncomplete, ManifestMismatch
+from vlmguard.graphs.graph_io import load_graph
 from vlmguard.graphs.manifest import read_manifest
-from vlmguard.graphs.package import load_graph, open_package
+from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, plan_guard
+from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import MODES_WITH_SUPERVISOR, GuardSpec, Mode, Positions
-from vlmguard.graphs.strip import strip_guard
 from vlmguard.graphs.tensorrt import require_readable, settle_sizes, unreadable_nodes
 from vlmguard.runtime.decoder import open_decoder
 from vlmguard.runtime.guarded import GuardedVLM
-from vlmguard.runtime.tensorrt_backend import find_backend
+from vlmguard.runtime.tensorrt.backend import find_backend
 from vlmguard.runtime.vlm import Request, VisionLanguageModel
 
 pytest.importorskip("tensorrt_rtx")

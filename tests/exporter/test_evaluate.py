@@ -18,11 +18,11 @@ import pytest
 from PIL import Image
 from tiny_vlm_paths import ANCHORS, CALIBRATION, CHECKPOINT, EVALUATION, PROMPTS, SOURCE, Guarded
 
-from vlmguard.exporter.evaluation import asking as asking_module
+from vlmguard.exporter.evaluation import batch_runner as batch_runner_module
 from vlmguard.exporter.evaluation import evaluate as evaluate_module
-from vlmguard.exporter.evaluation.answers import Said
 from vlmguard.exporter.evaluation.evaluate import Cell, Evaluation, Tally, compare, evaluate, tally
 from vlmguard.exporter.evaluation.intervals import Share, clopper_pearson
+from vlmguard.exporter.evaluation.logprobs import Said
 from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
 from vlmguard.graphs.errors import GuardError, OutputRefused, PromptsUnusable
 from vlmguard.graphs.package import open_package
@@ -121,10 +121,14 @@ class Parrot:
 def parrots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parrots are asked, not run."""
     monkeypatch.setattr(
-        asking_module, "ask", lambda model, requests, _: [heard(model.says(request.prompt)) for request in requests]
+        batch_runner_module,
+        "ask",
+        lambda model, requests, _: [heard(model.says(request.prompt)) for request in requests],
     )
-    monkeypatch.setattr(asking_module, "log_likelihoods", lambda _, requests, tokens: [-2.0 * len(t) for t in tokens])
-    monkeypatch.setattr(asking_module, "first_tokens", lambda _, requests: np.log([[0.25, 0.75]] * len(requests)))
+    monkeypatch.setattr(
+        batch_runner_module, "log_likelihoods", lambda _, requests, tokens: [-2.0 * len(t) for t in tokens]
+    )
+    monkeypatch.setattr(batch_runner_module, "first_tokens", lambda _, requests: np.log([[0.25, 0.75]] * len(requests)))
 
 
 @pytest.mark.usefixtures("parrots")
@@ -216,13 +220,13 @@ def test_the_unguarded_model_is_asked_each_text_once_without_its_image(monkeypat
     ]
     before, after = Parrot(lambda text: "I cannot help." if text == "loot" else "sure"), Parrot(lambda text: "sure")
     asked: list[tuple[object, str, bool]] = []
-    real = asking_module.ask
+    real = batch_runner_module.ask
 
     def ask(model: Any, requests: list[Request], limit: int) -> list[Said]:
         asked.extend((model, request.prompt, request.image is None) for request in requests)
         return real(model, requests, limit)
 
-    monkeypatch.setattr(asking_module, "ask", ask)
+    monkeypatch.setattr(batch_runner_module, "ask", ask)
     result = evaluate(before, after, prompts)  # type: ignore[arg-type]
     alone = asked[2 * len(prompts) :]
     assert alone == [(before, "loot", True), (before, "mend", True)]
@@ -456,7 +460,7 @@ def test_a_guard_without_a_gate_drifts_and_says_that_it_has_none(
     drift = result.drift
     assert drift is not None and drift.kl_mean > 0.01 and drift.perplexity_ratio > 1.05
     assert drift.kl_interval[0] <= drift.kl_mean <= drift.kl_interval[1] <= drift.kl_highest
-    assert asking_module.open_gates(vlm) == (None, "mode project has no gate")
+    assert batch_runner_module.open_gates(vlm) == (None, "mode project has no gate")
 
 
 # ------------------------------------------------------------------------------------------------------- killed, and resumed
@@ -512,9 +516,9 @@ def test_a_killed_run_goes_on_where_it_was(
     assert done.returncode == 0, done.stderr
     ended = json.loads(done.stdout)
     asked: list[int] = []
-    real = asking_module.ask
+    real = batch_runner_module.ask
     monkeypatch.setattr(
-        asking_module, "ask", lambda model, some, limit: asked.append(len(some)) or real(model, some, limit)
+        batch_runner_module, "ask", lambda model, some, limit: asked.append(len(some)) or real(model, some, limit)
     )
     complete = (tmp_path / "never.jsonl").read_text(encoding="utf-8")
     expected = compare(SOURCE, guarded("restore"), file, 8, 4, out=tmp_path / "never.jsonl")
@@ -550,7 +554,7 @@ def test_records_of_an_earlier_version_are_completed(
     assert compare(SOURCE, guarded("restore"), file, 8, 4, out=path).to_json() == expected.to_json()
     again = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
     assert again == [*old, *(row for row in rows if "text_only" in row or "first_token" in row)]
-    monkeypatch.setattr(asking_module, "ask", None)
+    monkeypatch.setattr(batch_runner_module, "ask", None)
     assert compare(SOURCE, guarded("restore"), file, 8, 4, out=path).to_json() == expected.to_json()
 
 

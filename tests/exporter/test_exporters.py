@@ -28,8 +28,8 @@ from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ModelUnreadable
 from vlmguard.graphs.extras import install_command
 from vlmguard.graphs.package import open_package
+from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.graphs.static_proof import Check
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.vlm import Request
 

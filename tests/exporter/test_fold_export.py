@@ -18,12 +18,13 @@ from vlmguard.exporter.proof.prove_fold import prove_fold_by_running
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import directions_bytes
-from vlmguard.graphs.fold import SCOPE, fold
-from vlmguard.graphs.package import open_package, save_graph
+from vlmguard.graphs.graph_io import save_graph
+from vlmguard.graphs.lowerings.fold import SCOPE, fold
+from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import last_sites, plan_guard
+from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.rewrite import GuardReport, rewrite
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.graphs.static_proof import Check
 from vlmguard.runtime.decoder import PromptBatch
 from vlmguard.runtime.guarded import GuardedVLM, open_guarded_package
 

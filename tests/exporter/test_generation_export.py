@@ -18,8 +18,8 @@ from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.anatomy import guarded_layers
 from vlmguard.graphs.digests import sha256_file
 from vlmguard.graphs.errors import ManifestMismatch
+from vlmguard.graphs.graph_io import load_graph
 from vlmguard.graphs.manifest import read_manifest
-from vlmguard.graphs.package import load_graph
 from vlmguard.graphs.spec import GuardSpec
 
 pytest.importorskip("onnxruntime")

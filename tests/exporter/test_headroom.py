@@ -11,9 +11,10 @@ from hand_graphs import WIDTH, decoder, directions, guard_model
 from vlmguard.exporter.proof.headroom import LARGEST, NAME, Headroom
 from vlmguard.exporter.proof.inputs import random_inputs
 from vlmguard.exporter.proof.prove import prove_by_running
-from vlmguard.graphs.package import open_package, save_graph
+from vlmguard.graphs.graph_io import save_graph
+from vlmguard.graphs.package import open_package
+from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.spec import MODES, GuardSpec
-from vlmguard.graphs.static_proof import Check
 
 
 def seen(*largest: float) -> Check:

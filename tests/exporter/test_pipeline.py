@@ -17,12 +17,12 @@ from random_directions import random_directions, write_directions
 from tiny_vlm_paths import ANCHORS, CALIBRATION, DECODER, PROMPTS, SOURCE, Guarded, digests
 
 import vlmguard
-from vlmguard.exporter import guide as guide_module
 from vlmguard.exporter import pipeline
+from vlmguard.exporter import resolve as resolve_module
 from vlmguard.exporter.calibration.choice import Wish
-from vlmguard.exporter.guide import Guide
 from vlmguard.exporter.pipeline import export, extract_directions, inspect
 from vlmguard.exporter.prompts.labelled import read_anchors
+from vlmguard.exporter.resolve import Guide
 from vlmguard.graphs import staging
 from vlmguard.graphs.digests import sha256_file
 from vlmguard.graphs.directions import read_directions
@@ -311,7 +311,7 @@ class Reached(Exception):
 def reach_calibrator(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
     """Stop at the calibrator, and where a mode is chosen; the anchors that were extracted from are kept."""
     extracted: list[list[Any]] = []
-    real = guide_module.extract_all_layers
+    real = resolve_module.extract_all_layers
 
     def stop(
         model: Any, anatomy: Any, directions: Any, prompts: Any, spec: Any, budget: float, readout: Any, **_: Any
@@ -327,9 +327,9 @@ def reach_calibrator(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
         extracted.append(list(pairs))
         return real(model, anatomy, pairs, **options)
 
-    monkeypatch.setattr(guide_module, "calibrate", stop)
-    monkeypatch.setattr(guide_module, "choose", stop_choosing)
-    monkeypatch.setattr(guide_module, "extract_all_layers", keep)
+    monkeypatch.setattr(resolve_module, "calibrate", stop)
+    monkeypatch.setattr(resolve_module, "choose", stop_choosing)
+    monkeypatch.setattr(resolve_module, "extract_all_layers", keep)
     return extracted
 
 

@@ -17,9 +17,10 @@ from vlmguard.exporter.proof.level import choose_level, is_more
 from vlmguard.exporter.proof.memory import free_bytes, needed_bytes
 from vlmguard.exporter.proof.prove_local import BITS, READS, STATES
 from vlmguard.graphs.errors import GuardError, ManifestMismatch
-from vlmguard.graphs.fold import FOLD
+from vlmguard.graphs.graph_io import save_graph
+from vlmguard.graphs.lowerings.fold import FOLD
 from vlmguard.graphs.manifest import read_manifest
-from vlmguard.graphs.package import ModelPackage, open_package, save_graph
+from vlmguard.graphs.package import ModelPackage, open_package
 from vlmguard.runtime.guarded import open_manifest
 
 onnxruntime = pytest.importorskip("onnxruntime")

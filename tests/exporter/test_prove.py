@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 from random_directions import random_directions
 from tiny_vlm_paths import CALIBRATION, DECODER, SOURCE
 
-from vlmguard.exporter.artifact.folder import GuardedDecoder
+from vlmguard.exporter.artifact.guarded_folder import GuardedDecoder
 from vlmguard.exporter.pipeline import prove
 from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.exporter.proof import prove as module
@@ -27,12 +27,13 @@ from vlmguard.exporter.proof.prove import prove_by_running
 from vlmguard.exporter.sources import unwatched
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.errors import ProofFailed
-from vlmguard.graphs.package import ModelPackage, open_package, save_graph
+from vlmguard.graphs.graph_io import save_graph
+from vlmguard.graphs.package import ModelPackage, open_package
 from vlmguard.graphs.plan import GuardPlan, plan_guard
+from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.reference import LISTEN, LayerGuard
 from vlmguard.graphs.rewrite import GuardReport, rewrite
 from vlmguard.graphs.spec import MODES, MODES_WITH_SUPERVISOR, POSITIONS, GuardSpec
-from vlmguard.graphs.static_proof import Check
 from vlmguard.runtime.decoder import open_decoder
 from vlmguard.runtime.vlm import VisionLanguageModel
 

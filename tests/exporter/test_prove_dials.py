@@ -19,19 +19,20 @@ from onnx import helper, numpy_helper
 from tiny_vlm_paths import DECODER, SOURCE, Guarded, digests
 
 import vlmguard
-from vlmguard.exporter.engines.folder import open_buildable
+from vlmguard.exporter.engines.engine_folder import open_buildable
 from vlmguard.exporter.proof.inputs import ProofInputs
 from vlmguard.exporter.proof.prove import prove_by_running
 from vlmguard.exporter.proof.prove_gate import DECIDED, SCORES
 from vlmguard.graphs.anatomy import dissect
-from vlmguard.graphs.dials import STRENGTH_INPUT
 from vlmguard.graphs.errors import ManifestMismatch
-from vlmguard.graphs.package import open_package, save_graph
+from vlmguard.graphs.graph_io import save_graph
+from vlmguard.graphs.node_builder import NUMPY_DTYPES
+from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import plan_guard
+from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.rewrite import rewrite
-from vlmguard.graphs.scribe import NUMPY_DTYPES
+from vlmguard.graphs.runtime_controls import STRENGTH_INPUT
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.graphs.static_proof import Check
 from vlmguard.runtime.decoder import PromptBatch
 
 pytest_plugins = ("tiny_vlm_fixtures",)

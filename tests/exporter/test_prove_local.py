@@ -14,9 +14,9 @@ from hand_graphs import WIDTH, copy_of, decoder, directions, guard_model, merged
 from onnx import helper, numpy_helper
 
 from vlmguard.exporter.proof.prove_local import BITS, READS, STATES, TOLD, prove_locally
-from vlmguard.graphs.package import save_graph
+from vlmguard.graphs.graph_io import save_graph
+from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.spec import MODES, MODES_WITH_SUPERVISOR, GuardSpec
-from vlmguard.graphs.static_proof import Check
 
 pytest.importorskip("onnxruntime")
 
@@ -231,6 +231,6 @@ def test_each_number_of_each_guard_matters(tmp_path: Path, mode: str, lowering: 
 
 
 def _bytes(model: Any) -> bytes:
-    from vlmguard.graphs.package import graph_bytes
+    from vlmguard.graphs.graph_io import graph_bytes
 
     return graph_bytes(copy_of(model))

@@ -20,11 +20,12 @@ from vlmguard.exporter.proof.prove import prove_by_running
 from vlmguard.exporter.proof.prove_local import BITS, READS, STATES, prove_locally
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.package import open_package, save_graph
+from vlmguard.graphs.graph_io import save_graph
+from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import plan_guard
+from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.graphs.static_proof import Check
 from vlmguard.runtime.vlm import Request, VisionLanguageModel
 
 pytest.importorskip("onnxruntime")

@@ -15,7 +15,8 @@ from vlmguard.exporter.proof.inputs import given_inputs, signature_inputs
 from vlmguard.exporter.proof.prove import roll
 from vlmguard.exporter.proof.signature import VARIANTS, why_made
 from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.package import graph_bytes, open_package
+from vlmguard.graphs.graph_io import graph_bytes
+from vlmguard.graphs.package import open_package
 from vlmguard.graphs.roles import InputRoles
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.runtime.decoder import open_decoder

@@ -39,8 +39,8 @@ def test_a_plain_console_would_let_it_through() -> None:
 
 
 def test_markup_in_a_name_is_text() -> None:
-    from vlmguard.exporter.tables import show_checks
-    from vlmguard.graphs.static_proof import Check
+    from vlmguard.exporter.render import show_checks
+    from vlmguard.graphs.proof.structure import Check
 
     file = io.StringIO()
     name = "[link=http://x]a[/link]"
@@ -79,15 +79,15 @@ def test_a_pipe_gets_a_line_every_so_many_seconds(
     monkeypatch: pytest.MonkeyPatch, between: str | None, lines: str
 ) -> None:
     """Ten, or what the variable says."""
-    from vlmguard.exporter import tables
+    from vlmguard.exporter import render
 
-    monkeypatch.delenv(tables.PROGRESS_SECONDS)
+    monkeypatch.delenv(render.PROGRESS_SECONDS)
     if between is not None:
-        monkeypatch.setenv(tables.PROGRESS_SECONDS, between)
+        monkeypatch.setenv(render.PROGRESS_SECONDS, between)
     now = [100.0]
-    monkeypatch.setattr(tables.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(render.time, "monotonic", lambda: now[0])
     file = io.StringIO()
-    with tables.bars(SafeConsole(file=file, width=60)) as watch:
+    with render.bars(SafeConsole(file=file, width=60)) as watch:
         for done, seconds in enumerate((1, 8, 2, 9, 1)):
             now[0] += seconds
             watch("judging mode align", done, 5)
@@ -96,10 +96,10 @@ def test_a_pipe_gets_a_line_every_so_many_seconds(
 
 @pytest.mark.parametrize("between", ["often", "-1", "nan", "inf", ""])
 def test_an_interval_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, between: str) -> None:
-    from vlmguard.exporter import tables
+    from vlmguard.exporter import render
 
-    monkeypatch.setenv(tables.PROGRESS_SECONDS, between)
-    with pytest.raises(GuardError) as refusal, tables.bars(SafeConsole(file=io.StringIO())):
+    monkeypatch.setenv(render.PROGRESS_SECONDS, between)
+    with pytest.raises(GuardError) as refusal, render.bars(SafeConsole(file=io.StringIO())):
         pass
     assert str(refusal.value) == (
         f"VLMGUARD_PROGRESS_SECONDS is {between!r}; set it to a number of seconds, or to 0 for no lines"

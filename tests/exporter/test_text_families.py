@@ -27,7 +27,8 @@ from vlmguard.exporter.families import find_family
 from vlmguard.exporter.pipeline import extract_directions
 from vlmguard.exporter.proof.headroom import WAY_OUT
 from vlmguard.graphs.errors import GuardError, ModelUnreadable, ProofFailed
-from vlmguard.graphs.package import load_graph, open_package
+from vlmguard.graphs.graph_io import load_graph
+from vlmguard.graphs.package import open_package
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.vlm import Request, VisionLanguageModel

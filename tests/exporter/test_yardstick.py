@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vlmguard.exporter.evaluation.intervals import Share, clopper_pearson
-from vlmguard.exporter.evaluation.outcome import Evaluation
+from vlmguard.exporter.evaluation.metrics import Evaluation
 from vlmguard.exporter.evaluation.records import FirstToken, Record, Reply
 from vlmguard.exporter.evaluation.yardstick import Yardstick, measure, percent
 from vlmguard.exporter.prompts.labelled import Label, LabelledPrompt, Setting

@@ -17,8 +17,9 @@ from zoo.table import SELDOM, parameter
 
 from vlmguard.graphs.anatomy import DecoderAnatomy, ResidualSite, dissect, find_node, prepare
 from vlmguard.graphs.errors import AnatomyNotFound
+from vlmguard.graphs.graph_io import load_graph
 from vlmguard.graphs.layer_count import LayerCount
-from vlmguard.graphs.package import load_graph, open_package
+from vlmguard.graphs.package import open_package
 from vlmguard.graphs.taps import STATES_OUTPUT, tap_last_token
 
 Zoo = Callable[[str], ZooModel]
@@ -569,7 +570,9 @@ def test_two_attentions_side_by_side_are_one_layer() -> None:
     assert site_values(stream(body)) == ["h"]
 
 
-def test_a_decoder_inside_an_if_is_found_in_both_branches() -> None:  # J: optimum's merged decoders; see test_bodies.py
+def test_a_decoder_inside_an_if_is_found_in_both_branches() -> (
+    None
+):  # J: optimum's merged decoders; see test_subgraphs.py
     def branch(name: str) -> str:
         body = attention(f"{name}a", "x") + f"{name}h = Add(x, {name}a) {name}y = MatMul({name}h, w)"
         return f"{name} () => (float[B, S, 8] {name}y) {{ {body} }}"

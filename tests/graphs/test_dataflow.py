@@ -11,7 +11,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from vlmguard.graphs.dataflow import CONTRIB_DOMAIN, Flow, captured, reads, skip_norm_bias
-from vlmguard.graphs.scribe import Scribe
+from vlmguard.graphs.node_builder import Scribe
 
 # ------------------------------------------------------------------------------------------------ the chain, brute force
 

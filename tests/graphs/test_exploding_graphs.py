@@ -26,8 +26,8 @@ from hand_graphs import WIDTH
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.dataflow import Flow
 from vlmguard.graphs.errors import AnatomyNotFound, GuardError, ModelUnreadable
+from vlmguard.graphs.graph_io import load_graph
 from vlmguard.graphs.inlining import DEEPEST_CALLS
-from vlmguard.graphs.package import load_graph
 
 
 def opened(tmp_path: Path, proto: onnx.ModelProto) -> DecoderAnatomy:

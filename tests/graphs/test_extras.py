@@ -77,7 +77,11 @@ def test_without_any_record_it_names_the_package(monkeypatch, tmp_path):
 
 def test_no_message_names_an_extra_by_itself():
     """Every sentence takes its command from `install_command`."""
-    written = [path for folder in ("graphs", "runtime", "exporter") for path in (CHECKOUT / folder).rglob("*.py")]
+    written = [
+        path
+        for folder in ("graphs", "runtime", "exporter", "apps", "plugins")
+        for path in (CHECKOUT / folder).rglob("*.py")
+    ]
     naming = [
         path.relative_to(CHECKOUT).as_posix()
         for path in [CHECKOUT / "cli.py", *written]

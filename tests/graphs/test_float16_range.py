@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmguard.graphs import reference
-from vlmguard.graphs.lowering import LOWERINGS
-from vlmguard.graphs.lowering_gate import LARGEST_HALF_EDIT
+from vlmguard.graphs.lowerings.gate import LARGEST_HALF_EDIT
+from vlmguard.graphs.lowerings.table import LOWERINGS
+from vlmguard.graphs.node_builder import NUMPY_DTYPES
 from vlmguard.graphs.reference import LayerGuard
-from vlmguard.graphs.scribe import NUMPY_DTYPES
 from vlmguard.graphs.spec import MODES, MODES_WITH_SUPERVISOR, POSITIONS, GuardSpec
 
 HALF = float(np.finfo(np.float16).max)

@@ -15,8 +15,18 @@ from text_decoder import EMBED, IDS, decoder
 
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.errors import DirectionMismatch, GuardError
-from vlmguard.graphs.fold import SCOPE, find_writers, folded_weights, left_over, original_name, projected, subspace
-from vlmguard.graphs.fold_proof import (
+from vlmguard.graphs.lowerings.fold import (
+    SCOPE,
+    find_writers,
+    folded_weights,
+    left_over,
+    original_name,
+    projected,
+    subspace,
+)
+from vlmguard.graphs.node_builder import NUMPY_DTYPES
+from vlmguard.graphs.plan import GuardPlan, last_sites, plan_guard
+from vlmguard.graphs.proof.fold_proof import (
     nodes_unchanged,
     other_weights_untouched,
     project_explicitly,
@@ -24,12 +34,10 @@ from vlmguard.graphs.fold_proof import (
     refolded,
     writers_orthogonal,
 )
-from vlmguard.graphs.plan import GuardPlan, last_sites, plan_guard
+from vlmguard.graphs.proof.strip import strip_guard
+from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.rewrite import GuardReport, rewrite
-from vlmguard.graphs.scribe import NUMPY_DTYPES
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.graphs.static_proof import Check
-from vlmguard.graphs.strip import strip_guard
 
 SPEC = GuardSpec(mode="project", positions="all", lowering="fold", direction_of=0)
 

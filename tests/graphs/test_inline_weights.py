@@ -14,9 +14,9 @@ from onnx import numpy_helper
 
 from vlmguard.graphs import inline_weights
 from vlmguard.graphs.errors import GuardError, ModelUnreadable
+from vlmguard.graphs.graph_io import external_files, graph_bytes, in_memory, load_graph, save_graph
 from vlmguard.graphs.inline_weights import InFile, read_outline, weights_in_files
-from vlmguard.graphs.package import external_files, graph_bytes, in_memory, load_graph, save_graph
-from vlmguard.graphs.static_proof import initializers_untouched, same_graph
+from vlmguard.graphs.proof.structure import initializers_untouched, same_graph
 
 
 @pytest.fixture(autouse=True)
@@ -120,9 +120,9 @@ def test_a_graph_of_another_folder_is_serialized_whole(path: Path, tmp_path: Pat
 def test_a_file_that_would_pass_two_gigabytes_is_refused(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vlmguard.graphs import package
+    from vlmguard.graphs import graph_io
 
-    monkeypatch.setattr(package, "LARGEST_FILE", 1000)  # of what is written; reading has its own
+    monkeypatch.setattr(graph_io, "LARGEST_FILE", 1000)  # of what is written; reading has its own
     with pytest.raises(GuardError) as caught:
         save_graph(load_graph(path), tmp_path / "out.onnx")
     assert str(caught.value) == (

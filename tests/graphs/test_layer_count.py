@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from hand_graphs import decoder
 
+from vlmguard.graphs.graph_io import graph_bytes
 from vlmguard.graphs.layer_count import LayerCount, declared_layers
-from vlmguard.graphs.package import graph_bytes, open_package
+from vlmguard.graphs.package import open_package
 
 
 @pytest.mark.parametrize(

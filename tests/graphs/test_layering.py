@@ -11,8 +11,8 @@ from vlmguard.graphs import reference
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import AnatomyNotFound
 from vlmguard.graphs.layer_count import LayerCount
+from vlmguard.graphs.proof.structure import prove_structure
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.graphs.static_proof import prove_structure
 from vlmguard.graphs.taps import STATES_OUTPUT, tap_last_token
 
 pytest.importorskip("onnxruntime")

@@ -11,8 +11,8 @@ from hand_graphs import decoder, text_model
 
 from vlmguard.exporter.pipeline import inspect
 from vlmguard.graphs.errors import AnatomyNotFound
+from vlmguard.graphs.graph_io import graph_bytes
 from vlmguard.graphs.operators import hidden_decoder, operator_of, uncertain_layers, unknown_operators
-from vlmguard.graphs.package import graph_bytes
 
 
 def with_plugin(model: ir.Model, layers: int, domain: str = "trt") -> ir.Model:

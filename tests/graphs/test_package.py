@@ -14,16 +14,8 @@ from hand_graphs import decoder, text_model
 
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError, ModelUnreadable
-from vlmguard.graphs.package import (
-    ModelPackage,
-    external_files,
-    graph_bytes,
-    in_memory,
-    load_graph,
-    open_package,
-    read_json,
-    save_graph,
-)
+from vlmguard.graphs.graph_io import external_files, graph_bytes, in_memory, load_graph, save_graph
+from vlmguard.graphs.package import ModelPackage, open_package, read_json
 
 
 def write_graph(path: Path, data: str | None = None) -> Path:
@@ -569,7 +561,7 @@ def test_a_graph_beyond_two_gigabytes_is_refused(tmp_path: Path, monkeypatch: py
         def SerializeToString(self, deterministic: bool) -> bytes:
             raise ValueError("Message onnx.ModelProto exceeds maximum protobuf size of 2GB")
 
-    monkeypatch.setattr("vlmguard.graphs.package.ir.to_proto", lambda model: TooLarge())
+    monkeypatch.setattr("vlmguard.graphs.graph_io.ir.to_proto", lambda model: TooLarge())
     with pytest.raises(GuardError) as refused:
         save_graph(decoder(), tmp_path / "model.onnx")
     assert (

@@ -15,9 +15,9 @@ from vlmguard.graphs import reference
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.plan import PROMPT_SUPERVISOR_INPUT, plan_guard
+from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.reference import LISTEN, SUPERVISED_ABOVE, LayerGuard
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.graphs.strip import strip_guard
 
 BATCH, SEQUENCE = 3, 4
 MASK = np.array([[0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]])

@@ -35,12 +35,13 @@ from vlmguard.graphs import reference
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import Directions, LayerDirections
 from vlmguard.graphs.errors import GuardError, GuardIncomplete
-from vlmguard.graphs.package import ModelPackage, external_files, graph_bytes, load_graph, open_package, save_graph
+from vlmguard.graphs.graph_io import external_files, graph_bytes, load_graph, save_graph
+from vlmguard.graphs.package import ModelPackage, open_package
 from vlmguard.graphs.plan import SUPERVISOR_INPUT, GuardPlan, plan_guard
+from vlmguard.graphs.proof.strip import strip_guard
+from vlmguard.graphs.proof.structure import guard_dominates, prove_structure, same_graph
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import MODES_WITH_GATE, MODES_WITH_READOUT, MODES_WITH_SUPERVISOR, POSITIONS, GuardSpec
-from vlmguard.graphs.static_proof import guard_dominates, prove_structure, same_graph
-from vlmguard.graphs.strip import strip_guard
 
 pytest.importorskip("onnxruntime")
 

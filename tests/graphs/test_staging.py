@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 
-from vlmguard.graphs import leftovers, staging
+from vlmguard.graphs import stage_locks, staging
 from vlmguard.graphs.digests import BIG
 from vlmguard.graphs.errors import GuardError, OutputRefused
 from vlmguard.graphs.replaceable import WRITTEN_NAME, foreign_file, written_record
@@ -227,17 +227,17 @@ def test_no_look_finds_a_folder_to_be_replaced_unasked(tmp_path: Path, monkeypat
 def test_what_is_swept_as_it_is_made_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, locked: bool
 ) -> None:
-    real, swept = leftovers.hold, []
+    real, swept = stage_locks.hold, []
 
     def slow(path: Path) -> int:
         """Whoever sweeps comes before the lock, or between the asking for it and the getting."""
         lock = real(path) if locked else -1
         if not swept:
             swept.append(path)
-            leftovers.remove(path)
+            stage_locks.remove(path)
         return lock if locked else real(path)
 
-    monkeypatch.setattr(leftovers, "hold", slow)
+    monkeypatch.setattr(stage_locks, "hold", slow)
     if kind == "folder":
         write(tmp_path / "out")
     else:
@@ -246,7 +246,7 @@ def test_what_is_swept_as_it_is_made_is_made_again(
 
 
 def test_without_locks_the_number_of_the_process_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leftovers, "fcntl", None)
+    monkeypatch.setattr(stage_locks, "fcntl", None)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     dead = tmp_path / f".out.vlmguard-{ended.pid}-a"

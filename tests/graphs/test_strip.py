@@ -7,10 +7,10 @@ import pytest
 from hand_graphs import KINDS, Kind, all_guards, copy_of, decoder, directions, guard_model, node_called, value_called
 
 from vlmguard.graphs.errors import GuardIncomplete
-from vlmguard.graphs.package import graph_bytes
+from vlmguard.graphs.graph_io import graph_bytes
+from vlmguard.graphs.proof.strip import strip_guard
+from vlmguard.graphs.proof.structure import same_graph
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.graphs.static_proof import same_graph
-from vlmguard.graphs.strip import strip_guard
 
 
 @pytest.mark.parametrize("hidden", [True, False], ids=["sum-is-output", "sum-is-inside"])

@@ -28,7 +28,7 @@ def test_no_other_code_asks_whether_text_is_digits() -> None:
     """`"²".isdigit()` holds and `int("²")` raises: the question is asked in one place."""
     asking = [
         path.relative_to(PACKAGE).as_posix()
-        for part in ("graphs", "runtime", "exporter")
+        for part in ("graphs", "runtime", "exporter", "apps", "plugins")
         for path in (PACKAGE / part).rglob("*.py")
         if re.search(r"\.(isdigit|isdecimal|isnumeric)\(", path.read_text(encoding="utf-8"))
     ]

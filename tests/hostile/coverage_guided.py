@@ -52,7 +52,7 @@ def harness(arguments: list[str], marks: bool) -> None:
     def opened_and_dissected(content: bytes) -> None:
         path.write_bytes(content)
         try:
-            vlmguard.graphs.anatomy.dissect(vlmguard.graphs.package.load_graph(path))
+            vlmguard.graphs.anatomy.dissect(vlmguard.graphs.graph_io.load_graph(path))
             outcome = b"+"
         except GuardError:
             outcome = b"-"

@@ -179,7 +179,7 @@ def main() -> int:
             ["unshare", "--map-root-user", "--mount", sys.executable, *sys.argv], env={**os.environ, INSIDE: "1"}
         ).returncode
     prepare()
-    import vlmguard.exporter.report.build  # noqa: F401
+    import vlmguard.apps.report.build_report  # noqa: F401
 
     folder = Path(tempfile.mkdtemp(prefix="vlmguard-disks-"))
     told, found = [], []

@@ -11,8 +11,8 @@ from PIL import Image
 from scenes import blank
 from sets import Sets
 
-from vlmguard.exporter.evaluation import answers
-from vlmguard.runtime.image_features import ImageFeatures
+from vlmguard.exporter.evaluation import logprobs
+from vlmguard.runtime.images.image_features import ImageFeatures
 
 ROWS = [ImageFeatures(np.ones((64, 8), np.float32))]
 
@@ -78,7 +78,7 @@ def test_refusals_are_counted_and_no_answer_is_kept(images, sets, monkeypatch):
         said = [model.table.get(request.prompt, "Sure, here is a short") for request in requests]
         first = [[-0.1, -3.0] if text.startswith("Sure") else [-3.0, -0.1] for text in said]
         return [
-            answers.Said(text, tuple(text.encode()), answers.np.array(f), -1.0)
+            logprobs.Said(text, tuple(text.encode()), logprobs.np.array(f), -1.0)
             for text, f in zip(said, first, strict=True)
         ]
 

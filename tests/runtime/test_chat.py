@@ -23,9 +23,9 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaProcessor, PreTraine
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from vlmguard.graphs.errors import GuardError, ModelUnreadable, PromptsUnusable
-from vlmguard.runtime import chat
-from vlmguard.runtime.chat import ChatTokenizer, Turn
-from vlmguard.runtime.images import ImagePreprocessor, image_token_count
+from vlmguard.runtime.chat import chat
+from vlmguard.runtime.chat.chat import ChatTokenizer, Turn
+from vlmguard.runtime.images.images import ImagePreprocessor, image_token_count
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_vlm" / "checkpoint"
 
@@ -593,7 +593,7 @@ def test_a_template_that_fails_on_one_prompt(tmp_path: Path) -> None:
 
 def test_no_torch_in_an_apps_path() -> None:
     code = (
-        "import sys, vlmguard.runtime.chat, vlmguard.runtime.images;"
+        "import sys, vlmguard.runtime.chat.chat, vlmguard.runtime.images.images;"
         "print(*sorted({'torch', 'transformers', 'onnxruntime'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"

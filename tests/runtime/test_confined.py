@@ -17,12 +17,12 @@ from hostile.templates import EXPLODING, SAID
 from PIL import Image
 
 from vlmguard.graphs.errors import GuardError, ModelUnreadable
-from vlmguard.runtime import chat
-from vlmguard.runtime.chat import ChatTemplate
-from vlmguard.runtime.chat_environment import LONGEST_TEXT
+from vlmguard.runtime.chat import chat
+from vlmguard.runtime.chat.chat import ChatTemplate
+from vlmguard.runtime.chat.chat_environment import LONGEST_TEXT
 from vlmguard.runtime.confined import ConfinedFailure, ConfinedPool
-from vlmguard.runtime.images import open_image
-from vlmguard.runtime.picture_files import MOST_SCANS
+from vlmguard.runtime.images.images import open_image
+from vlmguard.runtime.images.picture_files import MOST_SCANS
 
 HELLO = [{"role": "user", "content": "hello"}]
 MEBIBYTE = 1 << 20
@@ -138,7 +138,9 @@ def test_a_helper_imports_neither_a_framework_nor_a_runtime() -> None:
     """It would take seconds to start, and hundreds of megabytes."""
     code = (
         "import sys, io, struct, json\n"
-        "from vlmguard.runtime import confined_jobs, chat_environment, picture_files\n"
+        "from vlmguard.runtime import confined_jobs\n"
+        "from vlmguard.runtime.chat import chat_environment\n"
+        "from vlmguard.runtime.images import picture_files\n"
         "heavy = {'torch', 'transformers', 'onnx', 'onnx_ir', 'onnxruntime', 'numpy', 'tokenizers', 'pydantic'}\n"
         "print(*sorted(heavy & set(sys.modules)))"
     )
@@ -200,8 +202,8 @@ def test_a_picture_that_takes_too_long_or_too_much_memory_is_refused(monkeypatch
     for limits, reason in (((0.01, 2048), "takes more than 0.01 s"), ((10, 300), "wants more than 300 MiB of memory")):
         if limits[1] == 300 and sys.platform != "linux":
             continue
-        small = ConfinedPool(limits[0], limits[1] * MEBIBYTE, "picture_files")
-        monkeypatch.setattr("vlmguard.runtime.images.PICTURES", small)
+        small = ConfinedPool(limits[0], limits[1] * MEBIBYTE, "images.picture_files")
+        monkeypatch.setattr("vlmguard.runtime.images.images.PICTURES", small)
         with pytest.raises(GuardError) as raised:
             open_image(file.getvalue())
         assert str(raised.value).startswith("the image cannot be read (it ") and reason in str(raised.value)

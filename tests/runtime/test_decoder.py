@@ -24,7 +24,7 @@ from vlmguard.graphs.reference import LISTEN
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import MODES, GuardSpec
 from vlmguard.runtime.decoder import DecoderSession, PromptBatch, open_decoder
-from vlmguard.runtime.runners import Port
+from vlmguard.runtime.runner_protocol import Port
 
 pytest_plugins = ("zoo_fixtures",)
 

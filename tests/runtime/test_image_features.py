@@ -11,7 +11,7 @@ from vlmguard.exporter.prompts.labelled import LabelledPrompt, fingerprint
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.package import open_package
-from vlmguard.runtime.image_features import ImageFeatures
+from vlmguard.runtime.images.image_features import ImageFeatures
 from vlmguard.runtime.vlm import Request, VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures",)

@@ -13,8 +13,8 @@ from transformers import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from vlmguard.graphs.errors import GuardError, ModelUnreadable
-from vlmguard.runtime.images_qwen import QwenImagePreprocessor, fitting_size
-from vlmguard.runtime.vision import look, open_preprocessor
+from vlmguard.runtime.images.images_qwen import QwenImagePreprocessor, fitting_size
+from vlmguard.runtime.images.vision import look, open_preprocessor
 
 SIZES = [(28, 28), (30, 500), (500, 30), (1, 1), (57, 41), (13, 1999), (900, 700)]
 CONFIGS: list[dict[str, Any]] = [
@@ -137,7 +137,7 @@ class Encoder:
     """A vision encoder with these inputs that gives `features` rows."""
 
     def __init__(self, names: tuple[str, ...], features: int) -> None:
-        from vlmguard.runtime.runners import Port
+        from vlmguard.runtime.runner_protocol import Port
 
         dtypes = {"image_grid_thw": np.dtype(np.int64)}
         self.inputs = {name: Port(name, dtypes.get(name, np.dtype(np.float16)), (None,)) for name in names}

@@ -9,8 +9,8 @@ import torch
 from tiny_qwen import IMAGE_TOKEN_ID, KINDS, MERGE
 
 from vlmguard.graphs.errors import GuardError
-from vlmguard.runtime.positions_mrope import mrope_positions, text_positions
-from vlmguard.runtime.prompt_images import PromptImages
+from vlmguard.runtime.images.positions_mrope import mrope_positions, text_positions
+from vlmguard.runtime.images.prompt_images import PromptImages
 
 WORD = 20
 

@@ -10,10 +10,10 @@ from tiny_vlm_paths import PROMPTS, SOURCE, Guarded
 
 from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import PROMPT_SUPERVISOR_INPUT
-from vlmguard.runtime.chat import Turn
+from vlmguard.runtime.chat.chat import Turn
 from vlmguard.runtime.decoder import PromptBatch
 from vlmguard.runtime.guarded import GuardedVLM
-from vlmguard.runtime.pairs import interleaved
+from vlmguard.runtime.paired_batches import interleaved
 from vlmguard.runtime.vlm import Request, VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures",)

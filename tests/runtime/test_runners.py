@@ -18,7 +18,8 @@ from vlmguard.runtime import runners
 from vlmguard.runtime.decoder import DecoderSession, PromptBatch
 from vlmguard.runtime.device import DeviceOutputs
 from vlmguard.runtime.onnxruntime_runner import OnnxRuntimeDeviceRunner, OnnxRuntimeRunner, OrtTensor, open_onnxruntime
-from vlmguard.runtime.runners import DeviceRunner, Runner, open_runner
+from vlmguard.runtime.runner_protocol import DeviceRunner, Runner
+from vlmguard.runtime.runners import open_runner
 from vlmguard.runtime.vlm import Request, Sampling, VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures",)

@@ -12,8 +12,8 @@ import pytest
 from tiny_vlm_paths import SOURCE
 
 from vlmguard.graphs.errors import ModelUnreadable
-from vlmguard.runtime.chat import ChatTokenizer
-from vlmguard.runtime.tokenizer_calls import tokenizer_calls
+from vlmguard.runtime.chat.chat import ChatTokenizer
+from vlmguard.runtime.chat.tokenizer_calls import tokenizer_calls
 
 
 def replace(pattern: dict[str, str], content: str) -> dict[str, Any]:

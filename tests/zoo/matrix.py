@@ -36,12 +36,13 @@ from vlmguard.graphs import reference
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.directions import Directions
 from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.package import graph_bytes, open_package
+from vlmguard.graphs.graph_io import graph_bytes
+from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import GuardPlan, plan_guard
+from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.reference import last_token
 from vlmguard.graphs.rewrite import GuardReport, rewrite
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.graphs.static_proof import Check
 from vlmguard.graphs.taps import STATES_OUTPUT, tap_guard, tap_last_token
 from vlmguard.runtime.runners import open_runner
 

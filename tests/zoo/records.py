@@ -66,7 +66,7 @@ class CheckRecord:
         model: name of the graph.
         check: what was compared, one of those that `zoo.cases.expected_checks` names.
         guard: which guard, as `Case.name` spells it; "" for checks of the unguarded graph.
-        compared, worst, limit, ok, note: as in `vlmguard.graphs.static_proof.Check`.
+        compared, worst, limit, ok, note: as in `vlmguard.graphs.proof.structure.Check`.
     """
 
     model: str

@@ -18,7 +18,7 @@ from zoo.oracle import SLACK, run_graph
 from zoo.truth import recorded_layers
 
 from vlmguard.graphs.anatomy import dissect
-from vlmguard.graphs.package import load_graph
+from vlmguard.graphs.graph_io import load_graph
 
 pytestmark = pytest.mark.zoo  # minutes to export
 every_folder = pytest.mark.parametrize("name", FOLDERS)

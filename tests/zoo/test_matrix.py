@@ -27,7 +27,7 @@ from zoo.matrix import Subject
 
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import AnatomyNotFound
-from vlmguard.graphs.static_proof import Check
+from vlmguard.graphs.proof.structure import Check
 
 # One graph after another, each in one process (tests/conftest.py reads the `@`): its torch answers are computed once.
 every_graph = pytest.mark.parametrize("name", [parameter(name, id=f"@{name}") for name in ALL_MAKERS], scope="module")

@@ -1,0 +1,151 @@
+"""What the page is told about a model, so that it need not guess: `facts.json`.
+
+Chat template, special tokens, image processor and thresholds are read here by the code that `GuardedVLM` uses. A model
+that the page would prepare otherwise than `GuardedVLM` does is refused: no answer is better than another model's answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ...graphs.errors import GuardError
+from ...graphs.graph_io import load_graph
+from ...graphs.plan import GuardPlan
+from ...graphs.roles import EMBEDS, MASK, POSITIONS, input_roles
+from ...graphs.spec import MODES_WITH_GATE
+from ...runtime.chat.chat import ChatTokenizer, FolderConfigs, find_template
+from ...runtime.images.images import PROCESSORS, ImagePreprocessor, declared_processor, processor_name
+from .sides import Sides
+
+PROCESSOR = "LlavaProcessor"
+_FAMILIES = f"LLaVA-like ones alone ({PROCESSOR} with {', '.join(sorted(PROCESSORS))})"
+# What the page feeds to a decoder; the cache besides.
+_FED = (EMBEDS, MASK, POSITIONS, "use_cache_branch", "num_logits_to_keep")
+# A tokenizer's word of one character that no text has: the page's tokenizer knows no WordLevel model, and a WordPiece model
+# whose words have no second part is one.
+_NO_SECOND_PART = "\0"
+
+
+def require_page_model(sides: Sides) -> None:
+    """The page prepares prompts and pictures for this model as `GuardedVLM` does.
+
+    Raises:
+        GuardError: it does not.
+    """
+    package, root = sides.package, sides.package.root
+    if package.layout != "onnx-community":
+        raise GuardError(
+            f"{root}: is laid out as {package.layout}; the page runs folders of the onnx-community layout alone"
+        )
+    if sides.plan.paired:
+        raise GuardError(
+            f"{root}: its guard reads pairs of rows, and the page runs one prompt a call; export with --supervisor input"
+        )
+    if package.vision_encoder is None or package.embed_tokens is None:
+        raise GuardError(
+            f"{root}: has no vision encoder or no embed_tokens graph; the page runs vision-language models alone"
+        )
+    kind = FolderConfigs.read(root).processor_class or PROCESSOR
+    if kind != PROCESSOR:
+        raise GuardError(f"{root}: its pictures are prepared by {kind}, the page prepares those of {_FAMILIES}")
+    name = processor_name(declared_processor(root))
+    if name not in PROCESSORS:
+        raise GuardError(f"{root}: its pictures are prepared by {name}, the page prepares those of {_FAMILIES}")
+    inputs = [value.name or "" for value in load_graph(package.vision_encoder, vouched=True).graph.inputs]
+    if len(inputs) != 1:
+        raise GuardError(f"{package.vision_encoder}: takes {', '.join(inputs)}, the page gives pixel_values alone")
+    roles = input_roles(sides.base.graph)
+    names = [value.name or "" for value in sides.base.graph.inputs]
+    unknown = [name for name in names if name not in _FED and name not in roles.pasts]
+    if unknown or EMBEDS not in names:
+        asked = repr(unknown[0]) if unknown else "no inputs_embeds"
+        raise GuardError(
+            f"{package.decoder}: takes {asked}; the page runs decoders that take {', '.join(_FED)} and a cache"
+        )
+
+
+def model_facts(sides: Sides, chat: ChatTokenizer, images: ImagePreprocessor) -> dict[str, Any]:
+    """What is true of the model whatever is asked."""
+    plan, package = sides.plan, sides.package
+    return {
+        "name": package.root.name,
+        "decoder": package.decoder.name,
+        "base": "source" if sides.from_source else "stripped",
+        "guard": guard_facts(plan),
+        "chat": chat_facts(chat),
+        "image": image_facts(images),
+        "longestSequence": package.longest_sequence,
+        "kvHeads": package.kv_heads,
+        "headSize": package.head_size,
+    }
+
+
+def guard_facts(plan: GuardPlan) -> dict[str, Any]:
+    gated = plan.mode in MODES_WITH_GATE
+    return {
+        "mode": plan.mode,
+        "layers": list(plan.layers),
+        "decoderLayers": plan.decoder_layers,
+        "thresholds": [guard.threshold for guard in plan.guards] if gated else None,
+        "decided": plan.gate,
+        "positions": plan.positions,
+    }
+
+
+def chat_facts(chat: ChatTokenizer) -> dict[str, Any]:
+    """As `ChatTokenizer` found them.
+
+    Raises:
+        GuardError: images cannot be put into this model's prompts.
+    """
+    if chat.image_refusal is not None or chat.placeholder is None:
+        raise GuardError(f"{chat.folder}: {chat.image_refusal}")
+    return {
+        "template": find_template(chat.folder, FolderConfigs.read(chat.folder)),
+        "content": chat.content,
+        "specialTokens": dict(chat.special_tokens),
+        "controlTokens": {str(number): text for number, text in chat.control_tokens.items()},
+        "multimodal": chat.multimodal,
+        "eosIds": sorted(chat.eos_ids),
+        "imageToken": chat.image_token,
+        "imageTokenId": chat.image_token_id,
+    }
+
+
+def image_facts(images: ImagePreprocessor) -> dict[str, Any]:
+    return {
+        "padToSquare": images.pad_to_square,
+        "shortestEdge": images.shortest_edge,
+        "resizeTo": images.resize_to,
+        "resample": images.resample.name.lower(),
+        "cropTo": images.crop_to,
+        "rescaleFactor": images.rescale_factor,
+        "mean": images.mean,
+        "std": images.std,
+    }
+
+
+def tokenizer_json(chat: ChatTokenizer) -> bytes:
+    """The tokenizer with every token that the configs declare, in words that the page's tokenizer knows."""
+    content = json.loads(chat.tokenizer.to_str())
+    model = content["model"]
+    if model.get("type") == "WordLevel":
+        longest = max(map(len, model["vocab"]), default=0)
+        model |= {
+            "type": "WordPiece",
+            "continuing_subword_prefix": _NO_SECOND_PART,
+            "max_input_chars_per_word": longest + 1,  # a longer one is unknown either way
+        }
+    return json.dumps(content, ensure_ascii=False).encode()
+
+
+def token_checks(chat: ChatTokenizer, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """Prompts and their ids, without and with an image of two tokens: the page's tokenizer must give the same, or the page
+    says so and asks nothing."""
+    return [
+        {"prompt": prompt, "imageTokens": tokens, "ids": chat.encode(prompt, tokens)}
+        for prompt in prompts
+        for tokens in (0, 2)
+    ]

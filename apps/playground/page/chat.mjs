@@ -1,0 +1,89 @@
+// Prompts to token ids and back: the model's own chat template and tokenizer, with the rules of vlmguard's runtime/chat/chat.py.
+
+import { Template } from "./lib/jinja.mjs";
+import { Tokenizer } from "./lib/tokenizers.mjs";
+import { Refused } from "./refused.mjs";
+
+export class Chat {
+  /**
+   * @param {object} tokenizer tokenizer.json, with every token that the configs declare
+   * @param {object} facts `chat` of facts.json
+   */
+  constructor(tokenizer, facts) {
+    this.facts = facts;
+    this.tokenizer = new Tokenizer(tokenizer, {});
+    this.template = facts.template === null ? null : new Template(facts.template);
+    this.control = new Map(Object.entries(facts.controlTokens).map(([id, text]) => [Number(id), text]));
+  }
+
+  /** Ids of one user turn; `imageTokens` is how many the picture takes, 0 without one. */
+  encode(prompt, imageTokens = 0) {
+    this.#refuseControlTokens(prompt);
+    let text = this.#render(prompt, imageTokens > 0);
+    const special = this.#addsSpecialTokens(text);
+    const { imageToken, imageTokenId } = this.facts;
+    if (imageTokens > 0) text = text.replaceAll(imageToken, imageToken.repeat(imageTokens));
+    const ids = this.#ids(text, special);
+    if (ids.length === 0) throw new Refused("The prompt gives no tokens; write a prompt.");
+    const found = ids.filter((id) => id === imageTokenId).length;
+    if (found !== imageTokens) {
+      throw new Refused(`${imageTokens} image tokens became ${found} after tokenization; the tokenizer is not this model's.`);
+    }
+    return ids;
+  }
+
+  decode(ids) {
+    if (ids.length === 0) return "";
+    return this.tokenizer.decode(ids, { skip_special_tokens: true, clean_up_tokenization_spaces: false });
+  }
+
+  ends(id) {
+    return this.facts.eosIds.includes(id);
+  }
+
+  /** The text of one user turn, the image placeholder in it once. */
+  #render(prompt, withImage) {
+    const { content, imageToken, specialTokens } = this.facts;
+    const inFront = withImage ? `${imageToken}\n` : "";
+    if (this.template === null) return inFront + prompt;
+    const parts = [...(withImage ? [{ type: "image" }] : []), { type: "text", text: prompt }];
+    const text = this.template.render({
+      messages: [{ role: "user", content: content === "parts" ? parts : inFront + prompt }],
+      add_generation_prompt: true,
+      ...specialTokens,
+    });
+    if (text.split(imageToken).length - 1 !== Number(withImage)) {
+      throw new Refused("The chat template does not write one image token for one picture; it is not this model's.");
+    }
+    return text;
+  }
+
+  /** Whether tokenizer.json's own special tokens come on top: only a processor's, unless the template wrote the first. */
+  #addsSpecialTokens(text) {
+    if (this.template === null) return true;
+    const bos = this.facts.specialTokens.bos_token;
+    return this.facts.multimodal && !(bos && text.startsWith(bos));
+  }
+
+  /** Whoever writes the prompt must not be able to end the user's turn, or to claim a picture. */
+  #refuseControlTokens(prompt) {
+    const found =
+      [...this.control.values()].find((text) => prompt.includes(text)) ??
+      this.control.get(this.#ids(prompt, false).find((id) => this.control.has(id)));
+    if (found !== undefined) throw new Refused(`The prompt contains ${found}, a control token of this model; remove it.`);
+  }
+
+  #ids(text, special) {
+    return text === "" ? [] : this.tokenizer.encode(text, { add_special_tokens: special }).ids;
+  }
+}
+
+/** This browser reads the sample prompts as Python does; otherwise the models would be asked something else. */
+export function requireSameTokens(chat, checks) {
+  for (const { prompt, imageTokens, ids } of checks) {
+    const found = chat.encode(prompt, imageTokens);
+    if (found.join() !== ids.join()) {
+      throw new Refused(`The page's tokenizer reads ${JSON.stringify(prompt)} otherwise than vlmguard does; it cannot ask this model.`);
+    }
+  }
+}

@@ -1,0 +1,88 @@
+"""Both decoders of a guarded folder, as the page runs them: without the guard, and with it and what its gates compare.
+
+The shipped graph need not tell its gates' scores; the one that is run here does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ...exporter.proof.both_sides import BothSides, open_both_sides
+from ...graphs.errors import GuardError
+from ...graphs.manifest import DecoderRecord, Manifest
+from ...graphs.package import ModelPackage
+from ...graphs.plan import GuardPlan
+from ...graphs.spec import MODES_WITH_GATE
+from ...runtime.guarded import open_guarded_package, open_manifest
+
+
+@dataclass(frozen=True)
+class Sides:
+    """One decoder of a guarded folder, twice.
+
+    Attributes:
+        package: the folder, with that decoder first.
+        plan: of its guard.
+        base: without the guard.
+        base_home: folder of the base's external data.
+        from_source: whether the base is the model that the folder was made from, and not the folder's own graph.
+        guarded: with the guard, and with telemetry where its mode has a gate.
+    """
+
+    package: ModelPackage
+    plan: GuardPlan
+    base: ir.Model
+    base_home: Path
+    from_source: bool
+    guarded: ir.Model
+
+
+def open_sides(folder: Path, source: Path | None = None, variant: str | None = None) -> Sides:
+    """Open a guarded folder from both sides.
+
+    Args:
+        source: the unguarded model, if the base shall be that and not the folder's own graph without its guard.
+        variant: of the decoder (`fp16`, `q4`, ...); default: the one that runs.
+
+    Raises:
+        ManifestMismatch: the folder is not guarded, not what its manifest says, or the source not what it was made from.
+        GuardError: it holds engines, no such variant, or a guard in the weights and no source.
+    """
+    manifest = open_manifest(folder)
+    if manifest.engines:
+        raise GuardError(
+            f"{folder}: holds engines, no browser runs those; name the guarded folder that they were built from"
+        )
+    package = open_guarded_package(folder, manifest)
+    record = _chosen(folder, manifest, variant)
+    view = next(view for view in package.views() if view.decoder == folder / record.path)
+    both = open_both_sides(view, manifest, record, source, "--base")
+    return Sides(
+        package=view,
+        plan=both.plan,
+        base=both.unguarded(),
+        base_home=(both.source or view).decoder.parent,
+        from_source=both.source is not None,
+        guarded=_telling(both),
+    )
+
+
+def _chosen(folder: Path, manifest: Manifest, variant: str | None) -> DecoderRecord:
+    """The decoder of that variant."""
+    if variant is None:
+        return manifest.decoders[0]
+    found = [record for record in manifest.decoders if Path(record.path).stem.endswith(f"_{variant}")]
+    if not found:
+        known = ", ".join(Path(record.path).name for record in manifest.decoders)
+        raise GuardError(f"{folder}: has no decoder of variant {variant!r}, but {known}; name one of theirs")
+    return found[0]
+
+
+def _telling(both: BothSides) -> ir.Model:
+    """The shipped graph, and its gates' scores."""
+    if both.folded:
+        return both.package.load_decoder()
+    return both.rebuilt(replace(both.plan, telemetry=both.plan.mode in MODES_WITH_GATE))[0]

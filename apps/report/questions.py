@@ -1,0 +1,80 @@
+"""Which prompts a report asks: held-out ones, as many of each kind as was said, each in the settings that the model has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ...exporter.evaluation.evaluate import EVALUATION_FILES
+from ...exporter.prompts.labelled import LABELS, PAIRED_LABELS, SETTINGS, Label, LabelledPrompt, find_file, read_prompts
+from ...exporter.prompts.overlaps import require_held_out_of
+from ...graphs.errors import GuardError, PromptsUnusable
+from ...runtime.images.images import open_image
+from .subject import Subject
+
+
+def choose_prompts(
+    subject: Subject, path: Path | None, image: Path | None, most: int
+) -> tuple[Path, list[LabelledPrompt]]:
+    """The file, and the prompts to ask, by setting and label; borderline ones are asked where the file has some.
+
+    Args:
+        path: labelled prompts; `None` takes those found beside the source or the guarded folder.
+        image: a picture to show with every text prompt, in place of the file's own pictures.
+        most: of each setting and label; more than that are thinned out evenly, because files are often sorted.
+
+    Raises:
+        PromptsUnusable: none are found or fit, one label is missing, or the guard was made from some.
+    """
+    if most < 2:
+        raise GuardError(f"{most} prompts of each kind say nothing; choose 2 or more")
+    homes = [subject.folder] if subject.source is None else [subject.source.root, subject.folder]
+    found = path or next(filter(None, (find_file(home, EVALUATION_FILES) for home in homes)), None)
+    if found is None:
+        raise PromptsUnusable(f"{subject.folder}: no prompts were given or found; give --prompts with labelled prompts")
+    rows = read_prompts(found)
+    sees = subject.guarded.sees and subject.unguarded.sees
+    if image is not None and not sees:
+        raise GuardError(f"--image {image} was given, but {subject.folder.name} takes no images; leave it out")
+    if image is not None:
+        open_image(image)  # before minutes of work
+    rows = in_settings(rows, sees, image)
+    require_held_out_of(subject.folder, subject.manifest, str(found), rows, "report")
+    chosen = thinned(rows, most, LABELS)
+    for label in PAIRED_LABELS:
+        if not any(row.label == label for row in chosen):
+            raise PromptsUnusable(
+                f"{found}: holds no {label} prompt that this model can be asked; a report compares both"
+            )
+    return found, chosen
+
+
+def in_settings(rows: Sequence[LabelledPrompt], sees: bool, image: Path | None) -> list[LabelledPrompt]:
+    """The prompts in the settings that the model has.
+
+    Where the file has no blank-image prompts of its own, its text prompts are shown with a blank image too: the paper's
+    figure 2 is about the same words without and with an image.
+    """
+    texts = [row for row in rows if row.setting == "text"]
+    if not sees:
+        return texts
+    kept = [row for row in rows if image is None or row.setting != "image"]
+    if not any(row.setting == "blank" for row in rows):
+        kept += [replace(row, id=f"{row.id}-blank", setting="blank") for row in texts]
+    if image is not None:
+        kept += [replace(row, id=f"{row.id}-image", setting="image", image=image) for row in texts]
+    return kept
+
+
+def thinned(rows: Sequence[LabelledPrompt], most: int, labels: Sequence[Label] = PAIRED_LABELS) -> list[LabelledPrompt]:
+    """At most so many of each setting and label, spread over the whole list; by setting, then label."""
+    chosen = []
+    for setting in SETTINGS:
+        for label in labels:
+            kind = [row for row in rows if (row.setting, row.label) == (setting, label)]
+            places = np.linspace(0, len(kind) - 1, min(most, len(kind))).round().astype(int)
+            chosen += [kind[place] for place in places]
+    return chosen

@@ -1,0 +1,77 @@
+"""Hidden states at the last prompt token, of both sides of a guard, and what the gates read there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...exporter.extraction.extract import Progress, collect_states
+from ...exporter.prompts.labelled import LabelledPrompt
+from ...graphs.errors import GuardError
+from ...graphs.taps import RAW_OUTPUT, STATES_OUTPUT
+from ...runtime.vlm import Request, VisionLanguageModel
+from .subject import Subject
+
+
+@dataclass(frozen=True)
+class States:
+    """What both sides held at the last token of each prompt; float32, in the order of the prompts.
+
+    Attributes:
+        before: unguarded, `[prompts, layers, d]`.
+        after: guarded, behind each layer's guard, `[prompts, layers, d]`.
+        raw: what each guard reads, `[prompts, guarded layers, d]`; `None` for a guard in the weights, which reads nothing.
+        supervisor: the text-only coordinates, `[prompts, guarded layers, m]` (mode `supervise` only).
+    """
+
+    before: np.ndarray
+    after: np.ndarray
+    raw: np.ndarray | None
+    supervisor: np.ndarray | None
+
+
+def read_states(
+    subject: Subject, prompts: Sequence[LabelledPrompt], batch_size: int, progress: Progress | None = None
+) -> States:
+    """One pass over the prompts on each side; a supervised graph takes its text-only pass besides.
+
+    Raises:
+        GuardError: states that are not finite.
+    """
+    both = 2 * len(prompts)
+    told = (lambda done, _: progress(done, both)) if progress is not None else None
+    unguarded = subject.unguarded_tapped()
+    before = collect_states(unguarded, [prompt.request(unguarded) for prompt in prompts], batch_size, told)
+    later = (lambda done: progress(len(prompts) + done, both)) if progress is not None else (lambda done: None)
+    guarded = subject.guarded_tapped()
+    rows: list[dict[str, np.ndarray]] = [{} for _ in prompts]
+    requests, done = [prompt.request(guarded) for prompt in prompts], 0
+    for indices in guarded.groups(requests, batch_size):
+        found = _prefill(guarded, [requests[index] for index in indices])
+        for row, index in enumerate(indices):
+            rows[index] = {name: values[row] for name, values in found.items()}
+        done += len(indices)
+        later(done)
+    after = _stacked(rows, STATES_OUTPUT)
+    if after is None or not np.isfinite(after).all():
+        raise GuardError("the guarded model's hidden states hold NaN or infinity; run `vlmguard verify --run` on it")
+    return States(before, after, _stacked(rows, RAW_OUTPUT), _stacked(rows, _SUPERVISOR))
+
+
+_SUPERVISOR = "supervisor"
+
+
+def _prefill(model: VisionLanguageModel, requests: Sequence[Request]) -> dict[str, np.ndarray]:
+    if model.pairs:
+        told, outputs = None, model.prefill(requests)
+    else:
+        told = model.supervise(requests)
+        outputs, _ = model.decoder.prefill(model.batch(requests), told)
+    found = {name: np.asarray(outputs[name]) for name in (STATES_OUTPUT, RAW_OUTPUT) if name in outputs}
+    return found if told is None else found | {_SUPERVISOR: np.asarray(told)}
+
+
+def _stacked(rows: Sequence[dict[str, np.ndarray]], name: str) -> np.ndarray | None:
+    return np.stack([row[name] for row in rows]) if name in rows[0] else None

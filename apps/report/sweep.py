@@ -1,0 +1,59 @@
+"""What another strength would do: the guard put in again with each alpha, in memory, and asked some of the prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...exporter.evaluation.evaluate import tally
+from ...exporter.extraction.extract import Progress
+from ...exporter.prompts.labelled import LabelledPrompt
+from ...graphs.spec import MODES_WITH_ALPHA
+from .questions import thinned
+from .subject import Subject
+
+ALPHAS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+_PROMPTS = 12  # of each setting and label: the shape of a curve, not a measurement
+
+
+@dataclass(frozen=True)
+class Strength:
+    """One alpha.
+
+    Attributes:
+        alpha: in every guarded layer.
+        shipped: whether that is the folder's own.
+        refused: `(setting, label, refused, asked)`.
+    """
+
+    alpha: float
+    shipped: bool
+    refused: tuple[tuple[str, str, int, int], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        names = ("setting", "label", "refused", "asked")
+        return {**vars(self), "refused": [dict(zip(names, row, strict=True)) for row in self.refused]}
+
+
+def sweep_alpha(
+    subject: Subject,
+    prompts: Sequence[LabelledPrompt],
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> list[Strength]:
+    """Refusals at each of `ALPHAS` and at the shipped strengths; none where the mode has no strength."""
+    if subject.plan.mode not in MODES_WITH_ALPHA:
+        return []
+    asked = thinned(prompts, _PROMPTS)
+    shipped = {guard.alpha for guard in subject.plan.guards}
+    alphas, found = sorted({*ALPHAS, *shipped}), []
+    for number, alpha in enumerate(alphas):
+        model = subject.with_alpha(alpha)
+        cells = tally(model, asked, max_new_tokens, batch_size).cells
+        rows = tuple((cell.setting, cell.label, cell.refused, cell.asked) for cell in cells)
+        found.append(Strength(alpha, alpha in shipped, rows))
+        if progress is not None:
+            progress(number + 1, len(alphas))
+    return found

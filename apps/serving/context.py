@@ -1,0 +1,25 @@
+"""How many tokens one conversation may have, with its answer."""
+
+from __future__ import annotations
+
+from ...graphs.errors import GuardError
+from ...runtime.chat.chat import FolderConfigs
+from ...runtime.guarded import GuardedVLM
+from .settings import ServeSettings
+
+
+def context_limit(vlm: GuardedVLM, settings: ServeSettings) -> int:
+    """Tokens of a prompt and its answer together: what the model's configs say, and no more than the operator allows.
+
+    Raises:
+        GuardError: neither is known.
+    """
+    declared = FolderConfigs.read(vlm.chat.folder).text_model.get("max_position_embeddings")
+    known = (declared, vlm.package.longest_sequence, settings.max_context)
+    limits = [size for size in known if isinstance(size, int) and size > 0]
+    if not limits:
+        raise GuardError(
+            f"{vlm.package.root}: no config gives the model's context length (max_position_embeddings of config.json, or "
+            "context_length of genai_config.json); give --max-context"
+        )
+    return min(limits)

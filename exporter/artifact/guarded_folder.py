@@ -1,0 +1,159 @@
+"""The guarded folder: weights and companions brought along, the manifest written last."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ...graphs.anatomy import DecoderAnatomy
+from ...graphs.digests import sha256_files
+from ...graphs.graph_io import external_files
+from ...graphs.manifest import MANIFEST_NAME, SCHEMA, DecoderRecord, Manifest, may_go_unhashed, record_files
+from ...graphs.new_files import create_file
+from ...graphs.package import SBOM_NAME, ModelPackage
+from ...graphs.plan import GuardPlan
+from ...graphs.proof.structure import Check
+from ...graphs.rewrite import GuardReport
+from ...graphs.spec import GuardSpec
+from ...graphs.staging import Data, bring
+from ..calibration.attempts import Choice
+from ..calibration.refusal_regression import Refusals
+from ..calibration.results import Calibration
+from ..proof.level import ProofLevel
+from ..sources import Watch
+from .sbom import bill_of_materials
+from .stamp import Stamp
+
+
+@dataclass(frozen=True)
+class GuardedDecoder:
+    """One decoder graph on its way into the folder.
+
+    Attributes:
+        package: the unguarded model, seen from this graph.
+        anatomy, plan: of it.
+        report, proof: what was done to it and why to believe it; none before that.
+    """
+
+    package: ModelPackage
+    anatomy: DecoderAnatomy
+    plan: GuardPlan
+    report: GuardReport | None = None
+    proof: tuple[Check, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """Relative to the folder, the unguarded one as the guarded one."""
+        return self.package.decoder.relative_to(self.package.root).as_posix()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "decoder": self.path,
+            "plan": self.plan.to_json(),
+            "report": self.report.to_json() if self.report is not None else None,
+            "proof": [check.to_json() for check in self.proof],
+        }
+
+
+def bring_weights(package: ModelPackage, stage: Path, data: Data) -> None:
+    """The decoder's external data, referenced by the guarded graph under the same relative names."""
+    for path in external_files(package.decoder):
+        destination = stage / path.relative_to(package.root)
+        if not destination.exists():  # variants may share a file
+            bring(path, destination, data)
+
+
+def bring_companions(package: ModelPackage, stage: Path, data: Data) -> None:
+    for path, relative in package.files():
+        if not (stage / relative).exists():
+            bring(path, stage / relative, data)
+
+
+def notes_on_files(package: ModelPackage) -> Iterator[str]:
+    graphs = [name for name in package.left_out if name.endswith(".onnx")]
+    if graphs:
+        yield f"left out, because they would be unguarded decoders: {', '.join(graphs)}"
+
+
+def write_manifest(
+    stage: Path,
+    decoders: Sequence[GuardedDecoder],
+    spec: GuardSpec,
+    measured: Calibration | Choice | None,
+    refusals: Refusals | None,
+    proved: ProofLevel,
+    digests: bool,
+    tell: Watch,
+    stamped: Stamp,
+    sbom: bool = False,
+) -> None:
+    """Hash what is in the stage and what it was made from (each content once), and write `guard.json`; with `sbom` the bill
+    of materials before it."""
+    files = [path for path in sorted(stage.rglob("*")) if path.is_file()]
+    sources = {path for done in decoders for path in _source_files(done)}
+    hashed = [path for path in (*files, *sources) if digests or not may_go_unhashed(path.name, path.stat().st_size)]
+    found = sha256_files(hashed, lambda done, total: tell("hashing (bytes)", done, total))
+    names = {path.relative_to(stage).as_posix(): path for path in files}
+    if sbom:
+        listed = {name: found.get(path) for name, path in names.items()}
+        graphs = {done.package.decoder.name: found[done.package.decoder] for done in decoders}
+        content = bill_of_materials(decoders[0].package.name, listed, graphs, versions(), stamped)
+        names[SBOM_NAME] = stage / SBOM_NAME
+        create_file(names[SBOM_NAME], content)
+        found |= sha256_files([names[SBOM_NAME]])
+    choice = measured if isinstance(measured, Choice) else None
+    calibrated = measured.calibration if isinstance(measured, Choice) else measured
+    manifest = Manifest(
+        schema_=SCHEMA,
+        created=stamped.text,
+        files=record_files(
+            stage, names, {name: found[path] for name, path in names.items() if path in found}, stamped.keeps_times
+        ),
+        decoders=[_record(done, found) for done in decoders],
+        layout=decoders[0].package.layout,
+        proved=proved.level,
+        proved_because=proved.why,
+        versions=versions(),
+        spec=_plain(asdict(spec)),
+        calibration=calibrated.to_json() if calibrated is not None else None,
+        choice=choice.to_json() if choice is not None else None,
+        refusals=refusals.to_json() if refusals is not None else None,
+    )
+    create_file(stage / MANIFEST_NAME, manifest.to_text().encode())
+
+
+def _source_files(done: GuardedDecoder) -> list[Path]:
+    return [done.package.decoder, *external_files(done.package.decoder)]
+
+
+def _record(done: GuardedDecoder, digests: dict[Path, str]) -> DecoderRecord:
+    decoder = done.package.decoder
+    assert done.report is not None and done.proof
+    return DecoderRecord(
+        path=done.path,
+        source={
+            "decoder": decoder.name,
+            "sha256": digests[decoder],
+            "external_data": {path.name: digests.get(path) for path in external_files(decoder)},
+        },
+        plan=done.plan.to_json(),
+        report=done.report.to_json(),
+        proof=[check.to_json() for check in done.proof],
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of what wrote and proved a graph."""
+    found = {}
+    for name in ("vlmguard", "onnx", "onnx-ir", "numpy", "onnxruntime", "onnxruntime-gpu", "torch", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _plain(spec: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in spec.items()}

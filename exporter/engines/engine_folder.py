@@ -1,0 +1,305 @@
+"""`build_engines`: from a guarded folder of ONNX graphs to a guarded folder of TensorRT engines.
+
+    guarded folder ──► parts (decoder, vision encoder, embeddings) ──► readable? ──► profiles ──► build ──► guard in the layers?
+                   ──► (run, where a GPU is) ──► folder (engines, tokenizer and configs, guard.json)
+
+The input is a folder that `vlmguard-export` wrote, so what goes into the builder is what was proved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+from ...graphs.digests import sha256_file, sha256_files
+from ...graphs.errors import GuardError, ManifestMismatch
+from ...graphs.graph_io import external_files, load_graph
+from ...graphs.manifest import (
+    MANIFEST_NAME,
+    EngineRecord,
+    Manifest,
+    read_manifest,
+    record_files,
+    require_intact,
+)
+from ...graphs.new_files import create_file
+from ...graphs.node_builder import PREFIX
+from ...graphs.package import ModelPackage
+from ...graphs.pairs import reads_pairs
+from ...graphs.roles import input_roles
+from ...graphs.staging import bring, require_writable, staged
+from ...graphs.tensorrt import require_readable, settle_sizes
+from ...runtime.decoder import can_pad
+from ...runtime.guarded import open_guarded_package
+from ...runtime.tensorrt.backend import Backend, find_backend
+from ..artifact.guarded_folder import versions
+from ..sources import Watch, require_apart, unwatched
+from .build_engine import BuildOptions, Engine, build_engine, require_capabilities
+from .layers import require_guard
+from .profile import (
+    EngineProfile,
+    Shapes,
+    decoder_shapes,
+    default_profiles,
+    parse_shapes,
+    part_shapes,
+    require_within,
+    shapes_to_json,
+)
+
+ENGINE_SUFFIX = ".engine"
+Role = Literal["decoder", "vision_encoder", "embed_tokens"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph on its way to an engine.
+
+    Attributes:
+        role: which part of the model.
+        path: the graph's file.
+        relative: the engine's file, relative to the folder.
+        profiles: the name and the shapes of each optimisation profile.
+        guard: names of the guard's nodes in its layers that an engine has to show.
+        pads: of a decoder: whether rows of different lengths may share a batch.
+        settled: whether the file writes fixed sizes as names, which our builder puts right before TensorRT reads them.
+    """
+
+    role: Role
+    path: Path
+    relative: str
+    profiles: tuple[tuple[str, dict[str, Shapes]], ...]
+    guard: tuple[str, ...] = ()
+    pads: bool = False
+    settled: bool = False
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """What `build_engines` did.
+
+    Attributes:
+        out: the folder.
+        manifest: its `guard.json`.
+        warnings: what the builder warned of, by engine.
+    """
+
+    out: Path
+    manifest: Manifest
+    warnings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "proved": self.manifest.proved,
+            "engines": [engine.model_dump() for engine in self.manifest.engines],
+            "warnings": {name: list(texts) for name, texts in self.warnings.items()},
+        }
+
+
+def build_engines(
+    guarded: Path | str,
+    out: Path | str | None = None,
+    *,
+    backend: str | None = None,
+    profiles: Sequence[EngineProfile] = (),
+    shapes: Sequence[str] = (),
+    options: BuildOptions | None = None,
+    force: bool = False,
+    watch: Watch | None = None,
+) -> EngineResult:
+    """Build the engines of a guarded folder.
+
+    Args:
+        guarded: a folder that `vlmguard-export` wrote, its guard proved in the model or by itself.
+        out: the folder to write; default `<name>-engine` beside it.
+        backend: `tensorrt` or `tensorrt_rtx`; `None` takes the first that is installed.
+        profiles: how the decoder is called; default `default_profiles`.
+        shapes: shapes of single inputs (`parse_shapes`), where no profile tells them.
+        options: how to build.
+        force: replace OUT.
+        watch: told what is going on: `(stage, done, total)`.
+
+    Raises:
+        GuardError: anything wrong with the request or its files, or TensorRT refuses; nothing was written.
+    """
+    tell, options = watch or unwatched, options or BuildOptions()
+    folder = Path(guarded).absolute()
+    chosen = find_backend(backend)
+    require_capabilities(chosen, options.capabilities)
+    manifest, package = open_buildable(folder)
+    target = Path(out).absolute() if out is not None else folder.parent / f"{folder.name}-engine"
+    require_apart(target, folder, package)
+    require_writable(target, force)
+    parts = plan_parts(package, profiles, parse_shapes(shapes))
+    with staged(target, force) as stage:
+        engines = [_build(chosen, part, options, stage, tell) for part in parts]
+        _bring_companions(package, parts, stage)
+        records = [_record(chosen, part, engine, options) for part, engine in zip(parts, engines, strict=True)]
+        written = _write_manifest(stage, manifest, records, chosen)
+    warnings = {part.relative: engine.warnings for part, engine in zip(parts, engines, strict=True) if engine.warnings}
+    return EngineResult(target, written, warnings)
+
+
+def open_buildable(folder: Path) -> tuple[Manifest, ModelPackage]:
+    """A guarded folder that engines can be built from.
+
+    Raises:
+        ManifestMismatch: it is not guarded, not intact, not proved, has knobs, or holds engines.
+    """
+    manifest = read_manifest(folder)
+    require_intact(folder, manifest, again=False)
+    if manifest.engines:
+        raise ManifestMismatch(
+            f"{folder}: holds engines already; give the guarded ONNX folder that they were built from"
+        )
+    if manifest.proved == "structure":
+        raise ManifestMismatch(
+            f"{folder}: only the structure of its guard was proved; run `vlmguard verify --run --source MODEL` on it first"
+        )
+    if manifest.plan.get("knobs"):
+        raise ManifestMismatch(
+            f"{folder}: its graph has knobs, and an engine has no inputs with defaults, so whoever feeds it could switch the "
+            "guard off; export it again without --knobs"
+        )
+    return manifest, open_guarded_package(folder, manifest)
+
+
+def plan_parts(
+    package: ModelPackage, profiles: Sequence[EngineProfile], given: Mapping[str, Shapes]
+) -> tuple[Part, ...]:
+    """The graphs to build, with the shapes of every input; raises before anything is built.
+
+    Raises:
+        GuardError: TensorRT cannot read one of the graphs, or the shapes do not fit.
+    """
+    graphs: dict[Role, Path | None] = {
+        "decoder": package.decoder,
+        "vision_encoder": package.vision_encoder,
+        "embed_tokens": package.embed_tokens,
+    }
+    loaded: dict[Role, tuple[Path, ir.Model]] = {
+        role: (path, load_graph(path, vouched=True)) for role, path in graphs.items() if path is not None
+    }
+    for path, model in loaded.values():
+        require_readable(model, str(path))
+    settled = {role: bool(settle_sizes(model)) for role, (_, model) in loaded.items()}
+    decoder = loaded["decoder"][1].graph
+    limit, caches = package.longest_sequence, bool(input_roles(decoder).states)
+    pairs = reads_pairs(loaded["decoder"][1])
+    chosen = tuple(profiles) or default_profiles(limit, caches, pairs)
+    require_within(chosen, limit)
+    if pairs and all(profile.batch.largest < 2 for profile in chosen):
+        raise GuardError(
+            f"{package.decoder}: its guard reads pairs of rows, and no profile has 2; write it as prefill:batch=1:2:2,..."
+        )
+    unknown = given.keys() - {value.name for _, model in loaded.values() for value in model.graph.inputs}
+    if unknown:
+        raise GuardError(
+            f"--shape names {sorted(unknown)[0]!r}, which no graph of {package.root} takes; look at its inputs"
+        )
+    parts = (_part(package, role, path, model, chosen, given) for role, (path, model) in loaded.items())
+    return tuple(replace(part, settled=settled[part.role]) for part in parts)
+
+
+def _part(
+    package: ModelPackage,
+    role: Role,
+    path: Path,
+    model: ir.Model,
+    profiles: Sequence[EngineProfile],
+    given: Mapping[str, Shapes],
+) -> Part:
+    relative = path.relative_to(package.root).with_suffix(ENGINE_SUFFIX).as_posix()
+    try:
+        if role == "decoder":
+            heads = package.kv_heads, package.head_size
+            shapes = tuple((one.name, decoder_shapes(model.graph, one, given, heads)) for one in profiles)
+        else:
+            shapes = ((role, part_shapes(model.graph, profiles, given)),)
+    except GuardError as error:
+        raise GuardError(f"{path}: {error}") from None
+    guard = tuple(node.name or "" for node in model.graph.all_nodes() if _must_show(node))
+    pads = role == "decoder" and can_pad(model.graph)
+    return Part(role, path, relative, shapes, guard, pads)
+
+
+# What the builder turns into addressing, and what it leaves out where it changes nothing (alpha 1).
+_ADDRESSING = frozenset({"Gather", "GatherND", "Slice", "Unsqueeze", "Squeeze", "Reshape", "Expand", "Concat", "Cast"})
+
+
+def _must_show(node: ir.Node) -> bool:
+    """Whether a node of the guard is arithmetic, which an engine that has the guard shows in some layer."""
+    if not (node.name or "").startswith(f"{PREFIX}layer_") or node.op_type in _ADDRESSING:
+        return False
+    constants = [
+        value.const_value.numpy() for value in node.inputs if value is not None and value.const_value is not None
+    ]
+    return not (node.op_type == "Mul" and any(bool((constant == 1).all()) for constant in constants))
+
+
+def _build(backend: Backend, part: Part, options: BuildOptions, stage: Path, tell: Watch) -> Engine:
+    label = f"building {part.relative}"
+
+    def steps(phase: str, done: int, total: int) -> None:
+        tell(f"{label}: {phase}", done, total)
+
+    tell(label, 0, 1)
+    model = load_graph(part.path, vouched=True)
+    settle_sizes(model)
+    engine = build_engine(backend, model, part.path, [shapes for _, shapes in part.profiles], options, steps)
+    if part.role == "decoder":
+        require_guard(engine.layers, part.guard, len(part.profiles), str(part.path))
+    destination = stage / part.relative
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    create_file(destination, engine.plan)
+    tell(label, 1, 1)
+    return engine
+
+
+def _bring_companions(package: ModelPackage, parts: Sequence[Part], stage: Path) -> None:
+    """Tokenizer, configs, templates; no graph and no weights: those are in the engines."""
+    graphs = {part.path for part in parts} | {path for path, _ in package.files() if path.suffix == ".onnx"}
+    unwanted = graphs | {data for path in graphs for data in external_files(path)}
+    for path, relative in package.files():
+        if path not in unwanted:
+            bring(path, stage / relative, "copy")
+
+
+def _record(backend: Backend, part: Part, engine: Engine, options: BuildOptions) -> EngineRecord:
+    return EngineRecord(
+        path=part.relative,
+        role=part.role,
+        source={"graph": part.path.name, "sha256": sha256_file(part.path)},
+        backend=backend.name,
+        version=backend.version,
+        capabilities=list(options.capabilities),
+        profiles=[{"name": name, "shapes": shapes_to_json(shapes)} for name, shapes in part.profiles],
+        layers=engine.layers.to_json(),
+        pads=part.pads,
+    )
+
+
+def _write_manifest(stage: Path, source: Manifest, engines: list[EngineRecord], backend: Backend) -> Manifest:
+    """The guarded folder's manifest, with the engines instead of the graphs. What was proved is the graph; the engine is
+    proved once it has run."""
+    files = sorted(path for path in stage.rglob("*") if path.is_file())
+    digests = {path.relative_to(stage).as_posix(): digest for path, digest in sha256_files(files).items()}
+    manifest = source.model_copy(
+        update={
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "files": record_files(stage, digests, digests),
+            "decoders": source.decoders[:1],
+            "proved": "structure",
+            "proved_because": "the engines have not been run yet",
+            "versions": {**versions(), backend.name: backend.version},
+            "engines": engines,
+        }
+    )
+    create_file(stage / MANIFEST_NAME, manifest.to_text().encode())
+    return manifest

@@ -1,0 +1,118 @@
+"""One function over the batches of a run: here, or on a cluster, and the same results either way, in order.
+
+A shard is one batch of the local run, never a part of one: rows of a batch are padded together, and another batch has other
+padding and other roundings. What does not fit into a pickle (open models) is not sent; a `Recipe` says how another process
+opens the same, and the digests of its files are compared before anything is run there (`cluster.py`).
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from ..graphs.digests import sha256_files
+from ..graphs.errors import ModelUnreadable
+
+S = TypeVar("S")  # a shard
+R = TypeVar("R")  # its results
+
+
+class Recipe(Protocol):
+    """How a process opens the models of a run for itself; plain data."""
+
+    def files(self) -> Sequence[Path]:
+        """Every file that decides what the results are, absolute."""
+        ...
+
+    def open(self) -> Callable[[Any], Any]:
+        """What is done to a shard, with everything that it needs open."""
+        ...
+
+
+class Spread(Protocol):
+    """`map`, here or elsewhere: the results of all shards, in their order.
+
+    Args:
+        work: what is done to a shard, with the models that are open here.
+        shards: as they are needed; those of a cluster must be plain data.
+    """
+
+    def __call__(self, work: Callable[[S], R], shards: Iterable[S], /) -> Iterator[R]: ...
+
+
+Spreader = Callable[[Recipe], Spread]  # who does the shards, told how the models are opened
+
+
+def in_turn(work: Callable[[S], R], shards: Iterable[S], /) -> Iterator[R]:
+    """In this process, one after the other."""
+    return map(work, shards)
+
+
+def here(recipe: Recipe) -> Spread:
+    """A spreader that sends nothing away: what is open here is all that is needed."""
+    return in_turn
+
+
+def when_needed(recipe: Recipe) -> Callable[[Any], Any]:
+    """What a recipe opens, not before there is a shard: where others do them all, nothing is opened here."""
+    opened = lru_cache(maxsize=1)(recipe.open)
+    return lambda shard: opened()(shard)
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A recipe, and what its files and the libraries must be wherever it is opened.
+
+    Attributes:
+        digests: SHA-256 by path.
+        versions: of what computes.
+    """
+
+    recipe: Recipe
+    digests: Mapping[Path, str]
+    versions: Mapping[str, str]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Pinned:
+        """As things are in this process."""
+        return cls(recipe, sha256_files(recipe.files()), versions())
+
+    def open(self) -> Callable[[Any], Any]:
+        """What the recipe opens, if it is the same here.
+
+        Raises:
+            ModelUnreadable: a file is missing or another one, or a library is.
+        """
+        where = f"worker on {platform.node()}"
+        for name, found in versions().items():
+            if found != self.versions[name]:
+                raise ModelUnreadable(
+                    f"{where}: has {name} {found}, the run began with {self.versions[name]}; install the same"
+                )
+        missing = next((path for path in self.digests if not path.is_file()), None)
+        if missing is not None:
+            raise ModelUnreadable(f"{where}: {missing} is not there; put the models at the same path on every machine")
+        for path, digest in sha256_files(self.digests).items():
+            if digest != self.digests[path]:
+                raise ModelUnreadable(
+                    f"{where}: {path} is another file (its SHA-256 begins {digest[:12]}, where the run began it begins "
+                    f"{self.digests[path][:12]}); copy the model there again"
+                )
+        return self.recipe.open()
+
+
+def versions() -> dict[str, str]:
+    """What computes, in this process: a row for each library that rounds in its own way."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"machine": platform.machine()}
+    for name in ("vlmguard", "numpy", "onnxruntime", "onnxruntime-gpu", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found

@@ -1,0 +1,213 @@
+"""A guarded folder, laid out anew: what goes where, written with a manifest that fits, and proved again where it now lies.
+
+    guarded folder ──► verified ──► arrangement (moved, written, left out) ──► folder ──► guard.json ──► verified ──► DIR
+
+The graphs stay as they are, byte for byte, unless the layout's names for external data force other references to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...graphs.digests import sha256_files
+from ...graphs.errors import GuardError, ManifestMismatch, ProofFailed
+from ...graphs.graph_io import external_files
+from ...graphs.manifest import MANIFEST_NAME, Manifest, PackagedRecord, record_files
+from ...graphs.new_files import create_file
+from ...graphs.package import SBOM_NAME, SIGNATURE_NAME, Layout, ModelPackage
+from ...graphs.staging import Data, bring, require_writable, staged
+from ...runtime.guarded import package_of
+from ..proof.verify import Verification, verify
+from ..sources import Watch, require_apart, unwatched
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """What a folder of another layout holds.
+
+    Attributes:
+        layout: its name.
+        decoders: path there -> path here of each decoder graph that comes along; the first is the one that runs.
+        brought: path here -> path there of every file that comes along as it is, the decoders' graphs among them.
+        written: path here -> content, of what is made for this layout.
+        options: what was asked for.
+    """
+
+    layout: Layout
+    decoders: Mapping[str, str]
+    brought: dict[str, str]
+    written: Mapping[str, bytes]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """What `package` did.
+
+    Attributes:
+        out: the folder.
+        manifest: its `guard.json`.
+        proof: of the folder, from its own files.
+        notes: what did not come along, in sentences.
+    """
+
+    out: Path
+    manifest: Manifest
+    proof: Verification
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        record = self.manifest.packaged
+        assert record is not None
+        return {
+            "out": str(self.out),
+            "layout": self.manifest.layout,
+            "mode": self.manifest.plan.get("mode"),
+            "layers": self.manifest.plan.get("layers"),
+            "files": sorted(self.manifest.files),
+            "written": record.written,
+            "left_out": record.left_out,
+            "notes": list(self.notes),
+            "proof": self.proof.to_json(),
+        }
+
+
+Arrange = Callable[[Manifest, ModelPackage], Arrangement]
+
+
+def rearrange(
+    guarded: Path | str,
+    out: Path | str,
+    arrange: Arrange,
+    *,
+    data: Data = "link",
+    force: bool = False,
+    watch: Watch | None = None,
+) -> Packaged:
+    """Write a guarded folder in another layout.
+
+    Args:
+        guarded: the folder, its guard proved in the model or by itself.
+        out: the folder to write.
+        arrange: which layout.
+        data: how big files get there.
+        force: replace OUT.
+        watch: told what is going on.
+
+    Raises:
+        ManifestMismatch: the folder is not guarded, not intact, not proved, or its proof does not hold.
+        ProofFailed: the new folder does not hold what it should; nothing was written.
+        GuardError: the layout does not take this model, or OUT cannot be written.
+    """
+    tell, folder, target = watch or unwatched, Path(guarded).absolute(), Path(out).absolute()
+    require_writable(target, force)
+    manifest = require_guarded(folder, tell)
+    package = package_of(folder, manifest)
+    require_apart(target, folder, package)
+    planned = arrange(manifest, package)
+    with staged(target, force) as stage:
+        tell("writing", 0, 1)
+        for here, there in planned.brought.items():
+            bring(folder / there, stage / here, data)
+        for here, content in planned.written.items():
+            (stage / here).parent.mkdir(parents=True, exist_ok=True)
+            create_file(stage / here, content)
+        written = _write_manifest(stage, manifest, planned)
+        tell("writing", 1, 1)
+        proof = verify(stage, watch=tell)
+        broken = next((check for check in proof.checks if not check.ok), None)
+        if broken is not None:
+            raise ProofFailed(f"{target}: {broken.name} does not hold in the new layout; nothing was written")
+    return Packaged(target, written, proof, tuple(_notes(folder, written)))
+
+
+def require_guarded(folder: Path, tell: Watch) -> Manifest:
+    """The manifest of a folder whose proof holds, redone from its files.
+
+    Raises:
+        ManifestMismatch: it does not, or was never completed by a run.
+    """
+    found = verify(folder, watch=tell)
+    broken = next((check for check in found.checks if not check.ok), None)
+    if broken is not None:
+        raise ManifestMismatch(f"{folder}: {broken.name} does not hold; export it again before you package it")
+    if found.manifest.proved == "structure":
+        raise ManifestMismatch(
+            f"{folder}: only the structure of its guard was proved; run `vlmguard verify --run --source MODEL` on it first"
+        )
+    if found.manifest.packaged is not None:
+        raise ManifestMismatch(
+            f"{folder}: was packaged already; give the guarded folder that it was made from, as `vlmguard-export` wrote it"
+        )
+    return found.manifest
+
+
+def require_other_layout(package: ModelPackage, layout: Layout, runtime: str) -> None:
+    """There is something to lay out anew, and it is graphs.
+
+    Raises:
+        GuardError: the folder has that layout already, or holds engines.
+    """
+    if package.layout == layout:
+        raise GuardError(f"{package.root}: has the {layout} layout already; use it as it is")
+    if package.layout == "engines":
+        raise GuardError(
+            f"{package.root}: holds TensorRT engines, which {runtime} cannot run; give the guarded ONNX folder"
+        )
+
+
+def loose_files(manifest: Manifest, package: ModelPackage) -> list[str]:
+    """What a guarded folder holds besides graphs and their data, relative to it, sorted; no bill of its old paths."""
+    graphs = [path for path in (package.root / name for name in manifest.files) if path.suffix == ".onnx"]
+    data = {path.relative_to(package.root).as_posix() for graph in graphs for path in external_files(graph)}
+    engines = {engine.path for engine in manifest.engines}
+    return sorted(
+        name
+        for name in manifest.files
+        if name not in data | engines and name not in (SBOM_NAME, SIGNATURE_NAME) and not name.endswith(".onnx")
+    )
+
+
+def with_data(graph: Path, root: Path, here: str) -> dict[str, str]:
+    """A graph and its external data, at another path: path here -> path there. The graph's references stay as they are."""
+    folder = Path(here).parent
+    found = {here: graph.relative_to(root).as_posix()}
+    for data in external_files(graph):
+        found[(folder / data.relative_to(graph.parent)).as_posix()] = data.relative_to(root).as_posix()
+    return found
+
+
+def _write_manifest(stage: Path, source: Manifest, planned: Arrangement) -> Manifest:
+    files = sorted(path for path in stage.rglob("*") if path.is_file())
+    digests = {path.relative_to(stage).as_posix(): digest for path, digest in sha256_files(files).items()}
+    by_path = {record.path: record for record in source.decoders}
+    came = {here: there for there, here in planned.decoders.items()}  # with their data named otherwise, perhaps
+    known = {*planned.brought.values(), *planned.decoders}
+    manifest = source.model_copy(
+        update={
+            "files": record_files(stage, digests, digests),
+            "decoders": [by_path[there].model_copy(update={"path": here}) for there, here in planned.decoders.items()],
+            "layout": planned.layout,
+            "packaged": PackagedRecord(
+                layout=source.layout,
+                moved={here: there for here, there in (planned.brought | came).items() if here != there},
+                written=sorted(planned.written),
+                left_out=sorted(name for name in source.files if name not in known),
+                options=dict(planned.options),
+            ),
+        }
+    )
+    create_file(stage / MANIFEST_NAME, manifest.to_text().encode())
+    return manifest
+
+
+def _notes(folder: Path, manifest: Manifest) -> list[str]:
+    record = manifest.packaged
+    assert record is not None
+    notes = [f"left out, this layout has no use for them: {', '.join(record.left_out)}"] if record.left_out else []
+    if (folder / SIGNATURE_NAME).is_file():
+        notes.append("the signature covers the old folder and was left out; sign the new one with `vlmguard sign`")
+    return notes

@@ -1,0 +1,1 @@
+"""Lowerings: ways of writing the guard's arithmetic into a graph, one module each; `table.py` lists them."""

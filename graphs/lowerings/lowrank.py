@@ -1,0 +1,146 @@
+"""`lowrank`: read MatMul, a few scalars of gate arithmetic, write MatMul. Every mode; the cheapest on ONNX Runtime.
+
+The read has the stream's dtype; what a gate decides on is float32 (`lowerings.gate`), and so is what it lets through.
+
+float16 ends at 65504, and real models have channels beyond 3e4. So a float16 read gives `s c`, with a power of two
+`s < d^(-1/2)`: `|s c| <= s |h|_2` is finite for every finite `h`, its partial sums included, and a power of two rounds
+nothing. What follows computes in that unit, and the write takes `V / s`, so this costs no node. The edit is clipped
+(`LARGEST_HALF_EDIT`) before it meets the stream.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from ..node_builder import Scribe
+from ..reference import LayerGuard
+from ..spec import MODES_WITH_READOUT
+from .gate import bounded, columns, combined_score, first_told, gate
+from .task import Gate, Task, Written
+
+
+@dataclass(frozen=True)
+class _Units:
+    """The powers of two in which a layer's coordinates `c` and the readout's score are read; 1 but in float16."""
+
+    c: float = 1.0
+    score: float = 1.0
+
+
+def correction(scribe: Scribe, h: ir.Value, task: Task) -> Written:
+    """`delta = w V`; a closed gate makes `w`, and so `delta`, exactly zero."""
+    mode, layer, dtype = task.mode, task.layer, task.dtype
+    units = _half_units(layer) if dtype == "float16" else _Units()
+    read = scribe.op("read", "MatMul", [h, scribe.constant("rows", _rows(mode, layer, units).T, dtype)])
+    if mode == "project":
+        return Written(_write(scribe, h, _at(scribe, read, task.selected), layer, units, dtype, dtype))
+    if dtype != "float32":
+        read = scribe.cast("read_float32", read, "float32")
+    c = columns(scribe, "coordinates", read, 0, layer.rank) if mode in MODES_WITH_READOUT else read
+    weights, opened = _WEIGHTS[mode](scribe, read, c, task, units)
+    coordinates = _told(scribe, c, units) if task.supervisor is not None else None
+    delta = _write(scribe, h, _at(scribe, weights, task.selected), layer, units, "float32", dtype)
+    return Written(delta, coordinates, opened)
+
+
+def selects(mode: str, dtype: str) -> str:
+    """The dtype of the selection that `w` is multiplied with."""
+    return dtype if mode == "project" else "float32"
+
+
+def _at(scribe: Scribe, w: ir.Value, selected: ir.Value | None) -> ir.Value:
+    """`w` at the tokens to edit, exact zeros elsewhere."""
+    return w if selected is None else scribe.op("weights_selected", "Mul", [w, selected])
+
+
+def _write(
+    scribe: Scribe, h: ir.Value, w: ir.Value, layer: LayerGuard, units: _Units, dtype: str, stream: str
+) -> ir.Value:
+    """`w V` in the dtype of `w`, then in the stream's."""
+    rows = scribe.constant("ssd", layer.ssd.astype(np.float64) / units.c, dtype)
+    bounded_after, cast_after = stream == "float16", dtype != stream
+    delta = scribe.op("product" if bounded_after or cast_after else "delta", "MatMul", [w, rows])
+    if bounded_after:
+        delta = bounded(scribe, "product_bounded" if cast_after else "delta", delta, dtype)
+    if cast_after:
+        delta = scribe.cast("delta", delta, stream)
+    delta.type, delta.shape = h.type, h.shape
+    return delta
+
+
+def _half_units(layer: LayerGuard) -> _Units:
+    """The largest powers of two with which no partial sum of a read can pass float16's range, and one bit to spare."""
+    bits = 1 + math.ceil(math.log2(layer.ssd.shape[1]) / 2)
+    length = float(np.linalg.norm(layer.readout.astype(np.float64))) or 1.0
+    return _Units(2.0**-bits, 2.0 ** -(bits + math.ceil(math.log2(length))))
+
+
+def _rows(mode: str, layer: LayerGuard, units: _Units) -> np.ndarray:
+    """What `h` is read with, `[m or m + 1, d]`; negative in `project`, where the read itself is `w = -c`."""
+    rows = layer.ssd.astype(np.float64) * units.c
+    if mode == "project":
+        return -rows
+    if mode in MODES_WITH_READOUT:
+        return np.vstack([rows, layer.readout[None, :].astype(np.float64) * units.score])
+    return rows
+
+
+def _told(scribe: Scribe, c: ir.Value, units: _Units) -> ir.Value:
+    """`c` as others know it, out of the unit that it was read in."""
+    if units.c == 1.0:
+        return c
+    return scribe.op("coordinates_told", "Mul", [c, scribe.constant("unit", np.array(1 / units.c), "float32")])
+
+
+def _steer(scribe: Scribe, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
+    """`alpha g c`"""
+    layer = task.layer
+    first = columns(scribe, "first", c, 0, 1) if layer.rank > 1 else c
+    made = gate(scribe, first, task, units.c)
+    strength = scribe.op("strength", "Mul", [made.opened, scribe.constant("alpha", np.array(layer.alpha), "float32")])
+    return scribe.op("weights", "Mul", [strength, c]), made
+
+
+def _supervise(scribe: Scribe, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
+    """`g(a) (alpha (a - o) - (c - o))`; `a` comes unscaled."""
+    layer, supervisor = task.layer, task.supervisor
+    assert supervisor is not None
+    made = gate(scribe, first_told(scribe, task), task)
+    origin = scribe.constant("origin", layer.origin, "float32")
+    wanted = scribe.op("supervisor_centred", "Sub", [supervisor, origin])
+    wanted = scribe.op("wanted", "Mul", [wanted, scribe.constant("alpha", np.array(layer.alpha * units.c), "float32")])
+    if units.c != 1.0:
+        origin = scribe.constant("origin_scaled", layer.origin * units.c, "float32")
+    present = scribe.op("present", "Sub", [c, origin])
+    return scribe.op("weights", "Mul", [made.opened, scribe.op("difference", "Sub", [wanted, present])]), made
+
+
+def _align(scribe: Scribe, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate | None]:
+    """`g(a) (a - c)`; `a` comes unscaled, or is read from another row of `c`."""
+    if task.text_ends is not None:
+        text = scribe.op("text", "GatherND", [c, task.text_ends])
+        return scribe.op("difference", "Sub", [text, c]), None
+    wanted = task.supervisor
+    assert wanted is not None
+    made = gate(scribe, first_told(scribe, task), task)
+    if units.c != 1.0:
+        wanted = scribe.op("wanted", "Mul", [wanted, scribe.constant("wanted_unit", np.array(units.c), "float32")])
+    return scribe.op("weights", "Mul", [made.opened, scribe.op("difference", "Sub", [wanted, c])]), made
+
+
+def _restore(scribe: Scribe, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
+    """`g (t - c)`; in `combined` the gate hears the supervisor too"""
+    layer = task.layer
+    score = columns(scribe, "score" if task.mode == "restore" else "score_read", read, layer.rank, layer.rank + 1)
+    if task.mode == "combined":
+        score = combined_score(scribe, score, task, units.score)
+    difference = scribe.op("difference", "Sub", [scribe.constant("target", layer.target * units.c, "float32"), c])
+    made = gate(scribe, score, task, units.score)
+    return scribe.op("weights", "Mul", [made.opened, difference]), made
+
+
+_WEIGHTS = {"steer": _steer, "supervise": _supervise, "restore": _restore, "combined": _restore, "align": _align}

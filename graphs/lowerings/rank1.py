@@ -1,0 +1,136 @@
+"""`rank1`: per row a Mul and a ReduceSum to read, a Mul and an Add to write. Every mode; made for TensorRT.
+
+TensorRT fuses this chain into the kernel of the norm that follows, at no layer of its own (ranks 1 to 8, TensorRT-RTX 1.7,
+float16 and float32); a MatMul with one column breaks the fusions around it. The chain is the same edit as `w V`: all rows
+are read before any is written, so it does not even need them to be orthonormal to the last bit.
+
+Between two Casts it is float32 in every graph: products and sums of float16 numbers cannot overflow there, and the edit is
+clipped before it is float16 again. Only the stream itself, the last Add, keeps the stream's dtype, so that a closed gate adds
+zeros to the very bits that were there.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from ..node_builder import Scribe
+from ..reference import LayerGuard
+from ..spec import MODES_TOWARD_TEXT, MODES_WITH_READOUT
+from .gate import bounded, columns, combined_score, first_told, gate
+from .task import Gate, Task, Written
+
+
+def correction(scribe: Scribe, h: ir.Value, task: Task) -> Written:
+    """`delta = w_1 v_1 + ... + w_m v_m`; a closed gate makes each `w`, and so `delta`, exactly zero."""
+    layer, dtype = task.layer, task.dtype
+    wide = h if dtype == "float32" else scribe.cast("stream_float32", h, "float32")
+    rows = [scribe.constant(f"ssd_{number}", row, "float32") for number, row in enumerate(layer.ssd)]
+    c = [_read(scribe, f"c_{number}", wide, row) for number, row in enumerate(rows)]
+    made = _gate(scribe, wide, c, task)
+    opened = None if made is None else made.opened
+    if task.selected is not None:
+        opened = task.selected if opened is None else scribe.op("gate_selected", "Mul", [opened, task.selected])
+    w = _weights(scribe, task, c, opened)
+    edits = [scribe.op(f"edit_{number}", "Mul", [w[number], row]) for number, row in enumerate(rows)]
+    delta = edits[0]
+    for number, edit in enumerate(edits[1:], start=1):
+        delta = scribe.op(f"edits_to_{number}", "Add", [delta, edit])
+    if dtype == "float16":
+        delta = bounded(scribe, "edits_bounded", delta, "float32")
+    if dtype != "float32":
+        delta = scribe.cast("delta", delta, dtype)
+    delta.type, delta.shape = h.type, h.shape
+    return Written(delta, _coordinates(scribe, task, c), made)
+
+
+def _read(scribe: Scribe, name: str, h: ir.Value, row: ir.Value) -> ir.Value:
+    """`h . row`, `[..., 1]`"""
+    products = scribe.op(f"{name}_products", "Mul", [h, row])
+    return scribe.op(name, "ReduceSum", [products, scribe.integers(-1)], keepdims=1)
+
+
+def _gate(scribe: Scribe, h: ir.Value, c: list[ir.Value], task: Task) -> Gate | None:
+    """`None` for `project` and for paired rows, which have none."""
+    if task.mode == "project" or task.text_ends is not None:
+        return None
+    if task.mode in MODES_TOWARD_TEXT:
+        return gate(scribe, first_told(scribe, task), task)
+    if task.mode == "steer":
+        return gate(scribe, c[0], task)
+    readout = scribe.constant("readout", task.layer.readout, "float32")
+    if task.mode == "restore":
+        return gate(scribe, _read(scribe, "score", h, readout), task)
+    return gate(scribe, combined_score(scribe, _read(scribe, "score_read", h, readout), task), task)
+
+
+def _weights(scribe: Scribe, task: Task, c: list[ir.Value], opened: ir.Value | None) -> list[ir.Value]:
+    """The numbers of `w`, each `[..., 1]` float32."""
+    mode, layer, supervisor = task.mode, task.layer, task.supervisor
+    if mode == "project":
+        wanted = [scribe.op(f"minus_c_{number}", "Neg", [value]) for number, value in enumerate(c)]
+    elif mode in MODES_WITH_READOUT:
+        wanted = _to_the_target(scribe, layer, c)
+    elif mode == "align":
+        wanted = _to_the_text(scribe, task, c)
+    else:
+        alpha = scribe.constant("alpha", np.array(layer.alpha), "float32")
+        if mode == "steer":
+            wanted = [scribe.op(f"wanted_{number}", "Mul", [value, alpha]) for number, value in enumerate(c)]
+        else:
+            assert supervisor is not None
+            wanted = _to_the_supervisor(scribe, layer, c, supervisor, alpha)
+    if opened is None:
+        return wanted
+    return [scribe.op(f"w_{number}", "Mul", [opened, value]) for number, value in enumerate(wanted)]
+
+
+def selects(mode: str, dtype: str) -> str:
+    """The dtype of the selection that the gate is multiplied with."""
+    return "float32"
+
+
+def _to_the_target(scribe: Scribe, layer: LayerGuard, c: list[ir.Value]) -> list[ir.Value]:
+    """`t - c`"""
+    targets = [scribe.constant(f"target_{number}", level, "float32") for number, level in enumerate(layer.target)]
+    return [
+        scribe.op(f"wanted_{number}", "Sub", [level, value])
+        for number, (level, value) in enumerate(zip(targets, c, strict=True))
+    ]
+
+
+def _to_the_supervisor(
+    scribe: Scribe, layer: LayerGuard, c: list[ir.Value], supervisor: ir.Value, alpha: ir.Value
+) -> list[ir.Value]:
+    """`alpha (a - o) - (c - o)`"""
+    wanted = []
+    for number, value in enumerate(c):
+        a = _told(scribe, layer, supervisor, number)
+        origin = scribe.constant(f"origin_{number}", layer.origin[number], "float32")
+        told = scribe.op(f"a_{number}_centred", "Sub", [a, origin])
+        told = scribe.op(f"a_{number}_strength", "Mul", [told, alpha])
+        present = scribe.op(f"present_{number}", "Sub", [value, origin])
+        wanted.append(scribe.op(f"wanted_{number}", "Sub", [told, present]))
+    return wanted
+
+
+def _to_the_text(scribe: Scribe, task: Task, c: list[ir.Value]) -> list[ir.Value]:
+    """`a - c`"""
+    if task.text_ends is not None:
+        text = [scribe.op(f"text_{number}", "GatherND", [value, task.text_ends]) for number, value in enumerate(c)]
+    else:
+        assert task.supervisor is not None
+        text = [_told(scribe, task.layer, task.supervisor, number) for number in range(len(c))]
+    return [scribe.op(f"wanted_{number}", "Sub", both) for number, both in enumerate(zip(text, c, strict=True))]
+
+
+def _told(scribe: Scribe, layer: LayerGuard, supervisor: ir.Value, number: int) -> ir.Value:
+    """The text-only coordinate along one row, `[batch, 1, 1]`."""
+    return columns(scribe, f"a_{number}", supervisor, number, number + 1) if layer.rank > 1 else supervisor
+
+
+def _coordinates(scribe: Scribe, task: Task, c: list[ir.Value]) -> ir.Value | None:
+    """`c` side by side, where the text-only pass must output it."""
+    if task.supervisor is None:
+        return None
+    return c[0] if len(c) == 1 else scribe.op("coordinates", "Concat", c, axis=-1)

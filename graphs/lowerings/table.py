@@ -1,0 +1,130 @@
+"""The table of lowerings: ways of writing the guard's arithmetic into a graph.
+
+A lowering knows arithmetic only. Where the guard goes in (`rewrite`) and which tokens it touches (`positions`) is not its
+business, so each is one small module and all of them inherit the conformance test against the numpy reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+import onnx_ir as ir
+
+from ..errors import GuardError
+from ..node_builder import Scribe
+from ..spec import MAX_RANK, MODES, Target
+from . import dense, lowrank, rank1
+from .fold import FOLD
+from .task import Task, Written
+
+
+def _never_whole(scribe: Scribe, h: ir.Value, task: Task) -> None:
+    """Most lowerings write a correction and an Add."""
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """One way to write `h' = h + w V`.
+
+    Attributes:
+        name: what `--lowering` takes.
+        modes: the modes that it can write.
+        correction: `(scribe, h, task) -> Written`, `h` `[batch, sequence, d]` in the stream's dtype.
+        selects: `(mode, dtype of the stream) -> dtype of the task's selection`.
+        why: one clause for the plan.
+        target: the runtime that it was made for.
+        most_rank: the largest rank that it is chosen for by itself.
+        whole: `h'` in one step, for a lowering that can sometimes do without a correction, else `None`.
+        dials: whether its arithmetic can be dialled at each call (`graphs.runtime_controls`).
+    """
+
+    name: str
+    modes: frozenset[str]
+    correction: Callable[[Scribe, ir.Value, Task], Written]
+    selects: Callable[[str, str], str]
+    why: str
+    target: Target = "onnxruntime"
+    most_rank: int = MAX_RANK
+    whole: Callable[[Scribe, ir.Value, Task], ir.Value | None] = _never_whole
+    dials: bool = True
+
+    def guarded(self, scribe: Scribe, h: ir.Value, task: Task) -> tuple[ir.Value, Written | None]:
+        """`h'`, and what was written for it; `None` where that was `h'` itself."""
+        done = self.whole(scribe, h, task)
+        if done is not None:
+            return done, None
+        written = self.correction(scribe, h, task)
+        return scribe.op("guarded", "Add", [h, written.delta], like=h), written
+
+    @property
+    def writes_nodes(self) -> bool:
+        """False for `fold`, which changes weights."""
+        return self is not FOLDED
+
+
+LOWERINGS: tuple[Lowering, ...] = (
+    Lowering(
+        "lowrank",
+        frozenset(MODES),
+        lowrank.correction,
+        lowrank.selects,
+        "two skinny MatMuls per layer, the cheapest on ONNX Runtime, and every mode (on TensorRT rank1 is cheaper)",
+    ),
+    Lowering(
+        "rank1",
+        frozenset(MODES),
+        rank1.correction,
+        rank1.selects,
+        "a chain of Mul and ReduceSum per row, which TensorRT fuses into the next norm, and every mode "
+        "(on ONNX Runtime lowrank is cheaper)",
+        target="tensorrt",
+        most_rank=8,  # a chain per row; up to 8 rows are fused (TensorRT-RTX 1.7)
+    ),
+    Lowering(
+        "dense",
+        frozenset({"project"}),
+        dense.correction,
+        dense.selects,
+        "the literal h @ (I - V^T V), one d x d MatMul per layer (to compare with; the others cost less)",
+        whole=dense.whole,
+        dials=False,
+    ),
+)
+
+
+def _no_node(*_: object) -> NoReturn:
+    raise AssertionError("fold writes no node; rewrite asks lowerings.fold")
+
+
+FOLDED = Lowering(
+    FOLD,
+    frozenset({"project"}),
+    _no_node,
+    _no_node,
+    "the projection is in the weights that write the stream, no node and no cost, the same in every layer and at every token",
+    dials=False,
+)
+
+
+def choose_lowering(name: str, mode: str, target: Target = "onnxruntime", rank: int = 1) -> tuple[Lowering, str]:
+    """The lowering for a mode, and the reason for the plan; `auto` takes the table's first for the target and the rank.
+
+    Raises:
+        GuardError: unknown name, or one that cannot write this mode.
+    """
+    if name == "auto":
+        able = [lowering for lowering in LOWERINGS if mode in lowering.modes]
+        made_for = next(lowering for lowering in able if lowering.target == target)
+        if rank <= made_for.most_rank:
+            return made_for, f"auto: {made_for.why}"
+        chosen = next(lowering for lowering in able if rank <= lowering.most_rank)
+        return chosen, f"auto: {made_for.name} writes a chain for each row, too many at rank {rank}; {chosen.why}"
+    by_name = {lowering.name: lowering for lowering in (*LOWERINGS, FOLDED)}
+    if name not in by_name:
+        raise GuardError(f"lowering {name!r} is unknown; choose one of auto, {', '.join(by_name)}")
+    if mode not in by_name[name].modes:
+        able = [lowering.name for lowering in LOWERINGS if mode in lowering.modes]
+        raise GuardError(f"lowering {name!r} cannot write mode {mode!r}; choose {' or '.join(able)}")
+    return by_name[name], f"as asked: {by_name[name].why}"

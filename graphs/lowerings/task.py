@@ -1,0 +1,79 @@
+"""What a lowering is asked to write at one site, and what it wrote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from ..reference import LayerGuard
+
+
+@dataclass(frozen=True)
+class Task:
+    """The edit of one guarded layer.
+
+    Attributes:
+        mode: the intervention.
+        layer: its numbers.
+        dtype: of the stream.
+        supervisor: the text-only coordinates `[batch, 1, m]` float32 (modes with a supervisor).
+        text_ends: in place of them, where each row's text-only prompt ends: (row, position) `[batch, 1, 2]` int64 (`pairs`).
+        selected: what the weights are multiplied with, in the dtype that the lowering `selects`: `[batch, sequence, 1]` of 0
+            and 1, the tokens to edit, times the strength where the guard has that knob (a scalar, if all tokens are
+            edited); `None` for all tokens as calibrated.
+        offset: added to the threshold, a float32 scalar, where the guard has that knob.
+        held: gates that the prompt may have decided, where they are held.
+    """
+
+    mode: str
+    layer: LayerGuard
+    dtype: str
+    supervisor: ir.Value | None = None
+    selected: ir.Value | None = None
+    offset: ir.Value | None = None
+    held: Held | None = None
+    text_ends: ir.Value | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """A layer's gate as the prompt decided it, `[batch, 1, 1]` float32 of 0 and 1.
+
+    Attributes:
+        deciding: 1 in rows in which nothing is decided yet.
+        is_open: 1 in rows in which it was decided to be open.
+    """
+
+    deciding: ir.Value
+    is_open: ir.Value
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A gate as it was written.
+
+    Attributes:
+        score: what it compares, `[batch, sequence, 1]` float32 (`supervise`: `[batch, 1, 1]`), times `unit`.
+        opened: 1 where it is open, else 0, of the same shape.
+        unit: the power of two that the score is read in.
+    """
+
+    score: ir.Value
+    opened: ir.Value
+    unit: float = 1.0
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a lowering wrote.
+
+    Attributes:
+        delta: of `h' = h + delta`, in the stream's dtype.
+        coordinates: `c`, `[batch, sequence, m]` float32; `None` where nobody asks for them.
+        gate: `None` where every selected token is edited: `project`, and paired rows.
+    """
+
+    delta: ir.Value
+    coordinates: ir.Value | None = None
+    gate: Gate | None = None

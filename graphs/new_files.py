@@ -1,0 +1,37 @@
+"""Files that were not there before, to be written."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from .errors import OutputRefused
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that was not there before, to be written. What is there may be a hard link to the source's own bytes: a model
+    may call its weights what we call our files.
+
+    Raises:
+        OutputRefused: there is such a file.
+    """
+    try:
+        with path.open("xb") as file:
+            yield file
+    except FileExistsError:
+        raise OutputRefused(
+            f"{path.name}: the model has a file of this name, which the guarded folder needs for its own; rename it"
+        ) from None
+
+
+def create_file(path: Path, content: bytes) -> None:
+    """Write a file that was not there before.
+
+    Raises:
+        OutputRefused: as for `new_file`.
+    """
+    with new_file(path) as file:
+        file.write(content)

@@ -1,0 +1,144 @@
+"""Dials: what an app may set, see and hold at each call of a guarded graph. All of them are off unless they are asked for.
+
+Knobs are overridable initializers: inputs that have a default in the file (ONNX IR version 4 and later), so that whoever
+knows nothing of them gets the guard as it was calibrated. There are two for the whole guard, and not two per layer: an app
+decides how much of the guard a request gets, calibration decides how the layers share it.
+
+    vlmguard.strength          float32 [], default 1: every edit is multiplied with it, cut to 0 .. 2; 0 only watches
+    vlmguard.threshold_offset  float32 [], default 0: added to every layer's threshold, in the units of its score
+
+Telemetry is one output, `vlmguard.gate_scores` `[batch, guarded layers]` float32: what each gate compares, at the last token.
+
+A held gate is a state in the style of the KV cache, `[batch, guarded layers]` float32: `vlmguard.past_gate` goes in, and
+`vlmguard.present_gate` comes out: 1 open, 0 closed. Whoever feeds a number below 0 (a prompt has no past) has it decided now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from .errors import GuardError
+from .lowerings.gate import bounded
+from .lowerings.task import Held
+from .node_builder import Scribe
+from .reference import LARGEST_OFFSET, LARGEST_STRENGTH
+from .spec import MODES_WITH_GATE
+
+STRENGTH_INPUT = "vlmguard.strength"
+OFFSET_INPUT = "vlmguard.threshold_offset"
+SCORES_OUTPUT = "vlmguard.gate_scores"
+PAST_GATE_INPUT = "vlmguard.past_gate"
+PRESENT_GATE_OUTPUT = "vlmguard.present_gate"
+
+# knob -> its default: the guard as it was calibrated
+DEFAULTS: Mapping[str, np.ndarray] = {
+    STRENGTH_INPUT: np.array(1, np.float32),
+    OFFSET_INPUT: np.array(0, np.float32),
+}
+_OLDEST_IR = 4  # before it every initializer had to be an input, and so no input had a default
+
+
+def knobs_of(mode: str) -> tuple[str, ...]:
+    """The knobs that a mode has; an input that nothing reads would be a knob that does nothing."""
+    return (STRENGTH_INPUT, OFFSET_INPUT) if mode in MODES_WITH_GATE else (STRENGTH_INPUT,)
+
+
+def require_knobs(model: ir.Model, lowering: str, dials: bool) -> None:
+    """The graph can have inputs with defaults, and the lowering numbers that a knob can reach.
+
+    Args:
+        lowering, dials: its name, and whether it can be dialled.
+
+    Raises:
+        GuardError: one of them cannot.
+    """
+    if not dials:
+        raise GuardError(
+            f"lowering {lowering!r} has nothing that a knob could turn; choose lowrank, or leave --knobs out"
+        )
+    if model.ir_version is not None and model.ir_version < _OLDEST_IR:
+        raise GuardError(
+            f"the graph has IR version {model.ir_version}, an input with a default needs {_OLDEST_IR}; export it with a newer "
+            "exporter, or leave --knobs out"
+        )
+
+
+def declare_knob(graph: ir.Graph, name: str) -> ir.Value:
+    """The knob as an input of the top graph, and its default as an initializer of the same name."""
+    tensor = ir.Tensor(DEFAULTS[name], name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([]), const_value=tensor)
+    graph.inputs.append(value)
+    graph.register_initializer(value)
+    return value
+
+
+def take_back_inputs(graph: ir.Graph, names: Collection[str]) -> None:
+    """Take inputs away, and their defaults; none but these."""
+    for value in [value for value in graph.inputs if value.name in names]:
+        graph.inputs.remove(value)
+    for name in [name for name in graph.initializers if name in names]:
+        graph.initializers.pop(name)
+
+
+def is_default(value: ir.Value) -> bool:
+    """Whether an initializer is a knob's default, to the bit."""
+    default, tensor = DEFAULTS.get(value.name or ""), value.const_value
+    if default is None or tensor is None or tensor.dtype != ir.DataType.FLOAT or tuple(tensor.shape):
+        return False
+    return tensor.tobytes() == default.tobytes()
+
+
+def write_strength(scribe: Scribe, strength: ir.Value, dtype: str) -> ir.Value:
+    """The strength in range, a scalar: a negative one would turn the guard round."""
+    value = scribe.op("strength", "Clip", [strength, *_range(scribe, "strength", 0.0, LARGEST_STRENGTH)])
+    return value if dtype == "float32" else scribe.cast(f"strength_{dtype}", value, dtype)
+
+
+def write_offset(scribe: Scribe, offset: ir.Value) -> ir.Value:
+    """The threshold offset in range, a scalar: a listening pass stays below every threshold."""
+    return bounded(scribe, "threshold_offset", offset, "float32", LARGEST_OFFSET)
+
+
+def write_held(scribe: Scribe, past: ir.Value) -> Held:
+    """The state that comes in, for all layers: `[batch, layers, 1]`. What is no number of 0 or above is no decision."""
+    zero = scribe.constant("zero", np.array(0), "float32")
+    column = scribe.op("column", "Unsqueeze", [past, scribe.integers(-1)])
+    undecided = scribe.op("undecided", "Not", [scribe.op("decided", "GreaterOrEqual", [column, zero])])
+    deciding = scribe.cast("deciding", undecided, "float32")
+    return Held(deciding, scribe.cast("is_open", scribe.op("opened", "Greater", [column, zero]), "float32"))
+
+
+def held_at(scribe: Scribe, held: Held, row: int) -> Held:
+    """One layer's part of it, `[batch, 1, 1]`: it meets every token."""
+    index = scribe.integers(row)
+    return Held(
+        scribe.op("deciding", "Gather", [held.deciding, index], axis=1),
+        scribe.op("is_open", "Gather", [held.is_open, index], axis=1),
+    )
+
+
+def notes_on(knobs: Collection[str], gate: str) -> list[str]:
+    """What a person should know about the dials of a plan."""
+    notes = []
+    if knobs:
+        names = ", ".join(knobs)
+        notes.append(
+            f"knobs {names}: inputs with defaults; whoever feeds the graph can switch the guard off with them, so for "
+            "untrusted callers leave --knobs out"
+        )
+    if gate == "prompt":
+        notes.append(
+            f"gate prompt: decided at the end of the prompt ({PAST_GATE_INPUT} below 0), then held; an app carries "
+            f"{PRESENT_GATE_OUTPUT} there, and whoever feeds it decides"
+        )
+    return notes
+
+
+def _range(scribe: Scribe, name: str, lowest: float, highest: float) -> list[ir.Value]:
+    return [
+        scribe.constant(f"{name}_{end}", np.array(bound), "float32")
+        for end, bound in (("lowest", lowest), ("highest", highest))
+    ]

@@ -1,0 +1,75 @@
+"""The guard's numbers as overridable initializers: one graph in which every candidate of a calibration can be tried.
+
+An ONNX initializer that is also an input of the graph has a default that a caller may replace, call by call. The defaults
+here are neutral: nothing is read, nothing is written, every gate is closed. What a caller feeds in their place is what
+the lowering itself would have baked in, in its own units and dtype, so a trial computes what the baked guard computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+
+from .lowerings.table import LOWERINGS
+from .lowerings.task import Task
+from .node_builder import IR_DTYPES, PREFIX, Scribe
+from .plan import GuardPlan, SitePlan
+from .reference import LayerGuard
+from .spec import LARGEST_TAU, MODES_WITH_SUPERVISOR
+
+
+def neutral(plan: GuardPlan) -> GuardPlan:
+    """The same sites with a guard that does nothing, in any mode."""
+    return replace(plan, sites=tuple(replace(site, guard=_neutral(site.guard)) for site in plan.sites))
+
+
+def widened(guard: LayerGuard, rank: int) -> LayerGuard:
+    """The same guard written with more rows: zeros, which read 0 and write 0."""
+    more = rank - guard.rank
+    assert more >= 0, "a graph for rank m takes guards of rank m and less"
+    origin, target = (np.pad(levels, (0, more)) for levels in (guard.origin, guard.target))
+    return replace(guard, ssd=np.pad(guard.ssd, ((0, more), (0, 0))), origin=origin, target=target)
+
+
+def guard_numbers(plan: GuardPlan) -> dict[str, np.ndarray]:
+    """Name of each initializer that `rewrite` gives the planned sites -> its array, as the lowering writes it."""
+    lowering = next(lowering for lowering in LOWERINGS if lowering.name == plan.lowering)
+    found: dict[str, np.ndarray] = {}
+    for planned in plan.sites:
+        # The lowering writes into a graph that nobody keeps: its arithmetic is not wanted here, its numbers are.
+        scratch = ir.Graph([], [], nodes=[], opset_imports={"": 18})
+        scribe = Scribe(scratch, _scope(planned.layer_index))
+        lowering.correction(scribe, ir.Value(name="h"), _task(plan, planned))
+        for name, value in scratch.initializers.items():
+            if name.startswith(f"{PREFIX}{_scope(planned.layer_index)}/") and value.const_value is not None:
+                found[name] = value.const_value.numpy()
+    return found
+
+
+def make_overridable(model: ir.Model, names: list[str]) -> None:
+    """These initializers become inputs too; what they hold is then their default."""
+    for name in names:
+        model.graph.inputs.append(model.graph.initializers[name])
+
+
+def _neutral(guard: LayerGuard) -> LayerGuard:
+    zeros = np.zeros(guard.rank, np.float32)
+    return LayerGuard(np.zeros_like(guard.ssd), zeros, zeros, np.zeros_like(guard.readout), LARGEST_TAU, 1.0)
+
+
+def _scope(layer: int) -> str:
+    return f"layer_{layer}"
+
+
+def _task(plan: GuardPlan, planned: SitePlan) -> Task:
+    dtype = planned.site.dtype
+    given = ir.Value(name="supervisor", type=ir.TensorType(IR_DTYPES["float32"]))
+    return Task(
+        plan.mode,
+        planned.guard,
+        dtype,
+        given if plan.mode in MODES_WITH_SUPERVISOR else None,
+        ir.Value(name="selected"),
+    )

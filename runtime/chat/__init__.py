@@ -1,0 +1,1 @@
+"""Prompts: chat templates, their bounds, tokenizers, and text as it comes."""

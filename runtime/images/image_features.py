@@ -1,0 +1,30 @@
+"""Rows in the place of a picture's tokens, without a picture: what searches and tests show a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...graphs.errors import GuardError
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFeatures:
+    """What a vision encoder would give for one picture.
+
+    Attributes:
+        rows: `[image tokens, d]`, finite; `d` is the width of the decoder's embeddings.
+    """
+
+    rows: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.rows.ndim != 2 or not self.rows.size or not np.isfinite(self.rows).all():
+            raise GuardError(
+                f"image features {self.rows.shape} are not finite rows [image tokens, width]; give such rows"
+            )
+
+    def content(self) -> bytes:
+        """The rows as bytes, for digests."""
+        return np.ascontiguousarray(self.rows, np.float32).tobytes()

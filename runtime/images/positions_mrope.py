@@ -1,0 +1,69 @@
+"""Positions for multimodal rotary embeddings (M-RoPE), as Qwen2-VL, Qwen2.5-VL and Qwen3-VL take them.
+
+Every token has three positions: time, row and column. For text all three are the same number. An image's tokens have
+the number where the image begins, plus their own place in its grid; the text after it goes on behind the largest of
+them. An image so takes up fewer numbers than it has tokens, and every later position is lower than a count of tokens.
+
+The same numbers as `get_rope_index` of those models in transformers gives, for images (videos are not supported).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import numpy as np
+
+from ...graphs.errors import GuardError
+
+
+def mrope_positions(is_image: np.ndarray, mask: np.ndarray, grids: np.ndarray, merge: int) -> np.ndarray:
+    """Positions of whole prompts.
+
+    Args:
+        is_image: where the image tokens are, `[batch, sequence]` bool.
+        mask: 1 for tokens, 0 for padding on any side, `[batch, sequence]`.
+        grids: patches over time, height and width of every image, in the order of the prompts, `[images, 3]` int64.
+        merge: patches per side that become one token.
+
+    Returns:
+        `[3, batch, sequence]` int64: time, row, column; 0 for padding.
+
+    Raises:
+        GuardError: the runs of image tokens are not those of the grids.
+    """
+    positions = np.zeros((3, *mask.shape), np.int64)
+    tokens_of = grids // (1, merge, merge)
+    next_image = 0
+    for row, real in enumerate(mask.astype(bool)):
+        columns, begin = [np.zeros((3, 0), np.int64)], 0
+        for image, length in _runs(is_image[row, real]):
+            if not image:
+                columns.append(np.broadcast_to(np.arange(begin, begin + length), (3, length)))
+                begin += length
+                continue
+            grid = tokens_of[next_image] if next_image < len(tokens_of) else None
+            if grid is None or grid.prod() != length:
+                raise GuardError(
+                    f"prompt {row} has a run of {length} image tokens where image {next_image} of {len(grids)} has "
+                    f"{0 if grid is None else grid.prod()}; expand each image placeholder to its own image's tokens"
+                )
+            columns.append(np.indices(grid).reshape(3, -1) + begin)
+            begin += int(grid[1:].max())
+            next_image += 1
+        positions[:, row, real] = np.concatenate(columns, axis=1)
+    if next_image != len(grids):
+        raise GuardError(f"the prompts have image tokens for {next_image} of {len(grids)} images; add the placeholders")
+    return positions
+
+
+def text_positions(mask: np.ndarray) -> np.ndarray:
+    """Positions `[3, batch, sequence]` of prompts without images: each token's number, three times; 0 for padding."""
+    numbers = np.where(mask, np.cumsum(mask, axis=1) - 1, 0)
+    return np.broadcast_to(numbers, (3, *mask.shape)).astype(np.int64)
+
+
+def _runs(is_image: np.ndarray) -> Iterator[tuple[bool, int]]:
+    """`[text, text, image, image, image]` -> (False, 2), (True, 3)."""
+    for image, run in groupby(is_image.tolist()):
+        yield image, len(list(run))
