@@ -11,7 +11,8 @@ from ..graphs.anatomy import DecoderAnatomy
 from ..graphs.digests import sha256_file
 from ..graphs.directions import DIRECTIONS_FILE, Directions, read_directions
 from ..graphs.errors import DirectionMismatch, GuardError
-from ..graphs.package import ModelPackage, open_package
+from ..graphs.layouts import open_package
+from ..graphs.package import ModelPackage
 from ..graphs.plan import GuardPlan, require_fitting
 from ..graphs.spec import MODES_TOWARD_TEXT, GuardSpec
 from ..runtime.decoder_place import DecoderPlace

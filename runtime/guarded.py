@@ -10,9 +10,10 @@ from PIL import Image
 
 from ..graphs.anatomy import guarded_layers
 from ..graphs.errors import GuardError, ManifestMismatch
+from ..graphs.layouts import open_package
 from ..graphs.lowerings.fold import FOLD, folded_weights
 from ..graphs.manifest import Manifest, read_manifest, require_intact
-from ..graphs.package import ModelPackage, open_package
+from ..graphs.package import ModelPackage
 from .knobs import Knobs
 from .runner_protocol import Runner
 from .telemetry import ScoredAnswer, scored

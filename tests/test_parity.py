@@ -29,7 +29,8 @@ from torch_hooks import HookedGuard
 
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import Directions
-from vlmguard.graphs.package import ModelPackage, open_package
+from vlmguard.graphs.layouts import open_package
+from vlmguard.graphs.package import ModelPackage
 from vlmguard.graphs.plan import GuardPlan, plan_guard
 from vlmguard.graphs.reference import LISTEN, LayerGuard
 from vlmguard.graphs.rewrite import rewrite

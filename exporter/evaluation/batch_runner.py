@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from ...graphs.gate_taps import tap_gates
+from ...graphs.layouts import open_package
 from ...graphs.manifest import MANIFEST_NAME, read_manifest
-from ...graphs.package import open_package
 from ...runtime.guarded import GuardedVLM
 from ...runtime.images.image_features import ImageFeatures
 from ...runtime.images.images import open_image

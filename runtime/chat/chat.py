@@ -30,7 +30,7 @@ from typing import Any, Literal
 from tokenizers import AddedToken, Tokenizer
 
 from ...graphs.errors import GuardError, ModelUnreadable, PromptsUnusable, first_line
-from ...graphs.package import read_json, require_small
+from ...graphs.json_files import read_json, require_small
 from ...graphs.regular_files import read_regular
 from ..confined import TEMPLATES, ConfinedFailure, LimitReached
 from .tokenizer_bounds import require_bounded

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ...graphs.errors import GuardError
-from ...graphs.package import read_json
+from ...graphs.json_files import read_json
 from ..chat.chat import MARKED_PLACEHOLDER_PROCESSORS, PLAIN_PLACEHOLDER_PROCESSORS, FolderConfigs
 from ..runner_protocol import Runner
 from .images import ELSEWHERE, PROCESSORS, ImagePreprocessor, declared_processor, processor_name

@@ -34,8 +34,8 @@ from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError, GuardIncomplete, ManifestMismatch
 from vlmguard.graphs.graph_io import load_graph
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.manifest import read_manifest
-from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.rewrite import rewrite

@@ -23,7 +23,7 @@ from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.digests import sha256_file
 from vlmguard.graphs.directions import Directions, read_directions
 from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.taps import STATES_OUTPUT
 from vlmguard.runtime.vlm import Request, VisionLanguageModel
 

@@ -25,7 +25,8 @@ from vlmguard.exporter.families.family import Family, Turn
 from vlmguard.exporter.families.llava_onevision import pack, place
 from vlmguard.exporter.pipeline import export
 from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.package import open_package, read_json
+from vlmguard.graphs.json_files import read_json
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.vlm import Request, VisionLanguageModel

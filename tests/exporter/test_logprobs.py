@@ -9,7 +9,7 @@ import pytest
 from tiny_vlm_paths import PROMPTS, SOURCE, Guarded
 
 from vlmguard.exporter.evaluation.logprobs import ask, kl_divergence, log_likelihoods
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.runtime.decoder import PromptBatch
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.vlm import Request, Sampling, VisionLanguageModel

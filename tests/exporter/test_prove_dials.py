@@ -26,8 +26,8 @@ from vlmguard.exporter.proof.prove_gate import DECIDED, SCORES
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import ManifestMismatch
 from vlmguard.graphs.graph_io import save_graph
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.node_builder import NUMPY_DTYPES
-from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import plan_guard
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.rewrite import rewrite

@@ -28,7 +28,7 @@ from vlmguard.exporter.pipeline import extract_directions
 from vlmguard.exporter.proof.headroom import WAY_OUT
 from vlmguard.graphs.errors import GuardError, ModelUnreadable, ProofFailed
 from vlmguard.graphs.graph_io import load_graph
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.vlm import Request, VisionLanguageModel

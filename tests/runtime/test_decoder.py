@@ -12,7 +12,8 @@ from random_directions import random_directions
 
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.package import ModelPackage, open_package
+from vlmguard.graphs.layouts import open_package
+from vlmguard.graphs.package import ModelPackage
 from vlmguard.graphs.plan import (
     COORDINATES_OUTPUT,
     PROMPT_SUPERVISOR_INPUT,

@@ -22,7 +22,7 @@ from tiny_vlm_paths import DECODER, PROMPTS, SOURCE, Guarded
 
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ManifestMismatch, ModelUnreadable, RunFailed
 from vlmguard.graphs.extras import install_command
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.runtime.decoder import DecoderSession, PromptBatch, open_decoder
 from vlmguard.runtime.runner_protocol import DeviceRunner
 from vlmguard.runtime.tensorrt.backend import Backend, BackendName, Log

@@ -10,7 +10,7 @@ from vlmguard.exporter.extraction.extract import collect_states, tapped
 from vlmguard.exporter.prompts.labelled import LabelledPrompt, fingerprint
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.runtime.images.image_features import ImageFeatures
 from vlmguard.runtime.vlm import Request, VisionLanguageModel
 

@@ -12,8 +12,8 @@ from tiny_vlm_paths import PROMPTS, SOURCE, Guarded
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import read_directions
 from vlmguard.graphs.errors import GuardError
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.manifest import read_manifest
-from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import plan_guard
 from vlmguard.graphs.reference import UNDECIDED
 from vlmguard.graphs.rewrite import rewrite

@@ -14,8 +14,8 @@ from vlmguard.exporter.calibration.guard_config import CONFIG_NAME, read_config
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import Directions, LayerDirections
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.manifest import read_manifest
-from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import plan_guard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import GuardSpec

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_vlm_paths import PROMPTS, SOURCE, Guarded
 
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.plan import PROMPT_SUPERVISOR_INPUT
 from vlmguard.runtime.chat.chat import Turn
 from vlmguard.runtime.decoder import PromptBatch

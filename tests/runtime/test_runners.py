@@ -13,7 +13,7 @@ from tiny_vlm_paths import DECODER, PROMPTS, SOURCE, Guarded
 
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ModelUnreadable, RunFailed
 from vlmguard.graphs.extras import install_command
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.runtime import runners
 from vlmguard.runtime.decoder import DecoderSession, PromptBatch
 from vlmguard.runtime.device import DeviceOutputs

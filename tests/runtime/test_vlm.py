@@ -20,7 +20,7 @@ from tiny_vlm_paths import PROMPTS, SOURCE, Guarded
 
 from vlmguard.graphs.errors import GuardError, ModelUnreadable, RunFailed
 from vlmguard.graphs.graph_io import load_graph, save_graph
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUT
 from vlmguard.graphs.reference import LISTEN
 from vlmguard.runtime.chat.chat import Turn
