@@ -23,8 +23,9 @@ from ..graphs.errors import GuardError, ModelUnreadable, RunFailed
 from ..graphs.package import ModelPackage
 from ..graphs.pairs import reads_pairs
 from ..graphs.runtime_controls import SCORES_OUTPUT
-from .chat.chat import ChatTokenizer, Turn
+from .chat.chat import ChatTokenizer
 from .chat.text_stream import TextStream
+from .chat.turns import Turn
 from .decoder import DecoderSession, DecoderState, PromptBatch, can_pad, open_decoder
 from .decoder_place import DecoderPlace
 from .device import SomeRows, Tensor

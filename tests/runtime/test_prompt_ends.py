@@ -10,7 +10,7 @@ from tiny_vlm_paths import PROMPTS, SOURCE, Guarded
 
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.plan import PROMPT_SUPERVISOR_INPUT
-from vlmguard.runtime.chat.chat import Turn
+from vlmguard.runtime.chat.turns import Turn
 from vlmguard.runtime.decoder import PromptBatch
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.paired_batches import interleaved

@@ -23,7 +23,7 @@ from vlmguard.graphs.graph_io import load_graph, save_graph
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUT
 from vlmguard.graphs.reference import LISTEN
-from vlmguard.runtime.chat.chat import Turn
+from vlmguard.runtime.chat.turns import Turn
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.runner_protocol import Runner
 from vlmguard.runtime.vlm import Chooser, Request, Sampling, VisionLanguageModel
