@@ -40,10 +40,12 @@ from vlmguard.exporter.proof.inputs import ProofInputs
 from vlmguard.exporter.proof.prove import TOLERANCE
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.graph_io import load_graph
-from vlmguard.graphs.package import ModelPackage, open_package
+from vlmguard.graphs.layouts import open_package
+from vlmguard.graphs.package import ModelPackage
 from vlmguard.graphs.spec import MODES, GuardSpec, Mode, Positions
 from vlmguard.graphs.tensorrt import settle_sizes
-from vlmguard.runtime.decoder import DecoderSession, PromptBatch, open_decoder
+from vlmguard.runtime.decoder import DecoderSession, open_decoder
+from vlmguard.runtime.decoder_inputs import PromptBatch
 from vlmguard.runtime.tensorrt.backend import find_backend
 from vlmguard.runtime.tensorrt.cuda import Cuda
 from vlmguard.runtime.tensorrt.engine_runner import TensorRTRunner

@@ -55,11 +55,11 @@ def _run(stage: str, folder: Path) -> None:
     from vlmguard.exporter.pipeline import dissect_decoder, export
     from vlmguard.exporter.prompts.labelled import BUILTIN, prompts_from_anchors, read_anchors
     from vlmguard.graphs.errors import GuardError
-    from vlmguard.graphs.package import open_package
+    from vlmguard.graphs.layouts import open_package
     from vlmguard.graphs.spec import GuardSpec
     from vlmguard.runtime.decoder_place import DecoderPlace
+    from vlmguard.runtime.generation import Request, Sampling
     from vlmguard.runtime.onnxruntime_runner import import_onnxruntime
-    from vlmguard.runtime.vlm import Request, Sampling
 
     import_onnxruntime()
     imports, began, said = _peak(), time.perf_counter(), ""

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..graphs.errors import GuardError, ModelUnreadable, OutputRefused
+from ..graphs.layouts import open_package
 from ..graphs.manifest import MANIFEST_NAME
-from ..graphs.package import COMPANIONS, ModelPackage, open_package
+from ..graphs.package import COMPANIONS, ModelPackage
 from ..graphs.places import is_checkpoint
 from ..graphs.spec import MODES_TOWARD_TEXT
 from ..runtime.vlm import VisionLanguageModel

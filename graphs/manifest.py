@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from .digests import BIG, Progress, sha256_files
 from .errors import ManifestMismatch
 from .inventory import require_nothing_beside, require_plain_names
-from .package import LARGEST_JSON
+from .json_files import LARGEST_JSON
 from .places import require_guarded_folder
 from .regular_files import read_regular
 from .strict_json import from_strict_json, to_strict_json

@@ -12,8 +12,8 @@ import vlmguard
 from vlmguard.exporter.proof.verify import plan_again
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import read_directions
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.manifest import read_manifest
-from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import GuardPlan
 from vlmguard.graphs.spec import MODES_WITH_ALPHA, GuardSpec, Mode
 

@@ -29,7 +29,7 @@ from ..exporter.sources import Watch
 from ..graphs.errors import ExtraMissing, GuardError
 from ..graphs.extras import install_command
 from ..graphs.graph_io import load_graph
-from ..graphs.package import open_package
+from ..graphs.layouts import open_package
 from ..graphs.spec import GuardSpec
 
 if TYPE_CHECKING:

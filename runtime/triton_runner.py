@@ -15,8 +15,8 @@ import numpy as np
 
 from ..graphs import triton
 from ..graphs.errors import ManifestMismatch, RunFailed, first_line
+from ..graphs.json_files import read_json
 from ..graphs.manifest import MANIFEST_NAME
-from ..graphs.package import read_json
 from .guarded import GuardedVLM, open_manifest, package_of, require_guard
 from .runner_protocol import Port, Runner
 

@@ -21,7 +21,7 @@ from random_directions import write_directions
 import vlmguard
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import read_directions
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.plan import plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 

@@ -29,7 +29,8 @@ from torch_hooks import HookedGuard
 
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import Directions
-from vlmguard.graphs.package import ModelPackage, open_package
+from vlmguard.graphs.layouts import open_package
+from vlmguard.graphs.package import ModelPackage
 from vlmguard.graphs.plan import GuardPlan, plan_guard
 from vlmguard.graphs.reference import LISTEN, LayerGuard
 from vlmguard.graphs.rewrite import rewrite
@@ -41,10 +42,12 @@ from vlmguard.graphs.spec import (
     POSITIONS,
     GuardSpec,
 )
-from vlmguard.runtime.decoder import PromptBatch, open_decoder
+from vlmguard.runtime.decoder import open_decoder
+from vlmguard.runtime.decoder_inputs import PromptBatch
+from vlmguard.runtime.generation import Request
 from vlmguard.runtime.paired_batches import interleaved
 from vlmguard.runtime.runners import open_runner
-from vlmguard.runtime.vlm import Request, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("zoo_fixtures",)
 

@@ -15,7 +15,8 @@ from ...graphs.graph_io import load_graph
 from ...graphs.plan import GuardPlan
 from ...graphs.roles import EMBEDS, MASK, POSITIONS, input_roles
 from ...graphs.spec import MODES_WITH_GATE
-from ...runtime.chat.chat import ChatTokenizer, FolderConfigs, find_template
+from ...runtime.chat.chat import ChatTokenizer
+from ...runtime.chat.folder_configs import FolderConfigs, find_template
 from ...runtime.images.images import PROCESSORS, ImagePreprocessor, declared_processor, processor_name
 from .sides import Sides
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...graphs.errors import GuardError
-from ...runtime.chat.chat import FolderConfigs
+from ...runtime.chat.folder_configs import FolderConfigs
 from ...runtime.guarded import GuardedVLM
 from .settings import ServeSettings
 

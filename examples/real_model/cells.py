@@ -17,9 +17,10 @@ from scenes import Question, draw, question_about, random_scene
 from sets import Sets
 
 from vlmguard.exporter.evaluation.logprobs import Said, ask, kl_divergence, log_likelihoods
+from vlmguard.runtime.generation import Request
 from vlmguard.runtime.images.image_features import ImageFeatures
 from vlmguard.runtime.refusals import refused
-from vlmguard.runtime.vlm import Request, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 RANDOM = "64 random tokens"
 SETTINGS = ("text", "adversarial", "picture", "blank", "noise", RANDOM)  # what matters most comes first

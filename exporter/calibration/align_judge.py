@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ...graphs.directions import Directions
-from ...runtime.vlm import Request
+from ...runtime.generation import Request
 from ..evaluation.intervals import clopper_pearson, within
 from ..sources import Watch
 from .align_rows import Prompts, Reference, Room

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ...runtime.vlm import Request
+from ...runtime.generation import Request
 from .align_trial import AlignTrial, Asked, Begun
 
 _MEMORY = 256 << 20  # bytes of key/value caches that are kept, for all prompts of a judgement

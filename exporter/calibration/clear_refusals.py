@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...graphs.errors import PromptsUnusable
-from ...runtime.vlm import Request
+from ...runtime.generation import Request
 from ..sources import Watch
 from .align_rows import Prompts, Reference, Room
 from .align_trial import AlignTrial, Guarding

@@ -21,8 +21,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from ...runtime.generation import Request
 from ...runtime.images.images import open_image
-from ...runtime.vlm import Request, VisionLanguageModel
+from ...runtime.vlm import VisionLanguageModel
 from ..prompts.labelled import LabelledPrompt
 
 MOST = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...graphs.errors import GuardError
-from ...runtime.vlm import Request
+from ...runtime.generation import Request
 from ..sources import Watch
 from .align_judge import FEWEST_CONTROLLED, AlignJudge
 from .judged import Setting

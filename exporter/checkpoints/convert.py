@@ -35,7 +35,8 @@ import onnx_ir as ir
 from ...graphs.decoder_state import COMMUNITY_PAST
 from ...graphs.errors import ExtraMissing, GuardError, ModelUnreadable, OutputRefused, ProofFailed, first_line
 from ...graphs.extras import install_command
-from ...graphs.package import COMPANIONS, LARGEST_JSON, require_small
+from ...graphs.json_files import LARGEST_JSON, require_small
+from ...graphs.package import COMPANIONS
 from ...graphs.proof.structure import Check
 from ...graphs.reasons import out_of_memory
 from ..families import find_family

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.chat.chat import FolderConfigs, add_declared_tokens, boundary_ids, open_tokenizer
+from ...runtime.chat.folder_configs import FolderConfigs, open_tokenizer
+from ...runtime.chat.special_tokens import add_declared_tokens, boundary_ids
 
 _SENTENCES = (
     "The capital of France is Paris.",

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...graphs.errors import GuardError
-from ...graphs.package import ModelPackage, read_json
+from ...graphs.json_files import read_json
+from ...graphs.package import ModelPackage
 
 RUNTIME = "transformers.js"
 GENAI = "genai_config.json"

@@ -8,7 +8,8 @@ import onnx_ir as ir
 
 from ...graphs.decoder_state import COMMUNITY_PAST, COMMUNITY_PRESENT
 from ...graphs.errors import GuardError
-from ...graphs.package import ModelPackage, read_json
+from ...graphs.json_files import read_json
+from ...graphs.package import ModelPackage
 from ...graphs.roles import LOGITS, MASK, POSITIONS, TOKENS
 from ...graphs.strict_json import to_strict_json
 

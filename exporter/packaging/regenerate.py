@@ -11,8 +11,9 @@ from pathlib import Path, PurePosixPath
 
 from ...graphs import triton
 from ...graphs.graph_io import external_files, load_graph
+from ...graphs.json_files import read_json
 from ...graphs.manifest import Manifest
-from ...graphs.package import ModelPackage, read_json
+from ...graphs.package import ModelPackage
 from ...graphs.proof.structure import Check, exact
 from . import community_config, genai_config
 

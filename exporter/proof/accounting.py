@@ -20,8 +20,9 @@ from ...graphs.errors import GuardError, ManifestMismatch
 from ...graphs.graph_content import is_engine, is_graph
 from ...graphs.graph_io import external_files, load_graph
 from ...graphs.inventory import CHECKPOINTS, CODE
+from ...graphs.json_files import LARGEST_JSON, read_json
 from ...graphs.manifest import Manifest
-from ...graphs.package import LARGEST_JSON, ModelPackage, read_json
+from ...graphs.package import ModelPackage
 from ...graphs.proof.structure import Check, exact
 
 # Configs that name graphs, by the key.

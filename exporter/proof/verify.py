@@ -20,9 +20,10 @@ from ...graphs.anatomy import DecoderAnatomy, dissect
 from ...graphs.digests import sha256_file
 from ...graphs.directions import DIRECTIONS_FILE, read_directions
 from ...graphs.errors import GuardError, ManifestMismatch
+from ...graphs.layouts import open_package
 from ...graphs.lowerings.fold import FOLD
 from ...graphs.manifest import MANIFEST_NAME, DecoderRecord, Manifest, read_manifest, require_intact
-from ...graphs.package import ModelPackage, open_package
+from ...graphs.package import ModelPackage
 from ...graphs.plan import GuardPlan, plan_guard
 from ...graphs.proof.fold_proof import prove_fold, refolded, writers_orthogonal
 from ...graphs.proof.strip import names_left, strip_guard

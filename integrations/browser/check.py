@@ -21,8 +21,9 @@ from browser import CHROMIUM, NO_CHROMIUM, Browser  # tests/browser.py
 from integrations.replay import BUILD, Agreement, CaseFolder, mode_folders, write_result
 from vlmguard.apps.playground.libraries import LIBRARIES
 from vlmguard.apps.playground.open import playground
-from vlmguard.graphs.package import open_package
-from vlmguard.runtime.vlm import Request, Sampling, VisionLanguageModel
+from vlmguard.graphs.layouts import open_package
+from vlmguard.runtime.generation import Request, Sampling
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 SOURCE = Path(__file__).parents[2] / "examples" / "tiny_vlm" / "onnx-community"
 NAME = "browser"

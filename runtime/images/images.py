@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ...graphs.errors import GuardError, ModelUnreadable, first_line
-from ...graphs.package import read_json
+from ...graphs.json_files import read_json
 from ...graphs.regular_files import NotRegular, read_regular
 from ..confined import PICTURES, ConfinedFailure
 from .picture_files import FORMATS, refuse_huge, to_rgb

@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from ...graphs.errors import GuardError
-from ...graphs.package import read_json
-from ..chat.chat import MARKED_PLACEHOLDER_PROCESSORS, PLAIN_PLACEHOLDER_PROCESSORS, FolderConfigs
+from ...graphs.json_files import read_json
+from ..chat.folder_configs import FolderConfigs
+from ..chat.special_tokens import MARKED_PLACEHOLDER_PROCESSORS, PLAIN_PLACEHOLDER_PROCESSORS
 from ..runner_protocol import Runner
 from .images import ELSEWHERE, PROCESSORS, ImagePreprocessor, declared_processor, processor_name
 from .images_qwen import KIND, QwenImagePreprocessor

@@ -36,9 +36,9 @@ from vlmguard.apps.serving.settings import KEY_VARIABLE, ServeSettings, read_api
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ManifestMismatch, RunFailed
 from vlmguard.graphs.extras import install_command
 from vlmguard.graphs.runtime_controls import OFFSET_INPUT, STRENGTH_INPUT
-from vlmguard.runtime.chat.chat import Turn
+from vlmguard.runtime.chat.turns import Turn
+from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.guarded import GuardedVLM
-from vlmguard.runtime.vlm import Request, Sampling
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 

@@ -34,11 +34,12 @@ from vlmguard.exporter.prompts.labelled import LabelledPrompt, fingerprint, read
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.directions import Directions, LayerDirections, directions_bytes, read_directions
 from vlmguard.graphs.errors import GuardError, PromptsUnusable
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.plan import GuardPlan, plan_guard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.runtime.vlm import Request, VisionLanguageModel
+from vlmguard.runtime.generation import Request
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 SETTINGS = ("text", "blank", "image")
 REFUSAL = re.compile(

@@ -23,8 +23,8 @@ from vlmguard.exporter.resolve import Guide
 from vlmguard.exporter.sources import Source, unwatched
 from vlmguard.graphs.directions import Directions, read_directions
 from vlmguard.graphs.errors import GuardWeakens, NoEffect
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.manifest import read_manifest
-from vlmguard.graphs.package import open_package
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.runtime.vlm import VisionLanguageModel
 

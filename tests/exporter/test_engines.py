@@ -34,17 +34,18 @@ from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError, GuardIncomplete, ManifestMismatch
 from vlmguard.graphs.graph_io import load_graph
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.manifest import read_manifest
-from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import MODES_WITH_SUPERVISOR, GuardSpec, Mode, Positions
 from vlmguard.graphs.tensorrt import require_readable, settle_sizes, unreadable_nodes
 from vlmguard.runtime.decoder import open_decoder
+from vlmguard.runtime.generation import Request
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.tensorrt.backend import find_backend
-from vlmguard.runtime.vlm import Request, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest.importorskip("tensorrt_rtx")
 pytest_plugins = ("tiny_vlm_fixtures",)

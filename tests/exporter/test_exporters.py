@@ -27,11 +27,11 @@ from vlmguard.exporter.sources import opened, unwatched
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ModelUnreadable
 from vlmguard.graphs.extras import install_command
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.spec import GuardSpec
+from vlmguard.runtime.generation import Request
 from vlmguard.runtime.guarded import GuardedVLM
-from vlmguard.runtime.vlm import Request
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,10 @@ from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.digests import sha256_file
 from vlmguard.graphs.directions import Directions, read_directions
 from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.taps import STATES_OUTPUT
-from vlmguard.runtime.vlm import Request, VisionLanguageModel
+from vlmguard.runtime.generation import Request
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("zoo_fixtures",)
 

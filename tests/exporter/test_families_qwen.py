@@ -35,10 +35,11 @@ from vlmguard.exporter.families import find_family
 from vlmguard.exporter.families.qwen_vision import image_features, places
 from vlmguard.exporter.pipeline import export
 from vlmguard.graphs.directions import Directions
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.spec import GuardSpec
+from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.guarded import GuardedVLM
-from vlmguard.runtime.vlm import Request, Sampling, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 SUFFIX = {"fp32": "", "fp16": "_fp16"}
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}

@@ -19,13 +19,13 @@ from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import directions_bytes
 from vlmguard.graphs.graph_io import save_graph
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.lowerings.fold import SCOPE, fold
-from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import last_sites, plan_guard
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.rewrite import GuardReport, rewrite
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.runtime.decoder import PromptBatch
+from vlmguard.runtime.decoder_inputs import PromptBatch
 from vlmguard.runtime.guarded import GuardedVLM, open_guarded_package
 
 pytest.importorskip("onnxruntime")

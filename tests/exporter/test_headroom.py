@@ -12,7 +12,7 @@ from vlmguard.exporter.proof.headroom import LARGEST, NAME, Headroom
 from vlmguard.exporter.proof.inputs import random_inputs
 from vlmguard.exporter.proof.prove import prove_by_running
 from vlmguard.graphs.graph_io import save_graph
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.spec import MODES, GuardSpec
 

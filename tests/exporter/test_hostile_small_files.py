@@ -17,8 +17,8 @@ from vlmguard.exporter.proof import npz
 from vlmguard.exporter.proof.npz import read_npz
 from vlmguard.graphs.directions import read_directions
 from vlmguard.graphs.errors import GuardError
+from vlmguard.graphs.json_files import read_json
 from vlmguard.graphs.manifest import read_manifest
-from vlmguard.graphs.package import read_json
 
 
 def refusal(action, *arguments: object) -> str:

@@ -94,7 +94,7 @@ def test_an_evaluation_asks_the_judge_about_what_was_said(judge: GuardModel, tmp
     from vlmguard.exporter.evaluation.evaluate import evaluate
     from vlmguard.exporter.evaluation.records import RecordFile
     from vlmguard.exporter.prompts.labelled import read_prompts
-    from vlmguard.graphs.package import open_package
+    from vlmguard.graphs.layouts import open_package
     from vlmguard.runtime.vlm import VisionLanguageModel
 
     model = VisionLanguageModel(open_package(SOURCE))

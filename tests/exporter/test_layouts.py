@@ -28,8 +28,8 @@ from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.anatomy import guarded_layers
 from vlmguard.graphs.errors import AnatomyNotFound, GuardError, ManifestMismatch, ModelUnreadable
 from vlmguard.graphs.graph_io import external_files, in_memory, load_graph
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.manifest import read_manifest
-from vlmguard.graphs.package import open_package
 from vlmguard.graphs.spec import GuardSpec
 
 pytest.importorskip("onnxruntime")

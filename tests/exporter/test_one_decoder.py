@@ -13,7 +13,7 @@ from tiny_vlm_paths import SOURCE
 
 import vlmguard
 from vlmguard.graphs.graph_io import save_graph
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.runtime.decoder import open_decoder
 from vlmguard.runtime.decoder_place import DecoderPlace
 from vlmguard.runtime.vlm import VisionLanguageModel

@@ -18,9 +18,10 @@ from vlmguard.exporter.proof.memory import free_bytes, needed_bytes
 from vlmguard.exporter.proof.prove_local import BITS, READS, STATES
 from vlmguard.graphs.errors import GuardError, ManifestMismatch
 from vlmguard.graphs.graph_io import save_graph
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.lowerings.fold import FOLD
 from vlmguard.graphs.manifest import read_manifest
-from vlmguard.graphs.package import ModelPackage, open_package
+from vlmguard.graphs.package import ModelPackage
 from vlmguard.runtime.guarded import open_manifest
 
 onnxruntime = pytest.importorskip("onnxruntime")

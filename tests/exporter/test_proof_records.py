@@ -15,12 +15,12 @@ from vlmguard.exporter.proof.compare import Comparison, padded, relative
 from vlmguard.exporter.proof.prove import ProofInputs, prove_by_running
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.graph_io import save_graph
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.plan import plan_guard
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.runtime.decoder import PromptBatch
+from vlmguard.runtime.decoder_inputs import PromptBatch
 from vlmguard.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
 pytest.importorskip("onnxruntime")

@@ -26,14 +26,14 @@ from vlmguard.exporter.proof.prove_gate import DECIDED, SCORES
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import ManifestMismatch
 from vlmguard.graphs.graph_io import save_graph
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.node_builder import NUMPY_DTYPES
-from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import plan_guard
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.runtime_controls import STRENGTH_INPUT
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.runtime.decoder import PromptBatch
+from vlmguard.runtime.decoder_inputs import PromptBatch
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 pytest.importorskip("onnxruntime")

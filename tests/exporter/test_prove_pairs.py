@@ -21,12 +21,13 @@ from vlmguard.exporter.proof.prove_local import BITS, READS, STATES, prove_local
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.graph_io import save_graph
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.plan import plan_guard
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.runtime.vlm import Request, VisionLanguageModel
+from vlmguard.runtime.generation import Request
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest.importorskip("onnxruntime")
 

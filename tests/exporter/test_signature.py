@@ -16,7 +16,7 @@ from vlmguard.exporter.proof.prove import roll
 from vlmguard.exporter.proof.signature import VARIANTS, why_made
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.graph_io import graph_bytes
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.roles import InputRoles
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.runtime.decoder import open_decoder

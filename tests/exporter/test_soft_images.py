@@ -14,7 +14,7 @@ from vlmguard.exporter.calibration.soft_images import JUDGED_TOKENS, beside, wor
 from vlmguard.exporter.evaluation.evaluate import evaluate, tally
 from vlmguard.exporter.prompts.labelled import LabelledPrompt
 from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.runtime.decoder import DecoderSession
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.vlm import VisionLanguageModel

@@ -19,7 +19,7 @@ from vlmguard.graphs.anatomy import DecoderAnatomy, ResidualSite, dissect, find_
 from vlmguard.graphs.errors import AnatomyNotFound
 from vlmguard.graphs.graph_io import load_graph
 from vlmguard.graphs.layer_count import LayerCount
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.taps import STATES_OUTPUT, tap_last_token
 
 Zoo = Callable[[str], ZooModel]

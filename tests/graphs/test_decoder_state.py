@@ -13,7 +13,7 @@ from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.decoder_state import StatePair, is_past_name, pairs_by_name, state_name
 from vlmguard.graphs.errors import AnatomyNotFound
 from vlmguard.graphs.graph_io import graph_bytes
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.roles import InputRoles, declare, declared_by_genai, input_roles, roles_by_name
 
 # input and output names of one key/value pair of layer N, as exporters write them

@@ -20,7 +20,8 @@ from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs import graph_file, staging
 from vlmguard.graphs.errors import GuardError, ModelUnreadable, OutputRefused
 from vlmguard.graphs.graph_io import load_graph
-from vlmguard.graphs.package import open_package, read_json
+from vlmguard.graphs.json_files import read_json
+from vlmguard.graphs.layouts import open_package
 
 DATA = f"{NAME}.data"
 

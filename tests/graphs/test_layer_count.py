@@ -11,7 +11,7 @@ from hand_graphs import decoder
 
 from vlmguard.graphs.graph_io import graph_bytes
 from vlmguard.graphs.layer_count import LayerCount, declared_layers
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from hand_graphs import decoder, text_model
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError, ModelUnreadable
 from vlmguard.graphs.graph_io import external_files, graph_bytes, in_memory, load_graph, save_graph
-from vlmguard.graphs.package import ModelPackage, open_package, read_json
+from vlmguard.graphs.json_files import read_json
+from vlmguard.graphs.layouts import open_package
+from vlmguard.graphs.package import ModelPackage
 
 
 def write_graph(path: Path, data: str | None = None) -> Path:

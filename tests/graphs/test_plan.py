@@ -15,7 +15,7 @@ from hand_graphs import decoder, directions, guard_model, layer_directions, orth
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import Directions, LayerDirections
 from vlmguard.graphs.errors import DirectionMismatch, GuardError
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.plan import GuardPlan, plan_guard, require_unguarded
 from vlmguard.graphs.spec import MODES, MODES_WITH_READOUT, MODES_WITH_SUPERVISOR, GuardSpec
 

@@ -36,7 +36,8 @@ from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import Directions, LayerDirections
 from vlmguard.graphs.errors import GuardError, GuardIncomplete
 from vlmguard.graphs.graph_io import external_files, graph_bytes, load_graph, save_graph
-from vlmguard.graphs.package import ModelPackage, open_package
+from vlmguard.graphs.layouts import open_package
+from vlmguard.graphs.package import ModelPackage
 from vlmguard.graphs.plan import SUPERVISOR_INPUT, GuardPlan, plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.proof.structure import guard_dominates, prove_structure, same_graph

@@ -23,8 +23,9 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaProcessor, PreTraine
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from vlmguard.graphs.errors import GuardError, ModelUnreadable, PromptsUnusable
-from vlmguard.runtime.chat import chat
-from vlmguard.runtime.chat.chat import ChatTokenizer, Turn
+from vlmguard.runtime.chat import folder_configs
+from vlmguard.runtime.chat.chat import ChatTokenizer
+from vlmguard.runtime.chat.turns import Turn
 from vlmguard.runtime.images.images import ImagePreprocessor, image_token_count
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_vlm" / "checkpoint"
@@ -231,7 +232,7 @@ def test_files_are_not_read_whole_before_their_size_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, name: str
 ) -> None:
     path = text_folder(tmp_path / "text", bpe("<|im_start|>", "<|im_end|>"), CHATML) / name
-    monkeypatch.setattr(chat, limit, 10)
+    monkeypatch.setattr(folder_configs, limit, 10)
     assert refusal(lambda: ChatTokenizer.open(path.parent), ModelUnreadable) == (
         f"{path}: has {path.stat().st_size} bytes, expected at most 10; copy it from the model again"
     )

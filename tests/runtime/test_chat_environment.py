@@ -8,8 +8,8 @@ import pytest
 from jinja2 import TemplateError
 
 from vlmguard.graphs.errors import ModelUnreadable
-from vlmguard.runtime.chat.chat import ChatTemplate
 from vlmguard.runtime.chat.chat_environment import MOST_REPEATED, MOST_TURNS, WORK, ChatEnvironment, Work
+from vlmguard.runtime.chat.chat_template import ChatTemplate
 
 HELLO = [{"role": "user", "content": "hello"}]
 TOO_MANY = f"more than {MOST_TURNS} turns of loops and calls"

@@ -17,9 +17,9 @@ from hostile.templates import EXPLODING, SAID
 from PIL import Image
 
 from vlmguard.graphs.errors import GuardError, ModelUnreadable
-from vlmguard.runtime.chat import chat
-from vlmguard.runtime.chat.chat import ChatTemplate
+from vlmguard.runtime.chat import chat_template
 from vlmguard.runtime.chat.chat_environment import LONGEST_TEXT
+from vlmguard.runtime.chat.chat_template import ChatTemplate
 from vlmguard.runtime.confined import ConfinedFailure, ConfinedPool
 from vlmguard.runtime.images.images import open_image
 from vlmguard.runtime.images.picture_files import MOST_SCANS
@@ -156,7 +156,7 @@ def test_a_helper_imports_neither_a_framework_nor_a_runtime() -> None:
 def test_exploding_templates_are_refused_in_one_line(
     name: str, tmp_path: Path, pool: ConfinedPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat, "TEMPLATES", pool)
+    monkeypatch.setattr(chat_template, "TEMPLATES", pool)
     assert len(EXPLODING[name]) < 1000
     with pytest.raises(ModelUnreadable) as raised:
         ChatTemplate.compile(tmp_path, EXPLODING[name] + SAID, {}).render(HELLO)

@@ -12,7 +12,8 @@ from random_directions import random_directions
 
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.package import ModelPackage, open_package
+from vlmguard.graphs.layouts import open_package
+from vlmguard.graphs.package import ModelPackage
 from vlmguard.graphs.plan import (
     COORDINATES_OUTPUT,
     PROMPT_SUPERVISOR_INPUT,
@@ -23,7 +24,8 @@ from vlmguard.graphs.plan import (
 from vlmguard.graphs.reference import LISTEN
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import MODES, GuardSpec
-from vlmguard.runtime.decoder import DecoderSession, PromptBatch, open_decoder
+from vlmguard.runtime.decoder import DecoderSession, open_decoder
+from vlmguard.runtime.decoder_inputs import PromptBatch
 from vlmguard.runtime.runner_protocol import Port
 
 pytest_plugins = ("zoo_fixtures",)

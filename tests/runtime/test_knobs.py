@@ -12,8 +12,8 @@ from tiny_vlm_paths import PROMPTS, SOURCE, Guarded
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import read_directions
 from vlmguard.graphs.errors import GuardError
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.manifest import read_manifest
-from vlmguard.graphs.package import open_package
 from vlmguard.graphs.plan import plan_guard
 from vlmguard.graphs.reference import UNDECIDED
 from vlmguard.graphs.rewrite import rewrite
@@ -26,12 +26,14 @@ from vlmguard.graphs.runtime_controls import (
 )
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.graphs.taps import tap_guard
-from vlmguard.runtime.decoder import DecoderSession, PromptBatch
+from vlmguard.runtime.decoder import DecoderSession
+from vlmguard.runtime.decoder_inputs import PromptBatch
+from vlmguard.runtime.generation import GREEDY, Request, Step
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.knobs import Knobs
 from vlmguard.runtime.runner_protocol import Port
 from vlmguard.runtime.telemetry import scored
-from vlmguard.runtime.vlm import GREEDY, Request, Step, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 

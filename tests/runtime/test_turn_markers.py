@@ -9,8 +9,9 @@ from tiny_vlm_paths import EVALUATION, SOURCE
 
 from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.graphs.errors import PromptsUnusable
-from vlmguard.runtime.chat.chat import ChatTokenizer, Turn
+from vlmguard.runtime.chat.chat import ChatTokenizer
 from vlmguard.runtime.chat.turn_markers import TurnMarkers, between, sentinels
+from vlmguard.runtime.chat.turns import Turn
 
 CONTROL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<end_of_utterance>", "<start_of_turn>", "<end_of_turn>")
 VICUNA = (

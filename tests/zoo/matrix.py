@@ -37,7 +37,7 @@ from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.directions import Directions
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.graph_io import graph_bytes
-from vlmguard.graphs.package import open_package
+from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.plan import GuardPlan, plan_guard
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.reference import last_token

@@ -1,0 +1,178 @@
+"""Special tokens of a model folder: the declared ones, what stands for an image, and what a prompt must not contain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from ...graphs.errors import ModelUnreadable, first_line
+from .chat_template import ChatTemplate
+from .folder_configs import FolderConfigs, section
+from .turns import Placeholder
+
+# The names that templates may use, as transformers' `special_tokens_map` has them.
+SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+# Processors whose image placeholder becomes plain copies of one token. Others write rows, tiles or markers around them
+# (Idefics3, Gemma3, Pixtral, ...), and plain copies would be a prompt that the model never saw.
+PLAIN_PLACEHOLDER_PROCESSORS = ("LlavaProcessor", "Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
+# Processors whose templates write one marker for an image, which becomes the image tokens between two markers and white
+# space: the names of both markers in tokenizer_config.json, and the white space.
+MARKED_PLACEHOLDER_PROCESSORS = {"Gemma3Processor": ("boi_token", "eoi_token", "\n\n")}
+
+
+def add_declared_tokens(folder: Path, tokenizer: Tokenizer, configs: FolderConfigs) -> dict[str, str]:
+    """Make every token that the configs declare a token of the tokenizer, as transformers does after loading it.
+
+    Some folders declare `<image>` or `<pad>` in tokenizer_config.json only; without this step such a token would be cut
+    into pieces. Returns the named ones (`SPECIAL_TOKEN_NAMES`).
+    """
+    declared = dict(configs.tokenizer)
+    if "added_tokens_decoder" not in declared:
+        declared |= configs.special_tokens_map  # the older file counts only where the newer table is missing
+    known = {repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
+    for token in _added_tokens(folder, section(declared, "added_tokens_decoder")):
+        if repr(token) not in known:
+            tokenizer.add_special_tokens([token]) if token.special else tokenizer.add_tokens([token])
+    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    for token in _declared_special(declared):
+        known_token = added.get(token.content, token)
+        if known_token is token or not known_token.special:  # an `eos_token` that was added as plain text, for one
+            known_token.special = True
+            tokenizer.add_special_tokens([known_token])
+            added[token.content] = known_token
+    named = {name: _content(declared.get(name)) for name in SPECIAL_TOKEN_NAMES}
+    return {name: content for name, content in named.items() if content}
+
+
+def _added_tokens(folder: Path, decoder: Mapping[str, Any]) -> list[AddedToken]:
+    """`{"32000": {"content": "<image>", "special": true, ...}}`, by number."""
+    try:
+        return [AddedToken(**entry) for _, entry in sorted(decoder.items(), key=lambda item: int(item[0]))]
+    except (TypeError, ValueError) as error:
+        reason = f"added_tokens_decoder in {folder / 'tokenizer_config.json'} is malformed ({first_line(error)})"
+        raise ModelUnreadable(f"{reason}; copy the tokenizer of the model again") from None
+
+
+def _declared_special(declared: Mapping[str, Any]) -> Iterator[AddedToken]:
+    """The special tokens in a tokenizer_config.json: the named ones, the model's own, the extra ones."""
+    own = [key for key in declared if key.endswith("_token") and key not in SPECIAL_TOKEN_NAMES]
+    values = [declared.get(key) for key in (*SPECIAL_TOKEN_NAMES, *own)]
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        extra = declared.get(key)
+        values += extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else []
+    for value in values:
+        flags = {flag: value[flag] for flag in _TOKEN_FLAGS & value.keys()} if isinstance(value, dict) else {}
+        if content := _content(value):
+            yield AddedToken(content, special=True, **({"normalized": False} | flags))
+
+
+_TOKEN_FLAGS = frozenset({"lstrip", "rstrip", "single_word", "normalized"})
+
+
+def _content(token: Any) -> str | None:
+    """`"<s>"`, or `{"__type": "AddedToken", "content": "<s>", ...}`."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) and token else None
+
+
+def find_image_token(tokenizer: Tokenizer, configs: FolderConfigs) -> str | None:
+    """The text of the image placeholder, in the order in which `LlavaProcessor` looks, then by the model's number."""
+    extra = section(configs.tokenizer, "extra_special_tokens")
+    named = (configs.tokenizer.get("image_token"), extra.get("image_token"), configs.processor.get("image_token"))
+    found = next(filter(None, map(_content, named)), None)
+    if found is not None:
+        return found
+    added = {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items()}
+    if configs.image_token_id in added:  # an ordinary word at that number is no placeholder
+        return added[configs.image_token_id]
+    return "<image>" if configs.multimodal and "<image>" in added.values() else None
+
+
+def find_placeholder(configs: FolderConfigs, image_token: str) -> Placeholder:
+    """The image token itself, or the markers of `MARKED_PLACEHOLDER_PROCESSORS`, as far as the folder names them."""
+    marked = MARKED_PLACEHOLDER_PROCESSORS.get(configs.processor_class or "")
+    if marked is None:
+        return Placeholder(image_token)
+    start, end, space = marked
+    extra = section(configs.tokenizer, "extra_special_tokens")
+    before, after = (_content(configs.tokenizer.get(name) or extra.get(name)) or "" for name in (start, end))
+    return Placeholder(before, space + before, after + space)
+
+
+def image_refusal(configs: FolderConfigs, image_token: str | None, image_token_id: int | None) -> str | None:
+    """Why image prompts cannot be made, in words; `None` if they can."""
+    if image_token is None:
+        return "has no image token, so it takes text only; use the folder of a vision-language model"
+    if image_token_id is None:
+        return f"its tokenizer has no token for the image token {image_token!r}; copy the tokenizer of the model again"
+    if configs.image_token_id not in (None, image_token_id):
+        return (
+            f"the image token {image_token!r} is {image_token_id} in the tokenizer and {configs.image_token_id} in the "
+            "model's config; copy the tokenizer of the model again"
+        )
+    known = (*PLAIN_PLACEHOLDER_PROCESSORS, *MARKED_PLACEHOLDER_PROCESSORS)
+    if configs.processor_class not in (None, *known):
+        return (
+            f"image prompts of {configs.processor_class} are not supported, only of {', '.join(known)}; "
+            "use text-only prompts"
+        )
+    if not find_placeholder(configs, image_token).written:
+        return "its tokenizer_config.json names no boi_token; copy the tokenizer of the model again"
+    return None
+
+
+def control_tokens(
+    tokenizer: Tokenizer, special_tokens: Mapping[str, str], template: ChatTemplate | None, image_token: str | None
+) -> dict[int, str]:
+    """Ids and texts that only the template may write: special tokens, and added tokens that the template contains.
+
+    The second kind is there because some models (DeepSeek's turn markers) do not flag theirs as special. White space is
+    ordinary text. `unk_token` is what any unknown word becomes, so it controls nothing, unless it is also another one.
+    """
+    literals = "" if template is None else template.literals
+    unknown = {special_tokens.get("unk_token")} - {
+        content for name, content in special_tokens.items() if name != "unk_token"
+    }
+    return {
+        number: token.content
+        for number, token in tokenizer.get_added_tokens_decoder().items()
+        if (token.special or token.content == image_token or token.content in literals)
+        and token.content.strip()
+        and token.content not in unknown
+    }
+
+
+def boundary_ids(
+    tokenizer: Tokenizer, configs: FolderConfigs, special_tokens: Mapping[str, str]
+) -> tuple[int | None, frozenset[int], int]:
+    """`(bos_id, eos_ids, pad_id)`.
+
+    eos: generation_config.json first (it may list several, and is what `generate` obeys), then onnxruntime-genai's
+    file, the model's config, the tokenizer. bos and pad: the tokenizer first, then the same files.
+    """
+    files = (configs.generation, configs.genai, configs.model, configs.text_model)
+
+    def of_tokenizer(name: str) -> list[int]:
+        return _numbers(tokenizer.token_to_id(special_tokens.get(name, "")))
+
+    def of_files(name: str) -> list[int]:
+        return next(filter(None, (_numbers(table.get(name)) for table in files)), [])
+
+    eos = of_files("eos_token_id") or of_tokenizer("eos_token")
+    bos = of_tokenizer("bos_token") or of_files("bos_token_id")
+    sizes = _numbers([configs.text_model.get("vocab_size"), configs.genai.get("vocab_size")])
+    # A pad token that the tokenizer made up lies outside the model's embedding table, and a lookup there would fail.
+    vocabulary = sizes[0] if sizes else tokenizer.get_vocab_size()
+    pads = (number for number in of_tokenizer("pad_token") + of_files("pad_token_id") + eos if number < vocabulary)
+    return (bos[0] if bos else None), frozenset(eos), next(pads, 0)
+
+
+def _numbers(value: Any) -> list[int]:
+    """Token ids of `2`, `[2, 32007]` or `None`; older configs write -1 for none."""
+    values = value if isinstance(value, list) else [value]
+    return [number for number in values if isinstance(number, int) and number >= 0]
