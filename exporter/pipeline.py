@@ -40,14 +40,14 @@ from .calibration.guard_config import CONFIG_NAME, GuardConfig, config_of, read_
 from .calibration.judged import readable_images
 from .calibration.no_worse import Refusals
 from .calibration.results import Calibration
-from .checkpoints.exporters import ExporterName, Precision
+from .choices import ExporterName, Precision, WantedProof
 from .extraction.estimators import DEFAULT_ESTIMATOR
 from .guide import ANCHOR_FILES, EXTRACTED_RANK, Guide
 from .prompts.anchors import open_anchors
 from .prompts.labelled import BUILTIN, Sources, find_file
 from .proof.headroom import NAME as HEADROOM
 from .proof.inputs import ProofInputs, given_inputs
-from .proof.level import ProofLevel, Wanted, choose_level, without_inputs
+from .proof.level import ProofLevel, choose_level, without_inputs
 from .proof.npz import read_npz
 from .proof.prove import prove_by_running
 from .proof.prove_fold import prove_fold_by_running
@@ -133,7 +133,7 @@ def export(
     exporter: ExporterName | None = None,
     data: Data = "link",
     digests: bool = True,
-    proof: Wanted = "auto",
+    proof: WantedProof = "auto",
     proof_inputs: Sequence[Path | str] = (),
     dry_run: bool = False,
     force: bool = False,

@@ -170,7 +170,7 @@ def _show_held_out(out: Console, held: HeldOut) -> None:
     """The winner and its controls on prompts that no choice was made on."""
     table = Table(title="held-out prompts, refused in the worst setting")
     for column in ("who", "harmful", "harmless"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     rows = (("unguarded", held.base), ("guarded", held.guarded), *((c.name, c.tally) for c in held.controls))
     for name, result in rows:
         table.add_row(name, f"{result.worst('harmful'):.1%}", f"{result.worst('harmless'):.1%}")
@@ -213,7 +213,7 @@ def show_scores(out: Console, answer: ScoredAnswer) -> None:
     calls = len(answer.scores)
     table = Table(title="gates, held from the prompt" if answer.held else "gates, decided at every token")
     for column in ("layer", "threshold", "score at the prompt", "highest in the answer", f"open at {calls} tokens"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for row, (layer, threshold) in enumerate(zip(answer.layers, answer.thresholds, strict=True)):
         scores = answer.scores[:, row]
         highest = f"{scores[1:].max():.3f}" if calls > 1 else "-"
@@ -227,7 +227,7 @@ def show_report(out: Console, data: ReportData, name: str) -> None:
     out.print(f"[bold]{data.yardstick.headline.sentence}[/bold]", highlight=False)
     table = Table(title=escape(f"{data.name}: {len(data.prompts)} prompts"))
     for column in ("setting", "measure", "unguarded", "guarded"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for before in (rate for rate in data.rates if rate.side == "unguarded"):
         after = next(
             rate
@@ -292,7 +292,7 @@ def show_directions(out: Console, found: Directions, name: str) -> None:
         title=f"{escape(name)}: {len(found.layers)} layers of width {found.width}, {found.pairs} anchor pairs"
     )
     for column in ("layer", "rank", "mean along row 1", "std", "AUC", "explained by row 1"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for number, layer in found.layers.items():
         seen = found.evidence[str(number)]
         figures = (seen["mean"], seen["std"], seen["auc"])

@@ -13,6 +13,7 @@ from ..graphs.errors import GuardError, ManifestMismatch
 from ..graphs.fold import FOLD, folded_weights
 from ..graphs.manifest import Manifest, read_manifest, require_intact
 from ..graphs.package import ModelPackage, open_package
+from .defaults import MAX_NEW_TOKENS
 from .knobs import Knobs
 from .runners import Runner
 from .telemetry import ScoredAnswer, scored
@@ -67,7 +68,7 @@ class GuardedVLM(VisionLanguageModel):
         self,
         prompt: str,
         image: Image.Image | Path | str | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -91,7 +92,7 @@ class GuardedVLM(VisionLanguageModel):
         self,
         prompt: str,
         image: Image.Image | Path | str | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -106,7 +107,7 @@ class GuardedVLM(VisionLanguageModel):
         self,
         prompt: str,
         image: Image.Image | Path | str | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,

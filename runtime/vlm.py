@@ -27,6 +27,7 @@ from .chat import ChatTokenizer, Turn
 from .decoder import DecoderSession, DecoderState, PromptBatch, can_pad, open_decoder
 from .decoder_place import DecoderPlace
 from .deepstack import scatter
+from .defaults import MAX_NEW_TOKENS
 from .device import SomeRows, Tensor
 from .image_features import ImageFeatures
 from .images import open_image
@@ -88,7 +89,7 @@ class Sampling:
         seed: of the sampling; the same seed gives the same answer.
     """
 
-    max_new_tokens: int = 64
+    max_new_tokens: int = MAX_NEW_TOKENS
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0

@@ -18,6 +18,7 @@ from ...graphs.digests import sha256_file
 from ...graphs.errors import PromptsUnusable
 from ...graphs.manifest import MANIFEST_NAME
 from ...graphs.package import external_files
+from ...runtime.defaults import MAX_NEW_TOKENS
 from ...runtime.guarded import GuardedVLM
 from ...runtime.refusals import refused
 from ...runtime.vlm import Sampling, VisionLanguageModel
@@ -35,14 +36,13 @@ from .shown import shown_prompts
 __all__ = ["Cell", "Evaluation", "Tally", "compare", "evaluate", "tally"]
 
 EVALUATION_FILES = ("evaluation.jsonl", "evaluation.json", "evaluation.csv")
-ENOUGH_TOKENS = 100  # refusals can come late; fewer are for models that say little, and for tests
 
 
 def compare(
     base: Path | str,
     guarded: Path | str,
     prompts: Sources | None = None,
-    max_new_tokens: int = ENOUGH_TOKENS,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 32,
     watch: Watch | None = None,
     *,
@@ -132,7 +132,7 @@ def compare(
 def tally(
     model: VisionLanguageModel,
     prompts: Sequence[LabelledPrompt],
-    max_new_tokens: int = ENOUGH_TOKENS,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> Tally:
@@ -155,7 +155,7 @@ def evaluate(
     base: VisionLanguageModel,
     guarded: VisionLanguageModel,
     prompts: Sequence[LabelledPrompt],
-    max_new_tokens: int = ENOUGH_TOKENS,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 32,
     progress: Progress | None = None,
     *,

@@ -40,7 +40,7 @@ def _show_yardstick(out: Console, yardstick: Yardstick) -> None:
     """Prompts refused by each model; `extra` and `missing` are the guarded model's, against the text-only model."""
     table = Table(title="against the text-only model: prompts refused")
     for column in ("setting", "prompts", "text-only", "unguarded", "guarded", "gap closed", "extra", "missing"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for found in yardstick.settings:
         for row in found.beyond:
             counts = (str(share.hits) for share in (row.text_only, row.unguarded, row.guarded))
@@ -86,7 +86,7 @@ def _show_refusals(out: Console, result: Evaluation) -> None:
     table = Table(title=f"{len(result.prompts)} prompts, refusals")
     gated = result.gates_unread is None
     for column in ("setting", "prompts", "unguarded", "guarded", *(("gate open",) if gated else ())):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for setting, label in result.kinds:
         shares = [result.refused("base", setting, label), result.refused("guarded", setting, label)]
         opened = result.gates(setting, label)
