@@ -523,9 +523,13 @@ def export_command(
     if as_json:
         print_json(result.to_json() | ({"engine": built.to_json()} if built is not None else {}))
         return
-    tables.show_export(out, result)
+    tables.show_export(out, result, verbose)
     if built is not None:
-        tables.show_engines(out, built)
+        tables.show_engines(out, built, result.out)
+    elif result.written:
+        chosen = {"--dtype": dtype, "--opset": opset, "--exporter": exporter}
+        options = [word for name, value in chosen.items() if value is not None for word in (name, str(value))]
+        tables.show_next(out, tables.next_after_export(result, model, options))
 
 
 # Options that a config does not hold: the model, the output, and the proof. Any other option beside it is an error.
@@ -677,7 +681,7 @@ def engine_command(
     if as_json:
         print_json(result.to_json())
     else:
-        tables.show_engines(out, result)
+        tables.show_engines(out, result, guarded.absolute())
 
 
 @app.command(
@@ -721,6 +725,7 @@ def package_command(
     ] = 8,
     data: BigFiles = "link",
     force: Annotated[bool, output_option("--force", help="Replace DIR.")] = False,
+    verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
     """Lay a guarded folder out for another runtime, with the graphs unchanged.
@@ -752,7 +757,7 @@ def package_command(
     if as_json:
         print_json(result.to_json())
     else:
-        tables.show_packaged(out, result)
+        tables.show_packaged(out, result, verbose)
 
 
 @app.command(
@@ -919,6 +924,8 @@ def directions_command(
         return
     show_found(out, beside)
     tables.show_directions(out, found, str(output))
+    calibrated = calibrated_for is not None
+    tables.show_next(out, tables.next_after_directions(model, output, calibrated, anchors, variant))
 
 
 @app.command(
@@ -969,9 +976,8 @@ def verify_command(
     if as_json:
         print_json(result.to_json())
     else:
-        tables.show_checks(
-            out, result.checks, f"{guarded}: {result.manifest.plan['mode']} on layers {result.manifest.plan['layers']}"
-        )
+        plan = result.manifest.plan
+        tables.show_proof(out, result.checks, f"{guarded}: {plan['mode']} on layers {plan['layers']}", verbose)
     if not result.ok:
         failed = next((check for check in result.checks if not check.ok), None)
         if result.state == "not verified":
@@ -1296,6 +1302,7 @@ def evaluate_command(
         print_json(result.to_json())
     else:
         show_evaluation(out, result)
+        tables.show_next(out, tables.next_after_evaluation(base, guarded))
 
 
 @app.command(

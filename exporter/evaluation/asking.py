@@ -20,6 +20,7 @@ from ..extraction.kept_states import model_files
 from ..prompts.labelled import LabelledPrompt
 from ..sources import open_model
 from .answers import Said, ask, first_tokens, kl_divergence, log_likelihoods
+from .degenerate import is_degenerate
 from .judge_model import GuardModel
 from .records import Drift, FirstToken, Record, Reply, digest_of
 
@@ -203,6 +204,7 @@ def _replies(
             refused=refused(one.answer),
             unsafe=verdict,
             tokens=len(one.tokens),
+            degenerate=is_degenerate(one.answer, one.tokens),
             digest=digest_of(one.answer),
             answer=one.answer if keep_answers else None,
         )

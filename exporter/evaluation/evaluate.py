@@ -228,8 +228,10 @@ def _texts_to_ask(prompts: Sequence[LabelledPrompt]) -> frozenset[int]:
 
 
 def _is_complete(record: Record | None, text_only: bool) -> bool:
-    """Whether a record holds all that is measured; an earlier version's may lack the text-only comparison."""
+    """Whether a record holds all that is measured; an earlier version's may lack the text-only comparison, and more."""
     if record is None or (text_only and record.text_only is None):
+        return False
+    if record.base.degenerate is None or record.guarded.degenerate is None:
         return False
     return record.first_token is not None or not compares_first_tokens(record.setting, record.label)
 
