@@ -42,7 +42,7 @@ from .calibration.guard_config import CONFIG_NAME, GuardConfig, config_of, read_
 from .calibration.judged import readable_images
 from .calibration.refusal_regression import Refusals
 from .calibration.results import Calibration
-from .checkpoints.exporters import ExporterName, Precision
+from .choices import ExporterName, Precision, WantedProof
 from .cluster import spreading
 from .executors import Spreader
 from .extraction.estimators import DEFAULT_ESTIMATOR
@@ -50,7 +50,7 @@ from .prompts.anchors import open_anchors
 from .prompts.labelled import BUILTIN, Sources, find_file
 from .proof.headroom import NAME as HEADROOM
 from .proof.inputs import ProofInputs, given_inputs
-from .proof.level import ProofLevel, Wanted, choose_level, without_inputs
+from .proof.level import ProofLevel, choose_level, without_inputs
 from .proof.npz import read_npz
 from .proof.prove import prove_by_running
 from .proof.prove_fold import prove_fold_by_running
@@ -136,7 +136,7 @@ def export(
     exporter: ExporterName | None = None,
     data: Data = "link",
     digests: bool = True,
-    proof: Wanted = "auto",
+    proof: WantedProof = "auto",
     proof_inputs: Sequence[Path | str] = (),
     dry_run: bool = False,
     force: bool = False,

@@ -16,7 +16,8 @@ from ..graphs.places import is_checkpoint
 from ..graphs.spec import MODES_TOWARD_TEXT
 from ..runtime.vlm import VisionLanguageModel
 from .checkpoints.convert import locate, read_config
-from .checkpoints.exporters import Precision, export_checkpoint
+from .checkpoints.exporters import export_checkpoint
+from .choices import Precision
 from .families import find_family
 
 # (what is going on, done, of how many)

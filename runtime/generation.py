@@ -13,6 +13,7 @@ from PIL import Image
 from ..graphs.errors import GuardError, RunFailed
 from ..graphs.runtime_controls import SCORES_OUTPUT
 from .chat.turns import Turn
+from .defaults import MAX_NEW_TOKENS
 from .images.image_features import ImageFeatures
 
 
@@ -64,7 +65,7 @@ class Sampling:
         seed: of the sampling; the same seed gives the same answer.
     """
 
-    max_new_tokens: int = 64
+    max_new_tokens: int = MAX_NEW_TOKENS
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0

@@ -14,6 +14,7 @@ from ..graphs.layouts import open_package
 from ..graphs.lowerings.fold import FOLD, folded_weights
 from ..graphs.manifest import Manifest, read_manifest, require_intact
 from ..graphs.package import ModelPackage
+from .defaults import MAX_NEW_TOKENS
 from .generation import Request, Sampling
 from .knobs import Knobs
 from .runner_protocol import Runner
@@ -69,7 +70,7 @@ class GuardedVLM(VisionLanguageModel):
         self,
         prompt: str,
         image: Image.Image | Path | str | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -93,7 +94,7 @@ class GuardedVLM(VisionLanguageModel):
         self,
         prompt: str,
         image: Image.Image | Path | str | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -108,7 +109,7 @@ class GuardedVLM(VisionLanguageModel):
         self,
         prompt: str,
         image: Image.Image | Path | str | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,

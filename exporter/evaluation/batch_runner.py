@@ -20,6 +20,7 @@ from ...runtime.vlm import VisionLanguageModel
 from ..extraction.kept_states import model_files
 from ..prompts.labelled import LabelledPrompt
 from ..sources import open_model
+from .degenerate import is_degenerate
 from .judge_model import GuardModel
 from .logprobs import Said, ask, first_tokens, kl_divergence, log_likelihoods
 from .records import Drift, FirstToken, Record, Reply, digest_of
@@ -204,6 +205,7 @@ def _replies(
             refused=refused(one.answer),
             unsafe=verdict,
             tokens=len(one.tokens),
+            degenerate=is_degenerate(one.answer, one.tokens),
             digest=digest_of(one.answer),
             answer=one.answer if keep_answers else None,
         )
