@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from vlmguard.exporter.evaluation.degenerate import is_degenerate
-from vlmguard.exporter.evaluation.outcome import Evaluation
+from vlmguard.exporter.evaluation.metrics import Evaluation
 from vlmguard.exporter.evaluation.records import Record, Reply
 from vlmguard.exporter.evaluation.tables import show_evaluation
 from vlmguard.exporter.prompts.labelled import LabelledPrompt

@@ -66,7 +66,7 @@ def test_after_directions_the_model_is_guarded_along_them() -> None:
 
 @pytest.mark.parametrize(("found", "verb"), [(object(), "report"), (None, "verify")])
 def test_after_an_evaluation_comes_the_page(monkeypatch: pytest.MonkeyPatch, found: object, verb: str) -> None:
-    monkeypatch.setattr(tables, "find_spec", lambda name: found)
+    monkeypatch.setattr(render, "find_spec", lambda name: found)
     command = render.next_after_evaluation(Path("base"), Path("guarded"))
     assert accepted(command) == f"vlmguard {verb} guarded --source base"
 
