@@ -1,6 +1,6 @@
 """Options with a fixed set of values. Imports nothing heavy: the command line reads these before it knows what it will run.
 
-`graphs/spec.py` has the choices of a `GuardSpec`, `graphs/staging.py` those of `--data`.
+`graphs/spec.py` has the choices of a `GuardSpec`, `graphs/new_files.py` those of `--data`.
 """
 
 from __future__ import annotations

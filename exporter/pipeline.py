@@ -20,7 +20,7 @@ from ..graphs.directions import DIRECTIONS_FILE, Directions, directions_bytes
 from ..graphs.errors import AnatomyNotFound, GuardError, ModelUnreadable, ProofFailed
 from ..graphs.graph_io import external_files, load_graph, save_graph
 from ..graphs.lowerings.fold import FOLD
-from ..graphs.new_files import create_file
+from ..graphs.new_files import Data, create_file
 from ..graphs.operators import hidden_decoder, uncertain_layers
 from ..graphs.package import ModelPackage
 from ..graphs.places import is_checkpoint
@@ -29,7 +29,7 @@ from ..graphs.proof.fold_proof import prove_fold
 from ..graphs.proof.structure import Check, prove_structure
 from ..graphs.rewrite import GuardReport, rewrite
 from ..graphs.spec import GuardSpec, Mode
-from ..graphs.staging import Data, require_writable, require_writable_file, staged, write_file
+from ..graphs.staging import require_writable, require_writable_file, staged, write_file
 from ..graphs.tensorrt import require_readable
 from ..runtime.decoder_place import DecoderPlace
 from ..runtime.onnxruntime_runner import import_onnxruntime

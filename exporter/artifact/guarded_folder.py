@@ -13,13 +13,13 @@ from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.digests import sha256_files
 from ...graphs.graph_io import external_files
 from ...graphs.manifest import MANIFEST_NAME, SCHEMA, DecoderRecord, Manifest, may_go_unhashed, record_files
-from ...graphs.new_files import create_file
+from ...graphs.new_files import Data, create_file
 from ...graphs.package import SBOM_NAME, ModelPackage
 from ...graphs.plan import GuardPlan
 from ...graphs.proof.structure import Check
 from ...graphs.rewrite import GuardReport
 from ...graphs.spec import GuardSpec
-from ...graphs.staging import Data, bring
+from ...graphs.staging import bring
 from ..calibration.attempts import Choice
 from ..calibration.refusal_regression import Refusals
 from ..calibration.results import Calibration
