@@ -924,9 +924,9 @@ def generate_command(
     else:
         require_guarded_folder(model.absolute())
     from .exporter.sources import open_model, require_unmarked
+    from .runtime.generation import Request, Sampling
     from .runtime.guarded import GuardedVLM
     from .runtime.knobs import Knobs
-    from .runtime.vlm import Request, Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     if unguarded:

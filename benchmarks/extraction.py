@@ -23,7 +23,8 @@ from shapes import SHAPES, built
 from vlmguard.exporter.extraction.extract import collect_states, tapped
 from vlmguard.exporter.pipeline import dissect_decoder
 from vlmguard.graphs.layouts import open_package
-from vlmguard.runtime.vlm import Request, VisionLanguageModel
+from vlmguard.runtime.generation import Request
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 TINY_VLM = Path(__file__).parents[1] / "examples" / "tiny_vlm" / "onnx-community"
 PROMPTS, BATCH = 200, 16

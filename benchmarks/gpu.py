@@ -44,7 +44,8 @@ from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.package import ModelPackage
 from vlmguard.graphs.spec import MODES, GuardSpec, Mode, Positions
 from vlmguard.graphs.tensorrt import settle_sizes
-from vlmguard.runtime.decoder import DecoderSession, PromptBatch, open_decoder
+from vlmguard.runtime.decoder import DecoderSession, open_decoder
+from vlmguard.runtime.decoder_inputs import PromptBatch
 from vlmguard.runtime.tensorrt.backend import find_backend
 from vlmguard.runtime.tensorrt.cuda import Cuda
 from vlmguard.runtime.tensorrt.engine_runner import TensorRTRunner

@@ -58,8 +58,8 @@ def _run(stage: str, folder: Path) -> None:
     from vlmguard.graphs.layouts import open_package
     from vlmguard.graphs.spec import GuardSpec
     from vlmguard.runtime.decoder_place import DecoderPlace
+    from vlmguard.runtime.generation import Request, Sampling
     from vlmguard.runtime.onnxruntime_runner import import_onnxruntime
-    from vlmguard.runtime.vlm import Request, Sampling
 
     import_onnxruntime()
     imports, began, said = _peak(), time.perf_counter(), ""

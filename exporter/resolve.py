@@ -16,8 +16,9 @@ from ..graphs.package import ModelPackage
 from ..graphs.plan import GuardPlan, require_fitting
 from ..graphs.spec import MODES_TOWARD_TEXT, GuardSpec
 from ..runtime.decoder_place import DecoderPlace
+from ..runtime.generation import Request
 from ..runtime.images.vision import unknown_processor
-from ..runtime.vlm import Request, VisionLanguageModel
+from ..runtime.vlm import VisionLanguageModel
 from .calibration.align_layers import ALIGNED_RANK, MORE_ROWS
 from .calibration.attempts import Choice
 from .calibration.calibrate import ANSWER_TOKENS, DEFAULT_BUDGET, calibrate

@@ -64,10 +64,10 @@ from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, GuardPlan
 from vlmguard.graphs.reference import LISTEN
 from vlmguard.graphs.spec import MODES_WITH_GATE, Mode
+from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.images.images import ImagePreprocessor
 from vlmguard.runtime.runner_protocol import Runner
 from vlmguard.runtime.runners import open_runner
-from vlmguard.runtime.vlm import Request, Sampling
 
 # Held-out prompts, by id: as text, with a blank image, with one that matters, with harm that is in the picture alone.
 ASKED = {

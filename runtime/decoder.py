@@ -6,91 +6,38 @@ Works from the graph's own inputs, so one class serves the onnx-community decode
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
 
-from ..graphs.decoder_state import StatePair, is_past_name
+from ..graphs.decoder_state import is_past_name
 from ..graphs.errors import GuardError
 from ..graphs.graph_io import in_memory
 from ..graphs.last_logits import reads_in_place
 from ..graphs.package import ModelPackage
 from ..graphs.plan import COORDINATES_OUTPUT, PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUTS
 from ..graphs.reference import LISTEN, UNDECIDED
-from ..graphs.roles import InputRoles, input_roles, roles_by_name
+from ..graphs.roles import InputRoles, roles_by_name
 from ..graphs.runtime_controls import PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT
-from .device import DeviceOutputs, DeviceTensor, Tensor, last, where_it_is
+from .decoder_inputs import (
+    CACHE_BRANCH,
+    GUARD_INPUTS,
+    KEPT_LOGITS,
+    TOKEN_TYPES,
+    DecoderState,
+    PromptBatch,
+    empty_state,
+    float_coordinates,
+    mask_for,
+    needs_more,
+)
+from .device import DeviceOutputs, Tensor, last, where_it_is
 from .images.deepstack import is_embeds
 from .images.prompt_images import PromptImages
-from .runner_protocol import ClosableRunner, DeviceRunner, OverridableRunner, Port, Runner
+from .runner_protocol import ClosableRunner, DeviceRunner, OverridableRunner, Runner
 from .runners import open_runner
-
-# What merged decoders want to know besides: which branch of their `If` to take (optimum), and how many logits to give
-# (older transformers; 0 gives all).
-_CACHE_BRANCH, _KEPT_LOGITS = "use_cache_branch", "num_logits_to_keep"
-_SWITCHES = frozenset({_CACHE_BRANCH, _KEPT_LOGITS})
-# What a guard adds; knobs are not among a graph's inputs, because they have defaults.
-_GUARD_INPUTS = frozenset({*SUPERVISOR_INPUTS, PAST_GATE_INPUT})
-# 1 for the tokens of an image, which see one another in both directions, 0 for text (Gemma 3).
-_TOKEN_TYPES = "token_type_ids"
-
-
-class FurtherInputs(Protocol):
-    """Values for inputs that no prompt fills."""
-
-    def between(self, start: int, stop: int) -> Mapping[str, np.ndarray]:
-        """By name, for the call that brings the tokens `start` to `stop`."""
-        ...
-
-
-@dataclass(frozen=True)
-class PromptBatch:
-    """Prompts ready for a decoder.
-
-    Attributes:
-        ids: token ids `[batch, sequence]` int64, padded on the left.
-        mask: 1 for tokens, 0 for padding, `[batch, sequence]` int64.
-        embeds: `[batch, sequence, d]` in the graph's dtype, where the decoder takes `inputs_embeds`.
-        images: what images change besides the embeddings; `None` for text, and for most models.
-        given: all inputs of the graph by name, where somebody else made them; `ids` and `mask` then only say which of
-            the sequence are tokens.
-        further: inputs besides those that a prompt fills, for every call.
-    """
-
-    ids: np.ndarray
-    mask: np.ndarray
-    embeds: np.ndarray | None = None
-    images: PromptImages | None = None
-    given: Mapping[str, np.ndarray] | None = None
-    further: FurtherInputs | None = None
-
-    @property
-    def size(self) -> int:
-        return self.ids.shape[0]
-
-
-@dataclass
-class DecoderState:
-    """What one generation carries from call to call.
-
-    The cache, the supervisor's coordinates and held gates stay on the runner's device, where it has one.
-
-    Attributes:
-        dials: inputs of the guard that are the same in every call, by name: knobs, and gates once the prompt decided them.
-    """
-
-    ids: np.ndarray
-    mask: np.ndarray
-    embeds: np.ndarray | None
-    cache: dict[str, Tensor] = field(default_factory=dict)
-    supervisor: Tensor | None = None
-    images: PromptImages | None = None
-    further: FurtherInputs | None = None
-    dials: dict[str, Tensor] = field(default_factory=dict)
 
 
 class DecoderSession:
@@ -234,14 +181,14 @@ class DecoderSession:
     def _given(
         self, batch: PromptBatch, given: Mapping[str, np.ndarray], supervisor: Tensor | None
     ) -> dict[str, Tensor]:
-        ports = {name: port for name, port in self.runner.inputs.items() if name not in _GUARD_INPUTS}
+        ports = {name: port for name, port in self.runner.inputs.items() if name not in GUARD_INPUTS}
         differing = sorted(ports.keys() ^ given.keys())
         if differing:
             raise GuardError(
                 f"the given inputs are {', '.join(given)}, the decoder takes {', '.join(ports)}; {differing[0]!r} is in one "
                 "of them alone"
             )
-        asked = {} if supervisor is None else {self.supervisor_input: _coordinates(supervisor)}
+        asked = {} if supervisor is None else {self.supervisor_input: float_coordinates(supervisor)}
         return (
             {name: given[name].astype(port.dtype) for name, port in ports.items()} | asked | self._undecided(batch.size)
         )
@@ -332,7 +279,7 @@ class DecoderSession:
         else:
             feeds[roles.tokens] = current.astype(ports[roles.tokens].dtype)
         if roles.mask:
-            feeds[roles.mask] = _mask(state.mask, current.shape[1], ports[roles.mask], self.can_step)
+            feeds[roles.mask] = mask_for(state.mask, current.shape[1], ports[roles.mask], self.can_step)
         if roles.positions:
             positions = np.maximum(np.cumsum(state.mask, axis=1) - 1, 0)[:, -current.shape[1] :]
             axes = ports[roles.positions].shape[:-2]  # M-RoPE has one row per axis; between words all of them agree
@@ -345,12 +292,12 @@ class DecoderSession:
             if rows is None:
                 rows = np.zeros((*current.shape, port.shape[-1] or 0))
             feeds[name] = rows.astype(port.dtype)
-        if _TOKEN_TYPES in ports:
+        if TOKEN_TYPES in ports:
             of_image = images.images_between(*window)
             kinds = np.zeros(current.shape) if of_image is None else of_image
-            feeds[_TOKEN_TYPES] = kinds.astype(ports[_TOKEN_TYPES].dtype)
+            feeds[TOKEN_TYPES] = kinds.astype(ports[TOKEN_TYPES].dtype)
         past = window[0] > 0 and bool(self.cache_inputs)
-        for name, number in ((_CACHE_BRANCH, past), (_KEPT_LOGITS, 0)):
+        for name, number in ((CACHE_BRANCH, past), (KEPT_LOGITS, 0)):
             if name in ports:
                 feeds[name] = np.full(len(ports[name].shape) * (1,), number, ports[name].dtype)
         if self.supervised:
@@ -359,7 +306,7 @@ class DecoderSession:
                     "this graph is guarded with a supervisor and needs the text-only coordinates; run the text-only pass "
                     "first, as GuardedVLM does"
                 )
-            feeds[self.supervisor_input] = _coordinates(state.supervisor)
+            feeds[self.supervisor_input] = float_coordinates(state.supervisor)
         further = {} if state.further is None else dict(state.further.between(*window))
         return feeds | further | self._undecided(current.shape[0]) | state.dials | state.cache
 
@@ -379,58 +326,9 @@ class DecoderSession:
         state.cache = {name: where_it_is(outputs, pair.present) for name, pair in self._states.items()}
 
     def _empty_cache(self, batch: int) -> dict[str, Tensor]:
-        return {name: _empty(port, self._states[name], batch, *self._heads) for name, port in self.cache_inputs.items()}
-
-
-def _mask(mask: np.ndarray, tokens: int, port: Port, keeps_size: bool) -> np.ndarray:
-    """The mask as the graph takes it.
-
-    Args:
-        mask: `[batch, tokens so far]`.
-        tokens: of this call.
-        port: of the graph; with a fixed number of columns the mask is filled up with zeros, behind the tokens where the
-            cache is a buffer that `keeps_size`, else before them. Of rank 4 it also says which token sees which.
-    """
-    columns = port.shape[-1]
-    if columns is not None and columns > mask.shape[1]:
-        missing = columns - mask.shape[1]
-        mask = np.pad(mask, ((0, 0), (0, missing) if keeps_size else (missing, 0)))
-    if len(port.shape) != 4:
-        return mask.astype(port.dtype)
-    total = mask.shape[1]
-    first = total - tokens
-    sees = np.arange(total)[None, :] <= np.arange(first, total)[:, None]
-    allowed = sees[None, None] & (mask != 0)[:, None, None, :]
-    if port.dtype.kind not in "fV":
-        return allowed.astype(port.dtype)
-    return np.where(allowed, 0.0, -1e4).astype(port.dtype)
-
-
-def needs_more(inputs: Iterable[str], roles: InputRoles) -> list[str]:
-    """The inputs that no prompt fills, in their order."""
-    known = {
-        roles.embeds,
-        roles.tokens,
-        roles.mask,
-        roles.positions,
-        *roles.pasts,
-        *_SWITCHES,
-        _TOKEN_TYPES,
-        *_GUARD_INPUTS,
-    }
-    return [name for name in inputs if name not in known and not is_embeds(name)]
-
-
-def can_pad(graph: ir.Graph) -> bool:
-    """Whether rows of different lengths may share a batch: a graph that reads no mask would take padding for text.
-
-    GroupQueryAttention derives positions from the mask's sum: rows padded on the left would be misread.
-    """
-    roles = input_roles(graph)
-    text = next((value for value in graph.inputs if value.name == roles.text), None)
-    if text is not None and text.shape is not None and len(text.shape) > 1 and str(text.shape[1]) == "1":
-        return False  # one token a call: a row would begin with padding alone, and attend to nothing
-    return bool(roles.mask) and not any(node.op_type == "GroupQueryAttention" for node in graph.all_nodes())
+        return {
+            name: empty_state(port, self._states[name], batch, *self._heads) for name, port in self.cache_inputs.items()
+        }
 
 
 def open_decoder(
@@ -456,27 +354,3 @@ def open_decoder(
         runner = open_runner(path, path.parent, runtime, optimize)
     head = open_runner(package.head, package.head.parent, runtime) if package.head is not None else None
     return DecoderSession(runner, package.kv_heads, package.head_size, given, package.roles, head)
-
-
-def _coordinates(supervisor: Tensor) -> Tensor:
-    """As graphs take them, in float32; what a graph itself gave is already that, and stays on its device."""
-    if isinstance(supervisor, DeviceTensor) and supervisor.dtype == np.float32:
-        return supervisor
-    return np.asarray(supervisor).astype(np.float32)
-
-
-def _empty(port: Port, pair: StatePair, batch: int, kv_heads: int | None, head_size: int | None) -> np.ndarray:
-    """A cache of length 0: `[batch, kv_heads, 0, head_dim]`; for a recurrent or convolutional layer, and for a ring cache,
-    a state of its size."""
-    sizes, empty = [batch, *port.shape[1:]], pair.capacity or 0
-    if pair.axis is not None:
-        sizes[pair.axis] = empty
-    if None in sizes and len(sizes) == 4:
-        heads = [batch, kv_heads, empty, head_size]
-        sizes = [size if size is not None else other for size, other in zip(sizes, heads, strict=True)]
-    if None in sizes:
-        raise GuardError(
-            f"cache input {port.name!r} has shape {port.shape} and no config says how many heads of what size; put the "
-            "model's config.json beside it"
-        )
-    return np.zeros(tuple(size or 0 for size in sizes), port.dtype)

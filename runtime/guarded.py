@@ -14,10 +14,11 @@ from ..graphs.layouts import open_package
 from ..graphs.lowerings.fold import FOLD, folded_weights
 from ..graphs.manifest import Manifest, read_manifest, require_intact
 from ..graphs.package import ModelPackage
+from .generation import Request, Sampling
 from .knobs import Knobs
 from .runner_protocol import Runner
 from .telemetry import ScoredAnswer, scored
-from .vlm import OpenPart, Request, Sampling, VisionLanguageModel
+from .vlm import OpenPart, VisionLanguageModel
 
 
 class GuardedVLM(VisionLanguageModel):

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .decoder import DecoderState, PromptBatch
+from .decoder_inputs import DecoderState, PromptBatch
 from .images.positions_mrope import text_positions
 from .images.prompt_images import PromptImages
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..graphs.errors import GuardError
+from .generation import Request, Sampling
 from .knobs import AS_EXPORTED, Knobs
-from .vlm import Request, Sampling, VisionLanguageModel
+from .vlm import VisionLanguageModel
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ import vlmguard
 from vlmguard.exporter.evaluation.evaluate import Tally, compare, tally
 from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
 from vlmguard.exporter.sources import open_model
+from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.refusals import refused
-from vlmguard.runtime.vlm import Request, Sampling
 
 pytest_plugins = ("tiny_vlm_fixtures", "zoo_fixtures")
 

@@ -42,10 +42,12 @@ from vlmguard.graphs.spec import (
     POSITIONS,
     GuardSpec,
 )
-from vlmguard.runtime.decoder import PromptBatch, open_decoder
+from vlmguard.runtime.decoder import open_decoder
+from vlmguard.runtime.decoder_inputs import PromptBatch
+from vlmguard.runtime.generation import Request
 from vlmguard.runtime.paired_batches import interleaved
 from vlmguard.runtime.runners import open_runner
-from vlmguard.runtime.vlm import Request, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("zoo_fixtures",)
 

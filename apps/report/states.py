@@ -11,7 +11,8 @@ from ...exporter.extraction.extract import Progress, collect_states
 from ...exporter.prompts.labelled import LabelledPrompt
 from ...graphs.errors import GuardError
 from ...graphs.taps import RAW_OUTPUT, STATES_OUTPUT
-from ...runtime.vlm import Request, VisionLanguageModel
+from ...runtime.generation import Request
+from ...runtime.vlm import VisionLanguageModel
 from .subject import Subject
 
 

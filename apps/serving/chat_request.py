@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ...runtime.chat.turns import Role, Turn
-from ...runtime.vlm import Request, Sampling
+from ...runtime.generation import Request, Sampling
 from .http_errors import ApiError
 from .parameters import MESSAGE_NEUTRAL, NOTES, without_neutral
 from .pictures import image_bytes

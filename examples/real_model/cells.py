@@ -16,8 +16,9 @@ from scenes import Question, draw, question_about, random_scene
 from sets import Sets
 
 from vlmguard.exporter.evaluation.logprobs import Said, ask, kl_divergence, log_likelihoods
+from vlmguard.runtime.generation import Request
 from vlmguard.runtime.refusals import refused
-from vlmguard.runtime.vlm import Request, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 SETTINGS = ("text", "adversarial", "picture", "blank", "noise")  # what matters most comes first
 ASKED = ("harmbench", "jailbreakbench", "xstest_safe", "harmless")

@@ -16,7 +16,7 @@ import numpy as np
 
 from ...graphs.directions import Directions
 from ...graphs.errors import PromptsUnusable
-from ...runtime.vlm import Request
+from ...runtime.generation import Request
 from ..evaluation.intervals import clopper_pearson
 from ..sources import Watch
 from .align_trial import AlignTrial, Answer, Asked, Guarding

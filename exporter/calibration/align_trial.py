@@ -16,9 +16,10 @@ from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.directions import Directions, LayerDirections
 from ...graphs.spec import GuardSpec
 from ...graphs.taps import STATES_OUTPUT
-from ...runtime.decoder import DecoderState, PromptBatch
+from ...runtime.decoder_inputs import DecoderState, PromptBatch
+from ...runtime.generation import Request
 from ...runtime.refusals import refused
-from ...runtime.vlm import Request, VisionLanguageModel
+from ...runtime.vlm import VisionLanguageModel
 from .trials import TrialModel
 
 _MEMORY = 256 << 20  # bytes for the caches and logits of a batch

@@ -29,8 +29,9 @@ from ...graphs.plan import GuardPlan
 from ...graphs.separation import Separation, separation_along
 from ...graphs.spec import MODES_TOWARD_TEXT
 from ...runtime.decoder_place import DecoderPlace
+from ...runtime.generation import Request
 from ...runtime.refusals import refused
-from ...runtime.vlm import Request, VisionLanguageModel
+from ...runtime.vlm import VisionLanguageModel
 from ..evaluation.evaluate import Tally
 from ..evaluation.logprobs import Said, ask
 from ..evaluation.metrics import count

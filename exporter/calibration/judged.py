@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ...runtime.generation import Request
 from ...runtime.images.images import open_image
-from ...runtime.vlm import Request, VisionLanguageModel
+from ...runtime.vlm import VisionLanguageModel
 from ..prompts.labelled import LabelledPrompt
 
 MOST_PER_LABEL = 12  # prompts of each setting

@@ -9,7 +9,8 @@ import numpy as np
 from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.directions import Directions
 from ...graphs.spec import GuardSpec
-from ...runtime.vlm import Request, Sampling, VisionLanguageModel
+from ...runtime.generation import Request, Sampling
+from ...runtime.vlm import VisionLanguageModel
 from ..evaluation.evaluate import Tally
 from ..extraction.extract import collect_answer_states, collect_states, tapped
 from ..prompts.labelled import LabelledPrompt

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from ...graphs.errors import GuardError
+from ...runtime.generation import Request, Sampling
 from ...runtime.images.image_features import ImageFeatures
 from ...runtime.refusals import refused
-from ...runtime.vlm import Request, Sampling, VisionLanguageModel
+from ...runtime.vlm import VisionLanguageModel
 from ..extraction.extract import Progress
 from ..prompts.labelled import LabelledPrompt
 

@@ -34,7 +34,7 @@ from ...graphs.pairs import reads_pairs
 from ...graphs.roles import input_roles
 from ...graphs.staging import bring, require_writable, staged
 from ...graphs.tensorrt import require_readable, settle_sizes
-from ...runtime.decoder import can_pad
+from ...runtime.decoder_inputs import can_pad
 from ...runtime.guarded import open_guarded_package
 from ...runtime.tensorrt.backend import Backend, find_backend
 from ..artifact.guarded_folder import versions

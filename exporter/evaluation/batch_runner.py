@@ -11,11 +11,12 @@ from PIL import Image
 from ...graphs.gate_taps import tap_gates
 from ...graphs.layouts import open_package
 from ...graphs.manifest import MANIFEST_NAME, read_manifest
+from ...runtime.generation import Request
 from ...runtime.guarded import GuardedVLM
 from ...runtime.images.image_features import ImageFeatures
 from ...runtime.images.images import open_image
 from ...runtime.refusals import refused
-from ...runtime.vlm import Request, VisionLanguageModel
+from ...runtime.vlm import VisionLanguageModel
 from ..extraction.kept_states import model_files
 from ..prompts.labelled import LabelledPrompt
 from ..sources import open_model

@@ -18,9 +18,10 @@ from ...graphs.digests import sha256_file
 from ...graphs.errors import PromptsUnusable
 from ...graphs.graph_io import external_files
 from ...graphs.manifest import MANIFEST_NAME
+from ...runtime.generation import Sampling
 from ...runtime.guarded import GuardedVLM
 from ...runtime.refusals import refused
-from ...runtime.vlm import Sampling, VisionLanguageModel
+from ...runtime.vlm import VisionLanguageModel
 from ..cluster import spreading
 from ..executors import Spread, in_turn
 from ..extraction.extract import Progress

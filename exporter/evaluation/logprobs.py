@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...graphs.errors import GuardError
-from ...runtime.vlm import Choose, Chooser, Request, Sampling, VisionLanguageModel
+from ...runtime.generation import Choose, Chooser, Request, Sampling
+from ...runtime.vlm import VisionLanguageModel
 
 
 @dataclass(frozen=True)

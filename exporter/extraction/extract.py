@@ -23,7 +23,8 @@ from ...graphs.errors import GuardError
 from ...graphs.last_logits import keep_last_logits
 from ...graphs.package import ModelPackage
 from ...graphs.taps import STATES_OUTPUT, tap_last_token
-from ...runtime.vlm import Request, Sampling, VisionLanguageModel
+from ...runtime.generation import Request, Sampling
+from ...runtime.vlm import VisionLanguageModel
 from ..executors import Spread, Spreader, here, in_turn
 from ..prompts.labelled import AnchorPair
 from ..proof.headroom import WAY_OUT

@@ -19,7 +19,7 @@ from ...graphs.directions import Directions
 from ...graphs.errors import AnatomyNotFound, ExtraMissing
 from ...graphs.extras import install_command
 from ...runtime.chat.chat import ChatTokenizer
-from ...runtime.vlm import Request
+from ...runtime.generation import Request
 from ..checkpoints.convert import load_model, locate, read_config
 from ..checkpoints.float16_range import decoder_layers
 from ..executors import Spreader, here, when_needed

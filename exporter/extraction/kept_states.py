@@ -22,9 +22,9 @@ from ...graphs.errors import GuardError
 from ...graphs.graph_io import external_files
 from ...graphs.package import ModelPackage
 from ...graphs.staging import write_file
+from ...runtime.generation import Request
 from ...runtime.images.image_features import ImageFeatures
 from ...runtime.images.images import picture_bytes
-from ...runtime.vlm import Request
 
 
 class KeptStates:

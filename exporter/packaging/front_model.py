@@ -20,9 +20,9 @@ import triton_python_backend_utils as pb_utils  # Triton's own, there in its Pyt
 from PIL import Image
 
 from vlmguard.graphs.errors import GuardError
+from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.images.images import open_image
 from vlmguard.runtime.triton_runner import open_in_triton
-from vlmguard.runtime.vlm import Request, Sampling
 
 _LARGEST_IMAGE = 20 << 20  # bytes, encoded
 

@@ -15,7 +15,8 @@ from ...graphs.manifest import Manifest
 from ...graphs.package import ModelPackage
 from ...graphs.proof.structure import Check, exact
 from ...graphs.strict_json import to_strict_json
-from ...runtime.decoder import DecoderSession, can_pad
+from ...runtime.decoder import DecoderSession
+from ...runtime.decoder_inputs import can_pad
 from ...runtime.triton_runner import Ports, TritonRunner
 from .triton_config import Part, TritonOptions, front_config, graph_config, part_of
 

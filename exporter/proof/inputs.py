@@ -12,9 +12,11 @@ from ...graphs.errors import GuardError, ModelUnreadable
 from ...graphs.package import ModelPackage
 from ...graphs.reference import call_mask
 from ...graphs.roles import EMBEDS, MASK, TOKENS, InputRoles
-from ...runtime.decoder import DecoderSession, PromptBatch, can_pad, open_decoder
+from ...runtime.decoder import DecoderSession, open_decoder
+from ...runtime.decoder_inputs import PromptBatch, can_pad
+from ...runtime.generation import Request
 from ...runtime.paired_batches import interleaved
-from ...runtime.vlm import Request, VisionLanguageModel
+from ...runtime.vlm import VisionLanguageModel
 from .npz import read_npz
 from .signature import made_batches
 

@@ -42,7 +42,8 @@ from ...graphs.rewrite import GuardReport
 from ...graphs.runtime_controls import OFFSET_INPUT, PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, STRENGTH_INPUT
 from ...graphs.spec import MODES_TOWARD_TEXT
 from ...graphs.taps import tap_guard
-from ...runtime.decoder import DecoderSession, PromptBatch, can_pad, open_decoder
+from ...runtime.decoder import DecoderSession, open_decoder
+from ...runtime.decoder_inputs import PromptBatch, can_pad
 from ...runtime.decoder_place import DecoderPlace
 from ...runtime.device import SomeRows, Tensor
 from .compare import Comparison, first_no_number, padded, relative

@@ -21,7 +21,8 @@ from ...graphs.decoder_state import size
 from ...graphs.errors import GuardError
 from ...graphs.package import ModelPackage
 from ...graphs.roles import InputRoles, input_roles
-from ...runtime.decoder import DecoderSession, PromptBatch, needs_more
+from ...runtime.decoder import DecoderSession
+from ...runtime.decoder_inputs import PromptBatch, needs_more
 
 BATCH, LENGTH, STEPS_KEPT = 2, 12, 4
 _TRIED = (3, 1, 2, 4, LENGTH, 8, 16)  # sizes of axes that nothing tells; M-RoPE's three axes first

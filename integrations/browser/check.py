@@ -22,7 +22,8 @@ from integrations.replay import BUILD, Agreement, CaseFolder, mode_folders, writ
 from vlmguard.apps.playground.libraries import LIBRARIES
 from vlmguard.apps.playground.open import playground
 from vlmguard.graphs.layouts import open_package
-from vlmguard.runtime.vlm import Request, Sampling, VisionLanguageModel
+from vlmguard.runtime.generation import Request, Sampling
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 SOURCE = Path(__file__).parents[2] / "examples" / "tiny_vlm" / "onnx-community"
 NAME = "browser"

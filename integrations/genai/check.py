@@ -26,8 +26,8 @@ from integrations.tiny_vlm import CHECKPOINT, MODES, PROMPTS, calibrated_directi
 from vlmguard.exporter.checkpoints.exporters import export_checkpoint
 from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.graphs.reference import LISTEN
+from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.paired_batches import interleaved
-from vlmguard.runtime.vlm import Request, Sampling
 
 ASKED = ("text-harmful-steal-0", "text-harmful-steal-1", "text-harmless-wash-0", "text-harmless-wash-1")
 NOTE = (

@@ -36,9 +36,10 @@ from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.graph_io import load_graph
 from vlmguard.graphs.proof.structure import same_graph
 from vlmguard.runtime.chat.chat import ChatTokenizer
+from vlmguard.runtime.generation import Request
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.images.images import open_image
-from vlmguard.runtime.vlm import Request, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 pytest.importorskip("onnxruntime")

@@ -25,9 +25,10 @@ from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.spec import MODES_WITH_GATE
+from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.images.images import CLIP_MEAN, CLIP_STD, ImagePreprocessor
-from vlmguard.runtime.vlm import Request, Sampling, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 pytestmark = [pytest.mark.long, pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)]

@@ -44,8 +44,8 @@ from vlmguard.graphs.extras import install_command
 from vlmguard.graphs.graph_io import save_graph
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.graphs.taps import STATES_OUTPUT
-from vlmguard.runtime.decoder import PromptBatch
-from vlmguard.runtime.vlm import Sampling
+from vlmguard.runtime.decoder_inputs import PromptBatch
+from vlmguard.runtime.generation import Sampling
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 pytestmark = pytest.mark.usefixtures("bundled_pictures")

@@ -37,8 +37,8 @@ from vlmguard.graphs.errors import ExtraMissing, GuardError, ManifestMismatch, R
 from vlmguard.graphs.extras import install_command
 from vlmguard.graphs.runtime_controls import OFFSET_INPUT, STRENGTH_INPUT
 from vlmguard.runtime.chat.turns import Turn
+from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.guarded import GuardedVLM
-from vlmguard.runtime.vlm import Request, Sampling
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 

@@ -38,7 +38,8 @@ from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.plan import GuardPlan, plan_guard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.runtime.vlm import Request, VisionLanguageModel
+from vlmguard.runtime.generation import Request
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 SETTINGS = ("text", "blank", "image")
 REFUSAL = re.compile(

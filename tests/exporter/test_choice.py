@@ -32,8 +32,9 @@ from vlmguard.graphs.errors import GuardError, PromptsUnusable
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.manifest import read_manifest
 from vlmguard.graphs.spec import GuardSpec
+from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.guarded import GuardedVLM
-from vlmguard.runtime.vlm import Request, Sampling, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 

@@ -42,9 +42,10 @@ from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import MODES_WITH_SUPERVISOR, GuardSpec, Mode, Positions
 from vlmguard.graphs.tensorrt import require_readable, settle_sizes, unreadable_nodes
 from vlmguard.runtime.decoder import open_decoder
+from vlmguard.runtime.generation import Request
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.tensorrt.backend import find_backend
-from vlmguard.runtime.vlm import Request, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest.importorskip("tensorrt_rtx")
 pytest_plugins = ("tiny_vlm_fixtures",)

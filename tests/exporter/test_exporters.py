@@ -30,8 +30,8 @@ from vlmguard.graphs.extras import install_command
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.spec import GuardSpec
+from vlmguard.runtime.generation import Request
 from vlmguard.runtime.guarded import GuardedVLM
-from vlmguard.runtime.vlm import Request
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,8 @@ from vlmguard.graphs.directions import Directions, read_directions
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.taps import STATES_OUTPUT
-from vlmguard.runtime.vlm import Request, VisionLanguageModel
+from vlmguard.runtime.generation import Request
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("zoo_fixtures",)
 

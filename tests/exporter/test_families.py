@@ -28,8 +28,9 @@ from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.json_files import read_json
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.spec import GuardSpec
+from vlmguard.runtime.generation import Request
 from vlmguard.runtime.guarded import GuardedVLM
-from vlmguard.runtime.vlm import Request, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 NEW_TOKENS = 6
 PIXELS = [3, IMAGE_SIZE, IMAGE_SIZE]

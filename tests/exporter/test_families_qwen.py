@@ -37,8 +37,9 @@ from vlmguard.exporter.pipeline import export
 from vlmguard.graphs.directions import Directions
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.spec import GuardSpec
+from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.guarded import GuardedVLM
-from vlmguard.runtime.vlm import Request, Sampling, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 SUFFIX = {"fp32": "", "fp16": "_fp16"}
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}

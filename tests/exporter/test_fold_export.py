@@ -25,7 +25,7 @@ from vlmguard.graphs.plan import last_sites, plan_guard
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.rewrite import GuardReport, rewrite
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.runtime.decoder import PromptBatch
+from vlmguard.runtime.decoder_inputs import PromptBatch
 from vlmguard.runtime.guarded import GuardedVLM, open_guarded_package
 
 pytest.importorskip("onnxruntime")

@@ -10,9 +10,10 @@ from tiny_vlm_paths import PROMPTS, SOURCE, Guarded
 
 from vlmguard.exporter.evaluation.logprobs import ask, kl_divergence, log_likelihoods
 from vlmguard.graphs.layouts import open_package
-from vlmguard.runtime.decoder import PromptBatch
+from vlmguard.runtime.decoder_inputs import PromptBatch
+from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.guarded import GuardedVLM
-from vlmguard.runtime.vlm import Request, Sampling, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 

@@ -19,7 +19,7 @@ from vlmguard import GuardedVLM, GuardSpec, export, verify
 from vlmguard.exporter.packaging.genai import package_genai
 from vlmguard.exporter.packaging.onnx_community import package_onnx_community
 from vlmguard.graphs.errors import GuardError
-from vlmguard.runtime.vlm import Request, Sampling
+from vlmguard.runtime.generation import Request, Sampling
 
 pytest_plugins = ("tiny_vlm_fixtures", "zoo_fixtures")
 

@@ -26,8 +26,8 @@ from vlmguard.exporter.packaging.triton_config import TritonOptions
 from vlmguard.exporter.packaging.triton_repository import arrange, package_triton
 from vlmguard.graphs.errors import GuardError, ManifestMismatch, OutputRefused
 from vlmguard.graphs.manifest import EngineRecord, read_manifest
+from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.guarded import package_of
-from vlmguard.runtime.vlm import Request, Sampling
 
 pytest.importorskip("tritonclient.grpc")
 

@@ -20,7 +20,7 @@ from vlmguard.graphs.plan import plan_guard
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.runtime.decoder import PromptBatch
+from vlmguard.runtime.decoder_inputs import PromptBatch
 from vlmguard.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
 pytest.importorskip("onnxruntime")

@@ -33,7 +33,7 @@ from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.runtime_controls import STRENGTH_INPUT
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.runtime.decoder import PromptBatch
+from vlmguard.runtime.decoder_inputs import PromptBatch
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 pytest.importorskip("onnxruntime")

@@ -26,7 +26,8 @@ from vlmguard.graphs.plan import plan_guard
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.runtime.vlm import Request, VisionLanguageModel
+from vlmguard.runtime.generation import Request
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest.importorskip("onnxruntime")
 

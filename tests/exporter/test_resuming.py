@@ -16,7 +16,8 @@ from vlmguard.exporter.extraction import extract
 from vlmguard.exporter.extraction.kept_states import KeptStates, kept_beside
 from vlmguard.exporter.pipeline import extract_directions
 from vlmguard.graphs.errors import GuardError
-from vlmguard.runtime.vlm import Request, VisionLanguageModel
+from vlmguard.runtime.generation import Request
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 

@@ -30,8 +30,9 @@ from vlmguard.graphs.errors import GuardError, ModelUnreadable, ProofFailed
 from vlmguard.graphs.graph_io import load_graph
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.spec import GuardSpec
+from vlmguard.runtime.generation import Request
 from vlmguard.runtime.guarded import GuardedVLM
-from vlmguard.runtime.vlm import Request, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 IN_EVERY_RUN = ("gemma3_text",)  # tied embeddings, two kinds of layers; a conversion takes 10 seconds
 OTHERWISE = "Export it to ONNX with its own tools and guard that folder instead"

@@ -17,7 +17,8 @@ from vlmguard.graphs.genai_pipeline import stage_files
 from vlmguard.graphs.graph_io import graph_bytes
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.runtime.decoder import PromptBatch, open_decoder
+from vlmguard.runtime.decoder import open_decoder
+from vlmguard.runtime.decoder_inputs import PromptBatch
 
 pytest.importorskip("onnxruntime")
 

@@ -24,7 +24,8 @@ from vlmguard.graphs.plan import (
 from vlmguard.graphs.reference import LISTEN
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import MODES, GuardSpec
-from vlmguard.runtime.decoder import DecoderSession, PromptBatch, open_decoder
+from vlmguard.runtime.decoder import DecoderSession, open_decoder
+from vlmguard.runtime.decoder_inputs import PromptBatch
 from vlmguard.runtime.runner_protocol import Port
 
 pytest_plugins = ("zoo_fixtures",)

@@ -23,12 +23,14 @@ from tiny_vlm_paths import DECODER, PROMPTS, SOURCE, Guarded
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ManifestMismatch, ModelUnreadable, RunFailed
 from vlmguard.graphs.extras import install_command
 from vlmguard.graphs.layouts import open_package
-from vlmguard.runtime.decoder import DecoderSession, PromptBatch, open_decoder
+from vlmguard.runtime.decoder import DecoderSession, open_decoder
+from vlmguard.runtime.decoder_inputs import PromptBatch
+from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.runner_protocol import DeviceRunner
 from vlmguard.runtime.tensorrt.backend import Backend, BackendName, Log
 from vlmguard.runtime.tensorrt.cuda import Cuda, CudaTensor, Pool
 from vlmguard.runtime.tensorrt.engine_runner import TensorRTRunner
-from vlmguard.runtime.vlm import Request, Sampling, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 

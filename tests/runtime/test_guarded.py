@@ -16,8 +16,8 @@ from tiny_vlm_paths import DECODER, PROMPTS, SOURCE, Guarded
 
 from vlmguard.graphs.digests import sha256_file
 from vlmguard.graphs.errors import GuardError, ManifestMismatch
+from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.guarded import GuardedVLM
-from vlmguard.runtime.vlm import Request, Sampling
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 

@@ -11,8 +11,9 @@ from vlmguard.exporter.prompts.labelled import LabelledPrompt, fingerprint
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.layouts import open_package
+from vlmguard.runtime.generation import Request
 from vlmguard.runtime.images.image_features import ImageFeatures
-from vlmguard.runtime.vlm import Request, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 pytestmark = pytest.mark.usefixtures("bundled_pictures")

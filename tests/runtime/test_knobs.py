@@ -26,12 +26,14 @@ from vlmguard.graphs.runtime_controls import (
 )
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.graphs.taps import tap_guard
-from vlmguard.runtime.decoder import DecoderSession, PromptBatch
+from vlmguard.runtime.decoder import DecoderSession
+from vlmguard.runtime.decoder_inputs import PromptBatch
+from vlmguard.runtime.generation import GREEDY, Request, Step
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.knobs import Knobs
 from vlmguard.runtime.runner_protocol import Port
 from vlmguard.runtime.telemetry import scored
-from vlmguard.runtime.vlm import GREEDY, Request, Step, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 

@@ -19,11 +19,13 @@ from vlmguard.graphs.manifest import read_manifest
 from vlmguard.graphs.plan import plan_guard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.runtime.decoder import DecoderSession, PromptBatch, open_decoder
+from vlmguard.runtime.decoder import DecoderSession, open_decoder
+from vlmguard.runtime.decoder_inputs import PromptBatch
+from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.images.prompt_images import PromptImages
 from vlmguard.runtime.paired_batches import interleaved
-from vlmguard.runtime.vlm import Request, Sampling, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures", "zoo_fixtures")
 

@@ -11,10 +11,11 @@ from tiny_vlm_paths import PROMPTS, SOURCE, Guarded
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.plan import PROMPT_SUPERVISOR_INPUT
 from vlmguard.runtime.chat.turns import Turn
-from vlmguard.runtime.decoder import PromptBatch
+from vlmguard.runtime.decoder_inputs import PromptBatch
+from vlmguard.runtime.generation import Request
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.paired_batches import interleaved
-from vlmguard.runtime.vlm import Request, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 

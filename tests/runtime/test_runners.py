@@ -15,12 +15,14 @@ from vlmguard.graphs.errors import ExtraMissing, GuardError, ModelUnreadable, Ru
 from vlmguard.graphs.extras import install_command
 from vlmguard.graphs.layouts import open_package
 from vlmguard.runtime import runners
-from vlmguard.runtime.decoder import DecoderSession, PromptBatch
+from vlmguard.runtime.decoder import DecoderSession
+from vlmguard.runtime.decoder_inputs import PromptBatch
 from vlmguard.runtime.device import DeviceOutputs
+from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.onnxruntime_runner import OnnxRuntimeDeviceRunner, OnnxRuntimeRunner, OrtTensor, open_onnxruntime
 from vlmguard.runtime.runner_protocol import DeviceRunner, Runner
 from vlmguard.runtime.runners import open_runner
-from vlmguard.runtime.vlm import Request, Sampling, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 

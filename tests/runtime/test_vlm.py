@@ -24,9 +24,10 @@ from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUT
 from vlmguard.graphs.reference import LISTEN
 from vlmguard.runtime.chat.turns import Turn
+from vlmguard.runtime.generation import Chooser, Request, Sampling
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.runner_protocol import Runner
-from vlmguard.runtime.vlm import Chooser, Request, Sampling, VisionLanguageModel
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures", "zoo_fixtures")
 

@@ -1,0 +1,158 @@
+"""What a decoder call is fed: a batch of prompts, the state between calls, masks and empty caches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from ..graphs.decoder_state import StatePair
+from ..graphs.errors import GuardError
+from ..graphs.plan import SUPERVISOR_INPUTS
+from ..graphs.roles import InputRoles, input_roles
+from ..graphs.runtime_controls import PAST_GATE_INPUT
+from .device import DeviceTensor, Tensor
+from .images.deepstack import is_embeds
+from .images.prompt_images import PromptImages
+from .runner_protocol import Port
+
+# What merged decoders want to know besides: which branch of their `If` to take (optimum), and how many logits to give
+# (older transformers; 0 gives all).
+CACHE_BRANCH, KEPT_LOGITS = "use_cache_branch", "num_logits_to_keep"
+SWITCHES = frozenset({CACHE_BRANCH, KEPT_LOGITS})
+# What a guard adds; knobs are not among a graph's inputs, because they have defaults.
+GUARD_INPUTS = frozenset({*SUPERVISOR_INPUTS, PAST_GATE_INPUT})
+# 1 for the tokens of an image, which see one another in both directions, 0 for text (Gemma 3).
+TOKEN_TYPES = "token_type_ids"
+
+
+class FurtherInputs(Protocol):
+    """Values for inputs that no prompt fills."""
+
+    def between(self, start: int, stop: int) -> Mapping[str, np.ndarray]:
+        """By name, for the call that brings the tokens `start` to `stop`."""
+        ...
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts ready for a decoder.
+
+    Attributes:
+        ids: token ids `[batch, sequence]` int64, padded on the left.
+        mask: 1 for tokens, 0 for padding, `[batch, sequence]` int64.
+        embeds: `[batch, sequence, d]` in the graph's dtype, where the decoder takes `inputs_embeds`.
+        images: what images change besides the embeddings; `None` for text, and for most models.
+        given: all inputs of the graph by name, where somebody else made them; `ids` and `mask` then only say which of
+            the sequence are tokens.
+        further: inputs besides those that a prompt fills, for every call.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    embeds: np.ndarray | None = None
+    images: PromptImages | None = None
+    given: Mapping[str, np.ndarray] | None = None
+    further: FurtherInputs | None = None
+
+    @property
+    def size(self) -> int:
+        return self.ids.shape[0]
+
+
+@dataclass
+class DecoderState:
+    """What one generation carries from call to call.
+
+    The cache, the supervisor's coordinates and held gates stay on the runner's device, where it has one.
+
+    Attributes:
+        dials: inputs of the guard that are the same in every call, by name: knobs, and gates once the prompt decided them.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    embeds: np.ndarray | None
+    cache: dict[str, Tensor] = field(default_factory=dict)
+    supervisor: Tensor | None = None
+    images: PromptImages | None = None
+    further: FurtherInputs | None = None
+    dials: dict[str, Tensor] = field(default_factory=dict)
+
+
+def mask_for(mask: np.ndarray, tokens: int, port: Port, keeps_size: bool) -> np.ndarray:
+    """The mask as the graph takes it.
+
+    Args:
+        mask: `[batch, tokens so far]`.
+        tokens: of this call.
+        port: of the graph; with a fixed number of columns the mask is filled up with zeros, behind the tokens where the
+            cache is a buffer that `keeps_size`, else before them. Of rank 4 it also says which token sees which.
+    """
+    columns = port.shape[-1]
+    if columns is not None and columns > mask.shape[1]:
+        missing = columns - mask.shape[1]
+        mask = np.pad(mask, ((0, 0), (0, missing) if keeps_size else (missing, 0)))
+    if len(port.shape) != 4:
+        return mask.astype(port.dtype)
+    total = mask.shape[1]
+    first = total - tokens
+    sees = np.arange(total)[None, :] <= np.arange(first, total)[:, None]
+    allowed = sees[None, None] & (mask != 0)[:, None, None, :]
+    if port.dtype.kind not in "fV":
+        return allowed.astype(port.dtype)
+    return np.where(allowed, 0.0, -1e4).astype(port.dtype)
+
+
+def needs_more(inputs: Iterable[str], roles: InputRoles) -> list[str]:
+    """The inputs that no prompt fills, in their order."""
+    known = {
+        roles.embeds,
+        roles.tokens,
+        roles.mask,
+        roles.positions,
+        *roles.pasts,
+        *SWITCHES,
+        TOKEN_TYPES,
+        *GUARD_INPUTS,
+    }
+    return [name for name in inputs if name not in known and not is_embeds(name)]
+
+
+def can_pad(graph: ir.Graph) -> bool:
+    """Whether rows of different lengths may share a batch: a graph that reads no mask would take padding for text.
+
+    GroupQueryAttention derives positions from the mask's sum: rows padded on the left would be misread.
+    """
+    roles = input_roles(graph)
+    text = next((value for value in graph.inputs if value.name == roles.text), None)
+    if text is not None and text.shape is not None and len(text.shape) > 1 and str(text.shape[1]) == "1":
+        return False  # one token a call: a row would begin with padding alone, and attend to nothing
+    return bool(roles.mask) and not any(node.op_type == "GroupQueryAttention" for node in graph.all_nodes())
+
+
+def float_coordinates(supervisor: Tensor) -> Tensor:
+    """As graphs take them, in float32; what a graph itself gave is already that, and stays on its device."""
+    if isinstance(supervisor, DeviceTensor) and supervisor.dtype == np.float32:
+        return supervisor
+    return np.asarray(supervisor).astype(np.float32)
+
+
+def empty_state(port: Port, pair: StatePair, batch: int, kv_heads: int | None, head_size: int | None) -> np.ndarray:
+    """A cache of length 0: `[batch, kv_heads, 0, head_dim]`; for a recurrent or convolutional layer, and for a ring cache,
+    a state of its size."""
+    sizes, empty = [batch, *port.shape[1:]], pair.capacity or 0
+    if pair.axis is not None:
+        sizes[pair.axis] = empty
+    if None in sizes and len(sizes) == 4:
+        heads = [batch, kv_heads, empty, head_size]
+        sizes = [size if size is not None else other for size, other in zip(sizes, heads, strict=True)]
+    if None in sizes:
+        raise GuardError(
+            f"cache input {port.name!r} has shape {port.shape} and no config says how many heads of what size; put the "
+            "model's config.json beside it"
+        )
+    return np.zeros(tuple(size or 0 for size in sizes), port.dtype)

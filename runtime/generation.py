@@ -1,0 +1,145 @@
+"""What a model is asked, how its tokens are chosen, and what comes back: requests, sampling, steps and pieces of text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from ..graphs.errors import GuardError, RunFailed
+from ..graphs.runtime_controls import SCORES_OUTPUT
+from .chat.turns import Turn
+from .images.image_features import ImageFeatures
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question.
+
+    Attributes:
+        prompt: what is asked.
+        image: path, picture or the bytes of a file, or rows in the place of a picture's tokens; `None` for text only.
+        history: what was said before, if this is a conversation. The image belongs to the turn that `shows` it; to the
+            question, if none does.
+    """
+
+    prompt: str
+    image: Image.Image | Path | str | bytes | ImageFeatures | None = None
+    history: tuple[Turn, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise GuardError("the prompt is empty; write something")
+        shown = sum(turn.shows for turn in self.history)
+        if shown > (self.image is not None):
+            has = "one image" if self.image is not None else "no image"
+            raise GuardError(
+                f"the request has {has}, and {shown} of its earlier turns show one; give one for all, or none"
+            )
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The whole conversation, the question last."""
+        before = any(turn.shows for turn in self.history)
+        return (*self.history, Turn("user", self.prompt, self.image is not None and not before))
+
+    @property
+    def text_only(self) -> Request:
+        """The same words without the image."""
+        return Request(self.prompt, None, tuple(replace(turn, shows=False) for turn in self.history))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: where to stop at the latest.
+        temperature: 0 takes the likeliest token (greedy); above, softmax(logits / temperature) is sampled.
+        top_p: only the likeliest tokens that together reach this probability are sampled.
+        seed: of the sampling; the same seed gives the same answer.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise GuardError(f"max_new_tokens {self.max_new_tokens} asks for no answer; choose 1 or more")
+        if not self.temperature >= 0 or not np.isfinite(self.temperature):
+            raise GuardError(f"temperature {self.temperature} is out of range; choose 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise GuardError(f"top_p {self.top_p} is out of range; choose above 0, up to 1")
+        if self.seed < 0:
+            raise GuardError(f"seed {self.seed} is negative; choose 0 or more")
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a batch's generation.
+
+    Attributes:
+        tokens: each row's next token, `None` once the row has ended.
+        outputs: what the decoder gave for the token before it (at the first step: for the prompt).
+    """
+
+    tokens: list[int | None]
+    outputs: Mapping[str, np.ndarray]
+
+    @property
+    def gate_scores(self) -> np.ndarray | None:
+        """What each guarded layer's gate compared at that token, `[batch, layers]` float32; `None` without telemetry."""
+        return self.outputs.get(SCORES_OUTPUT)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step adds to an answer.
+
+    Attributes:
+        text: what can be shown now; empty while the first bytes of a character wait for the others.
+        step: of the generation, for a batch of one.
+        finish: why the answer ends here: `stop` (the model ended it), `length` (`max_new_tokens`); `None`: it goes on.
+    """
+
+    text: str
+    step: Step
+    finish: Literal["stop", "length"] | None
+
+
+Choose = Callable[[np.ndarray], np.ndarray]  # logits [batch, vocabulary] float32 -> next tokens [batch]
+
+
+class Chooser:
+    """Logits `[batch, vocabulary]` to tokens `[batch]`, as a sampling says."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._random = np.random.default_rng(sampling.seed)
+
+    def __call__(self, logits: np.ndarray) -> np.ndarray:
+        # minus infinity rules a token out; plus infinity and NaN are what an overflow leaves
+        if not np.isfinite(logits).any(axis=-1).all() or not (logits < np.inf).all():
+            raise RunFailed("the decoder gave NaN logits; its arithmetic overflows, export it in fp32, bf16 or w16a32")
+        if self.sampling.temperature == 0:
+            return logits.argmax(axis=-1)
+        below = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+        with np.errstate(over="ignore"):  # after the difference, because 0 / 1e-300 is still 0
+            probabilities = np.exp(below / self.sampling.temperature)
+        probabilities /= probabilities.sum(axis=-1, keepdims=True)
+        return np.array([self._draw(row) for row in probabilities])
+
+    def _draw(self, probabilities: np.ndarray) -> int:
+        order = np.argsort(-probabilities)
+        before = np.cumsum(probabilities[order]) - probabilities[order]
+        kept = order[before < self.sampling.top_p]
+        return int(self._random.choice(kept, p=probabilities[kept] / probabilities[kept].sum()))
