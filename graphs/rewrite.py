@@ -25,7 +25,8 @@ from .lowerings.table import LOWERINGS, Lowering
 from .lowerings.task import Held, Task, Written
 from .node_builder import Scribe
 from .pairs import SUPERVISOR_KEY, PairedRows
-from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan, SitePlan, require_unguarded
+from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan, SitePlan
+from .planner import require_unguarded
 from .positions import LastToken
 from .runtime_controls import (
     OFFSET_INPUT,

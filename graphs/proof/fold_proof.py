@@ -15,7 +15,8 @@ from ..lowerings.fold import SCOPE, find_writers, left_over, original_name, proj
 from ..lowerings.table import choose_lowering
 from ..lowerings.task import Task
 from ..node_builder import Scribe
-from ..plan import GuardPlan, last_sites
+from ..plan import GuardPlan
+from ..planner import last_sites
 from ..rewrite import GuardReport
 from .structure import Check, attribute_bits, exact, same_graph, same_tensor, signature_unchanged
 

@@ -30,7 +30,8 @@ from vlmguard.graphs.errors import ProofFailed
 from vlmguard.graphs.graph_io import save_graph
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.package import ModelPackage
-from vlmguard.graphs.plan import GuardPlan, plan_guard
+from vlmguard.graphs.plan import GuardPlan
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.reference import LISTEN, LayerGuard
 from vlmguard.graphs.rewrite import GuardReport, rewrite

@@ -22,7 +22,7 @@ from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.graph_io import save_graph
 from vlmguard.graphs.layouts import open_package
-from vlmguard.graphs.plan import plan_guard
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import GuardSpec
