@@ -27,7 +27,7 @@ from .compare import Comparison
 from .headroom import Headroom
 from .inputs import ProofInputs
 from .limits import TOLERANCE
-from .prove import mask_at, roll
+from .prove_closed import mask_at, roll
 
 Rolled = list[list[Mapping[str, np.ndarray]]]  # per batch, per call
 
