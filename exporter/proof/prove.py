@@ -1,7 +1,8 @@
 """The proof by running: on the staged file, before it gets its name. Each check says how much it compared.
 
-1. Closed gate (or zero strength): every original output, prefill and decode, equals the unguarded model's bit for bit.
-   Where a guard edits the prompt's end alone, so does every call without a supervisor: each token of an answer (`prove_closed`).
+1. Closed gate (or zero strength): every original output, prefill and decode, equals the unguarded model's bit for bit
+   (`prove_closed`). Where a guard edits the prompt's end alone, so does every call without a supervisor: each token of an
+   answer.
 2. Guarded hidden states equal the numpy reference, with the gates as the inputs set them and with every gate forced open.
 3. Tokens that are not to be edited are untouched, bit for bit.
 4. In a float16 graph: how near the states come to the end of float16 (`headroom`).

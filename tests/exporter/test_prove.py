@@ -21,6 +21,7 @@ from vlmguard.exporter.artifact.guarded_folder import GuardedDecoder
 from vlmguard.exporter.pipeline import prove
 from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.exporter.proof import prove as module
+from vlmguard.exporter.proof import prove_closed
 from vlmguard.exporter.proof.compare import Comparison
 from vlmguard.exporter.proof.inputs import ProofInputs, proof_inputs, random_inputs
 from vlmguard.exporter.proof.prove import prove_by_running
@@ -347,9 +348,9 @@ def test_the_runtimes_own_rounding_is_told_apart_from_the_guards(
         return Comparison(compared=compared, differing=differing, worst=worst), "9 calls"
 
     results = {True: optimized, False: plain}
-    monkeypatch.setattr(module, "_compare_runs", lambda *_, optimize: comparison(*results[optimize]))
+    monkeypatch.setattr(prove_closed, "_compare_runs", lambda *_, optimize: comparison(*results[optimize]))
     staged = stage("restore")
-    check = module._closed_equals_source(staged.package, staged.decoder, staged.plan, staged.inputs)
+    check = prove_closed.closed_equals_source(staged.package, staged.decoder, staged.plan, staged.inputs)
     assert check.ok == ok and words in check.note and check.compared == 100
 
 
