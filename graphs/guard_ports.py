@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from .anatomy import find_node
 from .lowerings.task import Written
 from .node_builder import Scribe
 from .pairs import SUPERVISOR_KEY
@@ -17,6 +16,7 @@ from .runtime_controls import (
     SCORES_OUTPUT,
     declare_knob,
 )
+from .sites import find_node
 from .subgraph_edit import SubgraphEdit
 from .subgraphs import Body, find_bodies, surface
 

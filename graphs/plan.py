@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from .anatomy import ResidualSite
 from .reference import LayerGuard
 from .runtime_controls import PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT
 from .separation import Separation, warnings_of
+from .sites import ResidualSite
 from .spec import (
     MODES_WITH_ALPHA,
     MODES_WITH_GATE,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from .anatomy import DecoderAnatomy, ResidualSite, find_node
+from .anatomy import DecoderAnatomy
 from .call_inputs import hides_later_padding, mask_input, readable_mask
 from .directions import Directions, LayerDirections
 from .errors import DirectionMismatch, GuardError
@@ -20,6 +20,7 @@ from .plan import GuardPlan, SitePlan
 from .reference import SUPERVISED_ABOVE, LayerGuard
 from .runtime_controls import knobs_of, notes_on, require_knobs
 from .separation import Separation, recorded_separations, warnings_of
+from .sites import ResidualSite, find_node
 from .spec import (
     MAX_RANK,
     MODES_ONLY_AT_PROMPT_END,

@@ -13,7 +13,6 @@ from typing import Any
 
 import onnx_ir as ir
 
-from .anatomy import find_node, sequence_stream
 from .call_inputs import CallInputs, call_inputs
 from .dataflow import skip_norm_bias
 from .errors import GuardIncomplete
@@ -35,6 +34,7 @@ from .runtime_controls import (
     write_offset,
     write_strength,
 )
+from .sites import find_node, sequence_stream
 from .subgraph_edit import SubgraphEdit
 from .subgraphs import find_bodies
 
