@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from page_sections import (
+    SECTIONS,
+    Section,
+    work_words,
+)
+from page_words import Parts, goal_words, markdown_table, measured_on, ratio_cells
 from record import RESULTS, ResultsUnusable, read_parts
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, GPU_PAGE, SERVING_PAGE = "performance.md", "tensorrt.md", "serving.md"
 GPU_MARKS = "<!-- begin: benchmarks/report.py -->", "<!-- end: benchmarks/report.py -->"
 LOAD_MARKS = "<!-- begin: load -->", "<!-- end: load -->"
-PRECISIONS = ("int4", "fp32")
-Parts = Mapping[str, Any]
 
 HOW = """# Performance
 
@@ -48,15 +51,6 @@ They need the extras `[cpu,torch,genai]` and an otherwise idle machine.
 time; beside it the 95% interval of that median (bootstrap), and the 10th and 90th percentile of single pairs. A comparison
 stops as soon as the interval is narrower than 0.5% in all, or at its limit of time; the number of pairs says which. *unguarded
 again* is the unguarded graph a second time: its distance from 1 is the error that more pairs do not remove."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """One result file and how it is told."""
-
-    name: str
-    parts: tuple[str, ...]
-    told: Callable[[Parts], list[str]]
 
 
 def main() -> int:
@@ -96,7 +90,7 @@ def report(results: Path, quick: bool = False) -> str:
         blocks.append(f"> **Conditions.** {conditions.read_text(encoding='utf-8').strip()}")
     for section in SECTIONS:
         parts = _required(results / f"{section.name}.json", section, quick)
-        blocks += [*section.told(parts), _measured_on(parts[name] for name in section.parts)]
+        blocks += [*section.told(parts), measured_on(parts[name] for name in section.parts)]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -110,224 +104,6 @@ def _required(path: Path, section: Section, quick: bool) -> Parts:
     if toys and not quick:
         raise ResultsUnusable(f"{path}: part {toys[0]!r} is from --quick or the tiny shape; {script} without them")
     return parts
-
-
-# Sections
-
-
-def _rewriting(parts: Parts) -> list[str]:
-    ours = parts["export"]
-    rows = [
-        [name, str(one["runs"]), f"{one['wall']['median']:.2f}", f"{one['work']['median']:.2f}", *_sizes(one)]
-        for name, one in parts.items()
-    ]
-    digests = parts["export with digests"]
-    speed = digests["bytes"] / digests["work"]["median"] / 1e9
-    return [
-        "## Rewriting a large model",
-        f"A float16 decoder of {ours['layers']} layers, width {ours['width']}, {ours['bytes'] / 1e9:.1f} GB of weights in a "
-        "sparse file; mode `restore` in every layer, rank 4; a fresh process per run. `wall` includes the start of Python and "
-        "the imports, `work` does not. Hard-linked weights are not counted as written; a reflink's blocks would be.",
-        _table(["run", "runs", "wall s", "work s", "peak memory MB", "written MB"], rows),
-        "\n".join(
-            (
-                _goal("guarded without digests", ours["wall"]["median"], 2.0, "{:.2f} s", ours["wall"]),
-                _goal("peak memory", ours["peak"] / 1e6, 300.0, "{:.0f} MB"),
-                _goal("written", ours["written"] / 1e6, 20.0, "{:.1f} MB", strictly=True),
-            )
-        ),
-        f"With digests every byte is read and hashed: {speed:.2f} GB/s, all of the work counted. The file is sparse: that is "
-        "the processor's speed and not a disk's.",
-        *_by_default(parts),
-    ]
-
-
-def _by_default(parts: Parts) -> list[str]:
-    """What an export with no option but its directions takes, the proof included."""
-    said = []
-    if whole := parts.get("export by default"):
-        cpu = f"; {whole['cpu']:.0f} s of them are processor time" if "cpu" in whole else ""
-        said.append(
-            "*export by default* is `vlmguard-export MODEL --directions FILE --mode restore`: the proof and all digests are "
-            f"included. The machine's load was {whole['machine']['load']:.0f} then, so its seconds are an upper bound"
-            f"{cpu}. The proof is `{whole['proved'].replace(': ', '`: ', 1)}: each guard is cut out of the file and run "
-            "by itself, and no weight is loaded."
-        )
-    if inside := parts.get("export by default, weights inside"):
-        said.append(
-            f"*weights inside* is a float16 decoder of {inside['layers']} layers, width {inside['width']}, whose "
-            f"{inside['bytes'] / 1e9:.2f} GB of weights are inside its one file. The proof is "
-            f"`{inside['proved'].replace(': ', '`: ', 1)}."
-        )
-    return said
-
-
-def _sizes(one: Mapping[str, Any]) -> list[str]:
-    return [f"{one['peak'] / 1e6:.0f}", f"{one['written'] / 1e6:.1f}"]
-
-
-def _inference(parts: Parts) -> list[str]:
-    first = parts["int4/decode"]
-    blocks = [
-        "## The guard when the model runs",
-        f"Guard on all layers. {first['shape']}; random weights, onnxruntime-genai's builder, ONNX Runtime on the CPU. `open` "
-        "and `closed` say what every gate was made to decide. Loading is the median of a few openings, the unguarded graph's "
-        "in brackets.",
-    ]
-    for precision in PRECISIONS:
-        for phase in ("decode", "prefill"):
-            part = parts[f"{precision}/{phase}"]
-            blocks += [f"### {precision}, {phase}: {_work(part)}", _table(_INFERENCE_COLUMNS, _inference_rows(part))]
-    nodes = [
-        [
-            f"{name.removesuffix('/nodes')}: {row['name']}",
-            f"{row['share']:.2%}",
-            *(f"{row[number]:.0f}" for number in ("guard_us", "all_us", "guard_nodes")),
-        ]
-        for name, part in parts.items()
-        if name.endswith("/nodes")
-        for row in part["rows"]
-    ]
-    if nodes:
-        blocks += [
-            "### By node",
-            "From ONNX Runtime's profiler, the median of each node's calls: the guard's nodes against all others. Not wall "
-            "time: what lies between nodes is missing, what the profiler adds to each small node is not.",
-            _table(["run", "guard / others", "guard us", "all us", "guard's nodes"], nodes),
-        ]
-    goals = []
-    for what, phase, positions, limit in (
-        ("decode", "decode", "last", 1.01),
-        ("prefill, positions `last`", "prefill", "last", 1.01),
-        ("prefill, positions `all`", "prefill", "all", 1.02),
-    ):
-        for precision in PRECISIONS:
-            rows = [row for row in parts[f"{precision}/{phase}"]["rows"] if _asked(row, positions)]
-            worst = max(rows, key=lambda row: row["ratio"]["median"])
-            named = f"{precision} {what}, the worst of {len(rows)} (`{worst['name']}`)"
-            goals.append(_goal(named, worst["ratio"]["median"], limit, "{:.4f}x", worst["ratio"]))
-    return [*blocks, "\n".join(goals)]
-
-
-def _work(part: Mapping[str, Any]) -> str:
-    return f"{part['tokens']} token{'s' if part['tokens'] > 1 else ''}" + (
-        f" on a cache of {part['past']}" if part["past"] else ""
-    )
-
-
-def _asked(row: Mapping[str, Any], positions: str) -> bool:
-    return row.get("lowering") == "lowrank" and row["positions"] == positions
-
-
-_INFERENCE_COLUMNS = [
-    "guard",
-    "ratio",
-    "median's 95%",
-    "p10 to p90",
-    "pairs",
-    "ms",
-    "unguarded ms",
-    "load s",
-    "file MB",
-]
-
-
-def _inference_rows(part: Mapping[str, Any]) -> list[list[str]]:
-    rows = []
-    for row in part["rows"]:
-        load = f"{row['load_seconds']:.2f} ({row['unguarded_load_seconds']:.2f})"
-        grown = (
-            f"+{(row['bytes'] - part['unguarded_bytes']) / 1e6:.2f}"
-            if "bytes" in row
-            else f"{part['unguarded_bytes'] / 1e6:.1f}"
-        )
-        times = [f"{row[name]['median']:.2f}" for name in ("ms", "unguarded_ms")]
-        rows.append([row["name"], *_ratio_cells(row["ratio"]), *times, load, grown])
-    return rows
-
-
-def _hooks(parts: Parts) -> list[str]:
-    part = parts["hooks"]
-    speeds = [[row["name"], *_cells(row["tokens_per_second"], "{:.2f}")] for row in part["rows"]]
-    ratios = [[f"time of {row['subject']} / {row['baseline']}", *_ratio_cells(row["ratio"])] for row in part["ratios"]]
-    return [
-        "## Against PyTorch with forward hooks",
-        f"{part['shape']}, float32, `restore` in every layer, rank {part['rank']}, gates open; {part['tokens']} tokens one at "
-        f"a time on a cache of {part['past']}. torch is eager, as hooks need it. The two guarded sides' logits differ by "
-        f"{part['logits_apart']:.0e} of the largest.",
-        _table(["subject", "tokens/s", "median's 95%", "p10 to p90", "calls"], speeds),
-        _table(["pair", "ratio", "median's 95%", "p10 to p90", "pairs"], ratios),
-    ]
-
-
-def _supervisors(parts: Parts) -> list[str]:
-    prefill = parts["prefill"]
-    columns = ["way", "ratio", "median's 95%", "p10 to p90", "pairs", "ms", "unguarded ms"]
-    blocks = [
-        "## Mode align: a text-only pass, or paired rows",
-        f"{prefill['shape']}, float32, the later two thirds of the layers, rank {prefill['rank']}; {prefill['text']} tokens of "
-        f"text and {prefill['image']} of an image. Prefill is everything until the first token: `input` runs the text-only "
-        "prompt and then the prompt, `rows` one call of two rows of the prompt's length.",
-    ]
-    for name in ("prefill", "decode"):
-        part = parts[name]
-        before = f"{part['unguarded_ms']['median']:.2f}"
-        rows = [[r["name"], *_ratio_cells(r["ratio"]), f"{r['ms']['median']:.2f}", before] for r in part["rows"]]
-        blocks += [f"### {name}", _table(columns, rows)]
-    return [
-        *blocks,
-        "`input` adds the text's own tokens, so it is the cheaper one wherever an image is longer than its text. `rows` adds a "
-        "second prompt of the same length, and is for runtimes that take no further inputs.",
-    ]
-
-
-def _extraction(parts: Parts) -> list[str]:
-    blocks = [
-        "## Extracting directions",
-        "Hidden states of all layers in one tapped pass, against the same forward passes without taps, batch by batch.",
-        _table(
-            ["model", "prompts", "batches", "bare s", "tapped s", "SVD s", "tapped / bare", "batches' p10 to p90"],
-            [
-                [part["model"], str(part["prompts"]), str(part["batches"])]
-                + [f"{part[name]:.2f}" for name in ("bare_seconds", "tapped_seconds", "svd_seconds")]
-                + [f"{part['total_ratio']:.3f}", f"{part['ratio']['p10']:.3f} to {part['ratio']['p90']:.3f}"]
-                for part in (parts["tiny-vlm"], parts["decoder"])
-            ],
-        ),
-    ]
-    goals = [
-        _goal(f"{part['prompts']} prompts, {part['model'].partition(':')[0]}", part["total_ratio"], 1.1, "{:.3f}x")
-        for part in (parts["tiny-vlm"], parts["decoder"])
-    ]
-    return [*blocks, "\n".join(goals)]
-
-
-def _spellings(parts: Parts) -> list[str]:
-    blocks = [
-        "## The guard's arithmetic, spelled in several ways",
-        f"{parts['last/decode']['sites']} fused skip-norms with a small MLP between, `restore` in "
-        "float32: microseconds per guarded site. `shipped` is what vlmguard writes, the others are candidates of the same "
-        "result.",
-    ]
-    for name, part in parts.items():
-        rows = [
-            [row["name"], str(row["rank"]), f"{row['nodes']:.0f}", *_cells(row["us"], "{:.1f}")]
-            for row in part["rows"]
-            if row["name"] != "unguarded"
-        ]
-        columns = ["spelling", "rank", "nodes", "us per site", "median's 95%", "p10 to p90", "pairs"]
-        blocks += [f"### positions {name.replace('/', ', ')}", _table(columns, rows)]
-    return blocks
-
-
-SECTIONS = (
-    Section("rewriting", ("export", "export with digests", "onnx", "onnx_ir"), _rewriting),
-    Section("inference", tuple(f"{p}/{phase}" for p in PRECISIONS for phase in ("decode", "prefill")), _inference),
-    Section("hooks", ("hooks",), _hooks),
-    Section("supervisors", ("prefill", "decode"), _supervisors),
-    Section("extraction", ("tiny-vlm", "decoder"), _extraction),
-    Section("spellings", tuple(f"{p}/{phase}" for p in ("last", "all") for phase in ("decode", "prefill")), _spellings),
-)
 
 
 # On a GPU
@@ -382,8 +158,8 @@ def _load(parts: Parts) -> list[str]:
         "all streamed, half of the prompts with a picture; times are p50 / p95 / p99. The clients run on the same machine and "
         "share its cores, so this is the server's own cost under many connections, and not a model's. Every answer was "
         f"compared with the one that the model gives alone. Load average of the machine before: {first['load_before']}.",
-        _table(columns, rows),
-        _measured_on(parts.values()),
+        markdown_table(columns, rows),
+        measured_on(parts.values()),
     ]
 
 
@@ -399,12 +175,13 @@ def _gpu(parts: Parts) -> list[str]:
             blocks.append(f"**Does not run here:** {part['why']}")
             continue
         phases = "; ".join(
-            f"{phase}: {_work({'tokens': tokens, 'past': past})}" for phase, (tokens, past) in part["phases"].items()
+            f"{phase}: {work_words({'tokens': tokens, 'past': past})}"
+            for phase, (tokens, past) in part["phases"].items()
         )
         blocks.append(f"{part['shape']}; float16, random weights, guard in every layer, rank {part['rank']}. {phases}.")
         if part["agreement"]:
             columns = ["mode", "agrees with ONNX Runtime on the CPU", "largest difference", "limit", "about"]
-            blocks.append(_table(columns, [_agreement_cells(one) for one in part["agreement"]]))
+            blocks.append(markdown_table(columns, [_agreement_cells(one) for one in part["agreement"]]))
         columns = [
             "guard",
             "phase",
@@ -416,13 +193,13 @@ def _gpu(parts: Parts) -> list[str]:
             "ms",
             "kernels added",
         ]
-        blocks.append(_table(columns, [_gpu_cells(row) for row in part["rows"]]))
+        blocks.append(markdown_table(columns, [_gpu_cells(row) for row in part["rows"]]))
         goals = [row for row in part["rows"] if row["lowering"] == "rank1"]
         if goals:
             worst = max(goals, key=lambda row: row["ratio"]["median"])
             named = f"`rank1` in every layer, the worst of {len(goals)} ({worst['name']}, {worst['phase']})"
-            blocks.append(_goal(named, worst["ratio"]["median"], 1.01, "{:.4f}x", worst["ratio"]))
-    return [*blocks, _measured_on(parts.values())]
+            blocks.append(goal_words(named, worst["ratio"]["median"], 1.01, "{:.4f}x", worst["ratio"]))
+    return [*blocks, measured_on(parts.values())]
 
 
 def _agreement_cells(check: Mapping[str, Any]) -> list[str]:
@@ -438,47 +215,7 @@ def _agreement_cells(check: Mapping[str, Any]) -> list[str]:
 def _gpu_cells(row: Mapping[str, Any]) -> list[str]:
     again, ms = f"{row['again']['median']:.4f}", f"{row['ms']['median']:.3f}"
     added = " / ".join(f"{count:+d}" for count in row.get("kernels_added", ())) or "-"
-    return [row["name"], row["phase"], *_ratio_cells(row["ratio"]), again, ms, added]
-
-
-# Words and tables
-
-
-def _goal(
-    what: str, found: float, limit: float, form: str, spread: Mapping[str, Any] | None = None, strictly: bool = False
-) -> str:
-    """One sentence: met or missed, with the figure, and whether its interval leaves that open."""
-    met = found < limit if strictly else found <= limit
-    figures = f"{form.format(found)}, the goal is {'below' if strictly else 'at most'} {form.format(limit)}"
-    open_still = spread is not None and spread["low"] <= limit < spread["high"]
-    if open_still and spread is not None:
-        figures += f"; the interval {form.format(spread['low'])} to {form.format(spread['high'])} contains the limit"
-    return f"- **{'Met' if met else 'Missed'}**: {what}: {figures}."
-
-
-def _ratio_cells(spread: Mapping[str, Any]) -> list[str]:
-    return _cells(spread, "{:.4f}")
-
-
-def _cells(spread: Mapping[str, Any], form: str) -> list[str]:
-    between = [" to ".join(form.format(spread[end]) for end in ends) for ends in (("low", "high"), ("p10", "p90"))]
-    return [form.format(spread["median"]), *between, str(spread["count"])]
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _measured_on(parts: Iterable[Parts]) -> str:
-    """One line per distinct machine and set of versions."""
-    told = []
-    for part in parts:
-        machine, versions = part["machine"], part["versions"]
-        shape = f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB, {machine['system']}"
-        installed = ", ".join(f"{name} {version}" for name, version in versions.items())
-        told.append(f"Measured on {part['date'][:10]} on {shape}; {part['threads']} threads. {installed}.")
-    return "\n\n".join(dict.fromkeys(told))
+    return [row["name"], row["phase"], *ratio_cells(row["ratio"]), again, ms, added]
 
 
 if __name__ == "__main__":

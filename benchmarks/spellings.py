@@ -24,7 +24,6 @@ from measure import Budget, Spread, asked, interleaved, say
 from record import parser, write_result
 from shapes import SHAPES
 
-from vlmguard.graphs.anatomy import ResidualSite
 from vlmguard.graphs.call_inputs import CallInputs
 from vlmguard.graphs.graph_io import graph_bytes
 from vlmguard.graphs.node_builder import Scribe
@@ -32,6 +31,7 @@ from vlmguard.graphs.plan import GuardPlan, SitePlan
 from vlmguard.graphs.positions import LastToken
 from vlmguard.graphs.reference import LayerGuard
 from vlmguard.graphs.rewrite import rewrite
+from vlmguard.graphs.sites import ResidualSite
 
 BOTTLENECK = 64
 PHASES = {"decode": (1, 128), "prefill": (256, 0)}

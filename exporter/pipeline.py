@@ -24,7 +24,8 @@ from ..graphs.new_files import Data, create_file
 from ..graphs.operators import hidden_decoder, uncertain_layers
 from ..graphs.package import ModelPackage
 from ..graphs.places import is_checkpoint
-from ..graphs.plan import GuardPlan, plan_guard, require_layers, require_unguarded
+from ..graphs.plan import GuardPlan
+from ..graphs.planner import plan_guard, require_layers, require_unguarded
 from ..graphs.proof.fold_proof import prove_fold
 from ..graphs.proof.structure import Check, prove_structure
 from ..graphs.rewrite import GuardReport, rewrite

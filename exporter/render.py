@@ -21,12 +21,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..graphs.anatomy import DecoderAnatomy, ResidualSite
+from ..graphs.anatomy import DecoderAnatomy
 from ..graphs.directions import Directions
 from ..graphs.errors import GuardError
 from ..graphs.places import is_checkpoint
 from ..graphs.plan import GuardPlan
 from ..graphs.proof.structure import Check
+from ..graphs.sites import ResidualSite
 from ..runtime.telemetry import ScoredAnswer
 from .calibration.results import HeldOut
 from .engines.engine_folder import EngineResult

@@ -13,7 +13,8 @@ from ..graphs.directions import DIRECTIONS_FILE, Directions, read_directions
 from ..graphs.errors import DirectionMismatch, GuardError
 from ..graphs.layouts import open_package
 from ..graphs.package import ModelPackage
-from ..graphs.plan import GuardPlan, require_fitting
+from ..graphs.plan import GuardPlan
+from ..graphs.planner import require_fitting
 from ..graphs.spec import MODES_TOWARD_TEXT, GuardSpec
 from ..runtime.decoder_place import DecoderPlace
 from ..runtime.generation import Request

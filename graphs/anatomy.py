@@ -23,54 +23,29 @@ from typing import Any, Literal
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
-from .dataflow import Flow, Vertex, is_skip_norm, is_sorted
+from .dataflow import Flow, Vertex, is_sorted
 from .errors import AnatomyNotFound, ModelUnreadable, first_line
 from .inlining import require_inlinable
 from .layer_count import LayerCount
-from .layering import Chain, Layer
-from .mixers import OTHER_MIXERS, QUANTIZED_SUM, is_attention, is_mixer, is_sum_of
+from .layering import Chain
+from .mixers import OTHER_MIXERS, is_attention, is_mixer, is_sum_of
 from .node_builder import PREFIX
 from .side_paths import side_path
+from .sites import (
+    RESHAPES,
+    STREAM_AXES,
+    STREAM_DTYPES,
+    ResidualSite,
+    past_sums,
+    residual_site,
+    stream_axes,
+    stream_width,
+)
 from .subgraphs import branches_on_path
-
-SiteKind = Literal["add", "skip_norm", "behind"]
-_STREAM_AXES = 3  # [batch, sequence, width]
-STREAM_DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
 
 _MOST_NAMED = 40  # names in a sentence
 # Sources times values. The largest hybrid decoders have some 100 convolution states and 30,000 values.
 _MOST_LOOKED_AT = 4_000_000
-_QUANTIZED_STREAM = "models whose stream is quantized between layers cannot be guarded"
-# What a norm ends in, or is: its weight is as long as the stream is wide.
-_SCALES = frozenset({"Mul", "RMSNormalization", "SimplifiedLayerNormalization", "LayerNormalization"})
-_RESHAPES = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
-
-
-@dataclass(frozen=True)
-class ResidualSite:
-    """Where one layer's output leaves it.
-
-    Attributes:
-        layer_index: 0-based; the value is Hugging Face's `hidden_states[layer_index + 1]` (before the final norm).
-        kind: `add`: the sum is the value `value`, made by an Add. `skip_norm`: it is inside a fused
-            `Skip*LayerNormalization` node, and `value` is empty where that node does not give it out (output 3).
-            `behind`: it is what a norm or a Reshape makes of the sum, which nothing else reads.
-        anchor: name of the first output of the node that makes the sum: what a plan finds it by.
-        value: name of the sum, or "".
-        residual: name of the input that carries the stream so far.
-        branch: name of the input that this layer adds; of a site `behind` the node's other input, or "".
-        dtype: of the sum: `float32`, `float16` or `bfloat16`.
-        body: the body of the graph that it lies in: "" for the top, else the branch of an `If` (`then_branch`).
-    """
-
-    layer_index: int
-    kind: SiteKind
-    anchor: str
-    value: str
-    residual: str
-    branch: str
-    dtype: str
-    body: str = ""
 
 
 @dataclass(frozen=True)
@@ -217,14 +192,14 @@ def _stream(body: str, flow: Flow, sink: ir.Value, declared: LayerCount | None) 
     chain, source = best
     _require_one_stream(flow, chain.gaps(), source, _vertex(flow, sink), declared)
     layers = chain.layers(declared)
-    sites = tuple(_site(flow, index, layer, source, body) for index, layer in enumerate(layers))
+    sites = tuple(residual_site(flow, index, layer, source, body) for index, layer in enumerate(layers))
     if declared is not None and len(sites) != declared.count:
         raise AnatomyNotFound(
             f"the config says {declared.count} layers, the graph's residual stream shows {len(sites)} "
             f"({sites[0].value or sites[0].anchor} to {sites[-1].value or sites[-1].anchor}{chain.kinds()}); "
             "check that config.json belongs to this graph, and that no layer was left out of it"
         )
-    return ResidualStream(body, source.name, sink.name or "", sites), _width(flow.graph, source, sites)
+    return ResidualStream(body, source.name, sink.name or "", sites), stream_width(flow.graph, source, sites)
 
 
 def guarded_layers(graph: ir.Graph) -> tuple[int, ...]:
@@ -254,11 +229,6 @@ def prepare(model: ir.Model) -> None:
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
 
 
-def find_node(graph: ir.Graph, anchor: str) -> ir.Node | None:
-    """The node whose first output is called `anchor`."""
-    return next((node for node in graph if node.outputs and node.outputs[0].name == anchor), None)
-
-
 # 1. Source and sink
 
 
@@ -281,7 +251,7 @@ def _token_input(index: ir.Value | None) -> ir.Value | None:
     """The graph input that an index is, up to casts and to a change of its form (GPT-2 and OPT: `view(-1, length)`)."""
     while index is not None and not index.is_graph_input():
         node = index.producer()
-        if node is None or node.op_type not in {"Cast", "Identity", "Clip", *_RESHAPES}:
+        if node is None or node.op_type not in {"Cast", "Identity", "Clip", *RESHAPES}:
             return None
         index = node.inputs[0]
     return index
@@ -291,7 +261,7 @@ def _is_flat(rows: ir.Value | None) -> bool:
     """Whether a lookup of reshaped tokens gives `[tokens, width]`: rows of one batch that nothing tells apart any more."""
     index = rows.producer().inputs[1] if rows is not None and rows.producer() is not None else None  # type: ignore
     node = index.producer() if index is not None else None
-    reshaped = node is not None and node.op_type in _RESHAPES
+    reshaped = node is not None and node.op_type in RESHAPES
     return reshaped and rows is not None and rows.shape is not None and len(rows.shape) != 3
 
 
@@ -337,7 +307,7 @@ def _require_one_stream(
                 wanted = f" of the config's {declared.count}" if declared is not None else ""
                 raise AnatomyNotFound(
                     f"the stream splits: {len(inside)} attention nodes follow one another inside layer {layer} without "
-                    f"a sum that all paths pass (best partial match: {len(layers)} layers{wanted}): {_past_sums(declared)}; "
+                    f"a sum that all paths pass (best partial match: {len(layers)} layers{wanted}): {past_sums(declared)}; "
                     "such decoders cannot be guarded"
                 )
 
@@ -351,198 +321,12 @@ def _require_no_side_path(flow: Flow, source: Vertex, sink: Vertex, declared: La
     if found is None:
         return
     path, sums = found
-    if all(_axes(total, source) in (None, _STREAM_AXES) for total in sums):
+    if all(stream_axes(total, source) in (None, STREAM_AXES) for total in sums):
         raise AnatomyNotFound(
             f"one residual stream of {len(sums)} layers, but a side path leaves the embedding at {path.name!r} and enters "
             "layers past their sums (as Gemma 4's per-layer embeddings do), where a guard on the sums would not see it; such "
             "decoders cannot be guarded yet"
         )
-
-
-def _site(flow: Flow, layer_index: int, layer: Layer, source: Vertex, body: str) -> ResidualSite:
-    total = layer.total
-    node = total.node
-    assert node is not None
-    if node.op_type == QUANTIZED_SUM:
-        raise AnatomyNotFound(
-            f"layer {layer_index}: the residual sum {total.name!r} is computed and kept in int8 ({QUANTIZED_SUM}), so there "
-            "is no float sum to guard; quantize with QuantFormat.QDQ, or leave Add out of the operators to quantize"
-        )
-    if layer.output is not total:
-        return _site_behind(flow, layer_index, layer.output, source, body)
-    residual, branch = _residual_first(flow, node, layer_index)
-    _require_sequences(layer_index, total, source)
-    kind: SiteKind = "skip_norm" if total.is_sum else "add"
-    return ResidualSite(
-        layer_index=layer_index,
-        kind=kind,
-        anchor=node.outputs[0].name or "",
-        value=total.value.name or "" if total.value is not None else "",
-        residual=residual.name or "",
-        branch=branch.name or "",
-        dtype=_dtype(node, total, layer_index),
-        body=body,
-    )
-
-
-def _site_behind(flow: Flow, layer_index: int, output: Vertex, source: Vertex, body: str) -> ResidualSite:
-    """The layer's output is made of its last sum: by a norm, or a Reshape."""
-    node = output.node
-    assert node is not None and output.value is not None
-    _require_sequences(layer_index, output, source)
-    made_of = next((value for value in node.inputs[:2] if flow.is_dynamic(value)), None)
-    others = [value for value in node.inputs[:2] if value is not None and value is not made_of]
-    if made_of is None or node.outputs[0] is not output.value or sequence_stream(made_of) is None:
-        raise AnatomyNotFound(
-            f"layer {layer_index}: its output {output.name!r} ({node.op_type}) stands behind its last sum in a way that cannot "
-            "be guarded"
-        )
-    return ResidualSite(
-        layer_index=layer_index,
-        kind="behind",
-        anchor=output.name,
-        value=output.name,
-        residual=made_of.name or "",
-        branch=others[0].name or "" if others else "",
-        dtype=_dtype(node, output, layer_index),
-        body=body,
-    )
-
-
-def sequence_stream(value: ir.Value) -> ir.Value | None:
-    """A value `[batch, sequence, width]` from before: this one, or what a summand of a flattened sum was reshaped from."""
-    if value.shape is None or len(value.shape) != _STREAM_AXES - 1:
-        return value
-    node = value.producer()
-    for summand in node.inputs if node is not None else ():
-        maker = summand.producer() if summand is not None else None
-        if maker is not None and maker.op_type == "Reshape":
-            shaped = maker.inputs[0]
-            if shaped is not None and shaped.shape is not None and len(shaped.shape) == _STREAM_AXES:
-                return shaped
-    return None
-
-
-def _require_sequences(layer_index: int, total: Vertex, source: Vertex) -> None:
-    """The stream is `[batch, sequence, width]`, as far as the file says."""
-    axes = _axes(total, source)
-    if axes is None or axes == _STREAM_AXES:
-        return
-    if axes == _STREAM_AXES - 1:
-        raise AnatomyNotFound(
-            f"layer {layer_index}: the residual sum {total.name!r} is [tokens, width], with the tokens of all sequences on one "
-            "axis (a paged or flattened graph), so which of them ends a sequence is not known; export the decoder without "
-            "paged attention"
-        )
-    raise AnatomyNotFound(
-        f"layer {layer_index}: the residual sum {total.name!r} has {axes} axes and not [batch, sequence, width] (several "
-        "streams side by side); such decoders cannot be guarded"
-    )
-
-
-def _axes(total: Vertex, source: Vertex) -> int | None:
-    """How many axes a sum has; where the file does not say, as many as what enters the stream."""
-    node = total.node
-    known = [total.value, *(node.outputs[:1] if node is not None else ())]
-    if node is not None and total.value is not None and node.op_type in {"Add", "Sum"}:
-        known += node.inputs[:2]
-    for value in (*known, source.value):
-        if value is not None and value.shape is not None:
-            return len(value.shape)
-    index = source.node.inputs[1] if source.node is not None and len(source.node.inputs) > 1 else None
-    return len(index.shape) + 1 if index is not None and index.shape is not None else None
-
-
-def _residual_first(flow: Flow, node: ir.Node, layer_index: int) -> tuple[ir.Value, ir.Value]:
-    """The two summands: the stream is the one that the other was computed from, or at least the earlier one."""
-    summands = [value for value in node.inputs[:2] if value is not None]
-    if len(summands) < 2:  # an input that is required has no name
-        raise AnatomyNotFound(
-            f"layer {layer_index}: node {node.name!r} ({node.op_type}) lacks one of its two summands; is the file damaged?"
-        )
-    first, second = summands
-    a, b = flow.vertex(first), flow.vertex(second)
-    if a is None or b is None:  # an Add of more than two parts, or a constant scale; order does not matter for an Add
-        return first, second
-    return (first, second) if a.index < b.index else (second, first)
-
-
-def _dtype(node: ir.Node, total: Vertex, layer_index: int) -> str:
-    """The sum's dtype: from the value, else from what the node reads (a skip-norm's weight has the stream's dtype)."""
-    values = [total.value, *(node.inputs if is_skip_norm(node) else node.inputs[:2]), node.outputs[0]]
-    for value in values:
-        found = _known_dtype(value)
-        if found is not None:
-            if found not in STREAM_DTYPES:
-                why = "convert the model to float32" if found == ir.DataType.DOUBLE else _QUANTIZED_STREAM
-                raise AnatomyNotFound(
-                    f"layer {layer_index}: the residual sum {total.name!r} is {found.name}, expected a float stream; {why}"
-                )
-            return STREAM_DTYPES[found]
-    raise AnatomyNotFound(
-        f"layer {layer_index}: the dtype of {total.name!r} is unknown; run shape inference on the file"
-    )
-
-
-def _known_dtype(value: ir.Value | None) -> ir.DataType | None:
-    if value is None:
-        return None
-    return value.const_value.dtype if value.const_value is not None else value.dtype
-
-
-def _width(graph: ir.Graph, source: Vertex, sites: tuple[ResidualSite, ...]) -> int:
-    """Hidden size: a static last dimension, else the length of a norm's weight that the sum meets."""
-    entering = source.value.shape if source.value is not None else None
-    width = entering[2] if entering is not None and len(entering) == 3 else None
-    if isinstance(width, int):
-        return width
-    anchors = {node.outputs[0].name: node for node in reversed(graph) if node.outputs}
-    searched: set[tuple[ir.Value, int]] = set()
-    for site in sites:
-        node = anchors[site.anchor]
-        if is_skip_norm(node):
-            weight = node.inputs[2]
-            length = weight.shape[0] if weight is not None and weight.shape is not None else None
-            if isinstance(length, int):
-                return length
-        for value in (*node.outputs, *node.inputs[:2]):
-            if value is not None and value.shape is not None and len(value.shape) == 3:
-                last = value.shape[2]
-                if isinstance(last, int):
-                    return last
-        width = _width_from_consumers(node.outputs[0], searched)
-        if width is not None:
-            return width
-    raise AnatomyNotFound(f"the width of the residual stream is unknown at {sites[0].anchor!r}; run shape inference")
-
-
-def _width_from_consumers(value: ir.Value, searched: set[tuple[ir.Value, int]], depth: int = 6) -> int | None:
-    """The length of a norm's weight at most `depth` nodes behind the value.
-
-    Args:
-        searched: values, and how far behind each was looked in vain; a value has many ways to it, and is looked at once.
-    """
-    if depth == 0 or (value, depth) in searched:
-        return None
-    searched.add((value, depth))
-    for node in value.consumers():
-        for operand in node.inputs:
-            tensor = operand.const_value if operand is not None else None
-            length = tensor.shape[0] if tensor is not None and len(tensor.shape) == 1 else None
-            if isinstance(length, int) and length > 1 and node.op_type in _SCALES:
-                return length
-        for output in node.outputs:
-            width = _width_from_consumers(output, searched, depth - 1)
-            if width is not None:
-                return width
-    return None
-
-
-def _past_sums(declared: LayerCount | None) -> str:
-    """What goes past the sums: as the config declares it, else what it can be."""
-    if declared is not None and declared.past_sums:
-        return f"the config declares {' and '.join(declared.past_sums)}"
-    return "several streams, or paths past the sums (embeddings per layer, keys and values that layers share)"
 
 
 def _reason_for_nothing(flow: Flow, declared: LayerCount | None) -> str:
@@ -562,7 +346,7 @@ def _reason_for_nothing(flow: Flow, declared: LayerCount | None) -> str:
     if any(_sums_between(flow, first, second, everything) for first, second in pairwise(mixers)):
         return (
             f"{len(mixers)} attention nodes follow one another without a single sum that all paths pass: "
-            f"{_past_sums(declared)}; such decoders cannot be guarded"
+            f"{past_sums(declared)}; such decoders cannot be guarded"
         )
     return (
         f"{_counted(mixers)} but no residual sum that every path from the embedding to the output passes; "

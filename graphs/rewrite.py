@@ -8,38 +8,35 @@ and with a closed gate its inputs are the old ones bit for bit.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
-from .anatomy import find_node, sequence_stream
 from .call_inputs import CallInputs, call_inputs
 from .dataflow import skip_norm_bias
 from .errors import GuardIncomplete
+from .guard_ports import add_output, declare_inputs, keep_outputs, names_of, port_shapes, record_guard, supervisor_row
 from .lowerings.fold import FOLD, fold
-from .lowerings.table import LOWERINGS, Lowering
-from .lowerings.task import Held, Task, Written
+from .lowerings.table import LOWERINGS
+from .lowerings.task import Task
 from .node_builder import Scribe
-from .pairs import SUPERVISOR_KEY, PairedRows
-from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan, SitePlan, require_unguarded
+from .pairs import PairedRows
+from .plan import GuardPlan, SitePlan
+from .planner import require_unguarded
 from .positions import LastToken
 from .runtime_controls import (
     OFFSET_INPUT,
     PAST_GATE_INPUT,
-    PRESENT_GATE_OUTPUT,
-    SCORES_OUTPUT,
     STRENGTH_INPUT,
-    declare_knob,
     held_at,
     write_held,
     write_offset,
     write_strength,
 )
-from .subgraphs import Body, find_bodies, surface
+from .sites import find_node, sequence_stream
+from .subgraph_edit import SubgraphEdit
+from .subgraphs import find_bodies
 
 
 @dataclass(frozen=True)
@@ -105,36 +102,6 @@ class GuardReport:
         }
 
 
-@dataclass
-class _Edit:
-    """What the sites of one body share while the rewrite runs."""
-
-    model: ir.Model
-    body: Body
-    plan: GuardPlan
-    lowering: Lowering
-    given: dict[str, ir.Value] = field(default_factory=dict)
-    ends: ir.Value | None = None
-    text_ends: ir.Value | None = None
-    offset: ir.Value | None = None
-    held: Held | None = None
-    selections: dict[str, ir.Value] = field(default_factory=dict)
-    shared: list[str] = field(default_factory=list)
-    initializers: list[str] = field(default_factory=list)
-    told: dict[str, list[ir.Value]] = field(default_factory=lambda: defaultdict(list))
-
-    @property
-    def graph(self) -> ir.Graph:
-        return self.body.graph
-
-    @property
-    def sites(self) -> tuple[SitePlan, ...]:
-        return tuple(site for site in self.plan.sites if site.site.body == self.body.name)
-
-    def scribe(self, scope: str, properties: dict[str, str] | None = None) -> Scribe:
-        return Scribe(self.graph, scope, properties, home=self.model.graph, path=self.body.path)
-
-
 def rewrite(model: ir.Model, plan: GuardPlan) -> GuardReport:
     """Put the guard in; `model` is changed in place.
 
@@ -147,13 +114,13 @@ def rewrite(model: ir.Model, plan: GuardPlan) -> GuardReport:
     if plan.lowering == FOLD:
         return _fold(model, plan)
     lowering = next(lowering for lowering in LOWERINGS if lowering.name == plan.lowering)
-    shapes = _shapes(model, plan)  # while the graph is as the exporter wrote it
-    given = _declare_inputs(model, plan, shapes)
-    edits = [_Edit(model, body, plan, lowering, given) for body in find_bodies(model, plan.bodies)]
+    shapes = port_shapes(model, plan)  # while the graph is as the exporter wrote it
+    given = declare_inputs(model, plan, shapes)
+    edits = [SubgraphEdit(model, body, plan, lowering, given) for body in find_bodies(model, plan.bodies)]
     done = {(site.layer_index, site.body): site for edit in edits for site in _guard_body(edit)}
     for output in plan.added_outputs:
-        _give(model, edits, output, shapes[output])
-    _sign(model, plan)
+        add_output(model, edits, output, shapes[output])
+    record_guard(model, plan)
     planned = [(site.layer_index, site.site.body) for site in plan.sites]
     if sorted(done) != sorted(planned):
         raise GuardIncomplete(f"planned layers {planned}, guarded {list(done)}; nothing was written")
@@ -171,14 +138,14 @@ def _fold(model: ir.Model, plan: GuardPlan) -> GuardReport:
     last = plan.layers[-1]
     ends = [planned.site for planned in plan.sites if planned.layer_index == last]
     folded = fold(model, ends, plan.sites[0].guard.ssd)
-    _sign(model, plan)
+    record_guard(model, plan)
     sites = tuple(
         GuardedSite(p.layer_index, p.site.kind, p.site.value, p.site.value, (), 0, p.site.body) for p in plan.sites
     )
     return GuardReport(sites, (), folded)
 
 
-def _guard_body(edit: _Edit) -> list[GuardedSite]:
+def _guard_body(edit: SubgraphEdit) -> list[GuardedSite]:
     _read_dials(edit)
     _find_last_token(edit)
     return [_guard_site(edit, site) for site in edit.sites]
@@ -203,7 +170,7 @@ def require_applicable(model: ir.Model, plan: GuardPlan) -> None:
             )
 
 
-def _guard_site(edit: _Edit, planned: SitePlan) -> GuardedSite:
+def _guard_site(edit: SubgraphEdit, planned: SitePlan) -> GuardedSite:
     node = find_node(edit.graph, planned.site.anchor)
     assert node is not None
     properties = {
@@ -219,19 +186,19 @@ def _guard_site(edit: _Edit, planned: SitePlan) -> GuardedSite:
     return site
 
 
-def _guard_value(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scribe) -> GuardedSite:
+def _guard_value(edit: SubgraphEdit, planned: SitePlan, node: ir.Node, scribe: Scribe) -> GuardedSite:
     """Every reader of the sum, or of what stands behind it, reads the guarded one."""
     raw = node.outputs[0]
     new, written = edit.lowering.guarded(scribe, raw, _task(edit, planned, scribe))
-    _keep(edit, scribe, written)
+    keep_outputs(edit, scribe, written)
     new.type, new.shape = raw.type, raw.shape
     readers = _redirect(edit.graph, raw, new, scribe)
     scribe.place_after(node)
-    names = raw.name or "", new.name or "", _names(scribe)
+    names = raw.name or "", new.name or "", names_of(scribe)
     return GuardedSite(planned.layer_index, planned.site.kind, *names, readers, edit.body.name)
 
 
-def _guard_skip_norm(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scribe) -> GuardedSite:
+def _guard_skip_norm(edit: SubgraphEdit, planned: SitePlan, node: ir.Node, scribe: Scribe) -> GuardedSite:
     """The fused node gets a corrected branch; the residual stays as it is."""
     at = next(i for i, value in enumerate(node.inputs[:2]) if value is not None and value.name == planned.site.branch)
     branch, residual = node.inputs[at], node.inputs[1 - at]
@@ -240,19 +207,19 @@ def _guard_skip_norm(edit: _Edit, planned: SitePlan, node: ir.Node, scribe: Scri
     total = _sum(scribe, residual, branch, bias)
     written = edit.lowering.correction(scribe, total, _task(edit, planned, scribe))
     new = scribe.op("guarded", "Add", [branch, written.delta], like=branch)
-    _keep(edit, scribe, written)
+    keep_outputs(edit, scribe, written)
     node.replace_input_with(at, new)
     scribe.place_before(node)
-    names = branch.name or "", new.name or "", _names(scribe)
+    names = branch.name or "", new.name or "", names_of(scribe)
     return GuardedSite(planned.layer_index, "skip_norm", *names, 1, edit.body.name)
 
 
-def _task(edit: _Edit, planned: SitePlan, scribe: Scribe) -> Task:
+def _task(edit: SubgraphEdit, planned: SitePlan, scribe: Scribe) -> Task:
     mode, dtype = edit.plan.mode, planned.site.dtype
     # Every token is read and `w` is multiplied with the selection: on one token, where time counts, that costs less than
     # gathering it first, and a prefill's MatMuls hide it (benchmarks/spellings.py).
     selected = edit.selections.get(edit.lowering.selects(mode, dtype))
-    supervisor, row = _supervisor(edit, scribe, planned), edit.plan.layers.index(planned.layer_index)
+    supervisor, row = supervisor_row(edit, scribe, planned), edit.plan.layers.index(planned.layer_index)
     held = None if edit.held is None else held_at(scribe, edit.held, row)
     return Task(mode, planned.guard, dtype, supervisor, selected, edit.offset, held, edit.text_ends)
 
@@ -281,7 +248,7 @@ def _redirect(graph: ir.Graph, raw: ir.Value, new: ir.Value, scribe: Scribe) -> 
 # Which tokens, and how much of the edit
 
 
-def _read_dials(edit: _Edit) -> None:
+def _read_dials(edit: SubgraphEdit) -> None:
     """What the guard's own inputs say to all layers, computed once before the first site."""
     knobs = edit.scribe("knobs")
     if (strength := edit.given.get(STRENGTH_INPUT)) is not None:
@@ -295,7 +262,7 @@ def _read_dials(edit: _Edit) -> None:
     _share(edit, gate)
 
 
-def _find_last_token(edit: _Edit) -> None:
+def _find_last_token(edit: SubgraphEdit) -> None:
     """Each row's last token, computed once before the first site: `ends` to read by, `selections` to write by."""
     first = edit.sites[0].site
     node = _first_node(edit)
@@ -317,12 +284,12 @@ def _find_last_token(edit: _Edit) -> None:
     _share(edit, scribe)
 
 
-def _selected_dtypes(edit: _Edit) -> list[str]:
+def _selected_dtypes(edit: SubgraphEdit) -> list[str]:
     """What the lowering multiplies its weights with has these."""
     return sorted({edit.lowering.selects(edit.plan.mode, site.site.dtype) for site in edit.sites})
 
 
-def _with_strength(edit: _Edit, scribe: Scribe, selected: ir.Value, dtype: str) -> ir.Value:
+def _with_strength(edit: SubgraphEdit, scribe: Scribe, selected: ir.Value, dtype: str) -> ir.Value:
     """The strength goes in with the selection, once: no layer needs a node more for it."""
     strength = edit.selections.get(dtype)
     if strength is None:
@@ -330,128 +297,15 @@ def _with_strength(edit: _Edit, scribe: Scribe, selected: ir.Value, dtype: str) 
     return scribe.op(f"selected_{dtype}_strength", "Mul", [selected, strength])
 
 
-def _first_node(edit: _Edit) -> ir.Node:
+def _first_node(edit: SubgraphEdit) -> ir.Node:
     node = find_node(edit.graph, edit.sites[0].site.anchor)
     assert node is not None
     return node
 
 
-def _share(edit: _Edit, scribe: Scribe) -> None:
+def _share(edit: SubgraphEdit, scribe: Scribe) -> None:
     """Nodes that serve all sites of the body go before the first."""
     if scribe.nodes:
         scribe.place_before(_first_node(edit))
-    edit.shared += _names(scribe)
+    edit.shared += names_of(scribe)
     edit.initializers += scribe.initializers
-
-
-# The guard's own inputs and outputs
-
-
-def _declare_inputs(model: ir.Model, plan: GuardPlan, shapes: Mapping[str, ir.Shape]) -> dict[str, ir.Value]:
-    """The inputs that the plan adds, by name."""
-    given = {}
-    for name in plan.added_inputs:
-        if name in plan.knobs:
-            given[name] = declare_knob(model.graph, name)
-        else:
-            given[name] = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=shapes[name])
-            model.graph.inputs.append(given[name])
-    return given
-
-
-def _shapes(model: ir.Model, plan: GuardPlan) -> dict[str, ir.Shape]:
-    """`[batch, layers, m]` of coordinates, in and out; `[batch, layers]` of what is said of gates."""
-    names = [name for name in (*plan.added_inputs, *plan.added_outputs) if name not in plan.knobs]
-    if not names:
-        return {}
-    of_gates: list[ir.SymbolicDim | int | str] = [_batch(model, plan), len(plan.layers)]
-    ranked = {*SUPERVISOR_INPUTS, COORDINATES_OUTPUT}
-    return {name: ir.Shape([*of_gates, plan.sites[0].guard.rank] if name in ranked else of_gates) for name in names}
-
-
-def _batch(model: ir.Model, plan: GuardPlan) -> ir.SymbolicDim | int | str:
-    """The stream's own batch size, where the exporter wrote it: TensorRT then knows that supervisor and stream fit, and goes
-    on fusing what is behind the guard."""
-    (body, *_) = find_bodies(model, plan.bodies)
-    node = find_node(body.graph, plan.sites[0].site.anchor)
-    assert node is not None and node.inputs[0] is not None
-    stream = node.inputs[0].shape
-    batch = stream[0] if stream else None
-    known = [value.shape[0] for value in model.graph.inputs if value.shape]
-    return (
-        batch if isinstance(batch, int) or (batch is not None and batch.value and batch in known) else "vlmguard_batch"
-    )
-
-
-def _supervisor(edit: _Edit, scribe: Scribe, planned: SitePlan) -> ir.Value | None:
-    """This layer's row of the input, `[batch, 1, m]`: it meets every token."""
-    supervisor = next((edit.given[name] for name in SUPERVISOR_INPUTS if name in edit.given), None)
-    if supervisor is None:
-        return None
-    row = edit.plan.layers.index(planned.layer_index)
-    index = scribe.integers(row)
-    return scribe.op("supervisor", "Gather", [supervisor, index], axis=1)
-
-
-def _keep(edit: _Edit, scribe: Scribe, written: Written | None) -> None:
-    """Remember what this layer has to tell, at the last token: coordinates `[batch, 1, m]`, what is of gates `[batch, 1]`."""
-    for output in edit.plan.added_outputs:
-        assert written is not None
-        if output == COORDINATES_OUTPUT:
-            value = _own_coordinates(edit, scribe, written)
-        elif output == SCORES_OUTPUT:
-            value = _score(edit, scribe, written)
-        else:
-            assert output == PRESENT_GATE_OUTPUT and written.gate is not None, output
-            value = scribe.op("present_gate", "GatherND", [written.gate.opened, edit.ends])
-        edit.told[output].append(value)
-
-
-def _own_coordinates(edit: _Edit, scribe: Scribe, written: Written) -> ir.Value:
-    assert written.coordinates is not None and edit.ends is not None
-    c = scribe.op("own_last", "GatherND", [written.coordinates, edit.ends])
-    return scribe.op("own", "Unsqueeze", [c, scribe.integers(1)])
-
-
-def _score(edit: _Edit, scribe: Scribe, written: Written) -> ir.Value:
-    """The gate's score as others know it, out of the unit that it was read in."""
-    made = written.gate
-    assert made is not None and edit.ends is not None
-    if edit.plan.mode == "supervise":  # one score per row, whatever the token
-        return scribe.op("score_told", "Squeeze", [made.score, scribe.integers(-1)])
-    value = scribe.op("score_last", "GatherND", [made.score, edit.ends])
-    if made.unit == 1.0:
-        return value
-    return scribe.op(
-        "score_told", "Mul", [value, scribe.constant("score_told_unit", np.array(1 / made.unit), "float32")]
-    )
-
-
-def _give(model: ir.Model, edits: list[_Edit], output: str, shape: ir.Shape) -> None:
-    """What all layers tell, side by side."""
-    given: dict[Body, ir.Value] = {}
-    for edit in edits:
-        scribe = edit.scribe(output.removeprefix("vlmguard."))
-        given[edit.body] = scribe.op("all_layers", "Concat", edit.told[output], axis=1)
-        scribe.place_last()
-        edit.shared += _names(scribe)
-        edit.initializers += scribe.initializers
-    surface(model, given, output, shape)
-
-
-def _sign(model: ir.Model, plan: GuardPlan) -> None:
-    """Say in the file itself what was done."""
-    model.metadata_props.update(
-        {
-            "vlmguard.schema": "vlmguard.guarded/1",
-            "vlmguard.mode": plan.mode,
-            "vlmguard.layers": ",".join(map(str, plan.layers)),
-            "vlmguard.positions": plan.positions,
-            "vlmguard.lowering": plan.lowering,
-            **({SUPERVISOR_KEY: "rows"} if plan.paired else {}),
-        }
-    )
-
-
-def _names(scribe: Scribe) -> tuple[str, ...]:
-    return tuple(node.name or "" for node in scribe.nodes)

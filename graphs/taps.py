@@ -7,7 +7,6 @@ from typing import Literal, get_args
 
 import onnx_ir as ir
 
-from .anatomy import ResidualSite, find_node
 from .call_inputs import call_inputs
 from .dataflow import skip_norm_bias
 from .errors import AnatomyNotFound
@@ -15,6 +14,7 @@ from .node_builder import Scribe
 from .plan import GuardPlan
 from .positions import LastToken
 from .rewrite import GuardedSite, GuardReport
+from .sites import ResidualSite, find_node
 from .subgraphs import Body, find_bodies, surface
 
 STATES_OUTPUT = "vlmguard.states"

@@ -22,7 +22,7 @@ import vlmguard
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import read_directions
 from vlmguard.graphs.layouts import open_package
-from vlmguard.graphs.plan import plan_guard
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 
 NAME = "model.onnx"

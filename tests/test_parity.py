@@ -31,7 +31,8 @@ from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import Directions
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.package import ModelPackage
-from vlmguard.graphs.plan import GuardPlan, plan_guard
+from vlmguard.graphs.plan import GuardPlan
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.reference import LISTEN, LayerGuard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import (

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...graphs.directions import Directions
-from ...graphs.plan import later_layers
+from ...graphs.planner import later_layers
 from ...graphs.separation import Separation, separation_along
 from ...graphs.spec import GuardSpec
 from .judged import JudgedPrompts, Setting

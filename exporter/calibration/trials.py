@@ -16,7 +16,7 @@ import numpy as np
 from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.directions import Directions, LayerDirections
 from ...graphs.last_logits import keep_last_logits
-from ...graphs.plan import plan_guard
+from ...graphs.planner import plan_guard
 from ...graphs.rewrite import rewrite
 from ...graphs.spec import GuardSpec
 from ...graphs.taps import tap_guard_last_token

@@ -27,7 +27,7 @@ from ..calibration.calibrate import DEFAULT_BUDGET
 from ..proof.compare import Comparison, relative
 from ..proof.inputs import ProofInputs
 from ..proof.limits import TOLERANCE
-from ..proof.prove import roll
+from ..proof.prove_closed import roll
 from ..resolve import Guide
 from ..sources import Source, Watch
 

@@ -12,7 +12,8 @@ import onnx_ir as ir
 from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.directions import DIRECTIONS_FILE, read_directions
 from ...graphs.errors import GuardError, ManifestMismatch
-from ...graphs.plan import GuardPlan, plan_guard
+from ...graphs.plan import GuardPlan
+from ...graphs.planner import plan_guard
 from ...graphs.spec import MODES_WITH_ALPHA, MODES_WITH_GATE, MODES_WITH_READOUT
 from ..calibration.guard_config import read_config
 

@@ -1,7 +1,8 @@
 """The proof by running: on the staged file, before it gets its name. Each check says how much it compared.
 
-1. Closed gate (or zero strength): every original output, prefill and decode, equals the unguarded model's bit for bit.
-   Where a guard edits the prompt's end alone, so does every call without a supervisor: each token of an answer.
+1. Closed gate (or zero strength): every original output, prefill and decode, equals the unguarded model's bit for bit
+   (`prove_closed`). Where a guard edits the prompt's end alone, so does every call without a supervisor: each token of an
+   answer.
 2. Guarded hidden states equal the numpy reference, with the gates as the inputs set them and with every gate forced open.
 3. Tokens that are not to be edited are untouched, bit for bit.
 4. In a float16 graph: how near the states come to the end of float16 (`headroom`).
@@ -16,11 +17,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
 from ...graphs.errors import RunFailed
 from ...graphs.graph_io import load_graph
@@ -28,7 +27,6 @@ from ...graphs.package import ModelPackage
 from ...graphs.plan import COORDINATES_OUTPUT, GuardPlan
 from ...graphs.proof.structure import Check, exact
 from ...graphs.reference import (
-    LISTEN,
     Dials,
     LayerGuard,
     guard,
@@ -43,22 +41,26 @@ from ...graphs.runtime_controls import OFFSET_INPUT, PAST_GATE_INPUT, PRESENT_GA
 from ...graphs.spec import MODES_TOWARD_TEXT
 from ...graphs.taps import tap_guard
 from ...runtime.decoder import DecoderSession, open_decoder
-from ...runtime.decoder_inputs import PromptBatch, can_pad
+from ...runtime.decoder_inputs import can_pad
 from ...runtime.decoder_place import DecoderPlace
-from ...runtime.device import SomeRows, Tensor
-from .compare import Comparison, first_no_number, padded, relative
+from .compare import first_no_number, padded, relative
 from .forced import force_gates, forced_threshold
 from .headroom import Headroom
 from .inputs import ProofInputs, paired_inputs
 from .limits import TOLERANCE
+from .prove_closed import (
+    DECODE_STEPS,
+    closed_equals_source,
+    listen,
+    mask_at,
+    no_strength_equals_source,
+    roll,
+    unedited_equals_source,
+)
 from .prove_gate import GatesTold
 
-DECODE_STEPS = 4
-TEXTS = slice(None, None, 2)  # the text-only rows of a batch of pairs
 # A threshold offset that opens every gate, and is cut nowhere.
 _LOWERED = -1.0e9
-# Strengths that must leave the original; below 0 the guard must not turn round.
-_OFF = (0.0, -1.0)
 
 
 def prove_by_running(
@@ -83,159 +85,15 @@ def prove_by_running(
         inputs = paired_inputs(inputs, can_pad(package.load_decoder().graph))
     try:
         return (
-            _closed_equals_source(package, staged, plan, inputs, place),
-            *([_no_strength_equals_source(package, staged, plan, inputs, place)] if plan.knobs else ()),
-            *([_unedited_equals_source(package, staged, plan, inputs, place)] if plan.edits_prompt_end else ()),
+            closed_equals_source(package, staged, plan, inputs, place),
+            *([no_strength_equals_source(package, staged, plan, inputs, place)] if plan.knobs else ()),
+            *([unedited_equals_source(package, staged, plan, inputs, place)] if plan.edits_prompt_end else ()),
             *_states_equal_reference(package, staged, plan, report, inputs, place),
         )
     except RunFailed as failure:
         raise RunFailed(f"{failure}; give inputs that it runs on with --proof-inputs") from None
     finally:
         place.close()
-
-
-# 1. The closed gate
-
-
-def _closed_equals_source(
-    package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace | None = None
-) -> Check:
-    """Bit for bit as apps run it; where the runtime's own rounding moves, exact without its optimiser, and bounded."""
-    closed = load_graph(staged, vouched=True)
-    force_gates(closed, plan, is_open=False)
-    return _equals_source(
-        "closed gate equals the original bit for bit", package, closed, staged.parent, plan, inputs, place
-    )
-
-
-def _no_strength_equals_source(
-    package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace | None = None
-) -> Check:
-    """With every gate open, so that it is the knob that does it."""
-    graph = load_graph(staged, vouched=True)
-    force_gates(graph, plan, is_open=True)
-    turned = [{STRENGTH_INPUT: np.array(strength, np.float32)} for strength in _OFF]
-    name = "strength 0, and below, equals the original bit for bit"
-    return _equals_source(name, package, graph, staged.parent, plan, inputs, place, turned)
-
-
-def _unedited_equals_source(
-    package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace | None = None
-) -> Check:
-    """The graph as it ships, fed as in a text-only pass and at every token of an answer; of paired rows the text-only ones."""
-    name = "calls without a supervisor equal the original bit for bit"
-    rows = slice(None)
-    if plan.paired:
-        name, rows = "the text-only rows equal the original bit for bit", TEXTS
-    return _equals_source(
-        name, package, load_graph(staged, vouched=True), staged.parent, plan, inputs, place, rows=rows
-    )
-
-
-def _equals_source(
-    name: str,
-    package: ModelPackage,
-    closed: ir.Model,
-    at: Path,
-    plan: GuardPlan,
-    inputs: ProofInputs,
-    place: DecoderPlace | None,
-    turned: Sequence[Mapping[str, np.ndarray]] = ({},),
-    rows: slice = slice(None),
-) -> Check:
-    """`rows`: those of each batch that are compared."""
-    runs = partial(_compare_runs, package, closed, at, plan, inputs, place or DecoderPlace(), turned, rows)
-    found, calls = runs(optimize=True)
-    if not found.differing and not found.odd:
-        note = f"{found.compared} numbers in {calls}, {inputs.origin}"
-        return exact(name, found.compared, [], f"{note}; {found.note}" if found.note else note)
-    limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
-    if found.odd:
-        return Check(name, found.compared, found.worst, limit, False, found.note)
-    plain, plain_calls = runs(optimize=False)
-    note = (
-        f"exact in {plain.compared} numbers without the runtime's optimiser ({plain_calls}); with it ({calls}), "
-        f"{found.differing} of {found.compared} differ by its own rounding (casts and fusions around the guard)"
-    )
-    if plain.differing or plain.odd:
-        note = f"{plain.differing} of {plain.compared} numbers differ even without the runtime's optimiser"
-        note += f"; {plain.note or f'worst {found.worst:.1e}'}"
-    ok = not plain.differing and not plain.odd and found.worst <= limit
-    return Check(name, found.compared, found.worst, limit, ok, note)
-
-
-def _compare_runs(
-    package: ModelPackage,
-    guarded: ir.Model,
-    folder: Path,
-    plan: GuardPlan,
-    inputs: ProofInputs,
-    place: DecoderPlace,
-    turned: Sequence[Mapping[str, np.ndarray]],
-    rows: slice,
-    optimize: bool,
-) -> tuple[Comparison, str]:
-    """Every output of prefill and decode, for every setting of dials; and how many calls that took, in words.
-
-    One model after the other: two of them may not fit into memory together.
-    """
-    session = place.open(lambda: open_decoder(package, optimize=optimize, given=inputs.given))
-    left = [roll(session, batch, None) for batch in inputs.batches]
-    unguarded_calls = session.calls
-    session = place.open(lambda: open_decoder(package, guarded, optimize=optimize, folder=folder, given=inputs.given))
-    found = Comparison()
-    for (number, (batch, expected)), dials in product(enumerate(zip(inputs.batches, left, strict=True)), turned):
-        supervisor = listen(plan, batch.size)
-        if (
-            supervisor is not None and plan.edits_prompt_end and dials
-        ):  # else it would not be the knob that edits nothing
-            supervisor = np.zeros_like(supervisor)
-        right = roll(session, batch, supervisor, dials)
-        for call, (before, after) in enumerate(zip(expected, right, strict=True)):
-            mask = mask_at(batch, call)[rows]
-            if rows != slice(None):
-                before, after = SomeRows(before, rows), SomeRows(after, rows)
-            found.see(f"batch {number}, call {call}", mask, before, after)
-    return found, f"{unguarded_calls} calls of the original and {session.calls} of the guarded model"
-
-
-def mask_at(batch: PromptBatch, call: int) -> np.ndarray:
-    """1 for the tokens so far, `[batch, prompt + call]`, at a call of `roll`."""
-    return np.pad(batch.mask, ((0, 0), (0, call)), constant_values=1)
-
-
-def roll(
-    session: DecoderSession,
-    batch: PromptBatch,
-    supervisor: Tensor | None,
-    dials: Mapping[str, np.ndarray] | None = None,
-    steps: int = DECODE_STEPS,
-) -> list[Mapping[str, np.ndarray]]:
-    """Outputs of prefill and a few decode steps on fixed tokens: rows of the prompt again, so that runs stay alike.
-
-    Inputs that were given by name are one call.
-    """
-    outputs, state = session.prefill(batch, supervisor, dials)
-    rolled = [outputs]
-    if batch.given is not None or not session.can_step:
-        return rolled
-    if session.call_length not in (None, 1):  # every call brings as many tokens as the first
-        return rolled + [session.step(state, batch.ids, batch.embeds) for _ in range(steps)]
-    for step in range(1, steps + 1):
-        at = -1 - step % batch.ids.shape[1]
-        embeds = None if batch.embeds is None else batch.embeds[:, at][:, None]
-        rolled.append(session.step(state, batch.ids[:, at][:, None], embeds))
-    return rolled
-
-
-def listen(plan: GuardPlan, batch: int) -> np.ndarray | None:
-    """Supervisor coordinates of a text-only pass; `None` for modes that take none."""
-    if not plan.takes_supervisor:
-        return None
-    return np.full((batch, len(plan.layers), plan.sites[0].guard.rank), LISTEN, np.float32)
-
-
-# 2. and 3. The reference
 
 
 def _states_equal_reference(

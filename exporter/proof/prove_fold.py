@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from ...graphs.anatomy import STREAM_DTYPES, dissect
+from ...graphs.anatomy import dissect
 from ...graphs.graph_io import load_graph
 from ...graphs.lowerings.fold import subspace
 from ...graphs.package import ModelPackage
@@ -20,6 +20,7 @@ from ...graphs.plan import GuardPlan
 from ...graphs.proof.fold_proof import project_explicitly
 from ...graphs.proof.structure import Check
 from ...graphs.rewrite import GuardReport
+from ...graphs.sites import STREAM_DTYPES
 from ...graphs.taps import STATES_OUTPUT, tap_last_token
 from ...runtime.decoder import open_decoder
 from ...runtime.decoder_place import DecoderPlace
@@ -27,7 +28,7 @@ from .compare import Comparison
 from .headroom import Headroom
 from .inputs import ProofInputs
 from .limits import TOLERANCE
-from .prove import mask_at, roll
+from .prove_closed import mask_at, roll
 
 Rolled = list[list[Mapping[str, np.ndarray]]]  # per batch, per call
 

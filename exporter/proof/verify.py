@@ -24,7 +24,8 @@ from ...graphs.layouts import open_package
 from ...graphs.lowerings.fold import FOLD
 from ...graphs.manifest import MANIFEST_NAME, DecoderRecord, Manifest, read_manifest, require_intact
 from ...graphs.package import ModelPackage
-from ...graphs.plan import GuardPlan, plan_guard
+from ...graphs.plan import GuardPlan
+from ...graphs.planner import plan_guard
 from ...graphs.proof.fold_proof import prove_fold, refolded, writers_orthogonal
 from ...graphs.proof.strip import names_left, strip_guard
 from ...graphs.proof.structure import (

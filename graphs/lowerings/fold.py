@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ..anatomy import STREAM_DTYPES, ResidualSite, find_node
 from ..dataflow import CONTRIB_DOMAIN, Flow, is_skip_norm, skip_norm_bias
 from ..errors import GuardError
 from ..node_builder import PREFIX
+from ..sites import STREAM_DTYPES, ResidualSite, find_node
 from ..subgraphs import find_bodies
 
 FOLD = "fold"

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from ..anatomy import find_node
 from ..call_inputs import CallInputs, call_inputs
 from ..dataflow import skip_norm_bias
 from ..node_builder import IR_DTYPES, PREFIX
 from ..plan import GuardPlan, SitePlan
 from ..rewrite import GuardedSite, GuardReport
+from ..sites import find_node
 from ..subgraphs import Body, find_bodies
 
 

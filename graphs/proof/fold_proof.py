@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ..anatomy import STREAM_DTYPES, DecoderAnatomy
+from ..anatomy import DecoderAnatomy
 from ..dataflow import is_skip_norm
 from ..errors import GuardError
 from ..lowerings.fold import SCOPE, find_writers, left_over, original_name, projected, subspace
 from ..lowerings.table import choose_lowering
 from ..lowerings.task import Task
 from ..node_builder import Scribe
-from ..plan import GuardPlan, last_sites
+from ..plan import GuardPlan
+from ..planner import last_sites
 from ..rewrite import GuardReport
+from ..sites import STREAM_DTYPES
 from .structure import Check, attribute_bits, exact, same_graph, same_tensor, signature_unchanged
 
 

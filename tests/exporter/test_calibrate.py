@@ -35,7 +35,8 @@ from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.directions import Directions, LayerDirections, directions_bytes, read_directions
 from vlmguard.graphs.errors import GuardError, PromptsUnusable
 from vlmguard.graphs.layouts import open_package
-from vlmguard.graphs.plan import GuardPlan, plan_guard
+from vlmguard.graphs.plan import GuardPlan
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.runtime.generation import Request

@@ -36,7 +36,8 @@ from vlmguard.graphs.errors import GuardError, GuardIncomplete, ManifestMismatch
 from vlmguard.graphs.graph_io import load_graph
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.manifest import read_manifest
-from vlmguard.graphs.plan import COORDINATES_OUTPUT, plan_guard
+from vlmguard.graphs.plan import COORDINATES_OUTPUT
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import MODES_WITH_SUPERVISOR, GuardSpec, Mode, Positions

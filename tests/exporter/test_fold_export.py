@@ -21,7 +21,7 @@ from vlmguard.graphs.directions import directions_bytes
 from vlmguard.graphs.graph_io import save_graph
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.lowerings.fold import SCOPE, fold
-from vlmguard.graphs.plan import last_sites, plan_guard
+from vlmguard.graphs.planner import last_sites, plan_guard
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.rewrite import GuardReport, rewrite
 from vlmguard.graphs.spec import GuardSpec

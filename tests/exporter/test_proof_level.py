@@ -14,8 +14,8 @@ from random_directions import write_directions
 import vlmguard
 from vlmguard.exporter.proof import level as level_module
 from vlmguard.exporter.proof.level import choose_level, is_more
+from vlmguard.exporter.proof.local_findings import BITS, READS, STATES
 from vlmguard.exporter.proof.memory import free_bytes, needed_bytes
-from vlmguard.exporter.proof.prove_local import BITS, READS, STATES
 from vlmguard.graphs.errors import GuardError, ManifestMismatch
 from vlmguard.graphs.graph_io import save_graph
 from vlmguard.graphs.layouts import open_package

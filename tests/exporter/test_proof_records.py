@@ -16,7 +16,7 @@ from vlmguard.exporter.proof.prove import ProofInputs, prove_by_running
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.graph_io import save_graph
 from vlmguard.graphs.layouts import open_package
-from vlmguard.graphs.plan import plan_guard
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import GuardSpec

@@ -21,6 +21,7 @@ from vlmguard.exporter.artifact.guarded_folder import GuardedDecoder
 from vlmguard.exporter.pipeline import prove
 from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.exporter.proof import prove as module
+from vlmguard.exporter.proof import prove_closed
 from vlmguard.exporter.proof.compare import Comparison
 from vlmguard.exporter.proof.inputs import ProofInputs, proof_inputs, random_inputs
 from vlmguard.exporter.proof.prove import prove_by_running
@@ -30,7 +31,8 @@ from vlmguard.graphs.errors import ProofFailed
 from vlmguard.graphs.graph_io import save_graph
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.package import ModelPackage
-from vlmguard.graphs.plan import GuardPlan, plan_guard
+from vlmguard.graphs.plan import GuardPlan
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.reference import LISTEN, LayerGuard
 from vlmguard.graphs.rewrite import GuardReport, rewrite
@@ -346,9 +348,9 @@ def test_the_runtimes_own_rounding_is_told_apart_from_the_guards(
         return Comparison(compared=compared, differing=differing, worst=worst), "9 calls"
 
     results = {True: optimized, False: plain}
-    monkeypatch.setattr(module, "_compare_runs", lambda *_, optimize: comparison(*results[optimize]))
+    monkeypatch.setattr(prove_closed, "_compare_runs", lambda *_, optimize: comparison(*results[optimize]))
     staged = stage("restore")
-    check = module._closed_equals_source(staged.package, staged.decoder, staged.plan, staged.inputs)
+    check = prove_closed.closed_equals_source(staged.package, staged.decoder, staged.plan, staged.inputs)
     assert check.ok == ok and words in check.note and check.compared == 100
 
 

@@ -28,7 +28,7 @@ from vlmguard.graphs.errors import ManifestMismatch
 from vlmguard.graphs.graph_io import save_graph
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.node_builder import NUMPY_DTYPES
-from vlmguard.graphs.plan import plan_guard
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.runtime_controls import STRENGTH_INPUT

@@ -13,7 +13,8 @@ import pytest
 from hand_graphs import WIDTH, copy_of, decoder, directions, guard_model, merged
 from onnx import helper, numpy_helper
 
-from vlmguard.exporter.proof.prove_local import BITS, READS, STATES, TOLD, prove_locally
+from vlmguard.exporter.proof.local_findings import BITS, READS, STATES, TOLD
+from vlmguard.exporter.proof.prove_local import prove_locally
 from vlmguard.graphs.graph_io import save_graph
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.spec import MODES, MODES_WITH_SUPERVISOR, GuardSpec

@@ -16,13 +16,14 @@ from random_directions import random_directions
 from tiny_vlm_paths import SOURCE
 
 from vlmguard.exporter.proof.inputs import ProofInputs, paired_inputs, proof_inputs
+from vlmguard.exporter.proof.local_findings import BITS, READS, STATES
 from vlmguard.exporter.proof.prove import prove_by_running
-from vlmguard.exporter.proof.prove_local import BITS, READS, STATES, prove_locally
+from vlmguard.exporter.proof.prove_local import prove_locally
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.graph_io import save_graph
 from vlmguard.graphs.layouts import open_package
-from vlmguard.graphs.plan import plan_guard
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import GuardSpec

@@ -12,7 +12,7 @@ from random_directions import random_directions, write_directions
 
 import vlmguard
 from vlmguard.exporter.proof.inputs import given_inputs, signature_inputs
-from vlmguard.exporter.proof.prove import roll
+from vlmguard.exporter.proof.prove_closed import roll
 from vlmguard.exporter.proof.signature import VARIANTS, why_made
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.graph_io import graph_bytes

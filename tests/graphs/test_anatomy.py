@@ -15,11 +15,12 @@ from hand_graphs import KINDS, Kind, decoder, text_model
 from zoo.makers import MAKERS, ZooModel
 from zoo.table import SELDOM, parameter
 
-from vlmguard.graphs.anatomy import DecoderAnatomy, ResidualSite, dissect, find_node, prepare
+from vlmguard.graphs.anatomy import DecoderAnatomy, dissect, prepare
 from vlmguard.graphs.errors import AnatomyNotFound
 from vlmguard.graphs.graph_io import load_graph
 from vlmguard.graphs.layer_count import LayerCount
 from vlmguard.graphs.layouts import open_package
+from vlmguard.graphs.sites import ResidualSite, find_node
 from vlmguard.graphs.taps import STATES_OUTPUT, tap_last_token
 
 Zoo = Callable[[str], ZooModel]

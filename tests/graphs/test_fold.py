@@ -25,7 +25,8 @@ from vlmguard.graphs.lowerings.fold import (
     subspace,
 )
 from vlmguard.graphs.node_builder import NUMPY_DTYPES
-from vlmguard.graphs.plan import GuardPlan, last_sites, plan_guard
+from vlmguard.graphs.plan import GuardPlan
+from vlmguard.graphs.planner import last_sites, plan_guard
 from vlmguard.graphs.proof.fold_proof import (
     nodes_unchanged,
     other_weights_untouched,

@@ -35,7 +35,8 @@ from vlmguard.graphs.directions import Directions
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.lowerings.table import LOWERINGS, choose_lowering
 from vlmguard.graphs.node_builder import NUMPY_DTYPES
-from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, plan_guard
+from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.reference import LISTEN, LayerGuard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import (

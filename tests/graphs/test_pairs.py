@@ -16,7 +16,7 @@ from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.node_builder import NUMPY_DTYPES
 from vlmguard.graphs.pairs import reads_pairs
-from vlmguard.graphs.plan import plan_guard
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.reference import LayerGuard
 from vlmguard.graphs.spec import MODES, GuardSpec

@@ -16,7 +16,8 @@ from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import Directions, LayerDirections
 from vlmguard.graphs.errors import DirectionMismatch, GuardError
 from vlmguard.graphs.layouts import open_package
-from vlmguard.graphs.plan import GuardPlan, plan_guard, require_unguarded
+from vlmguard.graphs.plan import GuardPlan
+from vlmguard.graphs.planner import plan_guard, require_unguarded
 from vlmguard.graphs.spec import MODES, MODES_WITH_READOUT, MODES_WITH_SUPERVISOR, GuardSpec
 
 LAYERS = 3

@@ -22,7 +22,7 @@ from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.call_inputs import CallInputs, call_inputs, mask_input
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.node_builder import Scribe
-from vlmguard.graphs.plan import plan_guard
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.positions import LastToken
 from vlmguard.graphs.spec import GuardSpec
 

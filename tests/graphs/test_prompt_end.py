@@ -14,7 +14,8 @@ from hypothesis.extra.numpy import arrays
 from vlmguard.graphs import reference
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.plan import PROMPT_SUPERVISOR_INPUT, plan_guard
+from vlmguard.graphs.plan import PROMPT_SUPERVISOR_INPUT
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.reference import LISTEN, SUPERVISED_ABOVE, LayerGuard
 from vlmguard.graphs.spec import GuardSpec

@@ -38,7 +38,8 @@ from vlmguard.graphs.errors import GuardError, GuardIncomplete
 from vlmguard.graphs.graph_io import external_files, graph_bytes, load_graph, save_graph
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.package import ModelPackage
-from vlmguard.graphs.plan import SUPERVISOR_INPUT, GuardPlan, plan_guard
+from vlmguard.graphs.plan import SUPERVISOR_INPUT, GuardPlan
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.proof.structure import guard_dominates, prove_structure, same_graph
 from vlmguard.graphs.rewrite import rewrite

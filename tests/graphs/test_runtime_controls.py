@@ -33,7 +33,8 @@ from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.graph_io import graph_bytes
 from vlmguard.graphs.node_builder import NUMPY_DTYPES
-from vlmguard.graphs.plan import COORDINATES_OUTPUT, plan_guard
+from vlmguard.graphs.plan import COORDINATES_OUTPUT
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.proof.structure import initializers_untouched, prove_structure, same_graph, signature_unchanged
 from vlmguard.graphs.reference import AS_CALIBRATED, LARGEST_STRENGTH, LISTEN, UNDECIDED, Dials, LayerGuard

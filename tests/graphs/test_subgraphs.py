@@ -27,7 +27,8 @@ from hand_graphs import (
 from vlmguard.graphs.anatomy import dissect, guarded_layers
 from vlmguard.graphs.errors import AnatomyNotFound, GuardError, GuardIncomplete
 from vlmguard.graphs.graph_io import graph_bytes
-from vlmguard.graphs.plan import COORDINATES_OUTPUT, plan_guard
+from vlmguard.graphs.plan import COORDINATES_OUTPUT
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.proof.structure import guard_dominates, prove_structure, same_graph, sites_guarded_once
 from vlmguard.graphs.reference import LISTEN

@@ -15,7 +15,8 @@ from hand_graphs import merged as merged_decoder
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.graph_io import graph_bytes
 from vlmguard.graphs.node_builder import NUMPY_DTYPES
-from vlmguard.graphs.plan import COORDINATES_OUTPUT, GuardPlan, plan_guard
+from vlmguard.graphs.plan import COORDINATES_OUTPUT, GuardPlan
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import MODES, MODES_WITH_ALPHA, MODES_WITH_SUPERVISOR, GuardSpec
 from vlmguard.graphs.trial_graph import guard_numbers, make_overridable, neutral, widened

@@ -14,13 +14,8 @@ from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.package import ModelPackage
-from vlmguard.graphs.plan import (
-    COORDINATES_OUTPUT,
-    PROMPT_SUPERVISOR_INPUT,
-    SUPERVISOR_INPUT,
-    SUPERVISOR_INPUTS,
-    plan_guard,
-)
+from vlmguard.graphs.plan import COORDINATES_OUTPUT, PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUT, SUPERVISOR_INPUTS
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.reference import LISTEN
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import MODES, GuardSpec

@@ -14,7 +14,7 @@ from vlmguard.graphs.directions import read_directions
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.manifest import read_manifest
-from vlmguard.graphs.plan import plan_guard
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.reference import UNDECIDED
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.runtime_controls import (

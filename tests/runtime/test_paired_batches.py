@@ -16,7 +16,7 @@ from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import Directions, LayerDirections
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.manifest import read_manifest
-from vlmguard.graphs.plan import plan_guard
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.runtime.decoder import DecoderSession, open_decoder

@@ -38,7 +38,8 @@ from vlmguard.graphs.directions import Directions
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.graph_io import graph_bytes
 from vlmguard.graphs.layouts import open_package
-from vlmguard.graphs.plan import GuardPlan, plan_guard
+from vlmguard.graphs.plan import GuardPlan
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.reference import last_token
 from vlmguard.graphs.rewrite import GuardReport, rewrite

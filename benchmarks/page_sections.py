@@ -1,0 +1,238 @@
+"""Sections of docs/performance.md: one function per result file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from page_words import Parts, goal_words, interval_cells, markdown_table, ratio_cells
+
+PRECISIONS = ("int4", "fp32")
+
+
+@dataclass(frozen=True)
+class Section:
+    """One result file and how it is told."""
+
+    name: str
+    parts: tuple[str, ...]
+    told: Callable[[Parts], list[str]]
+
+
+def _rewriting(parts: Parts) -> list[str]:
+    ours = parts["export"]
+    rows = [
+        [name, str(one["runs"]), f"{one['wall']['median']:.2f}", f"{one['work']['median']:.2f}", *_sizes(one)]
+        for name, one in parts.items()
+    ]
+    digests = parts["export with digests"]
+    speed = digests["bytes"] / digests["work"]["median"] / 1e9
+    return [
+        "## Rewriting a large model",
+        f"A float16 decoder of {ours['layers']} layers, width {ours['width']}, {ours['bytes'] / 1e9:.1f} GB of weights in a "
+        "sparse file; mode `restore` in every layer, rank 4; a fresh process per run. `wall` includes the start of Python and "
+        "the imports, `work` does not. Hard-linked weights are not counted as written; a reflink's blocks would be.",
+        markdown_table(["run", "runs", "wall s", "work s", "peak memory MB", "written MB"], rows),
+        "\n".join(
+            (
+                goal_words("guarded without digests", ours["wall"]["median"], 2.0, "{:.2f} s", ours["wall"]),
+                goal_words("peak memory", ours["peak"] / 1e6, 300.0, "{:.0f} MB"),
+                goal_words("written", ours["written"] / 1e6, 20.0, "{:.1f} MB", strictly=True),
+            )
+        ),
+        f"With digests every byte is read and hashed: {speed:.2f} GB/s, all of the work counted. The file is sparse: that is "
+        "the processor's speed and not a disk's.",
+        *_by_default(parts),
+    ]
+
+
+def _by_default(parts: Parts) -> list[str]:
+    """What an export with no option but its directions takes, the proof included."""
+    said = []
+    if whole := parts.get("export by default"):
+        cpu = f"; {whole['cpu']:.0f} s of them are processor time" if "cpu" in whole else ""
+        said.append(
+            "*export by default* is `vlmguard-export MODEL --directions FILE --mode restore`: the proof and all digests are "
+            f"included. The machine's load was {whole['machine']['load']:.0f} then, so its seconds are an upper bound"
+            f"{cpu}. The proof is `{whole['proved'].replace(': ', '`: ', 1)}: each guard is cut out of the file and run "
+            "by itself, and no weight is loaded."
+        )
+    if inside := parts.get("export by default, weights inside"):
+        said.append(
+            f"*weights inside* is a float16 decoder of {inside['layers']} layers, width {inside['width']}, whose "
+            f"{inside['bytes'] / 1e9:.2f} GB of weights are inside its one file. The proof is "
+            f"`{inside['proved'].replace(': ', '`: ', 1)}."
+        )
+    return said
+
+
+def _sizes(one: Mapping[str, Any]) -> list[str]:
+    return [f"{one['peak'] / 1e6:.0f}", f"{one['written'] / 1e6:.1f}"]
+
+
+def _inference(parts: Parts) -> list[str]:
+    first = parts["int4/decode"]
+    blocks = [
+        "## The guard when the model runs",
+        f"Guard on all layers. {first['shape']}; random weights, onnxruntime-genai's builder, ONNX Runtime on the CPU. `open` "
+        "and `closed` say what every gate was made to decide. Loading is the median of a few openings, the unguarded graph's "
+        "in brackets.",
+    ]
+    for precision in PRECISIONS:
+        for phase in ("decode", "prefill"):
+            part = parts[f"{precision}/{phase}"]
+            blocks += [
+                f"### {precision}, {phase}: {work_words(part)}",
+                markdown_table(_INFERENCE_COLUMNS, _inference_rows(part)),
+            ]
+    nodes = [
+        [
+            f"{name.removesuffix('/nodes')}: {row['name']}",
+            f"{row['share']:.2%}",
+            *(f"{row[number]:.0f}" for number in ("guard_us", "all_us", "guard_nodes")),
+        ]
+        for name, part in parts.items()
+        if name.endswith("/nodes")
+        for row in part["rows"]
+    ]
+    if nodes:
+        blocks += [
+            "### By node",
+            "From ONNX Runtime's profiler, the median of each node's calls: the guard's nodes against all others. Not wall "
+            "time: what lies between nodes is missing, what the profiler adds to each small node is not.",
+            markdown_table(["run", "guard / others", "guard us", "all us", "guard's nodes"], nodes),
+        ]
+    goals = []
+    for what, phase, positions, limit in (
+        ("decode", "decode", "last", 1.01),
+        ("prefill, positions `last`", "prefill", "last", 1.01),
+        ("prefill, positions `all`", "prefill", "all", 1.02),
+    ):
+        for precision in PRECISIONS:
+            rows = [row for row in parts[f"{precision}/{phase}"]["rows"] if _asked(row, positions)]
+            worst = max(rows, key=lambda row: row["ratio"]["median"])
+            named = f"{precision} {what}, the worst of {len(rows)} (`{worst['name']}`)"
+            goals.append(goal_words(named, worst["ratio"]["median"], limit, "{:.4f}x", worst["ratio"]))
+    return [*blocks, "\n".join(goals)]
+
+
+def work_words(part: Mapping[str, Any]) -> str:
+    return f"{part['tokens']} token{'s' if part['tokens'] > 1 else ''}" + (
+        f" on a cache of {part['past']}" if part["past"] else ""
+    )
+
+
+def _asked(row: Mapping[str, Any], positions: str) -> bool:
+    return row.get("lowering") == "lowrank" and row["positions"] == positions
+
+
+_INFERENCE_COLUMNS = [
+    "guard",
+    "ratio",
+    "median's 95%",
+    "p10 to p90",
+    "pairs",
+    "ms",
+    "unguarded ms",
+    "load s",
+    "file MB",
+]
+
+
+def _inference_rows(part: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for row in part["rows"]:
+        load = f"{row['load_seconds']:.2f} ({row['unguarded_load_seconds']:.2f})"
+        grown = (
+            f"+{(row['bytes'] - part['unguarded_bytes']) / 1e6:.2f}"
+            if "bytes" in row
+            else f"{part['unguarded_bytes'] / 1e6:.1f}"
+        )
+        times = [f"{row[name]['median']:.2f}" for name in ("ms", "unguarded_ms")]
+        rows.append([row["name"], *ratio_cells(row["ratio"]), *times, load, grown])
+    return rows
+
+
+def _hooks(parts: Parts) -> list[str]:
+    part = parts["hooks"]
+    speeds = [[row["name"], *interval_cells(row["tokens_per_second"], "{:.2f}")] for row in part["rows"]]
+    ratios = [[f"time of {row['subject']} / {row['baseline']}", *ratio_cells(row["ratio"])] for row in part["ratios"]]
+    return [
+        "## Against PyTorch with forward hooks",
+        f"{part['shape']}, float32, `restore` in every layer, rank {part['rank']}, gates open; {part['tokens']} tokens one at "
+        f"a time on a cache of {part['past']}. torch is eager, as hooks need it. The two guarded sides' logits differ by "
+        f"{part['logits_apart']:.0e} of the largest.",
+        markdown_table(["subject", "tokens/s", "median's 95%", "p10 to p90", "calls"], speeds),
+        markdown_table(["pair", "ratio", "median's 95%", "p10 to p90", "pairs"], ratios),
+    ]
+
+
+def _supervisors(parts: Parts) -> list[str]:
+    prefill = parts["prefill"]
+    columns = ["way", "ratio", "median's 95%", "p10 to p90", "pairs", "ms", "unguarded ms"]
+    blocks = [
+        "## Mode align: a text-only pass, or paired rows",
+        f"{prefill['shape']}, float32, the later two thirds of the layers, rank {prefill['rank']}; {prefill['text']} tokens of "
+        f"text and {prefill['image']} of an image. Prefill is everything until the first token: `input` runs the text-only "
+        "prompt and then the prompt, `rows` one call of two rows of the prompt's length.",
+    ]
+    for name in ("prefill", "decode"):
+        part = parts[name]
+        before = f"{part['unguarded_ms']['median']:.2f}"
+        rows = [[r["name"], *ratio_cells(r["ratio"]), f"{r['ms']['median']:.2f}", before] for r in part["rows"]]
+        blocks += [f"### {name}", markdown_table(columns, rows)]
+    return [
+        *blocks,
+        "`input` adds the text's own tokens, so it is the cheaper one wherever an image is longer than its text. `rows` adds a "
+        "second prompt of the same length, and is for runtimes that take no further inputs.",
+    ]
+
+
+def _extraction(parts: Parts) -> list[str]:
+    blocks = [
+        "## Extracting directions",
+        "Hidden states of all layers in one tapped pass, against the same forward passes without taps, batch by batch.",
+        markdown_table(
+            ["model", "prompts", "batches", "bare s", "tapped s", "SVD s", "tapped / bare", "batches' p10 to p90"],
+            [
+                [part["model"], str(part["prompts"]), str(part["batches"])]
+                + [f"{part[name]:.2f}" for name in ("bare_seconds", "tapped_seconds", "svd_seconds")]
+                + [f"{part['total_ratio']:.3f}", f"{part['ratio']['p10']:.3f} to {part['ratio']['p90']:.3f}"]
+                for part in (parts["tiny-vlm"], parts["decoder"])
+            ],
+        ),
+    ]
+    goals = [
+        goal_words(f"{part['prompts']} prompts, {part['model'].partition(':')[0]}", part["total_ratio"], 1.1, "{:.3f}x")
+        for part in (parts["tiny-vlm"], parts["decoder"])
+    ]
+    return [*blocks, "\n".join(goals)]
+
+
+def _spellings(parts: Parts) -> list[str]:
+    blocks = [
+        "## The guard's arithmetic, spelled in several ways",
+        f"{parts['last/decode']['sites']} fused skip-norms with a small MLP between, `restore` in "
+        "float32: microseconds per guarded site. `shipped` is what vlmguard writes, the others are candidates of the same "
+        "result.",
+    ]
+    for name, part in parts.items():
+        rows = [
+            [row["name"], str(row["rank"]), f"{row['nodes']:.0f}", *interval_cells(row["us"], "{:.1f}")]
+            for row in part["rows"]
+            if row["name"] != "unguarded"
+        ]
+        columns = ["spelling", "rank", "nodes", "us per site", "median's 95%", "p10 to p90", "pairs"]
+        blocks += [f"### positions {name.replace('/', ', ')}", markdown_table(columns, rows)]
+    return blocks
+
+
+SECTIONS = (
+    Section("rewriting", ("export", "export with digests", "onnx", "onnx_ir"), _rewriting),
+    Section("inference", tuple(f"{p}/{phase}" for p in PRECISIONS for phase in ("decode", "prefill")), _inference),
+    Section("hooks", ("hooks",), _hooks),
+    Section("supervisors", ("prefill", "decode"), _supervisors),
+    Section("extraction", ("tiny-vlm", "decoder"), _extraction),
+    Section("spellings", tuple(f"{p}/{phase}" for p in ("last", "all") for phase in ("decode", "prefill")), _spellings),
+)

@@ -1,0 +1,280 @@
+"""What a guard that was run by itself computed, compared with the numpy reference, call by call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from ...graphs.lowerings.gate import LARGEST_HALF_EDIT
+from ...graphs.plan import COORDINATES_OUTPUT, GuardPlan
+from ...graphs.proof.cut_out import Cut, CutSite
+from ...graphs.proof.structure import Check, exact
+from ...graphs.reference import (
+    Dials,
+    LayerGuard,
+    gate,
+    last_index,
+    last_token,
+    paired_rows,
+    score,
+    text_coordinates,
+    text_rows,
+    weights,
+)
+from ...graphs.runtime_controls import (
+    PRESENT_GATE_OUTPUT,
+    SCORES_OUTPUT,
+)
+from ...graphs.spec import MODES_TOWARD_TEXT
+from .forced import forced_threshold
+from .limits import TOLERANCE
+from .local_calls import LocalCall, call_positions
+from .prove_gate import summed
+from .site_states import TOKENS, Masked
+
+READS = "each guard reads its stream and the guard's inputs, nothing else"
+STATES = "each guard, cut out, equals the numpy reference"
+BITS = "each guard, cut out, gives the stream's bits back where it is closed"
+TOLD = "what each guard, cut out, outputs of itself equals the numpy reference"
+
+
+@dataclass(frozen=True)
+class TokenPlaces:
+    """Where the tokens of a call are, as a graph with these inputs can know it.
+
+    Attributes:
+        last: `[rows, tokens, 1]` of 0 and 1, the last tokens.
+        read: `[rows]`, the token that outputs are read at.
+        paired: `[rows, 1, 1]` of 0 and 1, the rows that are edited where rows are paired.
+    """
+
+    last: np.ndarray
+    read: np.ndarray
+    paired: np.ndarray
+
+    @classmethod
+    def of(cls, cut: Cut, masked: Masked) -> TokenPlaces:
+        calls = cut.calls
+        if calls.mask is None:
+            whole = np.ones((masked.rows, masked.tokens), np.int64)
+            return cls(last_token(whole), last_index(whole), paired_rows(whole))
+        past = masked.past if calls.cache is not None else 0
+        positions = call_positions(masked) if calls.positions is not None else None
+        known = masked.mask, masked.tokens, past
+        return cls(last_token(*known, positions), last_index(*known, positions), paired_rows(*known))
+
+
+@dataclass
+class LocalFindings:
+    """What the calls showed, in numbers and places."""
+
+    plan: GuardPlan
+    reads: int = 0
+    sites: int = 0
+    foreign: list[str] = field(default_factory=list)
+    calls: int = 0
+    states: int = 0
+    compared: int = 0
+    worst: float = 0.0
+    opened: int = 0
+    closed: int = 0
+    undecided: int = 0
+    beyond: int = 0
+    bits: int = 0
+    told: int = 0
+    told_worst: float = 0.0
+    evaluated: bool = False
+    wrong: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    mistold: list[str] = field(default_factory=list)
+
+    @property
+    def limit(self) -> float:
+        return max(TOLERANCE[site.site.dtype] for site in self.plan.sites)
+
+    def see(
+        self, cut: Cut, call: LocalCall, states: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
+    ) -> None:
+        """One call of one cut."""
+        self.calls += 1
+        for site in cut.sites:
+            with np.errstate(all="ignore"):
+                self._see_site(cut, site, call, states, outputs)
+
+    def _see_site(
+        self,
+        cut: Cut,
+        site: CutSite,
+        call: LocalCall,
+        states: Mapping[str, np.ndarray],
+        outputs: Mapping[str, np.ndarray],
+    ) -> None:
+        mode, number = self.plan.mode, site.done.layer_index
+        row, limit = self.plan.layers.index(number), TOLERANCE[site.planned.site.dtype]
+        layer = site.planned.guard
+        if call.forced is not None and not self.plan.paired:
+            layer = replace(layer, threshold=forced_threshold(self.plan, call.forced))
+        base = states[site.stream]
+        total = base if not site.residual else states[site.residual] + base
+        total = (total + states[site.bias] if site.bias else total).astype(np.float64)
+        told = call.supervisors.get(number)
+        a = None if told is None else told[:, None].astype(np.float64)
+        held = None if call.held is None else call.held[:, row][:, None, None]
+        strength = 1.0 if call.strength is None else call.strength
+        dials = Dials(strength, 0.0 if call.offset is None else call.offset, held)
+        places = TokenPlaces.of(cut, call.mask)
+        ends = places.last
+        selected = ends if self.plan.edits_last else np.ones_like(ends)
+        copied = None
+        if self.plan.paired:
+            a = text_coordinates(layer, total, places.read)
+            selected = np.zeros_like(ends) if call.forced is False else ends * places.paired
+            copied = total[text_rows(len(total)), places.read[text_rows(len(total))]]
+        delta = weights(mode, layer, total, a, dials) @ layer.ssd.astype(np.float64)
+        if site.planned.site.dtype == "float16":
+            delta = np.clip(delta, -LARGEST_HALF_EDIT, LARGEST_HALF_EDIT)
+        delta = np.where(selected > 0, delta, 0.0)
+        expected, found = base.astype(np.float64) + delta, outputs[site.guarded].astype(np.float64)
+        if found.shape != expected.shape:
+            self.wrong.append(f"layer {number}: shape {list(found.shape)}, expected {list(expected.shape)}")
+            return
+        opened = np.ones(ends.shape) if mode == "project" else gate(mode, layer, total, a, dials)
+        opened = np.broadcast_to(opened, ends.shape)[..., 0] * selected[..., 0] > 0
+        unsure = self._unsure(mode, layer, total, a, dials, limit, call, held)
+        edits = opened & (strength > 0)
+        self._compare_bits(number, base.astype(np.float64), found, ~edits & ~(unsure & (selected[..., 0] > 0)))
+        sure = ~unsure | (selected[..., 0] == 0)
+        self._compare_states(site, number, total, base, expected, found, sure, copied)
+        self.opened += int((edits & sure).sum())
+        self.closed += int((~opened & (ends if self.plan.paired else selected)[..., 0].astype(bool) & sure).sum())
+        self.undecided += int((~sure).sum())
+        if self.plan.added_outputs:
+            at = np.arange(TOKENS)[None, :] == places.read[:, None]
+            self._compare_told(cut, row, layer, total[at], None if a is None else a[:, 0], dials, outputs, unsure[at])
+
+    @staticmethod
+    def _unsure(
+        mode: str,
+        layer: LayerGuard,
+        total: np.ndarray,
+        a: np.ndarray | None,
+        dials: Dials,
+        limit: float,
+        call: LocalCall,
+        held: np.ndarray | None,
+    ) -> np.ndarray:
+        """`[KINDS, TOKENS]` bool: scores within rounding of the threshold, where the score decides."""
+        if mode == "project" or mode in MODES_TOWARD_TEXT or call.forced is not None:
+            return np.zeros(total.shape[:2], bool)
+        row = (layer.ssd[0] if mode == "steer" else layer.readout).astype(np.float64)
+        rounding = limit * np.linalg.norm(total * row, axis=-1)
+        close = np.abs(score(mode, layer, total, a)[..., 0] - layer.threshold - dials.threshold_offset) < rounding
+        return close if held is None else close & ~(held[..., 0] >= 0)
+
+    def _compare_bits(self, number: int, base: np.ndarray, found: np.ndarray, closed: np.ndarray) -> None:
+        self.bits += int(closed.sum()) * base.shape[-1]
+        if not np.array_equal(base[closed], found[closed]):
+            self.changed.append(f"layer {number}: {int((base[closed] != found[closed]).sum())} numbers differ")
+
+    def _compare_states(
+        self,
+        site: CutSite,
+        number: int,
+        total: np.ndarray,
+        base: np.ndarray,
+        expected: np.ndarray,
+        found: np.ndarray,
+        sure: np.ndarray,
+        copied: np.ndarray | None,
+    ) -> None:
+        """Each token by its own largest number: an outlier of one must not excuse another. Where rows are paired, also by the
+        largest of the state that its coordinates are copied from, `copied` `[rows, d]`."""
+        largest = 65504.0 if site.planned.site.dtype == "float16" else 3e38
+        beyond = (np.abs(expected) > 0.99 * largest).any(axis=-1) & (
+            np.abs(base.astype(np.float64)) != np.abs(expected)
+        ).any(axis=-1)
+        self.beyond += int((sure & beyond).sum())
+        sure = sure & ~beyond
+        scale = np.maximum.reduce([np.abs(x).max(axis=-1) for x in (total, base.astype(np.float64), expected)])
+        if copied is not None:
+            scale = np.maximum(scale, np.abs(copied).max(axis=-1, keepdims=True))
+        off = np.abs(found - expected).max(axis=-1) / np.maximum(scale, 1e-30)
+        off = np.where(np.isnan(off), np.inf, off)[sure]
+        self.states += int(sure.sum())
+        self.compared += int(sure.sum()) * expected.shape[-1]
+        worst = float(off.max(initial=0.0))
+        if worst > TOLERANCE[site.planned.site.dtype]:
+            row, token = np.argwhere(sure)[int(off.argmax())]
+            place = f"layer {number}{f' of {site.done.body}' if site.done.body else ''}, row {row}, token {token}"
+            what = "" if np.isfinite(found[row, token]).all() else ", NaN or infinity"
+            self.wrong.append(f"{place}: off by {worst:.1e} of its largest number{what}")
+        self.worst = max(self.worst, worst)
+
+    def _compare_told(
+        self,
+        cut: Cut,
+        row: int,
+        layer: LayerGuard,
+        last: np.ndarray,
+        a: np.ndarray | None,
+        dials: Dials,
+        outputs: Mapping[str, np.ndarray],
+        unsure: np.ndarray,
+    ) -> None:
+        """Coordinates, scores and gates at the last token, `[KINDS, ...]`."""
+        mode, number = self.plan.mode, self.plan.layers[row]
+
+        def compare(name: str, off: np.ndarray) -> None:
+            worst = float(np.where(np.isnan(off), np.inf, off).max(initial=0.0))
+            self.told, self.told_worst = self.told + off.size, max(self.told_worst, worst)
+            if worst > self.limit:
+                self.mistold.append(f"layer {number}: {name} off by {worst:.1e}")
+
+        at = dials if dials.held is None else replace(dials, held=dials.held[:, 0])
+        for name, here in cut.outputs.items():
+            found = outputs[here].astype(np.float64)
+            if found.shape[1:2] != (len(self.plan.layers),):
+                self.mistold.append(f"{name} has shape {list(found.shape)}")
+            elif name == COORDINATES_OUTPUT:
+                own = last @ layer.ssd.T.astype(np.float64)
+                length = np.maximum(np.linalg.norm(last, axis=-1, keepdims=True), 1e-6)
+                compare(name, np.abs(found[:, row] - own) / length)
+            elif name == SCORES_OUTPUT:
+                expected = score(mode, layer, last, a)
+                compare(name, np.abs(found[:, row : row + 1] - expected) / summed(mode, layer, last, a))
+            else:
+                assert name == PRESENT_GATE_OUTPUT, name
+                wanted = gate(mode, layer, last, a, at)
+                compare(name, np.abs(found[:, row : row + 1] - wanted)[~unsure] * 1e30)
+
+    def checks(self) -> tuple[Check, ...]:
+        """The records for the manifest."""
+        plan, bodies = self.plan, len(self.plan.bodies)
+        planned = len(plan.sites)
+        wrong = [*dict.fromkeys(self.foreign)]
+        if self.sites != planned:
+            wrong.append(f"{self.sites} of {planned} guards were cut out")
+        made = [
+            exact(READS, self.reads, wrong, f"{self.sites} guards in {bodies} {'bodies' if bodies > 1 else 'body'}")
+        ]
+        gated = plan.mode != "project"
+        note = f"{self.states} states of {self.sites} guards in {self.calls} calls, {self.opened} edited"
+        note += f", {self.closed} with a closed gate" if gated else ""
+        note += f"; {self.undecided} too close to the threshold to call" if self.undecided else ""
+        note += f"; {self.beyond} beyond the dtype's range once edited, not compared" if self.beyond else ""
+        note += "; run by ONNX's evaluator, the runtime has no bfloat16 here" if self.evaluated else ""
+        wrong = [*dict.fromkeys(self.wrong)]
+        ok = not wrong and self.compared > 0 and self.opened > 0 and (self.closed > 0 or not gated)
+        ok = ok and self.worst <= self.limit
+        said = "; ".join(wrong[:3]) + (" ..." if len(wrong) > 3 else "") if wrong else note
+        made.append(Check(STATES, self.compared, self.worst, self.limit, ok, said))
+        if gated or plan.edits_last or plan.knobs:  # else nothing is ever closed
+            made.append(exact(BITS, self.bits, [*dict.fromkeys(self.changed)], f"{self.calls} calls"))
+        if plan.added_outputs:
+            wrong = [*dict.fromkeys(self.mistold)]
+            ok = self.told > 0 and not wrong
+            said = "; ".join(wrong[:3]) or f"{', '.join(plan.added_outputs)} at the last token, {self.calls} calls"
+            made.append(Check(TOLD, self.told, self.told_worst, self.limit, ok, said))
+        return tuple(made)

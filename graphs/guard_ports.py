@@ -1,0 +1,131 @@
+"""The guard's own inputs and outputs in a rewritten graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from .lowerings.task import Written
+from .node_builder import Scribe
+from .pairs import SUPERVISOR_KEY
+from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan, SitePlan
+from .runtime_controls import (
+    PRESENT_GATE_OUTPUT,
+    SCORES_OUTPUT,
+    declare_knob,
+)
+from .sites import find_node
+from .subgraph_edit import SubgraphEdit
+from .subgraphs import Body, find_bodies, surface
+
+
+def declare_inputs(model: ir.Model, plan: GuardPlan, shapes: Mapping[str, ir.Shape]) -> dict[str, ir.Value]:
+    """The inputs that the plan adds, by name."""
+    given = {}
+    for name in plan.added_inputs:
+        if name in plan.knobs:
+            given[name] = declare_knob(model.graph, name)
+        else:
+            given[name] = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=shapes[name])
+            model.graph.inputs.append(given[name])
+    return given
+
+
+def port_shapes(model: ir.Model, plan: GuardPlan) -> dict[str, ir.Shape]:
+    """`[batch, layers, m]` of coordinates, in and out; `[batch, layers]` of what is said of gates."""
+    names = [name for name in (*plan.added_inputs, *plan.added_outputs) if name not in plan.knobs]
+    if not names:
+        return {}
+    of_gates: list[ir.SymbolicDim | int | str] = [_batch(model, plan), len(plan.layers)]
+    ranked = {*SUPERVISOR_INPUTS, COORDINATES_OUTPUT}
+    return {name: ir.Shape([*of_gates, plan.sites[0].guard.rank] if name in ranked else of_gates) for name in names}
+
+
+def _batch(model: ir.Model, plan: GuardPlan) -> ir.SymbolicDim | int | str:
+    """The stream's own batch size, where the exporter wrote it: TensorRT then knows that supervisor and stream fit, and goes
+    on fusing what is behind the guard."""
+    (body, *_) = find_bodies(model, plan.bodies)
+    node = find_node(body.graph, plan.sites[0].site.anchor)
+    assert node is not None and node.inputs[0] is not None
+    stream = node.inputs[0].shape
+    batch = stream[0] if stream else None
+    known = [value.shape[0] for value in model.graph.inputs if value.shape]
+    return (
+        batch if isinstance(batch, int) or (batch is not None and batch.value and batch in known) else "vlmguard_batch"
+    )
+
+
+def supervisor_row(edit: SubgraphEdit, scribe: Scribe, planned: SitePlan) -> ir.Value | None:
+    """This layer's row of the input, `[batch, 1, m]`: it meets every token."""
+    supervisor = next((edit.given[name] for name in SUPERVISOR_INPUTS if name in edit.given), None)
+    if supervisor is None:
+        return None
+    row = edit.plan.layers.index(planned.layer_index)
+    index = scribe.integers(row)
+    return scribe.op("supervisor", "Gather", [supervisor, index], axis=1)
+
+
+def keep_outputs(edit: SubgraphEdit, scribe: Scribe, written: Written | None) -> None:
+    """Remember what this layer has to tell, at the last token: coordinates `[batch, 1, m]`, what is of gates `[batch, 1]`."""
+    for output in edit.plan.added_outputs:
+        assert written is not None
+        if output == COORDINATES_OUTPUT:
+            value = _own_coordinates(edit, scribe, written)
+        elif output == SCORES_OUTPUT:
+            value = _score(edit, scribe, written)
+        else:
+            assert output == PRESENT_GATE_OUTPUT and written.gate is not None, output
+            value = scribe.op("present_gate", "GatherND", [written.gate.opened, edit.ends])
+        edit.told[output].append(value)
+
+
+def _own_coordinates(edit: SubgraphEdit, scribe: Scribe, written: Written) -> ir.Value:
+    assert written.coordinates is not None and edit.ends is not None
+    c = scribe.op("own_last", "GatherND", [written.coordinates, edit.ends])
+    return scribe.op("own", "Unsqueeze", [c, scribe.integers(1)])
+
+
+def _score(edit: SubgraphEdit, scribe: Scribe, written: Written) -> ir.Value:
+    """The gate's score as others know it, out of the unit that it was read in."""
+    made = written.gate
+    assert made is not None and edit.ends is not None
+    if edit.plan.mode == "supervise":  # one score per row, whatever the token
+        return scribe.op("score_told", "Squeeze", [made.score, scribe.integers(-1)])
+    value = scribe.op("score_last", "GatherND", [made.score, edit.ends])
+    if made.unit == 1.0:
+        return value
+    return scribe.op(
+        "score_told", "Mul", [value, scribe.constant("score_told_unit", np.array(1 / made.unit), "float32")]
+    )
+
+
+def add_output(model: ir.Model, edits: list[SubgraphEdit], output: str, shape: ir.Shape) -> None:
+    """What all layers tell, side by side."""
+    given: dict[Body, ir.Value] = {}
+    for edit in edits:
+        scribe = edit.scribe(output.removeprefix("vlmguard."))
+        given[edit.body] = scribe.op("all_layers", "Concat", edit.told[output], axis=1)
+        scribe.place_last()
+        edit.shared += names_of(scribe)
+        edit.initializers += scribe.initializers
+    surface(model, given, output, shape)
+
+
+def record_guard(model: ir.Model, plan: GuardPlan) -> None:
+    """Say in the file itself what was done."""
+    model.metadata_props.update(
+        {
+            "vlmguard.schema": "vlmguard.guarded/1",
+            "vlmguard.mode": plan.mode,
+            "vlmguard.layers": ",".join(map(str, plan.layers)),
+            "vlmguard.positions": plan.positions,
+            "vlmguard.lowering": plan.lowering,
+            **({SUPERVISOR_KEY: "rows"} if plan.paired else {}),
+        }
+    )
+
+
+def names_of(scribe: Scribe) -> tuple[str, ...]:
+    return tuple(node.name or "" for node in scribe.nodes)

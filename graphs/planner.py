@@ -1,0 +1,396 @@
+"""Planning: which layers are guarded, with which numbers, in which lowering, and why. Pure; changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+
+from .anatomy import DecoderAnatomy
+from .call_inputs import hides_later_padding, mask_input, readable_mask
+from .directions import Directions, LayerDirections
+from .errors import DirectionMismatch, GuardError
+from .lowerings.fold import find_writers
+from .lowerings.table import FOLDED, choose_lowering
+from .node_builder import PREFIX
+from .pairs import require_pairs
+from .plan import GuardPlan, SitePlan
+from .reference import SUPERVISED_ABOVE, LayerGuard
+from .runtime_controls import knobs_of, notes_on, require_knobs
+from .separation import Separation, recorded_separations, warnings_of
+from .sites import ResidualSite, find_node
+from .spec import (
+    MAX_RANK,
+    MODES_ONLY_AT_PROMPT_END,
+    MODES_WITH_ALPHA,
+    MODES_WITH_GATE,
+    MODES_WITH_READOUT,
+    MODES_WITH_SUPERVISOR,
+    GuardSpec,
+)
+from .subgraphs import find_bodies
+
+OLDEST_OPSET = 13  # Unsqueeze and Squeeze take their axes as inputs from here on
+LARGEST_ALPHA = 1000.0  # alpha times the LISTEN sentinel must stay finite in float32
+
+
+def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions, spec: GuardSpec) -> GuardPlan:
+    """Decide what will change, from the wish, the anatomy and the directions.
+
+    Raises:
+        DirectionMismatch: the directions do not fit the decoder or lack what the mode needs.
+        GuardError: the wish cannot be met on this graph.
+    """
+    require_unguarded(model)
+    require_fitting(directions, anatomy)
+    mode, notes = _mode(spec, directions)
+    layers, why_layers = _layers(spec, directions, anatomy, mode)
+    notes += why_layers
+    ranks = [layer.ssd.shape[0] for number, layer in directions.layers.items() if number in layers]
+    rank = spec.rank or max(ranks, default=1)
+    lowering, reason = choose_lowering(spec.lowering, mode, spec.target, rank)
+    spec.require_dials(mode)
+    knobs = knobs_of(mode) if spec.knobs else ()
+    if knobs:
+        require_knobs(model, lowering.name, lowering.dials)
+    directions = _one_direction(spec, directions, layers, mode, notes)
+    guards = {  # whatever order, and how often, the directions name them
+        number: _layer_guard(number, directions, spec, mode, notes) for number in sorted(set(layers))
+    }
+    sites = tuple(SitePlan(s, guards[s.layer_index]) for s in anatomy.sites if s.layer_index in guards)
+    separation = () if spec.direction_of is not None else _recorded(directions, tuple(guards))
+    mask = _mask(model, spec, mode)
+    _require_expressible(model, sites, mode)
+    if spec.supervisor == "rows":
+        notes.append(require_pairs(model.graph, mask))
+    if lowering is FOLDED:
+        notes += _require_foldable(model, anatomy, sites, spec)
+    notes += _quantized_behind(model, sites)
+    notes += notes_on(knobs, spec.gate)
+    if spec.positions != "all" and not mask:
+        notes.append("no attention_mask input: the last index of each call is edited, so pad on the left")
+    if spec.positions != "all" and mask and hides_later_padding(model.graph):
+        notes.append(
+            "the KV cache has a fixed size and there are no position_ids: where a prompt is fed in parts, do not pad the later "
+            "ones on the right, or their last token is not edited"
+        )
+    notes += warnings_of(separation)
+    return GuardPlan(
+        mode=mode,
+        positions="prompt" if mode in MODES_ONLY_AT_PROMPT_END else spec.positions,
+        lowering=lowering.name,
+        lowering_reason=reason,
+        mask=mask,
+        width=anatomy.width,
+        decoder_layers=anatomy.layer_count,
+        sites=sites,
+        notes=tuple(dict.fromkeys(notes)),
+        knobs=knobs,
+        telemetry=spec.telemetry,
+        gate=spec.gate,
+        separation=separation,
+        supervisor=spec.supervisor,
+    )
+
+
+def _recorded(directions: Directions, layers: tuple[int, ...]) -> tuple[Separation, ...]:
+    """What the directions file records of its anchors."""
+    source = (directions.anchors or {}).get("source", "anchors")
+    return recorded_separations(directions.evidence, directions.pairs, layers, source)
+
+
+def _mask(model: ir.Model, spec: GuardSpec, mode: str) -> str:
+    """The mask that the last token is found by; one that cannot be read is refused only where it would have to be."""
+    is_read = spec.positions != "all" or spec.telemetry or spec.gate == "prompt" or mode in MODES_WITH_SUPERVISOR
+    if not is_read:
+        return readable_mask(model.graph)
+    mask = mask_input(model.graph)
+    return "" if mask is None else mask.name or ""
+
+
+def _one_direction(
+    spec: GuardSpec, directions: Directions, layers: tuple[int, ...], mode: str, notes: list[str]
+) -> Directions:
+    """With `direction_of`: that layer's SSD in every guarded layer."""
+    number = spec.direction_of
+    if number is None:
+        return directions
+    if mode != "project":
+        raise GuardError(f"--direction-of is for mode project, {mode} reads each layer's own; leave it out")
+    if number not in directions.layers:
+        raise DirectionMismatch(
+            f"the direction of layer {number} was asked for, the directions hold layers "
+            f"{_spell(tuple(directions.layers))}; extract them for that layer too"
+        )
+    notes.append(f"the direction of layer {number} in every guarded layer, as asked")
+    return replace(directions, layers={layer: LayerDirections(directions.layers[number].ssd) for layer in layers})
+
+
+def _require_foldable(
+    model: ir.Model, anatomy: DecoderAnatomy, sites: tuple[SitePlan, ...], spec: GuardSpec
+) -> list[str]:
+    """What `fold` can do: one subspace, everywhere, and weights that it can be folded into."""
+    if spec.positions != "all":
+        raise GuardError("fold changes weights, so every token; say --positions all, or choose --lowering lowrank")
+    absent = [number for number in range(anatomy.layer_count) if number not in {s.layer_index for s in sites}]
+    if absent:
+        raise GuardError(
+            f"fold changes the whole stream, layer {absent[0]} is not among the layers asked for; guard all of them with one "
+            "direction (--direction-of N), or choose --lowering lowrank"
+        )
+    if any(not np.array_equal(site.guard.ssd, sites[0].guard.ssd) for site in sites):
+        raise GuardError(
+            "fold projects the whole stream by one direction, the layers have different ones; name the layer whose "
+            "direction all of them take (--direction-of N), or choose --lowering lowrank"
+        )
+    writers = find_writers(model, last_sites(anatomy), anatomy.width)
+    weights = {writer.weight: writer for writer in writers}
+    kept = [weight.name for weight in weights if len(weight.uses()) > sum(w.weight is weight for w in writers)]
+    told = [f"fold: {len(weights)} weights write the stream, and are written again without the direction"]
+    if kept:
+        told.append(f"fold: {', '.join(map(str, kept))} has other readers too (a tied head) and stays beside its copy")
+    return told
+
+
+def _quantized_behind(model: ir.Model, sites: tuple[SitePlan, ...]) -> list[str]:
+    """Static int8 graphs (onnxruntime's QDQ) round each sum to the range that calibration saw, and so the guarded one."""
+    graphs = {body.name: body.graph for body in find_bodies(model, list({site.site.body for site in sites}))}
+    layers = []
+    for planned in sites:
+        node = find_node(graphs[planned.site.body], planned.site.anchor)
+        readers = [reader for output in node.outputs for reader in output.consumers()] if node is not None else []
+        if any(reader.op_type == "QuantizeLinear" for reader in readers):
+            layers.append(planned.layer_index)
+    if not layers:
+        return []
+    return [
+        f"layers {_spell(tuple(layers))}: the guarded sum is rounded to int8 right behind the guard; an edit beyond the "
+        "range that the model was quantized for is cut short, so evaluate it"
+    ]
+
+
+def last_sites(anatomy: DecoderAnatomy) -> tuple[ResidualSite, ...]:
+    """Where the stream ends: the last layer's site, one per body."""
+    return tuple(stream.sites[-1] for stream in anatomy.streams)
+
+
+def require_unguarded(model: ir.Model) -> None:
+    """Refuse a graph that already carries a guard.
+
+    Raises:
+        GuardError: some node or initializer is called `vlmguard/...`, or the metadata says that there is a guard.
+    """
+    names = [node.name or "" for node in model.graph.all_nodes()] + list(model.graph.initializers)
+    if any(name.startswith(PREFIX) for name in names):
+        raise GuardError("this decoder already carries a guard; start again from the unguarded model")
+    if any(key.startswith("vlmguard.") for key in model.metadata_props):
+        raise GuardError("this decoder's metadata says that it carries a guard; start again from the unguarded model")
+
+
+def require_layers(spec: GuardSpec, anatomy: DecoderAnatomy) -> None:
+    """The layers asked for are layers of the decoder.
+
+    Raises:
+        GuardError: one of them is not.
+    """
+    beyond = [number for number in spec.layers or () if number >= anatomy.layer_count]
+    if beyond:
+        raise GuardError(
+            f"layer {beyond[0]} was asked for, the decoder has layers 0 to {anatomy.layer_count - 1}; layers count from 0"
+        )
+
+
+def require_fitting(directions: Directions, anatomy: DecoderAnatomy) -> None:
+    """The directions have the decoder's width, and no layer that it has not.
+
+    Raises:
+        DirectionMismatch: they belong to another model.
+    """
+    if directions.width != anatomy.width:
+        raise DirectionMismatch(
+            f"the directions have width {directions.width}, the decoder has {anatomy.width}; "
+            "were they extracted from another model?"
+        )
+    beyond = [number for number in directions.layers if number >= anatomy.layer_count]
+    if beyond:
+        raise DirectionMismatch(
+            f"the directions are for layer {beyond[0]}, the decoder has layers 0 to {anatomy.layer_count - 1}; "
+            "were they extracted from another model?"
+        )
+
+
+def _mode(spec: GuardSpec, directions: Directions) -> tuple[str, list[str]]:
+    calibrated = directions.calibrated_layers
+    if spec.mode is None:
+        if directions.mode is not None:
+            if directions.mode in MODES_ONLY_AT_PROMPT_END:
+                return directions.mode, [f"mode {directions.mode}: that of the directions"]
+            return directions.mode, [f"mode {directions.mode}: what the directions were calibrated for"]
+        if calibrated:
+            return "restore", ["mode restore: the directions carry readout, target and threshold"]
+        return "project", [
+            "mode project: the directions carry an SSD alone; an uncalibrated projection may over-refuse or do nothing, "
+            "so evaluate it, or calibrate (give --anchors too)"
+        ]
+    if spec.mode == "project" and directions.mode is None and not calibrated:
+        return "project", [
+            "mode project as asked: an uncalibrated projection may over-refuse or do nothing; evaluate it"
+        ]
+    if spec.mode in MODES_WITH_GATE and spec.tau is None and directions.mode not in (None, "align", spec.mode):
+        raise DirectionMismatch(
+            f"the directions' thresholds were calibrated for {directions.mode}, not for {spec.mode}; give --tau, or "
+            "calibrate again with --anchors"
+        )
+    return spec.mode, [f"mode {spec.mode} as asked"]
+
+
+def _layers(
+    spec: GuardSpec, directions: Directions, anatomy: DecoderAnatomy, mode: str
+) -> tuple[tuple[int, ...], list[str]]:
+    require_layers(spec, anatomy)
+    if spec.direction_of is not None:
+        chosen = tuple(sorted(set(spec.layers))) if spec.layers is not None else tuple(range(anatomy.layer_count))
+        return chosen, [f"layers {_spell(chosen)}: {'as asked' if spec.layers is not None else 'all of the decoder'}"]
+    if spec.layers is not None:
+        absent = [number for number in spec.layers if number not in directions.layers]
+        if absent:
+            raise DirectionMismatch(
+                f"layer {absent[0]} was asked for, the directions hold layers {_spell(tuple(directions.layers))}; "
+                "extract them for that layer too"
+            )
+        return tuple(sorted(set(spec.layers))), [f"layers {_spell(spec.layers)} as asked"]
+    # layers that were chosen for another mode's edit say nothing of this one's
+    if mode == "align" and not (directions.mode == "align" and directions.recommended_layers):
+        return _later_layers(directions, anatomy.layer_count)
+    if directions.recommended_layers:
+        chosen = directions.recommended_layers
+        why = "what calibration chose" if mode not in MODES_ONLY_AT_PROMPT_END else "chosen with the directions"
+        return chosen, [f"layers {_spell(chosen)}: {why}"]
+    if mode in MODES_WITH_READOUT and directions.calibrated_layers:
+        chosen = directions.calibrated_layers
+        return chosen, [f"layers {_spell(chosen)}: those that the directions calibrate"]
+    chosen = tuple(directions.layers)
+    return chosen, [f"layers {_spell(chosen)}: those of the directions file"]
+
+
+def later_layers(numbers: Iterable[int], count: int, last: bool = False) -> tuple[tuple[int, ...], str]:
+    """What `align` guards without a calibration: the later two thirds of the decoder without its last layer, and in words.
+
+    Edits of the last layer go into the logits past every other layer. On a real model they brought back fewer refusals, and
+    refused more borderline prompts (docs/method.md).
+
+    Args:
+        numbers: of the layers that have directions.
+        count: layers of the decoder.
+        last: whether the last layer counts too.
+    """
+    available = tuple(numbers)
+    later = tuple(number for number in available if number >= -(-count // 3))
+    inner = tuple(number for number in later if number < count - 1)
+    if inner and not last:
+        return inner, "the later two thirds of the decoder without its last layer"
+    return (later, "the later two thirds of the decoder") if later else (available, "those of the directions file")
+
+
+def _later_layers(directions: Directions, count: int) -> tuple[tuple[int, ...], list[str]]:
+    chosen, which = later_layers(directions.layers, count)
+    return chosen, [f"layers {_spell(chosen)}: {which}; nothing is calibrated in mode align"]
+
+
+def _layer_guard(number: int, directions: Directions, spec: GuardSpec, mode: str, notes: list[str]) -> LayerGuard:
+    layer = directions.layers[number]
+    rank = spec.rank or layer.ssd.shape[0]
+    if rank > layer.ssd.shape[0]:
+        raise DirectionMismatch(
+            f"rank {rank} was asked for, the directions of layer {number} have {layer.ssd.shape[0]} rows; "
+            "extract them with a higher --rank"
+        )
+    if mode in MODES_WITH_ALPHA:
+        alpha = spec.alpha if spec.alpha is not None else directions.alpha if directions.alpha is not None else 1.0
+        if alpha > LARGEST_ALPHA:
+            raise GuardError(f"alpha {alpha:g} is beyond {LARGEST_ALPHA:g}; no hidden state survives that")
+    elif spec.alpha is not None:
+        raise GuardError(f"mode {mode} has no strength alpha; leave --alpha out, or choose steer or supervise")
+    else:
+        alpha = 1.0
+    if spec.tau is not None and mode not in MODES_WITH_GATE:
+        what = "gate" if mode == "project" else "threshold"
+        raise GuardError(f"mode {mode} has no {what}; leave --tau out, or choose a mode with one")
+    zeros = np.zeros(rank, np.float32)
+    threshold = _threshold(number, layer, spec, mode, notes)
+    return LayerGuard(
+        ssd=layer.ssd[:rank],
+        origin=layer.origin[:rank] if layer.origin is not None else zeros,
+        target=_target(number, layer, rank, mode),
+        readout=_readout(number, layer, mode, notes),
+        threshold=threshold,
+        alpha=float(np.float32(alpha)),
+        text_shift=_text_shift(number, layer, mode, threshold),
+    )
+
+
+def _target(number: int, layer: LayerDirections, rank: int, mode: str) -> np.ndarray:
+    if mode not in MODES_WITH_READOUT:
+        return np.zeros(rank, np.float32)
+    if layer.target is None:
+        raise DirectionMismatch(
+            f"mode {mode} needs a target level, layer {number} of the directions has none; calibrate with --anchors"
+        )
+    return layer.target[:rank]
+
+
+def _readout(number: int, layer: LayerDirections, mode: str, notes: list[str]) -> np.ndarray:
+    if layer.readout is not None:
+        return layer.readout
+    if mode in MODES_WITH_READOUT:
+        notes.append(f"layer {number} has no readout of its own: its gate reads the first row of the SSD")
+    return layer.ssd[0]
+
+
+def _threshold(number: int, layer: LayerDirections, spec: GuardSpec, mode: str, notes: list[str]) -> float:
+    if mode == "align":
+        return -np.inf if spec.supervisor == "rows" else float(np.float32(SUPERVISED_ABOVE))
+    if mode not in MODES_WITH_GATE:
+        return 0.0
+    if spec.tau is not None:
+        return float(np.float32(spec.tau))
+    if layer.threshold is not None:
+        return float(np.float32(layer.threshold))  # what the graph compares with, and what a directions file holds
+    if mode in MODES_WITH_READOUT:
+        raise DirectionMismatch(
+            f"mode {mode} needs a threshold, layer {number} of the directions has none; give --tau, or calibrate "
+            "with --anchors"
+        )
+    notes.append("tau = 0, as in the paper: the directions carry no threshold, and coordinates are not centred on 0")
+    return 0.0
+
+
+def _text_shift(number: int, layer: LayerDirections, mode: str, threshold: float) -> float:
+    """One threshold for the readout and for the text, each on its own scale."""
+    if mode != "combined":
+        return 0.0
+    if layer.text_threshold is None:
+        raise DirectionMismatch(
+            f"mode combined needs a threshold for the text too, layer {number} of the directions has none; calibrate with "
+            "--anchors"
+        )
+    return float(np.float32(threshold - layer.text_threshold))
+
+
+def _require_expressible(model: ir.Model, sites: tuple[SitePlan, ...], mode: str) -> None:
+    opset = model.graph.opset_imports.get("", 0)
+    if opset < OLDEST_OPSET:
+        raise GuardError(
+            f"the graph has opset {opset}, the guard needs {OLDEST_OPSET} or later; convert it with onnx.version_converter"
+        )
+    ranks = {site.guard.rank for site in sites}
+    if mode in MODES_WITH_SUPERVISOR and len(ranks) > 1:
+        raise GuardError(f"{mode} needs one rank in all layers, found {sorted(ranks)}; give --rank {min(ranks)}")
+    for site in sites:
+        assert 1 <= site.guard.rank <= MAX_RANK
+
+
+def _spell(layers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, layers))

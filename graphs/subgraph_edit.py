@@ -1,0 +1,44 @@
+"""What the guarded layers of one subgraph share while the rewrite runs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from .lowerings.table import Lowering
+from .lowerings.task import Held
+from .node_builder import Scribe
+from .plan import GuardPlan, SitePlan
+from .subgraphs import Body
+
+
+@dataclass
+class SubgraphEdit:
+    """What the sites of one body share while the rewrite runs."""
+
+    model: ir.Model
+    body: Body
+    plan: GuardPlan
+    lowering: Lowering
+    given: dict[str, ir.Value] = field(default_factory=dict)
+    ends: ir.Value | None = None
+    text_ends: ir.Value | None = None
+    offset: ir.Value | None = None
+    held: Held | None = None
+    selections: dict[str, ir.Value] = field(default_factory=dict)
+    shared: list[str] = field(default_factory=list)
+    initializers: list[str] = field(default_factory=list)
+    told: dict[str, list[ir.Value]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def graph(self) -> ir.Graph:
+        return self.body.graph
+
+    @property
+    def sites(self) -> tuple[SitePlan, ...]:
+        return tuple(site for site in self.plan.sites if site.site.body == self.body.name)
+
+    def scribe(self, scope: str, properties: dict[str, str] | None = None) -> Scribe:
+        return Scribe(self.graph, scope, properties, home=self.model.graph, path=self.body.path)
