@@ -418,7 +418,7 @@ def prove(
     source = decoder.package.load_decoder()
     dissect(source)  # inlines functions and infers types exactly as was done to the graph that was rewritten
     structure = prove_fold if decoder.plan.lowering == FOLD else prove_structure
-    checks = structure(source, load_graph(path, vouched=True), decoder.anatomy, decoder.plan, report)
+    checks = structure(source, load_graph(path, trust_links=True), decoder.anatomy, decoder.plan, report)
     tell(label, 1, 2)
     _require_all(checks)
     if locally:

@@ -343,7 +343,7 @@ class Guide:
 
         def opened() -> VisionLanguageModel:
             # with `--data reference` its files are links
-            return last_token_model(open_package(guarded, vouched=True), self.place)
+            return last_token_model(open_package(guarded, trust_links=True), self.place)
 
         found = ask_guarded(unguarded, opened, plan, tolerance, self.tell)
         require_no_fewer(found)

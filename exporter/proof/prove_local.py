@@ -42,7 +42,7 @@ def prove_locally(staged: Path, plan: GuardPlan, report: GuardReport) -> tuple[C
         staged: the guarded decoder's file, as it will ship.
         plan, report: what was planned and done; a lowering that writes nodes.
     """
-    graph = load_graph(staged, vouched=True)
+    graph = load_graph(staged, trust_links=True)
     found = LocalFindings(plan)
     for body in plan.bodies:
         for layers in _parts(plan):
