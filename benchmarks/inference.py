@@ -30,7 +30,7 @@ from record import parser, read_parts, write_result
 from shapes import SHAPES, Precision, Shape, built
 
 from vlmguard.graphs.node_builder import PREFIX
-from vlmguard.graphs.reference import LISTEN
+from vlmguard.graphs.reference import NO_SUPERVISOR
 from vlmguard.graphs.spec import MODES, MODES_WITH_GATE, GuardSpec, Mode, Positions
 
 RANKS = (1, 4, 8)
@@ -75,7 +75,7 @@ class Variant:
 
     @property
     def supervisor(self) -> float:
-        return 0.5 if self.gate == "open" or self.mode == "align" else LISTEN
+        return 0.5 if self.gate == "open" or self.mode == "align" else NO_SUPERVISOR
 
 
 def gates(mode: str) -> tuple[str, ...]:

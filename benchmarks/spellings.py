@@ -26,7 +26,7 @@ from shapes import SHAPES
 
 from vlmguard.graphs.call_inputs import CallInputs
 from vlmguard.graphs.graph_io import graph_bytes
-from vlmguard.graphs.node_builder import Scribe
+from vlmguard.graphs.node_builder import NodeBuilder
 from vlmguard.graphs.plan import GuardPlan, SitePlan
 from vlmguard.graphs.positions import LastToken
 from vlmguard.graphs.reference import LayerGuard
@@ -144,32 +144,32 @@ class Chain:
         stream = ir.Value(name="stream", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["b", "s", width]))
         mask = ir.Value(name="attention_mask", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["b", "t"]))
         graph = ir.Graph([stream, mask], [], nodes=[], opset_imports={"": 21, "com.microsoft": 1}, name="chain")
-        self.scribe = Scribe(graph, "chain")
+        self.builder = NodeBuilder(graph, "chain")
         random = np.random.default_rng(0)
         self.sites: list[ir.Node] = []
         normed = stream
         for number in range(sites):
             down, up = (self._weight(random, f"{number}_{name}", *dims) for name, dims in _mlp(width))
-            inner = self.scribe.op(f"{number}_inner", "MatMul", [normed, down])
-            branch = self.scribe.op(f"{number}_branch", "MatMul", [inner, up])
+            inner = self.builder.op(f"{number}_inner", "MatMul", [normed, down])
+            branch = self.builder.op(f"{number}_branch", "MatMul", [inner, up])
             branch.type, branch.shape = stream.type, stream.shape
             stream, normed = self._skip_norm(number, stream, branch, width)
-        self.scribe.place_last()
+        self.builder.place_last()
         graph.outputs.append(normed)
         self.model = ir.Model(graph, ir_version=10)
         for value in (*graph.initializers.values(), *(v for node in graph for v in node.outputs)):
             if value.name and value.name.startswith(
                 "vlmguard/"
-            ):  # the scribe's prefix; here it would look like a guard
+            ):  # the builder's prefix; here it would look like a guard
                 value.name = value.name.removeprefix("vlmguard/")
         for node in graph:
             node.name = (node.name or "").removeprefix("vlmguard/")
 
     def _weight(self, random: np.random.Generator, name: str, *dims: int) -> ir.Value:
-        return self.scribe.constant(name, random.normal(size=dims) / np.sqrt(dims[0]), "float32")
+        return self.builder.constant(name, random.normal(size=dims) / np.sqrt(dims[0]), "float32")
 
     def _skip_norm(self, number: int, stream: ir.Value, branch: ir.Value, width: int) -> tuple[ir.Value, ir.Value]:
-        scale = self.scribe.constant(f"{number}_scale", np.ones(width), "float32")
+        scale = self.builder.constant(f"{number}_scale", np.ones(width), "float32")
         normed, total = (
             ir.Value(name=f"{name}_{number}", type=stream.type, shape=stream.shape) for name in ("normed", "sum")
         )
@@ -181,7 +181,7 @@ class Chain:
             outputs=[normed, ir.Value(name=""), ir.Value(name=""), total],
             name=f"skip_norm_{number}",
         )
-        self.scribe.nodes.append(node)
+        self.builder.nodes.append(node)
         self.sites.append(node)
         return total, normed
 
@@ -212,22 +212,22 @@ def _spelled(width: int, guards: list[LayerGuard], positions: str, spelling: Spe
     graph = chain.model.graph
     last = None
     if positions == "last":
-        scribe = Scribe(graph, "positions")
-        tokens = LastToken(scribe, graph.inputs[0], CallInputs(graph.inputs[1]))
+        builder = NodeBuilder(graph, "positions")
+        tokens = LastToken(builder, graph.inputs[0], CallInputs(graph.inputs[1]))
         pairs = tokens.pairs
         if spelling.gather == "sum":  # [batch, 1, 2]: what is gathered keeps the sequence axis
-            pairs = scribe.op("pairs_of_one", "Unsqueeze", [pairs, scribe.integers(1)])
+            pairs = builder.op("pairs_of_one", "Unsqueeze", [pairs, builder.integers(1)])
         if spelling.gather == "flat":  # [batch, 1]: row times sequence plus position
-            row, place = (scribe.op(f"pair_{n}", "Gather", [pairs, scribe.integers(n)], axis=1) for n in (0, 1))
-            shape = scribe.op("flat_shape", "Shape", [graph.inputs[0]], start=1, end=2)
-            pairs = scribe.op("flat", "Add", [scribe.op("flat_row", "Mul", [row, shape]), place])
-        selection = scribe.cast("selection", tokens.selected, "float32")
+            row, place = (builder.op(f"pair_{n}", "Gather", [pairs, builder.integers(n)], axis=1) for n in (0, 1))
+            shape = builder.op("flat_shape", "Shape", [graph.inputs[0]], start=1, end=2)
+            pairs = builder.op("flat", "Add", [builder.op("flat_row", "Mul", [row, shape]), place])
+        selection = builder.cast("selection", tokens.selected, "float32")
         last = pairs, tokens.selected, selection
-        scribe.place_before(chain.sites[0])
+        builder.place_before(chain.sites[0])
     for number, (node, guard) in enumerate(zip(chain.sites, guards, strict=True)):
-        scribe = Scribe(graph, f"layer_{number}")
-        _Site(scribe, spelling, guard, last).correct(node)
-        scribe.place_before(node)
+        builder = NodeBuilder(graph, f"layer_{number}")
+        _Site(builder, spelling, guard, last).correct(node)
+        builder.place_before(node)
     return chain.model
 
 
@@ -235,7 +235,7 @@ def _spelled(width: int, guards: list[LayerGuard], positions: str, spelling: Spe
 class _Site:
     """One site of a candidate; `last` is `(pairs, selected as bool, selected as float)` or `None` for all tokens."""
 
-    scribe: Scribe
+    builder: NodeBuilder
     spelling: Spelling
     guard: LayerGuard
     last: tuple[ir.Value, ir.Value, ir.Value] | None
@@ -255,8 +255,8 @@ class _Site:
         if self.last is not None and self.spelling.gather == "sum":
             read = self._op("last", "GatherND", total, self.last[0])
         if self.last is not None and self.spelling.gather == "flat":
-            tokens = self._op("tokens", "Reshape", total, self.scribe.integers(-1, self.guard.ssd.shape[1]))
-            read = self.scribe.op("last", "Gather", [tokens, self.last[0]], axis=0)
+            tokens = self._op("tokens", "Reshape", total, self.builder.integers(-1, self.guard.ssd.shape[1]))
+            read = self.builder.op("last", "Gather", [tokens, self.last[0]], axis=0)
         delta = self._write(self._weights(read))
         if self.spelling.corrects == "branch":
             node.replace_input_with(1, self._op("guarded", "Add", branch, delta))
@@ -278,10 +278,10 @@ class _Site:
         if self.spelling.gate == "hard_sigmoid":
             slope = 2.0**60  # a power of two rounds nothing, so the sign of `slope * score - slope * tau` is exact
             offset = -slope * self.guard.threshold
-            gate = self.scribe.op("gate", "HardSigmoid", [score], alpha=slope, beta=offset)
+            gate = self.builder.op("gate", "HardSigmoid", [score], alpha=slope, beta=offset)
         else:
             opened = self._op("opens", "Greater", score, self._number("tau", np.array(self.guard.threshold)))
-            gate = self.scribe.cast("gate", opened, "float32")
+            gate = self.builder.cast("gate", opened, "float32")
         if early and self.last is not None:
             gate = self._op("gate_at_last", "Mul", gate, self.last[2])
         return self._op("weights", "Mul", gate, wanted)
@@ -301,11 +301,11 @@ class _Site:
             return both, self._columns("score", both, rank, rank + 1)
         if self.spelling.read == "slices":
             return self._columns("c", both, 0, rank), self._columns("score", both, rank, rank + 1)
-        c, score = ir.Value(name=f"{self.scribe.scope}/c"), ir.Value(name=f"{self.scribe.scope}/score")
-        sizes = self.scribe.integers(rank, 1)
+        c, score = ir.Value(name=f"{self.builder.scope}/c"), ir.Value(name=f"{self.builder.scope}/score")
+        sizes = self.builder.integers(rank, 1)
         split = ir.Node("", "Split", [both, sizes], [ir.AttrInt64("axis", -1)], outputs=[c, score])
-        split.name = f"{self.scribe.scope}/split"
-        self.scribe.nodes.append(split)
+        split.name = f"{self.builder.scope}/split"
+        self.builder.nodes.append(split)
         return c, score
 
     def _write(self, weights: ir.Value) -> ir.Value:
@@ -317,23 +317,23 @@ class _Site:
         delta = self._op("delta", "MatMul", weights, self._number("ssd", rows))
         if self.last is None or self.spelling.gather != "both":
             return delta
-        column = self._op("delta_column", "Unsqueeze", delta, self.scribe.integers(1))
+        column = self._op("delta_column", "Unsqueeze", delta, self.builder.integers(1))
         return self._op("delta_spread", "Mul", column, self.last[2])
 
     def _columns(self, name: str, value: ir.Value, start: int, stop: int) -> ir.Value:
-        return self._op(name, "Slice", value, *(self.scribe.integers(n) for n in (start, stop, -1)))
+        return self._op(name, "Slice", value, *(self.builder.integers(n) for n in (start, stop, -1)))
 
     def _op(self, name: str, operator: str, *inputs: ir.Value) -> ir.Value:
-        return self.scribe.op(name, operator, list(inputs))
+        return self.builder.op(name, operator, list(inputs))
 
     def _microsoft(self, operator: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
-        output = ir.Value(name=f"{self.scribe.scope}/read")
+        output = ir.Value(name=f"{self.builder.scope}/read")
         node = ir.node(operator, inputs, attributes, domain="com.microsoft", outputs=[output], name=output.name)
-        self.scribe.nodes.append(node)
+        self.builder.nodes.append(node)
         return output
 
     def _number(self, name: str, array: np.ndarray) -> ir.Value:
-        return self.scribe.constant(name, array, "float32")
+        return self.builder.constant(name, array, "float32")
 
 
 # Running

@@ -24,7 +24,7 @@ from record import parser, write_result
 from shapes import SHAPES, Shape, built
 
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, PROMPT_SUPERVISOR_INPUT
-from vlmguard.graphs.reference import LISTEN
+from vlmguard.graphs.reference import NO_SUPERVISOR
 from vlmguard.graphs.spec import GuardSpec, Supervisor
 
 RANK = 8
@@ -98,14 +98,16 @@ class Session:
         providers = ["CPUExecutionProvider"]
         self.session = onnxruntime.InferenceSession(str(path), session_options(threads), providers=providers)
 
-    def call(self, tokens: int, past: int = 0, rows: int = 1, supervisor: float = LISTEN) -> Callable[[], object]:
+    def call(
+        self, tokens: int, past: int = 0, rows: int = 1, supervisor: float = NO_SUPERVISOR
+    ) -> Callable[[], object]:
         """`tokens` tokens of `rows` rows on a cache of `past`."""
         binding = self.bound(tokens, past, rows, supervisor)
         return lambda: self.session.run_with_iobinding(binding)
 
     def two_passes(self, text: int, prompt: int) -> Callable[[], object]:
         """The text-only prompt, whose coordinates go into the prompt's call."""
-        first, second = self.bound(text, 0, 1, LISTEN), self.bound(prompt, 0, 1, LISTEN)
+        first, second = self.bound(text, 0, 1, NO_SUPERVISOR), self.bound(prompt, 0, 1, NO_SUPERVISOR)
         names = [port.name for port in self.session.get_outputs()]
 
         def run() -> None:

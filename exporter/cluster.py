@@ -19,15 +19,15 @@ from typing import Any
 
 from ..graphs.errors import ExtraMissing, GuardError, first_line
 from ..graphs.extras import install_command
-from .executors import Pinned, R, S, Spread, Spreader, here
+from .executors import Executor, ExecutorFactory, PinnedSpec, R, S, local_executors
 
 _MOST_LOSSES = 3  # a shard that kills its workers, or machines on which none comes up, must end the run
 _AHEAD = 4  # shards per worker that may be done before their turn: what a killed run loses of them
 
 
 @contextlib.contextmanager
-def cluster(address: str, workers: int | None = None) -> Iterator[Spreader]:
-    """Within, a spreader over a Ray cluster.
+def cluster(address: str, workers: int | None = None) -> Iterator[ExecutorFactory]:
+    """Within the block, makes executors on a Ray cluster.
 
     Args:
         address: of a running cluster (`auto`: the one that this machine belongs to), or `local`: one is started here, and
@@ -52,7 +52,7 @@ def cluster(address: str, workers: int | None = None) -> Iterator[Spreader]:
         _connect(address)
     try:
         count, gpus = _size(workers)
-        yield lambda recipe: _spread(Pinned.of(recipe), count, gpus)
+        yield lambda worker_spec: _on_cluster(PinnedSpec.of(worker_spec), count, gpus)
     finally:
         if connects:
             ray.shutdown()
@@ -80,7 +80,7 @@ def _size(wanted: int | None) -> tuple[int, bool]:
     return wanted or gpus or max(1, len(machines)), gpus > 0
 
 
-def _spread(pinned: Pinned, workers: int, gpus: bool) -> Spread:
+def _on_cluster(pinned: PinnedSpec, workers: int, gpus: bool) -> Executor:
     def over(work: Callable[[S], R], shards: Iterable[S], /) -> Iterator[R]:
         """`work` stays here: each worker opens its own."""
         return _Run(pinned, workers, gpus).map(shards)
@@ -91,7 +91,7 @@ def _spread(pinned: Pinned, workers: int, gpus: bool) -> Spread:
 class Worker:
     """What runs in a process of the cluster."""
 
-    def open(self, pinned: Pinned) -> None:
+    def open(self, pinned: PinnedSpec) -> None:
         self._work = pinned.open()
 
     def run(self, shard: Any) -> Any:
@@ -123,7 +123,7 @@ class _Run:
         unopened: workers lost in a row while they opened the models.
     """
 
-    pinned: Pinned
+    pinned: PinnedSpec
     workers: int
     gpus: bool
     idle: list[Any] = field(default_factory=list)
@@ -215,10 +215,10 @@ class _Run:
             )
 
 
-def spreading(address: str | None, workers: int | None = None) -> AbstractContextManager[Spreader]:
+def open_executors(address: str | None, workers: int | None = None) -> AbstractContextManager[ExecutorFactory]:
     """Here, or over the Ray cluster at an address; arguments and errors as for `cluster`."""
     if address is None:
         if workers is not None:
             raise GuardError(f"{workers} workers need a cluster; say which with --ray")
-        return nullcontext(here)
+        return nullcontext(local_executors)
     return cluster(address, workers)

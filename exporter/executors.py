@@ -1,7 +1,7 @@
-"""One function over the batches of a run: here, or on a cluster, and the same results either way, in order.
+"""Executors run one function over the batches of a job, in this process or on a cluster, with the same results in order.
 
 A shard is one batch of the local run, never a part of one: rows of a batch are padded together, and another batch has other
-padding and other roundings. What does not fit into a pickle (open models) is not sent; a `Recipe` says how another process
+padding and other roundings. What does not fit into a pickle (open models) is not sent; a `WorkerSpec` says how another process
 opens the same, and the digests of its files are compared before anything is run there (`cluster.py`).
 """
 
@@ -21,7 +21,7 @@ S = TypeVar("S")  # a shard
 R = TypeVar("R")  # its results
 
 
-class Recipe(Protocol):
+class WorkerSpec(Protocol):
     """How a process opens the models of a run for itself; plain data."""
 
     def files(self) -> Sequence[Path]:
@@ -33,7 +33,7 @@ class Recipe(Protocol):
         ...
 
 
-class Spread(Protocol):
+class Executor(Protocol):
     """`map`, here or elsewhere: the results of all shards, in their order.
 
     Args:
@@ -44,7 +44,7 @@ class Spread(Protocol):
     def __call__(self, work: Callable[[S], R], shards: Iterable[S], /) -> Iterator[R]: ...
 
 
-Spreader = Callable[[Recipe], Spread]  # who does the shards, told how the models are opened
+ExecutorFactory = Callable[[WorkerSpec], Executor]  # makes an executor for a spec of what its workers open
 
 
 def in_turn(work: Callable[[S], R], shards: Iterable[S], /) -> Iterator[R]:
@@ -52,37 +52,37 @@ def in_turn(work: Callable[[S], R], shards: Iterable[S], /) -> Iterator[R]:
     return map(work, shards)
 
 
-def here(recipe: Recipe) -> Spread:
-    """A spreader that sends nothing away: what is open here is all that is needed."""
+def local_executors(worker_spec: WorkerSpec) -> Executor:
+    """The executor of this process: it runs each shard with the models that are open here."""
     return in_turn
 
 
-def when_needed(recipe: Recipe) -> Callable[[Any], Any]:
-    """What a recipe opens, not before there is a shard: where others do them all, nothing is opened here."""
-    opened = lru_cache(maxsize=1)(recipe.open)
+def when_needed(worker_spec: WorkerSpec) -> Callable[[Any], Any]:
+    """The work of a spec, opened at the first shard: where other processes do them all, this one opens nothing."""
+    opened = lru_cache(maxsize=1)(worker_spec.open)
     return lambda shard: opened()(shard)
 
 
 @dataclass(frozen=True)
-class Pinned:
-    """A recipe, and what its files and the libraries must be wherever it is opened.
+class PinnedSpec:
+    """A worker spec, and the digests and versions that its files and libraries must have wherever it is opened.
 
     Attributes:
         digests: SHA-256 by path.
         versions: of what computes.
     """
 
-    recipe: Recipe
+    worker_spec: WorkerSpec
     digests: Mapping[Path, str]
     versions: Mapping[str, str]
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Pinned:
+    def of(cls, worker_spec: WorkerSpec) -> PinnedSpec:
         """As things are in this process."""
-        return cls(recipe, sha256_files(recipe.files()), versions())
+        return cls(worker_spec, sha256_files(worker_spec.files()), versions())
 
     def open(self) -> Callable[[Any], Any]:
-        """What the recipe opens, if it is the same here.
+        """The work of the spec, if its files and libraries are the same on this machine.
 
         Raises:
             ModelUnreadable: a file is missing or another one, or a library is.
@@ -102,7 +102,7 @@ class Pinned:
                     f"{where}: {path} is another file (its SHA-256 begins {digest[:12]}, where the run began it begins "
                     f"{self.digests[path][:12]}); copy the model there again"
                 )
-        return self.recipe.open()
+        return self.worker_spec.open()
 
 
 def versions() -> dict[str, str]:

@@ -44,8 +44,8 @@ from .calibration.judged import readable_images
 from .calibration.refusal_regression import Refusals
 from .calibration.results import Calibration
 from .choices import ExporterName, Precision, WantedProof
-from .cluster import spreading
-from .executors import Spreader
+from .cluster import open_executors
+from .executors import ExecutorFactory
 from .extraction.estimators import DEFAULT_ESTIMATOR
 from .prompts.anchors import open_anchors
 from .prompts.labelled import BUILTIN, Sources, find_file
@@ -418,7 +418,7 @@ def prove(
     source = decoder.package.load_decoder()
     dissect(source)  # inlines functions and infers types exactly as was done to the graph that was rewritten
     structure = prove_fold if decoder.plan.lowering == FOLD else prove_structure
-    checks = structure(source, load_graph(path, vouched=True), decoder.anatomy, decoder.plan, report)
+    checks = structure(source, load_graph(path, trust_links=True), decoder.anatomy, decoder.plan, report)
     tell(label, 1, 2)
     _require_all(checks)
     if locally:
@@ -477,10 +477,10 @@ def extract_directions(
     for path in (output, config) if calibrate_for is not None else (output,):
         require_writable_file(path, force)
     if is_checkpoint(model) and calibrate_for is None:
-        with spreading(ray, ray_workers) as spread:
-            return _extract_in_torch(model, output, anchors, rank, estimator, tell, spread, report_found)
+        with open_executors(ray, ray_workers) as executors:
+            return _extract_in_torch(model, output, anchors, rank, estimator, tell, executors, report_found)
     import_onnxruntime()
-    with spreading(ray, ray_workers) as spread, opened(model, variant, tell) as source:
+    with open_executors(ray, ray_workers) as executors, opened(model, variant, tell) as source:
         anatomy = _open(source.package).anatomy
         guide = Guide(
             source,
@@ -492,7 +492,7 @@ def extract_directions(
             estimator=estimator,
             readout=readout,
             output=output,
-            spread=spread,
+            executors=executors,
         )
         if calibrate_for is None:
             found, calibrated = guide.extracted(guide.anchors(anchors), rank), None
@@ -513,7 +513,7 @@ def _extract_in_torch(
     rank: int,
     estimator: str,
     tell: Watch,
-    spread: Spreader,
+    executors: ExecutorFactory,
     report_found: Callable[[Mapping[str, Path]], None],
 ) -> Directions:
     from .extraction.extract_torch import extract_from_checkpoint
@@ -529,7 +529,7 @@ def _extract_in_torch(
         rank,
         estimator=estimator,
         progress=lambda done, total: tell("extracting directions", done, total),
-        spread=spread,
+        executors=executors,
     )
     found = replace(found, anchors=anchors.record())
     write_file(output, directions_bytes(found))

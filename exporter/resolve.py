@@ -38,7 +38,7 @@ from .calibration.effect import (
 from .calibration.judged import beside_images
 from .calibration.refusal_regression import Refusals, require_no_fewer
 from .calibration.results import Calibration
-from .executors import Spreader, here
+from .executors import ExecutorFactory, local_executors
 from .extraction.estimators import DEFAULT_ESTIMATOR
 from .extraction.extract import extract_all_layers
 from .extraction.kept_states import kept_beside, model_digest
@@ -89,7 +89,7 @@ class Guide:
     estimator: str = DEFAULT_ESTIMATOR
     readout: str | None = None  # of the gate of `restore`; None: calibration chooses
     output: Path | None = None  # states are kept beside it while they are read; None: nowhere
-    spread: Spreader = here  # who reads the anchors' states
+    executors: ExecutorFactory = local_executors  # who reads the anchors' states
     images: tuple[Path, ...] = ()  # the user's pictures, for calibration
     seconds: float | None = None  # that a calibration may take
     model: VisionLanguageModel | None = None
@@ -290,7 +290,7 @@ class Guide:
                 progress=lambda done, total: self.tell("extracting directions", done, total),
                 estimator=self.estimator,
                 kept=kept,
-                spread=self.spread,
+                executors=self.executors,
             )
         return replace(found, anchors=anchors.record())
 
@@ -356,7 +356,7 @@ class Guide:
 
         def opened() -> VisionLanguageModel:
             # with `--data reference` its files are links
-            return last_token_model(open_package(guarded, vouched=True), self.place)
+            return last_token_model(open_package(guarded, trust_links=True), self.place)
 
         found = ask_guarded(unguarded, opened, plan, tolerance, self.tell)
         require_no_fewer(found)

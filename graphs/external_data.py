@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 _KEYS = frozenset({"location", "offset", "length", "checksum"})
 
 
-def require_external_data(path: Path, tensors: Iterable[onnx.TensorProto], vouched: bool = False) -> None:
+def require_external_data(path: Path, tensors: Iterable[onnx.TensorProto], trust_links: bool = False) -> None:
     """Every place is where weights may be, and is there in full.
 
     Args:
         path: the graph's file, absolute.
         tensors: those that say that their numbers are elsewhere.
-        vouched: links out of the folder may be followed: they are those of `--data reference`.
+        trust_links: links out of the folder may be followed: they are those of `--data reference`.
 
     Raises:
         ModelUnreadable: which tensor breaks which rule.
@@ -39,7 +39,7 @@ def require_external_data(path: Path, tensors: Iterable[onnx.TensorProto], vouch
         location, start, stop = _place(path, tensor)
         places.setdefault(location, []).append((start, stop, tensor.name))
     for location, taken in places.items():
-        size = _size(path, location, vouched)
+        size = _size(path, location, trust_links)
         start, needed, name = max(taken, key=lambda place: place[1])
         if size < needed:
             raise ModelUnreadable(
@@ -91,7 +91,7 @@ def _whole(path: Path, name: str, said: dict[str, str], key: str) -> int:
     return number
 
 
-def _size(path: Path, location: str, vouched: bool) -> int:
+def _size(path: Path, location: str, trust_links: bool) -> int:
     data = path.parent / location
     try:
         found = data.exists()
@@ -101,7 +101,7 @@ def _size(path: Path, location: str, vouched: bool) -> int:
         raise ModelUnreadable(f"{path}: its external data {location} is missing; put it beside the model")
     if not data.is_file():
         raise ModelUnreadable(f"{path}: its external data {location} is no regular file; refuse it")
-    if not vouched:
+    if not trust_links:
         require_own(data, path.parent)
     return data.stat().st_size
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import onnx_ir as ir
 
 from .node_builder import PREFIX
-from .subgraphs import Body, branches, branching, surface, top
+from .subgraphs import DecoderSubgraph, branches, branching, surface, top
 
 
 def tap_gates(model: ir.Model, layers: Sequence[int]) -> dict[int, str]:
@@ -29,7 +29,7 @@ def tap_gates(model: ir.Model, layers: Sequence[int]) -> dict[int, str]:
     return names
 
 
-def _gate(model: ir.Model, layer: int) -> dict[Body, ir.Value]:
+def _gate(model: ir.Model, layer: int) -> dict[DecoderSubgraph, ir.Value]:
     """What the lowerings call `gate`, in each body of the decoder; empty if a body lacks it."""
     for bodies in _places(model):
         values = {body: body.values().get(f"{PREFIX}{body.path}layer_{layer}/gate") for body in bodies}
@@ -39,7 +39,7 @@ def _gate(model: ir.Model, layer: int) -> dict[Body, ir.Value]:
     return {}
 
 
-def _places(model: ir.Model) -> Iterator[list[Body]]:
+def _places(model: ir.Model) -> Iterator[list[DecoderSubgraph]]:
     """The top graph, then the branches of each `If`: the bodies that may hold a decoder."""
     yield [top(model)]
     for node in branching(model.graph):

@@ -29,12 +29,12 @@ _ONE_TENSOR, _MANY_TENSORS, _ONE_GRAPH, _MANY_GRAPHS = 4, 9, 5, 10  # onnx.Attri
 _EXTERNAL, _STRING = 1, 8  # onnx.TensorProto.DataLocation, .DataType
 
 
-def read_graph_file(path: Path, vouched: bool = False) -> tuple[onnx.ModelProto, Mapping[int, tuple[int, int]]]:
+def read_graph_file(path: Path, trust_links: bool = False) -> tuple[onnx.ModelProto, Mapping[int, tuple[int, int]]]:
     """Parse a graph file; its external data is looked at, not read. Large weights inside a large file are left where they are.
 
     Args:
         path: absolute.
-        vouched: links out of the folder may be followed, because it was us who made them (`external_data`).
+        trust_links: links out of the folder may be followed, because it was us who made them (`external_data`).
 
     Returns:
         The model, and index among the top graph's initializers -> `(offset, length)` of those that were left in the file.
@@ -51,7 +51,7 @@ def read_graph_file(path: Path, vouched: bool = False) -> tuple[onnx.ModelProto,
     for tensor in tensors:
         if tensor.data_location != _EXTERNAL:
             _require_numbers(path, tensor)
-    require_external_data(path, [tensor for tensor in tensors if tensor.data_location == _EXTERNAL], vouched)
+    require_external_data(path, [tensor for tensor in tensors if tensor.data_location == _EXTERNAL], trust_links)
     return proto, places
 
 

@@ -23,19 +23,19 @@ _MOVED_FROM = 1024  # bytes; onnxruntime wants the numbers that shapes depend on
 _ALIGNED = 64
 
 
-def load_graph(path: Path, vouched: bool = False) -> ir.Model:
+def load_graph(path: Path, trust_links: bool = False) -> ir.Model:
     """Open a graph by absolute path; external weights are referenced, not read, and checked to be there in full.
 
     Args:
         path: of the graph.
-        vouched: it is ours (on its way to be proved, or under a manifest's digests): its weights may be links out of the
+        trust_links: it is ours (on its way to be proved, or under a manifest's digests): its weights may be links out of the
             folder, as `--data reference` makes them.
 
     Raises:
         ModelUnreadable: missing, not ONNX, truncated, or it breaks a rule for files of strangers (`graph_file`).
     """
     path = Path(path).absolute()
-    proto, places = read_graph_file(path, vouched)
+    proto, places = read_graph_file(path, trust_links)
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx_ir has exceptions of its own
@@ -76,7 +76,7 @@ def file_stamp(path: Path) -> tuple[int, int]:
 @lru_cache(maxsize=64)
 def _external_files(path: Path, stamp: tuple[int, int]) -> tuple[Path, ...]:
     """Asked for several times in every export, and the answer costs a parse; `stamp` makes a changed file another one."""
-    return tuple(sorted({_data_path(path, tensor) for tensor in _external_tensors(load_graph(path, vouched=True))}))
+    return tuple(sorted({_data_path(path, tensor) for tensor in _external_tensors(load_graph(path, trust_links=True))}))
 
 
 def save_graph(model: ir.Model, path: Path, own_data: Collection[str] = ()) -> Path | None:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .lowerings.task import Written
-from .node_builder import Scribe
+from .node_builder import NodeBuilder
 from .pairs import SUPERVISOR_KEY
 from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan, SitePlan
 from .runtime_controls import (
@@ -18,7 +18,7 @@ from .runtime_controls import (
 )
 from .sites import find_node
 from .subgraph_edit import SubgraphEdit
-from .subgraphs import Body, find_bodies, surface
+from .subgraphs import DecoderSubgraph, find_bodies, surface
 
 
 def declare_inputs(model: ir.Model, plan: GuardPlan, shapes: Mapping[str, ir.Shape]) -> dict[str, ir.Value]:
@@ -57,59 +57,59 @@ def _batch(model: ir.Model, plan: GuardPlan) -> ir.SymbolicDim | int | str:
     )
 
 
-def supervisor_row(edit: SubgraphEdit, scribe: Scribe, planned: SitePlan) -> ir.Value | None:
+def supervisor_row(edit: SubgraphEdit, builder: NodeBuilder, planned: SitePlan) -> ir.Value | None:
     """This layer's row of the input, `[batch, 1, m]`: it meets every token."""
     supervisor = next((edit.given[name] for name in SUPERVISOR_INPUTS if name in edit.given), None)
     if supervisor is None:
         return None
     row = edit.plan.layers.index(planned.layer_index)
-    index = scribe.integers(row)
-    return scribe.op("supervisor", "Gather", [supervisor, index], axis=1)
+    index = builder.integers(row)
+    return builder.op("supervisor", "Gather", [supervisor, index], axis=1)
 
 
-def keep_outputs(edit: SubgraphEdit, scribe: Scribe, written: Written | None) -> None:
+def keep_outputs(edit: SubgraphEdit, builder: NodeBuilder, written: Written | None) -> None:
     """Remember what this layer has to tell, at the last token: coordinates `[batch, 1, m]`, what is of gates `[batch, 1]`."""
     for output in edit.plan.added_outputs:
         assert written is not None
         if output == COORDINATES_OUTPUT:
-            value = _own_coordinates(edit, scribe, written)
+            value = _own_coordinates(edit, builder, written)
         elif output == SCORES_OUTPUT:
-            value = _score(edit, scribe, written)
+            value = _score(edit, builder, written)
         else:
             assert output == PRESENT_GATE_OUTPUT and written.gate is not None, output
-            value = scribe.op("present_gate", "GatherND", [written.gate.opened, edit.ends])
+            value = builder.op("present_gate", "GatherND", [written.gate.opened, edit.ends])
         edit.told[output].append(value)
 
 
-def _own_coordinates(edit: SubgraphEdit, scribe: Scribe, written: Written) -> ir.Value:
+def _own_coordinates(edit: SubgraphEdit, builder: NodeBuilder, written: Written) -> ir.Value:
     assert written.coordinates is not None and edit.ends is not None
-    c = scribe.op("own_last", "GatherND", [written.coordinates, edit.ends])
-    return scribe.op("own", "Unsqueeze", [c, scribe.integers(1)])
+    c = builder.op("own_last", "GatherND", [written.coordinates, edit.ends])
+    return builder.op("own", "Unsqueeze", [c, builder.integers(1)])
 
 
-def _score(edit: SubgraphEdit, scribe: Scribe, written: Written) -> ir.Value:
+def _score(edit: SubgraphEdit, builder: NodeBuilder, written: Written) -> ir.Value:
     """The gate's score as others know it, out of the unit that it was read in."""
     made = written.gate
     assert made is not None and edit.ends is not None
     if edit.plan.mode == "supervise":  # one score per row, whatever the token
-        return scribe.op("score_told", "Squeeze", [made.score, scribe.integers(-1)])
-    value = scribe.op("score_last", "GatherND", [made.score, edit.ends])
+        return builder.op("score_told", "Squeeze", [made.score, builder.integers(-1)])
+    value = builder.op("score_last", "GatherND", [made.score, edit.ends])
     if made.unit == 1.0:
         return value
-    return scribe.op(
-        "score_told", "Mul", [value, scribe.constant("score_told_unit", np.array(1 / made.unit), "float32")]
+    return builder.op(
+        "score_told", "Mul", [value, builder.constant("score_told_unit", np.array(1 / made.unit), "float32")]
     )
 
 
 def add_output(model: ir.Model, edits: list[SubgraphEdit], output: str, shape: ir.Shape) -> None:
     """What all layers tell, side by side."""
-    given: dict[Body, ir.Value] = {}
+    given: dict[DecoderSubgraph, ir.Value] = {}
     for edit in edits:
-        scribe = edit.scribe(output.removeprefix("vlmguard."))
-        given[edit.body] = scribe.op("all_layers", "Concat", edit.told[output], axis=1)
-        scribe.place_last()
-        edit.shared += names_of(scribe)
-        edit.initializers += scribe.initializers
+        builder = edit.builder(output.removeprefix("vlmguard."))
+        given[edit.body] = builder.op("all_layers", "Concat", edit.told[output], axis=1)
+        builder.place_last()
+        edit.shared += names_of(builder)
+        edit.initializers += builder.initializers
     surface(model, given, output, shape)
 
 
@@ -127,5 +127,5 @@ def record_guard(model: ir.Model, plan: GuardPlan) -> None:
     )
 
 
-def names_of(scribe: Scribe) -> tuple[str, ...]:
-    return tuple(node.name or "" for node in scribe.nodes)
+def names_of(builder: NodeBuilder) -> tuple[str, ...]:
+    return tuple(node.name or "" for node in builder.nodes)

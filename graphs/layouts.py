@@ -40,27 +40,27 @@ _DECODERS = ("decoder_model_merged", "decoder_with_past_model", "decoder_model",
 _TRANSFORMERS_MANIFEST = "export.json"
 
 
-def open_package(path: Path | str, variant: str | None = None, vouched: bool = False) -> ModelPackage:
+def open_package(path: Path | str, variant: str | None = None, trust_links: bool = False) -> ModelPackage:
     """Find the decoder of a file or folder.
 
     Args:
         path: a `.onnx` file, or a folder in one of the layouts.
         variant: precision suffix of the onnx-community layout (`fp16`, `q4`, ...): the others are left out. `None` takes
             all that are there; the plain one runs, or else the first.
-        vouched: as in `ModelPackage`.
+        trust_links: as in `ModelPackage`.
 
     Raises:
         ModelUnreadable: nothing there, no single decoder can be told, or a graph is a link out of the folder.
     """
     path = Path(path).absolute()
-    package = replace(_find(path, variant), vouched=vouched)
+    package = replace(_find(path, variant), trust_links=trust_links)
     # the one that was named may be a link of the user's
     graphs = {package.decoder, *package.others, package.vision_encoder, package.embed_tokens, package.head} - {
         path,
         None,
     }
     for graph in sorted(filter(None, graphs)):
-        if graph.exists() and not vouched:
+        if graph.exists() and not trust_links:
             require_own(graph, package.root)
     return package
 
@@ -137,7 +137,7 @@ def _genai(root: Path) -> ModelPackage:
 def _pipeline(root: Path, config: Mapping[str, Any], files: Sequence[str], around: Mapping[str, Path]) -> ModelPackage:
     """The stages that hold the decoder's layers are its graphs; the others lie around it."""
     paths = [_inside(root, name, "genai_config.json") for name in files]
-    graphs = {path: load_graph(path, vouched=True) for path in paths}  # its links are judged with all others'
+    graphs = {path: load_graph(path, trust_links=True) for path in paths}  # its links are judged with all others'
     decoder = config["model"]["decoder"]
     layers = decoder.get("num_hidden_layers")
     parts = read_pipeline(root / "genai_config.json", graphs, layers if isinstance(layers, int) else None)
@@ -218,7 +218,7 @@ def _transformers(root: Path) -> ModelPackage:
     named = components.values() if isinstance(components, dict) else ()
     names = [entry["file"] for entry in named if isinstance(entry, dict) and isinstance(entry.get("file"), str)]
     paths = [_inside(root, name, _TRANSFORMERS_MANIFEST) for name in names]
-    cached = {path: load_graph(path, vouched=True).graph for path in paths}  # its links are judged with all others'
+    cached = {path: load_graph(path, trust_links=True).graph for path in paths}  # its links are judged with all others'
     if len(paths) > 1:
         cached = {
             path: graph for path, graph in cached.items() if any(is_state_name(v.name or "") for v in graph.outputs)

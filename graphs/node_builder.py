@@ -1,4 +1,4 @@
-"""Writing nodes: a small scribe that names everything under one prefix and remembers what it wrote.
+"""Writing nodes: a small builder that names everything under one prefix and remembers what it wrote.
 
 Names matter here: whoever opens the guarded file finds the guard by `vlmguard/`, and the proof counts by it.
 """
@@ -20,7 +20,7 @@ NUMPY_DTYPES = {
 IR_DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 
 
-class Scribe:
+class NodeBuilder:
     """Collects the nodes and initializers of one part of the guard, then places them.
 
     Args:

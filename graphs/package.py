@@ -65,7 +65,7 @@ class ModelPackage:
         layout: how the folder is laid out.
         vision_encoder, embed_tokens: absolute paths of the graphs around the decoder, where there are such.
         left_out: graphs of the folder that a guarded copy does not take along, relative to root.
-        vouched: the folder is a guarded one, and links out of it are what its manifest has digests of.
+        trust_links: the folder is a guarded one, and links out of it are what its manifest has digests of.
         head: absolute path of the graph that makes logits of what the decoder gives, where the decoder does not.
     """
 
@@ -76,7 +76,7 @@ class ModelPackage:
     embed_tokens: Path | None = None
     left_out: tuple[str, ...] = ()
     others: tuple[Path, ...] = ()
-    vouched: bool = False
+    trust_links: bool = False
     head: Path | None = None
 
     def views(self) -> tuple[ModelPackage, ...]:
@@ -154,7 +154,7 @@ class ModelPackage:
 
     def load_decoder(self) -> ir.Model:
         """The decoder's graph, a fresh copy at each call; big weights stay in their files."""
-        model = load_graph(self.decoder, self.vouched)
+        model = load_graph(self.decoder, self.trust_links)
         declare(model.graph, self.declared_names)
         return model
 
@@ -184,7 +184,7 @@ class ModelPackage:
             ModelUnreadable: one of them is a link out of the folder: the copy would have a file that is not the model's.
         """
         for path, relative in self._files():
-            if not self.vouched:
+            if not self.trust_links:
                 require_own(path, path.parent if self.layout == "bare" else self.root)
             yield path, relative
 

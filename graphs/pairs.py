@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .errors import GuardError
-from .node_builder import Scribe
+from .node_builder import NodeBuilder
 from .positions import LastToken
 from .roles import input_roles
 
@@ -77,12 +77,12 @@ class PairedRows:
     """Which rows of a call are edited, and where their text-only prompts end. What is asked for is written then, and once.
 
     Args:
-        scribe: that of `last`.
+        builder: that of `last`.
         last: each row's last token.
     """
 
-    def __init__(self, scribe: Scribe, last: LastToken) -> None:
-        self._scribe, self._last = scribe, last
+    def __init__(self, builder: NodeBuilder, last: LastToken) -> None:
+        self._scribe, self._last = builder, last
 
     @cached_property
     def text_ends(self) -> ir.Value:

@@ -24,8 +24,8 @@ from .spec import (
 
 PLAN_SCHEMA = "vlmguard.plan/1"
 SUPERVISOR_INPUT = "vlmguard.supervisor"
-# Positions `prompt`: the coordinates go into the call with the prompt's end, `reference.LISTEN` into every other. The name
-# differs, because a runner that feeds the coordinates in every call would garble answers.
+# Positions `prompt`: the coordinates go into the call with the prompt's end, `reference.NO_SUPERVISOR` into every other. The
+# name differs, because a runner that feeds the coordinates in every call would garble answers.
 PROMPT_SUPERVISOR_INPUT = "vlmguard.prompt_supervisor"
 SUPERVISOR_INPUTS = (SUPERVISOR_INPUT, PROMPT_SUPERVISOR_INPUT)
 COORDINATES_OUTPUT = "vlmguard.coordinates"

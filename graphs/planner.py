@@ -33,7 +33,7 @@ from .spec import (
 from .subgraphs import find_bodies
 
 OLDEST_OPSET = 13  # Unsqueeze and Squeeze take their axes as inputs from here on
-LARGEST_ALPHA = 1000.0  # alpha times the LISTEN sentinel must stay finite in float32
+LARGEST_ALPHA = 1000.0  # alpha times the NO_SUPERVISOR sentinel must stay finite in float32
 
 
 def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions, spec: GuardSpec) -> GuardPlan:

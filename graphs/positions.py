@@ -27,7 +27,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .call_inputs import CallInputs
-from .node_builder import Scribe
+from .node_builder import NodeBuilder
 
 _OPSET_OF_AXES_INPUT = 18  # from here on ReduceMax takes its axes as an input
 
@@ -41,8 +41,8 @@ class LastToken:
         inputs: of the graph; without a mask every row's last token is at the last index.
     """
 
-    def __init__(self, scribe: Scribe, stream: ir.Value, inputs: CallInputs) -> None:
-        self._scribe, self._stream, self._inputs = scribe, stream, inputs
+    def __init__(self, builder: NodeBuilder, stream: ir.Value, inputs: CallInputs) -> None:
+        self._scribe, self._stream, self._inputs = builder, stream, inputs
 
     @cached_property
     def pairs(self) -> ir.Value:

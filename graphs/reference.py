@@ -10,18 +10,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# The supervisor coordinates that mean "no supervisor: listen only" (the text-only pass). A finite number, far
+# The supervisor coordinates that mean "no supervisor" (the text-only pass). A finite number, far
 # below every threshold: infinity or NaN times a closed gate would be NaN, and the closed gate must write exact zeros.
-LISTEN = -1e30
+NO_SUPERVISOR = -1e30
 # The largest strength that is accepted. In float16 a coordinate is read with one bit to spare (`lowerings.lowrank`); an
 # unbounded strength could be infinite, and infinity times a closed gate is not zero.
 LARGEST_STRENGTH = 2.0
-# A threshold offset is cut here: it must not bring a threshold below LISTEN.
+# A threshold offset is cut here: it must not bring a threshold below NO_SUPERVISOR.
 LARGEST_OFFSET = 1e29
-# `combined` hears its readout only where there is a supervisor: the readout's score is cut off this far above the
-# supervisor's coordinate. Above every score that is one; and LISTEN plus it is below every threshold.
-HEARING = 1e29
-# `align` edits wherever there is a supervisor: its gate opens above this, far below every coordinate and far above LISTEN.
+# `combined` uses its readout only where there is a supervisor: the readout's score is capped this far above the
+# supervisor's coordinate. The cap is above every real score, and NO_SUPERVISOR plus the cap is below every threshold.
+SCORE_CAP = 1e29
+# `align` edits wherever there is a supervisor: its gate opens above this, far below every coordinate and far above
+# NO_SUPERVISOR.
 SUPERVISED_ABOVE = -1e29
 # A held gate that means "not decided yet: decide now".
 UNDECIDED = -1.0
@@ -114,8 +115,8 @@ def score(mode: str, layer: LayerGuard, h: np.ndarray, supervisor: np.ndarray | 
     if mode != "combined":
         return read
     assert supervisor is not None, "combined needs the text-only coordinates"
-    told = supervisor[..., :1]
-    return np.minimum(np.maximum(read, told + layer.text_shift), told + HEARING)
+    supervised = supervisor[..., :1]
+    return np.minimum(np.maximum(read, supervised + layer.text_shift), supervised + SCORE_CAP)
 
 
 def gate(

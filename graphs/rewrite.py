@@ -20,7 +20,7 @@ from .guard_ports import add_output, declare_inputs, keep_outputs, names_of, por
 from .lowerings.fold import FOLD, fold
 from .lowerings.table import LOWERINGS
 from .lowerings.task import Task
-from .node_builder import Scribe
+from .node_builder import NodeBuilder
 from .pairs import PairedRows
 from .plan import GuardPlan, SitePlan
 from .planner import require_unguarded
@@ -179,59 +179,59 @@ def _guard_site(edit: SubgraphEdit, planned: SitePlan) -> GuardedSite:
         "vlmguard.positions": edit.plan.positions,
         "vlmguard.lowering": edit.plan.lowering,
     }
-    scribe = edit.scribe(f"layer_{planned.layer_index}", properties)
+    builder = edit.builder(f"layer_{planned.layer_index}", properties)
     guard = _guard_skip_norm if planned.site.kind == "skip_norm" else _guard_value
-    site = guard(edit, planned, node, scribe)
-    edit.initializers += scribe.initializers
+    site = guard(edit, planned, node, builder)
+    edit.initializers += builder.initializers
     return site
 
 
-def _guard_value(edit: SubgraphEdit, planned: SitePlan, node: ir.Node, scribe: Scribe) -> GuardedSite:
+def _guard_value(edit: SubgraphEdit, planned: SitePlan, node: ir.Node, builder: NodeBuilder) -> GuardedSite:
     """Every reader of the sum, or of what stands behind it, reads the guarded one."""
     raw = node.outputs[0]
-    new, written = edit.lowering.guarded(scribe, raw, _task(edit, planned, scribe))
-    keep_outputs(edit, scribe, written)
+    new, written = edit.lowering.guarded(builder, raw, _task(edit, planned, builder))
+    keep_outputs(edit, builder, written)
     new.type, new.shape = raw.type, raw.shape
-    readers = _redirect(edit.graph, raw, new, scribe)
-    scribe.place_after(node)
-    names = raw.name or "", new.name or "", names_of(scribe)
+    readers = _redirect(edit.graph, raw, new, builder)
+    builder.place_after(node)
+    names = raw.name or "", new.name or "", names_of(builder)
     return GuardedSite(planned.layer_index, planned.site.kind, *names, readers, edit.body.name)
 
 
-def _guard_skip_norm(edit: SubgraphEdit, planned: SitePlan, node: ir.Node, scribe: Scribe) -> GuardedSite:
+def _guard_skip_norm(edit: SubgraphEdit, planned: SitePlan, node: ir.Node, builder: NodeBuilder) -> GuardedSite:
     """The fused node gets a corrected branch; the residual stays as it is."""
     at = next(i for i, value in enumerate(node.inputs[:2]) if value is not None and value.name == planned.site.branch)
     branch, residual = node.inputs[at], node.inputs[1 - at]
     assert branch is not None and residual is not None
     bias = skip_norm_bias(node)
-    total = _sum(scribe, residual, branch, bias)
-    written = edit.lowering.correction(scribe, total, _task(edit, planned, scribe))
-    new = scribe.op("guarded", "Add", [branch, written.delta], like=branch)
-    keep_outputs(edit, scribe, written)
+    total = _sum(builder, residual, branch, bias)
+    written = edit.lowering.correction(builder, total, _task(edit, planned, builder))
+    new = builder.op("guarded", "Add", [branch, written.delta], like=branch)
+    keep_outputs(edit, builder, written)
     node.replace_input_with(at, new)
-    scribe.place_before(node)
-    names = branch.name or "", new.name or "", names_of(scribe)
+    builder.place_before(node)
+    names = branch.name or "", new.name or "", names_of(builder)
     return GuardedSite(planned.layer_index, "skip_norm", *names, 1, edit.body.name)
 
 
-def _task(edit: SubgraphEdit, planned: SitePlan, scribe: Scribe) -> Task:
+def _task(edit: SubgraphEdit, planned: SitePlan, builder: NodeBuilder) -> Task:
     mode, dtype = edit.plan.mode, planned.site.dtype
     # Every token is read and `w` is multiplied with the selection: on one token, where time counts, that costs less than
     # gathering it first, and a prefill's MatMuls hide it (benchmarks/spellings.py).
     selected = edit.selections.get(edit.lowering.selects(mode, dtype))
-    supervisor, row = supervisor_row(edit, scribe, planned), edit.plan.layers.index(planned.layer_index)
-    held = None if edit.held is None else held_at(scribe, edit.held, row)
+    supervisor, row = supervisor_row(edit, builder, planned), edit.plan.layers.index(planned.layer_index)
+    held = None if edit.held is None else held_at(builder, edit.held, row)
     return Task(mode, planned.guard, dtype, supervisor, selected, edit.offset, held, edit.text_ends)
 
 
-def _sum(scribe: Scribe, residual: ir.Value, branch: ir.Value, bias: ir.Value | None) -> ir.Value:
-    total = scribe.op("sum", "Add", [residual, branch], like=residual)
-    return total if bias is None else scribe.op("sum_bias", "Add", [total, bias], like=residual)
+def _sum(builder: NodeBuilder, residual: ir.Value, branch: ir.Value, bias: ir.Value | None) -> ir.Value:
+    total = builder.op("sum", "Add", [residual, branch], like=residual)
+    return total if bias is None else builder.op("sum_bias", "Add", [total, bias], like=residual)
 
 
-def _redirect(graph: ir.Graph, raw: ir.Value, new: ir.Value, scribe: Scribe) -> int:
+def _redirect(graph: ir.Graph, raw: ir.Value, new: ir.Value, builder: NodeBuilder) -> int:
     """Every use of `raw` outside the guard becomes a use of `new`; a graph output keeps its name."""
-    own, readers = set(scribe.nodes), 0
+    own, readers = set(builder.nodes), 0
     for node, index in tuple(raw.uses()):
         if node not in own:
             node.replace_input_with(index, new)
@@ -250,13 +250,13 @@ def _redirect(graph: ir.Graph, raw: ir.Value, new: ir.Value, scribe: Scribe) -> 
 
 def _read_dials(edit: SubgraphEdit) -> None:
     """What the guard's own inputs say to all layers, computed once before the first site."""
-    knobs = edit.scribe("knobs")
+    knobs = edit.builder("knobs")
     if (strength := edit.given.get(STRENGTH_INPUT)) is not None:
         edit.selections |= {dtype: write_strength(knobs, strength, dtype) for dtype in _selected_dtypes(edit)}
     if (offset := edit.given.get(OFFSET_INPUT)) is not None:
         edit.offset = write_offset(knobs, offset)
     _share(edit, knobs)
-    gate = edit.scribe("gate")
+    gate = edit.builder("gate")
     if (past := edit.given.get(PAST_GATE_INPUT)) is not None:
         edit.held = write_held(gate, past)
     _share(edit, gate)
@@ -269,19 +269,19 @@ def _find_last_token(edit: SubgraphEdit) -> None:
     residual = next(value for value in node.inputs[:2] if value is not None and value.name == first.residual)
     stream = sequence_stream(residual)
     assert stream is not None, "dissect refuses such a site"
-    scribe = edit.scribe("positions")
-    last = LastToken(scribe, stream, call_inputs(edit.model.graph) if edit.plan.mask else CallInputs())
-    pairs = PairedRows(scribe, last) if edit.plan.paired else None
+    builder = edit.builder("positions")
+    last = LastToken(builder, stream, call_inputs(edit.model.graph) if edit.plan.mask else CallInputs())
+    pairs = PairedRows(builder, last) if edit.plan.paired else None
     if edit.plan.edits_last:
         places = last.selected if pairs is None else last.selected_in(pairs.edited)
         for dtype in _selected_dtypes(edit):
-            selected = scribe.cast(f"selected_{dtype}", places, dtype)
-            edit.selections[dtype] = _with_strength(edit, scribe, selected, dtype)
+            selected = builder.cast(f"selected_{dtype}", places, dtype)
+            edit.selections[dtype] = _with_strength(edit, builder, selected, dtype)
     if edit.plan.added_outputs:
         edit.ends = last.pairs
     if pairs is not None:
         edit.text_ends = pairs.text_ends
-    _share(edit, scribe)
+    _share(edit, builder)
 
 
 def _selected_dtypes(edit: SubgraphEdit) -> list[str]:
@@ -289,12 +289,12 @@ def _selected_dtypes(edit: SubgraphEdit) -> list[str]:
     return sorted({edit.lowering.selects(edit.plan.mode, site.site.dtype) for site in edit.sites})
 
 
-def _with_strength(edit: SubgraphEdit, scribe: Scribe, selected: ir.Value, dtype: str) -> ir.Value:
+def _with_strength(edit: SubgraphEdit, builder: NodeBuilder, selected: ir.Value, dtype: str) -> ir.Value:
     """The strength goes in with the selection, once: no layer needs a node more for it."""
     strength = edit.selections.get(dtype)
     if strength is None:
         return selected
-    return scribe.op(f"selected_{dtype}_strength", "Mul", [selected, strength])
+    return builder.op(f"selected_{dtype}_strength", "Mul", [selected, strength])
 
 
 def _first_node(edit: SubgraphEdit) -> ir.Node:
@@ -303,9 +303,9 @@ def _first_node(edit: SubgraphEdit) -> ir.Node:
     return node
 
 
-def _share(edit: SubgraphEdit, scribe: Scribe) -> None:
+def _share(edit: SubgraphEdit, builder: NodeBuilder) -> None:
     """Nodes that serve all sites of the body go before the first."""
-    if scribe.nodes:
-        scribe.place_before(_first_node(edit))
-    edit.shared += names_of(scribe)
-    edit.initializers += scribe.initializers
+    if builder.nodes:
+        builder.place_before(_first_node(edit))
+    edit.shared += names_of(builder)
+    edit.initializers += builder.initializers

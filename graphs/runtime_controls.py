@@ -23,7 +23,7 @@ import onnx_ir as ir
 from .errors import GuardError
 from .lowerings.gate import bounded
 from .lowerings.task import Held
-from .node_builder import Scribe
+from .node_builder import NodeBuilder
 from .reference import LARGEST_OFFSET, LARGEST_STRENGTH
 from .spec import MODES_WITH_GATE
 
@@ -91,32 +91,32 @@ def is_default(value: ir.Value) -> bool:
     return tensor.tobytes() == default.tobytes()
 
 
-def write_strength(scribe: Scribe, strength: ir.Value, dtype: str) -> ir.Value:
+def write_strength(builder: NodeBuilder, strength: ir.Value, dtype: str) -> ir.Value:
     """The strength in range, a scalar: a negative one would turn the guard round."""
-    value = scribe.op("strength", "Clip", [strength, *_range(scribe, "strength", 0.0, LARGEST_STRENGTH)])
-    return value if dtype == "float32" else scribe.cast(f"strength_{dtype}", value, dtype)
+    value = builder.op("strength", "Clip", [strength, *_range(builder, "strength", 0.0, LARGEST_STRENGTH)])
+    return value if dtype == "float32" else builder.cast(f"strength_{dtype}", value, dtype)
 
 
-def write_offset(scribe: Scribe, offset: ir.Value) -> ir.Value:
+def write_offset(builder: NodeBuilder, offset: ir.Value) -> ir.Value:
     """The threshold offset in range, a scalar: a listening pass stays below every threshold."""
-    return bounded(scribe, "threshold_offset", offset, "float32", LARGEST_OFFSET)
+    return bounded(builder, "threshold_offset", offset, "float32", LARGEST_OFFSET)
 
 
-def write_held(scribe: Scribe, past: ir.Value) -> Held:
+def write_held(builder: NodeBuilder, past: ir.Value) -> Held:
     """The state that comes in, for all layers: `[batch, layers, 1]`. What is no number of 0 or above is no decision."""
-    zero = scribe.constant("zero", np.array(0), "float32")
-    column = scribe.op("column", "Unsqueeze", [past, scribe.integers(-1)])
-    undecided = scribe.op("undecided", "Not", [scribe.op("decided", "GreaterOrEqual", [column, zero])])
-    deciding = scribe.cast("deciding", undecided, "float32")
-    return Held(deciding, scribe.cast("is_open", scribe.op("opened", "Greater", [column, zero]), "float32"))
+    zero = builder.constant("zero", np.array(0), "float32")
+    column = builder.op("column", "Unsqueeze", [past, builder.integers(-1)])
+    undecided = builder.op("undecided", "Not", [builder.op("decided", "GreaterOrEqual", [column, zero])])
+    deciding = builder.cast("deciding", undecided, "float32")
+    return Held(deciding, builder.cast("is_open", builder.op("opened", "Greater", [column, zero]), "float32"))
 
 
-def held_at(scribe: Scribe, held: Held, row: int) -> Held:
+def held_at(builder: NodeBuilder, held: Held, row: int) -> Held:
     """One layer's part of it, `[batch, 1, 1]`: it meets every token."""
-    index = scribe.integers(row)
+    index = builder.integers(row)
     return Held(
-        scribe.op("deciding", "Gather", [held.deciding, index], axis=1),
-        scribe.op("is_open", "Gather", [held.is_open, index], axis=1),
+        builder.op("deciding", "Gather", [held.deciding, index], axis=1),
+        builder.op("is_open", "Gather", [held.is_open, index], axis=1),
     )
 
 
@@ -137,8 +137,8 @@ def notes_on(knobs: Collection[str], gate: str) -> list[str]:
     return notes
 
 
-def _range(scribe: Scribe, name: str, lowest: float, highest: float) -> list[ir.Value]:
+def _range(builder: NodeBuilder, name: str, lowest: float, highest: float) -> list[ir.Value]:
     return [
-        scribe.constant(f"{name}_{end}", np.array(bound), "float32")
+        builder.constant(f"{name}_{end}", np.array(bound), "float32")
         for end, bound in (("lowest", lowest), ("highest", highest))
     ]

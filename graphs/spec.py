@@ -26,7 +26,7 @@ GATES: tuple[str, ...] = get_args(Decided)
 SUPERVISORS: tuple[str, ...] = get_args(Supervisor)
 MAX_RANK = 64  # what it costs: docs/method.md, section "Lowerings"
 # A threshold beyond it is passed by every score or by none, and in float32 it could be infinite. The sentinel of a
-# listening pass (`reference.LISTEN`, -1e30) must stay below every threshold.
+# listening pass (`reference.NO_SUPERVISOR`, -1e30) must stay below every threshold.
 LARGEST_TAU = 1e29
 
 # Modes whose formula has a strength, and modes whose formula has a gate (docs/method.md, section "The interventions").

@@ -9,9 +9,9 @@ import onnx_ir as ir
 
 from .lowerings.table import Lowering
 from .lowerings.task import Held
-from .node_builder import Scribe
+from .node_builder import NodeBuilder
 from .plan import GuardPlan, SitePlan
-from .subgraphs import Body
+from .subgraphs import DecoderSubgraph
 
 
 @dataclass
@@ -19,7 +19,7 @@ class SubgraphEdit:
     """What the sites of one body share while the rewrite runs."""
 
     model: ir.Model
-    body: Body
+    body: DecoderSubgraph
     plan: GuardPlan
     lowering: Lowering
     given: dict[str, ir.Value] = field(default_factory=dict)
@@ -40,5 +40,5 @@ class SubgraphEdit:
     def sites(self) -> tuple[SitePlan, ...]:
         return tuple(site for site in self.plan.sites if site.site.body == self.body.name)
 
-    def scribe(self, scope: str, properties: dict[str, str] | None = None) -> Scribe:
-        return Scribe(self.graph, scope, properties, home=self.model.graph, path=self.body.path)
+    def builder(self, scope: str, properties: dict[str, str] | None = None) -> NodeBuilder:
+        return NodeBuilder(self.graph, scope, properties, home=self.model.graph, path=self.body.path)

@@ -18,7 +18,7 @@ from .errors import AnatomyNotFound
 
 
 @dataclass(frozen=True, eq=False)
-class Body:
+class DecoderSubgraph:
     """One graph that holds the decoder.
 
     Attributes:
@@ -51,11 +51,11 @@ class Body:
         return Flow(self.graph, Flow(self.owner.graph))
 
 
-def top(model: ir.Model) -> Body:
-    return Body("", model.graph)
+def top(model: ir.Model) -> DecoderSubgraph:
+    return DecoderSubgraph("", model.graph)
 
 
-def find_bodies(model: ir.Model, names: Sequence[str]) -> list[Body]:
+def find_bodies(model: ir.Model, names: Sequence[str]) -> list[DecoderSubgraph]:
     """The bodies of these names, in their order; those that are not there are left out."""
     known = {"": top(model)} | {body.name: body for node in branching(model.graph) for body in branches(node)}
     return [known[name] for name in names if name in known]
@@ -67,14 +67,14 @@ def branching(graph: ir.Graph) -> Iterator[ir.Node]:
     yield from sorted(found, key=lambda node: sum(len(body.graph) for body in branches(node)))
 
 
-def branches(node: ir.Node) -> Iterator[Body]:
+def branches(node: ir.Node) -> Iterator[DecoderSubgraph]:
     """The branches of an `If`, by name."""
     for name, attribute in sorted(node.attributes.items()):
         if attribute.type == ir.AttributeType.GRAPH:
-            yield Body(name, attribute.as_graph(), node)
+            yield DecoderSubgraph(name, attribute.as_graph(), node)
 
 
-def branches_on_path(flow: Flow, sink: Vertex) -> list[tuple[Body, ir.Value]]:
+def branches_on_path(flow: Flow, sink: Vertex) -> list[tuple[DecoderSubgraph, ir.Value]]:
     """The branches of the `If` that the sink comes out of, each with its own value for it; empty if there is none."""
     before = flow.before(sink)
     for node in reversed(list(branching(flow.graph))):
@@ -95,7 +95,7 @@ def _require_outputs(node: ir.Node) -> None:
             )
 
 
-def surface(model: ir.Model, values: Mapping[Body, ir.Value], name: str, shape: ir.Shape) -> None:
+def surface(model: ir.Model, values: Mapping[DecoderSubgraph, ir.Value], name: str, shape: ir.Shape) -> None:
     """Make a float32 value that every body computes an output of the model.
 
     A branch's value leaves through a new output of its `If`, in the same place in every branch.

@@ -10,12 +10,12 @@ import onnx_ir as ir
 from .call_inputs import call_inputs
 from .dataflow import skip_norm_bias
 from .errors import AnatomyNotFound
-from .node_builder import Scribe
+from .node_builder import NodeBuilder
 from .plan import GuardPlan
 from .positions import LastToken
 from .rewrite import GuardedSite, GuardReport
 from .sites import ResidualSite, find_node
-from .subgraphs import Body, find_bodies, surface
+from .subgraphs import DecoderSubgraph, find_bodies, surface
 
 STATES_OUTPUT = "vlmguard.states"
 RAW_OUTPUT = "vlmguard.raw_states"
@@ -29,11 +29,11 @@ def tap_last_token(model: ir.Model, sites: Sequence[ResidualSite]) -> None:
     tapped = {}
     for body in find_bodies(model, list(dict.fromkeys(site.body for site in sites))):
         own = [site for site in sites if site.body == body.name]
-        scribe = Scribe(body.graph, "taps", home=model.graph, path=body.path)
-        streams = [_stream(body.graph, site, scribe) for site in own]
-        last = LastToken(scribe, streams[0], call_inputs(model.graph))
-        tapped[body] = _rows(scribe, last, "states", own, streams)
-        scribe.place_last()
+        builder = NodeBuilder(body.graph, "taps", home=model.graph, path=body.path)
+        streams = [_stream(body.graph, site, builder) for site in own]
+        last = LastToken(builder, streams[0], call_inputs(model.graph))
+        tapped[body] = _rows(builder, last, "states", own, streams)
+        builder.place_last()
     _show(model, tapped, STATES_OUTPUT, sites)
 
 
@@ -52,19 +52,19 @@ def tap_guard_last_token(model: ir.Model, sites: Sequence[ResidualSite], report:
     for body in find_bodies(model, list(dict.fromkeys(site.body for site in sites))):
         done = {site.layer_index: site for site in report.sites if site.body == body.name}
         values = body.values()
-        scribe = Scribe(body.graph, "taps", home=model.graph, path=body.path)
+        builder = NodeBuilder(body.graph, "taps", home=model.graph, path=body.path)
         behind, before = [], []
         own = [site for site in sites if site.body == body.name]
         for site in own:
             if (guard := done.get(site.layer_index)) is None:
-                behind.append(_stream(body.graph, site, scribe))
+                behind.append(_stream(body.graph, site, builder))
                 continue
-            before.append(_at_guard(body.graph, values, site, guard, "raw", scribe))
-            behind.append(_at_guard(body.graph, values, site, guard, "guarded", scribe))
-        last = LastToken(scribe, behind[0], call_inputs(model.graph))
-        states[body] = _rows(scribe, last, "states", own, behind)
-        raw[body] = _rows(scribe, last, "raw", [site for site in own if site in guarded], before)
-        scribe.place_last()
+            before.append(_at_guard(body.graph, values, site, guard, "raw", builder))
+            behind.append(_at_guard(body.graph, values, site, guard, "guarded", builder))
+        last = LastToken(builder, behind[0], call_inputs(model.graph))
+        states[body] = _rows(builder, last, "states", own, behind)
+        raw[body] = _rows(builder, last, "raw", [site for site in own if site in guarded], before)
+        builder.place_last()
     _show(model, states, STATES_OUTPUT, sites)
     _show(model, raw, RAW_OUTPUT, guarded)
 
@@ -76,19 +76,19 @@ def tap_guard(model: ir.Model, plan: GuardPlan, report: GuardReport) -> list[tup
     """
     bodies = find_bodies(model, plan.bodies)
     names: dict[int, tuple[str, str]] = {}
-    tapped: dict[str, dict[Body, ir.Value]] = {}
+    tapped: dict[str, dict[DecoderSubgraph, ir.Value]] = {}
     for body in bodies:
         values = body.values()
-        scribe = Scribe(body.graph, "taps", home=model.graph, path=body.path)
+        builder = NodeBuilder(body.graph, "taps", home=model.graph, path=body.path)
         for planned, site in zip(plan.sites, report.sites, strict=True):
             if site.body != body.name:
                 continue
             names[site.layer_index] = f"vlmguard.raw.{site.layer_index}", f"vlmguard.guarded.{site.layer_index}"
             for what, output in zip(_SIDES, names[site.layer_index], strict=True):
-                stream = _at_guard(body.graph, values, planned.site, site, what, scribe)
-                tap = scribe.cast(f"layer_{site.layer_index}_{what}_float32", stream, "float32")
+                stream = _at_guard(body.graph, values, planned.site, site, what, builder)
+                tap = builder.cast(f"layer_{site.layer_index}_{what}_float32", stream, "float32")
                 tapped.setdefault(output, {})[body] = tap
-        scribe.place_last()
+        builder.place_last()
     for output, given in tapped.items():
         surface(model, given, output, ir.Shape([None, None, None]))
     return [names[layer] for layer in plan.layers]
@@ -99,7 +99,12 @@ _SIDES: tuple[_Side, ...] = get_args(_Side)
 
 
 def _at_guard(
-    graph: ir.Graph, values: Mapping[str, ir.Value], site: ResidualSite, guard: GuardedSite, side: _Side, scribe: Scribe
+    graph: ir.Graph,
+    values: Mapping[str, ir.Value],
+    site: ResidualSite,
+    guard: GuardedSite,
+    side: _Side,
+    builder: NodeBuilder,
 ) -> ir.Value:
     """The stream before or behind a guard; at a fused skip-norm the sum with the old or the new branch."""
     stream = values[guard.raw if side == "raw" else guard.guarded]
@@ -110,29 +115,29 @@ def _at_guard(
     # what the node reads now: the residual that was planned may itself be guarded since
     residual = next(value for value in node.inputs[:2] if value is not values[guard.guarded])
     assert residual is not None
-    return _add_up(scribe, f"layer_{guard.layer_index}_{side}", _summed(node, residual, stream))
+    return _add_up(builder, f"layer_{guard.layer_index}_{side}", _summed(node, residual, stream))
 
 
 def _rows(
-    scribe: Scribe, last: LastToken, name: str, sites: Sequence[ResidualSite], streams: Sequence[ir.Value]
+    builder: NodeBuilder, last: LastToken, name: str, sites: Sequence[ResidualSite], streams: Sequence[ir.Value]
 ) -> ir.Value:
     """Streams at the last token, `[batch, layers, d]` float32."""
-    axis, rows = scribe.integers(1), []
+    axis, rows = builder.integers(1), []
     for site, stream in zip(sites, streams, strict=True):
         layer = f"{name}_layer_{site.layer_index}"
-        state = scribe.op(f"{layer}_last", "GatherND", [stream, last.pairs])
+        state = builder.op(f"{layer}_last", "GatherND", [stream, last.pairs])
         if site.dtype != "float32":
-            state = scribe.cast(f"{layer}_float32", state, "float32")
-        rows.append(scribe.op(f"{layer}_row", "Unsqueeze", [state, axis]))
-    return scribe.op(name, "Concat", rows, axis=1)
+            state = builder.cast(f"{layer}_float32", state, "float32")
+        rows.append(builder.op(f"{layer}_row", "Unsqueeze", [state, axis]))
+    return builder.op(name, "Concat", rows, axis=1)
 
 
-def _show(model: ir.Model, rows: Mapping[Body, ir.Value], name: str, sites: Sequence[ResidualSite]) -> None:
+def _show(model: ir.Model, rows: Mapping[DecoderSubgraph, ir.Value], name: str, sites: Sequence[ResidualSite]) -> None:
     layers = len({site.layer_index for site in sites})
     surface(model, rows, name, ir.Shape(["vlmguard_batch", layers, None]))
 
 
-def _stream(graph: ir.Graph, site: ResidualSite, scribe: Scribe) -> ir.Value:
+def _stream(graph: ir.Graph, site: ResidualSite, builder: NodeBuilder) -> ir.Value:
     """The sum as a value: its own name, or (inside a fused skip-norm) added up again from what the node reads."""
     node = find_node(graph, site.anchor)
     if node is None:
@@ -143,7 +148,7 @@ def _stream(graph: ir.Graph, site: ResidualSite, scribe: Scribe) -> ir.Value:
         return next(value for value in node.outputs if value.name == site.value)
     residual, branch = node.inputs[:2]
     assert residual is not None and branch is not None
-    return _add_up(scribe, f"layer_{site.layer_index}_sum", _summed(node, residual, branch))
+    return _add_up(builder, f"layer_{site.layer_index}_sum", _summed(node, residual, branch))
 
 
 def _summed(node: ir.Node, residual: ir.Value, branch: ir.Value) -> list[ir.Value]:
@@ -152,8 +157,8 @@ def _summed(node: ir.Node, residual: ir.Value, branch: ir.Value) -> list[ir.Valu
     return [residual, branch] if bias is None else [residual, branch, bias]
 
 
-def _add_up(scribe: Scribe, name: str, parts: list[ir.Value]) -> ir.Value:
+def _add_up(builder: NodeBuilder, name: str, parts: list[ir.Value]) -> ir.Value:
     total = parts[0]
     for number, part in enumerate(parts[1:]):
-        total = scribe.op(f"{name}_{number}", "Add", [total, part])
+        total = builder.op(f"{name}_{number}", "Add", [total, part])
     return total

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from .lowerings.table import LOWERINGS
 from .lowerings.task import Task
-from .node_builder import IR_DTYPES, PREFIX, Scribe
+from .node_builder import IR_DTYPES, PREFIX, NodeBuilder
 from .plan import GuardPlan, SitePlan
 from .reference import LayerGuard
 from .spec import LARGEST_TAU, MODES_WITH_SUPERVISOR
@@ -40,8 +40,8 @@ def guard_numbers(plan: GuardPlan) -> dict[str, np.ndarray]:
     for planned in plan.sites:
         # The lowering writes into a graph that nobody keeps: its arithmetic is not wanted here, its numbers are.
         scratch = ir.Graph([], [], nodes=[], opset_imports={"": 18})
-        scribe = Scribe(scratch, _scope(planned.layer_index))
-        lowering.correction(scribe, ir.Value(name="h"), _task(plan, planned))
+        builder = NodeBuilder(scratch, _scope(planned.layer_index))
+        lowering.correction(builder, ir.Value(name="h"), _task(plan, planned))
         for name, value in scratch.initializers.items():
             if name.startswith(f"{PREFIX}{_scope(planned.layer_index)}/") and value.const_value is not None:
                 found[name] = value.const_value.numpy()

@@ -62,7 +62,7 @@ from integrations.tiny_vlm import (
 )
 from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, GuardPlan
-from vlmguard.graphs.reference import LISTEN
+from vlmguard.graphs.reference import NO_SUPERVISOR
 from vlmguard.graphs.spec import MODES_WITH_GATE, Mode
 from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.images.images import ImagePreprocessor
@@ -280,7 +280,7 @@ class Asker:
         _require_close(found, expected, "logits")
         if told is not None:
             text = calls[0].feeds["inputs_embeds"][0]
-            listening = self._oracle.run(text, len(text), np.full(told.shape, LISTEN))
+            listening = self._oracle.run(text, len(text), np.full(told.shape, NO_SUPERVISOR))
             _require_close(calls[0].given["logits"][0], listening["logits"], "logits of the text-only pass")
             _require_close(told, listening["coordinates"], "coordinates of the text-only pass")
 

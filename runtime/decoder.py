@@ -18,7 +18,7 @@ from ..graphs.graph_io import in_memory
 from ..graphs.last_logits import reads_in_place
 from ..graphs.package import ModelPackage
 from ..graphs.plan import COORDINATES_OUTPUT, PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUTS
-from ..graphs.reference import LISTEN, UNDECIDED
+from ..graphs.reference import NO_SUPERVISOR, UNDECIDED
 from ..graphs.roles import InputRoles, roles_by_name
 from ..graphs.runtime_controls import PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT
 from .decoder_inputs import (
@@ -118,7 +118,7 @@ class DecoderSession:
 
     def no_supervisor(self, batch: int) -> np.ndarray:
         """What goes in where there are no text-only coordinates, `[batch, layers, m]`: nothing is edited then."""
-        return np.full((batch, *self.supervisor_shape), LISTEN, np.float32)
+        return np.full((batch, *self.supervisor_shape), NO_SUPERVISOR, np.float32)
 
     @property
     def knobs(self) -> tuple[str, ...]:

@@ -200,7 +200,7 @@ def open_guarded_package(folder: Path, manifest: Manifest) -> ModelPackage:
     Raises:
         ManifestMismatch: the folder holds others, or graphs beside them that its layout has no place for.
     """
-    package = open_package(folder, vouched=True)
+    package = open_package(folder, trust_links=True)
     views = {view.decoder.relative_to(view.root).as_posix(): view for view in package.views()}
     listed = [record.path for record in manifest.decoders]
     if sorted(views) != sorted(listed):

@@ -41,7 +41,7 @@ def open_runner(
         raise GuardError(f"runtime {runtime!r} is unknown; choose one of {', '.join(_RUNNERS)}")
     if isinstance(graph, Path) and (_by_reference(graph) or read_outline(graph) is not None):
         # weights by reference, or mapped from inside the file: see `in_memory`
-        graph, folder = in_memory(load_graph(graph, vouched=True), graph.parent)
+        graph, folder = in_memory(load_graph(graph, trust_links=True), graph.parent)
     return _RUNNERS[runtime](graph, folder, optimize, packs)
 
 

@@ -33,7 +33,7 @@ from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.package import ModelPackage
 from vlmguard.graphs.plan import GuardPlan
 from vlmguard.graphs.planner import plan_guard
-from vlmguard.graphs.reference import LISTEN, LayerGuard
+from vlmguard.graphs.reference import NO_SUPERVISOR, LayerGuard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import (
     MODES,
@@ -218,7 +218,7 @@ def run_onnx(subject: Subject, plan: GuardPlan, supervised: bool) -> tuple[list[
     session = open_decoder(subject.package, graph)
     coordinates = None
     if supervised:
-        listen = np.full((2, len(plan.layers), plan.sites[0].guard.rank), LISTEN, np.float32)
+        listen = np.full((2, len(plan.layers), plan.sites[0].guard.rank), NO_SUPERVISOR, np.float32)
         coordinates = session.coordinates(session.prefill(subject.text.batch, listen)[0])
     prompt = subject.prompt
     outputs, state = session.prefill(prompt.batch, coordinates)

@@ -16,7 +16,7 @@ from torch_hooks import HookedGuard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlmguard.graphs import reference
-from vlmguard.graphs.reference import LISTEN, SUPERVISED_ABOVE, LayerGuard
+from vlmguard.graphs.reference import NO_SUPERVISOR, SUPERVISED_ABOVE, LayerGuard
 from vlmguard.graphs.spec import (
     LARGEST_TAU,
     MODES,
@@ -152,10 +152,10 @@ def test_hooks_equal_the_reference(model: LlamaForCausalLM, mode: str, positions
 
 
 def supervisor_of(mode: str, told: dict[int, torch.Tensor] | None, number: int, rank: int) -> np.ndarray | None:
-    """As the reference takes it, `[batch, 1, m]`: no supervisor is LISTEN."""
+    """As the reference takes it, `[batch, 1, m]`: no supervisor is NO_SUPERVISOR."""
     if mode not in MODES_WITH_SUPERVISOR:
         return None
-    return np.full((2, 1, rank), LISTEN, np.float32) if told is None else told[number].numpy()[:, None]
+    return np.full((2, 1, rank), NO_SUPERVISOR, np.float32) if told is None else told[number].numpy()[:, None]
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -320,7 +320,7 @@ def test_listening_closes_every_gate(
 ) -> None:
     """In `combined` whatever the readout says."""
     layer = with_numbers(layer, threshold=threshold, text_shift=float(np.float32(threshold - text_threshold)))
-    listen = np.full((2, 1, layer.rank), LISTEN, np.float32)
+    listen = np.full((2, 1, layer.rank), NO_SUPERVISOR, np.float32)
     assert not reference.gate(mode, layer, h, listen).any()
     np.testing.assert_array_equal(reference.guard(mode, layer, h, listen), h)
 

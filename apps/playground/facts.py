@@ -54,7 +54,7 @@ def require_page_model(sides: Sides) -> None:
     name = processor_name(declared_processor(root))
     if name not in PROCESSORS:
         raise GuardError(f"{root}: its pictures are prepared by {name}, the page prepares those of {_FAMILIES}")
-    inputs = [value.name or "" for value in load_graph(package.vision_encoder, vouched=True).graph.inputs]
+    inputs = [value.name or "" for value in load_graph(package.vision_encoder, trust_links=True).graph.inputs]
     if len(inputs) != 1:
         raise GuardError(f"{package.vision_encoder}: takes {', '.join(inputs)}, the page gives pixel_values alone")
     roles = input_roles(sides.base.graph)

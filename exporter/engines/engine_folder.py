@@ -184,7 +184,7 @@ def plan_parts(
         "embed_tokens": package.embed_tokens,
     }
     loaded: dict[Role, tuple[Path, ir.Model]] = {
-        role: (path, load_graph(path, vouched=True)) for role, path in graphs.items() if path is not None
+        role: (path, load_graph(path, trust_links=True)) for role, path in graphs.items() if path is not None
     }
     for path, model in loaded.values():
         require_readable(model, str(path))
@@ -250,7 +250,7 @@ def _build(backend: Backend, part: Part, options: BuildOptions, stage: Path, tel
         tell(f"{label}: {phase}", done, total)
 
     tell(label, 0, 1)
-    model = load_graph(part.path, vouched=True)
+    model = load_graph(part.path, trust_links=True)
     settle_sizes(model)
     engine = build_engine(backend, model, part.path, [shapes for _, shapes in part.profiles], options, steps)
     if part.role == "decoder":

@@ -23,8 +23,8 @@ from ...runtime.generation import Sampling
 from ...runtime.guarded import GuardedVLM
 from ...runtime.refusals import refused
 from ...runtime.vlm import VisionLanguageModel
-from ..cluster import spreading
-from ..executors import Spread, in_turn
+from ..cluster import open_executors
+from ..executors import Executor, in_turn
 from ..extraction.extract import Progress
 from ..prompts.labelled import BUILTIN, LabelledPrompt, Sources, find_file, fingerprint, listed
 from ..prompts.overlaps import require_held_out_of
@@ -111,7 +111,7 @@ def compare(
     }
     file = RecordFile(out, _identity(unguarded, vlm) | asked) if out is not None else None
     gates, unread = open_gates(vlm) if read_gates else (None, "not asked for")
-    with spreading(ray, ray_workers) as spread, _reported(file, len(rows)):
+    with open_executors(ray, ray_workers) as executors, _reported(file, len(rows)):
         return evaluate(
             unguarded,
             vlm,
@@ -126,7 +126,7 @@ def compare(
             keep_answers=keep_answers,
             same_source=_same_source(unguarded, vlm),
             seed=seed,
-            spread=spread(asking),
+            executor=executors(asking),
             found={"prompts": beside} if beside is not None else {},
         )
 
@@ -168,12 +168,12 @@ def evaluate(
     keep_answers: bool = False,
     same_source: bool | None = None,
     seed: int = 0,
-    spread: Spread = in_turn,
+    executor: Executor = in_turn,
     found: Mapping[str, Path] | None = None,
 ) -> Evaluation:
     """The same prompts to the unguarded and to the guarded model; what `file` holds already is not asked again.
 
-    With a `spread` of its own the caller sees to it that its recipe opens the same models as these. `found`: as in
+    A caller that passes an `executor` ensures that its worker spec opens the same models as these. `found`: as in
     `Evaluation`.
     """
     requests = [prompt.request(base) for prompt in prompts]
@@ -199,7 +199,7 @@ def evaluate(
         tell(2 * (len(prompts) - sum(map(len, missing))))
     work = Asking(base, guarded, max_new_tokens, gates, judge, keep_answers, halfway=tell)
     shards = (shard_of(indices, prompts, requests, text_only) for indices in missing)
-    for indices, made in zip(missing, spread(work, shards), strict=True):
+    for indices, made in zip(missing, executor(work, shards), strict=True):
         if file is not None:
             file.add(made.records)
         records |= {record.number: record for record in made.records}

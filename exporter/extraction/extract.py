@@ -25,7 +25,7 @@ from ...graphs.package import ModelPackage
 from ...graphs.taps import STATES_OUTPUT, tap_last_token
 from ...runtime.generation import Request, Sampling
 from ...runtime.vlm import VisionLanguageModel
-from ..executors import Spread, Spreader, here, in_turn
+from ..executors import Executor, ExecutorFactory, in_turn, local_executors
 from ..prompts.labelled import AnchorPair
 from ..proof.headroom import WAY_OUT
 from .estimators import DEFAULT_ESTIMATOR, ESTIMATORS, require_known
@@ -45,7 +45,7 @@ def extract_all_layers(
     progress: Progress | None = None,
     estimator: str = DEFAULT_ESTIMATOR,
     kept: KeptStates | None = None,
-    spread: Spreader = here,
+    executors: ExecutorFactory = local_executors,
 ) -> Directions:
     """The SSD of every layer, with its evidence.
 
@@ -58,10 +58,10 @@ def extract_all_layers(
         progress: told after each batch.
         estimator: of row 1, a name of `estimators.ESTIMATORS`.
         kept: where states are kept until all are there.
-        spread: who reads the batches; others than this process open the model that `model.package` names.
+        executors: who reads the batches; others than this process open the model that `model.package` names.
     """
     require_known("estimator", estimator, ESTIMATORS)
-    over = spread(LastStates(model.package, anatomy, model.runtime))
+    over = executors(LastStates(model.package, anatomy, model.runtime))
     states = collect_states(tapped(model, anatomy), anchor_requests(pairs), batch_size, progress, kept, over)
     layers = [site.layer_index for site in anatomy.sites]
     return directions_from_states(states, layers, rank, estimator, sha256_file(model.package.decoder))
@@ -92,7 +92,7 @@ def directions_from_states(
 
 @dataclass(frozen=True)
 class LastStates:
-    """How another process reads states: the recipe of a tapped model."""
+    """How another process reads states: the worker spec of a tapped model."""
 
     package: ModelPackage
     anatomy: DecoderAnatomy
@@ -128,14 +128,14 @@ def collect_states(
     batch_size: int = 16,
     progress: Progress | None = None,
     kept: KeptStates | None = None,
-    spread: Spread = in_turn,
+    executor: Executor = in_turn,
 ) -> np.ndarray:
     """Hidden states at the last prompt token, `[requests, layers, d]` float32, in the order of the requests.
 
     `model` is tapped.
     """
     batches = model.groups(requests, batch_size)
-    return read_batches(states_reader(model), requests, batches, progress, kept, spread)
+    return read_batches(states_reader(model), requests, batches, progress, kept, executor)
 
 
 def states_reader(model: VisionLanguageModel) -> Callable[[list[Request]], np.ndarray]:
@@ -149,7 +149,7 @@ def read_batches(
     batches: Iterable[list[int]],
     progress: Progress | None = None,
     kept: KeptStates | None = None,
-    spread: Spread = in_turn,
+    executor: Executor = in_turn,
 ) -> np.ndarray:
     """States of all requests, batch by batch: those that were kept are not read again.
 
@@ -175,7 +175,7 @@ def read_batches(
             missing.append((indices, batch))
         else:
             take(indices, found)
-    results = spread(read, (batch for _, batch in missing))
+    results = executor(read, (batch for _, batch in missing))
     for (indices, batch), found in zip(missing, results, strict=True):
         if kept is not None:
             kept.keep(batch, found)

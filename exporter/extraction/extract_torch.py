@@ -22,7 +22,7 @@ from ...runtime.chat.chat import ChatTokenizer
 from ...runtime.generation import Request
 from ..checkpoints.convert import load_model, locate, read_config
 from ..checkpoints.float16_range import decoder_layers
-from ..executors import Spreader, here, when_needed
+from ..executors import ExecutorFactory, local_executors, when_needed
 from ..families import find_family
 from ..prompts.labelled import AnchorPair
 from .estimators import DEFAULT_ESTIMATOR, ESTIMATORS, require_known
@@ -38,7 +38,7 @@ def extract_from_checkpoint(
     batch_size: int = 16,
     progress: Progress | None = None,
     estimator: str = DEFAULT_ESTIMATOR,
-    spread: Spreader = here,
+    executors: ExecutorFactory = local_executors,
 ) -> Directions:
     """The SSD of every decoder layer of a checkpoint, in float32 on the CPU.
 
@@ -46,7 +46,7 @@ def extract_from_checkpoint(
         checkpoint: a folder, or a hub id.
         pairs: anchors.
         work: the output; states are kept in a hidden folder beside it until they are all there.
-        rank, batch_size, progress, estimator, spread: as for `extract_all_layers`.
+        rank, batch_size, progress, estimator, executors: as for `extract_all_layers`.
 
     Returns:
         Directions without a decoder's digest: there is no decoder file yet.
@@ -59,12 +59,12 @@ def extract_from_checkpoint(
     _require_torch()
     folder = locate(checkpoint)
     find_family(read_config(folder), str(checkpoint))
-    recipe = TorchStates(folder.absolute(), _threads())
+    worker_spec = TorchStates(folder.absolute(), _threads())
     chat = ChatTokenizer.open(folder)
     requests = anchor_requests(pairs)
-    with kept_beside(work, f"torch {digest_of(recipe.files())}") as kept:
+    with kept_beside(work, f"torch {digest_of(worker_spec.files())}") as kept:
         batches = _of_one_length([len(chat.encode(request.prompt)) for request in requests], batch_size)
-        states = read_batches(when_needed(recipe), requests, batches, progress, kept, spread(recipe))
+        states = read_batches(when_needed(worker_spec), requests, batches, progress, kept, executors(worker_spec))
     return directions_from_states(states, range(states.shape[1]), rank, estimator, None)
 
 

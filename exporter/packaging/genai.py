@@ -17,7 +17,7 @@ from ...graphs.roles import EMBEDS
 from ..sources import Watch
 from .genai_config import FED, GRAPH, RUNTIME, config_bytes
 from .known_inputs import require_known
-from .repackage import Arrangement, Packaged, loose_files, rearrange, require_other_layout, with_data
+from .repackage import FolderLayout, Packaged, loose_files, repackage, require_other_layout, with_data
 
 
 def package_genai(
@@ -28,22 +28,22 @@ def package_genai(
     force: bool = False,
     watch: Watch | None = None,
 ) -> Packaged:
-    """Write the genai layout; arguments and errors as for `rearrange`.
+    """Write the genai layout; arguments and errors as for `repackage`.
 
     Raises:
         GuardError: onnxruntime-genai would not feed the decoder, or no config says what it has to know.
     """
-    return rearrange(guarded, out, arrange, data=data, force=force, watch=watch)
+    return repackage(guarded, out, arrange, data=data, force=force, watch=watch)
 
 
-def arrange(manifest: Manifest, package: ModelPackage) -> Arrangement:
+def arrange(manifest: Manifest, package: ModelPackage) -> FolderLayout:
     """What the folder holds.
 
     Raises:
         GuardError: as for `package_genai`.
     """
     require_other_layout(package, "genai", RUNTIME)
-    decoder = load_graph(package.decoder, vouched=True)
+    decoder = load_graph(package.decoder, trust_links=True)
     inputs = [str(value.name) for value in decoder.graph.inputs]
     if EMBEDS in inputs:
         raise GuardError(
@@ -55,4 +55,4 @@ def arrange(manifest: Manifest, package: ModelPackage) -> Arrangement:
     brought |= with_data(package.decoder, package.root, GRAPH)
     config = config_bytes(package, decoder)
     there = package.decoder.relative_to(package.root).as_posix()
-    return Arrangement("genai", {there: GRAPH}, brought, {"genai_config.json": config})
+    return FolderLayout("genai", {there: GRAPH}, brought, {"genai_config.json": config})

@@ -20,7 +20,7 @@ from ...graphs.roles import EMBEDS, MASK, POSITIONS, TOKENS, input_roles
 from ..sources import Watch
 from .community_config import GENAI, RUNTIME, config_bytes, configs
 from .known_inputs import require_known
-from .repackage import Arrangement, Packaged, loose_files, rearrange, require_other_layout
+from .repackage import FolderLayout, Packaged, loose_files, repackage, require_other_layout
 
 _FED = (TOKENS, EMBEDS, MASK, POSITIONS, "num_logits_to_keep", "use_cache_branch")
 
@@ -33,15 +33,15 @@ def package_onnx_community(
     force: bool = False,
     watch: Watch | None = None,
 ) -> Packaged:
-    """Write the onnx-community layout; arguments and errors as for `rearrange`.
+    """Write the onnx-community layout; arguments and errors as for `repackage`.
 
     Raises:
         GuardError: transformers.js would not feed the decoder, or there is no config to go by.
     """
-    return rearrange(guarded, out, arrange, data=data, force=force, watch=watch)
+    return repackage(guarded, out, arrange, data=data, force=force, watch=watch)
 
 
-def arrange(manifest: Manifest, package: ModelPackage) -> Arrangement:
+def arrange(manifest: Manifest, package: ModelPackage) -> FolderLayout:
     """What the folder holds.
 
     Raises:
@@ -53,7 +53,7 @@ def arrange(manifest: Manifest, package: ModelPackage) -> Arrangement:
             f"{package.root}: was written by transformers' exporter, whose decoder is two graphs with other input names than "
             f"{RUNTIME} feeds; convert the checkpoint with `vlmguard convert` and guard that"
         )
-    decoder = load_graph(package.decoder, vouched=True)
+    decoder = load_graph(package.decoder, trust_links=True)
     require_known(decoder, str(package.decoder), RUNTIME, _FED)
     graphs = _names(package, bool(input_roles(decoder.graph).embeds))
     brought = {name: name for name in loose_files(manifest, package) if name != GENAI}
@@ -77,7 +77,9 @@ def arrange(manifest: Manifest, package: ModelPackage) -> Arrangement:
             brought.pop(name, None)
             written[name] = config_bytes(content)
     runs = next(here for here, graph in graphs.items() if graph == package.decoder)
-    return Arrangement("onnx-community", {package.decoder.relative_to(package.root).as_posix(): runs}, brought, written)
+    return FolderLayout(
+        "onnx-community", {package.decoder.relative_to(package.root).as_posix(): runs}, brought, written
+    )
 
 
 def _names(package: ModelPackage, takes_embeds: bool) -> dict[str, Path]:
@@ -89,7 +91,7 @@ def _names(package: ModelPackage, takes_embeds: bool) -> dict[str, Path]:
         raise GuardError(
             f"{package.root}: the decoder takes inputs_embeds, but there is no embed_tokens graph; package a whole model"
         )
-    taken = [str(value.name) for value in load_graph(embed, vouched=True).graph.inputs]
+    taken = [str(value.name) for value in load_graph(embed, trust_links=True).graph.inputs]
     if taken != [TOKENS]:
         raise GuardError(
             f"{embed}: takes {', '.join(taken)}, {RUNTIME} gives input_ids alone and puts the image features in itself; "
@@ -105,7 +107,7 @@ def _data_name(graph: str, at: int) -> str:
 
 def _referring(graph: Path, renamed: Mapping[str, str]) -> bytes:
     """The graph with its external data under other names; nothing else is changed."""
-    model = load_graph(graph, vouched=True)
+    model = load_graph(graph, trust_links=True)
     for part in model.graphs():
         for value in part.initializers.values():
             tensor = value.const_value

@@ -62,7 +62,7 @@ def regenerated(
         written: which are said to be; only configs that were made of another layout's depend on it.
     """
     if package.layout == "genai":
-        return {"genai_config.json": genai_config.config_bytes(package, load_graph(package.decoder, vouched=True))}
+        return {"genai_config.json": genai_config.config_bytes(package, load_graph(package.decoder, trust_links=True))}
     if package.layout == "onnx-community":
         return _community_configs(package, original, written)
     return {}

@@ -25,7 +25,7 @@ from ..sources import Watch, require_apart, unwatched
 
 
 @dataclass(frozen=True)
-class Arrangement:
+class FolderLayout:
     """What a folder of another layout holds.
 
     Attributes:
@@ -75,10 +75,10 @@ class Packaged:
         }
 
 
-Arrange = Callable[[Manifest, ModelPackage], Arrangement]
+Arrange = Callable[[Manifest, ModelPackage], FolderLayout]
 
 
-def rearrange(
+def repackage(
     guarded: Path | str,
     out: Path | str,
     arrange: Arrange,
@@ -180,7 +180,7 @@ def with_data(graph: Path, root: Path, here: str) -> dict[str, str]:
     return found
 
 
-def _write_manifest(stage: Path, source: Manifest, planned: Arrangement) -> Manifest:
+def _write_manifest(stage: Path, source: Manifest, planned: FolderLayout) -> Manifest:
     files = sorted(path for path in stage.rglob("*") if path.is_file())
     digests = {path.relative_to(stage).as_posix(): digest for path, digest in sha256_files(files).items()}
     by_path = {record.path: record for record in source.decoders}

@@ -35,14 +35,14 @@ def written_files(
     graphs: Mapping[str, Path], package: ModelPackage, plan: Mapping[str, Any], options: TritonOptions
 ) -> dict[str, bytes]:
     """Everything in a repository that is made from its graphs: configs, the front model, what it knows of the others."""
-    parts = {name: part_of(name, load_graph(path, vouched=True)) for name, path in graphs.items()}
+    parts = {name: part_of(name, load_graph(path, trust_links=True)) for name, path in graphs.items()}
     require_runnable(parts, package)
     guard = {"vlmguard.mode": plan["mode"], "vlmguard.layers": ",".join(map(str, plan["layers"]))}
     found = {f"{name}/{triton.CONFIG}": _config(part, options, guard) for name, part in parts.items()}
     found[f"{triton.FRONT}/{triton.CONFIG}"] = front_config(options, guard)
     described = {
         "models": {name: part.ports.to_json() for name, part in parts.items()},
-        "pads": can_pad(load_graph(graphs[triton.DECODER], vouched=True).graph),
+        "pads": can_pad(load_graph(graphs[triton.DECODER], trust_links=True).graph),
     }
     found[triton.PORTS] = to_strict_json(described, indent=1) + "\n"
     content = {name: text.encode() for name, text in found.items()}

@@ -15,7 +15,7 @@ from ...graphs.manifest import Manifest
 from ...graphs.new_files import Data
 from ...graphs.package import ModelPackage
 from ..sources import Watch
-from .repackage import Arrangement, Packaged, loose_files, rearrange, with_data
+from .repackage import FolderLayout, Packaged, loose_files, repackage, with_data
 from .triton_config import TritonOptions
 from .triton_files import graphs_of, written_files
 
@@ -35,18 +35,18 @@ def package_triton(
         guarded: a folder that `vlmguard-export` wrote.
         out: the repository to write.
         options: how Triton runs it.
-        data, force, watch: as for `rearrange`.
+        data, force, watch: as for `repackage`.
 
     Raises:
-        GuardError: as for `rearrange`; or a graph cannot be run by Triton.
+        GuardError: as for `repackage`; or a graph cannot be run by Triton.
     """
     chosen = options or TritonOptions()
-    return rearrange(
+    return repackage(
         guarded, out, lambda manifest, package: arrange(manifest, package, chosen), data=data, force=force, watch=watch
     )
 
 
-def arrange(manifest: Manifest, package: ModelPackage, options: TritonOptions) -> Arrangement:
+def arrange(manifest: Manifest, package: ModelPackage, options: TritonOptions) -> FolderLayout:
     """What the repository of a guarded folder holds.
 
     Raises:
@@ -60,7 +60,7 @@ def arrange(manifest: Manifest, package: ModelPackage, options: TritonOptions) -
     for part, graph in graphs.items():
         brought |= with_data(graph, package.root, f"{part}/{triton.VERSION}/{triton.GRAPH}")
     decoder = f"{triton.DECODER}/{triton.VERSION}/{triton.GRAPH}"
-    return Arrangement("triton", {brought[decoder]: decoder}, brought, written, asdict(options))
+    return FolderLayout("triton", {brought[decoder]: decoder}, brought, written, asdict(options))
 
 
 def _engines_refused(package: ModelPackage, manifest: Manifest) -> GuardError:

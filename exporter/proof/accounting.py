@@ -125,7 +125,7 @@ def _judged(folder: Path, name: str, decoder: ir.Model, anatomy: DecoderAnatomy)
     if is_engine(folder / name) or name.lower().endswith(".ort"):
         return f"{name} is compiled, and cannot be judged"
     try:
-        reason = decoder_in(load_graph(folder / name, vouched=True), decoder, anatomy)
+        reason = decoder_in(load_graph(folder / name, trust_links=True), decoder, anatomy)
     except GuardError as error:
         return f"{name} cannot be judged ({error})"
     return f"{name} {reason}, and is no verified decoder" if reason else ""

@@ -121,7 +121,7 @@ def _same_graph(here: Path, there: Path, contents: Contents) -> bool:
     digests = contents.of([here, there])
     if not files:
         return digests[here] == digests[there]
-    models = [load_graph(here, vouched=True), load_graph(there, vouched=True)]
+    models = [load_graph(here, trust_links=True), load_graph(there, trust_links=True)]
     for model, path in zip(models, (here, there), strict=True):
         prepare(model)
         contents.refer(model, path)

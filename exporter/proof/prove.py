@@ -109,7 +109,7 @@ def _states_equal_reference(
     supervisors = _supervisors(package, staged, plan, inputs, place)
     headroom, told = Headroom(), GatesTold(plan, max(TOLERANCE[site.site.dtype] for site in plan.sites))
     for setting in _settings(plan):
-        graph = load_graph(staged, vouched=True)
+        graph = load_graph(staged, trust_links=True)
         if setting.forced is not None:
             force_gates(graph, plan, is_open=setting.forced)
         names = tap_guard(graph, plan, report)
@@ -292,7 +292,7 @@ def _unedited_tokens(
     name = "tokens outside the positions are untouched bit for bit"
     if not plan.edits_last:
         return []
-    graph = load_graph(staged, vouched=True)
+    graph = load_graph(staged, trust_links=True)
     force_gates(graph, plan, is_open=True)
     names = tap_guard(graph, plan, report)
     session = place.open(lambda: open_decoder(package, graph, optimize=False, folder=staged.parent, given=inputs.given))
@@ -321,7 +321,7 @@ def _supervisors(
     """The text-only pass of each batch, through the graph as it ships: with its gates forced, it would not listen."""
     if not plan.takes_supervisor:
         return [None for _ in inputs.batches]
-    graph = load_graph(staged, vouched=True)
+    graph = load_graph(staged, trust_links=True)
     session = place.open(lambda: open_decoder(package, graph, folder=staged.parent, given=inputs.given))
     found: list[np.ndarray | None] = []
     for text in inputs.texts:

@@ -15,7 +15,7 @@ from ...graphs.package import ModelPackage
 from ...graphs.plan import GuardPlan
 from ...graphs.proof.structure import Check, exact
 from ...graphs.reference import (
-    LISTEN,
+    NO_SUPERVISOR,
 )
 from ...graphs.runtime_controls import STRENGTH_INPUT
 from ...runtime.decoder import DecoderSession, open_decoder
@@ -37,7 +37,7 @@ def closed_equals_source(
     package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace | None = None
 ) -> Check:
     """Bit for bit as apps run it; where the runtime's own rounding moves, exact without its optimiser, and bounded."""
-    closed = load_graph(staged, vouched=True)
+    closed = load_graph(staged, trust_links=True)
     force_gates(closed, plan, is_open=False)
     return _equals_source(
         "closed gate equals the original bit for bit", package, closed, staged.parent, plan, inputs, place
@@ -48,7 +48,7 @@ def no_strength_equals_source(
     package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace | None = None
 ) -> Check:
     """With every gate open, so that it is the knob that does it."""
-    graph = load_graph(staged, vouched=True)
+    graph = load_graph(staged, trust_links=True)
     force_gates(graph, plan, is_open=True)
     turned = [{STRENGTH_INPUT: np.array(strength, np.float32)} for strength in _OFF]
     name = "strength 0, and below, equals the original bit for bit"
@@ -64,7 +64,7 @@ def unedited_equals_source(
     if plan.paired:
         name, rows = "the text-only rows equal the original bit for bit", TEXTS
     return _equals_source(
-        name, package, load_graph(staged, vouched=True), staged.parent, plan, inputs, place, rows=rows
+        name, package, load_graph(staged, trust_links=True), staged.parent, plan, inputs, place, rows=rows
     )
 
 
@@ -168,4 +168,4 @@ def listen(plan: GuardPlan, batch: int) -> np.ndarray | None:
     """Supervisor coordinates of a text-only pass; `None` for modes that take none."""
     if not plan.takes_supervisor:
         return None
-    return np.full((batch, len(plan.layers), plan.sites[0].guard.rank), LISTEN, np.float32)
+    return np.full((batch, len(plan.layers), plan.sites[0].guard.rank), NO_SUPERVISOR, np.float32)

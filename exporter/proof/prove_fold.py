@@ -59,9 +59,9 @@ def prove_fold_by_running(
 
     unguarded, _ = _run(package, _source(package, lambda model: None), package.decoder.parent, plan, inputs, place)
     expected, _ = _run(package, _source(package, reference), package.decoder.parent, plan, inputs, place)
-    found, calls = _run(package, load_graph(staged, vouched=True), staged.parent, plan, inputs, place)
+    found, calls = _run(package, load_graph(staged, trust_links=True), staged.parent, plan, inputs, place)
     place.close()
-    limit = _limit(load_graph(staged, vouched=True), plan, report)
+    limit = _limit(load_graph(staged, trust_links=True), plan, report)
     checks = [
         _same_outputs(limit, report, expected, found, unguarded, projections, calls, inputs),
         _no_coordinate(limit, plan, unguarded, found, inputs),

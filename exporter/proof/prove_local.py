@@ -42,7 +42,7 @@ def prove_locally(staged: Path, plan: GuardPlan, report: GuardReport) -> tuple[C
         staged: the guarded decoder's file, as it will ship.
         plan, report: what was planned and done; a lowering that writes nodes.
     """
-    graph = load_graph(staged, vouched=True)
+    graph = load_graph(staged, trust_links=True)
     found = LocalFindings(plan)
     for body in plan.bodies:
         for layers in _parts(plan):
@@ -79,7 +79,7 @@ def _prove_part(
             force_gates(cut.model, plan, is_open=forced)
         for optimize in (True, False):  # as apps run it, and exactly as it is written
             try:
-                run = _Executor(cut, optimize)
+                run = _CutRunner(cut, optimize)
                 for call in calls:
                     here = call_part(states, call.mask)
                     found.see(cut, call, here, run(call_feeds(cut, plan, call, here)))
@@ -106,7 +106,7 @@ def _evaluator(model: ir.Model) -> _Run:
     return run
 
 
-class _Executor:
+class _CutRunner:
     """The runtime; where it has no bfloat16 arithmetic, ONNX's own evaluator."""
 
     def __init__(self, cut: Cut, optimize: bool) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...graphs.node_builder import NUMPY_DTYPES
-from ...graphs.reference import LISTEN, LayerGuard
+from ...graphs.reference import NO_SUPERVISOR, LayerGuard
 
 TOKENS = 4
 _PAST = 3
@@ -157,10 +157,10 @@ def supervisor_of(seed: int, mode: str, layer: LayerGuard, turned: int) -> np.nd
         sides += [edge, np.nextafter(edge, np.float32(np.inf))]
     if mode == "align":  # most rows have a supervisor, some none; and both sides of the constant between the two
         sides = [told[row, 0] for row in range(KINDS)]
-        for row, value in ((2, LISTEN), (5, edge), (7, np.nextafter(edge, np.float32(0)))):
+        for row, value in ((2, NO_SUPERVISOR), (5, edge), (7, np.nextafter(edge, np.float32(0)))):
             sides[(row + turned) % KINDS] = np.float32(value)
         told[:, 0] = sides
-        told[told[:, 0] == np.float32(LISTEN)] = LISTEN
+        told[told[:, 0] == np.float32(NO_SUPERVISOR)] = NO_SUPERVISOR
         return told
     told[:, 0] = [sides[(row + turned) % len(sides)] for row in range(KINDS)]
     return told
@@ -168,4 +168,4 @@ def supervisor_of(seed: int, mode: str, layer: LayerGuard, turned: int) -> np.nd
 
 def listening(rank: int) -> np.ndarray:
     """The coordinates of a text-only pass, `[KINDS, rank]`."""
-    return np.full((KINDS, rank), LISTEN, np.float32)
+    return np.full((KINDS, rank), NO_SUPERVISOR, np.float32)

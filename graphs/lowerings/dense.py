@@ -9,29 +9,29 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ..node_builder import Scribe
+from ..node_builder import NodeBuilder
 from ..reference import LayerGuard
 from .gate import bounded
 from .task import Task, Written
 
 
-def whole(scribe: Scribe, h: ir.Value, task: Task) -> ir.Value | None:
+def whole(builder: NodeBuilder, h: ir.Value, task: Task) -> ir.Value | None:
     """`h' = h P`, or `None` where that is not possible: in float16, and where tokens are selected."""
     if task.dtype == "float16" or task.selected is not None:
         return None
-    matrix = scribe.constant("projection", np.eye(task.layer.ssd.shape[1]) - _outer(task.layer), task.dtype)
-    return scribe.op("guarded", "MatMul", [h, matrix], like=h)
+    matrix = builder.constant("projection", np.eye(task.layer.ssd.shape[1]) - _outer(task.layer), task.dtype)
+    return builder.op("guarded", "MatMul", [h, matrix], like=h)
 
 
-def correction(scribe: Scribe, h: ir.Value, task: Task) -> Written:
+def correction(builder: NodeBuilder, h: ir.Value, task: Task) -> Written:
     """`delta = h (P - I)`, for the branch of a fused skip-norm: `P` itself would have to be undone by the fused sum."""
     layer, dtype = task.layer, task.dtype
-    matrix = scribe.constant("projection_minus_identity", -_outer(layer), dtype)
-    delta = scribe.op("product", "MatMul", [h, matrix], like=h)
+    matrix = builder.constant("projection_minus_identity", -_outer(layer), dtype)
+    delta = builder.op("product", "MatMul", [h, matrix], like=h)
     if dtype == "float16":
-        delta = bounded(scribe, "product_bounded", delta, dtype)
+        delta = bounded(builder, "product_bounded", delta, dtype)
     if task.selected is not None:
-        delta = scribe.op("product_selected", "Mul", [delta, task.selected])
+        delta = builder.op("product_selected", "Mul", [delta, task.selected])
     delta.type, delta.shape = h.type, h.shape
     return Written(delta)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ..node_builder import Scribe
-from ..reference import HEARING
+from ..node_builder import NodeBuilder
+from ..reference import SCORE_CAP
 from .task import Gate, Task
 
 # In a float16 graph no channel is moved by more than this (half of float16's range, 65504, less room for rounding): the edit
@@ -18,58 +18,60 @@ from .task import Gate, Task
 LARGEST_HALF_EDIT = 32000.0
 
 
-def gate(scribe: Scribe, score: ir.Value, task: Task, unit: float = 1.0) -> Gate:
+def gate(builder: NodeBuilder, score: ir.Value, task: Task, unit: float = 1.0) -> Gate:
     """Open where the score is above the layer's threshold, or where the prompt decided so.
 
     Args:
         score: `[..., 1]` float32, times `unit`.
     """
-    tau = scribe.constant("tau", np.array(task.layer.threshold * unit), "float32")
+    tau = builder.constant("tau", np.array(task.layer.threshold * unit), "float32")
     if task.offset is not None:
-        tau = scribe.op("threshold", "Add", [tau, _in_unit(scribe, task.offset, unit)])
-    opened = scribe.cast("gate", scribe.op("opens", "Greater", [score, tau]), "float32")
+        tau = builder.op("threshold", "Add", [tau, _in_unit(builder, task.offset, unit)])
+    opened = builder.cast("gate", builder.op("opens", "Greater", [score, tau]), "float32")
     if task.held is not None:
-        opened = scribe.op("gate_now", "Mul", [opened, task.held.deciding])
-        opened = scribe.op("gate_held", "Add", [opened, task.held.is_open])
+        opened = builder.op("gate_now", "Mul", [opened, task.held.deciding])
+        opened = builder.op("gate_held", "Add", [opened, task.held.is_open])
     return Gate(score, opened, unit)
 
 
-def first_told(scribe: Scribe, task: Task) -> ir.Value:
+def first_told(builder: NodeBuilder, task: Task) -> ir.Value:
     """`a_1`, the text-only query's coordinate along row 1, `[batch, 1, 1]`."""
     assert task.supervisor is not None
-    return columns(scribe, "first", task.supervisor, 0, 1) if task.layer.rank > 1 else task.supervisor
+    return columns(builder, "first", task.supervisor, 0, 1) if task.layer.rank > 1 else task.supervisor
 
 
-def combined_score(scribe: Scribe, read: ir.Value, task: Task, unit: float = 1.0) -> ir.Value:
-    """`max(s, a_1 + shift)`, and nothing while listening (`reference.HEARING`).
+def combined_score(builder: NodeBuilder, read: ir.Value, task: Task, unit: float = 1.0) -> ir.Value:
+    """`max(s, a_1 + shift)`, and nothing while listening (`reference.SCORE_CAP`).
 
     Args:
         read: the readout's score `s`, `[batch, sequence, 1]` float32, times `unit`.
     """
-    told = first_told(scribe, task)
+    told = first_told(builder, task)
     if unit != 1.0:
-        told = scribe.op("first_scaled", "Mul", [told, scribe.constant("first_unit", np.array(unit), "float32")])
-    shift = scribe.constant("text_shift", np.array(task.layer.text_shift * unit), "float32")
-    heard = scribe.op("either", "Max", [read, scribe.op("first_shifted", "Add", [told, shift])])
-    hearing = scribe.constant("hearing", np.array(HEARING * unit), "float32")
-    return scribe.op("score", "Min", [heard, scribe.op("first_hearing", "Add", [told, hearing])])
+        told = builder.op("first_scaled", "Mul", [told, builder.constant("first_unit", np.array(unit), "float32")])
+    shift = builder.constant("text_shift", np.array(task.layer.text_shift * unit), "float32")
+    heard = builder.op("either", "Max", [read, builder.op("first_shifted", "Add", [told, shift])])
+    hearing = builder.constant("hearing", np.array(SCORE_CAP * unit), "float32")
+    return builder.op("score", "Min", [heard, builder.op("first_hearing", "Add", [told, hearing])])
 
 
-def _in_unit(scribe: Scribe, offset: ir.Value, unit: float) -> ir.Value:
+def _in_unit(builder: NodeBuilder, offset: ir.Value, unit: float) -> ir.Value:
     if unit == 1.0:
         return offset
-    return scribe.op("threshold_offset", "Mul", [offset, scribe.constant("score_unit", np.array(unit), "float32")])
+    return builder.op("threshold_offset", "Mul", [offset, builder.constant("score_unit", np.array(unit), "float32")])
 
 
-def columns(scribe: Scribe, name: str, value: ir.Value, start: int, stop: int) -> ir.Value:
+def columns(builder: NodeBuilder, name: str, value: ir.Value, start: int, stop: int) -> ir.Value:
     """`value[..., start:stop]`"""
-    return scribe.op(name, "Slice", [value, scribe.integers(start), scribe.integers(stop), scribe.integers(-1)])
+    return builder.op(name, "Slice", [value, builder.integers(start), builder.integers(stop), builder.integers(-1)])
 
 
-def bounded(scribe: Scribe, name: str, value: ir.Value, dtype: str, largest: float = LARGEST_HALF_EDIT) -> ir.Value:
+def bounded(
+    builder: NodeBuilder, name: str, value: ir.Value, dtype: str, largest: float = LARGEST_HALF_EDIT
+) -> ir.Value:
     """`value` between `-largest` and `largest`; a zero stays a zero."""
     bounds = [
-        scribe.constant(f"{name}_{end}", np.array(bound), dtype)
+        builder.constant(f"{name}_{end}", np.array(bound), dtype)
         for end, bound in (("lowest", -largest), ("highest", largest))
     ]
-    return scribe.op(name, "Clip", [value, *bounds])
+    return builder.op(name, "Clip", [value, *bounds])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ..node_builder import Scribe
+from ..node_builder import NodeBuilder
 from ..reference import LayerGuard
 from ..spec import MODES_WITH_READOUT
 from .gate import bounded, columns, combined_score, first_told, gate
@@ -31,19 +31,19 @@ class _Units:
     score: float = 1.0
 
 
-def correction(scribe: Scribe, h: ir.Value, task: Task) -> Written:
+def correction(builder: NodeBuilder, h: ir.Value, task: Task) -> Written:
     """`delta = w V`; a closed gate makes `w`, and so `delta`, exactly zero."""
     mode, layer, dtype = task.mode, task.layer, task.dtype
     units = _half_units(layer) if dtype == "float16" else _Units()
-    read = scribe.op("read", "MatMul", [h, scribe.constant("rows", _rows(mode, layer, units).T, dtype)])
+    read = builder.op("read", "MatMul", [h, builder.constant("rows", _rows(mode, layer, units).T, dtype)])
     if mode == "project":
-        return Written(_write(scribe, h, _at(scribe, read, task.selected), layer, units, dtype, dtype))
+        return Written(_write(builder, h, _at(builder, read, task.selected), layer, units, dtype, dtype))
     if dtype != "float32":
-        read = scribe.cast("read_float32", read, "float32")
-    c = columns(scribe, "coordinates", read, 0, layer.rank) if mode in MODES_WITH_READOUT else read
-    weights, opened = _WEIGHTS[mode](scribe, read, c, task, units)
-    coordinates = _told(scribe, c, units) if task.supervisor is not None else None
-    delta = _write(scribe, h, _at(scribe, weights, task.selected), layer, units, "float32", dtype)
+        read = builder.cast("read_float32", read, "float32")
+    c = columns(builder, "coordinates", read, 0, layer.rank) if mode in MODES_WITH_READOUT else read
+    weights, opened = _WEIGHTS[mode](builder, read, c, task, units)
+    coordinates = _told(builder, c, units) if task.supervisor is not None else None
+    delta = _write(builder, h, _at(builder, weights, task.selected), layer, units, "float32", dtype)
     return Written(delta, coordinates, opened)
 
 
@@ -52,22 +52,22 @@ def selects(mode: str, dtype: str) -> str:
     return dtype if mode == "project" else "float32"
 
 
-def _at(scribe: Scribe, w: ir.Value, selected: ir.Value | None) -> ir.Value:
+def _at(builder: NodeBuilder, w: ir.Value, selected: ir.Value | None) -> ir.Value:
     """`w` at the tokens to edit, exact zeros elsewhere."""
-    return w if selected is None else scribe.op("weights_selected", "Mul", [w, selected])
+    return w if selected is None else builder.op("weights_selected", "Mul", [w, selected])
 
 
 def _write(
-    scribe: Scribe, h: ir.Value, w: ir.Value, layer: LayerGuard, units: _Units, dtype: str, stream: str
+    builder: NodeBuilder, h: ir.Value, w: ir.Value, layer: LayerGuard, units: _Units, dtype: str, stream: str
 ) -> ir.Value:
     """`w V` in the dtype of `w`, then in the stream's."""
-    rows = scribe.constant("ssd", layer.ssd.astype(np.float64) / units.c, dtype)
+    rows = builder.constant("ssd", layer.ssd.astype(np.float64) / units.c, dtype)
     bounded_after, cast_after = stream == "float16", dtype != stream
-    delta = scribe.op("product" if bounded_after or cast_after else "delta", "MatMul", [w, rows])
+    delta = builder.op("product" if bounded_after or cast_after else "delta", "MatMul", [w, rows])
     if bounded_after:
-        delta = bounded(scribe, "product_bounded" if cast_after else "delta", delta, dtype)
+        delta = bounded(builder, "product_bounded" if cast_after else "delta", delta, dtype)
     if cast_after:
-        delta = scribe.cast("delta", delta, stream)
+        delta = builder.cast("delta", delta, stream)
     delta.type, delta.shape = h.type, h.shape
     return delta
 
@@ -89,58 +89,62 @@ def _rows(mode: str, layer: LayerGuard, units: _Units) -> np.ndarray:
     return rows
 
 
-def _told(scribe: Scribe, c: ir.Value, units: _Units) -> ir.Value:
+def _told(builder: NodeBuilder, c: ir.Value, units: _Units) -> ir.Value:
     """`c` as others know it, out of the unit that it was read in."""
     if units.c == 1.0:
         return c
-    return scribe.op("coordinates_told", "Mul", [c, scribe.constant("unit", np.array(1 / units.c), "float32")])
+    return builder.op("coordinates_told", "Mul", [c, builder.constant("unit", np.array(1 / units.c), "float32")])
 
 
-def _steer(scribe: Scribe, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
+def _steer(builder: NodeBuilder, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
     """`alpha g c`"""
     layer = task.layer
-    first = columns(scribe, "first", c, 0, 1) if layer.rank > 1 else c
-    made = gate(scribe, first, task, units.c)
-    strength = scribe.op("strength", "Mul", [made.opened, scribe.constant("alpha", np.array(layer.alpha), "float32")])
-    return scribe.op("weights", "Mul", [strength, c]), made
+    first = columns(builder, "first", c, 0, 1) if layer.rank > 1 else c
+    made = gate(builder, first, task, units.c)
+    strength = builder.op("strength", "Mul", [made.opened, builder.constant("alpha", np.array(layer.alpha), "float32")])
+    return builder.op("weights", "Mul", [strength, c]), made
 
 
-def _supervise(scribe: Scribe, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
+def _supervise(builder: NodeBuilder, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
     """`g(a) (alpha (a - o) - (c - o))`; `a` comes unscaled."""
     layer, supervisor = task.layer, task.supervisor
     assert supervisor is not None
-    made = gate(scribe, first_told(scribe, task), task)
-    origin = scribe.constant("origin", layer.origin, "float32")
-    wanted = scribe.op("supervisor_centred", "Sub", [supervisor, origin])
-    wanted = scribe.op("wanted", "Mul", [wanted, scribe.constant("alpha", np.array(layer.alpha * units.c), "float32")])
+    made = gate(builder, first_told(builder, task), task)
+    origin = builder.constant("origin", layer.origin, "float32")
+    wanted = builder.op("supervisor_centred", "Sub", [supervisor, origin])
+    wanted = builder.op(
+        "wanted", "Mul", [wanted, builder.constant("alpha", np.array(layer.alpha * units.c), "float32")]
+    )
     if units.c != 1.0:
-        origin = scribe.constant("origin_scaled", layer.origin * units.c, "float32")
-    present = scribe.op("present", "Sub", [c, origin])
-    return scribe.op("weights", "Mul", [made.opened, scribe.op("difference", "Sub", [wanted, present])]), made
+        origin = builder.constant("origin_scaled", layer.origin * units.c, "float32")
+    present = builder.op("present", "Sub", [c, origin])
+    return builder.op("weights", "Mul", [made.opened, builder.op("difference", "Sub", [wanted, present])]), made
 
 
-def _align(scribe: Scribe, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate | None]:
+def _align(
+    builder: NodeBuilder, read: ir.Value, c: ir.Value, task: Task, units: _Units
+) -> tuple[ir.Value, Gate | None]:
     """`g(a) (a - c)`; `a` comes unscaled, or is read from another row of `c`."""
     if task.text_ends is not None:
-        text = scribe.op("text", "GatherND", [c, task.text_ends])
-        return scribe.op("difference", "Sub", [text, c]), None
+        text = builder.op("text", "GatherND", [c, task.text_ends])
+        return builder.op("difference", "Sub", [text, c]), None
     wanted = task.supervisor
     assert wanted is not None
-    made = gate(scribe, first_told(scribe, task), task)
+    made = gate(builder, first_told(builder, task), task)
     if units.c != 1.0:
-        wanted = scribe.op("wanted", "Mul", [wanted, scribe.constant("wanted_unit", np.array(units.c), "float32")])
-    return scribe.op("weights", "Mul", [made.opened, scribe.op("difference", "Sub", [wanted, c])]), made
+        wanted = builder.op("wanted", "Mul", [wanted, builder.constant("wanted_unit", np.array(units.c), "float32")])
+    return builder.op("weights", "Mul", [made.opened, builder.op("difference", "Sub", [wanted, c])]), made
 
 
-def _restore(scribe: Scribe, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
+def _restore(builder: NodeBuilder, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
     """`g (t - c)`; in `combined` the gate hears the supervisor too"""
     layer = task.layer
-    score = columns(scribe, "score" if task.mode == "restore" else "score_read", read, layer.rank, layer.rank + 1)
+    score = columns(builder, "score" if task.mode == "restore" else "score_read", read, layer.rank, layer.rank + 1)
     if task.mode == "combined":
-        score = combined_score(scribe, score, task, units.score)
-    difference = scribe.op("difference", "Sub", [scribe.constant("target", layer.target * units.c, "float32"), c])
-    made = gate(scribe, score, task, units.score)
-    return scribe.op("weights", "Mul", [made.opened, difference]), made
+        score = combined_score(builder, score, task, units.score)
+    difference = builder.op("difference", "Sub", [builder.constant("target", layer.target * units.c, "float32"), c])
+    made = gate(builder, score, task, units.score)
+    return builder.op("weights", "Mul", [made.opened, difference]), made
 
 
 _WEIGHTS = {"steer": _steer, "supervise": _supervise, "restore": _restore, "combined": _restore, "align": _align}

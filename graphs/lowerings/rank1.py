@@ -14,75 +14,75 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ..node_builder import Scribe
+from ..node_builder import NodeBuilder
 from ..reference import LayerGuard
 from ..spec import MODES_TOWARD_TEXT, MODES_WITH_READOUT
 from .gate import bounded, columns, combined_score, first_told, gate
 from .task import Gate, Task, Written
 
 
-def correction(scribe: Scribe, h: ir.Value, task: Task) -> Written:
+def correction(builder: NodeBuilder, h: ir.Value, task: Task) -> Written:
     """`delta = w_1 v_1 + ... + w_m v_m`; a closed gate makes each `w`, and so `delta`, exactly zero."""
     layer, dtype = task.layer, task.dtype
-    wide = h if dtype == "float32" else scribe.cast("stream_float32", h, "float32")
-    rows = [scribe.constant(f"ssd_{number}", row, "float32") for number, row in enumerate(layer.ssd)]
-    c = [_read(scribe, f"c_{number}", wide, row) for number, row in enumerate(rows)]
-    made = _gate(scribe, wide, c, task)
+    wide = h if dtype == "float32" else builder.cast("stream_float32", h, "float32")
+    rows = [builder.constant(f"ssd_{number}", row, "float32") for number, row in enumerate(layer.ssd)]
+    c = [_read(builder, f"c_{number}", wide, row) for number, row in enumerate(rows)]
+    made = _gate(builder, wide, c, task)
     opened = None if made is None else made.opened
     if task.selected is not None:
-        opened = task.selected if opened is None else scribe.op("gate_selected", "Mul", [opened, task.selected])
-    w = _weights(scribe, task, c, opened)
-    edits = [scribe.op(f"edit_{number}", "Mul", [w[number], row]) for number, row in enumerate(rows)]
+        opened = task.selected if opened is None else builder.op("gate_selected", "Mul", [opened, task.selected])
+    w = _weights(builder, task, c, opened)
+    edits = [builder.op(f"edit_{number}", "Mul", [w[number], row]) for number, row in enumerate(rows)]
     delta = edits[0]
     for number, edit in enumerate(edits[1:], start=1):
-        delta = scribe.op(f"edits_to_{number}", "Add", [delta, edit])
+        delta = builder.op(f"edits_to_{number}", "Add", [delta, edit])
     if dtype == "float16":
-        delta = bounded(scribe, "edits_bounded", delta, "float32")
+        delta = bounded(builder, "edits_bounded", delta, "float32")
     if dtype != "float32":
-        delta = scribe.cast("delta", delta, dtype)
+        delta = builder.cast("delta", delta, dtype)
     delta.type, delta.shape = h.type, h.shape
-    return Written(delta, _coordinates(scribe, task, c), made)
+    return Written(delta, _coordinates(builder, task, c), made)
 
 
-def _read(scribe: Scribe, name: str, h: ir.Value, row: ir.Value) -> ir.Value:
+def _read(builder: NodeBuilder, name: str, h: ir.Value, row: ir.Value) -> ir.Value:
     """`h . row`, `[..., 1]`"""
-    products = scribe.op(f"{name}_products", "Mul", [h, row])
-    return scribe.op(name, "ReduceSum", [products, scribe.integers(-1)], keepdims=1)
+    products = builder.op(f"{name}_products", "Mul", [h, row])
+    return builder.op(name, "ReduceSum", [products, builder.integers(-1)], keepdims=1)
 
 
-def _gate(scribe: Scribe, h: ir.Value, c: list[ir.Value], task: Task) -> Gate | None:
+def _gate(builder: NodeBuilder, h: ir.Value, c: list[ir.Value], task: Task) -> Gate | None:
     """`None` for `project` and for paired rows, which have none."""
     if task.mode == "project" or task.text_ends is not None:
         return None
     if task.mode in MODES_TOWARD_TEXT:
-        return gate(scribe, first_told(scribe, task), task)
+        return gate(builder, first_told(builder, task), task)
     if task.mode == "steer":
-        return gate(scribe, c[0], task)
-    readout = scribe.constant("readout", task.layer.readout, "float32")
+        return gate(builder, c[0], task)
+    readout = builder.constant("readout", task.layer.readout, "float32")
     if task.mode == "restore":
-        return gate(scribe, _read(scribe, "score", h, readout), task)
-    return gate(scribe, combined_score(scribe, _read(scribe, "score_read", h, readout), task), task)
+        return gate(builder, _read(builder, "score", h, readout), task)
+    return gate(builder, combined_score(builder, _read(builder, "score_read", h, readout), task), task)
 
 
-def _weights(scribe: Scribe, task: Task, c: list[ir.Value], opened: ir.Value | None) -> list[ir.Value]:
+def _weights(builder: NodeBuilder, task: Task, c: list[ir.Value], opened: ir.Value | None) -> list[ir.Value]:
     """The numbers of `w`, each `[..., 1]` float32."""
     mode, layer, supervisor = task.mode, task.layer, task.supervisor
     if mode == "project":
-        wanted = [scribe.op(f"minus_c_{number}", "Neg", [value]) for number, value in enumerate(c)]
+        wanted = [builder.op(f"minus_c_{number}", "Neg", [value]) for number, value in enumerate(c)]
     elif mode in MODES_WITH_READOUT:
-        wanted = _to_the_target(scribe, layer, c)
+        wanted = _to_the_target(builder, layer, c)
     elif mode == "align":
-        wanted = _to_the_text(scribe, task, c)
+        wanted = _to_the_text(builder, task, c)
     else:
-        alpha = scribe.constant("alpha", np.array(layer.alpha), "float32")
+        alpha = builder.constant("alpha", np.array(layer.alpha), "float32")
         if mode == "steer":
-            wanted = [scribe.op(f"wanted_{number}", "Mul", [value, alpha]) for number, value in enumerate(c)]
+            wanted = [builder.op(f"wanted_{number}", "Mul", [value, alpha]) for number, value in enumerate(c)]
         else:
             assert supervisor is not None
-            wanted = _to_the_supervisor(scribe, layer, c, supervisor, alpha)
+            wanted = _to_the_supervisor(builder, layer, c, supervisor, alpha)
     if opened is None:
         return wanted
-    return [scribe.op(f"w_{number}", "Mul", [opened, value]) for number, value in enumerate(wanted)]
+    return [builder.op(f"w_{number}", "Mul", [opened, value]) for number, value in enumerate(wanted)]
 
 
 def selects(mode: str, dtype: str) -> str:
@@ -90,47 +90,47 @@ def selects(mode: str, dtype: str) -> str:
     return "float32"
 
 
-def _to_the_target(scribe: Scribe, layer: LayerGuard, c: list[ir.Value]) -> list[ir.Value]:
+def _to_the_target(builder: NodeBuilder, layer: LayerGuard, c: list[ir.Value]) -> list[ir.Value]:
     """`t - c`"""
-    targets = [scribe.constant(f"target_{number}", level, "float32") for number, level in enumerate(layer.target)]
+    targets = [builder.constant(f"target_{number}", level, "float32") for number, level in enumerate(layer.target)]
     return [
-        scribe.op(f"wanted_{number}", "Sub", [level, value])
+        builder.op(f"wanted_{number}", "Sub", [level, value])
         for number, (level, value) in enumerate(zip(targets, c, strict=True))
     ]
 
 
 def _to_the_supervisor(
-    scribe: Scribe, layer: LayerGuard, c: list[ir.Value], supervisor: ir.Value, alpha: ir.Value
+    builder: NodeBuilder, layer: LayerGuard, c: list[ir.Value], supervisor: ir.Value, alpha: ir.Value
 ) -> list[ir.Value]:
     """`alpha (a - o) - (c - o)`"""
     wanted = []
     for number, value in enumerate(c):
-        a = _told(scribe, layer, supervisor, number)
-        origin = scribe.constant(f"origin_{number}", layer.origin[number], "float32")
-        told = scribe.op(f"a_{number}_centred", "Sub", [a, origin])
-        told = scribe.op(f"a_{number}_strength", "Mul", [told, alpha])
-        present = scribe.op(f"present_{number}", "Sub", [value, origin])
-        wanted.append(scribe.op(f"wanted_{number}", "Sub", [told, present]))
+        a = _told(builder, layer, supervisor, number)
+        origin = builder.constant(f"origin_{number}", layer.origin[number], "float32")
+        told = builder.op(f"a_{number}_centred", "Sub", [a, origin])
+        told = builder.op(f"a_{number}_strength", "Mul", [told, alpha])
+        present = builder.op(f"present_{number}", "Sub", [value, origin])
+        wanted.append(builder.op(f"wanted_{number}", "Sub", [told, present]))
     return wanted
 
 
-def _to_the_text(scribe: Scribe, task: Task, c: list[ir.Value]) -> list[ir.Value]:
+def _to_the_text(builder: NodeBuilder, task: Task, c: list[ir.Value]) -> list[ir.Value]:
     """`a - c`"""
     if task.text_ends is not None:
-        text = [scribe.op(f"text_{number}", "GatherND", [value, task.text_ends]) for number, value in enumerate(c)]
+        text = [builder.op(f"text_{number}", "GatherND", [value, task.text_ends]) for number, value in enumerate(c)]
     else:
         assert task.supervisor is not None
-        text = [_told(scribe, task.layer, task.supervisor, number) for number in range(len(c))]
-    return [scribe.op(f"wanted_{number}", "Sub", both) for number, both in enumerate(zip(text, c, strict=True))]
+        text = [_told(builder, task.layer, task.supervisor, number) for number in range(len(c))]
+    return [builder.op(f"wanted_{number}", "Sub", both) for number, both in enumerate(zip(text, c, strict=True))]
 
 
-def _told(scribe: Scribe, layer: LayerGuard, supervisor: ir.Value, number: int) -> ir.Value:
+def _told(builder: NodeBuilder, layer: LayerGuard, supervisor: ir.Value, number: int) -> ir.Value:
     """The text-only coordinate along one row, `[batch, 1, 1]`."""
-    return columns(scribe, f"a_{number}", supervisor, number, number + 1) if layer.rank > 1 else supervisor
+    return columns(builder, f"a_{number}", supervisor, number, number + 1) if layer.rank > 1 else supervisor
 
 
-def _coordinates(scribe: Scribe, task: Task, c: list[ir.Value]) -> ir.Value | None:
+def _coordinates(builder: NodeBuilder, task: Task, c: list[ir.Value]) -> ir.Value | None:
     """`c` side by side, where the text-only pass must output it."""
     if task.supervisor is None:
         return None
-    return c[0] if len(c) == 1 else scribe.op("coordinates", "Concat", c, axis=-1)
+    return c[0] if len(c) == 1 else builder.op("coordinates", "Concat", c, axis=-1)

@@ -13,14 +13,14 @@ from typing import NoReturn
 import onnx_ir as ir
 
 from ..errors import GuardError
-from ..node_builder import Scribe
+from ..node_builder import NodeBuilder
 from ..spec import MAX_RANK, MODES, Target
 from . import dense, lowrank, rank1
 from .fold import FOLD
 from .task import Task, Written
 
 
-def _never_whole(scribe: Scribe, h: ir.Value, task: Task) -> None:
+def _never_whole(builder: NodeBuilder, h: ir.Value, task: Task) -> None:
     """Most lowerings write a correction and an Add."""
 
 
@@ -31,7 +31,7 @@ class Lowering:
     Attributes:
         name: what `--lowering` takes.
         modes: the modes that it can write.
-        correction: `(scribe, h, task) -> Written`, `h` `[batch, sequence, d]` in the stream's dtype.
+        correction: `(builder, h, task) -> Written`, `h` `[batch, sequence, d]` in the stream's dtype.
         selects: `(mode, dtype of the stream) -> dtype of the task's selection`.
         why: one clause for the plan.
         target: the runtime that it was made for.
@@ -42,21 +42,21 @@ class Lowering:
 
     name: str
     modes: frozenset[str]
-    correction: Callable[[Scribe, ir.Value, Task], Written]
+    correction: Callable[[NodeBuilder, ir.Value, Task], Written]
     selects: Callable[[str, str], str]
     why: str
     target: Target = "onnxruntime"
     most_rank: int = MAX_RANK
-    whole: Callable[[Scribe, ir.Value, Task], ir.Value | None] = _never_whole
+    whole: Callable[[NodeBuilder, ir.Value, Task], ir.Value | None] = _never_whole
     dials: bool = True
 
-    def guarded(self, scribe: Scribe, h: ir.Value, task: Task) -> tuple[ir.Value, Written | None]:
+    def guarded(self, builder: NodeBuilder, h: ir.Value, task: Task) -> tuple[ir.Value, Written | None]:
         """`h'`, and what was written for it; `None` where that was `h'` itself."""
-        done = self.whole(scribe, h, task)
+        done = self.whole(builder, h, task)
         if done is not None:
             return done, None
-        written = self.correction(scribe, h, task)
-        return scribe.op("guarded", "Add", [h, written.delta], like=h), written
+        written = self.correction(builder, h, task)
+        return builder.op("guarded", "Add", [h, written.delta], like=h), written
 
     @property
     def writes_nodes(self) -> bool:

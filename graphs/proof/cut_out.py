@@ -18,7 +18,7 @@ from ..node_builder import IR_DTYPES, PREFIX
 from ..plan import GuardPlan, SitePlan
 from ..rewrite import GuardedSite, GuardReport
 from ..sites import find_node
-from ..subgraphs import Body, find_bodies
+from ..subgraphs import DecoderSubgraph, find_bodies
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class _Shears:
     """Collects what belongs to a cut, from its outputs backwards."""
 
     model: ir.Model
-    body: Body
+    body: DecoderSubgraph
     plan: GuardPlan
     report: GuardReport
     stops: dict[ir.Value, str] = field(default_factory=dict)  # where the guard ends -> dtype of the stream there

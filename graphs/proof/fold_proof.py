@@ -14,7 +14,7 @@ from ..errors import GuardError
 from ..lowerings.fold import SCOPE, find_writers, left_over, original_name, projected, subspace
 from ..lowerings.table import choose_lowering
 from ..lowerings.task import Task
-from ..node_builder import Scribe
+from ..node_builder import NodeBuilder
 from ..plan import GuardPlan
 from ..planner import last_sites
 from ..rewrite import GuardReport
@@ -123,11 +123,11 @@ def project_explicitly(model: ir.Model, plan: GuardPlan) -> int:
         raw = node.outputs[0]
         dtype = STREAM_DTYPES.get(raw.dtype or writer.weight.dtype or ir.DataType.UNDEFINED, plan.sites[0].site.dtype)
         assert isinstance(node.graph, ir.Graph)
-        scribe = Scribe(node.graph, f"reference_{number}", home=model.graph)
-        new, _ = choose_lowering("lowrank", "project")[0].guarded(scribe, raw, Task("project", guard, dtype))
-        own = set(scribe.nodes)
+        builder = NodeBuilder(node.graph, f"reference_{number}", home=model.graph)
+        new, _ = choose_lowering("lowrank", "project")[0].guarded(builder, raw, Task("project", guard, dtype))
+        own = set(builder.nodes)
         for reader, index in tuple(raw.uses()):
             if reader not in own:
                 reader.replace_input_with(index, new)
-        scribe.place_after(node)
+        builder.place_after(node)
     return len(behind)

@@ -21,7 +21,7 @@ from ..plan import GuardPlan, SitePlan
 from ..rewrite import GuardedSite, GuardReport
 from ..roles import input_roles
 from ..runtime_controls import is_default
-from ..subgraphs import Body, find_bodies
+from ..subgraphs import DecoderSubgraph, find_bodies
 from .leaks import leaking_outputs
 
 # What runtimes read the answer from, by these names.
@@ -128,7 +128,7 @@ def guard_dominates(
     return exact("no path avoids a guard (dominators)", len(report.sites), wrong)
 
 
-def _avoiding(body: Body, stream: ResidualStream, plan: GuardPlan, report: GuardReport) -> list[str]:
+def _avoiding(body: DecoderSubgraph, stream: ResidualStream, plan: GuardPlan, report: GuardReport) -> list[str]:
     """What is wrong with the way from the stream's source to its sink in one body, in words."""
     flow, values = body.flow(), body.values()
     source, sink = flow.vertex(values.get(stream.source)), flow.vertex(values.get(stream.sink))
@@ -154,7 +154,7 @@ def _avoiding(body: Body, stream: ResidualStream, plan: GuardPlan, report: Guard
 
 def _around(
     graph: ir.Graph,
-    bodies: Mapping[str, Body],
+    bodies: Mapping[str, DecoderSubgraph],
     anatomy: DecoderAnatomy,
     plan: GuardPlan,
     report: GuardReport,

@@ -16,7 +16,7 @@ SUPERVISORS = (
     "vlmguard.supervisor",
     "vlmguard.prompt_supervisor",
 )  # the input of supervise and combined, that of align
-LISTEN = np.full((1, 1, 1), -1e30, np.float32)  # [batch, guarded layers, rank]: no gate opens
+NO_SUPERVISOR = np.full((1, 1, 1), -1e30, np.float32)  # [batch, guarded layers, rank]: no gate opens
 LONGEST = 64
 
 
@@ -29,14 +29,14 @@ def answer(model: og.Model, ids: list[int], guard: str) -> Iterator[tuple[int, n
     """
     supervisor = None
     if guard:
-        listener = start(model, ids, guard, LISTEN)
+        listener = start(model, ids, guard, NO_SUPERVISOR)
         # A name of its own, because genai takes the array's address and no reference: freed, every later step would read
         # whatever is in that memory by then, and the gate with it.
         supervisor = np.array(listener.get_output(COORDINATES))
     generator = start(model, ids, guard, supervisor)
     if supervisor is not None and guard.endswith("prompt_supervisor"):
         # align: the prompt has run, and no token of the answer is edited. In place: a second `set_model_input` has no effect.
-        supervisor[:] = LISTEN
+        supervisor[:] = NO_SUPERVISOR
     while not generator.is_done():
         logits = np.array(generator.get_logits())[0, -1]
         generator.generate_next_token()

@@ -25,7 +25,7 @@ from integrations.replay import BUILD, CASES, Agreement, write_result
 from integrations.tiny_vlm import CHECKPOINT, MODES, PROMPTS, calibrated_directions, plan_of, spec_of
 from vlmguard.exporter.checkpoints.exporters import export_checkpoint
 from vlmguard.exporter.prompts.labelled import read_prompts
-from vlmguard.graphs.reference import LISTEN
+from vlmguard.graphs.reference import NO_SUPERVISOR
 from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.paired_batches import interleaved
 
@@ -96,7 +96,7 @@ def compare(out: Path, unguarded: Path, prompts: list[str]) -> Agreement:
         count += len(tokens)
         told = None
         if vlm.decoder.supervised:
-            told = oracle.run(table[ids], len(ids), np.full(vlm.decoder.supervisor_shape, LISTEN))["coordinates"]
+            told = oracle.run(table[ids], len(ids), np.full(vlm.decoder.supervisor_shape, NO_SUPERVISOR))["coordinates"]
         truth = oracle.run(table[[*ids, *expected.argmax(-1)[:-1]]], len(ids), told)["logits"][len(ids) - 1 :]
         assert np.abs(expected - truth).max() < ORACLE_LIMIT, f"{out.name}: onnxruntime and the numpy oracle differ"
     return Agreement(worst, count, same)

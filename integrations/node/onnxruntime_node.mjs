@@ -10,7 +10,7 @@ import { InferenceSession, Tensor } from "onnxruntime-node";
 
 const SUPERVISORS = ["vlmguard.supervisor", "vlmguard.prompt_supervisor"]; // supervise and combined; align
 const COORDINATES = "vlmguard.coordinates";
-const LISTEN = -1e30; // no gate opens at this: what the text-only pass says is the model's own
+const NO_SUPERVISOR = -1e30; // no gate opens at this: what the text-only pass says is the model's own
 
 export class GuardedModel {
   static async open(folder, { imageTokenId, eosIds }) {
@@ -61,7 +61,7 @@ export class GuardedModel {
   silence() {
     const { name, shape } = this.decoder.inputMetadata.find((input) => input.name === this.supervisor);
     const [layers, rank] = shape.slice(1);
-    return { [name]: new Tensor("float32", new Float32Array(layers * rank).fill(LISTEN), [1, layers, rank]) };
+    return { [name]: new Tensor("float32", new Float32Array(layers * rank).fill(NO_SUPERVISOR), [1, layers, rank]) };
   }
 
   /** One call of the decoder; `seen` tokens so far, the new ones included. */

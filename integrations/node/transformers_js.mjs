@@ -19,7 +19,7 @@ import {
 
 const SUPERVISORS = ["vlmguard.supervisor", "vlmguard.prompt_supervisor"]; // supervise and combined; align
 const COORDINATES = "vlmguard.coordinates";
-const LISTEN = -1e30; // no gate opens at this: what the text-only pass says is the model's own
+const NO_SUPERVISOR = -1e30; // no gate opens at this: what the text-only pass says is the model's own
 
 export async function openGuarded(parent, name) {
   env.allowRemoteModels = false;
@@ -56,7 +56,7 @@ export function supervise(model) {
   if (guard === undefined) return null;
   const { shape } = session.inputMetadata.find((input) => input.name === guard);
   const [layers, rank] = shape.slice(1);
-  const silence = new Tensor("float32", new Float32Array(layers * rank).fill(LISTEN), [1, layers, rank]);
+  const silence = new Tensor("float32", new Float32Array(layers * rank).fill(NO_SUPERVISOR), [1, layers, rank]);
   let coordinates = null;
   model.sessions.decoder_model_merged = new Proxy(session, {
     get(target, key) {

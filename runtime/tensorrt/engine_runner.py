@@ -1,6 +1,6 @@
 """Engines of TensorRT and TensorRT-RTX behind the runner protocol.
 
-An engine is executable code: it is deserialised only if its bytes have the digest that somebody vouched for, and what is
+An engine is executable code: it is deserialised only if its bytes have the expected digest, and what is
 hashed is what is deserialised, not a file that could change in between.
 """
 

@@ -21,10 +21,10 @@ import pytest
 from tiny_vlm_paths import ANCHORS, EVALUATION, PROMPTS, SOURCE, Guarded
 
 from vlmguard.exporter import cluster as cluster_module
-from vlmguard.exporter.cluster import cluster, spreading
+from vlmguard.exporter.cluster import cluster, open_executors
 from vlmguard.exporter.evaluation import evaluate as evaluate_module
 from vlmguard.exporter.evaluation.evaluate import compare
-from vlmguard.exporter.executors import Pinned, Spreader, here, versions, when_needed
+from vlmguard.exporter.executors import ExecutorFactory, PinnedSpec, local_executors, versions, when_needed
 from vlmguard.exporter.pipeline import extract_directions
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ModelUnreadable, PromptsUnusable
 from vlmguard.graphs.extras import install_command
@@ -46,19 +46,19 @@ def weights(tmp_path: Path) -> Path:
 
 
 def test_without_an_address_everything_is_done_here(weights: Path) -> None:
-    from ray_recipes import Numbers
+    from ray_worker_specs import Numbers
 
-    with spreading(None) as spread:
-        assert spread is here
-        assert list(spread(Numbers(weights))(lambda n: n + 1, [1, 2])) == [2, 3]
+    with open_executors(None) as executors:
+        assert executors is local_executors
+        assert list(executors(Numbers(weights))(lambda n: n + 1, [1, 2])) == [2, 3]
     with pytest.raises(GuardError, match=re.escape("2 workers need a cluster; say which with --ray")):
-        spreading(None, 2)
+        open_executors(None, 2)
 
 
 def test_what_is_not_needed_is_not_opened() -> None:
     opened = []
 
-    class Recipe:
+    class WorkerSpec:
         def files(self) -> list[Path]:
             return []
 
@@ -66,7 +66,7 @@ def test_what_is_not_needed_is_not_opened() -> None:
             opened.append(1)
             return lambda shard: shard + 1
 
-    work = when_needed(Recipe())
+    work = when_needed(WorkerSpec())
     assert opened == []
     assert [work(1), work(2)] == [2, 3] and opened == [1]
 
@@ -82,11 +82,11 @@ def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_worker_with_another_file_or_library_is_refused(weights: Path) -> None:
-    from ray_recipes import Numbers
+    from ray_worker_specs import Numbers
 
-    pinned = Pinned.of(Numbers(weights))
+    pinned = PinnedSpec.of(Numbers(weights))
     assert pinned.open()(1)[0] == 1
-    other = Pinned(pinned.recipe, pinned.digests, versions() | {"numpy": "0.9"})
+    other = PinnedSpec(pinned.worker_spec, pinned.digests, versions() | {"numpy": "0.9"})
     with pytest.raises(ModelUnreadable) as caught:
         other.open()
     assert str(caught.value) == (f"{WHERE}: has numpy {versions()['numpy']}, the run began with 0.9; install the same")
@@ -101,14 +101,14 @@ def test_a_worker_with_another_file_or_library_is_refused(weights: Path) -> None
 
 
 @pytest.fixture(scope="module")
-def two_workers() -> Iterator[Spreader]:
+def two_workers() -> Iterator[ExecutorFactory]:
     """A cluster of this machine, started as `--ray local` starts it; runs within find it and do not stop it."""
     pytest.importorskip("ray")
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: sockets lie in it
     paths = [
         str(Path(__file__).parents[1]),
         *filter(None, [os.environ.get("PYTHONPATH")]),
-    ]  # workers import `ray_recipes`
+    ]  # workers import `ray_worker_specs`
     settings = {
         "RAY_TMPDIR": folder,
         "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else Ray puts one into the user's home
@@ -120,42 +120,42 @@ def two_workers() -> Iterator[Spreader]:
         with contextlib.ExitStack() as stack:
             for attempt in range(3):
                 try:
-                    spread = stack.enter_context(cluster("local", workers=2))
+                    executors = stack.enter_context(cluster("local", workers=2))
                     break
                 except GuardError:  # Ray gives its processes 15 seconds to come up, whatever else the machine has to do
                     if attempt == 2:
                         raise
-            yield spread
+            yield executors
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
-def one_worker(two_workers: Spreader) -> Iterator[Spreader]:
+def one_worker(two_workers: ExecutorFactory) -> Iterator[ExecutorFactory]:
     """On the same cluster, for what takes no more: a process of Ray's takes a second to start."""
-    with cluster("local", workers=1) as spread:
-        yield spread
+    with cluster("local", workers=1) as executors:
+        yield executors
 
 
 @pytest.mark.long
-def test_results_come_in_order_from_both_workers(two_workers: Spreader, weights: Path) -> None:
-    from ray_recipes import Numbers
+def test_results_come_in_order_from_both_workers(two_workers: ExecutorFactory, weights: Path) -> None:
+    from ray_worker_specs import Numbers
 
-    spread = two_workers(Numbers(weights))
-    found = list(spread(lambda _: pytest.fail("this process has no part in it"), range(20)))
+    executor = two_workers(Numbers(weights))
+    found = list(executor(lambda _: pytest.fail("this process has no part in it"), range(20)))
     assert [number for number, _ in found] == list(range(20))
     pids = {pid for _, pid in found}
     assert len(pids) == 2 and os.getpid() not in pids
-    assert list(spread(print, [])) == []
+    assert list(executor(print, [])) == []
 
 
 @pytest.mark.long
-def test_a_worker_refuses_a_file_that_was_changed(one_worker: Spreader, weights: Path) -> None:
-    from ray_recipes import Numbers
+def test_a_worker_refuses_a_file_that_was_changed(one_worker: ExecutorFactory, weights: Path) -> None:
+    from ray_worker_specs import Numbers
 
-    spread = one_worker(Numbers(weights))
+    executor = one_worker(Numbers(weights))
     weights.write_bytes(b"WEIGHTS")
     with pytest.raises(ModelUnreadable) as caught:
-        list(spread(print, [1]))
+        list(executor(print, [1]))
     assert str(caught.value) == (
         f"{WHERE}: {weights} is another file (its SHA-256 begins 14422b042349, where the run began it begins "
         "9a129038d9a0); copy the model there again"
@@ -176,10 +176,10 @@ def test_a_worker_refuses_a_file_that_was_changed(one_worker: Spreader, weights:
     ],
 )
 def test_work_that_fails_ends_the_run(
-    one_worker: Spreader, weights: Path, number: int, error: type[Exception], words: str
+    one_worker: ExecutorFactory, weights: Path, number: int, error: type[Exception], words: str
 ) -> None:
     """A refusal is the same sentence as here, a bug has its traceback, and a batch that kills its workers is given up."""
-    from ray_recipes import Numbers
+    from ray_worker_specs import Numbers
 
     with pytest.raises(error, match=words):
         list(one_worker(Numbers(weights))(print, [1, 2, number, 3]))
@@ -199,7 +199,7 @@ def test_states_are_the_same_to_the_bit(tmp_path: Path, raw_directions: Path) ->
 @pytest.mark.usefixtures("two_workers")
 def test_a_killed_workers_batch_is_redone(guarded: Guarded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All settings; the file of records and every figure are those of the run in this process."""
-    from ray_recipes import Mortal
+    from ray_worker_specs import Mortal
 
     rows = [json.loads(line) for line in EVALUATION.read_text(encoding="utf-8").splitlines()]
     kinds = [(setting, label) for setting in ("text", "blank", "image") for label in ("harmful", "harmless")]
@@ -222,7 +222,7 @@ def test_a_killed_workers_batch_is_redone(guarded: Guarded, tmp_path: Path, monk
     killer.start()
     monkeypatch.setattr(evaluate_module, "AskBoth", functools.partial(Mortal, folder=tmp_path))
     told: list[tuple[str, int, int]] = []
-    spread = compare(
+    distributed = compare(
         SOURCE,
         guarded("restore"),
         prompts,
@@ -237,7 +237,7 @@ def test_a_killed_workers_batch_is_redone(guarded: Guarded, tmp_path: Path, monk
     killer.join(60)
     assert killed and killed[0] != os.getpid()
     assert there_file.read_bytes() == here_file.read_bytes()
-    assert spread == local and spread.to_json() == local.to_json()
+    assert distributed == local and distributed.to_json() == local.to_json()
     assert told == [("asking both models", done, 48) for done in range(8, 49, 8)]
 
     # What a run kept is not asked again, whoever asked it: half of the file is enough to go on with.

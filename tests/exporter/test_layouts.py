@@ -226,7 +226,7 @@ def test_links_that_lead_to_several_folders_are_refused_where_a_runtime_must_fol
         onnx.external_data_helper.set_external_data(tensor, f"{number}.data", 0, array.nbytes)
         tensor.ClearField("raw_data")
     path.write_bytes(proto.SerializeToString())
-    assert refusal(ModelUnreadable, in_memory, load_graph(path, vouched=True), path.parent) == (
+    assert refusal(ModelUnreadable, in_memory, load_graph(path, trust_links=True), path.parent) == (
         f"{path.parent}: the links to its external data lead to 2 folders; copy the model to one, links followed"
     )
 

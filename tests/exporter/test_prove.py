@@ -34,7 +34,7 @@ from vlmguard.graphs.package import ModelPackage
 from vlmguard.graphs.plan import GuardPlan
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.structure import Check
-from vlmguard.graphs.reference import LISTEN, LayerGuard
+from vlmguard.graphs.reference import NO_SUPERVISOR, LayerGuard
 from vlmguard.graphs.rewrite import GuardReport, rewrite
 from vlmguard.graphs.spec import MODES, MODES_WITH_SUPERVISOR, POSITIONS, GuardSpec
 from vlmguard.runtime.decoder import open_decoder
@@ -375,7 +375,7 @@ def test_gates_too_close_to_call_are_few_whatever_one_channel_does(limit: float,
         module._close_calls("combined", layer, states, told, limit),
         module._close_calls("restore", layer, states, None, limit),
     )
-    for decided in (9.0, LISTEN):
+    for decided in (9.0, NO_SUPERVISOR):
         told[1] = decided
         assert not module._close_calls("combined", layer, states, told, limit)[1, 3]
 

@@ -11,7 +11,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from vlmguard.graphs.dataflow import CONTRIB_DOMAIN, Flow, captured, reads, skip_norm_bias
-from vlmguard.graphs.node_builder import Scribe
+from vlmguard.graphs.node_builder import NodeBuilder
 
 # ------------------------------------------------------------------------------------------------ the chain, brute force
 
@@ -356,9 +356,9 @@ def test_nodes_put_in_later_are_part_of_the_flow() -> None:
     """The proof reads the flow of a rewritten graph: what was inserted in the middle must not look detached."""
     model = text_model("g (float[2] x) => (float[2] y) { a = Neg(x) y = Abs(a) }")
     first, last = list(model.graph)
-    scribe = Scribe(model.graph, "scope")
-    last.replace_input_with(0, scribe.op("doubled", "Add", [first.outputs[0], first.outputs[0]]))
-    scribe.place_after(first)
+    builder = NodeBuilder(model.graph, "scope")
+    last.replace_input_with(0, builder.op("doubled", "Add", [first.outputs[0], first.outputs[0]]))
+    builder.place_after(first)
     flow = Flow(model.graph)
     assert [v.name for v in flow.dominator_chain(flow.vertices[0], flow.vertices[-1])] == [
         "x",

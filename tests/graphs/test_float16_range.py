@@ -184,12 +184,12 @@ def test_no_state_up_to_half_the_range_makes_anything_overflow(lowering: str, mo
     found = directions(rank=rank, parts=parts, alpha=1000.0)
     spec = GuardSpec(mode=mode, positions=positions, lowering=lowering)  # type: ignore[arg-type]
     model = guard_model(stream(), found, spec).model
-    a = data.draw(st.sampled_from([reference.LISTEN, 0.0, 1e30]))
+    a = data.draw(st.sampled_from([reference.NO_SUPERVISOR, 0.0, 1e30]))
     extra = {supervisor_input(mode): np.full((BATCH, 1, rank), a, np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
     outputs = evaluate(model, feeds(x) | extra)
     for array in outputs.values():
         assert np.isfinite(array).all()
-    if extra and a == reference.LISTEN:  # whatever the thresholds are
+    if extra and a == reference.NO_SUPERVISOR:  # whatever the thresholds are
         assert outputs["h"].tobytes() == evaluate(stream(), feeds(x))["h"].tobytes()
 
 

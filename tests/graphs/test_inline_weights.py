@@ -105,7 +105,7 @@ def test_a_model_that_is_a_link_is_mapped_from_where_it_leads(path: Path, tmp_pa
     path.rename(tmp_path / "blobs" / "0123")
     link = tmp_path / "snapshot" / "model.onnx"
     link.symlink_to(tmp_path / "blobs" / "0123")
-    content, folder = in_memory(load_graph(link, vouched=True), link.parent)
+    content, folder = in_memory(load_graph(link, trust_links=True), link.parent)
     assert folder == tmp_path / "blobs" and len(content) < link.stat().st_size
     assert set(open_runner(link, link.parent).outputs) == {"logits", "hidden"}
 

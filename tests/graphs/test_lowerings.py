@@ -37,7 +37,7 @@ from vlmguard.graphs.lowerings.table import LOWERINGS, choose_lowering
 from vlmguard.graphs.node_builder import NUMPY_DTYPES
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
 from vlmguard.graphs.planner import plan_guard
-from vlmguard.graphs.reference import LISTEN, LayerGuard
+from vlmguard.graphs.reference import NO_SUPERVISOR, LayerGuard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import (
     MODES,
@@ -110,7 +110,7 @@ class Case:
         coordinates = np.random.default_rng(self.rank).normal(size=(BATCH, 1, self.rank)).astype(np.float32)
         coordinates[:, 0, 0] = (-0.9, 0.7, 1.5, -0.2)
         if self.mode == "align":
-            coordinates[[0, 3]] = LISTEN
+            coordinates[[0, 3]] = NO_SUPERVISOR
         return coordinates
 
 
@@ -293,7 +293,7 @@ def test_a_closed_gate_is_the_identity_bit_for_bit(
 ) -> None:
     feeds = Case(kind, mode, lowering, positions, dtype, 2, "left").feeds()
     expected = run(decoder(kind, dtype=dtype), feeds, optimize)
-    listening = np.full((BATCH, 1, 2), LISTEN, np.float32)
+    listening = np.full((BATCH, 1, 2), NO_SUPERVISOR, np.float32)
     extra = {supervisor_input(mode): listening} if mode in MODES_WITH_SUPERVISOR else {}
     # above every score that is possible here; a listening pass needs no such threshold, and in `combined` must not: it is
     # closed where the readout alone would open it
@@ -343,7 +343,9 @@ def test_a_coordinate_beyond_float16_leaves_a_closed_gate_closed(lowering: str, 
     spec = GuardSpec(mode=mode, positions=positions, lowering=lowering)  # type: ignore[arg-type]
     guarded = guard_model(model(), found, spec).model
     assert np.abs(feeds["x"].astype(np.float64) @ ssd[0]).min() > np.finfo(np.float16).max
-    extra = {supervisor_input(mode): np.full((2, 1, 1), LISTEN, np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
+    extra = (
+        {supervisor_input(mode): np.full((2, 1, 1), NO_SUPERVISOR, np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
+    )
     with np.errstate(over="ignore"):
         found_outputs = evaluate(guarded, feeds | extra)
     expected = evaluate(model(), feeds)["y"]
@@ -425,7 +427,7 @@ def test_combined_opens_where_the_readout_or_the_text_is_above_its_threshold(low
     assert moved(np.zeros(BATCH)) == above.tolist()
     assert moved(np.full(BATCH, -1e6)) == above.tolist()
     assert moved(np.ones(BATCH)) == [True] * BATCH
-    assert moved(np.full(BATCH, LISTEN)) == [False] * BATCH
+    assert moved(np.full(BATCH, NO_SUPERVISOR)) == [False] * BATCH
 
 
 @pytest.mark.parametrize("lowering", [lowering for lowering, mode in PAIRS if mode == "combined"])
@@ -488,7 +490,7 @@ def test_the_supervised_graph_tells_each_layers_coordinates(mode: str) -> None:
     tau = None if mode == "align" else 0.0
     guarded = guard_model(decoder(layers=2), directions((0, 1)), GuardSpec(mode=mode, tau=tau, layers=(0, 1)))  # type: ignore[arg-type]
     feeds = Case("add", "supervise", "lowrank", "last", "float32", 2, "right").feeds()
-    listening = np.full((BATCH, 2, 2), LISTEN, np.float32)
+    listening = np.full((BATCH, 2, 2), NO_SUPERVISOR, np.float32)
     found = run(guarded.model, feeds | {supervisor_input(mode): listening})[COORDINATES_OUTPUT]
     tapped = decoder(layers=2)
     tapped.graph.outputs.append(value_called(tapped, "layer_0_sum"))

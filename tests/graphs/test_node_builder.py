@@ -1,4 +1,4 @@
-"""The scribe: everything under one prefix, in the dtype that was asked for, placed where it was asked for."""
+"""The builder: everything under one prefix, in the dtype that was asked for, placed where it was asked for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 from hand_graphs import text_model
 
-from vlmguard.graphs.node_builder import PREFIX, Scribe
+from vlmguard.graphs.node_builder import PREFIX, NodeBuilder
 
 
 @pytest.fixture
@@ -17,9 +17,9 @@ def graph() -> ir.Graph:
 
 
 def test_names_and_properties_tell_whose_node_it_is(graph: ir.Graph) -> None:
-    scribe = Scribe(graph, "layer_3", {"why": "because"})
-    value = scribe.op("sum", "Add", [graph.inputs[0], graph.inputs[0]])
-    (node,) = scribe.nodes
+    builder = NodeBuilder(graph, "layer_3", {"why": "because"})
+    value = builder.op("sum", "Add", [graph.inputs[0], graph.inputs[0]])
+    (node,) = builder.nodes
     assert PREFIX == "vlmguard/"
     assert value.name == node.name == "vlmguard/layer_3/sum"
     assert (node.op_type, node.domain, node.outputs) == ("Add", "", (value,))
@@ -29,17 +29,17 @@ def test_names_and_properties_tell_whose_node_it_is(graph: ir.Graph) -> None:
 
 
 def test_a_value_may_be_like_another(graph: ir.Graph) -> None:
-    scribe = Scribe(graph, "s")
-    like = scribe.op("a", "Neg", [graph.inputs[0]], like=graph.inputs[0])
+    builder = NodeBuilder(graph, "s")
+    like = builder.op("a", "Neg", [graph.inputs[0]], like=graph.inputs[0])
     assert (like.dtype, str(like.shape)) == (ir.DataType.FLOAT, "[2]")
     unknown = ir.Value(name="unknown", shape=ir.Shape([7]))
-    assert scribe.op("b", "Neg", [unknown], like=unknown).shape is None
+    assert builder.op("b", "Neg", [unknown], like=unknown).shape is None
 
 
 def test_attributes_are_written(graph: ir.Graph) -> None:
-    scribe = Scribe(graph, "s")
-    scribe.op("a", "ArgMax", [graph.inputs[0]], axis=1, keepdims=0)
-    assert {key: value.as_int() for key, value in scribe.nodes[0].attributes.items()} == {"axis": 1, "keepdims": 0}
+    builder = NodeBuilder(graph, "s")
+    builder.op("a", "ArgMax", [graph.inputs[0]], axis=1, keepdims=0)
+    assert {key: value.as_int() for key, value in builder.nodes[0].attributes.items()} == {"axis": 1, "keepdims": 0}
 
 
 @pytest.mark.parametrize(
@@ -47,10 +47,10 @@ def test_attributes_are_written(graph: ir.Graph) -> None:
     [("float32", np.float32), ("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16), (None, np.float64)],
 )
 def test_constants_have_the_dtype_that_was_asked_for(graph: ir.Graph, dtype: str | None, expected: type) -> None:
-    scribe = Scribe(graph, "s")
-    value = scribe.constant("k", np.array([[1.0, 0.1]]).T, dtype)
+    builder = NodeBuilder(graph, "s")
+    value = builder.constant("k", np.array([[1.0, 0.1]]).T, dtype)
     assert graph.initializers["vlmguard/s/k"] is value
-    assert scribe.initializers == ["vlmguard/s/k"]
+    assert builder.initializers == ["vlmguard/s/k"]
     array = value.const_value.numpy()
     assert array.dtype == expected and array.flags.c_contiguous
     np.testing.assert_array_equal(array, np.array([[1.0], [0.1]]).astype(expected))
@@ -59,13 +59,13 @@ def test_constants_have_the_dtype_that_was_asked_for(graph: ir.Graph, dtype: str
 
 def test_a_constant_is_a_copy(graph: ir.Graph) -> None:
     array = np.ones(2, np.float32)
-    value = Scribe(graph, "s").constant("k", array, "float32")
+    value = NodeBuilder(graph, "s").constant("k", array, "float32")
     array[0] = 5
     assert value.const_value.numpy().tolist() == [1.0, 1.0]
 
 
 def test_lists_of_integers_are_shared_by_the_whole_guard(graph: ir.Graph) -> None:
-    first, second = Scribe(graph, "one"), Scribe(graph, "two")
+    first, second = NodeBuilder(graph, "one"), NodeBuilder(graph, "two")
     value = first.integers(0, -1)
     assert second.integers(0, -1) is value
     assert second.integers(0) is not value
@@ -74,10 +74,10 @@ def test_lists_of_integers_are_shared_by_the_whole_guard(graph: ir.Graph) -> Non
 
 
 def test_a_cast_goes_to_the_dtype(graph: ir.Graph) -> None:
-    scribe = Scribe(graph, "s")
+    builder = NodeBuilder(graph, "s")
     for dtype, number in (("float32", 1), ("float16", 10), ("bfloat16", 16)):
-        scribe.cast(dtype, graph.inputs[0], dtype)
-        assert scribe.nodes[-1].attributes["to"].as_int() == number
+        builder.cast(dtype, graph.inputs[0], dtype)
+        assert builder.nodes[-1].attributes["to"].as_int() == number
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_cast_goes_to_the_dtype(graph: ir.Graph) -> None:
     ],
 )
 def test_nodes_are_placed_in_their_order(graph: ir.Graph, place: str, expected: list[str]) -> None:
-    scribe = Scribe(graph, "s")
-    scribe.op("two", "Neg", [scribe.op("one", "Neg", [graph.inputs[0]])])
-    getattr(scribe, place)(*([] if place == "place_last" else [next(iter(graph))]))
+    builder = NodeBuilder(graph, "s")
+    builder.op("two", "Neg", [builder.op("one", "Neg", [graph.inputs[0]])])
+    getattr(builder, place)(*([] if place == "place_last" else [next(iter(graph))]))
     assert [str(node.outputs[0].name).rpartition("/")[2] for node in graph] == expected

@@ -607,7 +607,7 @@ def test_a_model_in_memory_refers_to_its_own_folder(tmp_path: Path) -> None:
     blobs.mkdir()
     data.rename(blobs / "abc")
     data.symlink_to("../blobs/abc")
-    content, folder = in_memory(load_graph(path, vouched=True), path.parent)
+    content, folder = in_memory(load_graph(path, trust_links=True), path.parent)
     assert folder == blobs
     locations = {
         e.value

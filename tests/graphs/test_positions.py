@@ -21,7 +21,7 @@ from vlmguard.graphs import reference
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.call_inputs import CallInputs, call_inputs, mask_input
 from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.node_builder import Scribe
+from vlmguard.graphs.node_builder import NodeBuilder
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.positions import LastToken
 from vlmguard.graphs.spec import GuardSpec
@@ -46,10 +46,10 @@ def probe(
         nodes.append("present = Concat <axis = 2> (past, past)")
     header = f'<ir_version: 9, opset_import: ["" : {opset}]>\n'
     model = text_model(f"{header}g ({', '.join(inputs)}) => ({', '.join(outputs)}) {{ {' '.join(nodes)} }}")
-    scribe = Scribe(model.graph, "probe")
-    last = LastToken(scribe, model.graph.inputs[0], call_inputs(model.graph))
+    builder = NodeBuilder(model.graph, "probe")
+    last = LastToken(builder, model.graph.inputs[0], call_inputs(model.graph))
     shown = ((last.pairs, ir.DataType.INT64), (last.selected, ir.DataType.BOOL))
-    scribe.place_last()
+    builder.place_last()
     for value, dtype in shown:
         value.dtype = dtype
         model.graph.outputs.append(value)

@@ -17,7 +17,7 @@ from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.plan import PROMPT_SUPERVISOR_INPUT
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
-from vlmguard.graphs.reference import LISTEN, SUPERVISED_ABOVE, LayerGuard
+from vlmguard.graphs.reference import NO_SUPERVISOR, SUPERVISED_ABOVE, LayerGuard
 from vlmguard.graphs.spec import GuardSpec
 
 BATCH, SEQUENCE = 3, 4
@@ -54,7 +54,7 @@ def test_equal_coordinates_change_nothing(h: np.ndarray, rank: int) -> None:
 @given(h=states, rank=st.integers(1, 8))
 @settings(max_examples=50, deadline=None)
 def test_without_a_supervisor_nothing_changes(h: np.ndarray, rank: int) -> None:
-    listen = np.full((BATCH, 1, rank), LISTEN)
+    listen = np.full((BATCH, 1, rank), NO_SUPERVISOR)
     np.testing.assert_array_equal(reference.guard("align", guard_of(rank), h, listen), h)
 
 
@@ -82,7 +82,7 @@ def test_a_call_without_a_supervisor_is_the_source_and_one_with_it_edits_the_las
         "attention_mask": MASK,
     }
     expected = run(decoder(), feeds)
-    silent = run(made.model, feeds | {PROMPT_SUPERVISOR_INPUT: np.full((BATCH, 1, 2), LISTEN, np.float32)})
+    silent = run(made.model, feeds | {PROMPT_SUPERVISOR_INPUT: np.full((BATCH, 1, 2), NO_SUPERVISOR, np.float32)})
     told = run(made.model, feeds | {PROMPT_SUPERVISOR_INPUT: np.ones((BATCH, 1, 2), np.float32)})
     for name in ("hidden", "logits"):
         assert silent[name].tobytes() == expected[name].tobytes()
@@ -98,7 +98,7 @@ def test_only_rows_with_a_supervisor_are_edited() -> None:
         "attention_mask": MASK,
     }
     supervisor = np.ones((BATCH, 1, 2), np.float32)
-    supervisor[0, 0, 0], supervisor[2] = SUPERVISED_ABOVE, LISTEN
+    supervisor[0, 0, 0], supervisor[2] = SUPERVISED_ABOVE, NO_SUPERVISOR
     hidden = run(made.model, feeds | {PROMPT_SUPERVISOR_INPUT: supervisor})["hidden"]
     assert (hidden != run(decoder(), feeds)["hidden"]).any(axis=(1, 2)).tolist() == [False, True, False]
 
@@ -139,7 +139,7 @@ def test_layers_of_another_modes_calibration_are_not_taken() -> None:
 def test_every_layer_has_the_constant_for_a_threshold_and_no_other_number() -> None:
     made = planned(3, directions(range(3)))
     for site in made.sites:
-        assert site.guard.threshold == np.float32(SUPERVISED_ABOVE) and site.guard.threshold > LISTEN
+        assert site.guard.threshold == np.float32(SUPERVISED_ABOVE) and site.guard.threshold > NO_SUPERVISOR
         shown = site.to_json("align")
         assert not {"tau", "alpha", "origin", "target", "readout_sha256", "text_shift"} & shown.keys()
 

@@ -37,7 +37,7 @@ from vlmguard.graphs.plan import COORDINATES_OUTPUT
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.proof.structure import initializers_untouched, prove_structure, same_graph, signature_unchanged
-from vlmguard.graphs.reference import AS_CALIBRATED, LARGEST_STRENGTH, LISTEN, UNDECIDED, Dials, LayerGuard
+from vlmguard.graphs.reference import AS_CALIBRATED, LARGEST_STRENGTH, NO_SUPERVISOR, UNDECIDED, Dials, LayerGuard
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.runtime_controls import (
     OFFSET_INPUT,
@@ -172,7 +172,7 @@ def test_an_offset_moves_the_threshold(layer: LayerGuard, mode: str) -> None:
 def test_no_offset_opens_a_gate_to_a_pass_that_listens(layer: LayerGuard, mode: str, threshold: float) -> None:
     """In `combined` whatever the readout says, and however far the text was moved to its scale."""
     h, a = states()
-    listening = np.full((BATCH, 1, 2), LISTEN)
+    listening = np.full((BATCH, 1, 2), NO_SUPERVISOR)
     dials = Dials(threshold_offset=-np.inf)
     for shift in (-2 * LARGEST_TAU, 0.0, 2 * LARGEST_TAU):
         deaf = replace(layer, threshold=threshold, text_shift=shift)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.reference import LISTEN
+from vlmguard.graphs.reference import NO_SUPERVISOR
 from vlmguard.graphs.spec import (
     LARGEST_TAU,
     MODES,
@@ -169,4 +169,4 @@ def test_what_cannot_be_wished(wish: dict[str, Any], sentence: str) -> None:
 
 
 def test_the_listening_sentinel_is_below_every_threshold() -> None:
-    assert GuardSpec(tau=-LARGEST_TAU).tau > LISTEN
+    assert GuardSpec(tau=-LARGEST_TAU).tau > NO_SUPERVISOR

@@ -14,7 +14,7 @@ from hand_graphs import KINDS, Kind, copy_of, decoder, directions, guard_model, 
 
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.graph_io import load_graph
-from vlmguard.graphs.node_builder import Scribe
+from vlmguard.graphs.node_builder import NodeBuilder
 from vlmguard.graphs.plan import GuardPlan
 from vlmguard.graphs.proof.structure import (
     Check,
@@ -114,10 +114,10 @@ def test_a_consumer_that_reads_past_the_guard_is_noticed() -> None:
 def test_a_sum_that_is_made_again_past_the_guard_is_noticed() -> None:
     """Nobody reads the raw sum, and still there is a way around: the same Add once more."""
     tampered = case()
-    scribe = Scribe(tampered.graph, "x")
-    again = scribe.op("again", "Add", [tampered.value("layer_0_attention_sum"), tampered.value("layer_0_branch")])
-    scribe.nodes[0].name = "innocent"
-    tampered.graph.insert_after(tampered.node("make layer_0_sum"), scribe.nodes)
+    builder = NodeBuilder(tampered.graph, "x")
+    again = builder.op("again", "Add", [tampered.value("layer_0_attention_sum"), tampered.value("layer_0_branch")])
+    builder.nodes[0].name = "innocent"
+    tampered.graph.insert_after(tampered.node("make layer_0_sum"), builder.nodes)
     tampered.node("make layer_1_attention_sum").replace_input_with(0, again)
     assert tampered.failures() == {DOMINATES: "layer 0: a path avoids the guard"}
 

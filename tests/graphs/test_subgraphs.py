@@ -31,10 +31,10 @@ from vlmguard.graphs.plan import COORDINATES_OUTPUT
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.proof.structure import guard_dominates, prove_structure, same_graph, sites_guarded_once
-from vlmguard.graphs.reference import LISTEN
+from vlmguard.graphs.reference import NO_SUPERVISOR
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import MODES_WITH_GATE, MODES_WITH_SUPERVISOR, GuardSpec
-from vlmguard.graphs.subgraphs import Body, branches, branching, find_bodies, surface, unsurface
+from vlmguard.graphs.subgraphs import DecoderSubgraph, branches, branching, find_bodies, surface, unsurface
 from vlmguard.graphs.taps import STATES_OUTPUT, tap_guard, tap_last_token
 
 pytest.importorskip("onnxruntime")
@@ -59,12 +59,12 @@ def both(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, dict[str, n
     return {name: run(model, feeds | {"use_cache_branch": np.array([switches[name]])}) for name in BOTH}
 
 
-def body_of(model: ir.Model, name: str) -> Body:
+def body_of(model: ir.Model, name: str) -> DecoderSubgraph:
     (body,) = find_bodies(model, [name])
     return body
 
 
-def node_of(body: Body, name: str) -> ir.Node:
+def node_of(body: DecoderSubgraph, name: str) -> ir.Node:
     (node,) = (node for node in body.graph if node.name == name)
     return node
 
@@ -228,7 +228,9 @@ def test_a_closed_gate_is_exact_in_both_branches(kind: Kind, mode: str, dtype: s
         directions((0, 1), parts={"threshold": threshold}),
         GuardSpec(mode=mode),  # type: ignore[arg-type]
     )
-    extra = {supervisor_input(mode): np.full((2, 2, 2), LISTEN, np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
+    extra = (
+        {supervisor_input(mode): np.full((2, 2, 2), NO_SUPERVISOR, np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
+    )
     expected, found = both(source, feeds), both(closed.model, feeds | extra)
     for name in BOTH:
         for output, array in expected[name].items():
@@ -408,5 +410,5 @@ def test_a_value_leaves_every_branch_or_none() -> None:
     with pytest.raises(AssertionError, match="every branch, or none"):
         surface(model, {first: value}, "x", ir.Shape([]))
     with pytest.raises(AssertionError, match="one body, or all branches of one If"):
-        surface(model, {first: value, Body("", model.graph): value}, "x", ir.Shape([]))
+        surface(model, {first: value, DecoderSubgraph("", model.graph): value}, "x", ir.Shape([]))
     assert [body.name for body in (first, second)] == list(BOTH)

@@ -16,7 +16,7 @@ from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.package import ModelPackage
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUT, SUPERVISOR_INPUTS
 from vlmguard.graphs.planner import plan_guard
-from vlmguard.graphs.reference import LISTEN
+from vlmguard.graphs.reference import NO_SUPERVISOR
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import MODES, GuardSpec
 from vlmguard.runtime.decoder import DecoderSession, open_decoder
@@ -131,7 +131,7 @@ def test_at_the_prompts_end_the_coordinates_go_into_the_prompts_call_alone() -> 
     assert len(steps) == 2
     for call in steps:
         assert call[PROMPT_SUPERVISOR_INPUT].dtype == np.float32
-        np.testing.assert_array_equal(call[PROMPT_SUPERVISOR_INPUT], np.full((2, 2, 1), LISTEN, np.float32))
+        np.testing.assert_array_equal(call[PROMPT_SUPERVISOR_INPUT], np.full((2, 2, 1), NO_SUPERVISOR, np.float32))
 
 
 def test_a_prompt_that_is_fed_a_token_a_call_gets_the_coordinates_with_its_last_one() -> None:
@@ -143,7 +143,7 @@ def test_a_prompt_that_is_fed_a_token_a_call_gets_the_coordinates_with_its_last_
     _, state = session.prefill(PromptBatch(IDS, MASK), heard)
     session.step(state, np.array([[5], [6]]), None)
     told = [bool((call[PROMPT_SUPERVISOR_INPUT] == 1).all()) for call in runner.calls]
-    silent = [bool((call[PROMPT_SUPERVISOR_INPUT] == np.float32(LISTEN)).all()) for call in runner.calls]
+    silent = [bool((call[PROMPT_SUPERVISOR_INPUT] == np.float32(NO_SUPERVISOR)).all()) for call in runner.calls]
     assert told == [False, False, False, True, False] and silent == [not one for one in told]
 
 
@@ -251,7 +251,7 @@ def rolled_out(package: ModelPackage, spec: GuardSpec, steps: int = 6) -> tuple[
     supervisor = None
     if session.supervised:
         text = PromptBatch(ids[:, 3:], mask[:, 3:])
-        outputs, _ = session.prefill(text, np.full((2, *session.supervisor_shape), LISTEN, np.float32))
+        outputs, _ = session.prefill(text, np.full((2, *session.supervisor_shape), NO_SUPERVISOR, np.float32))
         supervisor = outputs[COORDINATES_OUTPUT]
     outputs, state = session.prefill(PromptBatch(ids, mask), supervisor)
     logits = [session.last_logits(outputs)]

@@ -22,7 +22,7 @@ from vlmguard.graphs.errors import GuardError, ModelUnreadable, RunFailed
 from vlmguard.graphs.graph_io import load_graph, save_graph
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUT
-from vlmguard.graphs.reference import LISTEN
+from vlmguard.graphs.reference import NO_SUPERVISOR
 from vlmguard.runtime.chat.turns import Turn
 from vlmguard.runtime.generation import Chooser, Request, Sampling
 from vlmguard.runtime.guarded import GuardedVLM
@@ -334,7 +334,7 @@ def test_supervise_does_the_text_only_pass_by_itself(guarded: Guarded) -> None:
     # one text-only pass, one prompt, one call per further token; the same again for `steps`
     assert len(calls) == 1 + tokens and len(spy.feeds) == 2 * len(calls)
     text, prompt, *steps = calls
-    assert (text[SUPERVISOR_INPUT] == np.float32(LISTEN)).all()
+    assert (text[SUPERVISOR_INPUT] == np.float32(NO_SUPERVISOR)).all()
     pixels = prompt["inputs_embeds"].shape[1] - text["inputs_embeds"].shape[1]
     # the picture's tokens, and what the template writes around them
     assert pixels >= model.batch([Request(HARMFUL, PICTURES[0])]).ids.tolist()[0].count(model.chat.image_token_id) > 1
@@ -358,7 +358,7 @@ def test_align_feeds_the_text_only_coordinates_at_the_prompts_end_and_none_behin
     assert heard.shape[1:] == model.decoder.supervisor_shape and np.abs(heard).max() < 1e3
     np.testing.assert_array_equal(prompt[PROMPT_SUPERVISOR_INPUT], heard)
     for call in (text, *steps):
-        assert (call[PROMPT_SUPERVISOR_INPUT] == np.float32(LISTEN)).all()
+        assert (call[PROMPT_SUPERVISOR_INPUT] == np.float32(NO_SUPERVISOR)).all()
     assert model.answer([request])[0] == models_refusal(model)
 
 

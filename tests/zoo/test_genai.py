@@ -14,7 +14,7 @@ from zoo.model import ZooModel
 
 from vlmguard import GuardSpec, export, verify
 from vlmguard.graphs.plan import SUPERVISOR_INPUT
-from vlmguard.graphs.reference import LISTEN
+from vlmguard.graphs.reference import NO_SUPERVISOR
 
 og = pytest.importorskip("onnxruntime_genai")
 
@@ -106,7 +106,7 @@ def test_genai_feeds_a_supervisor(zoo: Callable[[str], ZooModel], tmp_path: Path
     with pytest.raises(Exception, match=f"Missing Input: {SUPERVISOR_INPUT}"):
         generated(out)
     unguarded_tokens, unguarded_logits = generated(model.folder)
-    assert generated(out, np.full((1, 2, 2), LISTEN, np.float32))[0] == unguarded_tokens
+    assert generated(out, np.full((1, 2, 2), NO_SUPERVISOR, np.float32))[0] == unguarded_tokens
     assert np.abs(generated(out, np.full((1, 2, 2), 5, np.float32))[1] - unguarded_logits).max() > 0.01
 
 

@@ -8,7 +8,7 @@ const COORDINATES = "vlmguard.coordinates";
 const SCORES = "vlmguard.gate_scores";
 const PAST_GATE = "vlmguard.past_gate";
 const PRESENT_GATE = "vlmguard.present_gate";
-const LISTEN = -1e30; // below every threshold: a pass that is never edited
+const NO_SUPERVISOR = -1e30; // below every threshold: a pass that is never edited
 const UNDECIDED = -1;
 
 export class Decoder {
@@ -38,7 +38,7 @@ export class Decoder {
   /** What goes in where there are no such coordinates: nothing is edited then. */
   noSupervisor() {
     const [, layers, rank] = this.ports.get(this.supervisor).shape;
-    return filled(this.ort, "float32", LISTEN, [1, layers, rank]);
+    return filled(this.ort, "float32", NO_SUPERVISOR, [1, layers, rank]);
   }
 
   get embedsType() {

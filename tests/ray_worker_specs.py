@@ -1,4 +1,4 @@
-"""Recipes that workers of a test's Ray cluster open: they import this file, so that nothing of a test travels as code."""
+"""Worker specs that workers of a test's Ray cluster open: they import this file, so that nothing of a test travels as code."""
 
 from __future__ import annotations
 
