@@ -69,6 +69,7 @@ class ExportResult:
         refusals: harmful prompts refused without and with the guard, where prompts were at hand.
         choice: of the mode, where it was left open.
         written: whether `out` was written.
+        parity: how far a checkpoint's exported graphs are from torch; empty for a model that was ONNX already.
         found: what was found beside the model and used -> its absolute path. Not in the manifest, which others read.
     """
 
@@ -80,6 +81,7 @@ class ExportResult:
     choice: Choice | None = None
     written: bool = False
     found: Mapping[str, Path] = field(default_factory=dict)
+    parity: tuple[Check, ...] = ()
 
     @property
     def anatomy(self) -> DecoderAnatomy:
@@ -112,6 +114,7 @@ class ExportResult:
             "refusals": self.refusals.to_json() if self.refusals is not None else None,
             "choice": self.choice.to_json() if self.choice is not None else None,
             "found": {what: str(path) for what, path in self.found.items()},
+            "export_parity": [check.to_json() for check in self.parity] or None,
         }
 
 
@@ -143,6 +146,7 @@ def export(
     reproducible: bool = False,
     calibration_images: Sequence[Path | str] = (),
     calibration_seconds: float | None = None,
+    cache: bool = True,
     watch: Watch | None = None,
 ) -> ExportResult:
     """Guard a model, prove the guard, write the guarded folder.
@@ -178,11 +182,16 @@ def export(
             1970, and no file's time of change is kept, so that big files are hashed at each opening.
         calibration_images: pictures of the user, to calibrate with besides blank ones and noise.
         calibration_seconds: how long candidates are tried, if one was found by then; `None` tries all.
-        watch: told what is going on: `(stage, done, total)`.
+        cache: take a checkpoint's export from the user's cache, and keep it there (`checkpoints.cache`).
+        watch: called with what is going on: `(stage, done, total)`.
 
     Raises:
         GuardError: anything wrong with the request or its files; nothing was written.
     """
+    if data == "reference" and is_checkpoint(model):
+        raise GuardError(
+            f"{model}: data reference would link to the cached export of this checkpoint; choose link or copy"
+        )
     if proof != "structure" and not dry_run:
         import_onnxruntime()  # a proof needs a runtime: say so before minutes of work
     for path in proof_inputs:
@@ -194,7 +203,7 @@ def export(
     directions = wished.directions if wished is not None else directions
     tell = watch or unwatched
     require_images_for(spec.mode, model)  # before a checkpoint is exported
-    with opened(model, variant, tell, dtype, opset, exporter) as source:
+    with opened(model, variant, tell, dtype, opset, exporter, cache) as source:
         target = Path(out) if out is not None else source.beside / f"{source.name}-guarded"
         require_apart(target, Path(model), source.package)
         if not dry_run:
@@ -239,6 +248,7 @@ def export(
                 calibrated,
                 choice=choice,
                 found=guide.found | above(source.package),
+                parity=source.parity,
             )
         made: dict[Path, ProofInputs] = {}
         if chosen.level == "full":
@@ -266,7 +276,7 @@ def export(
             refusals = measured.refusals if measured is not None else None
             if unguarded is not None:
                 refusals = guide.refusals(unguarded, stage, planned[0].plan, allow_no_effect)
-            write_manifest(stage, done, spec, measured, refusals, chosen, digests, tell, stamped, sbom)
+            write_manifest(stage, done, spec, measured, refusals, chosen, digests, tell, stamped, sbom, source.parity)
             _write_config(
                 stage, calibrated, wished, found, spec, planned[0].plan, choice.notes() if choice is not None else ()
             )
@@ -275,7 +285,7 @@ def export(
         tell("done", 1, 1)
         beside = guide.found | above(source.package)
         return ExportResult(
-            target.absolute(), tuple(done), chosen, calibrated, refusals, choice, written=True, found=beside
+            target.absolute(), tuple(done), chosen, calibrated, refusals, choice, True, beside, source.parity
         )
 
 
@@ -376,13 +386,21 @@ def _write(one: _Opened, plan: GuardPlan, stage: Path, data: Data) -> GuardRepor
     return report
 
 
-def inspect(model: Path | str, variant: str | None = None, watch: Watch | None = None) -> DecoderAnatomy:
-    """The residual stream of a model's decoder; a checkpoint is exported to a temporary folder first.
+def inspect(
+    model: Path | str, variant: str | None = None, watch: Watch | None = None, cache: bool = True
+) -> DecoderAnatomy:
+    """The residual stream of a model's decoder; a checkpoint is exported first.
+
+    Args:
+        model: a `.onnx` file, a model folder, a Hugging Face checkpoint folder or a hub id.
+        variant: precision variant of an onnx-community folder; `None` takes the one that runs.
+        watch: called with what is going on: `(stage, done, total)`.
+        cache: take a checkpoint's export from the user's cache, and keep it there.
 
     Raises:
         GuardError: it cannot be opened, or no residual stream was found, with the reason.
     """
-    with opened(model, variant, watch or unwatched) as source:
+    with opened(model, variant, watch or unwatched, cache=cache) as source:
         return dissect_decoder(source.package, source.package.load_decoder())
 
 
@@ -451,6 +469,7 @@ def extract_directions(
     ray: str | None = None,
     ray_workers: int | None = None,
     force: bool = False,
+    cache: bool = True,
     watch: Watch | None = None,
     report_found: Callable[[Mapping[str, Path]], None] = lambda found: None,
 ) -> Directions:
@@ -460,7 +479,20 @@ def extract_directions(
     will carry it. A calibration is also written as `guard.toml` has it, beside the file and under its name.
 
     Args:
-        ray, ray_workers: the Ray cluster that reads the states (`cluster.cluster`); default: this process.
+        model: a `.onnx` file, a model folder, a Hugging Face checkpoint folder or a hub id.
+        output: the file to write.
+        anchors: anchor pairs to extract from; default: found beside the model, else the built-in ones.
+        rank: rows to keep per layer, 1 to 64.
+        calibrate_for: mode to choose layers, thresholds and targets for; `None` calibrates nothing.
+        calibration: labelled prompts to calibrate on; default: found beside the anchors, else anchors that are kept back.
+        estimator: estimator of the directions (`estimators.ESTIMATORS`).
+        readout: readout of the gate of `restore` (`estimators.READOUTS`); `None` chooses.
+        variant: precision variant of an onnx-community folder; `None` takes the one that runs.
+        ray: address of the Ray cluster that reads the states (`cluster.cluster`); default: this process.
+        ray_workers: processes of it; default: one per GPU, else per machine.
+        force: replace the file, and the config beside it.
+        cache: take a checkpoint's export from the user's cache, and keep it there.
+        watch: called with what is going on: `(stage, done, total)`.
         report_found: called at the end with what was found beside the model and used -> its absolute path.
 
     Raises:
@@ -476,7 +508,7 @@ def extract_directions(
         with spreading(ray, ray_workers) as spread:
             return _extract_in_torch(model, output, anchors, rank, estimator, tell, spread, report_found)
     import_onnxruntime()
-    with spreading(ray, ray_workers) as spread, opened(model, variant, tell) as source:
+    with spreading(ray, ray_workers) as spread, opened(model, variant, tell, cache=cache) as source:
         anatomy = _open(source.package).anatomy
         guide = Guide(
             source,

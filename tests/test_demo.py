@@ -1,4 +1,4 @@
-"""`make demo`'s script with a stand-in for the program: what it prints first and last, and that it writes no colours into a file."""
+"""`make demo`'s script with a stand-in for the program: what it prints first and last, and no colours in a file."""
 
 from __future__ import annotations
 

@@ -121,8 +121,8 @@ def convert_checkpoint(
     graphs = []
     with _quiet():
         parts = parts_of(family, model)
-    for part in parts:
-        say(f"tracing {part.name}")
+    for number, part in enumerate(parts, 1):
+        say(f"exporting ({number}/{len(parts)}) {part.name}")
         try:
             graph = trace(model, part, opset)
         except RuntimeError as failure:  # of torch.export and torch.onnx
