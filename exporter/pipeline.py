@@ -25,7 +25,7 @@ from ..graphs.package import ModelPackage, external_files, load_graph, save_grap
 from ..graphs.places import is_checkpoint
 from ..graphs.plan import GuardPlan, plan_guard, require_layers, require_unguarded
 from ..graphs.rewrite import GuardReport, rewrite
-from ..graphs.spec import GuardSpec, Mode
+from ..graphs.spec import Decided, GuardSpec, Mode, Positions
 from ..graphs.staging import Data, create_file, require_writable, require_writable_file, staged, write_file
 from ..graphs.static_proof import Check, prove_structure
 from ..graphs.tensorrt import require_readable
@@ -40,7 +40,7 @@ from .calibration.guard_config import CONFIG_NAME, GuardConfig, config_of, read_
 from .calibration.judged import readable_images
 from .calibration.no_worse import Refusals
 from .calibration.results import Calibration
-from .choices import ExporterName, Precision, WantedProof
+from .choices import ExporterName, Precision, WantedMode, WantedProof
 from .extraction.estimators import DEFAULT_ESTIMATOR
 from .guide import ANCHOR_FILES, EXTRACTED_RANK, Guide
 from .prompts.anchors import open_anchors
@@ -53,6 +53,7 @@ from .proof.prove import prove_by_running
 from .proof.prove_fold import prove_fold_by_running
 from .proof.prove_local import prove_locally
 from .proof.signature import InputsUnknown
+from .requests import Layers, require_path, spec_of
 from .shards import Spreader, spreading
 from .sources import Watch, above, opened, require_apart, require_images_for, unwatched
 
@@ -83,6 +84,11 @@ class ExportResult:
     found: Mapping[str, Path] = field(default_factory=dict)
     parity: tuple[Check, ...] = ()
 
+    def __repr__(self) -> str:
+        written = "" if self.written else ", not written"
+        guard = f"{self.plan.mode} on layers {self.plan.layers}"
+        return f"ExportResult({str(self.out)!r}, {guard}, proved {self.proved.level}{written})"
+
     @property
     def anatomy(self) -> DecoderAnatomy:
         """Of the decoder that runs."""
@@ -104,6 +110,7 @@ class ExportResult:
         return self.decoders[0].proof
 
     def to_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
         return {
             "out": str(self.out),
             "written": self.written,
@@ -122,6 +129,13 @@ def export(
     model: Path | str,
     out: Path | str | None = None,
     *,
+    mode: WantedMode | None = None,
+    layers: Layers | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
+    tau: float | None = None,
+    positions: Positions | None = None,
+    gate: Decided | None = None,
     spec: GuardSpec | None = None,
     config: Path | str | None = None,
     directions: Path | str | None = None,
@@ -154,9 +168,16 @@ def export(
     Args:
         model: a `.onnx` file, a model folder, a Hugging Face checkpoint folder or a hub id.
         out: the folder to write; default `<name>-guarded` beside the model.
-        spec: what is wanted; without a mode it follows the directions, and without directions the mode is chosen by what
-            each does to the model's answers (`calibration.choice`).
-        config: a `guard.toml`, which says all of that, names its directions and gives the layers' numbers.
+        mode: intervention: `project`, `steer`, `supervise`, `restore`, `combined` or `align`. Without, or with `auto`, that of
+            the directions; without directions the one that works best on the model's answers (`calibration.choice`).
+        layers: decoder layers from 0: numbers, or text such as `"2-4"`; default: those of the directions, or calibrated.
+        rank: rows of each direction to use, 1 to 64.
+        alpha: strength of `steer` and `supervise`.
+        tau: gate threshold.
+        positions: tokens to edit: `last`, `all` or `prompt`.
+        gate: decided at every `token`, or at the end of the `prompt` and held for the answer.
+        spec: a whole `GuardSpec` instead of these, with knobs, telemetry, lowering and target.
+        config: a `guard.toml` instead, which also names its directions and has the layers' numbers.
         directions: a directions file; without one, it is looked for beside the model, else extracted from anchors.
         anchors: anchor pairs to extract from (`prompts.Sources`); default: found beside the model, else the built-in ones.
         calibration: labelled prompts to calibrate on; default: found beside the anchors, else anchors that are kept back.
@@ -164,8 +185,9 @@ def export(
         readout: of the gate of `restore`, where it is calibrated (`estimators.READOUTS`); `None` chooses.
         budget: highest share of harmless calibration prompts that may be refused.
         variant: precision variant of an onnx-community folder; `None` guards all that are there.
-        dtype, opset: of the graphs exported from a checkpoint; refused for a model that is ONNX already.
-        exporter: who exports a checkpoint (`exporters.EXPORTERS`); `None` is transformers. Refused as they are.
+        dtype: precision of the graphs exported from a checkpoint; refused for a model that is ONNX already.
+        opset: ONNX opset of these graphs; refused likewise.
+        exporter: exporter of a checkpoint (`exporters.EXPORTERS`); `None` is transformers. Refused likewise.
         data: how big files get into OUT: `link`, `copy` or `reference` (`graphs.staging.bring`).
         digests: hash big weights too; without it the manifest says that they were not.
         proof: `full` runs the model. `local` runs each guard by itself, cut out of the file, so the model's size does not
@@ -188,6 +210,8 @@ def export(
     Raises:
         GuardError: anything wrong with the request or its files; nothing was written.
     """
+    require_path(model, "model")
+    spec = spec_of(spec, layers, mode=mode, rank=rank, alpha=alpha, tau=tau, positions=positions, gate=gate)
     if data == "reference" and is_checkpoint(model):
         raise GuardError(
             f"{model}: data reference would link to the cached export of this checkpoint; choose link or copy"
@@ -400,6 +424,7 @@ def inspect(
     Raises:
         GuardError: it cannot be opened, or no residual stream was found, with the reason.
     """
+    require_path(model, "model")
     with opened(model, variant, watch or unwatched, cache=cache) as source:
         return dissect_decoder(source.package, source.package.load_decoder())
 
@@ -498,6 +523,8 @@ def extract_directions(
     Raises:
         GuardError: anything wrong with the request or its files; nothing was written.
     """
+    require_path(model, "model")
+    require_path(output, "output")
     output = Path(output).absolute()
     tell = watch or unwatched
     spec = GuardSpec(mode=calibrate_for, rank=rank)

@@ -101,9 +101,19 @@ def convert_checkpoint(
     progress: Callable[[str], None] | None = None,
     verify: bool = True,
 ) -> ConversionReport:
-    """Export the checkpoint (a folder, or a hub id) to the folder `out`, and compare it with torch.
+    """Export a checkpoint to a folder, and compare it with torch.
 
-    `out` is new or empty; on an exception its content is worth nothing and the caller throws it away.
+    Args:
+        checkpoint: a folder, or a hub id.
+        out: the folder to write, new or empty; on an exception its content is worth nothing and the caller removes it.
+        dtype: precision of the graphs.
+        opset: ONNX opset of the graphs; default 18.
+        progress: called with what is being done.
+        verify: compare the graphs with torch.
+
+    Raises:
+        GuardError: the checkpoint cannot be read or exported.
+        ProofFailed: the graphs differ from torch by more than the limit.
     """
     say = progress or (lambda _: None)
     opset = _supported_opset(opset)
