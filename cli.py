@@ -183,6 +183,10 @@ BigFiles = Annotated[
     ),
 ]
 Verbose = Annotated[bool, proof_option("--verbose", "-v", help="Show every check of the proof.")]
+NoCache = Annotated[
+    bool,
+    precision("--no-cache", help="Export a checkpoint again, and do not keep the export in the cache."),
+]
 AnswerTokens = Annotated[
     int, limits("--max-new-tokens", help="Longest answer, in tokens; refusals can come late.", metavar="N")
 ]
@@ -377,6 +381,7 @@ def export_command(
             metavar=one_of(ExporterName),
         ),
     ] = None,
+    no_cache: NoCache = False,
     target: Annotated[
         Target | None,
         precision(
@@ -513,6 +518,7 @@ def export_command(
             reproducible=reproducible,
             calibration_images=calibration_image or (),
             calibration_seconds=calibration_seconds,
+            cache=not no_cache,
             watch=watch,
         )
     try:
@@ -542,6 +548,7 @@ _BESIDE_CONFIG = frozenset(
         "dtype",
         "opset",
         "exporter",
+        "no_cache",
         "data",
         "no_digest",
         "proof",
@@ -820,7 +827,7 @@ def convert_command(
             create_file(stage / WRITTEN_NAME, written_record(stage))
     out.print(f"{escape(str(out_folder))}: {graphs} graphs, [bold]unguarded[/bold]")
     if parity:
-        render.show_checks(out, parity, "parity with torch")
+        render.show_parity(out, parity)
 
 
 @app.command(
@@ -835,6 +842,7 @@ def convert_command(
 def inspect_command(
     model: Model,
     variant: Variant = None,
+    no_cache: NoCache = False,
     full: Annotated[
         bool, output_option("--full", help="Show a row for every layer; long runs of like layers are folded otherwise.")
     ] = False,
@@ -846,7 +854,7 @@ def inspect_command(
     from .exporter.pipeline import inspect
 
     with render.bars(err) as watch:
-        anatomy = inspect(model, variant, watch)
+        anatomy = inspect(model, variant, watch, cache=not no_cache)
     if as_json:
         print_json({"model": model, **anatomy.to_json()})
     else:
@@ -879,6 +887,7 @@ def directions_command(
     estimator: Estimator = "svd",
     readout: Readout = None,
     variant: Variant = None,
+    no_cache: NoCache = False,
     output: Annotated[Path, output_option("--output", "-o", help="File to write.", metavar="FILE")] = Path(
         "directions.safetensors"
     ),
@@ -915,6 +924,7 @@ def directions_command(
             ray=ray,
             ray_workers=ray_workers,
             force=force,
+            cache=not no_cache,
             watch=watch,
             report_found=beside.update,
         )

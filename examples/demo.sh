@@ -41,6 +41,5 @@ say "Verdict, for the toy"
 echo "two passes (align):  $(grep -m 1 'harmful requests answered' "$out/guarded.txt")"
 echo "one pass (restore):  $(grep -m 1 'harmful requests answered' "$out/restore.txt")"
 grep -m 1 PROVED "$out/verified.txt"
-echo
 program=$(command -v vlmguard)
 echo "next: ${program#"$PWD/"} playground $out/guarded"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import time
 from collections import Counter
@@ -154,6 +155,18 @@ def show_proof(out: Console, checks: Sequence[Check], what: str, verbose: bool) 
     out.print(f"{verdict} {held}/{len(checks)}: {escape(what)}{more}", highlight=False, soft_wrap=True)
 
 
+def show_parity(out: Console, parity: Sequence[Check]) -> None:
+    """How far exported graphs are from the checkpoint in torch, in one line; nothing where that was not compared."""
+    if parity:
+        worst = max(parity, key=lambda check: check.worst / check.limit)
+        out.print(
+            f"torch against ONNX: {worst.worst:.1e} of the largest value at most ({escape(worst.name)}), allowed "
+            f"{worst.limit:.0e}; {sum(check.compared for check in parity):,} values compared",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
 def show_next(out: Console, command: str) -> None:
     """The command to go on with, on one line however long it is: it can be pasted into a shell."""
     out.print(f"next: {escape(command)}", highlight=False, soft_wrap=True)
@@ -230,6 +243,7 @@ def show_export(out: Console, result: ExportResult, verbose: bool = False) -> No
     if not result.written:
         out.print(f"dry run: nothing was written to {escape(str(result.out))}")
         return
+    show_parity(out, result.parity)
     for decoder in result.decoders:
         show_proof(out, decoder.proof, decoder.path, verbose)
     out.print(f"proof: {result.proved.level}, {result.proved.why}", highlight=False, soft_wrap=True)
@@ -296,6 +310,7 @@ def show_scores(out: Console, answer: ScoredAnswer) -> None:
 
 PROGRESS_SECONDS = "VLMGUARD_PROGRESS_SECONDS"
 _LINE_EVERY = 10.0  # seconds
+_STEP = re.compile(r"\(\d+/\d+\)")
 
 
 @contextmanager
@@ -303,7 +318,8 @@ def bars(err: Console) -> Iterator[Callable[[str, int, int], None]]:
     """Progress bars on a terminal, one per stage, gone when done.
 
     Where stderr is a file or a pipe: a line with the stage every `_LINE_EVERY` seconds, so that a log shows how far a long
-    command is, and a short one prints nothing. The variable `VLMGUARD_PROGRESS_SECONDS` sets another interval, 0 none.
+    command is, and a short one prints nothing. A numbered step, "exporting (1/3) ...", takes a minute: it prints its line at
+    once. The variable `VLMGUARD_PROGRESS_SECONDS` sets another interval, 0 none.
     """
     between = _seconds_between_lines()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -314,7 +330,9 @@ def bars(err: Console) -> Iterator[Callable[[str, int, int], None]]:
     def watch(stage: str, done: int, total: int) -> None:
         nonlocal printed
         if not err.is_terminal:
-            if between and time.monotonic() - printed >= between:
+            if between and _STEP.search(stage):
+                err.print(escape(stage), highlight=False, soft_wrap=True)
+            elif between and time.monotonic() - printed >= between:
                 printed = time.monotonic()
                 err.print(f"{escape(stage)}: {done} of {total}", highlight=False, soft_wrap=True)
             return

@@ -90,6 +90,7 @@ def write_manifest(
     tell: Watch,
     stamped: Stamp,
     sbom: bool = False,
+    parity: Sequence[Check] = (),
 ) -> None:
     """Hash what is in the stage and what it was made from (each content once), and write `guard.json`; with `sbom` the bill
     of materials before it."""
@@ -122,6 +123,7 @@ def write_manifest(
         calibration=calibrated.to_json() if calibrated is not None else None,
         choice=choice.to_json() if choice is not None else None,
         refusals=refusals.to_json() if refusals is not None else None,
+        export_parity=[check.to_json() for check in parity] or None,
     )
     create_file(stage / MANIFEST_NAME, manifest.to_text().encode())
 

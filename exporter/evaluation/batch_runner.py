@@ -14,7 +14,7 @@ from ...graphs.manifest import MANIFEST_NAME, read_manifest
 from ...runtime.generation import Request
 from ...runtime.guarded import GuardedVLM
 from ...runtime.images.image_features import ImageFeatures
-from ...runtime.images.images import open_image
+from ...runtime.images.images import Picture, open_image
 from ...runtime.refusals import refused
 from ...runtime.vlm import VisionLanguageModel
 from ..extraction.kept_states import model_files
@@ -166,7 +166,7 @@ def shard_of(
     return Shard(tuple(indices), tuple(prompts[index] for index in indices), tuple(seen), text_rows)
 
 
-def _opened(image: Image.Image | Path | str | bytes | ImageFeatures) -> Image.Image | ImageFeatures:
+def _opened(image: Picture | ImageFeatures) -> Image.Image | ImageFeatures:
     """A picture, decoded; rows as they are."""
     return image if isinstance(image, ImageFeatures) else open_image(image)
 
