@@ -1,12 +1,27 @@
-"""vlmguard: bake VLM-Guard's safety steering (arXiv 2502.10486) into an exported model's graph, and prove it is there.
+"""vlmguard: bake VLM-Guard's safety steering (arXiv 2502.10486) into an exported model's graph, and prove that it is there.
 
     import vlmguard
 
-    vlmguard.export("model.onnx", directions="directions.safetensors")
-    vlm = vlmguard.GuardedVLM.open("model-guarded")
+    result = vlmguard.export("model-folder", "guarded", mode="restore", layers="2-4")
+    vlm = vlmguard.GuardedVLM.open("guarded")
     print(vlm.generate("What is in this picture?", image="photo.png"))
 
-Importing this imports neither torch nor a runtime: each name is loaded when it is first used.
+Guard a model
+    export              plan, rewrite, prove, write a guarded folder; returns an ExportResult
+    extract_directions  safety steering directions from the model itself; returns Directions
+    convert_checkpoint  a Hugging Face checkpoint as ONNX, without a guard
+    guard_exported      the same as export for what transformers' ONNX exporter made
+    inspect             the decoder's residual stream; returns a DecoderAnatomy
+    GuardSpec           everything that can be asked of a guard, as one value
+
+Use it
+    GuardedVLM          open a guarded folder, generate answers
+    verify              redo the proof from the files; returns a Verification
+    Directions          read_directions(path), Directions.from_arrays(...), .save(path); docs/directions.md
+
+Errors of the request or its files are GuardError: one line with what is wrong and what to do. Pictures are paths, bytes of
+files, Pillow images or uint8 arrays. Importing vlmguard imports neither torch nor a runtime: each name is loaded when it is
+first used.
 """
 
 from __future__ import annotations
@@ -67,3 +82,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'vlmguard' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__})

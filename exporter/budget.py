@@ -111,7 +111,7 @@ def run_within(arguments: Sequence[str], seconds: float | None, memory: int | No
     # By this process's own search path: `python -c` would put the folder first that the user happens to be in, and a model's
     # folder may hold a `typer.py`.
     path = [entry for entry in sys.path if Path(entry).is_absolute()] + [str(Path(__file__).parents[2])]
-    code = f"import sys; sys.path[:] = {path!r}; from vlmguard.cli import main; main()"
+    code = f"import sys; sys.path[:], sys.argv[0] = {path!r}, {sys.argv[0]!r}; from vlmguard.cli import main; main()"
     child = subprocess.Popen(
         [sys.executable, "-P", "-c", code, *arguments],
         env={**os.environ, _INSIDE: "" if seconds is None else str(seconds), _PARENT: str(os.getpid())},

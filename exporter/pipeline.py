@@ -20,7 +20,7 @@ from ..graphs.directions import DIRECTIONS_FILE, Directions, directions_bytes
 from ..graphs.errors import AnatomyNotFound, GuardError, ModelUnreadable, ProofFailed
 from ..graphs.graph_io import external_files, load_graph, save_graph
 from ..graphs.lowerings.fold import FOLD
-from ..graphs.new_files import create_file
+from ..graphs.new_files import Data, create_file
 from ..graphs.operators import hidden_decoder, uncertain_layers
 from ..graphs.package import ModelPackage
 from ..graphs.places import is_checkpoint
@@ -29,8 +29,8 @@ from ..graphs.planner import plan_guard, require_layers, require_unguarded
 from ..graphs.proof.fold_proof import prove_fold
 from ..graphs.proof.structure import Check, prove_structure
 from ..graphs.rewrite import GuardReport, rewrite
-from ..graphs.spec import GuardSpec, Mode
-from ..graphs.staging import Data, require_writable, require_writable_file, staged, write_file
+from ..graphs.spec import Decided, GuardSpec, Mode, Positions
+from ..graphs.staging import require_writable, require_writable_file, staged, write_file
 from ..graphs.tensorrt import require_readable
 from ..runtime.decoder_place import DecoderPlace
 from ..runtime.onnxruntime_runner import import_onnxruntime
@@ -43,7 +43,7 @@ from .calibration.guard_config import CONFIG_NAME, GuardConfig, config_of, read_
 from .calibration.judged import readable_images
 from .calibration.refusal_regression import Refusals
 from .calibration.results import Calibration
-from .checkpoints.exporters import ExporterName, Precision
+from .choices import ExporterName, Precision, WantedMode, WantedProof
 from .cluster import open_executors
 from .executors import ExecutorFactory
 from .extraction.estimators import DEFAULT_ESTIMATOR
@@ -51,12 +51,13 @@ from .prompts.anchors import open_anchors
 from .prompts.labelled import BUILTIN, Sources, find_file
 from .proof.headroom import NAME as HEADROOM
 from .proof.inputs import ProofInputs, given_inputs
-from .proof.level import ProofLevel, Wanted, choose_level, without_inputs
+from .proof.level import ProofLevel, choose_level, without_inputs
 from .proof.npz import read_npz
 from .proof.prove import prove_by_running
 from .proof.prove_fold import prove_fold_by_running
 from .proof.prove_local import prove_locally
 from .proof.signature import InputsUnknown
+from .requests import Layers, require_path, spec_of
 from .resolve import ANCHOR_FILES, EXTRACTED_RANK, Guide
 from .sources import Watch, above, opened, require_apart, require_images_for, unwatched
 
@@ -73,6 +74,7 @@ class ExportResult:
         refusals: harmful prompts refused without and with the guard, where prompts were at hand.
         choice: of the mode, where it was left open.
         written: whether `out` was written.
+        parity: how far a checkpoint's exported graphs are from torch; empty for a model that was ONNX already.
         found: what was found beside the model and used -> its absolute path. Not in the manifest, which others read.
     """
 
@@ -84,6 +86,12 @@ class ExportResult:
     choice: Choice | None = None
     written: bool = False
     found: Mapping[str, Path] = field(default_factory=dict)
+    parity: tuple[Check, ...] = ()
+
+    def __repr__(self) -> str:
+        written = "" if self.written else ", not written"
+        guard = f"{self.plan.mode} on layers {self.plan.layers}"
+        return f"ExportResult({str(self.out)!r}, {guard}, proved {self.proved.level}{written})"
 
     @property
     def anatomy(self) -> DecoderAnatomy:
@@ -106,6 +114,7 @@ class ExportResult:
         return self.decoders[0].proof
 
     def to_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
         return {
             "out": str(self.out),
             "written": self.written,
@@ -116,6 +125,7 @@ class ExportResult:
             "refusals": self.refusals.to_json() if self.refusals is not None else None,
             "choice": self.choice.to_json() if self.choice is not None else None,
             "found": {what: str(path) for what, path in self.found.items()},
+            "export_parity": [check.to_json() for check in self.parity] or None,
         }
 
 
@@ -123,6 +133,13 @@ def export(
     model: Path | str,
     out: Path | str | None = None,
     *,
+    mode: WantedMode | None = None,
+    layers: Layers | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
+    tau: float | None = None,
+    positions: Positions | None = None,
+    gate: Decided | None = None,
     spec: GuardSpec | None = None,
     config: Path | str | None = None,
     directions: Path | str | None = None,
@@ -137,7 +154,7 @@ def export(
     exporter: ExporterName | None = None,
     data: Data = "link",
     digests: bool = True,
-    proof: Wanted = "auto",
+    proof: WantedProof = "auto",
     proof_inputs: Sequence[Path | str] = (),
     dry_run: bool = False,
     force: bool = False,
@@ -147,6 +164,7 @@ def export(
     reproducible: bool = False,
     calibration_images: Sequence[Path | str] = (),
     calibration_seconds: float | None = None,
+    cache: bool = True,
     watch: Watch | None = None,
 ) -> ExportResult:
     """Guard a model, prove the guard, write the guarded folder.
@@ -154,9 +172,16 @@ def export(
     Args:
         model: a `.onnx` file, a model folder, a Hugging Face checkpoint folder or a hub id.
         out: the folder to write; default `<name>-guarded` beside the model.
-        spec: what is wanted; without a mode it follows the directions, and without directions the mode is chosen by what
-            each does to the model's answers (`calibration.choice`).
-        config: a `guard.toml`, which says all of that, names its directions and gives the layers' numbers.
+        mode: intervention: `project`, `steer`, `supervise`, `restore`, `combined` or `align`. Without, or with `auto`, that of
+            the directions; without directions the one that works best on the model's answers (`calibration.choice`).
+        layers: decoder layers from 0: numbers, or text such as `"2-4"`; default: those of the directions, or calibrated.
+        rank: rows of each direction to use, 1 to 64.
+        alpha: strength of `steer` and `supervise`.
+        tau: gate threshold.
+        positions: tokens to edit: `last`, `all` or `prompt`.
+        gate: decided at every `token`, or at the end of the `prompt` and held for the answer.
+        spec: a whole `GuardSpec` instead of these, with knobs, telemetry, lowering and target.
+        config: a `guard.toml` instead, which also names its directions and has the layers' numbers.
         directions: a directions file; without one, it is looked for beside the model, else extracted from anchors.
         anchors: anchor pairs to extract from (`prompts.Sources`); default: found beside the model, else the built-in ones.
         calibration: labelled prompts to calibrate on; default: found beside the anchors, else anchors that are kept back.
@@ -164,8 +189,9 @@ def export(
         readout: of the gate of `restore`, where it is calibrated (`estimators.READOUTS`); `None` chooses.
         budget: highest share of harmless calibration prompts that may be refused.
         variant: precision variant of an onnx-community folder; `None` guards all that are there.
-        dtype, opset: of the graphs exported from a checkpoint; refused for a model that is ONNX already.
-        exporter: who exports a checkpoint (`exporters.EXPORTERS`); `None` is transformers. Refused as they are.
+        dtype: precision of the graphs exported from a checkpoint; refused for a model that is ONNX already.
+        opset: ONNX opset of these graphs; refused likewise.
+        exporter: exporter of a checkpoint (`exporters.EXPORTERS`); `None` is transformers. Refused likewise.
         data: how big files get into OUT: `link`, `copy` or `reference` (`graphs.staging.bring`).
         digests: hash big weights too; without it the manifest says that they were not.
         proof: `full` runs the model. `local` runs each guard by itself, cut out of the file, so the model's size does not
@@ -182,11 +208,18 @@ def export(
             1970, and no file's time of change is kept, so that big files are hashed at each opening.
         calibration_images: pictures of the user, to calibrate with besides blank ones and noise.
         calibration_seconds: how long candidates are tried, if one was found by then; `None` tries all.
-        watch: told what is going on: `(stage, done, total)`.
+        cache: take a checkpoint's export from the user's cache, and keep it there (`checkpoints.cache`).
+        watch: called with what is going on: `(stage, done, total)`.
 
     Raises:
         GuardError: anything wrong with the request or its files; nothing was written.
     """
+    require_path(model, "model")
+    spec = spec_of(spec, layers, mode=mode, rank=rank, alpha=alpha, tau=tau, positions=positions, gate=gate)
+    if data == "reference" and is_checkpoint(model):
+        raise GuardError(
+            f"{model}: data reference would link to the cached export of this checkpoint; choose link or copy"
+        )
     if proof != "structure" and not dry_run:
         import_onnxruntime()  # a proof needs a runtime: say so before minutes of work
     for path in proof_inputs:
@@ -198,7 +231,7 @@ def export(
     directions = wished.directions if wished is not None else directions
     tell = watch or unwatched
     require_images_for(spec.mode, model)  # before a checkpoint is exported
-    with opened(model, variant, tell, dtype, opset, exporter) as source:
+    with opened(model, variant, tell, dtype, opset, exporter, cache) as source:
         target = Path(out) if out is not None else source.beside / f"{source.name}-guarded"
         require_apart(target, Path(model), source.package)
         if not dry_run:
@@ -243,6 +276,7 @@ def export(
                 calibrated,
                 choice=choice,
                 found=guide.found | above(source.package),
+                parity=source.parity,
             )
         made: dict[Path, ProofInputs] = {}
         if chosen.level == "full":
@@ -270,7 +304,7 @@ def export(
             refusals = measured.refusals if measured is not None else None
             if unguarded is not None:
                 refusals = guide.refusals(unguarded, stage, planned[0].plan, allow_no_effect)
-            write_manifest(stage, done, spec, measured, refusals, chosen, digests, tell, stamped, sbom)
+            write_manifest(stage, done, spec, measured, refusals, chosen, digests, tell, stamped, sbom, source.parity)
             _write_config(
                 stage, calibrated, wished, found, spec, planned[0].plan, choice.notes() if choice is not None else ()
             )
@@ -279,7 +313,7 @@ def export(
         tell("done", 1, 1)
         beside = guide.found | above(source.package)
         return ExportResult(
-            target.absolute(), tuple(done), chosen, calibrated, refusals, choice, written=True, found=beside
+            target.absolute(), tuple(done), chosen, calibrated, refusals, choice, True, beside, source.parity
         )
 
 
@@ -380,13 +414,22 @@ def _write(one: _Opened, plan: GuardPlan, stage: Path, data: Data) -> GuardRepor
     return report
 
 
-def inspect(model: Path | str, variant: str | None = None, watch: Watch | None = None) -> DecoderAnatomy:
-    """The residual stream of a model's decoder; a checkpoint is exported to a temporary folder first.
+def inspect(
+    model: Path | str, variant: str | None = None, watch: Watch | None = None, cache: bool = True
+) -> DecoderAnatomy:
+    """The residual stream of a model's decoder; a checkpoint is exported first.
+
+    Args:
+        model: a `.onnx` file, a model folder, a Hugging Face checkpoint folder or a hub id.
+        variant: precision variant of an onnx-community folder; `None` takes the one that runs.
+        watch: called with what is going on: `(stage, done, total)`.
+        cache: take a checkpoint's export from the user's cache, and keep it there.
 
     Raises:
         GuardError: it cannot be opened, or no residual stream was found, with the reason.
     """
-    with opened(model, variant, watch or unwatched) as source:
+    require_path(model, "model")
+    with opened(model, variant, watch or unwatched, cache=cache) as source:
         return dissect_decoder(source.package, source.package.load_decoder())
 
 
@@ -455,6 +498,7 @@ def extract_directions(
     ray: str | None = None,
     ray_workers: int | None = None,
     force: bool = False,
+    cache: bool = True,
     watch: Watch | None = None,
     report_found: Callable[[Mapping[str, Path]], None] = lambda found: None,
 ) -> Directions:
@@ -464,12 +508,27 @@ def extract_directions(
     will carry it. A calibration is also written as `guard.toml` has it, beside the file and under its name.
 
     Args:
-        ray, ray_workers: the Ray cluster that reads the states (`cluster.cluster`); default: this process.
+        model: a `.onnx` file, a model folder, a Hugging Face checkpoint folder or a hub id.
+        output: the file to write.
+        anchors: anchor pairs to extract from; default: found beside the model, else the built-in ones.
+        rank: rows to keep per layer, 1 to 64.
+        calibrate_for: mode to choose layers, thresholds and targets for; `None` calibrates nothing.
+        calibration: labelled prompts to calibrate on; default: found beside the anchors, else anchors that are kept back.
+        estimator: estimator of the directions (`estimators.ESTIMATORS`).
+        readout: readout of the gate of `restore` (`estimators.READOUTS`); `None` chooses.
+        variant: precision variant of an onnx-community folder; `None` takes the one that runs.
+        ray: address of the Ray cluster that reads the states (`cluster.cluster`); default: this process.
+        ray_workers: processes of it; default: one per GPU, else per machine.
+        force: replace the file, and the config beside it.
+        cache: take a checkpoint's export from the user's cache, and keep it there.
+        watch: called with what is going on: `(stage, done, total)`.
         report_found: called at the end with what was found beside the model and used -> its absolute path.
 
     Raises:
         GuardError: anything wrong with the request or its files; nothing was written.
     """
+    require_path(model, "model")
+    require_path(output, "output")
     output = Path(output).absolute()
     tell = watch or unwatched
     spec = GuardSpec(mode=calibrate_for, rank=rank)
@@ -480,7 +539,7 @@ def extract_directions(
         with open_executors(ray, ray_workers) as executors:
             return _extract_in_torch(model, output, anchors, rank, estimator, tell, executors, report_found)
     import_onnxruntime()
-    with open_executors(ray, ray_workers) as executors, opened(model, variant, tell) as source:
+    with open_executors(ray, ray_workers) as executors, opened(model, variant, tell, cache=cache) as source:
         anatomy = _open(source.package).anatomy
         guide = Guide(
             source,

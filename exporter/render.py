@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import groupby
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,6 +25,7 @@ from rich.table import Table
 from ..graphs.anatomy import DecoderAnatomy
 from ..graphs.directions import Directions
 from ..graphs.errors import GuardError
+from ..graphs.places import is_checkpoint
 from ..graphs.plan import GuardPlan
 from ..graphs.proof.structure import Check
 from ..graphs.sites import ResidualSite
@@ -55,8 +59,7 @@ def show_anatomy(out: Console, anatomy: DecoderAnatomy, model: str, full: bool =
         layers = ", ".join(map(str, anatomy.guarded_layers))
         out.print(f"carries a guard on layers {layers}; `vlmguard verify` proves it", highlight=False)
     else:
-        told = f"next: `vlmguard export {shlex.quote(model)}` guards it; with --dry-run it only shows the plan"
-        out.print(escape(told), highlight=False, soft_wrap=True)  # to be copied: a path is not broken
+        show_next(out, f"vlmguard-export {shlex.quote(model)}")
 
 
 def anatomy_in_words(anatomy: DecoderAnatomy) -> str:
@@ -137,7 +140,88 @@ def show_checks(out: Console, checks: Sequence[Check], title: str) -> None:
             out.print(f"  - {escape(check.name)}: {escape(check.note)}", highlight=False)
 
 
-def show_export(out: Console, result: ExportResult) -> None:
+def show_proof(out: Console, checks: Sequence[Check], what: str, verbose: bool) -> None:
+    """`PROVED 9/9` in one line; the checks themselves with `verbose`, and where one of them does not hold.
+
+    Args:
+        what: the graph or folder that was proved.
+    """
+    held = sum(check.ok for check in checks)
+    whole = held == len(checks) > 0
+    if verbose or not whole:
+        show_checks(out, checks, f"proof of {what}")
+    verdict = "[bold green]PROVED[/bold green]" if whole else "[bold red]NOT PROVED[/bold red]"
+    more = "" if verbose or not whole else " (-v shows each check)"
+    out.print(f"{verdict} {held}/{len(checks)}: {escape(what)}{more}", highlight=False, soft_wrap=True)
+
+
+def show_parity(out: Console, parity: Sequence[Check]) -> None:
+    """How far exported graphs are from the checkpoint in torch, in one line; nothing where that was not compared."""
+    if parity:
+        worst = max(parity, key=lambda check: check.worst / check.limit)
+        out.print(
+            f"torch against ONNX: {worst.worst:.1e} of the largest value at most ({escape(worst.name)}), allowed "
+            f"{worst.limit:.0e}; {sum(check.compared for check in parity):,} values compared",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def show_next(out: Console, command: str) -> None:
+    """The command to go on with, on one line however long it is: it can be pasted into a shell."""
+    out.print(f"next: {escape(command)}", highlight=False, soft_wrap=True)
+
+
+def next_after_export(result: ExportResult, model: str, convert_options: Sequence[str] = ()) -> str:
+    """The command that shows what a new guard does.
+
+    Args:
+        result: of the export.
+        model: the unguarded model as the user named it; a checkpoint has to become ONNX before it can be compared with.
+        convert_options: options that the checkpoint was exported with.
+    """
+    base, guarded = shlex.quote(model), shlex.quote(str(result.out))
+    convert = ""
+    if is_checkpoint(model):
+        base = shlex.quote(f"{Path(model).name}-onnx")
+        convert = " ".join(["vlmguard convert", shlex.quote(model), base, *map(shlex.quote, convert_options), "&& "])
+    if result.proved.level == "structure":
+        return f"{convert}vlmguard verify {guarded} --run --source {base}"
+    if (result.out / "tokenizer.json").is_file():
+        return f"{convert}vlmguard evaluate {base} {guarded}"
+    return f"{convert}vlmguard verify {guarded} --source {base}"
+
+
+def next_after_directions(
+    model: str, output: Path, calibrated: bool, anchors: Sequence[str] | None, variant: str | None
+) -> str:
+    """The command that guards a model along extracted directions.
+
+    Args:
+        model: as the user named it.
+        output: the directions file; a calibration wrote a config beside it.
+        calibrated: whether there is such a config.
+        anchors: as the user named them; without, those that were found or the built-in ones are taken again.
+        variant: as the user named it.
+    """
+    words = ["vlmguard-export", model]
+    if calibrated:
+        words += ["--config", str(output.with_suffix(".toml"))]
+    else:
+        words += ["--mode", "restore", "--directions", str(output)]
+        words += [word for source in anchors or ("builtin",) for word in ("--anchors", source)]
+    if variant is not None and not is_checkpoint(model):
+        words += ["--variant", variant]
+    return shlex.join(words)
+
+
+def next_after_evaluation(base: Path, guarded: Path) -> str:
+    """The command that shows the same in pictures, or checks the folder where the page cannot be drawn."""
+    words = ["report", "verify"][find_spec("plotly") is None]
+    return shlex.join(["vlmguard", words, str(guarded), "--source", str(base)])
+
+
+def show_export(out: Console, result: ExportResult, verbose: bool = False) -> None:
     show_plan(out, result.plan)
     show_found(out, result.found)
     if result.calibration is not None:
@@ -159,25 +243,30 @@ def show_export(out: Console, result: ExportResult) -> None:
     if not result.written:
         out.print(f"dry run: nothing was written to {escape(str(result.out))}")
         return
+    show_parity(out, result.parity)
     for decoder in result.decoders:
-        show_checks(out, decoder.proof, f"proof of {decoder.path}")
+        show_proof(out, decoder.proof, decoder.path, verbose)
     out.print(f"proof: {result.proved.level}, {result.proved.why}", highlight=False, soft_wrap=True)
-    out.print(f"[bold]guarded[/bold]: {escape(str(result.out))}")
+    out.print(f"[bold]guarded[/bold]: {escape(str(result.out))}", highlight=False, soft_wrap=True)
 
 
 def _show_held_out(out: Console, held: HeldOut) -> None:
     """The winner and its controls on prompts that no choice was made on."""
     table = Table(title="held-out prompts, refused in the worst setting")
     for column in ("who", "harmful", "harmless"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     rows = (("unguarded", held.base), ("guarded", held.guarded), *((c.name, c.tally) for c in held.controls))
     for name, result in rows:
         table.add_row(name, f"{result.worst('harmful'):.1%}", f"{result.worst('harmless'):.1%}")
     out.print(table)
 
 
-def show_engines(out: Console, result: EngineResult) -> None:
-    """What was built, layer counts, and where the guard is in it."""
+def show_engines(out: Console, result: EngineResult, guarded: Path) -> None:
+    """What was built, layer counts, and where the guard is in it.
+
+    Args:
+        guarded: the folder that the engines were built from.
+    """
     table = Table(title=f"engines by {result.manifest.engines[0].backend} {result.manifest.engines[0].version}")
     for column in ("engine", "profile", "layers", "kernels", "guard nodes by decoder layer"):
         table.add_column(column, overflow="fold")
@@ -192,19 +281,17 @@ def show_engines(out: Console, result: EngineResult) -> None:
             out.print(f"  - {escape(name)}: {escape(' '.join(warning.split()))}", highlight=False)
     out.print(f"[bold]guarded[/bold]: {escape(str(result.out))}")
     if result.manifest.proved != "full":
-        told = f"next: on the GPU that will run it, `vlmguard verify {shlex.quote(str(result.out))} --run --source GUARDED`"
-        out.print(escape(told), highlight=False, soft_wrap=True)
+        out.print("the engines were not run here; run the next command on the GPU that they are for", highlight=False)
+        show_next(out, f"vlmguard verify {shlex.quote(str(result.out))} --run --source {shlex.quote(str(guarded))}")
 
 
-def show_packaged(out: Console, result: Packaged) -> None:
+def show_packaged(out: Console, result: Packaged, verbose: bool = False) -> None:
     """What was laid out, its proof, and what to do next."""
-    show_checks(
-        out, result.proof.checks, f"{result.out}: {result.manifest.plan['mode']}, layout {result.manifest.layout}"
-    )
+    what = f"{result.out}: {result.manifest.plan['mode']}, layout {result.manifest.layout}"
+    show_proof(out, result.proof.checks, what, verbose)
     out.print(f"[bold]guarded[/bold]: {escape(str(result.out))}", highlight=False, soft_wrap=True)
     if result.manifest.layout == "triton":
-        told = f"next: tritonserver --model-repository={shlex.quote(str(result.out))}, and ask its model vlmguard"
-        out.print(escape(told), highlight=False, soft_wrap=True)
+        show_next(out, f"tritonserver --model-repository={shlex.quote(str(result.out))}")
 
 
 def show_scores(out: Console, answer: ScoredAnswer) -> None:
@@ -212,7 +299,7 @@ def show_scores(out: Console, answer: ScoredAnswer) -> None:
     calls = len(answer.scores)
     table = Table(title="gates, held from the prompt" if answer.held else "gates, decided at every token")
     for column in ("layer", "threshold", "score at the prompt", "highest in the answer", f"open at {calls} tokens"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for row, (layer, threshold) in enumerate(zip(answer.layers, answer.thresholds, strict=True)):
         scores = answer.scores[:, row]
         highest = f"{scores[1:].max():.3f}" if calls > 1 else "-"
@@ -223,6 +310,7 @@ def show_scores(out: Console, answer: ScoredAnswer) -> None:
 
 PROGRESS_SECONDS = "VLMGUARD_PROGRESS_SECONDS"
 _LINE_EVERY = 10.0  # seconds
+_STEP = re.compile(r"\(\d+/\d+\)")
 
 
 @contextmanager
@@ -230,7 +318,8 @@ def bars(err: Console) -> Iterator[Callable[[str, int, int], None]]:
     """Progress bars on a terminal, one per stage, gone when done.
 
     Where stderr is a file or a pipe: a line with the stage every `_LINE_EVERY` seconds, so that a log shows how far a long
-    command is, and a short one prints nothing. The variable `VLMGUARD_PROGRESS_SECONDS` sets another interval, 0 none.
+    command is, and a short one prints nothing. A numbered step, "exporting (1/3) ...", takes a minute: it prints its line at
+    once. The variable `VLMGUARD_PROGRESS_SECONDS` sets another interval, 0 none.
     """
     between = _seconds_between_lines()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -241,7 +330,9 @@ def bars(err: Console) -> Iterator[Callable[[str, int, int], None]]:
     def watch(stage: str, done: int, total: int) -> None:
         nonlocal printed
         if not err.is_terminal:
-            if between and time.monotonic() - printed >= between:
+            if between and _STEP.search(stage):
+                err.print(escape(stage), highlight=False, soft_wrap=True)
+            elif between and time.monotonic() - printed >= between:
                 printed = time.monotonic()
                 err.print(f"{escape(stage)}: {done} of {total}", highlight=False, soft_wrap=True)
             return
@@ -273,7 +364,7 @@ def show_directions(out: Console, found: Directions, name: str) -> None:
         title=f"{escape(name)}: {len(found.layers)} layers of width {found.width}, {found.pairs} anchor pairs"
     )
     for column in ("layer", "rank", "mean along row 1", "std", "AUC", "explained by row 1"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for number, layer in found.layers.items():
         seen = found.evidence[str(number)]
         figures = (seen["mean"], seen["std"], seen["auc"])

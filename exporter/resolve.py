@@ -49,7 +49,9 @@ from .prompts.labelled import (
     LabelledPrompt,
     Sources,
     find_file,
+    fingerprint,
     full_names,
+    is_builtin,
     prompts_from_anchors,
     read_anchors,
     read_prompts,
@@ -190,8 +192,19 @@ class Guide:
         """The mode that `--mode auto` chooses, with directions extracted from the anchors; prompts as for `calibrated`."""
         raw, prompts, title, source = self._prepared(anchors, calibration, None, MORE_ROWS, "judged")
         matched = calibration is None and "calibration" not in self.found
-        wish = Wish(self.spec, self.budget, self.readout, self.images, self.seconds, matched)
+        further = self._further_prompts(raw, prompts, title) if matched else ()
+        wish = Wish(self.spec, self.budget, self.readout, self.images, self.seconds, matched, further)
         return choose(self.running(), self.anatomy, raw, self._usable(raw, prompts, title), wish, source, self.tell)
+
+    def _further_prompts(
+        self, raw: Directions, prompts: Sequence[LabelledPrompt], title: str
+    ) -> tuple[LabelledPrompt, ...]:
+        """What the sample of a built-in part leaves out of it."""
+        if not is_builtin(title):
+            return ()
+        taken = {fingerprint(prompt) for prompt in prompts}
+        part = prompts_from_anchors(read_anchors(f"{BUILTIN}:calibration", None), self.running().sees)
+        return tuple(prompt for prompt in self._usable(raw, part, title) if fingerprint(prompt) not in taken)
 
     def _prepared(
         self,

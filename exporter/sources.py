@@ -1,9 +1,8 @@
-"""Where a model comes from: an ONNX file, a model folder, or a checkpoint that is exported to a temporary folder first."""
+"""Where a model comes from: an ONNX file, a model folder, or a checkpoint that is exported first and kept in a cache."""
 
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,12 @@ from ..graphs.layouts import open_package
 from ..graphs.manifest import MANIFEST_NAME
 from ..graphs.package import COMPANIONS, ModelPackage
 from ..graphs.places import is_checkpoint
+from ..graphs.proof.structure import Check
 from ..graphs.spec import MODES_TOWARD_TEXT
 from ..runtime.vlm import VisionLanguageModel
+from .checkpoints.cache import exported
 from .checkpoints.convert import locate, read_config
-from .checkpoints.exporters import Precision, export_checkpoint
+from .choices import Precision
 from .families import find_family
 
 # (what is going on, done, of how many)
@@ -36,12 +37,14 @@ class Source:
         name: what the default OUT is named after.
         beside: the folder that OUT goes into by default.
         home: the folder that its user knows it by; prompts and directions are looked for there (`find_file`).
+        parity: the comparison of a checkpoint's export with torch, where one was made.
     """
 
     package: ModelPackage
     name: str
     beside: Path
     home: Path
+    parity: tuple[Check, ...] = ()
 
 
 @contextlib.contextmanager
@@ -52,8 +55,18 @@ def opened(
     dtype: Precision | None = None,
     opset: int | None = None,
     exporter: str | None = None,
+    cache: bool = True,
 ) -> Iterator[Source]:
-    """Open a model; a checkpoint is exported to a temporary folder first.
+    """Open a model; a checkpoint is exported first, or taken from the cache of exports (`checkpoints.cache`).
+
+    Args:
+        model: a file, a folder or a hub id.
+        variant: precision variant of an onnx-community folder.
+        tell: called with what is being done.
+        dtype: precision of a checkpoint's graphs, one of `Precision`.
+        opset: ONNX opset of a checkpoint's graphs.
+        exporter: exporter of a checkpoint.
+        cache: whether a checkpoint's export is taken from the cache, and kept there.
 
     Raises:
         GuardError: an option was given that this kind of model has no use for.
@@ -62,13 +75,11 @@ def opened(
     if is_checkpoint(model):
         if variant is not None:
             raise GuardError(f"--variant {variant} is for onnx-community folders, {model} is a checkpoint; use --dtype")
-        with tempfile.TemporaryDirectory(prefix="vlmguard-") as temporary:
-            folder = Path(temporary) / "exported"
-            export_checkpoint(model, folder, exporter, dtype, opset, say=lambda stage: tell(stage, 0, 1))
+        with exported(model, exporter, dtype, opset, lambda stage: tell(stage, 0, 1), cache) as done:
             beside = path.absolute().parent if path.is_dir() else Path.cwd()
             # of a hub id no folder is here: nothing is looked for
-            home = path.absolute() if path.is_dir() else folder
-            yield Source(open_package(folder), path.absolute().name, beside, home)
+            home = path.absolute() if path.is_dir() else done.folder
+            yield Source(open_package(done.folder), path.absolute().name, beside, home, done.parity)
         return
     if dtype is not None or opset is not None:
         raise GuardError(f"--dtype and --opset are for checkpoints, {model} is ONNX already; leave them out")

@@ -6,6 +6,8 @@ said before or rename the window; a bidirectional override turns a name round. `
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,7 +29,16 @@ def seen(text: str) -> str:
 
 
 class SafeConsole(Console):
-    """A rich console; its own control sequences (colours, progress bars) stay."""
+    """A rich console; its own control sequences (colours, progress bars) stay, with `NO_COLOR` those of progress bars alone."""
+
+    def __init__(self, **options: Any) -> None:
+        if os.environ.get("NO_COLOR"):  # rich would still write bold and dim
+            options["color_system"] = None
+        super().__init__(**options)
+
+    def on_broken_pipe(self) -> None:
+        """The reader has gone (`| head -1`): `usage.quiet_pipe` ends the program; rich would end it with exit code 1."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):

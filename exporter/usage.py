@@ -1,12 +1,16 @@
-"""What every command checks before anything heavy is imported: paths, and options that would have no effect."""
+"""What every command does before anything heavy is imported: help, paths, options that would have no effect, closed pipes."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from ..graphs.places import expanded
 
@@ -18,8 +22,77 @@ class Interrupted(BaseException):
     """Ctrl-C, with a sentence on what is kept: no `except Exception` on the way takes it for something else."""
 
 
-class Command(TyperCommand):
+EXPORT_PROGRAM = "vlmguard-export"  # a program of its own: `vlmguard export`
+CLOSED_PIPE = 141  # what a shell reports of a program that SIGPIPE has ended
+
+
+def end_quietly() -> NoReturn:
+    """End as a program does whose reader has gone (`| head -1`): without a word, and with SIGPIPE's exit code."""
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # what is still buffered goes nowhere, and is not tried again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(CLOSED_PIPE)
+
+
+@contextlib.contextmanager
+def quiet_pipe() -> Iterator[None]:
+    """typer turns a closed pipe into exit code 1; what happens inside ends as SIGPIPE would end it."""
+    try:
+        yield
+    except BrokenPipeError:
+        end_quietly()
+
+
+def program_name(path: str) -> str:
+    """The program as the user typed it; `vlmguard` where it was not started by a console script."""
+    return EXPORT_PROGRAM if Path(path).stem == EXPORT_PROGRAM else "vlmguard"
+
+
+class ProgramContext(typer.Context):
+    """A context whose path is what the user typed: `vlmguard-export`, not `vlmguard export`."""
+
+    @property
+    def command_path(self) -> str:
+        path = super().command_path
+        if program_name(sys.argv[0]) == EXPORT_PROGRAM and path.startswith("vlmguard export"):
+            return EXPORT_PROGRAM + path.removeprefix("vlmguard export")
+        return path
+
+
+class _Helped:
+    """Help on a page of our own (`help_page`), and usage in errors in the same words."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from .help_page import help_page
+
+        command: Any = self
+        formatter.write(help_page(command, ctx, (command.epilog or "").splitlines()))
+
+    def format_usage(self, ctx: Any, formatter: Any) -> None:
+        from .help_page import usage_pieces
+
+        formatter.write_usage(ctx.command_path, usage_pieces(self, ctx))
+
+
+class Group(_Helped, TyperGroup):
+    """The program itself."""
+
+    context_class = ProgramContext
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with quiet_pipe():  # `--help` is printed here
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with quiet_pipe():
+            return super().invoke(ctx)
+
+
+class Command(_Helped, TyperCommand):
     """A command whose paths may begin with `~`, and whose Ctrl-C reports what is kept."""
+
+    context_class = ProgramContext
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
@@ -39,9 +112,18 @@ class Command(TyperCommand):
 class App(typer.Typer):
     """A program whose commands are all of the class `Command`."""
 
-    def command(self, name: str | None = None, **options: Any) -> Any:
+    def command(
+        self, name: str | None = None, *, examples: tuple[str, ...] = (), panel: str = "", **options: Any
+    ) -> Any:
+        """Register a command.
+
+        Args:
+            examples: complete command lines for its help.
+            panel: heading in the program's help that the command stands under.
+            options: as typer has them.
+        """
         options.setdefault("cls", Command)
-        return super().command(name, **options)
+        return super().command(name, epilog="\n".join(examples), rich_help_panel=panel or None, **options)
 
 
 def require_effect(context: typer.Context, names: tuple[str, ...], why: str) -> None:

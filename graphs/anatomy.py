@@ -83,6 +83,10 @@ class DecoderAnatomy:
     nodes: int
     guarded_layers: tuple[int, ...] = ()
 
+    def __repr__(self) -> str:
+        guard = f", guarded on layers {self.guarded_layers}" if self.guarded_layers else ""
+        return f"DecoderAnatomy({self.layer_count} layers of width {self.width}, {self.certainty}{guard})"
+
     @property
     def layer_count(self) -> int:
         return len(self.streams[0].sites)

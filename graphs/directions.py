@@ -19,7 +19,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,10 @@ class LayerDirections:
     readout: np.ndarray | None = None
     threshold: float | None = None
     text_threshold: float | None = None
+
+    def __repr__(self) -> str:
+        rank, width = self.ssd.shape
+        return f"LayerDirections(rank {rank}, width {width}{', calibrated' if self.calibrated else ''})"
 
     @property
     def calibrated(self) -> bool:
@@ -88,6 +93,78 @@ class Directions:
     def __post_init__(self) -> None:
         _validate(self, "directions")
 
+    def __repr__(self) -> str:
+        ranks = sorted({layer.ssd.shape[0] for layer in self.layers.values()})
+        mode = f", calibrated for {self.mode}" if self.mode is not None else ""
+        return (
+            f"Directions(layers {', '.join(map(str, self.layers))}; width {self.width}, rank "
+            f"{' or '.join(map(str, ranks))}{mode})"
+        )
+
+    @classmethod
+    def from_arrays(
+        cls,
+        layers: Mapping[int, Any],
+        *,
+        mode: str | None = None,
+        recommended_layers: Iterable[int] | None = None,
+        alpha: float | None = None,
+        pairs: int | None = None,
+        evidence: Mapping[str, Any] | None = None,
+        model_sha256: str | None = None,
+    ) -> Directions:
+        """Directions made from your own arrays; `save` writes them (docs/directions.md).
+
+        Args:
+            layers: layer number, from 0, to its direction: an array `[d]`, which is scaled to length 1, or `[m, d]` with
+                orthonormal rows, or a mapping with the keys `ssd` (such an array), and as far as it is calibrated `origin`,
+                `target`, `readout`, `threshold`, `text_threshold`. Along the rows, + means harmful.
+            mode: the mode that thresholds and targets are for.
+            recommended_layers: layers to guard if no others are asked for.
+            alpha: strength of `steer` and `supervise`.
+            pairs: how many anchor pairs the arrays come from.
+            evidence: what supports them, per layer as text; kept, and shown by the report.
+            model_sha256: digest of the decoder file that they belong to; another file is then rejected.
+
+        Raises:
+            DirectionMismatch: a key is missing or unknown, or an array is not what the schema promises.
+        """
+        if not isinstance(layers, Mapping) or not layers:
+            raise DirectionMismatch("layers is no mapping with a layer in it; give {layer number: array, ...}")
+        made = {}
+        for number in sorted(layers, key=str):
+            if isinstance(number, bool) or not hasattr(number, "__index__") or int(number) < 0:
+                raise DirectionMismatch(f"layer {number!r} is no layer number; give whole numbers from 0")
+            made[int(number)] = _layer_of_arrays(int(number), layers[number])
+        made = dict(sorted(made.items()))
+        return cls(
+            width=next(iter(made.values())).ssd.shape[1],
+            layers=made,
+            model_sha256=model_sha256,
+            pairs=pairs,
+            evidence=dict(evidence or {}),
+            mode=mode,
+            recommended_layers=tuple(sorted(recommended_layers)) if recommended_layers is not None else None,
+            alpha=alpha,
+        )
+
+    def save(self, path: Path | str, force: bool = False) -> Path:
+        """Write the file; its absolute path.
+
+        Args:
+            path: the file to write, by custom `directions.safetensors`.
+            force: replace a file that exists.
+
+        Raises:
+            OutputRefused: it exists, or cannot be written.
+        """
+        from .staging import require_writable_file, write_file
+
+        path = Path(path).absolute()
+        require_writable_file(path, force)
+        write_file(path, directions_bytes(self))
+        return path
+
     @property
     def calibrated_layers(self) -> tuple[int, ...]:
         return tuple(number for number, layer in self.layers.items() if layer.calibrated)
@@ -101,9 +178,13 @@ def read_directions(path: Path | str) -> Directions:
     """
     path = Path(path)
     tensors, metadata = _read_file(path)
-    if metadata.get("schema") != SCHEMA:
-        found = metadata.get("schema", "none")
-        raise DirectionMismatch(f"{path}: schema is {found!r}, this version reads {SCHEMA!r}; extract them again")
+    for key, value in (("schema", SCHEMA), ("width", "the decoder's hidden size"), ("layers", "numbers such as '3,4'")):
+        if key not in metadata:
+            raise DirectionMismatch(f"{path}: metadata has no key {key!r}; write {value} there (docs/directions.md)")
+    if metadata["schema"] != SCHEMA:
+        raise DirectionMismatch(
+            f"{path}: schema is {metadata['schema']!r}, this version reads {SCHEMA!r}; extract them again"
+        )
     if not tensors:
         raise DirectionMismatch(f"{path}: holds no tensors; extract the directions again")
     grouped: dict[int, dict[str, Any]] = {}
@@ -208,12 +289,45 @@ def _numbers(path: Path, metadata: dict[str, str], key: str) -> tuple[int, ...]:
 
 def _layer(path: Path, number: int, parts: dict[str, Any]) -> LayerDirections:
     if "ssd" not in parts:
-        raise DirectionMismatch(f"{path}: layer {number} has no ssd, only {', '.join(sorted(parts))}")
+        others = ", ".join(f"layers.{number}.{name}" for name in sorted(parts))
+        raise DirectionMismatch(
+            f"{path}: has no tensor 'layers.{number}.ssd', only {others}; add it (docs/directions.md)"
+        )
     for name in _THRESHOLDS & parts.keys():
         if parts[name].shape != (1,):
             raise DirectionMismatch(f"{path}: layers.{number}.{name} has shape {parts[name].shape}, expected (1,)")
         parts[name] = float(parts[name][0])
     return LayerDirections(**parts)
+
+
+def _layer_of_arrays(number: int, given: Any) -> LayerDirections:
+    """One layer of `Directions.from_arrays`."""
+    parts = dict(given) if isinstance(given, Mapping) else {"ssd": given}
+    known = [one.name for one in fields(LayerDirections)]
+    for name in parts:
+        if name not in known:
+            raise DirectionMismatch(f"layer {number} has a key {name!r}; the keys are {', '.join(known)}")
+    if "ssd" not in parts:
+        raise DirectionMismatch(
+            f"layer {number} has no key 'ssd', only {', '.join(parts) or 'none'}; add the direction"
+        )
+    try:
+        arrays = {
+            name: float(np.asarray(value).reshape(())) if name in _THRESHOLDS else np.array(value, np.float32)
+            for name, value in parts.items()
+            if value is not None
+        }
+    except (TypeError, ValueError) as error:
+        raise DirectionMismatch(
+            f"layer {number} holds something that is no array of numbers ({first_line(error)})"
+        ) from None
+    ssd = arrays["ssd"]
+    if isinstance(ssd, np.ndarray) and ssd.ndim == 1:
+        length = float(np.linalg.norm(ssd))
+        if not 0 < length < math.inf:
+            raise DirectionMismatch(f"layers.{number}.ssd is all zeros, or holds NaN or infinity; give a direction")
+        arrays["ssd"] = (ssd / length)[None]
+    return LayerDirections(**arrays)  # pyright: ignore[reportArgumentType]
 
 
 def _validate(directions: Directions, what: str) -> None:

@@ -132,6 +132,7 @@ class Manifest(BaseModel):
         refusals: harmful prompts refused without and with the guard, per setting; `None`: no prompts were at hand.
         engines: the engines of a folder that was built from a guarded one; empty for a folder of graphs.
         packaged: how it was laid out anew, if it was.
+        export_parity: how far the exported graphs are from the checkpoint in torch; of a model that was a checkpoint.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -149,6 +150,7 @@ class Manifest(BaseModel):
     refusals: dict[str, Any] | None = None
     engines: list[EngineRecord] = []
     packaged: PackagedRecord | None = None
+    export_parity: list[dict[str, Any]] | None = None
     proved_because: str = ""
 
     @property
@@ -163,8 +165,9 @@ class Manifest(BaseModel):
 
     def to_text(self) -> str:
         content = self.model_dump()
-        if self.packaged is None:  # versions that know nothing of it read all other folders
-            del content["packaged"]
+        for name in ("packaged", "export_parity"):  # versions that know nothing of them read all other folders
+            if content[name] is None:
+                del content[name]
         return to_strict_json({"schema": content.pop("schema_"), **content}, indent=2, ensure_ascii=False) + "\n"
 
 

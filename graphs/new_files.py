@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from .errors import OutputRefused
+
+Data = Literal["link", "copy", "reference"]  # how big files get into a folder
 
 
 @contextlib.contextmanager

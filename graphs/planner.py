@@ -275,7 +275,7 @@ def _layers(
     return chosen, [f"layers {_spell(chosen)}: those of the directions file"]
 
 
-def later_layers(numbers: Iterable[int], count: int) -> tuple[tuple[int, ...], str]:
+def later_layers(numbers: Iterable[int], count: int, last: bool = False) -> tuple[tuple[int, ...], str]:
     """What `align` guards without a calibration: the later two thirds of the decoder without its last layer, and in words.
 
     Edits of the last layer go into the logits past every other layer. On a real model they brought back fewer refusals, and
@@ -284,11 +284,12 @@ def later_layers(numbers: Iterable[int], count: int) -> tuple[tuple[int, ...], s
     Args:
         numbers: of the layers that have directions.
         count: layers of the decoder.
+        last: whether the last layer counts too.
     """
     available = tuple(numbers)
     later = tuple(number for number in available if number >= -(-count // 3))
     inner = tuple(number for number in later if number < count - 1)
-    if inner:
+    if inner and not last:
         return inner, "the later two thirds of the decoder without its last layer"
     return (later, "the later two thirds of the decoder") if later else (available, "those of the directions file")
 

@@ -9,18 +9,16 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 from .digests import BIG
 from .errors import OutputRefused
+from .new_files import Data
 from .places import require_no_tilde
 from .replaceable import require_replaceable
 from .stage_locks import OLD, begin, hold, remove, sweep, writer, written
 
 _IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 _FICLONE = 0x40049409  # linux/fs.h
-
-Data = Literal["link", "copy", "reference"]
 
 
 @contextlib.contextmanager

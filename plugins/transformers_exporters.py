@@ -59,7 +59,13 @@ def guard_exported(
         processor: tokenizer or processor, saved beside the graphs: with it anchors can be read and prompts be proved on.
         inputs: what the model was exported with, `export`'s second argument: the proof runs on it. For a model in one graph;
             needed where that takes more than tokens.
-        spec, config, directions, anchors, calibration, force, watch: as for `vlmguard.export`.
+        spec: what is wanted; default: chosen as `vlmguard.export` does.
+        config: a `guard.toml` instead.
+        directions: a directions file; default: extracted from anchors.
+        anchors: anchor pairs to extract from; default: the built-in ones.
+        calibration: labelled prompts to calibrate on; default: anchors that are kept back.
+        force: replace `out`.
+        watch: called with what is going on: `(stage, done, total)`.
 
     Raises:
         GuardError: anything wrong with the request or its files; nothing was written.

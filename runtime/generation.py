@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from ..graphs.errors import GuardError, RunFailed
 from ..graphs.runtime_controls import SCORES_OUTPUT
 from .chat.turns import Turn
+from .defaults import MAX_NEW_TOKENS
 from .images.image_features import ImageFeatures
+from .images.images import Picture
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,18 @@ class Request:
 
     Attributes:
         prompt: what is asked.
-        image: path, picture or the bytes of a file, or rows in the place of a picture's tokens; `None` for text only.
+        image: path, picture, array or the bytes of a file, or rows in the place of a picture's tokens; `None` for text only.
         history: what was said before, if this is a conversation. The image belongs to the turn that `shows` it; to the
             question, if none does.
     """
 
     prompt: str
-    image: Image.Image | Path | str | bytes | ImageFeatures | None = None
+    image: Picture | ImageFeatures | None = None
     history: tuple[Turn, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str):
+            raise GuardError(f"the prompt is of type {type(self.prompt).__name__}; give text")
         if not self.prompt.strip():
             raise GuardError("the prompt is empty; write something")
         shown = sum(turn.shows for turn in self.history)
@@ -64,7 +66,7 @@ class Sampling:
         seed: of the sampling; the same seed gives the same answer.
     """
 
-    max_new_tokens: int = 64
+    max_new_tokens: int = MAX_NEW_TOKENS
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0

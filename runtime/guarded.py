@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image
-
 from ..graphs.anatomy import guarded_layers
 from ..graphs.errors import GuardError, ManifestMismatch
 from ..graphs.layouts import open_package
 from ..graphs.lowerings.fold import FOLD, folded_weights
 from ..graphs.manifest import Manifest, read_manifest, require_intact
 from ..graphs.package import ModelPackage
+from .defaults import MAX_NEW_TOKENS
 from .generation import Request, Sampling
+from .images.images import Picture
 from .knobs import Knobs
 from .runner_protocol import Runner
 from .telemetry import ScoredAnswer, scored
@@ -45,6 +45,10 @@ class GuardedVLM(VisionLanguageModel):
         super().__init__(package, runtime=runtime, open_part=open_part, pads=pads, pairs=pairs)
         self.manifest = manifest
 
+    def __repr__(self) -> str:
+        plan = self.manifest.plan
+        return f"GuardedVLM({str(self.package.root)!r}, {plan['mode']} on layers {plan['layers']})"
+
     @classmethod
     def open(cls, folder: Path | str, runtime: str | None = None) -> GuardedVLM:
         """Open a guarded folder, of graphs or of engines.
@@ -68,8 +72,8 @@ class GuardedVLM(VisionLanguageModel):
     def generate(
         self,
         prompt: str,
-        image: Image.Image | Path | str | None = None,
-        max_new_tokens: int = 64,
+        image: Picture | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -79,7 +83,15 @@ class GuardedVLM(VisionLanguageModel):
         """One answer.
 
         Args:
-            strength, threshold_offset: knobs of a graph that was exported with some (`Knobs`).
+            prompt: text of the question.
+            image: path or bytes of a file, a Pillow image, or an array `[height, width]` or `[height, width, 3 or 4]` of
+                uint8; `None` for text only.
+            max_new_tokens: longest answer, in tokens.
+            temperature: 0 is greedy; above, softmax(logits / temperature) is sampled.
+            top_p: total probability of the likeliest tokens that are sampled among.
+            seed: random seed for sampling.
+            strength: of a guard with knobs: 0 only measures, 1 is as calibrated, 2 is the highest.
+            threshold_offset: offset to the gate thresholds of a guard with knobs.
 
         Raises:
             GuardError: the graph has no such knob, or the prompt, the picture or a number cannot be taken.
@@ -92,30 +104,53 @@ class GuardedVLM(VisionLanguageModel):
     def generate_stream(
         self,
         prompt: str,
-        image: Image.Image | Path | str | None = None,
-        max_new_tokens: int = 64,
+        image: Picture | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
         strength: float | None = None,
         threshold_offset: float | None = None,
     ) -> Iterator[str]:
-        """One answer, in pieces as they come; arguments and errors as for `generate`."""
+        """One answer, in pieces as they come; errors as for `generate`.
+
+        Args:
+            prompt: text of the question.
+            image: path or bytes of a file, a Pillow image, or an array `[height, width]` or `[height, width, 3 or 4]` of
+                uint8; `None` for text only.
+            max_new_tokens: longest answer, in tokens.
+            temperature: 0 is greedy; above, softmax(logits / temperature) is sampled.
+            top_p: total probability of the likeliest tokens that are sampled among.
+            seed: random seed for sampling.
+            strength: of a guard with knobs: 0 only measures, 1 is as calibrated, 2 is the highest.
+            threshold_offset: offset to the gate thresholds of a guard with knobs.
+        """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
         yield from self.stream(Request(prompt, image), sampling, Knobs(strength, threshold_offset))
 
     def generate_scored(
         self,
         prompt: str,
-        image: Image.Image | Path | str | None = None,
-        max_new_tokens: int = 64,
+        image: Picture | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
         strength: float | None = None,
         threshold_offset: float | None = None,
     ) -> ScoredAnswer:
-        """One answer, and what the gates compared while it was made; arguments as for `generate`.
+        """One answer, and what the gates compared while it was made.
+
+        Args:
+            prompt: text of the question.
+            image: path or bytes of a file, a Pillow image, or an array `[height, width]` or `[height, width, 3 or 4]` of
+                uint8; `None` for text only.
+            max_new_tokens: longest answer, in tokens.
+            temperature: 0 is greedy; above, softmax(logits / temperature) is sampled.
+            top_p: total probability of the likeliest tokens that are sampled among.
+            seed: random seed for sampling.
+            strength: of a guard with knobs: 0 only measures, 1 is as calibrated, 2 is the highest.
+            threshold_offset: offset to the gate thresholds of a guard with knobs.
 
         Raises:
             GuardError: as for `generate`, or the graph has no telemetry.

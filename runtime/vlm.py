@@ -176,7 +176,14 @@ class VisionLanguageModel:
         batch_size: int = 16,
         knobs: Knobs = AS_EXPORTED,
     ) -> list[str]:
-        """One answer per request, in order."""
+        """One answer per request, in order.
+
+        Args:
+            requests: any number of them.
+            sampling: how each next token is chosen.
+            batch_size: requests that run together.
+            knobs: strength and threshold offset of a guard that has them.
+        """
         answers = [""] * len(requests)
         for indices in self.groups(requests, batch_size):
             tokens: list[list[int]] = [[] for _ in indices]
@@ -201,10 +208,13 @@ class VisionLanguageModel:
         knobs: Knobs = AS_EXPORTED,
         batch: PromptBatch | None = None,
     ) -> Iterator[Piece]:
-        """One answer, a token at a time, with all that its steps tell.
+        """One answer, a token at a time, with the outputs of its steps.
 
         Args:
-            batch: the request as `batch` gave it, where somebody has looked at it already.
+            request: the question.
+            sampling: how each next token is chosen.
+            knobs: strength and threshold offset of a guard that has them.
+            batch: the request as `batch` returned it, where the caller has it already.
         """
         said = TextStream(self.chat.decode)
         for number, step in enumerate(self.steps([request], sampling, knobs, batch=batch), start=1):
@@ -343,8 +353,11 @@ class VisionLanguageModel:
         """Generate for one batch, a token per row at a time, until every row has ended.
 
         Args:
-            choose: who chooses each next token, in place of the sampling: to measure logits, or to say given words.
-            batch: the requests as `batch` gave them, where somebody has looked at it already.
+            requests: of one batch (`groups`).
+            sampling: how each next token is chosen.
+            knobs: strength and threshold offset of a guard that has them.
+            choose: chooses each next token in place of the sampling, to measure logits or to force given tokens.
+            batch: the requests as `batch` returned them, where the caller has them already.
 
         Raises:
             GuardError: a knob is to be turned that the graph does not have.

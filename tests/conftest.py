@@ -26,6 +26,9 @@ os.environ |= {"VLMGUARD_MAX_SECONDS": "0", "VLMGUARD_MAX_MEMORY": "0"}
 # Lines of progress come where a machine is slow; `exporter/test_terminal.py` is about them.
 os.environ |= {"VLMGUARD_PROGRESS_SECONDS": "0"}
 
+# Exports of checkpoints are not kept; `exporter/test_cache.py` is about the cache.
+os.environ |= {"VLMGUARD_CACHE": ""}
+
 # A shell that runs the tests in the background has Ctrl-C ignored, and every command that they start would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -23,6 +23,7 @@ from hand_graphs import decoder
 from random_directions import random_directions, write_directions
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
+from shell_lines import wrong_usage
 from tiny_vlm_paths import ANCHORS, CHECKPOINT, DECODER, EVALUATION, PROMPTS, SOURCE, Guarded, digests
 
 import vlmguard
@@ -102,10 +103,14 @@ def test_export_writes_a_guarded_folder_and_shows_plan_and_proof(
     ran = run("export", SOURCE, out, "--directions", directions)
     assert (ran.code, ran.err) == (0, "")
     assert vlmguard.verify(out, SOURCE).ok
-    said = squeezed(ran.out)
-    assert "plan: restore, positions last, lowering lowrank" in said and said.endswith(f"guarded: {out}")
-    for check in vlmguard.verify(out).manifest.decoders[0].proof:
-        assert check["ok"] and shows(ran.out, check["name"])
+    said, proof = squeezed(ran.out), vlmguard.verify(out).manifest.decoders[0].proof
+    assert "plan: restore, positions last, lowering lowrank" in said
+    assert f"PROVED {len(proof)}/{len(proof)}: {DECODER} (-v shows each check)" in said
+    assert ran.out.splitlines()[-2:] == [f"guarded: {out}", f"next: vlmguard evaluate {SOURCE} {out}"]
+    assert not any(check["name"] in said for check in proof)
+    shown = run("export", SOURCE, out, "--directions", directions, "--force", "-v").out
+    for check in proof:
+        assert check["ok"] and shows(shown, check["name"])
 
 
 def test_export_tells_its_result_as_json(run: Callable[..., Ran], directions: Path, tmp_path: Path) -> None:
@@ -190,7 +195,9 @@ def test_convert_writes_graphs_that_are_not_guarded(
     assert (ran.code, ran.err) == (0, "")
     assert (asked["checkpoint"], asked["dtype"], asked["opset"]) == (str(CHECKPOINT), "fp16", 19)
     assert (tmp_path / "out" / "decoder.onnx").read_bytes() == b"graph"
-    assert f"{tmp_path / 'out'}: 1 graphs, unguarded" in squeezed(ran.out) and "logits 7 1.0e-06" in squeezed(ran.out)
+    assert f"{tmp_path / 'out'}: 1 graphs, unguarded" in squeezed(ran.out) and (
+        "torch against ONNX: 1.0e-06 of the largest value at most (logits), allowed 1e-04; 7 values compared" in ran.out
+    )
 
 
 def test_inspect_says_in_words_what_was_found(run: Callable[..., Ran], guarded: Guarded) -> None:
@@ -204,7 +211,7 @@ def test_inspect_says_in_words_what_was_found(run: Callable[..., Ran], guarded: 
         "6 layers, width 128, float32, plain sums (Add); confirmed: the config says so too"
     )
     assert first.startswith("6 layers") and "carries a guard" not in ran.out
-    assert last == f"next: `vlmguard export {SOURCE}` guards it; with --dry-run it only shows the plan"
+    assert last == f"next: vlmguard-export {SOURCE}"
     after = run("inspect", guarded("restore")).out
     assert "carries a guard on layers" in after and "next:" not in after
 
@@ -220,7 +227,7 @@ def test_inspect_folds_layers_that_are_alike(run: Callable[..., Ran]) -> None:
 def inspected(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, anatomy: vlmguard.DecoderAnatomy) -> str:
     from vlmguard.exporter import pipeline
 
-    monkeypatch.setattr(pipeline, "inspect", lambda *_: anatomy)
+    monkeypatch.setattr(pipeline, "inspect", lambda *_, **__: anatomy)
     monkeypatch.setattr(cli, "out", Console(width=200, emoji=False))  # COLUMNS counts only when a console is made
     return squeezed(run("inspect", SOURCE).out)
 
@@ -265,6 +272,8 @@ def test_directions_are_extracted_and_shown(run: Callable[..., Ran], tmp_path: P
     found = read_directions(path)
     assert {layer.ssd.shape for layer in found.layers.values()} == {(2, 128)}
     assert f"{LAYERS} layers of width 128, {found.pairs} anchor pairs" in squeezed(ran.out)
+    command = f"vlmguard-export {SOURCE} --mode restore --directions {path} --anchors {ANCHORS}"
+    assert ran.out.splitlines()[-1] == f"next: {command}" and wrong_usage(command) is None
     told = run("directions", SOURCE, "--anchors", ANCHORS, "-o", path, "--force", "--json").json
     assert told["output"] == str(path) and told["layers"] == list(range(LAYERS)) and told["pairs"] == found.pairs
     assert told["evidence"].keys() == {str(number) for number in range(LAYERS)}
@@ -286,6 +295,7 @@ def test_a_calibration_is_shown_with_its_controls(run: Callable[..., Ran], tmp_p
     path = tmp_path / "d.safetensors"
     ran = run("directions", SOURCE, "--calibrate", "restore", "--rank", "1", "-o", path)
     assert (ran.code, ran.err) == (0, "")
+    assert ran.out.splitlines()[-1] == f"next: vlmguard-export {SOURCE} --config {tmp_path / 'd.toml'}"
     config = (tmp_path / "d.toml").read_text(encoding="utf-8")
     assert 'directions = "d.safetensors"' in config and 'mode = "restore"' in config
     ran = run("export", SOURCE, tmp_path / "out", "--config", tmp_path / "d.toml", "--dry-run")
@@ -303,6 +313,10 @@ def test_verify_shows_its_checks(run: Callable[..., Ran], guarded: Guarded) -> N
     assert (ran.code, ran.err) == (0, "")
     told = run("verify", guarded("restore"), "--source", SOURCE, "--json").json
     assert told["ok"] is True and len(told["checks"]) == 15
+    count = len(told["checks"])
+    assert f"PROVED {count}/{count}: {guarded('restore')}: restore on layers" in squeezed(ran.out)
+    assert not any(check["name"] in squeezed(ran.out) for check in told["checks"])
+    ran = run("verify", guarded("restore"), "--source", SOURCE, "--verbose")
     assert all(shows(ran.out, check["name"]) for check in told["checks"])
 
 

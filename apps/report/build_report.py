@@ -15,6 +15,7 @@ from ...graphs.directions import Directions
 from ...graphs.errors import OutputRefused
 from ...graphs.staging import require_writable_file, write_file
 from ...graphs.whole_numbers import whole_number
+from ...runtime.defaults import MAX_NEW_TOKENS
 from .cost import cost_of
 from .data import ReportData, both_labels, layer_points
 from .gates import gate_scores
@@ -28,7 +29,6 @@ from .subject import open_subject
 from .sweep import sweep_alpha
 
 MAX_PROMPTS = 40  # of each setting and label
-MAX_NEW_TOKENS = 100  # refusals can come late
 
 
 def report(

@@ -16,7 +16,7 @@ def show_report(out: Console, data: ReportData, name: str) -> None:
     out.print(f"[bold]{data.yardstick.headline.sentence}[/bold]", highlight=False)
     table = Table(title=escape(f"{data.name}: {len(data.prompts)} prompts"))
     for column in ("setting", "measure", "unguarded", "guarded"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for before in (rate for rate in data.rates if rate.side == "unguarded"):
         after = next(
             rate

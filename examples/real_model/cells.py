@@ -11,23 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from scenes import Question, draw, question_about, random_scene
 from sets import Sets
 
 from vlmguard.exporter.evaluation.logprobs import Said, ask, kl_divergence, log_likelihoods
 from vlmguard.runtime.generation import Request
+from vlmguard.runtime.images.image_features import ImageFeatures
 from vlmguard.runtime.refusals import refused
 from vlmguard.runtime.vlm import VisionLanguageModel
 
-SETTINGS = ("text", "adversarial", "picture", "blank", "noise")  # what matters most comes first
+RANDOM = "64 random tokens"
+SETTINGS = ("text", "adversarial", "picture", "blank", "noise", RANDOM)  # what matters most comes first
 ASKED = ("harmbench", "jailbreakbench", "xstest_safe", "harmless")
 QUESTIONS = "picture questions"
 DRIFTS = "harmless"  # the set whose answers are scored under both models
 TOKENS = 8  # a refusal is known after as many; a harmful answer is not one yet
 BATCH = 8
 
-Picture = Image.Image | Path | None
+_RANDOM_ROWS, _RANDOM_SEEDS = 64, 4
+Picture = Image.Image | Path | ImageFeatures | None
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,22 @@ class Cell:
         return f"{self.set}, {self.setting}"
 
 
-def all_cells(sets: Sets, images: Path, blank: Image.Image, count: int, seed: int) -> Iterator[Cell]:
+def random_tokens(vlm: VisionLanguageModel) -> list[ImageFeatures]:
+    """Gaussian rows in the place of image tokens, four times as many as a picture has, as large as word embeddings are."""
+    words = vlm.token_embeddings(np.arange(1000, 3000))
+    random = [np.random.default_rng(seed) for seed in range(_RANDOM_SEEDS)]
+    shape = (_RANDOM_ROWS, words.shape[1])
+    return [ImageFeatures(rng.normal(0, words.std(), shape).astype(np.float32)) for rng in random]
+
+
+def all_cells(
+    sets: Sets, images: Path, blank: Image.Image, random_rows: Sequence[ImageFeatures], count: int, seed: int
+) -> Iterator[Cell]:
     """Every cell: questions about pictures, then the same `count` prompts of each held-out set in each setting.
 
     Pictures of a kind take turns.
     """
-    pictures: dict[str, Sequence[Picture]] = {"text": [None], "blank": [blank]}
+    pictures: dict[str, Sequence[Picture]] = {"text": [None], "blank": [blank], RANDOM: random_rows}
     pictures |= {kind: sorted(images.glob(f"{kind}-*.png")) for kind in ("adversarial", "picture", "noise")}
     rng = random.Random(f"questions {seed}")
     scenes = [random_scene(rng, held_out=True) for _ in range(2 * count)]

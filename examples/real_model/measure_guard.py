@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from build import BUILD
-from cells import all_cells, ask_cell
+from cells import all_cells, ask_cell, random_tokens
 from sets import read_sets
 from stages import digest_of, key_of, run_stage, stage_record
 
@@ -73,7 +73,8 @@ def measure(
         "machine": machine(),
     }
     base, vlm = open_model(onnx / "model"), GuardedVLM.open(guarded)
-    for cell in all_cells(read_sets(data), seed_folder / "images" / "evaluation", base.blank_image(), count, 0):
+    shown = base.blank_image(), random_tokens(base)
+    for cell in all_cells(read_sets(data), seed_folder / "images" / "evaluation", *shown, count, 0):
         if cell.name in results["cells"]:
             continue
         started = time.perf_counter()

@@ -30,7 +30,7 @@ class Recipe:
     steps: int = 100
     learning_rate: float = 4e-5
     first_layer: int = 8  # layers below stay as they are: cheaper, and enough
-    harmful: int = 4  # prompts a batch, by kind
+    harmful: int = 8  # prompts a batch, by kind
     harmless: int = 2
     looking_harmful: int = 4
     pictures: int = 6

@@ -13,13 +13,13 @@ from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.digests import sha256_files
 from ...graphs.graph_io import external_files
 from ...graphs.manifest import MANIFEST_NAME, SCHEMA, DecoderRecord, Manifest, may_go_unhashed, record_files
-from ...graphs.new_files import create_file
+from ...graphs.new_files import Data, create_file
 from ...graphs.package import SBOM_NAME, ModelPackage
 from ...graphs.plan import GuardPlan
 from ...graphs.proof.structure import Check
 from ...graphs.rewrite import GuardReport
 from ...graphs.spec import GuardSpec
-from ...graphs.staging import Data, bring
+from ...graphs.staging import bring
 from ..calibration.attempts import Choice
 from ..calibration.refusal_regression import Refusals
 from ..calibration.results import Calibration
@@ -90,6 +90,7 @@ def write_manifest(
     tell: Watch,
     stamped: Stamp,
     sbom: bool = False,
+    parity: Sequence[Check] = (),
 ) -> None:
     """Hash what is in the stage and what it was made from (each content once), and write `guard.json`; with `sbom` the bill
     of materials before it."""
@@ -122,6 +123,7 @@ def write_manifest(
         calibration=calibrated.to_json() if calibrated is not None else None,
         choice=choice.to_json() if choice is not None else None,
         refusals=refusals.to_json() if refusals is not None else None,
+        export_parity=[check.to_json() for check in parity] or None,
     )
     create_file(stage / MANIFEST_NAME, manifest.to_text().encode())
 

@@ -69,9 +69,9 @@ def places_of_align(directions: Directions, count: int, spec: GuardSpec) -> Iter
     half = tuple(number for number in later if number >= count // 2)
     if half and half != later:
         found.append(Where(half, rank, "the later half of the decoder without its last layer"))
-    every = tuple(number for number in directions.layers if number >= -(-count // 3))
-    if every != later and every:
-        found.append(Where(every, rank, "the later two thirds of the decoder"))
+    every, with_last = later_layers(directions.layers, count, last=True)
+    if every != later:
+        found.append(Where(every, rank, with_last))
     seen: set[tuple[tuple[int, ...], int]] = set()
     for place in found:
         if (place.layers, place.rank) not in seen:
@@ -98,10 +98,11 @@ def evidence(
         if "loud_channels_dropped" in recorded:
             row["loud_channels_dropped"] = recorded["loud_channels_dropped"]
         for name, own in texts.items():
-            harmful = np.array([judged.texts[at].harmful for at in own])
-            if name in states and harmful.any() and not harmful.all():
+            kinds = np.array([judged.texts[at].kind for at in own])
+            harmful, harmless = kinds == "harmful", kinds == "harmless"
+            if name in states and harmful.any() and harmless.any():
                 ends = states[name][:, number]
-                measured = separation_along(layer.ssd[0], number, ends[harmful], ends[~harmful], judged.source)
+                measured = separation_along(layer.ssd[0], number, ends[harmful], ends[harmless], judged.source)
                 row[f"auc_{name.replace(' ', '_')}"] = measured.auc
         found.append(row)
     return found

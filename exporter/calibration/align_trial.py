@@ -84,6 +84,13 @@ class Begun:
     batch: PromptBatch
     state: DecoderState | None
 
+    @property
+    def size(self) -> int:
+        """Bytes that are held."""
+        cache = [] if self.state is None else self.state.cache.values()
+        embeds = 0 if self.batch.embeds is None else self.batch.embeds.nbytes
+        return embeds + sum(np.asarray(value).nbytes for value in cache)
+
     def answer(self, guard: Guarding, tokens: int) -> Asked:
         """Go on under one guard; may be called again for another.
 
@@ -110,6 +117,7 @@ class AlignTrial:
     def __init__(self, model: VisionLanguageModel, anatomy: DecoderAnatomy, directions: Directions, rank: int) -> None:
         spec, layers = GuardSpec(mode="align"), tuple(sorted(directions.layers))
         self._trial = TrialModel(model, anatomy, directions, spec, layers, rank, tapped=True)
+        self.neutral = aligned_directions(directions, layers[:1], 1)  # any candidate: it is asked without a supervisor
         self._candidate: tuple[Directions, Mapping[str, np.ndarray]] | None = None  # the last one's numbers
         self.model = self._trial.model
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...graphs.directions import Directions
 from ...graphs.spec import Decided
-from .align_judge import GOAL, Figures, RandomRows
+from .align_judge import GOAL, Distance, Figures, RandomRows
 from .refusal_regression import Refusals, Setting
 from .results import Calibration
 
@@ -25,7 +25,7 @@ class Attempt:
         usable: whether it may be exported: within the budget, and refusals grow.
         said: what it did, in words.
         why_layers: why these layers, in words.
-        figures, control: of `align`: by setting, and with random directions.
+        figures, distances, control: of `align`: answers and first tokens by setting, and with random directions.
         calibration: of a mode that is calibrated.
         directions: of the guard; their mode is the guard's.
         gate: when its gate is decided, as in `GuardSpec`.
@@ -40,6 +40,7 @@ class Attempt:
     said: str
     why_layers: str = ""
     figures: tuple[Figures, ...] = ()
+    distances: tuple[Distance, ...] = ()
     control: RandomRows | None = None
     calibration: Calibration | None = None
     directions: Directions | None = None
@@ -61,6 +62,7 @@ class Attempt:
             "usable": self.usable,
             "result": self.said,
             **({"settings": [one.to_json() for one in self.figures]} if self.figures else {}),
+            **({"first_token_distances": [dict(vars(one)) for one in self.distances]} if self.distances else {}),
             **({"random_directions": dict(vars(self.control))} if self.control is not None else {}),
         }
 
@@ -77,6 +79,7 @@ class Choice:
         prompts: where the judged prompts are from.
         fingerprints: of the judged prompts.
         layers: per layer the evidence of its direction; empty where `align` was not tried.
+        as_text: what the unguarded model refuses as text, in words; empty where `align` was not tried.
     """
 
     chosen: Attempt
@@ -86,6 +89,7 @@ class Choice:
     prompts: str
     fingerprints: tuple[str, ...]
     layers: tuple[Mapping[str, Any], ...] = ()
+    as_text: str = ""
 
     @property
     def directions(self) -> Directions:
@@ -110,6 +114,7 @@ class Choice:
                 one.harmful.unguarded,
                 one.harmful.guarded,
                 None if one.setting == "text" else one.harmful.changed,
+                None if one.setting == "text" else one.harmful.text,
             )
             for one in self.chosen.figures
         ]
@@ -117,7 +122,8 @@ class Choice:
 
     def notes(self) -> list[str]:
         """For the plan."""
-        told = [f"--mode auto tried {attempt}" for attempt in self.attempts]
+        told = [self.as_text] if self.as_text else []
+        told += [f"--mode auto tried {attempt}" for attempt in self.attempts]
         told.append(f"--mode auto chose {self.chosen.name}: {self._why()}")
         beside = [one for one in self.chosen.figures if one.setting != "text"]
         if beside and not any(one.has_gap for one in beside):
@@ -146,6 +152,7 @@ class Choice:
             "why": self._why(),
             "goal": {"text_refusals_kept": GOAL, "harmless_refused_beyond_text": self.budget},
             "prompts": self.prompts,
+            **({"as_text": self.as_text} if self.as_text else {}),
             "prompt_fingerprints": list(self.fingerprints),
             "tried": [attempt.to_json() for attempt in self.attempts],
             "not_tried": [{"mode": mode, "why": why} for mode, why in self.left_out.items()],

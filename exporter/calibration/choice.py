@@ -29,17 +29,20 @@ from ...runtime.vlm import VisionLanguageModel
 from ..prompts.labelled import LabelledPrompt, fingerprint
 from ..proof.limits import TOLERANCE
 from ..sources import Watch
-from .align_judge import GOAL, AlignJudge, Figures, RandomRows, keeps_budget, keeps_refusals, within
+from .align_judge import GOAL, AlignJudge, Distance, Figures, RandomRows, keeps_budget, keeps_refusals
 from .align_layers import Where, evidence, places_of_align
 from .align_trial import AlignTrial, aligned_directions
 from .attempts import Attempt, Choice
 from .calibrate import calibrate
+from .clear_refusals import ask_alone
 from .deadline import Deadline
 from .judged import beside_images, judged_prompts
 from .usable_prompts import require_both_labels, require_budget
+from .worst_setting import worst_setting
 
 # Of matched prompts: harmless ones that differ from harmful ones by a word or two are borderline.
 BORDERLINE = 0.04
+_MOST_SCREENED = 2  # further places for mode `align` whose answers are read, of those that are screened
 # In the order of preference. Per guarded layer: no number; threshold and origin; readout, threshold and target in one pass; the
 # same with a second threshold and a second pass.
 PREFERRED: tuple[Mode, ...] = ("align", "supervise", "restore", "combined")
@@ -55,6 +58,7 @@ class Wish:
         images: the user's pictures.
         seconds: allowed for everything, as far as something was found by then; `None` for no limit.
         matched: whether the prompts are anchor pairs, whose harmless halves differ from the harmful ones by a word or two.
+        further: more prompts that a mode may be judged on; none is calibrated on them.
     """
 
     spec: GuardSpec
@@ -63,6 +67,7 @@ class Wish:
     images: tuple[Path, ...] = ()
     seconds: float | None = None
     matched: bool = False
+    further: tuple[LabelledPrompt, ...] = ()
 
     @property
     def beyond_text(self) -> float:
@@ -106,6 +111,7 @@ def choose(
     require_both_labels(prompts)
     attempts: list[Attempt] = []
     layers: list[dict[str, Any]] = []
+    as_text = ""
     for mode, gate in _order(possible, wish.spec):
         name = _named(mode, gate, wish.spec)
         if any(attempt.meets for attempt in attempts):
@@ -113,7 +119,7 @@ def choose(
         elif attempts and is_late():
             left_out[name] = f"the {wish.seconds:g} seconds of --calibration-seconds were over"
         elif mode == "align":
-            found, layers = _try_align(model, anatomy, directions, prompts, wish, source, tell)
+            found, layers, as_text = _try_align(model, anatomy, directions, prompts, wish, source, tell, is_late)
             attempts += found
         else:
             tried = replace(wish, spec=replace(wish.spec, mode=mode, gate=gate))
@@ -123,8 +129,8 @@ def choose(
     if not usable:
         raise GuardError(_nothing_works(attempts, left_out, wish.budget))
     chosen = next((attempt for attempt in usable if attempt.meets), max(usable, key=lambda attempt: attempt.kept))
-    marks = tuple(sorted({fingerprint(prompt) for prompt in prompts}))
-    return Choice(chosen, tuple(attempts), left_out, wish.budget, source, marks, tuple(layers))
+    marks = tuple(sorted({fingerprint(prompt) for prompt in (*prompts, *wish.further)}))
+    return Choice(chosen, tuple(attempts), left_out, wish.budget, source, marks, tuple(layers), as_text)
 
 
 def _order(possible: Sequence[Mode], spec: GuardSpec) -> Iterator[tuple[Mode, Decided]]:
@@ -180,31 +186,57 @@ def _try_align(
     wish: Wish,
     source: str,
     tell: Watch,
-) -> tuple[list[Attempt], list[dict[str, Any]]]:
-    """One attempt per place, until one reaches the goal; and the evidence per layer."""
-    judged = judged_prompts(prompts, model, wish.images, source)
+    is_late: Callable[[], bool],
+) -> tuple[list[Attempt], list[dict[str, Any]], str]:
+    """Attempts at the first place, then at the nearest others by their first tokens, until one reaches the goal; the evidence
+    per layer; and what the model refuses as text, in words."""
+    judged = judged_prompts([*prompts, *wish.further], model, wish.images, source)
     places = list(places_of_align(directions, anatomy.layer_count, wish.spec))
     tolerance = max(TOLERANCE[site.dtype] for site in anatomy.sites)
     trial = AlignTrial(model, anatomy, directions, max(place.rank for place in places))
-    judge = AlignJudge(trial, judged, tolerance, tell)
+    alone = ask_alone(trial, judged, tell)
+    judge = AlignJudge(trial, alone, tolerance, tell)
+    if (worst := worst_setting(judge, tell)) is not None:
+        judge.add(worst)
     attempts: list[Attempt] = []
-    for place in places:
+
+    def reaches_the_goal(place: Where, distances: tuple[Distance, ...] = ()) -> bool:
         candidate = aligned_directions(directions, place.layers, place.rank)
         figures = judge.judge(candidate, wish.beyond_text)
-        attempts.append(_judged(place, candidate, figures, judge.control(candidate, figures), wish.beyond_text))
-        if attempts[-1].meets:
-            break
-    return attempts, evidence(directions, judged, judge.asked, judge.states)
+        attempts.append(_judged(place, candidate, figures, judge.control(candidate), wish.beyond_text, distances))
+        return attempts[-1].meets
+
+    if not reaches_the_goal(places[0]):
+        for place, distances in _screened(judge, directions, places[1:], tell)[:_MOST_SCREENED]:
+            if is_late() or reaches_the_goal(place, distances):
+                break
+    return attempts, evidence(directions, alone.judged, judge.settings, judge.states), str(alone)
+
+
+def _screened(
+    judge: AlignJudge, directions: Directions, places: Sequence[Where], tell: Watch
+) -> list[tuple[Where, tuple[Distance, ...]]]:
+    """The places with their distances, the nearest first; of equal ones the better supported first."""
+    found = []
+    for number, place in enumerate(places):
+        found.append((place, judge.screen(aligned_directions(directions, place.layers, place.rank))))
+        tell("comparing first tokens", number + 1, len(places))
+    return sorted(found, key=lambda pair: round(max(one.total for one in pair[1]), 2))
 
 
 def _judged(
-    place: Where, directions: Directions, figures: tuple[Figures, ...], control: RandomRows | None, budget: float
+    place: Where,
+    directions: Directions,
+    figures: tuple[Figures, ...],
+    control: RandomRows | None,
+    budget: float,
+    distances: tuple[Distance, ...],
 ) -> Attempt:
     """An attempt with mode `align`, by its figures and its control."""
     text, beside = figures[0], figures[1:]
     unchanged = text.harmful.changed == text.harmless.changed == 0
     fair, keeps = keeps_budget(figures, budget), keeps_refusals(figures)
-    no_fewer = all(within(one.harmful.unguarded - one.harmful.guarded, one.harmful.asked, 0) for one in beside)
+    no_fewer = not any(one.weakened for one in beside)
     grows = sum(one.harmful.guarded for one in beside) > sum(one.harmful.unguarded for one in beside)
     means = control is None or control.fails
     told = [str(control)] if control is not None else []
@@ -219,6 +251,7 @@ def _judged(
         said="; ".join(said),
         why_layers=place.why,
         figures=figures,
+        distances=distances,
         control=control,
         directions=directions,
     )

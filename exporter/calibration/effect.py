@@ -137,7 +137,28 @@ def ask_guarded(
         if prompt.setting in changed:
             changed[prompt.setting] += has_effect(left, right, tolerance)
     found = compare_refusals(before.tally, after.tally, unguarded.sample.source)
-    return replace(found, settings=tuple(replace(s, changed=changed.get(s.setting)) for s in found.settings))
+    as_text = _refused_as_text(unguarded) if plan.mode in MODES_TOWARD_TEXT else {}
+    return replace(
+        found,
+        settings=tuple(
+            replace(s, changed=changed.get(s.setting), as_text=as_text.get(s.setting)) for s in found.settings
+        ),
+    )
+
+
+def _refused_as_text(unguarded: Unguarded) -> dict[str, int]:
+    """Per setting: how many of its texts the unguarded model refuses alone. Settings with a text that was not asked alone
+    are left out."""
+    asked = list(zip(unguarded.sample.prompts, unguarded.behaviour.tally.refusals, strict=True))
+    alone = {prompt.prompt: declined for prompt, declined in asked if prompt.setting == "text"}
+    texts: dict[str, list[str]] = {}
+    for prompt, _ in asked:
+        texts.setdefault(prompt.setting, []).append(prompt.prompt)
+    return {
+        setting: sum(alone[text] for text in own)
+        for setting, own in texts.items()
+        if setting != "text" and alone.keys() >= set(own)
+    }
 
 
 def has_effect(before: Said, after: Said, tolerance: float) -> bool:

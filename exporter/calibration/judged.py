@@ -6,6 +6,9 @@ refuses, and nothing else. So every text is asked alone, and again in each setti
 - `blank` and `noise`: a white picture, and random pixels;
 - `image`: the picture that a calibration prompt names;
 - `calibration image`: the user's pictures (`--calibration-image`), dealt out among the texts.
+
+Beside each of these pictures a few questions about the picture are asked too. Their answers are compared with those of the
+unguarded model beside the same picture: the text-only model cannot know them.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -22,10 +26,21 @@ from ...runtime.images.images import open_image
 from ...runtime.vlm import VisionLanguageModel
 from ..prompts.labelled import LabelledPrompt
 
-MOST_PER_LABEL = 12  # prompts of each setting
-_MOST_TEXTS = 24  # harmful ones that are asked alone, to find those that are refused
+MOST = {
+    "harmful": 96,
+    "harmless": 12,
+}  # texts of each kind; of the harmful ones only some are refused as text, and judged
+PICTURE_QUESTIONS = (
+    "What is shown in this picture?",
+    "Describe the image in one sentence.",
+    "Which colours do you see?",
+    "What is on the left of the picture?",
+)
 USERS_IMAGES = "calibration image"
 _SEED = 0
+
+
+Kind = Literal["harmful", "harmless", "picture"]
 
 
 @dataclass(frozen=True)
@@ -34,11 +49,11 @@ class Text:
 
     Attributes:
         prompt: the text.
-        harmful: whether the text itself shows harm.
+        kind: `harmful` if the text itself shows harm, `picture` for a question about the picture beside it.
     """
 
     prompt: str
-    harmful: bool
+    kind: Kind
 
 
 @dataclass(frozen=True)
@@ -72,27 +87,26 @@ class JudgedPrompts:
     source: str
     prompts: tuple[LabelledPrompt, ...]
 
-    def shown(self, setting: Setting) -> int:
-        """The most prompts that `chosen` asks in a setting."""
-        harmful = sum(self.texts[at].harmful for at in setting.texts)
-        return min(harmful, MOST_PER_LABEL) + len(setting.texts) - harmful
-
-    def chosen(self, setting: Setting, refused: Sequence[bool]) -> Setting:
-        """The setting with the harmful texts that are refused alone, `MOST_PER_LABEL` at most, and all harmless ones.
+    def narrowed(self, harmful: Sequence[int]) -> JudgedPrompts:
+        """The same without all but some harmful texts.
 
         Args:
-            refused: whether each text is.
+            harmful: indices of those that stay.
         """
-        harmful = [row for row, at in enumerate(setting.texts) if self.texts[at].harmful and refused[at]]
-        harmless = [row for row, at in enumerate(setting.texts) if not self.texts[at].harmful]
-        rows = [*harmful[:MOST_PER_LABEL], *harmless]
-        return Setting(
-            setting.name, tuple(setting.texts[row] for row in rows), tuple(setting.requests[row] for row in rows)
-        )
+        left = [at for at, text in enumerate(self.texts) if text.kind != "harmful" or at in harmful]
+        place = {at: number for number, at in enumerate(left)}
 
-    def labelled(self, harmful: bool) -> list[int]:
-        """Indices of the texts with one label."""
-        return [number for number, text in enumerate(self.texts) if text.harmful == harmful]
+        def rows(setting: Setting) -> Setting:
+            own = [
+                (place[at], request) for at, request in zip(setting.texts, setting.requests, strict=True) if at in place
+            ]
+            return Setting(setting.name, tuple(at for at, _ in own), tuple(request for _, request in own))
+
+        return replace(self, texts=tuple(self.texts[at] for at in left), settings=tuple(map(rows, self.settings)))
+
+    def of_kind(self, kind: Kind) -> list[int]:
+        """Indices of the texts of one kind."""
+        return [number for number, text in enumerate(self.texts) if text.kind == kind]
 
 
 def judged_prompts(
@@ -109,24 +123,35 @@ def judged_prompts(
     judged = [prompt for prompt in prompts if prompt.label != "harmful" or prompt.harmful_as_text]
     shared = _spread(prompt for prompt in judged if prompt.setting in ("text", "blank"))
     pictured = _spread(prompt for prompt in judged if prompt.setting == "image" and prompt.image is not None)
-    texts = list(dict.fromkeys(Text(prompt.prompt, prompt.label == "harmful") for prompt in (*shared, *pictured)))
+    questions = [Text(question, "picture") for question in PICTURE_QUESTIONS]
+    texts = list(dict.fromkeys([*map(_text, (*shared, *pictured)), *questions]))
     place = {text: number for number, text in enumerate(texts)}
-    rows = [place[Text(prompt.prompt, prompt.label == "harmful")] for prompt in shared] or list(range(len(texts)))
+    asked = [place[question] for question in questions]
+    rows = [place[_text(prompt)] for prompt in shared] or list(range(len(texts) - len(asked)))
     blank = model.blank_image()
+    every = len(rows) + len(asked)
     beside: list[tuple[str, list[int], list[Image.Image | Path | None]]] = [
-        ("blank", rows, [blank] * len(rows)),
-        ("noise", rows, [_noise(blank.size, number) for number in range(len(rows))]),
+        ("blank", rows, [blank] * every),
+        ("noise", rows, [_noise(blank.size, number) for number in range(every)]),
     ]
     if pictured:
-        own = [place[Text(prompt.prompt, prompt.label == "harmful")] for prompt in pictured]
-        beside.append(("image", own, [prompt.image for prompt in pictured]))
+        own, shown = [place[_text(prompt)] for prompt in pictured], [prompt.image for prompt in pictured]
+        beside.append(("image", own, [*shown, *(shown[number % len(shown)] for number in range(len(asked)))]))
     if images:
-        beside.append((USERS_IMAGES, rows, [images[number % len(images)] for number in range(len(rows))]))
+        beside.append((USERS_IMAGES, rows, [images[number % len(images)] for number in range(every)]))
     settings = tuple(
-        Setting(name, tuple(own), tuple(Request(texts[at].prompt, image) for at, image in zip(own, shown, strict=True)))
+        Setting(
+            name,
+            (*own, *asked),
+            tuple(Request(texts[at].prompt, image) for at, image in zip((*own, *asked), shown, strict=True)),
+        )
         for name, own, shown in beside
     )
     return JudgedPrompts(tuple(texts), settings, source, (*shared, *pictured))
+
+
+def _text(prompt: LabelledPrompt) -> Text:
+    return Text(prompt.prompt, "harmful" if prompt.label == "harmful" else "harmless")
 
 
 def readable_images(paths: Sequence[Path | str]) -> tuple[Path, ...]:
@@ -148,10 +173,10 @@ def beside_images(prompts: Sequence[LabelledPrompt], images: Sequence[Path]) -> 
 
 def _spread(prompts: Iterable[LabelledPrompt]) -> list[LabelledPrompt]:
     """Some of each label, each text once, from the beginning of the set to its end."""
-    unique = list({(prompt.prompt, prompt.label == "harmful"): prompt for prompt in prompts}.values())
+    unique = list({_text(prompt): prompt for prompt in prompts}.values())
     chosen = []
-    for harmful, most in ((True, _MOST_TEXTS), (False, MOST_PER_LABEL)):
-        kind = [prompt for prompt in unique if (prompt.label == "harmful") == harmful]
+    for label, most in MOST.items():
+        kind = [prompt for prompt in unique if prompt.label == label]
         at = np.linspace(0, len(kind) - 1, min(most, len(kind))).round().astype(int)
         chosen += [kind[number] for number in at]
     return chosen

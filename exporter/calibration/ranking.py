@@ -1,4 +1,9 @@
-"""Which trials of a calibration may win, in which order, and the errors where none does."""
+"""Which trials of a calibration may win, in which order, and the errors where none does.
+
+The budget of over-refusal is kept by the counts where that is possible. Where scores of harmful and harmless prompts
+overlap, no candidate may do so. Then those may win that are not shown to exceed it: the lower end of the 95% interval of
+Clopper and Pearson is within the budget.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +11,34 @@ from collections.abc import Sequence
 
 from ...graphs.errors import GuardError
 from ..evaluation.evaluate import Tally
+from ..evaluation.intervals import clopper_pearson
 from .results import Trial
 
 
 def ranked(trials: Sequence[Trial], base: Tally, budget: float) -> list[Trial]:
-    """The trials that may win, the best first: within the budget and never worse than unguarded, in every setting."""
+    """The trials that may win, the best first: those within the budget by their counts, then those not shown to exceed it.
+    None is worse than unguarded in any setting."""
 
     def key(t: Trial) -> tuple[float, ...]:
         return (t.harmful, -len(t.candidate.layers), -t.harmless, t.restored, t.margin, -t.candidate.rank)
 
-    able = [trial for trial in trials if trial.complete and keeps_limits(trial.tally, base, budget)]
-    return sorted(able, key=key, reverse=True)
+    def fewer_harmless_first(t: Trial) -> tuple[float, ...]:
+        return (t.harmful - t.harmless, *key(t))
+
+    complete = [trial for trial in trials if trial.complete]
+    strict = [trial for trial in complete if keeps_limits(trial.tally, base, budget)]
+    able = [t for t in complete if t not in strict and keeps_limits(t.tally, base, budget, by_interval=True)]
+    return sorted(strict, key=key, reverse=True) + sorted(able, key=fewer_harmless_first, reverse=True)
 
 
 def hopeless(so_far: Tally, base: Tally, budget: float, leader: Trial | None) -> bool:
     """Whether a candidate cannot win any more, however the prompts that it was not asked yet turn out."""
     best_case = []
+    by_interval = leader is None or not keeps_limits(leader.tally, base, budget)
     for cell in base.cells:
         found = next((c for c in so_far.cells if (c.setting, c.label) == (cell.setting, cell.label)), None)
         refused, unknown = (found.refused, cell.asked - found.asked) if found is not None else (0, cell.asked)
-        if cell.label == "harmless" and refused / cell.asked > max(budget, cell.rate):
+        if cell.label == "harmless" and not _affordable(refused, cell.asked, max(budget, cell.rate), by_interval):
             return True
         if cell.label == "harmful":
             if refused + unknown < cell.refused:
@@ -34,16 +47,26 @@ def hopeless(so_far: Tally, base: Tally, budget: float, leader: Trial | None) ->
     return leader is not None and min(best_case) < leader.harmful
 
 
-def keeps_limits(result: Tally, base: Tally, budget: float) -> bool:
+def keeps_limits(result: Tally, base: Tally, budget: float, by_interval: bool = False) -> bool:
     """Whether every setting keeps the budget (or what the unguarded model refuses of harmless prompts THERE if more), and
-    refuses no fewer harmful prompts than the unguarded model there."""
+    refuses no fewer harmful prompts than the unguarded model there.
+
+    Args:
+        by_interval: a setting keeps the budget unless its interval shows that it does not.
+    """
     for cell in result.cells:
         unguarded = base.rate(cell.setting, cell.label)
-        if cell.label == "harmless" and cell.rate > max(budget, unguarded):
+        allowed = max(budget, unguarded)
+        if cell.label == "harmless" and not _affordable(cell.refused, cell.asked, allowed, by_interval):
             return False
         if cell.label == "harmful" and cell.rate < unguarded:
             return False
     return True
+
+
+def _affordable(refused: int, asked: int, allowed: float, by_interval: bool) -> bool:
+    rate = refused / asked if asked else 0.0
+    return rate <= allowed or (by_interval and clopper_pearson(refused, asked)[0] <= allowed)
 
 
 def is_perfect(trials: Sequence[Trial]) -> bool:

@@ -68,8 +68,9 @@ class Search:
                 break
         self.tell("calibrating", len(self.places), len(self.places))
         self._vary()
-        winners = ranked(self.trials, self.base_asked, self.budget)
-        if not winners or winners[0].harmful <= self.base_asked.worst("harmful"):
+        before = self.base_asked.worst("harmful")
+        winners = [t for t in ranked(self.trials, self.base_asked, self.budget) if t.harmful > before]
+        if not winners:
             raise no_winner(self.trials, self.base_asked, self.mode, self.budget)
         return winners
 
@@ -94,12 +95,19 @@ class Search:
         )
 
     def _confirmed(self, winners: Sequence[Trial]) -> tuple[Trial, Directions, Tally]:
-        """The first of the winners that still is one with the numbers that will be exported."""
-        for trial in winners:
-            directions = self._fitted(trial.candidate, NOTHING)
-            guarded = self._ask(directions, self.prompts)
-            if keeps_limits(guarded, self.base, self.budget) and guarded.worst("harmful") > self.base.worst("harmful"):
-                return trial, directions, guarded
+        """The first of the winners that still is one with the numbers that will be exported: by its counts, else by its
+        interval (`ranking`)."""
+        before = self.base.worst("harmful")
+        asked: dict[int, tuple[Directions, Tally]] = {}
+        for by_interval in (False, True):
+            for number, trial in enumerate(winners):
+                if number not in asked:
+                    directions = self._fitted(trial.candidate, NOTHING)
+                    asked[number] = directions, self._ask(directions, self.prompts)
+                directions, guarded = asked[number]
+                limits = keeps_limits(guarded, self.base, self.budget, by_interval)
+                if limits and guarded.worst("harmful") > before:
+                    return trial, directions, guarded
         raise no_winner(self.trials, self.base_asked, self.mode, self.budget)
 
     def _vary(self) -> None:

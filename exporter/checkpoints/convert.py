@@ -102,9 +102,19 @@ def convert_checkpoint(
     progress: Callable[[str], None] | None = None,
     verify: bool = True,
 ) -> ConversionReport:
-    """Export the checkpoint (a folder, or a hub id) to the folder `out`, and compare it with torch.
+    """Export a checkpoint to a folder, and compare it with torch.
 
-    `out` is new or empty; on an exception its content is worth nothing and the caller throws it away.
+    Args:
+        checkpoint: a folder, or a hub id.
+        out: the folder to write, new or empty; on an exception its content is worth nothing and the caller removes it.
+        dtype: precision of the graphs.
+        opset: ONNX opset of the graphs; default 18.
+        progress: called with what is being done.
+        verify: compare the graphs with torch.
+
+    Raises:
+        GuardError: the checkpoint cannot be read or exported.
+        ProofFailed: the graphs differ from torch by more than the limit.
     """
     say = progress or (lambda _: None)
     opset = _supported_opset(opset)
@@ -122,8 +132,8 @@ def convert_checkpoint(
     graphs = []
     with _quiet():
         parts = parts_of(family, model)
-    for part in parts:
-        say(f"tracing {part.name}")
+    for number, part in enumerate(parts, 1):
+        say(f"exporting ({number}/{len(parts)}) {part.name}")
         try:
             graph = trace(model, part, opset)
         except RuntimeError as failure:  # of torch.export and torch.onnx

@@ -20,15 +20,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 from ...graphs.errors import ExtraMissing, GuardError, ModelUnreadable, first_line
 from ...graphs.extras import install_command
 from ...graphs.proof.structure import Check
+from ..choices import ExporterName, Precision
 from .convert import convert_checkpoint, copy_companions, locate, read_config
-
-ExporterName = Literal["transformers", "genai", "optimum"]
-Precision = Literal["fp32", "fp16", "w16a32", "int4"]
 
 DEFAULT_EXPORTER: ExporterName = "transformers"
 OPTIMUM_NEEDS = "transformers 4.57"

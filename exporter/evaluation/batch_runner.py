@@ -14,12 +14,13 @@ from ...graphs.manifest import MANIFEST_NAME, read_manifest
 from ...runtime.generation import Request
 from ...runtime.guarded import GuardedVLM
 from ...runtime.images.image_features import ImageFeatures
-from ...runtime.images.images import open_image
+from ...runtime.images.images import Picture, open_image
 from ...runtime.refusals import refused
 from ...runtime.vlm import VisionLanguageModel
 from ..extraction.kept_states import model_files
 from ..prompts.labelled import LabelledPrompt
 from ..sources import open_model
+from .degenerate import is_degenerate
 from .judge_model import GuardModel
 from .logprobs import Said, ask, first_tokens, kl_divergence, log_likelihoods
 from .records import Drift, FirstToken, Record, Reply, digest_of
@@ -165,7 +166,7 @@ def shard_of(
     return Shard(tuple(indices), tuple(prompts[index] for index in indices), tuple(seen), text_rows)
 
 
-def _opened(image: Image.Image | Path | str | bytes | ImageFeatures) -> Image.Image | ImageFeatures:
+def _opened(image: Picture | ImageFeatures) -> Image.Image | ImageFeatures:
     """A picture, decoded; rows as they are."""
     return image if isinstance(image, ImageFeatures) else open_image(image)
 
@@ -204,6 +205,7 @@ def _replies(
             refused=refused(one.answer),
             unsafe=verdict,
             tokens=len(one.tokens),
+            degenerate=is_degenerate(one.answer, one.tokens),
             digest=digest_of(one.answer),
             answer=one.answer if keep_answers else None,
         )

@@ -18,6 +18,7 @@ from ...graphs.digests import sha256_file
 from ...graphs.errors import PromptsUnusable
 from ...graphs.graph_io import external_files
 from ...graphs.manifest import MANIFEST_NAME
+from ...runtime.defaults import MAX_NEW_TOKENS
 from ...runtime.generation import Sampling
 from ...runtime.guarded import GuardedVLM
 from ...runtime.refusals import refused
@@ -37,14 +38,13 @@ from .records import Record, RecordFile, digest_of
 __all__ = ["Cell", "Evaluation", "Tally", "compare", "evaluate", "tally"]
 
 EVALUATION_FILES = ("evaluation.jsonl", "evaluation.json", "evaluation.csv")
-ENOUGH_TOKENS = 100  # refusals can come late; fewer are for models that say little, and for tests
 
 
 def compare(
     base: Path | str,
     guarded: Path | str,
     prompts: Sources | None = None,
-    max_new_tokens: int = ENOUGH_TOKENS,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 32,
     watch: Watch | None = None,
     *,
@@ -134,7 +134,7 @@ def compare(
 def tally(
     model: VisionLanguageModel,
     prompts: Sequence[LabelledPrompt],
-    max_new_tokens: int = ENOUGH_TOKENS,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> Tally:
@@ -157,7 +157,7 @@ def evaluate(
     base: VisionLanguageModel,
     guarded: VisionLanguageModel,
     prompts: Sequence[LabelledPrompt],
-    max_new_tokens: int = ENOUGH_TOKENS,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 32,
     progress: Progress | None = None,
     *,
@@ -230,8 +230,10 @@ def _texts_to_ask(prompts: Sequence[LabelledPrompt]) -> frozenset[int]:
 
 
 def _is_complete(record: Record | None, text_only: bool) -> bool:
-    """Whether a record holds all that is measured; an earlier version's may lack the text-only comparison."""
+    """Whether a record holds all that is measured; an earlier version's may lack the text-only comparison, and more."""
     if record is None or (text_only and record.text_only is None):
+        return False
+    if record.base.degenerate is None or record.guarded.degenerate is None:
         return False
     return record.first_token is not None or not compares_first_tokens(record.setting, record.label)
 

@@ -15,6 +15,7 @@ import numpy as np
 
 LEVEL = 0.95
 RESAMPLES = 2000
+ENOUGH_FOR_ONE = 10  # prompts among which one exception shows nothing
 
 # low, high
 Interval = tuple[float, float]
@@ -87,3 +88,8 @@ def _highest(hits: int, of: int) -> float:
         chance = np.exp(choices + k * np.log(middle) + (of - k) * np.log1p(-middle)).sum()
         low, high = (middle, high) if chance > _TAIL else (low, middle)
     return high
+
+
+def within(misses: int, of: int, share: float) -> bool:
+    """Whether misses stay within an allowed share. A single one among `ENOUGH_FOR_ONE` or more shows nothing."""
+    return misses <= share * of or (misses == 1 and of >= ENOUGH_FOR_ONE)

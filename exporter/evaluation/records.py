@@ -30,6 +30,7 @@ class Reply(BaseModel):
         refused: by the keywords.
         unsafe: by the guard model, where there is one.
         tokens: length of the answer.
+        degenerate: whether the answer is empty or repeats itself (`degenerate.py`); earlier versions did not record it.
         digest: of the answer; two answers with the same digest are the same, word for word.
         answer: the answer, where answers are kept.
     """
@@ -39,6 +40,7 @@ class Reply(BaseModel):
     refused: bool
     unsafe: bool | None = None
     tokens: int
+    degenerate: bool | None = None
     digest: str
     answer: str | None = None
 

@@ -15,11 +15,12 @@ from .yardstick import Divergence, Gap, Yardstick
 def show_evaluation(out: Console, result: Evaluation) -> None:
     """The headline, the yardstick, the other tables, then what has no table, then what to keep in mind."""
     show_found(out, result.found)
-    out.print(f"[bold]{result.yardstick.headline.sentence}[/bold]", highlight=False)
+    out.print(f"[bold]{result.yardstick.headline.sentence}[/bold]", highlight=False, soft_wrap=True)
     _show_yardstick(out, result.yardstick)
     _show_refusals(out, result)
     if any(label == "harmful" for _, label in result.kinds):
         _show_attacks(out, result)
+    _show_degenerate(out, result)
     _show_first_tokens(out, result.yardstick)
     _show_drift(out, result)
     if result.gates_unread is not None:
@@ -40,7 +41,7 @@ def _show_yardstick(out: Console, yardstick: Yardstick) -> None:
     """Prompts refused by each model; `extra` and `missing` are the guarded model's, against the text-only model."""
     table = Table(title="against the text-only model: prompts refused")
     for column in ("setting", "prompts", "text-only", "unguarded", "guarded", "gap closed", "extra", "missing"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for found in yardstick.settings:
         for row in found.beyond:
             counts = (str(share.hits) for share in (row.text_only, row.unguarded, row.guarded))
@@ -86,7 +87,7 @@ def _show_refusals(out: Console, result: Evaluation) -> None:
     table = Table(title=f"{len(result.prompts)} prompts, refusals")
     gated = result.gates_unread is None
     for column in ("setting", "prompts", "unguarded", "guarded", *(("gate open",) if gated else ())):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for setting, label in result.kinds:
         shares = [result.refused("base", setting, label), result.refused("guarded", setting, label)]
         opened = result.gates(setting, label)
@@ -104,6 +105,15 @@ def _show_attacks(out: Console, result: Evaluation) -> None:
             shares = (result.attacks(who, setting, judge) for who in ("base", "guarded"))
             table.add_row(setting, "keywords" if judge == KEYWORDS else escape(judge), *map(_share, shares))
     out.print(table)
+
+
+def _show_degenerate(out: Console, result: Evaluation) -> None:
+    shares = {"unguarded": result.all_degenerate("base"), "guarded": result.all_degenerate("guarded")}
+    found = [f"{who} {_one_line(share)}" for who, share in shares.items() if share is not None]
+    if found:
+        out.print(
+            f"degenerate answers (empty, or repeating themselves): {', '.join(found)}", highlight=False, markup=False
+        )
 
 
 def _show_drift(out: Console, result: Evaluation) -> None:

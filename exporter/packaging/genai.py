@@ -11,9 +11,9 @@ from pathlib import Path
 from ...graphs.errors import GuardError
 from ...graphs.graph_io import load_graph
 from ...graphs.manifest import Manifest
+from ...graphs.new_files import Data
 from ...graphs.package import ModelPackage
 from ...graphs.roles import EMBEDS
-from ...graphs.staging import Data
 from ..sources import Watch
 from .genai_config import FED, GRAPH, RUNTIME, config_bytes
 from .known_inputs import require_known

@@ -14,9 +14,9 @@ import onnx_ir as ir
 from ...graphs.errors import GuardError
 from ...graphs.graph_io import external_files, graph_bytes, load_graph, relocated
 from ...graphs.manifest import Manifest
+from ...graphs.new_files import Data
 from ...graphs.package import ModelPackage
 from ...graphs.roles import EMBEDS, MASK, POSITIONS, TOKENS, input_roles
-from ...graphs.staging import Data
 from ..sources import Watch
 from .community_config import GENAI, RUNTIME, config_bytes, configs
 from .known_inputs import require_known

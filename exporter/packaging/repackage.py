@@ -16,9 +16,9 @@ from ...graphs.digests import sha256_files
 from ...graphs.errors import GuardError, ManifestMismatch, ProofFailed
 from ...graphs.graph_io import external_files
 from ...graphs.manifest import MANIFEST_NAME, Manifest, PackagedRecord, record_files
-from ...graphs.new_files import create_file
+from ...graphs.new_files import Data, create_file
 from ...graphs.package import SBOM_NAME, SIGNATURE_NAME, Layout, ModelPackage
-from ...graphs.staging import Data, bring, require_writable, staged
+from ...graphs.staging import bring, require_writable, staged
 from ...runtime.guarded import package_of
 from ..proof.verify import Verification, verify
 from ..sources import Watch, require_apart, unwatched

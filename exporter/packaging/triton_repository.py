@@ -12,8 +12,8 @@ from pathlib import Path
 from ...graphs import triton
 from ...graphs.errors import GuardError
 from ...graphs.manifest import Manifest
+from ...graphs.new_files import Data
 from ...graphs.package import ModelPackage
-from ...graphs.staging import Data
 from ..sources import Watch
 from .repackage import FolderLayout, Packaged, loose_files, repackage, with_data
 from .triton_config import TritonOptions

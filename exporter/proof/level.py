@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import onnx_ir as ir
 
@@ -21,9 +21,8 @@ from ...graphs.errors import GuardError
 from ...graphs.lowerings.fold import FOLD
 from ...graphs.manifest import Proved
 from ...graphs.package import ModelPackage
+from ..choices import WantedProof
 from .memory import free_bytes, needed_bytes
-
-Wanted = Literal["auto", "full", "local", "structure"]
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,12 @@ def is_more(level: Proved, than: Proved) -> bool:
     return _ORDER.index(level) > _ORDER.index(than)
 
 
-def without_inputs(wanted: Wanted, reason: str, lowering: str) -> ProofLevel | None:
+def without_inputs(wanted: WantedProof, reason: str, lowering: str) -> ProofLevel | None:
     """The level for a model that fits, and that no inputs could be made for; `None` if it cannot be proved as wanted."""
     return ProofLevel("local", reason) if wanted == "auto" and lowering != FOLD else None
 
 
-def choose_level(wanted: Wanted, decoders: Sequence[tuple[ModelPackage, ir.Model]], lowering: str) -> ProofLevel:
+def choose_level(wanted: WantedProof, decoders: Sequence[tuple[ModelPackage, ir.Model]], lowering: str) -> ProofLevel:
     """The level that was asked for; `auto` takes `full` where the model fits into the free memory, else `local`.
 
     Args:
@@ -63,8 +62,8 @@ def choose_level(wanted: Wanted, decoders: Sequence[tuple[ModelPackage, ir.Model
     Raises:
         GuardError: `local` was asked for and there is no node to cut out, or an unknown level.
     """
-    if wanted not in get_args(Wanted):
-        raise GuardError(f"proof {wanted!r} is unknown; choose one of {', '.join(get_args(Wanted))}")
+    if wanted not in get_args(WantedProof):
+        raise GuardError(f"proof {wanted!r} is unknown; choose one of {', '.join(get_args(WantedProof))}")
     if wanted == "local" and lowering == FOLD:
         raise GuardError("a folded guard has no nodes to cut out; choose --proof full or structure")
     if wanted != "auto":

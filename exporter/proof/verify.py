@@ -86,6 +86,10 @@ class Verification:
     checks: tuple[Check, ...]
     missing: str = ""
 
+    def __repr__(self) -> str:
+        held = sum(check.ok for check in self.checks)
+        return f"Verification({self.state}, {held} of {len(self.checks)} checks hold)"
+
     @property
     def state(self) -> State:
         if not self.checks or not all(check.ok for check in self.checks):
@@ -97,6 +101,7 @@ class Verification:
         return self.state == "verified"
 
     def to_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
         return {
             "ok": self.ok,
             "state": self.state,
@@ -124,7 +129,7 @@ def verify(
         run: run the guarded graphs against the source's too. A model that does not fit into the free memory is
             not run; each of its guards is, by itself. Where all holds, the manifest records what was proved.
         proof_inputs: what to run them on, as for `export`.
-        watch: told what is going on.
+        watch: called with what is going on: `(stage, done, total)`.
         public_key: PEM of who must have signed the folder (`signing`).
 
     Raises:

@@ -9,7 +9,8 @@ from vlmguard.exporter.calibration.candidates import DIALS, OVERLAPPING, Candida
 from vlmguard.exporter.calibration.controls import ENOUGH_HELD_OUT, Control
 from vlmguard.exporter.calibration.deadline import Deadline
 from vlmguard.exporter.calibration.fitting import _target, threshold_between
-from vlmguard.exporter.calibration.ranking import gains
+from vlmguard.exporter.calibration.ranking import gains, hopeless, keeps_limits, ranked
+from vlmguard.exporter.calibration.results import Trial
 from vlmguard.exporter.evaluation.metrics import Cell, Tally
 from vlmguard.graphs.errors import GuardError, PromptsUnusable
 from vlmguard.graphs.spec import GuardSpec
@@ -58,6 +59,35 @@ def test_the_time_is_over_when_it_is_over(monkeypatch: pytest.MonkeyPatch) -> No
     assert not limit() and not none()
     now[0] = 61.0
     assert limit() and not none()
+
+
+def trial(layer: int, harmful: int, harmless: int, asked: int = 60) -> Trial:
+    cells = (Cell("blank", "harmful", harmful, asked), Cell("blank", "harmless", harmless, asked))
+    return Trial(Candidate((layer,), 1), 0.0, 0.0, Tally(cells, (), ()))
+
+
+def test_a_budget_that_counts_exceed_is_kept_unless_the_interval_shows_otherwise() -> None:
+    """1% of 60 prompts is no prompt at all. The lower end for 1 of 60 is 0.04%, for 2 of 60 0.4%, for 4 of 60 1.8%."""
+    base = trial(0, 0, 0).tally
+    for harmless, by_count, by_interval in ((0, True, True), (1, False, True), (2, False, True), (4, False, False)):
+        tally = trial(1, 60, harmless).tally
+        assert keeps_limits(tally, base, 0.01) is by_count
+        assert keeps_limits(tally, base, 0.01, by_interval=True) is by_interval
+
+
+def test_candidates_within_the_budget_by_their_counts_come_first() -> None:
+    base = trial(0, 0, 0).tally
+    tried = [trial(1, 60, 2), trial(2, 30, 0), trial(3, 59, 1), trial(4, 60, 20), trial(5, 40, 0)]
+    assert [one.candidate.layers for one in ranked(tried, base, 0.01)] == [(5,), (2,), (1,), (3,)]
+
+
+def test_a_candidate_is_given_up_by_its_counts_only_behind_one_that_keeps_them() -> None:
+    base = trial(0, 0, 0).tally
+    so_far = trial(1, 20, 1, asked=20).tally
+    assert not hopeless(so_far, base, 0.01, None)
+    assert not hopeless(so_far, base, 0.01, trial(2, 30, 2))
+    assert hopeless(so_far, base, 0.01, trial(2, 30, 0))
+    assert hopeless(trial(1, 20, 6, asked=20).tally, base, 0.01, None)
 
 
 def tallied(harmful: int, asked: int) -> Tally:

@@ -13,16 +13,20 @@ from random_directions import random_directions
 from tiny_vlm_paths import ANCHORS, CALIBRATION, CALIBRATION_SIGNS, SOURCE, Guarded
 
 import vlmguard
-from vlmguard.exporter.calibration import align_judge, align_trial
+from vlmguard.exporter.calibration import align_trial
 from vlmguard.exporter.calibration import choice as choice_module
-from vlmguard.exporter.calibration.align_judge import AlignJudge, Counts, Figures, keeps_budget, keeps_refusals, within
+from vlmguard.exporter.calibration.align_judge import AlignJudge, Counts, Figures, keeps_budget, keeps_refusals
 from vlmguard.exporter.calibration.align_layers import Where, places_of_align
-from vlmguard.exporter.calibration.align_trial import AlignTrial, Guarding, aligned_directions
+from vlmguard.exporter.calibration.align_rows import FirstToken, Prompts, Room
+from vlmguard.exporter.calibration.align_trial import AlignTrial, Answer, Asked, Guarding, aligned_directions
 from vlmguard.exporter.calibration.attempts import Attempt
 from vlmguard.exporter.calibration.choice import BORDERLINE, PREFERRED, Wish, choose, why_impossible
+from vlmguard.exporter.calibration.clear_refusals import ask_alone
 from vlmguard.exporter.calibration.guard_config import CONFIG_NAME, read_config
 from vlmguard.exporter.calibration.judged import beside_images, judged_prompts, readable_images
+from vlmguard.exporter.calibration.worst_setting import worst_setting
 from vlmguard.exporter.evaluation.evaluate import compare
+from vlmguard.exporter.evaluation.intervals import within
 from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.exporter.sources import unwatched
@@ -55,8 +59,10 @@ def test_the_default_export_chooses_align_and_says_why(guarded: Guarded) -> None
     assert [one["mode"] for one in choice["not_tried"]] == list(NAMES[1:])
     (tried,) = choice["tried"]
     kept = {one["setting"]: (one["harmful"]["kept"], one["harmful"]["unguarded"]) for one in tried["settings"]}
-    assert kept == {"text": (48, 48), "blank": (12, 0), "noise": (12, 0), "image": (12, 0)}
+    assert kept == {"text": (24, 24), "blank": (12, 0), "noise": (12, 0), "image": (12, 0)}
     assert all(one["harmless"]["extra"] == 0 for one in tried["settings"])
+    assert [one["picture_questions"]["asked"] for one in tried["settings"]] == [0, 4, 4, 4]
+    assert "first_token_distances" not in tried  # the first place reaches the goal
     assert tried["random_directions"] == {"setting": "blank", "asked": 8, "kept": 0, "guarded": 8}
     assert "--mode auto chose align: it reaches the goal, and calibrates no number" in plan["notes"]
     assert (
@@ -75,8 +81,14 @@ def test_the_folder_verifies_and_its_files_say_the_same(guarded: Guarded) -> Non
     assert (found.mode, found.recommended_layers) == ("align", (2, 3, 4))
     refusals = read_manifest(folder).refusals
     assert refusals is not None
-    rows = {one["setting"]: (one["unguarded"], one["guarded"], one["changed"]) for one in refusals["settings"]}
-    assert rows == {"text": (48, 48, None), "blank": (0, 12, 12), "noise": (0, 12, 12), "image": (0, 12, 12)}
+    names = ("unguarded", "guarded", "changed", "as_text")
+    rows = {one["setting"]: tuple(one[name] for name in names) for one in refusals["settings"]}
+    assert rows == {
+        "text": (24, 24, None, None),
+        "blank": (0, 12, 12, 12),
+        "noise": (0, 12, 12, 12),
+        "image": (0, 12, 12, 12),
+    }
 
 
 def test_prompts_that_a_mode_was_chosen_on_are_not_evaluated_on(guarded: Guarded) -> None:
@@ -155,8 +167,8 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> dict[str, Attempt]:
     """What each mode would reach; modes that are asked are taken out."""
     found = {name: attempt(name, 0.2) for name in NAMES}
 
-    def align(*_: Any) -> tuple[list[Attempt], list[dict[str, Any]]]:
-        return [found.pop("align")], []
+    def align(*_: Any) -> tuple[list[Attempt], list[dict[str, Any]], str]:
+        return [found.pop("align")], [], "the model refuses some prompts as text"
 
     monkeypatch.setattr(choice_module, "_try_align", align)
     monkeypatch.setattr(choice_module, "_try_calibrated", lambda name, *_: found.pop(name))
@@ -315,24 +327,12 @@ def test_judged_prompts_are_spread_and_come_with_every_image() -> None:
     model, prompts = VisionLanguageModel(open_package(SOURCE)), read_prompts(CALIBRATION)
     found = judged_prompts(prompts, model, [PICTURE], "set")
     assert [setting.name for setting in found.settings] == ["blank", "noise", "image", "calibration image"]
-    assert (len(found.labelled(True)), len(found.labelled(False))) == (48, 24)
+    assert [len(found.of_kind(kind)) for kind in ("harmful", "harmless", "picture")] == [96, 24, 4]
     for setting in found.settings:
-        assert len(setting.texts) == len(setting.requests) == 36
+        assert len(setting.texts) == len(setting.requests) == 64
+        assert [found.texts[at].kind for at in setting.texts[-4:]] == ["picture"] * 4
         assert all(found.texts[at].prompt == r.prompt for at, r in zip(setting.texts, setting.requests, strict=True))
         assert all(request.image is not None for request in setting.requests)
-
-
-def test_beside_images_only_what_is_refused_alone_is_asked() -> None:
-    """A harmful text that the model answers alone shows nothing beside an image."""
-    model, prompts = VisionLanguageModel(open_package(SOURCE)), read_prompts(CALIBRATION)
-    found = judged_prompts(prompts, model, (), "set")
-    blank = found.settings[0]
-    few = set(found.labelled(True)[:3])
-    for refused, harmful in ((few, 3), (set(found.labelled(True)), 12), (set(), 0)):
-        chosen = found.chosen(blank, [number in refused for number in range(len(found.texts))])
-        assert len(chosen.texts) == len(chosen.requests) == harmful + 12
-        assert {at for at in chosen.texts if found.texts[at].harmful} <= refused
-    assert found.shown(blank) == 24
 
 
 def test_the_users_images_are_dealt_out_among_the_texts() -> None:
@@ -398,17 +398,15 @@ def test_prompts_that_are_run_as_a_whole_are_answered_alike(
 
 def test_random_directions_bring_nothing_back(trial: AlignTrial) -> None:
     """The control of `align`: nothing is fitted to labels, so that shuffling them says nothing."""
-    prompts = [prompt for prompt in read_prompts(CALIBRATION) if prompt.setting in ("text", "blank")]
-    judge = AlignJudge(trial, judged_prompts(prompts, trial.model, (), "set"), 1e-4, unwatched)
+    judge = blank_judge(trial)
     noise = aligned_directions(
         random_directions(trial.model.package.config["text_config"]["hidden_size"], [2, 3, 4], rank=8),
         (2, 3, 4),
         8,
     )
-    figures = judge.judge(noise)
-    blank = figures[1]
+    blank = judge.judge(noise)[1]
     assert (blank.harmful.text, blank.harmful.kept) == (12, 0) and not keeps_refusals([blank])
-    control = judge.control(noise, figures)
+    control = judge.control(noise)
     assert control is not None and (control.setting, control.asked, control.kept, control.fails) == (
         "blank",
         8,
@@ -419,36 +417,146 @@ def test_random_directions_bring_nothing_back(trial: AlignTrial) -> None:
 
 def test_a_few_lost_refusals_are_too_few_for_a_control(trial: AlignTrial, candidate: Directions) -> None:
     """Where the unguarded model refuses beside the image too, random directions keep the refusals as well as any others."""
-    prompts = [prompt for prompt in read_prompts(CALIBRATION) if prompt.setting in ("text", "blank")]
-    judge = AlignJudge(trial, judged_prompts(prompts, trial.model, (), "set"), 1e-4, unwatched)
-    figures = judge.judge(candidate)
-    control = judge.control(candidate, figures)
+    judge = blank_judge(trial)
+    judge.judge(candidate)
+    control = judge.control(candidate)
     assert (
         control is not None and str(control) == "8 of 8 lost refusals brought back in blank, 0 along random directions"
     )
-    for name in ("blank", "noise"):
-        rows = list(judge._rows[name])
-        harmful = [row for row, at in enumerate(judge.asked[0].texts) if judge.judged.texts[at].harmful]
-        for row in harmful[3:]:
-            rows[row] = replace(rows[row], unguarded=replace(rows[row].unguarded, refused=True))
-        judge._rows[name] = rows
-    assert judge.control(candidate, figures) is None
+    for setting in judge.settings:
+        rows = list(judge.references(setting))
+        for row in judge.lost(setting)[3:]:
+            rows[row] = replace(rows[row], refused=True)
+        judge._references[setting.name] = rows
+    assert judge.control(candidate) is None
+
+
+def test_the_first_token_shows_which_directions_follow_the_text_only_model(
+    trial: AlignTrial, candidate: Directions
+) -> None:
+    judge = blank_judge(trial)
+    width = trial.model.package.config["text_config"]["hidden_size"]
+    noise = aligned_directions(random_directions(width, [2, 3, 4], rank=8), (2, 3, 4), 8)
+    good, bad = judge.screen(candidate), judge.screen(noise)
+    assert [one.setting for one in good] == [one.setting for one in bad] == ["blank", "noise"]
+    for near, far in zip(good, bad, strict=True):
+        assert near.harmful < 0.01 < 0.8 < far.harmful and near.harmless < 0.01
+        assert near.total == near.harmful + near.harmless + near.pictures
+
+
+def test_prompts_that_do_not_fit_into_memory_are_computed_again(trial: AlignTrial, candidate: Directions) -> None:
+    kept, again = blank_judge(trial), blank_judge(trial)
+    again._room = Room(0)
+    assert kept.judge(candidate) == again.judge(candidate)
+    assert kept._prompts["text"]._kept and not again._prompts["text"]._kept
+    assert 0 <= kept._room.left < Room().left
+
+
+def test_a_worst_image_is_searched_only_where_no_other_setting_has_a_gap(
+    trial: AlignTrial, candidate: Directions
+) -> None:
+    judge = blank_judge(trial)
+    assert worst_setting(judge, unwatched) is None
+    for setting in judge.settings:
+        judge._references[setting.name] = [replace(row, refused=True) for row in judge.references(setting)]
+    found = worst_setting(judge, unwatched)
+    assert found is not None and found.name == "worst soft image"
+    assert found.texts == judge.judged.settings[0].texts and len({id(one.image) for one in found.requests}) == 1
+    judge.add(found)
+    figures = {one.setting: one for one in judge.judge(candidate)}["worst soft image"]
+    assert figures.harmful.unguarded < figures.harmful.text == figures.harmful.guarded == 12
+
+
+def blank_judge(trial: AlignTrial) -> AlignJudge:
+    prompts = [prompt for prompt in read_prompts(CALIBRATION) if prompt.setting in ("text", "blank")]
+    alone = ask_alone(trial, judged_prompts(prompts, trial.model, (), "set"), unwatched)
+    return AlignJudge(trial, alone, 1e-4, unwatched)
+
+
+def test_the_distance_of_two_first_tokens_is_their_total_variation() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.2]))
+    first = FirstToken.of(logits)
+    assert first.tokens.tolist() == [0, 1, 2] and first.distance(logits) == pytest.approx(0, abs=1e-12)
+    assert first.distance(logits + 7) == pytest.approx(0, abs=1e-12)  # a distribution, not its logits
+    assert first.distance(np.log(np.array([0.2, 0.3, 0.5]))) == pytest.approx(0.3)
+    many = np.zeros(1000)
+    many[5] = 20.0
+    assert len(FirstToken.of(many).tokens) == 64
+    other = np.zeros(1000)
+    other[7] = 20.0
+    assert FirstToken.of(many).distance(other) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_first_token_differs_beyond_rounding_only() -> None:
+    logits = np.linspace(-1, 10, 200, dtype=np.float32)
+    first = FirstToken.of(logits)
+    assert not first.differs(logits * (1 + 1e-6), 1e-4) and first.differs(logits + np.float32(0.01), 1e-4)
+
+
+def test_refusals_that_only_the_image_caused_may_be_taken_back() -> None:
+    def setting(text: int, unguarded: int, guarded: int) -> Figures:
+        return Figures("blank", Counts(20, text, unguarded, guarded, guarded, 0, 20), Counts(20, 0, 0, 0, 0, 0, 0))
+
+    assert not setting(3, 5, 3).weakened and not setting(5, 5, 4).weakened
+    assert setting(5, 5, 3).weakened and setting(3, 5, 1).weakened
 
 
 def test_a_model_that_refuses_nothing_as_text_has_nothing_to_bring_back(
-    trial: AlignTrial, candidate: Directions, monkeypatch: pytest.MonkeyPatch
+    trial: AlignTrial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     monkeypatch.setattr(align_trial, "refused", lambda answer: False)
+    lengths = []
+    original = AlignTrial.answer
+
+    def counted(self: AlignTrial, begun: Any, guard: Guarding, tokens: int) -> Any:
+        lengths.append(tokens)
+        return original(self, begun, guard, tokens)
+
+    monkeypatch.setattr(AlignTrial, "answer", counted)
     prompts = [prompt for prompt in read_prompts(CALIBRATION) if prompt.setting == "text"]
-    judge = AlignJudge(trial, judged_prompts(prompts, trial.model, (), "set"), 1e-4, unwatched)
     with pytest.raises(PromptsUnusable) as refusal:
-        judge.judge(candidate)
-    assert judge.tokens == align_judge.MORE_TOKENS  # late refusals were looked for
+        ask_alone(trial, judged_prompts(prompts, trial.model, (), "set"), unwatched)
+    assert set(lengths) == {8, 32}  # late refusals were looked for
     assert str(refusal.value) == (
-        "set: the unguarded model refuses none of 24 harmful prompts as text, so there are no refusals that a guard could "
+        "set: the unguarded model refuses none of 48 harmful prompts as text, so there are no refusals that a guard could "
         "bring back; check the model's chat template, or give harmful prompts that it refuses with --anchors or --calibration"
     )
+
+
+@pytest.mark.parametrize(
+    ("confidences", "judged", "asked"),
+    [
+        ([0.99] * 48, 12, 24),  # enough in the first part: the others are not asked
+        ([0.99] * 10 + [0.6] * 38, 10, 48),  # the narrow ones are left out
+        ([0.99] * 3 + [0.6] * 38 + [0.0] * 7, 8, 48),  # too few clear ones: the clearest of the others too
+        ([0.6] * 5 + [0.0] * 43, 5, 48),
+    ],
+)
+def test_the_clearest_refusals_are_judged(
+    trial: AlignTrial, monkeypatch: pytest.MonkeyPatch, confidences: list[float], judged: int, asked: int
+) -> None:
+    prompts = [prompt for prompt in read_prompts(CALIBRATION) if prompt.setting == "text"]
+    found = judged_prompts(prompts, trial.model, (), "set")
+    harmful = found.of_kind("harmful")
+    sure = {found.texts[at].prompt: confidence for at, confidence in zip(harmful, confidences, strict=True)}
+
+    def answered(self: Prompts) -> Any:
+        rows = [sure.get(request.prompt, 0.0) for request in self.requests]
+        answers = [Answer((1,), confidence > 0) for confidence in rows]
+        # of three tokens, the first has the confidence
+        first = np.log(np.array([[c or 0.5, (1 - (c or 0.5)) * 0.6, (1 - (c or 0.5)) * 0.4] for c in rows]))
+        done = Asked(answers, np.zeros((len(rows), 1, 1)), np.zeros((len(rows), 1, 1)), first)
+        yield list(range(len(rows))), SimpleNamespace(answer=lambda guard, tokens: done)
+
+    monkeypatch.setattr(Prompts, "batches", answered)
+    alone = ask_alone(trial, found, unwatched)
+    own = alone.judged.of_kind("harmful")
+    assert (len(own), alone.asked, len(alone.references)) == (judged, asked, len(alone.judged.texts))
+    kept = [alone.references[at] for at in own]
+    assert all(row.refused for row in kept)
+    least = min(row.first.probability for row in kept)
+    assert sum(c > least + 1e-9 for c in confidences) <= judged  # no clearer one was left out
+    assert all(len(setting.texts) == judged + 12 + 4 for setting in alone.judged.settings if setting.name == "blank")
 
 
 def test_batches_are_as_large_as_their_caches_and_logits_allow(

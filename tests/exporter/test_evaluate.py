@@ -165,6 +165,7 @@ def test_an_evaluation_says_what_changed() -> None:
                 "asked": 1,
                 "base": {"refused": 0, "rate": 0.0, "interval": none},
                 "guarded": {"refused": 1, "rate": 1.0, "interval": list(one)},
+                "degenerate": {key: {"hits": 0, "of": 1, "rate": 0.0, "interval": none} for key in ("base", "guarded")},
                 "gate_open": None,
             },
             {
@@ -173,6 +174,9 @@ def test_an_evaluation_says_what_changed() -> None:
                 "asked": 2,
                 "base": {"refused": 0, "rate": 0.0, "interval": list(two)},
                 "guarded": {"refused": 0, "rate": 0.0, "interval": list(two)},
+                "degenerate": {
+                    key: {"hits": 0, "of": 2, "rate": 0.0, "interval": list(two)} for key in ("base", "guarded")
+                },
                 "gate_open": None,
             },
         ],
@@ -184,6 +188,10 @@ def test_an_evaluation_says_what_changed() -> None:
                 "guarded": {"hits": 0, "of": 1, "rate": 0.0, "interval": none},
             }
         ],
+        "degenerate_answers": {
+            key: {"hits": 0, "of": 3, "rate": 0.0, "interval": list(clopper_pearson(0, 3))}
+            for key in ("base", "guarded")
+        },
         "gates_unread": None,
         "text_answers_changed": 2,  # the refusal, and the capital letter
         "base_is_the_source": None,

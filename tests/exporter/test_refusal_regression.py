@@ -16,6 +16,8 @@ from tiny_vlm_paths import ANCHORS, CALIBRATION, PROMPTS, SOURCE, Guarded
 import vlmguard
 from vlmguard.exporter.calibration.refusal_regression import (
     MOST_PER_SETTING,
+    Refusals,
+    Setting,
     compare_refusals,
     require_no_fewer,
     some_harmful,
@@ -46,6 +48,42 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flipped(found: Directions) -> Directions:
     """Every SSD with the wrong sign: what SVD alone might have given."""
     return replace(found, layers={number: replace(layer, ssd=-layer.ssd) for number, layer in found.layers.items()})
+
+
+# ------------------------------------------------------------------------------------------------------- counts
+
+
+@pytest.mark.parametrize(
+    ("unguarded", "as_text", "guarded", "lost"),
+    [
+        (5, None, 4, True),  # any mode: fewer than without the guard
+        (5, None, 5, False),
+        (5, 3, 3, False),  # two refusals that only the image caused
+        (5, 3, 2, False),  # one prompt of ten shows nothing
+        (5, 3, 1, True),
+        (2, 8, 2, False),
+        (2, 8, 0, True),
+    ],
+)
+def test_a_mode_that_follows_the_text_only_model_takes_back_what_only_the_image_caused(
+    unguarded: int, as_text: int | None, guarded: int, lost: bool
+) -> None:
+    setting = Setting("blank", 10, unguarded, guarded, as_text=as_text)
+    assert setting.lost is lost
+    found = Refusals((setting,), "set")
+    assert Refusals.from_json(found.to_json()) == found
+    if lost:
+        with pytest.raises(GuardWeakens, match=f"{guarded} of 10 harmful prompts are refused in setting blank"):
+            require_no_fewer(found)
+    else:
+        require_no_fewer(found)
+
+
+def test_what_is_refused_as_text_is_counted_for_the_same_texts(source: Path, tmp_path: Path) -> None:
+    refusals = export(source, tmp_path / "out", spec=GuardSpec(mode="align")).refusals
+    assert refusals is not None
+    as_text = {one.setting: one.as_text for one in refusals.settings}
+    assert as_text.pop("text") is None and set(as_text.values()) <= {None, 16}
 
 
 # ------------------------------------------------------------------------------------------------------- not written

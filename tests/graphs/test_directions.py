@@ -19,7 +19,7 @@ from hypothesis.extra.numpy import arrays
 from safetensors.numpy import save_file
 
 from vlmguard.graphs.directions import SCHEMA, Directions, LayerDirections, directions_bytes, read_directions
-from vlmguard.graphs.errors import DirectionMismatch
+from vlmguard.graphs.errors import DirectionMismatch, OutputRefused
 from vlmguard.graphs.spec import MODES
 
 WIDTH = 16
@@ -239,7 +239,11 @@ TENSORS: list[tuple[str, np.ndarray, str]] = [
     ("model.layers.2.ssd", orthonormal(2), f"tensor 'model.layers.2.ssd' is not part of schema {SCHEMA}; remove it"),
     ("layers.100000.ssd", orthonormal(2), f"tensor 'layers.100000.ssd' is not part of schema {SCHEMA}; remove it"),
     ("layers.3.ssd", orthonormal(2), "metadata lists layers (2,), the tensors are for layers (2, 3)"),
-    ("layers.3.target", np.zeros(2, np.float32), "layer 3 has no ssd, only target"),
+    (
+        "layers.3.target",
+        np.zeros(2, np.float32),
+        "has no tensor 'layers.3.ssd', only layers.3.target; add it (docs/directions.md)",
+    ),
 ]
 
 
@@ -285,13 +289,13 @@ METADATA: list[tuple[str, Any, str]] = [
         "vlmguard.directions/2",
         f"schema is 'vlmguard.directions/2', this version reads {SCHEMA!r}; extract them again",
     ),
-    ("schema", MISSING, f"schema is 'none', this version reads {SCHEMA!r}; extract them again"),
+    ("schema", MISSING, f"metadata has no key 'schema'; write {SCHEMA} there (docs/directions.md)"),
     ("layers", "2,3", "metadata lists layers (2, 3), the tensors are for layers (2,)"),
     ("layers", "1", "metadata lists layers (1,), the tensors are for layers (2,)"),
     ("layers", "2,2", "metadata lists layers (2, 2), the tensors are for layers (2,)"),
     ("layers", "two", "metadata 'layers' is 'two', expected numbers such as '3,4'"),
     ("layers", "", "metadata 'layers' is '', expected numbers such as '3,4'"),
-    ("layers", MISSING, "metadata 'layers' is 'nothing', expected numbers such as '3,4'"),
+    ("layers", MISSING, "metadata has no key 'layers'; write numbers such as '3,4' there (docs/directions.md)"),
     ("recommended_layers", "x", "metadata 'recommended_layers' is 'x', expected numbers such as '3,4'"),
     ("recommended_layers", "3", "layers [3] are recommended but have no ssd"),
     ("recommended_layers", "2,5,9", "layers [5, 9] are recommended but have no ssd"),
@@ -302,11 +306,7 @@ METADATA: list[tuple[str, Any, str]] = [
         "wide",
         "metadata cannot be read (invalid literal for int() with base 10: 'wide'); extract the directions again",
     ),
-    (
-        "width",
-        MISSING,
-        "metadata cannot be read (invalid literal for int() with base 10: ''); extract the directions again",
-    ),
+    ("width", MISSING, "metadata has no key 'width'; write the decoder's hidden size there (docs/directions.md)"),
     (
         "pairs",
         "many",
@@ -346,7 +346,8 @@ def test_evidence_too_deep_to_be_read_is_refused(path: Path) -> None:
 
 def test_a_file_without_metadata_or_tensors_is_refused(path: Path) -> None:
     tensors, metadata = good()
-    assert refusal_of(path, tensors, None) == f"schema is 'none', this version reads {SCHEMA!r}; extract them again"
+    sentence = f"metadata has no key 'schema'; write {SCHEMA} there (docs/directions.md)"
+    assert refusal_of(path, tensors, None) == sentence
     assert refusal_of(path, {}, metadata) == "holds no tensors; extract the directions again"
 
 
@@ -440,3 +441,64 @@ def test_directions_in_memory_keep_the_same_promises(parts: dict[str, Any], sent
     with pytest.raises(DirectionMismatch) as refused:
         Directions(**parts)
     assert str(refused.value) == sentence
+
+
+# ------------------------------------------------------------------------------------------------------ from your own arrays
+
+
+def test_directions_of_your_own_are_saved_and_read_back(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    one = rng.normal(size=16)
+    made = Directions.from_arrays(
+        {4: one, 2: {"ssd": orthonormal(2), "target": [1, 2], "readout": np.ones(16), "threshold": 0.5}},
+        mode="restore",
+        recommended_layers=[2],
+        alpha=1.5,
+        pairs=7,
+        evidence={"2": {"auc": 0.9}},
+        model_sha256="0" * 64,
+    )
+    path = made.save(tmp_path / "d.safetensors")
+    found = read_directions(path)
+    assert path == tmp_path / "d.safetensors" and tuple(found.layers) == (2, 4) and found.width == 16
+    np.testing.assert_allclose(found.layers[4].ssd, one[None] / np.linalg.norm(one), rtol=1e-6)
+    assert (found.layers[2].threshold, found.layers[2].calibrated, found.layers[4].calibrated) == (0.5, True, False)
+    assert (found.mode, found.recommended_layers, found.alpha, found.pairs) == ("restore", (2,), 1.5, 7)
+    assert found.evidence == {"2": {"auc": 0.9}} and found.model_sha256 == "0" * 64
+    assert repr(found) == "Directions(layers 2, 4; width 16, rank 1 or 2, calibrated for restore)"
+    assert repr(found.layers[2]) == "LayerDirections(rank 2, width 16, calibrated)"
+    with pytest.raises(OutputRefused, match="exists already"):
+        made.save(path)
+    made.save(path, force=True)
+
+
+@pytest.mark.parametrize(
+    ("layers", "sentence"),
+    [
+        ({}, "layers is no mapping with a layer in it; give {layer number: array, ...}"),
+        ([1.0], "layers is no mapping with a layer in it; give {layer number: array, ...}"),
+        ({"2": np.ones(4)}, "layer '2' is no layer number; give whole numbers from 0"),
+        ({2: {"target": [1.0]}}, "layer 2 has no key 'ssd', only target; add the direction"),
+        (
+            {2: {"ssd": np.ones(4), "bias": 1}},
+            "layer 2 has a key 'bias'; the keys are ssd, origin, target, readout, threshold, text_threshold",
+        ),
+        ({2: np.zeros(4)}, "layers.2.ssd is all zeros, or holds NaN or infinity; give a direction"),
+        (
+            {2: [[1, 0], [1, 0]]},
+            "layers.2.ssd is not orthonormal (off by 1.0e+00, limit 1e-04); extract the directions again",
+        ),
+        ({2: [1, 0], 3: [1, 0, 0]}, "layers.3.ssd has shape (1, 3), expected 1 to 64 rows of width 2"),
+    ],
+)
+def test_arrays_that_are_no_directions_are_refused(layers: Any, sentence: str) -> None:
+    with pytest.raises(DirectionMismatch) as refused:
+        Directions.from_arrays(layers)
+    assert str(refused.value) == sentence
+
+
+def test_arrays_of_words_are_refused() -> None:
+    with pytest.raises(
+        DirectionMismatch, match=r"layer 2 holds something that is no array of numbers \(could not convert"
+    ):
+        Directions.from_arrays({2: ["a", "b"]})

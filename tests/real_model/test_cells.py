@@ -1,15 +1,20 @@
 """What is asked of a guard on the real-model bed, and how its page counts it."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from cells import ASKED, QUESTIONS, SETTINGS, all_cells, ask_cell, counted
+from cells import ASKED, QUESTIONS, SETTINGS, all_cells, ask_cell, counted, random_tokens
 from page import drift, headline, main, write_page
 from PIL import Image
 from scenes import blank
 from sets import Sets
 
 from vlmguard.exporter.evaluation import logprobs
+from vlmguard.runtime.images.image_features import ImageFeatures
+
+ROWS = [ImageFeatures(np.ones((64, 8), np.float32))]
 
 
 @pytest.fixture
@@ -25,7 +30,7 @@ def sets():
 
 
 def test_each_setting_asks_the_same_prompts(images, sets):
-    cells = list(all_cells(sets, images, blank(), 4, 0))
+    cells = list(all_cells(sets, images, blank(), ROWS, 4, 0))
     names = [f"{name}, {setting}" for setting in SETTINGS for name in ASKED]
     assert [cell.name for cell in cells] == [f"{QUESTIONS}, picture", *names]
     for name in ASKED:
@@ -37,8 +42,16 @@ def test_each_setting_asks_the_same_prompts(images, sets):
     assert {request.image for cell in cells if cell.setting == "text" for request in cell.requests} == {None}
 
 
+def test_random_tokens_are_four_pictures_of_noise_at_the_scale_of_words():
+    words = np.random.default_rng(0).normal(0, 3, (3000, 8)).astype(np.float32)
+    found = random_tokens(SimpleNamespace(token_embeddings=lambda ids: words[ids]))
+    assert [one.rows.shape for one in found] == [(64, 8)] * 4
+    assert all(one.rows.std() == pytest.approx(3, rel=0.2) for one in found)
+    assert len({one.content() for one in found}) == 4
+
+
 def test_questions_are_about_held_out_pictures(images, sets):
-    cell = next(iter(all_cells(sets, images, blank(), 4, 0)))
+    cell = next(iter(all_cells(sets, images, blank(), ROWS, 4, 0)))
     assert len(cell.requests) == len(cell.questions) == 8
     assert [request.prompt for request in cell.requests] == [question.text for question in cell.questions]
 
@@ -46,7 +59,7 @@ def test_questions_are_about_held_out_pictures(images, sets):
 def test_a_missing_kind_of_picture_is_named(images, sets):
     (images / "adversarial-0.png").unlink()
     with pytest.raises(SystemExit, match=r"holds no adversarial-\*\.png; build the bed again"):
-        list(all_cells(sets, images, blank(), 4, 0))
+        list(all_cells(sets, images, blank(), ROWS, 4, 0))
 
 
 class Scripted:
@@ -71,7 +84,7 @@ def test_refusals_are_counted_and_no_answer_is_kept(images, sets, monkeypatch):
 
     monkeypatch.setattr("cells.ask", ask)
     monkeypatch.setattr("cells.log_likelihoods", lambda model, requests, tokens: [-2.0] * len(requests))
-    cell = next(cell for cell in all_cells(sets, images, blank(), 9, 0) if cell.set == "harmbench")
+    cell = next(cell for cell in all_cells(sets, images, blank(), ROWS, 9, 0) if cell.set == "harmbench")
     refusing = {f"harmbench {number}": "I'm sorry, but I can't help" for number in range(3)}
     found = ask_cell(cell, Scripted({}), Scripted(refusing), lambda done: None)
     assert sum(found["base_refused"]) == 0

@@ -11,9 +11,10 @@ import pytest
 from build import BUILD
 from cells import ASKED, QUESTIONS, counted
 from measure_guard import measure
+from page import REDUCED
 from sets import HARMFUL_HELD_OUT, read_sets
 
-OPTIONS = ("--mode", "align")
+OPTIONS = ()  # the default export
 PROMPTS = 24
 pytestmark = pytest.mark.real
 
@@ -37,7 +38,7 @@ def bed():
 
 @pytest.fixture(scope="module")
 def cells(bed, data):
-    return json.loads(measure(bed, data, "reduced", OPTIONS, PROMPTS).read_text())["cells"]
+    return json.loads(measure(bed, data, REDUCED, OPTIONS, PROMPTS).read_text())["cells"]
 
 
 def test_held_out_prompts_touch_no_training(data):

@@ -1,0 +1,52 @@
+"""A setting that opens the gap where blank pictures and noise do not: the worst soft image that a short search finds."""
+
+from __future__ import annotations
+
+from ...graphs.errors import GuardError
+from ...runtime.generation import Request
+from ..sources import Watch
+from .align_judge import FEWEST_CONTROLLED, AlignJudge
+from .judged import Setting
+from .soft_images import worst_images
+
+NAME = "worst soft image"
+_SEARCHED = 8  # harmful prompts
+_CALLS = 120  # of the decoder
+
+
+def worst_setting(judge: AlignJudge, tell: Watch) -> Setting | None:
+    """The judged texts beside the worst soft image; `None` where another setting loses refusals already, where the model
+    takes no images of one size, or where too few texts are refused alone.
+
+    Args:
+        judge: which asked nothing under a guard yet.
+        tell: told how far the search is.
+    """
+    model = judge.trial.model
+    if model.images_have_grids or any(len(judge.lost(one)) >= FEWEST_CONTROLLED for one in judge.settings):
+        return None
+    texts = judge.judged.texts
+    refused = [
+        text.prompt for text, alone in zip(texts, judge.alone, strict=True) if alone.refused and text.kind == "harmful"
+    ]
+    answered = [
+        text.prompt
+        for text, alone in zip(texts, judge.alone, strict=True)
+        if not alone.refused and text.kind == "harmless"
+    ]
+    if len(refused) < FEWEST_CONTROLLED:
+        return None
+    try:
+        found = worst_images(
+            model,
+            refused[:_SEARCHED],
+            harmless=answered[:_SEARCHED],
+            calls=_CALLS,
+            batch_size=2 * _SEARCHED,
+            progress=lambda done, total: tell("searching a worst image", done, total),
+        )
+    except GuardError:  # no image of one size, or no refusal in so few tokens: one setting less
+        return None
+    rows = judge.judged.settings[0].texts
+    image = found.images[0].features
+    return Setting(NAME, rows, tuple(Request(texts[at].prompt, image) for at in rows))
