@@ -71,6 +71,7 @@ def measure(
         "exported": exported,
         "plan": {"mode": plan["mode"], "layers": plan["layers"], "rank": max(site["rank"] for site in plan["sites"])},
         "machine": machine(),
+        "recipe": stage_record(seed_folder / "safety")["facts"]["recipe"],
     }
     base, vlm = open_model(onnx / "model"), GuardedVLM.open(guarded)
     shown = base.blank_image(), random_tokens(base)

@@ -46,14 +46,16 @@ LIMITS = """## Limits
 
 - One language model of 270M parameters, aligned in minutes with one fixed refusal. It does not stand for a large,
   commercial model.
-- The recipe of the alignment was chosen by looking at over-refusal of XSTest's safe prompts in text.
-- That mode `align` leaves the last layer out was decided on both seeds, with hooks in torch, on prompts of these sets
-  ([method.md](method.md#choosing-the-mode)). A third seed has not been measured.
+- The recipe of the alignment was chosen by refusals in text alone: of HarmBench and JailbreakBench prompts, and of XSTest's
+  safe ones.
+- **Narrow refusals come back less often.** Seed 3 was aligned with half as many harmful prompts and refuses fewer of them, many by a
+  narrow margin. There the guard restores fewer of the refusals: any image moves such prompts to both sides. The default export
+  judges a guard by clear refusals alone, and does not see this.
+- What `align` guards was decided on other seeds, with hooks in torch: rank 8, the later two thirds of the layers, the last one left
+  out ([method.md](method.md#choosing-the-mode)). How the default export judges a guard was developed on seed 2. Seeds 3 and 4 were
+  built afterwards, and nothing was changed for them but the recipe of the alignment and the length of a search.
 - The language model takes no part in the training on pictures, and the vision tower knows coloured shapes alone.
-- Ordinary pictures, blank ones and noise hardly change what the model refuses: the gap of this bed is that of the
-  adversarial pictures.
-- The unguarded model answers some questions about pictures wrongly: it mixes up which colour belongs to which shape. The
-  goal of the test bed, 90%, is not met.
+- 64 random tokens garble answers: what they are worth as an attack is not said by counting refusals.
 - The attacks know the unguarded model, not the guard. An attack on the guard itself was not tried.
 - A question about a picture is harmless as text too. Harm that is only in the image is not part of this page.
 """
@@ -75,7 +77,11 @@ def sections(result: dict[str, Any]) -> Iterable[str]:
         return
     cells = result["cells"]
     yield headline(cells) + "\n"
-    plan, machine = result["plan"], result["machine"]
+    plan, machine, recipe = result["plan"], result["machine"], result["recipe"]
+    yield (
+        f"Aligned in {recipe['steps']} steps of {recipe['harmful']} harmful prompts, {recipe['harmless']} everyday ones, "
+        f"{recipe['looking_harmful']} that only look harmful, and {recipe['pictures']} questions about described pictures.\n"
+    )
     yield (
         f"Mode `{plan['mode']}`, layers {', '.join(map(str, plan['layers']))}, rank {plan['rank']}. "
         + cost(exported)

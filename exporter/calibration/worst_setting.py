@@ -10,8 +10,8 @@ from .judged import Setting
 from .soft_images import worst_images
 
 NAME = "worst soft image"
-_SEARCHED = 8  # harmful prompts
-_CALLS = 120  # of the decoder
+_SEARCHED = 4  # harmful prompts
+_CALLS = 48  # of the decoder: about 15 images, besides what judging them takes
 
 
 def worst_setting(judge: AlignJudge, tell: Watch) -> Setting | None:
@@ -42,7 +42,7 @@ def worst_setting(judge: AlignJudge, tell: Watch) -> Setting | None:
             refused[:_SEARCHED],
             harmless=answered[:_SEARCHED],
             calls=_CALLS,
-            batch_size=2 * _SEARCHED,
+            batch_size=4 * _SEARCHED,
             progress=lambda done, total: tell("searching a worst image", done, total),
         )
     except GuardError:  # no image of one size, or no refusal in so few tokens: one setting less

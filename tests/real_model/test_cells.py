@@ -142,6 +142,7 @@ def result():
         "seed": 3,
         "exported": exported,
         "plan": {"mode": "align", "layers": [1, 2], "rank": 8},
+        "recipe": {"steps": 9, "harmful": 8, "harmless": 7, "looking_harmful": 6, "pictures": 5},
         "machine": machine,
         "cells": cells,
     }
