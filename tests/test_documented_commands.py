@@ -1,4 +1,4 @@
-"""Every shell command that README.md and docs/ show: the program, the command and its options exist, and so do files and targets.
+"""Every shell command that README.md and docs/ show: program, command and options exist, and so do files and targets.
 
 Nothing is run: `test_readme.py` and the integrations run what they can.
 """
