@@ -65,7 +65,7 @@ def layers_of(layers: Layers) -> tuple[int, ...] | None:
     if isinstance(layers, str):
         return parse_layers(layers)
     try:
-        numbers = [layers] if isinstance(layers, int) else list(layers)
+        numbers: list[Any] = [layers] if isinstance(layers, int) else list(layers)
     except TypeError:
         numbers = [layers]
     for number in numbers:

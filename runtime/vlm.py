@@ -29,7 +29,7 @@ from .device import SomeRows, Tensor
 from .generation import GREEDY, Choose, Chooser, Piece, Request, Sampling, Step
 from .images.deepstack import scatter
 from .images.image_features import ImageFeatures
-from .images.images import open_image
+from .images.images import Picture, open_image
 from .images.images_qwen import QwenImagePreprocessor
 from .images.positions_mrope import mrope_positions
 from .images.prompt_images import PromptImages
@@ -288,7 +288,7 @@ class VisionLanguageModel:
         at = (ids == self.chat.image_token_id) & (mask == 1)
         return PromptBatch(ids, mask, self._embeds(ids, at, seen.features), self._placed(at, mask, seen))
 
-    def _look_at(self, images: Sequence[Image.Image | Path | str | bytes | ImageFeatures]) -> Seen | None:
+    def _look_at(self, images: Sequence[Picture | ImageFeatures]) -> Seen | None:
         """The features of a batch's images, in their order; pictures go through the vision encoder."""
         pictures = [open_image(image) for image in images if not isinstance(image, ImageFeatures)]
         seen = look(self._vision, self.images, pictures) if pictures else None

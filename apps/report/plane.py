@@ -43,7 +43,7 @@ def fit_plane(states: np.ndarray, harmful: np.ndarray) -> Plane:
     wide = states.astype(np.float64)
     with np.errstate(invalid="ignore"):  # equal states have no variance to share: 0 / 0
         fitted = PCA(n_components=2, svd_solver="full").fit(wide)
-    axes, shares = fitted.components_, np.nan_to_num(fitted.explained_variance_ratio_)
+    axes, shares = np.asarray(fitted.components_), np.nan_to_num(fitted.explained_variance_ratio_)
     apart = (wide[harmful].mean(axis=0) - wide[~harmful].mean(axis=0)) @ axes.T
     axes = axes * np.where(apart < 0, -1.0, 1.0)[:, None]
     return Plane(fitted.mean_, axes, (float(shares[0]), float(shares[1])))

@@ -48,12 +48,12 @@ LIMITS = """## Limits
   commercial model.
 - The recipe of the alignment was chosen by refusals in text alone: of HarmBench and JailbreakBench prompts, and of XSTest's
   safe ones.
-- **Narrow refusals come back less often.** Seed 3 was aligned with half as many harmful prompts and refuses fewer of them, many by a
-  narrow margin. There the guard restores fewer of the refusals: any image moves such prompts to both sides. The default export
-  judges a guard by clear refusals alone, and does not see this.
-- What `align` guards was decided on other seeds, with hooks in torch: rank 8, the later two thirds of the layers, the last one left
-  out ([method.md](method.md#choosing-the-mode)). How the default export judges a guard was developed on seed 2. Seeds 3 and 4 were
-  built afterwards, and nothing was changed for them but the recipe of the alignment and the length of a search.
+- **Narrow refusals come back less often.** Seed 3 was aligned with half as many harmful prompts and refuses fewer of them,
+  many by a narrow margin. There the guard restores fewer of the refusals: any image moves such prompts to both sides. The
+  default export judges a guard by clear refusals alone, and does not see this.
+- What `align` guards was decided on other seeds, with hooks in torch: rank 8, the later two thirds of the layers, the last
+  one left out ([method.md](method.md#choosing-the-mode)). How the default export judges a guard was developed on seed 2.
+  Seeds 3 and 4 were built afterwards; between them only the recipe of the alignment and the length of a search changed.
 - The language model takes no part in the training on pictures, and the vision tower knows coloured shapes alone.
 - 64 random tokens garble answers: what they are worth as an attack is not said by counting refusals.
 - The attacks know the unguarded model, not the guard. An attack on the guard itself was not tried.

@@ -112,4 +112,6 @@ def _image(request: Request) -> bytes:
         return request.image.content()
     if isinstance(request.image, (str, Path)):
         return picture_bytes(Path(request.image))
+    if isinstance(request.image, np.ndarray):
+        return f"{request.image.dtype} {request.image.shape} ".encode() + np.ascontiguousarray(request.image).tobytes()
     return f"{request.image.mode} {request.image.size} ".encode() + request.image.tobytes()
