@@ -1536,7 +1536,8 @@ def _run(arguments: list[str]) -> NoReturn:
             with kept():
                 app(arguments, prog_name="vlmguard", obj=arguments)
         finally:
-            sys.stdout.flush()  # here, where a full disk or a closed pipe is still reported in our words
+            if sys.stdout is not None:  # `>&-` closes it
+                sys.stdout.flush()  # here, where a full disk or a closed pipe is still reported in our words
     except BrokenPipeError:
         end_quietly()
     except GuardError as error:

@@ -84,3 +84,38 @@ def test_a_proof_is_one_line_unless_a_check_fails_or_the_rows_are_wanted() -> No
     broken = shown([*checks, Check("third", 1, 1.0, 1e-6, False)])
     assert broken.endswith("NOT PROVED 2/3: decoder.onnx\n") and "third" in broken
     assert shown([]).endswith("NOT PROVED 0/0: decoder.onnx\n")
+
+
+def test_an_export_ends_with_its_proof_the_folder_and_the_next_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command around an export that is not made: `test_cli.py` makes one."""
+    from vlmguard import cli
+    from vlmguard.exporter import pipeline
+
+    model, out = tmp_path / "m.onnx", tmp_path / "out"
+    model.write_bytes(b"")
+    asked: dict[str, Any] = {}
+    parity = (Check("logits", 7, 1e-6, 1e-4, True), Check("cache", 3, 2e-5, 1e-4, True))
+    decoder = SimpleNamespace(path="decoder.onnx", proof=(Check("first", 3, 0.0, 1e-6, True),))
+    proved = SimpleNamespace(level="full", why="it fits")
+    result = SimpleNamespace(
+        **vars(exported(out)) | {"proved": proved, "plan": None, "found": {}, "calibration": None, "refusals": None},
+        written=True,
+        decoders=(decoder,),
+        parity=parity,
+    )
+    monkeypatch.setattr(pipeline, "export", lambda *_, **options: asked.update(options) or result)
+    monkeypatch.setattr(tables, "show_plan", lambda *_: None)
+    monkeypatch.setattr(cli, "out", Console(width=400))
+    with pytest.raises(SystemExit) as ended:
+        cli._run(["export", str(model), str(out), "--mode", "steer", "--positions", "all", "--no-cache"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "torch against ONNX: 2.0e-05 of the largest value at most (cache), allowed 1e-04; 10 values compared",
+        "PROVED 1/1: decoder.onnx (-v shows each check)",
+        "proof: full, it fits",
+        f"guarded: {out}",
+        f"next: vlmguard evaluate {model} {out}",
+    ]
+    assert (asked["spec"].mode, asked["spec"].positions, asked["cache"]) == ("steer", "all", False)
