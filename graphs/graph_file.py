@@ -7,13 +7,15 @@ Two readers of one file must see one graph: what is proved here is run elsewhere
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ModelUnreadable, first_line
 from .external_data import require_external_data
 from .inline_weights import read_outline
+from .read_once import ReadOnce
 from .regular_files import read_regular
 from .tensor_size import byte_count, number_count
 
@@ -43,7 +45,34 @@ def read_graph_file(path: Path, trust_links: bool = False) -> tuple[onnx.ModelPr
     Raises:
         ModelUnreadable: it breaks a rule; the sentence says which.
     """
-    proto, places = _parse(path)
+    parsed = _PARSED.get(path, _parse)
+    # Every time: files beside the graph may have changed.
+    require_external_data(path, parsed.external, trust_links)
+    return parsed.proto, parsed.places
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    """A graph file that keeps every rule about its own bytes.
+
+    Attributes:
+        proto, places: as `read_graph_file` returns them.
+        external: its tensors whose numbers are in other files.
+        size: of the protobuf, in bytes.
+    """
+
+    proto: onnx.ModelProto
+    places: Mapping[int, tuple[int, int]]
+    external: Sequence[onnx.TensorProto]
+    size: int
+
+
+# The unguarded graph, those around it, and the guarded one. Large graphs are read again: memory is dearer.
+_PARSED: ReadOnce[_Parsed] = ReadOnce(most=4, largest=64 << 20, size=lambda parsed: parsed.size)
+
+
+def _parse(path: Path) -> _Parsed:
+    proto, places, size = _protobuf(path)
     require_readable_once(path, proto)
     for index, (_, length) in places.items():
         _require_length(path, proto.graph.initializer[index], length)
@@ -51,11 +80,10 @@ def read_graph_file(path: Path, trust_links: bool = False) -> tuple[onnx.ModelPr
     for tensor in tensors:
         if tensor.data_location != _EXTERNAL:
             _require_numbers(path, tensor)
-    require_external_data(path, [tensor for tensor in tensors if tensor.data_location == _EXTERNAL], trust_links)
-    return proto, places
+    return _Parsed(proto, places, [tensor for tensor in tensors if tensor.data_location == _EXTERNAL], size)
 
 
-def _parse(path: Path) -> tuple[onnx.ModelProto, Mapping[int, tuple[int, int]]]:
+def _protobuf(path: Path) -> tuple[onnx.ModelProto, Mapping[int, tuple[int, int]], int]:
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -81,7 +109,7 @@ def _parse(path: Path) -> tuple[onnx.ModelProto, Mapping[int, tuple[int, int]]]:
         raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated (no nodes or no outputs)")
     if not proto.opset_import:  # they stand behind the graph: a file that was cut there still parses
         raise ModelUnreadable(f"{path}: is not an ONNX model or is truncated (no operator sets)")
-    return proto, {} if outline is None else outline.places
+    return proto, {} if outline is None else outline.places, len(content)
 
 
 def require_readable_once(path: Path, proto: onnx.ModelProto) -> None:

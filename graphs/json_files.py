@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ModelUnreadable, first_line
+from .read_once import ReadOnce
 from .regular_files import read_regular
 
 LARGEST_JSON = 64 << 20  # bytes; a config with a vocabulary in it has a few million
+
+_READ: ReadOnce[bytes] = ReadOnce(most=64, largest=1 << 20, size=len)
 
 
 def require_small(path: Path, most: int) -> None:
@@ -33,8 +36,8 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelUnreadable: it is not JSON, or not an object.
     """
     try:
-        require_small(path, LARGEST_JSON)
-        content = json.loads(read_regular(path, LARGEST_JSON).decode())
+        # Parsed each time: callers may change what they get.
+        content = json.loads(_READ.get(path, _read).decode())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -43,3 +46,8 @@ def read_json(path: Path) -> dict[str, Any]:
         kind = type(content).__name__
         raise ModelUnreadable(f"{path}: holds a {kind}, expected an object; copy it from the model again")
     return content
+
+
+def _read(path: Path) -> bytes:
+    require_small(path, LARGEST_JSON)
+    return read_regular(path, LARGEST_JSON)

@@ -31,19 +31,19 @@ class Plane:
 
 
 def fit_plane(states: np.ndarray, harmful: np.ndarray) -> Plane:
-    """PCA by SVD in float64.
+    """PCA in float64.
 
     Args:
         states: `[n, d]`, n and d at least 2.
         harmful: `[n]` bool. The sign of a principal axis is arbitrary: each is turned so that harmful prompts have the higher
             mean, and a page does not flip from run to run.
     """
+    from sklearn.decomposition import PCA
+
     wide = states.astype(np.float64)
-    mean = wide.mean(axis=0)
-    _, singular, rows = np.linalg.svd(wide - mean, full_matrices=False)
-    variance = singular**2
-    shares = variance[:2] / total if (total := variance.sum()) > 0 else np.zeros(2)
-    axes = rows[:2]
+    with np.errstate(invalid="ignore"):  # equal states have no variance to share: 0 / 0
+        fitted = PCA(n_components=2, svd_solver="full").fit(wide)
+    axes, shares = fitted.components_, np.nan_to_num(fitted.explained_variance_ratio_)
     apart = (wide[harmful].mean(axis=0) - wide[~harmful].mean(axis=0)) @ axes.T
     axes = axes * np.where(apart < 0, -1.0, 1.0)[:, None]
-    return Plane(mean, axes, (float(shares[0]), float(shares[1])))
+    return Plane(fitted.mean_, axes, (float(shares[0]), float(shares[1])))

@@ -54,7 +54,11 @@ class Share:
 
 def clopper_pearson(hits: int, of: int) -> Interval:
     """The exact interval of a share: the rates with which so many hits, and so few, each have a chance of 2.5% or more."""
-    return 1 - _highest(of - hits, of), _highest(hits, of)
+    from scipy.special import betaincinv
+
+    low = float(betaincinv(hits, of - hits + 1, _TAIL)) if hits else 0.0
+    high = float(betaincinv(hits + 1, of - hits, 1 - _TAIL)) if hits < of else 1.0
+    return low, high
 
 
 def bootstrap_interval(count: int, statistic: Callable[[np.ndarray], float], seed: int = 0) -> Interval:
@@ -71,23 +75,6 @@ def percentiles(statistics: np.ndarray) -> Interval:
     """The interval that holds all but 2.5% at each end of resampled statistics, `[resamples]` float64."""
     low, high = np.quantile(statistics, [_TAIL, 1 - _TAIL])
     return float(low), float(high)
-
-
-def _highest(hits: int, of: int) -> float:
-    """The highest rate with which at most `hits` of `of` have a chance of 2.5%."""
-    if hits == of:
-        return 1.0
-    if hits == 0:
-        return 1 - _TAIL ** (1 / of)
-    k = np.arange(hits + 1)
-    factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, of + 1)))])
-    choices = factorials[of] - factorials[k] - factorials[of - k]
-    low, high = hits / of, 1.0
-    for _ in range(60):  # halving 1 so often reaches the last bit of a float64
-        middle = (low + high) / 2
-        chance = np.exp(choices + k * np.log(middle) + (of - k) * np.log1p(-middle)).sum()
-        low, high = (middle, high) if chance > _TAIL else (low, middle)
-    return high
 
 
 def within(misses: int, of: int, share: float) -> bool:

@@ -1,0 +1,79 @@
+"""Files that are read once: what was read from a file is kept until the file changes.
+
+One export needs the decoder's graph and the small configs in many places. Each asks for the file; the first one reads it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+Stamp = tuple[int, int, int, int, int]
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Device, inode, size and times of a file: different after any change, also one that keeps the time of modification.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@dataclass
+class ReadOnce(Generic[T]):
+    """Contents by path, the most recently used.
+
+    Attributes:
+        most: files that are kept.
+        largest: size of a content that is kept, in bytes.
+        size: of a content.
+    """
+
+    most: int
+    largest: int
+    size: Callable[[T], int]
+    _kept: OrderedDict[Path, tuple[Stamp, T]] = field(default_factory=OrderedDict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def get(self, path: Path, read: Callable[[Path], T]) -> T:
+        """What `read` returns for the file as it is now. The content is shared between callers, who must not change it.
+
+        Args:
+            path: of the file.
+            read: called if the file was not read yet, or has changed since.
+
+        Raises:
+            Exception: what `read` raises; nothing is kept then.
+        """
+        try:
+            stamp = stamp_of(path)
+        except OSError:
+            return read(path)
+        with self._lock:
+            kept = self._kept.get(path)
+            if kept is not None and kept[0] == stamp:
+                self._kept.move_to_end(path)
+                return kept[1]
+        content = read(path)
+        if self.size(content) <= self.largest and _is_unchanged(path, stamp):
+            with self._lock:
+                self._kept[path] = stamp, content
+                self._kept.move_to_end(path)
+                while len(self._kept) > self.most:
+                    self._kept.popitem(last=False)
+        return content
+
+
+def _is_unchanged(path: Path, stamp: Stamp) -> bool:
+    """Whether the file still is the one whose stamp was taken before it was read."""
+    try:
+        return stamp_of(path) == stamp
+    except OSError:
+        return False
