@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 import vlmguard
-from vlmguard.exporter.proof.verify import plan_again
+from vlmguard.exporter.proof.recorded_plan import plan_again
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import read_directions
 from vlmguard.graphs.layouts import open_package

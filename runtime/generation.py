@@ -13,7 +13,7 @@ from ..graphs.runtime_controls import SCORES_OUTPUT
 from .chat.turns import Turn
 from .defaults import MAX_NEW_TOKENS
 from .images.image_features import ImageFeatures
-from .images.images import Picture
+from .images.open_picture import Picture
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..graphs.manifest import Manifest, read_manifest, require_intact
 from ..graphs.package import ModelPackage
 from .defaults import MAX_NEW_TOKENS
 from .generation import Request, Sampling
-from .images.images import Picture
+from .images.open_picture import Picture
 from .knobs import Knobs
 from .runner_protocol import Runner
 from .telemetry import ScoredAnswer, scored

@@ -29,8 +29,8 @@ from .device import SomeRows, Tensor
 from .generation import GREEDY, Choose, Chooser, Piece, Request, Sampling, Step
 from .images.deepstack import scatter
 from .images.image_features import ImageFeatures
-from .images.images import Picture, open_image
 from .images.images_qwen import QwenImagePreprocessor
+from .images.open_picture import Picture, open_image
 from .images.positions_mrope import mrope_positions
 from .images.prompt_images import PromptImages
 from .images.vision import Preprocessor, Seen, look, open_preprocessor, unknown_processor

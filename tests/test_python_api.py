@@ -20,8 +20,8 @@ from tiny_vlm_paths import SOURCE, Guarded
 
 import vlmguard
 from vlmguard.exporter.requests import spec_of
-from vlmguard.runtime.images.images import open_image
-from vlmguard.runtime.vlm import Request
+from vlmguard.runtime.generation import Request
+from vlmguard.runtime.images.open_picture import open_image
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ...exporter.evaluation.evaluate import EVALUATION_FILES
 from ...exporter.prompts.labelled import BUILTIN, LABELS, SETTINGS, LabelledPrompt, find_file, read_prompts
-from ...runtime.images.images import open_image
+from ...runtime.images.open_picture import open_image
 
 _OF_EACH = 2  # prompts of each setting and label
 _MOST_PICTURES = 8

@@ -12,7 +12,7 @@ from ...exporter.evaluation.evaluate import EVALUATION_FILES
 from ...exporter.prompts.labelled import LABELS, PAIRED_LABELS, SETTINGS, Label, LabelledPrompt, find_file, read_prompts
 from ...exporter.prompts.overlaps import require_held_out_of
 from ...graphs.errors import GuardError, PromptsUnusable
-from ...runtime.images.images import open_image
+from ...runtime.images.open_picture import open_image
 from .subject import Subject
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from ...runtime.generation import Request
-from ...runtime.images.images import open_image
+from ...runtime.images.open_picture import open_image
 from ...runtime.vlm import VisionLanguageModel
 from ..prompts.labelled import LabelledPrompt
 

@@ -14,7 +14,7 @@ from ...graphs.manifest import MANIFEST_NAME, read_manifest
 from ...runtime.generation import Request
 from ...runtime.guarded import GuardedVLM
 from ...runtime.images.image_features import ImageFeatures
-from ...runtime.images.images import Picture, open_image
+from ...runtime.images.open_picture import Picture, open_image
 from ...runtime.refusals import refused
 from ...runtime.vlm import VisionLanguageModel
 from ..extraction.kept_states import model_files

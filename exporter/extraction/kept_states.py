@@ -24,7 +24,7 @@ from ...graphs.package import ModelPackage
 from ...graphs.staging import write_file
 from ...runtime.generation import Request
 from ...runtime.images.image_features import ImageFeatures
-from ...runtime.images.images import picture_bytes
+from ...runtime.images.open_picture import picture_bytes
 
 
 class KeptStates:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from vlmguard.graphs.errors import GuardError
 from vlmguard.runtime.generation import Request, Sampling
-from vlmguard.runtime.images.images import open_image
+from vlmguard.runtime.images.open_picture import open_image
 from vlmguard.runtime.triton_runner import open_in_triton
 
 _LARGEST_IMAGE = 20 << 20  # bytes, encoded

@@ -25,7 +25,7 @@ from ...graphs.errors import PromptsUnusable
 from ...graphs.places import model_folders
 from ...runtime.generation import Request
 from ...runtime.images.image_features import ImageFeatures
-from ...runtime.images.images import picture_bytes
+from ...runtime.images.open_picture import picture_bytes
 from ...runtime.vlm import VisionLanguageModel
 from .files import read_rows
 from .formats import BY_NAME, PICTURED, Entry, Label, RowUnusable, Setting, recognise

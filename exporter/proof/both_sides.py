@@ -21,7 +21,7 @@ from ...graphs.plan import GuardPlan
 from ...graphs.proof.strip import strip_guard
 from ...graphs.proof.structure import same_graph
 from ...graphs.rewrite import GuardReport, rewrite
-from .verify import originals_of, plan_again
+from .recorded_plan import originals_of, plan_again
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image
 
 from ...graphs.errors import GuardError, ModelUnreadable, first_line
-from .images import CLIP_MEAN, CLIP_STD, declared_processor, normalised, open_image
+from .images import CLIP_MEAN, CLIP_STD, declared_processor, normalised
+from .open_picture import open_image
 from .picture_files import refuse_huge
 
 KIND = "Qwen2VLImageProcessor"

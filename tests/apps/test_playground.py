@@ -38,7 +38,7 @@ from vlmguard.graphs.proof.structure import same_graph
 from vlmguard.runtime.chat.chat import ChatTokenizer
 from vlmguard.runtime.generation import Request
 from vlmguard.runtime.guarded import GuardedVLM
-from vlmguard.runtime.images.images import open_image
+from vlmguard.runtime.images.open_picture import open_image
 from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures",)

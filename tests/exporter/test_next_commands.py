@@ -106,7 +106,7 @@ def test_an_export_ends_with_its_proof_the_folder_and_the_next_command(
         parity=parity,
     )
     monkeypatch.setattr(pipeline, "export", lambda *_, **options: asked.update(options) or result)
-    monkeypatch.setattr(tables, "show_plan", lambda *_: None)
+    monkeypatch.setattr(render, "show_plan", lambda *_: None)
     monkeypatch.setattr(cli, "out", Console(width=400))
     with pytest.raises(SystemExit) as ended:
         cli._run(["export", str(model), str(out), "--mode", "steer", "--positions", "all", "--no-cache"])

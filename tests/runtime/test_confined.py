@@ -21,7 +21,7 @@ from vlmguard.runtime.chat import chat_template
 from vlmguard.runtime.chat.chat_environment import LONGEST_TEXT
 from vlmguard.runtime.chat.chat_template import ChatTemplate
 from vlmguard.runtime.confined import ConfinedFailure, ConfinedPool
-from vlmguard.runtime.images.images import open_image
+from vlmguard.runtime.images.open_picture import open_image
 from vlmguard.runtime.images.picture_files import MOST_SCANS
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -203,7 +203,7 @@ def test_a_picture_that_takes_too_long_or_too_much_memory_is_refused(monkeypatch
         if limits[1] == 300 and sys.platform != "linux":
             continue
         small = ConfinedPool(limits[0], limits[1] * MEBIBYTE, "images.picture_files")
-        monkeypatch.setattr("vlmguard.runtime.images.images.PICTURES", small)
+        monkeypatch.setattr("vlmguard.runtime.images.open_picture.PICTURES", small)
         with pytest.raises(GuardError) as raised:
             open_image(file.getvalue())
         assert str(raised.value).startswith("the image cannot be read (it ") and reason in str(raised.value)

@@ -18,7 +18,9 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from vlmguard.graphs.errors import GuardError, ModelUnreadable
-from vlmguard.runtime.images.images import MAX_PIXELS, ImagePreprocessor, image_token_count, open_image
+from vlmguard.runtime.images.images import ImagePreprocessor, image_token_count
+from vlmguard.runtime.images.open_picture import open_image
+from vlmguard.runtime.images.picture_files import MAX_PIXELS
 
 # `(width, height)`: the model's own, smaller, odd, one pixel, very wide, very tall, larger.
 SIZES = ((28, 28), (7, 5), (29, 31), (1, 1), (97, 3), (2, 50), (6, 9), (10, 7), (120, 80))

@@ -1,4 +1,4 @@
-// A picture's file to pixels: upright, transparency on white, as vlmguard's runtime/images/images.py opens it.
+// A picture's file to pixels: upright, transparency on white, as vlmguard's runtime/images/open_picture.py opens it.
 
 import { Refused } from "./refused.mjs";
 

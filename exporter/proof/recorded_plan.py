@@ -1,0 +1,67 @@
+"""What a guarded folder was made from: the sources of its decoders, and its plan again, from directions and spec."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ...graphs.anatomy import DecoderAnatomy
+from ...graphs.digests import sha256_file
+from ...graphs.directions import DIRECTIONS_FILE, read_directions
+from ...graphs.errors import GuardError, ManifestMismatch
+from ...graphs.layouts import open_package
+from ...graphs.manifest import DecoderRecord, Manifest
+from ...graphs.package import ModelPackage
+from ...graphs.plan import GuardPlan
+from ...graphs.planner import plan_guard
+from ...graphs.spec import GuardSpec
+
+
+def originals_of(source: Path | str, manifest: Manifest) -> dict[str, ModelPackage]:
+    """The unguarded decoder of every record; by its place in the folder, or by digest where a file was given."""
+    package = open_package(source)
+    views = {view.decoder.relative_to(view.root).as_posix(): view for view in package.views()}
+    by_digest = {sha256_file(view.decoder): view for view in views.values()} if len(views) > 1 else {}
+    found = {}
+    for record in manifest.decoders:
+        original = views.get(record.path) or by_digest.get(str(record.source.get("sha256")), package)
+        found[record.path] = original
+        if sha256_file(original.decoder) != record.source.get("sha256"):
+            raise ManifestMismatch(
+                f"{original.decoder}: is not the model that {record.path} was made from (SHA-256 differs); give that one"
+            )
+    return found
+
+
+# Of a plan: what was measured or remarked at export. It decides nothing, and cannot be made again from the folder's files.
+_FOR_READERS = ("notes", "separation")
+
+
+def plan_again(
+    folder: Path, manifest: Manifest, record: DecoderRecord, stripped: ir.Model, anatomy: DecoderAnatomy
+) -> GuardPlan:
+    """The plan, from the folder's own directions and the manifest's decisions; it must say what the manifest says."""
+    recorded = record.plan
+    wished = dict(manifest.spec)
+    try:
+        if wished.get("layers") is not None:
+            wished["layers"] = tuple(wished["layers"])
+        spec = GuardSpec(**wished)
+    except TypeError as error:
+        raise ManifestMismatch(f"{folder}: the manifest's spec cannot be read ({error}); export again") from None
+    found = read_directions(folder / DIRECTIONS_FILE)
+    try:
+        plan = plan_guard(stripped, anatomy, found, spec)
+    except GuardError as error:
+        raise ManifestMismatch(
+            f"{folder}: the manifest's spec and the directions beside it give no guard ({error}); export again"
+        ) from None
+    made = plan.to_json()
+    differing = [key for key in made if key not in _FOR_READERS and made[key] != recorded.get(key)]
+    if differing:
+        raise ManifestMismatch(
+            f"{folder}: the manifest's plan is not what its spec and directions give ({', '.join(differing)} differ); "
+            "export again"
+        )
+    return plan
