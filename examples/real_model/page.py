@@ -12,6 +12,7 @@ from typing import Any
 from build import BUILD
 from cells import ASKED, QUESTIONS, RANDOM, SETTINGS, TOKENS, counted
 from sets import HARMFUL_HELD_OUT
+from tradeoff import table
 
 from vlmguard.exporter.evaluation.intervals import bootstrap_interval, clopper_pearson
 
@@ -69,6 +70,10 @@ def write_page(results: Sequence[dict[str, Any]], page: Path) -> None:
 
 def sections(result: dict[str, Any]) -> Iterable[str]:
     """The Markdown of one measured guard."""
+    if "tradeoff" in result:
+        yield f"## Seed {result['seed']}: layers and rank, with adversarial pictures\n"
+        yield "\n".join(table(result["tradeoff"])) + "\n"
+        return
     exported, options = result["exported"], result["exported"].get("options")
     shown = "a given folder" if options is None else f"`{' '.join(['vlmguard-export MODEL', *options])}`"
     yield f"## Seed {result['seed']}: {shown}\n"
