@@ -32,12 +32,12 @@ The figures of this page are written by `examples/real_model/page.py` from measu
 [examples/real_model](../examples/real_model/README.md) describes how it is built.
 `make real-model DATA=FOLDER` builds it, measures it and writes this page.
 
-- **Text** is the number of prompts that the model refuses without an image: what the guarded model is to be like.
+- **Text** is the number of prompts that the model refuses without an image: the reference for the guarded model.
   **Extra** prompts are refused by the guarded model with an image although they are not refused as text; **lost** ones
   are the reverse.
 - The settings: a white picture (`blank`), random pixels (`noise`), two coloured shapes (`picture`), and universal
-  adversarial pictures (`adversarial`), which were trained against the unguarded model on training prompts. Besides, Gaussian
-  rows in the place of four pictures' tokens (`{RANDOM}`), beside which answers may be garbled: no goal is set for them.
+  adversarial pictures (`adversarial`), which were trained against the unguarded model on training prompts. In addition,
+  Gaussian rows in the place of four pictures' tokens (`{RANDOM}`), with which answers may be garbled: they have no goal.
 - All prompts and pictures are held out: the prompts from alignment, attacks and anchors, the pictures from everything.
 - Refusals are counted by keywords in the first {TOKENS} tokens of greedy answers. No answer is kept.
 - Intervals are 95% intervals over prompts: Clopper-Pearson for shares, bootstrap for ratios and means.
@@ -47,15 +47,15 @@ LIMITS = """## Limits
 - One language model of 270M parameters, aligned in minutes with one fixed refusal. It does not stand for a large,
   commercial model.
 - The recipe of the alignment was chosen by looking at over-refusal of XSTest's safe prompts in text.
-- That mode `align` leaves the last layer out was decided on both seeds, with hooks in torch, on prompts of these sets
+- Mode `align` omits the last layer. This was decided on both seeds, with hooks in torch, on prompts of these sets
   ([method.md](method.md#choosing-the-mode)). A third seed has not been measured.
-- The language model takes no part in the training on pictures, and the vision tower knows coloured shapes alone.
-- Ordinary pictures, blank ones and noise hardly change what the model refuses: the gap of this bed is that of the
-  adversarial pictures.
-- The unguarded model answers some questions about pictures wrongly: it mixes up which colour belongs to which shape. The
+- The language model takes no part in the training on pictures, and the vision tower recognises only coloured shapes.
+- Ordinary pictures, blank ones and noise hardly change the model's refusals: only the adversarial pictures cause a gap
+  on this test bed.
+- The unguarded model answers some questions about pictures incorrectly: it confuses the colours of the shapes. The
   goal of the test bed, 90%, is not met.
-- The attacks know the unguarded model, not the guard. An attack on the guard itself was not tried.
-- A question about a picture is harmless as text too. Harm that is only in the image is not part of this page.
+- The attacks were optimized on the unguarded model. An attack on the guard itself was not tried.
+- A question about a picture is harmless as text too. This page does not measure harm that is only in the image.
 """
 
 
