@@ -195,8 +195,8 @@ def bound(value: float) -> str:
 def how_it_was_made(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(results.versions.items()))
     return (
-        "`make zoo` exports tiny seeded random models with the exporters themselves (`tests/zoo`), asks each graph the same "
-        "questions (`tests/zoo/matrix.py`) on ONNX Runtime's CPU provider, and writes this file "
+        "`make zoo` exports tiny seeded random models with the exporters themselves (`tests/zoo`), runs the same checks "
+        "on each graph (`tests/zoo/matrix.py`) on ONNX Runtime's CPU provider, and writes this file "
         "(`tests/zoo/coverage.py`). `make test` covers one graph per pattern.\n\n"
         f"Made with {versions}."
     )
