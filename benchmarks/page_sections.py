@@ -13,7 +13,7 @@ PRECISIONS = ("int4", "fp32")
 
 @dataclass(frozen=True)
 class Section:
-    """One result file and how it is told."""
+    """One result file, its required parts, and the function that writes its section."""
 
     name: str
     parts: tuple[str, ...]
@@ -31,8 +31,8 @@ def _rewriting(parts: Parts) -> list[str]:
     return [
         "## Rewriting a large model",
         f"A float16 decoder of {ours['layers']} layers, width {ours['width']}, {ours['bytes'] / 1e9:.1f} GB of weights in a "
-        "sparse file; mode `restore` in every layer, rank 4; a fresh process per run. `wall` includes the start of Python and "
-        "the imports, `work` does not. Hard-linked weights are not counted as written; a reflink's blocks would be.",
+        "sparse file; mode `restore` in every layer, rank 4; a new process per run. `wall` includes the start of Python and "
+        "the imports, `work` does not. Hard-linked weights do not count as written; the blocks of a reflink would.",
         markdown_table(["run", "runs", "wall s", "work s", "peak memory MB", "written MB"], rows),
         "\n".join(
             (
@@ -41,22 +41,22 @@ def _rewriting(parts: Parts) -> list[str]:
                 goal_words("written", ours["written"] / 1e6, 20.0, "{:.1f} MB", strictly=True),
             )
         ),
-        f"With digests every byte is read and hashed: {speed:.2f} GB/s, all of the work counted. The file is sparse: that is "
-        "the processor's speed and not a disk's.",
+        f"With digests the exporter reads and hashes every byte: {speed:.2f} GB/s over the whole work. The file is sparse, so "
+        "this is the processor's speed, not a disk's.",
         *_by_default(parts),
     ]
 
 
 def _by_default(parts: Parts) -> list[str]:
-    """What an export with no option but its directions takes, the proof included."""
+    """Sentences about the cost of an export with default options, including the proof."""
     said = []
     if whole := parts.get("export by default"):
         cpu = f"; {whole['cpu']:.0f} s of them are processor time" if "cpu" in whole else ""
         said.append(
-            "*export by default* is `vlmguard-export MODEL --directions FILE --mode restore`: the proof and all digests are "
-            f"included. The machine's load was {whole['machine']['load']:.0f} then, so its seconds are an upper bound"
+            "*export by default* is `vlmguard-export MODEL --directions FILE --mode restore`: it includes the proof and all "
+            f"digests. The machine's load was {whole['machine']['load']:.0f}, so the seconds are an upper bound"
             f"{cpu}. The proof is `{whole['proved'].replace(': ', '`: ', 1)}: each guard is cut out of the file and run "
-            "by itself, and no weight is loaded."
+            "alone, without loading the decoder's weights."
         )
     if inside := parts.get("export by default, weights inside"):
         said.append(
@@ -74,10 +74,10 @@ def _sizes(one: Mapping[str, Any]) -> list[str]:
 def _inference(parts: Parts) -> list[str]:
     first = parts["int4/decode"]
     blocks = [
-        "## The guard when the model runs",
+        "## The guard at inference",
         f"Guard on all layers. {first['shape']}; random weights, onnxruntime-genai's builder, ONNX Runtime on the CPU. `open` "
-        "and `closed` say what every gate was made to decide. Loading is the median of a few openings, the unguarded graph's "
-        "in brackets.",
+        "and `closed` are the forced state of every gate. Loading is the median of a few openings, with that of the unguarded "
+        "graph in brackets.",
     ]
     for precision in PRECISIONS:
         for phase in ("decode", "prefill"):
@@ -99,8 +99,8 @@ def _inference(parts: Parts) -> list[str]:
     if nodes:
         blocks += [
             "### By node",
-            "From ONNX Runtime's profiler, the median of each node's calls: the guard's nodes against all others. Not wall "
-            "time: what lies between nodes is missing, what the profiler adds to each small node is not.",
+            "From ONNX Runtime's profiler, the median of each node's calls: the guard's nodes against all others. This is "
+            "not wall time: it omits the time between nodes and includes the profiler's own cost for each small node.",
             markdown_table(["run", "guard / others", "guard us", "all us", "guard's nodes"], nodes),
         ]
     goals = []
@@ -159,10 +159,10 @@ def _hooks(parts: Parts) -> list[str]:
     speeds = [[row["name"], *interval_cells(row["tokens_per_second"], "{:.2f}")] for row in part["rows"]]
     ratios = [[f"time of {row['subject']} / {row['baseline']}", *ratio_cells(row["ratio"])] for row in part["ratios"]]
     return [
-        "## Against PyTorch with forward hooks",
+        "## Compared with PyTorch with forward hooks",
         f"{part['shape']}, float32, `restore` in every layer, rank {part['rank']}, gates open; {part['tokens']} tokens one at "
-        f"a time on a cache of {part['past']}. torch is eager, as hooks need it. The two guarded sides' logits differ by "
-        f"{part['logits_apart']:.0e} of the largest.",
+        f"a time on a cache of {part['past']}. torch is eager, because hooks require it. The logits of the two guarded "
+        f"sides differ by {part['logits_apart']:.0e} of the largest.",
         markdown_table(["subject", "tokens/s", "median's 95%", "p10 to p90", "calls"], speeds),
         markdown_table(["pair", "ratio", "median's 95%", "p10 to p90", "pairs"], ratios),
     ]
@@ -170,12 +170,12 @@ def _hooks(parts: Parts) -> list[str]:
 
 def _supervisors(parts: Parts) -> list[str]:
     prefill = parts["prefill"]
-    columns = ["way", "ratio", "median's 95%", "p10 to p90", "pairs", "ms", "unguarded ms"]
+    columns = ["method", "ratio", "median's 95%", "p10 to p90", "pairs", "ms", "unguarded ms"]
     blocks = [
         "## Mode align: a text-only pass, or paired rows",
         f"{prefill['shape']}, float32, the later two thirds of the layers, rank {prefill['rank']}; {prefill['text']} tokens of "
-        f"text and {prefill['image']} of an image. Prefill is everything until the first token: `input` runs the text-only "
-        "prompt and then the prompt, `rows` one call of two rows of the prompt's length.",
+        f"text and {prefill['image']} of an image. Prefill is all work until the first token: `input` runs the text-only "
+        "prompt and then the prompt, `rows` runs one call of two rows of the prompt's length.",
     ]
     for name in ("prefill", "decode"):
         part = parts[name]
@@ -184,15 +184,15 @@ def _supervisors(parts: Parts) -> list[str]:
         blocks += [f"### {name}", markdown_table(columns, rows)]
     return [
         *blocks,
-        "`input` adds the text's own tokens, so it is the cheaper one wherever an image is longer than its text. `rows` adds a "
-        "second prompt of the same length, and is for runtimes that take no further inputs.",
+        "`input` adds the text's own tokens, so it is cheaper if an image has more tokens than its text. `rows` adds a second "
+        "prompt of the same length; it is for runtimes that accept no further inputs.",
     ]
 
 
 def _extraction(parts: Parts) -> list[str]:
     blocks = [
         "## Extracting directions",
-        "Hidden states of all layers in one tapped pass, against the same forward passes without taps, batch by batch.",
+        "Hidden states of all layers in one tapped pass, compared with the same forward passes without taps, batch by batch.",
         markdown_table(
             ["model", "prompts", "batches", "bare s", "tapped s", "SVD s", "tapped / bare", "batches' p10 to p90"],
             [
@@ -212,9 +212,9 @@ def _extraction(parts: Parts) -> list[str]:
 
 def _spellings(parts: Parts) -> list[str]:
     blocks = [
-        "## The guard's arithmetic, spelled in several ways",
+        "## Variants of the guard's arithmetic",
         f"{parts['last/decode']['sites']} fused skip-norms with a small MLP between, `restore` in "
-        "float32: microseconds per guarded site. `shipped` is what vlmguard writes, the others are candidates of the same "
+        "float32: microseconds per guarded site. `shipped` is the variant that vlmguard writes; the others compute the same "
         "result.",
     ]
     for name, part in parts.items():
@@ -223,7 +223,7 @@ def _spellings(parts: Parts) -> list[str]:
             for row in part["rows"]
             if row["name"] != "unguarded"
         ]
-        columns = ["spelling", "rank", "nodes", "us per site", "median's 95%", "p10 to p90", "pairs"]
+        columns = ["variant", "rank", "nodes", "us per site", "median's 95%", "p10 to p90", "pairs"]
         blocks += [f"### positions {name.replace('/', ', ')}", markdown_table(columns, rows)]
     return blocks
 

@@ -94,7 +94,7 @@ def test_the_pages_are_the_same_each_time_and_name_every_goal(results: Path, tmp
         one.write_text(text.replace("Measured on 2", "Measured on 3", 1))
         changed = run(*report, "--check", check=False)
         assert changed.returncode == 1
-        assert changed.stderr == f"{one}: is not what {results} says; run python benchmarks/report.py\n"
+        assert changed.stderr == f"{one}: differs from {results}; run python benchmarks/report.py\n"
         one.write_text(text)
 
 

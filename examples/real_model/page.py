@@ -33,12 +33,12 @@ The figures of this page are written by `examples/real_model/page.py` from measu
 [examples/real_model](../examples/real_model/README.md) describes how it is built.
 `make real-model DATA=FOLDER` builds it, measures it and writes this page.
 
-- **Text** is the number of prompts that the model refuses without an image: what the guarded model is to be like.
+- **Text** is the number of prompts that the model refuses without an image: the reference for the guarded model.
   **Extra** prompts are refused by the guarded model with an image although they are not refused as text; **lost** ones
   are the reverse.
 - The settings: a white picture (`blank`), random pixels (`noise`), two coloured shapes (`picture`), and universal
-  adversarial pictures (`adversarial`), which were trained against the unguarded model on training prompts. Besides, Gaussian
-  rows in the place of four pictures' tokens (`{RANDOM}`), beside which answers may be garbled: no goal is set for them.
+  adversarial pictures (`adversarial`), which were trained against the unguarded model on training prompts. In addition,
+  Gaussian rows in the place of four pictures' tokens (`{RANDOM}`), with which answers may be garbled: they have no goal.
 - All prompts and pictures are held out: the prompts from alignment, attacks and anchors, the pictures from everything.
 - Refusals are counted by keywords in the first {TOKENS} tokens of greedy answers. No answer is kept.
 - Intervals are 95% intervals over prompts: Clopper-Pearson for shares, bootstrap for ratios and means.
@@ -55,10 +55,11 @@ LIMITS = """## Limits
 - What `align` guards was decided on other seeds, with hooks in torch: rank 8, the later two thirds of the layers, the last
   one left out ([method.md](method.md#choosing-the-mode)). How the default export judges a guard was developed on seed 2.
   Seeds 3 and 4 were built afterwards; between them only the recipe of the alignment and the length of a search changed.
-- The language model takes no part in the training on pictures, and the vision tower knows coloured shapes alone.
-- 64 random tokens garble answers: what they are worth as an attack is not said by counting refusals.
-- The attacks know the unguarded model, not the guard. An attack on the guard itself was not tried.
-- A question about a picture is harmless as text too. Harm that is only in the image is not part of this page.
+- The language model takes no part in the training on pictures, and the vision tower recognises only coloured shapes.
+- 64 random tokens garble answers, so refusals do not measure how well they work as an attack.
+- The attacks were optimized on the unguarded model. An attack on the guard itself was not tried.
+- A question about a picture is harmless as text too. This page does not measure harm that is only in the
+  image.
 """
 
 

@@ -89,11 +89,11 @@ def document(results: Results, names: Iterable[str]) -> str:
     errors = errors_in(results, rows, names)
     parts = [
         "# Coverage",
-        "What was tried, and what came of it. `make zoo` writes this file from its own results; nobody types it.",
+        "Tested graphs and their results. `make zoo` writes this file from its results; do not edit.",
         in_short(rows, errors),
         "## What works",
         what_works(rows),
-        "## What is refused, and why",
+        "## Rejected graphs and reasons",
         what_is_refused(rows),
     ]
     if errors:
@@ -108,7 +108,7 @@ def in_short(rows: Sequence[Row], errors: Sequence[str]) -> str:
     exporters = len({package(row.graph.exporter) for row in rows})
     text = (
         f"{count(len(rows), 'graph')} of {count(families, 'family', 'families')} by {count(exporters, 'exporter')}: "
-        f"{works} guarded and proved, {refused} refused as they should be"
+        f"{works} guarded and proved, {refused} rejected as expected"
     )
     return f"{text}, **{count(len(errors), 'error')}**." if errors else f"{text}."
 
@@ -130,7 +130,7 @@ def what_is_refused(rows: Sequence[Row]) -> str:
     lines = [(f"`{row.graph.model}`", row.graph.exporter, row.graph.refusal) for row in rows if row.refused]
     if not lines:
         return "None of these graphs."
-    return table(("graph", "exporter", "what vlmguard says"), lines)
+    return table(("graph", "exporter", "error"), lines)
 
 
 EXPLANATION = f"""Guards of rank 2 at the middle layer and at the last one, in mode `project` (no gate) and `restore` (a gate
@@ -141,11 +141,11 @@ up to a power of ten.
 - pattern: letters of [graphs.md](graphs.md). sum: an `Add`, or inside a fused skip-norm.
 - states: hidden states of all layers against torch. prefill, decode: logits of the guarded graph against torch with the
   same guard as forward hooks. Float16 graphs are compared with torch in float32 on the same weights; for quantized graphs
-  (-) torch computes something else.
+  (-) torch has no equivalent computation.
 - reference: the graph's guarded states against the numpy reference on its own unguarded states.
 - closed gate: every output equals the unguarded graph's, bit for bit. "as written": exact when onnxruntime runs the graph
-  as it is written; its optimiser places casts that round differently, by as much as is said.
-- export: `vlmguard export` at these layers ({" and ".join(PLACES)}), with the proof that it makes on its own."""
+  as it is written; its optimiser places casts that round differently, by the stated difference.
+- export: `vlmguard export` at these layers ({" and ".join(PLACES)}), with its own proof."""
 
 
 def every_graph(rows: Sequence[Row]) -> str:
@@ -195,9 +195,9 @@ def bound(value: float) -> str:
 def how_it_was_made(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(results.versions.items()))
     return (
-        "`make zoo` exports tiny seeded random models with the exporters themselves (`tests/zoo`), asks each graph the same "
-        "questions (`tests/zoo/matrix.py`) on ONNX Runtime's CPU provider, and writes this file "
-        "(`tests/zoo/coverage.py`). `make test` asks the graphs that stand for each pattern.\n\n"
+        "`make zoo` exports tiny seeded random models with the exporters themselves (`tests/zoo`), runs the same checks "
+        "on each graph (`tests/zoo/matrix.py`) on ONNX Runtime's CPU provider, and writes this file "
+        "(`tests/zoo/coverage.py`). `make test` covers one graph per pattern.\n\n"
         f"Made with {versions}."
     )
 
@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not asked.check:
         asked.document.write_text(text, encoding="utf-8")
     elif not asked.document.is_file() or asked.document.read_text(encoding="utf-8") != text:
-        errors.append(f"{asked.document}: says something else than {asked.results}; write it again with `make zoo`")
+        errors.append(f"{asked.document}: differs from {asked.results}; write it again with `make zoo`")
     for error in errors:
         print(error, file=sys.stderr)
     return 1 if errors else 0

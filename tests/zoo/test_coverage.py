@@ -39,7 +39,7 @@ def results() -> Results:
 
 def test_what_holds_is_said_with_bounds(results: Results) -> None:
     text = document(results, NAMES)
-    assert "2 graphs of 1 family by 1 exporter: 1 guarded and proved, 1 refused as they should be.\n" in text
+    assert "2 graphs of 1 family by 1 exporter: 1 guarded and proved, 1 rejected as expected.\n" in text
     assert "| torch 2.13 | llama | float32 | 1 of 1 |" in text
     assert "| `two-int8` | torch 2.13 | the stream is int8; use a float one |" in text
     assert (
@@ -149,4 +149,4 @@ def test_the_script_writes_and_checks(
     capsys.readouterr()
     file.write_text(file.read_text().replace("bit-exact", "exact enough"))
     assert coverage.main([str(folder), str(file), "--check"]) == 1
-    assert "says something else than" in capsys.readouterr().err
+    assert "differs from" in capsys.readouterr().err
