@@ -52,6 +52,8 @@ LIMITS = """## Limits
 - **Narrow refusals come back less often.** Seed 3 was aligned with half as many harmful prompts and refuses fewer of them,
   many by a narrow margin. There the guard restores fewer of the refusals: any image moves such prompts to both sides. The
   default export judges a guard by clear refusals alone, and does not see this.
+- **The goal of 97% is not met beside adversarial pictures.** No choice of layers and rank in the table meets it: more rows
+  bring one or two refusals back, and 32 rows cost answers about pictures.
 - What `align` guards was decided on other seeds, with hooks in torch: rank 8, the later two thirds of the layers, the last
   one left out ([method.md](method.md#choosing-the-mode)). How the default export judges a guard was developed on seed 2.
   Seeds 3 and 4 were built afterwards; between them only the recipe of the alignment and the length of a search changed.

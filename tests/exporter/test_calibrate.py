@@ -505,7 +505,9 @@ def test_a_trial_stops_only_where_it_cannot_win() -> None:
     assert not hopeless(half(50, 20, 40, 1), BASE, 0.01, leader)  # 90 of 100 are still within reach
     assert hopeless(half(50, 20, 39, 1), BASE, 0.01, leader)
     assert not hopeless(half(50, 20, 39, 1), BASE, 0.01, None)
-    assert hopeless(half(50, 21, 50, 0), BASE, 0.01, None)  # over the budget, and over what the model refuses anyway
+    # over the budget, and over what the model refuses anyway: by its count behind a leader, by its interval without one
+    assert hopeless(half(50, 21, 50, 0), BASE, 0.01, leader) and not hopeless(half(50, 21, 50, 0), BASE, 0.01, None)
+    assert hopeless(half(50, 35, 50, 0), BASE, 0.01, None)
     assert hopeless(half(49, 0, 50, 0), BASE, 0.01, None)  # a refusal of harmful text is lost
 
 
