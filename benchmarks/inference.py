@@ -195,7 +195,7 @@ def _group(
     times: dict[str, list[np.ndarray]] = {name: [] for name in paths}
     loads: dict[str, list[float]] = {name: [] for name in paths}
     for number in range(openings):
-        order = [*list(paths)[number:], *list(paths)[:number]]  # nobody is always opened first
+        order = [*list(paths)[number:], *list(paths)[:number]]  # no subject is always opened first
         sessions = {name: Decoder(paths[name], shop.shape, threads) for name in order}
         calls = {name: session.call(*PHASES[phase], told.get(name, 0.0)) for name, session in sessions.items()}
         for name, taken in interleaved(calls, UNGUARDED, share).items():

@@ -2,9 +2,9 @@
 
 Speed drifts (clocks, caches, other processes), so two means that were taken one after the other compare two moments. Here
 every subject runs once per half round: two of them as A B B A, more of them in an order drawn anew each time (seeded), so
-that nobody has a favoured place. Whoever runs twice in a row finds its weights in the cache the second time; a fixed order,
-forwards and backwards, would give that to the two ends alone. A cost is the ratio of two neighbours in time, one per half
-round, and what is reported is the median of these pairs.
+that no subject has a favoured place. A subject that runs twice in a row finds its weights in the cache the second time; a
+fixed order, forwards and backwards, would give that advantage to the two ends alone. A cost is the ratio of two neighbours in
+time, one per half round, and what is reported is the median of these pairs.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _orders(names: list[str]) -> Iterator[list[str]]:
             continue
         ran_last = order[-1]
         order = list(random.permutation(names))
-        while order[0] == ran_last:  # nobody twice in a row
+        while order[0] == ran_last:  # no subject twice in a row
             order = list(random.permutation(names))
 
 

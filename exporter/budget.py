@@ -148,7 +148,7 @@ def kept() -> Iterator[None]:
 
 
 def _watch(seconds: float) -> None:
-    """Ask the command to stop; native code does not hear that, and is not waited for."""
+    """Request the command to stop; native code ignores that, and is not waited for."""
     time.sleep(seconds)
     signal.pthread_kill(threading.main_thread().ident or 0, _STOP)
     time.sleep(_GRACE)

@@ -44,7 +44,7 @@ def cluster(address: str, workers: int | None = None) -> Iterator[ExecutorFactor
         )
     if workers is not None and workers < 1:
         raise GuardError(f"{workers} workers do nothing; choose 1 or more")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody whom the user has not asked
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no data leaves the machine without the user's consent
     import ray
 
     connects = not ray.is_initialized()
@@ -171,7 +171,7 @@ class _Run:
     def _start(self) -> None:
         import ray
 
-        # SPREAD: over the machines, not all on the first one. No restarts: whoever is free redoes a lost shard.
+        # SPREAD: over the machines, not all on the first one. No restarts: a free worker repeats a lost shard.
         actor: Any = ray.remote(num_cpus=1, num_gpus=int(self.gpus), scheduling_strategy="SPREAD")(Worker)
         worker = actor.remote()
         self.busy[worker.open.remote(self.pinned)] = worker, None

@@ -1,6 +1,6 @@
 """A terminal that files cannot talk to: what is printed are characters that one sees.
 
-Names, paths and answers come from files of strangers. An escape sequence among them could clear the screen, rewrite what was
+Names, paths and answers come from untrusted files. An escape sequence among them could clear the screen, rewrite what was
 said before or rename the window; a bidirectional override turns a name round. `rich.markup.escape` knows only markup.
 """
 

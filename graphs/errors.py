@@ -1,6 +1,6 @@
 """The two families of failure: what the user handed us (`GuardError`, one line, exit code 1) and our own bugs.
 
-A bug of ours is an `AssertionError` (or whatever Python raises) and keeps its traceback: hiding it would help nobody.
+A bug of ours is an `AssertionError` (or whatever Python raises) and keeps its traceback: hiding it would help no user.
 Every `GuardError` says, in one line, what was asked, what was found, and what to do next.
 """
 

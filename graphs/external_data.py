@@ -107,7 +107,7 @@ def _size(path: Path, location: str, trust_links: bool) -> int:
 
 
 def _require_apart(path: Path, location: str, taken: list[tuple[int, int, str]]) -> None:
-    """Tied weights have the same bytes; bytes in part the same are nobody's layout."""
+    """Tied weights share all bytes; partially overlapping tensors are invalid."""
     ranges = sorted({(start, stop) for start, stop, _ in taken if stop > start})
     for (start, stop), (after, _) in pairwise(ranges):
         if after < stop:

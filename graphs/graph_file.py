@@ -1,4 +1,4 @@
-"""Reading a graph file that a stranger wrote: every rule is asked of the protobuf, before anything is built from it.
+"""Reading an untrusted graph file: every rule is checked on the protobuf, before anything is built from it.
 
 Two readers of one file must see one graph: what is proved here is run elsewhere. So whatever protobuf lets a file say twice
 (two initializers of one name, two forms of a tensor's numbers, fields of another version) is refused instead of chosen from.

@@ -32,7 +32,7 @@ def load_graph(path: Path, trust_links: bool = False) -> ir.Model:
             folder, as `--data reference` makes them.
 
     Raises:
-        ModelUnreadable: missing, not ONNX, truncated, or it breaks a rule for files of strangers (`graph_file`).
+        ModelUnreadable: missing, not ONNX, truncated, or it breaks a rule for untrusted files (`graph_file`).
     """
     path = Path(path).absolute()
     proto, places = read_graph_file(path, trust_links)

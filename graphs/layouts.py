@@ -163,7 +163,7 @@ def _triton(root: Path) -> ModelPackage:
 
 
 def _require_no_library(root: Path, config: Any) -> None:
-    """onnxruntime-genai loads a shared library that the config names: code of whoever packed the folder."""
+    """onnxruntime-genai loads a shared library that the config names: untrusted code."""
     waiting = [config]
     while waiting:
         part = waiting.pop()

@@ -1,4 +1,4 @@
-"""Symbolic links in a folder that a stranger packed: they lead nowhere but into the folder itself.
+"""Symbolic links in an untrusted folder: they must stay inside the folder.
 
 One layout of links is followed: the Hugging Face cache, where every file of a snapshot is a link to a blob of the same
 repository. What is allowed is exactly that:

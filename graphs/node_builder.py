@@ -1,6 +1,6 @@
 """Writing nodes: a small builder that names everything under one prefix and remembers what it wrote.
 
-Names matter here: whoever opens the guarded file finds the guard by `vlmguard/`, and the proof counts by it.
+Names matter here: the prefix `vlmguard/` marks the guard's nodes in the file, and the proof counts by it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class NodeBuilder:
         """One node with one output, both called `vlmguard/<scope>/<name>`; `like` lends its type and shape."""
         full = f"{self.scope}/{name}"
         output = ir.Value(name=full)
-        if like is not None and like.type is not None:  # a type that nobody knows is left out, not written as unknown
+        if like is not None and like.type is not None:  # an unknown type is left out, not written as unknown
             output.type, output.shape = like.type, like.shape
         node = ir.node(op_type, list(inputs), attributes, outputs=[output], name=full)
         node.metadata_props.update(self.properties)

@@ -35,7 +35,7 @@ _OPSET_OF_AXES_INPUT = 18  # from here on ReduceMax takes its axes as an input
 class LastToken:
     """Where the last attended token of each row of a stream `[batch, sequence, d]` is.
 
-    What is asked for is written then, and once: nothing lies in the graph that nobody reads.
+    Nodes are written on first use, once: the graph contains no unused nodes.
 
     Args:
         inputs: of the graph; without a mask every row's last token is at the last index.

@@ -1,10 +1,10 @@
-"""Dials: what an app may set, see and hold at each call of a guarded graph. All of them are off unless they are asked for.
+"""Runtime controls: values that an app sets, reads or holds at each call of a guarded graph. All are off by default.
 
-Knobs are overridable initializers: inputs that have a default in the file (ONNX IR version 4 and later), so that whoever
-knows nothing of them gets the guard as it was calibrated. There are two for the whole guard, and not two per layer: an app
+Knobs are overridable initializers: inputs that have a default in the file (ONNX IR version 4 and later), so that a caller who
+does not feed them gets the guard as it was calibrated. There are two for the whole guard, and not two per layer: an app
 decides how much of the guard a request gets, calibration decides how the layers share it.
 
-    vlmguard.strength          float32 [], default 1: every edit is multiplied with it, cut to 0 .. 2; 0 only watches
+    vlmguard.strength          float32 [], default 1: every edit is multiplied with it, cut to 0 .. 2; 0 only observes
     vlmguard.threshold_offset  float32 [], default 0: added to every layer's threshold, in the units of its score
 
 Telemetry is one output, `vlmguard.gate_scores` `[batch, guarded layers]` float32: what each gate compares, at the last token.

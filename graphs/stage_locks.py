@@ -29,7 +29,7 @@ _mine: set[Path] = set()  # what this process is writing
 def begin(path: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
     """A new hidden sibling that will become `path`, and the lock on it, to be closed at the end.
 
-    Before it is locked, somebody may sweep it, as nobody's: then it is made again.
+    Before it is locked, another run may remove it as abandoned: then it is created again.
     """
     while True:
         new = path.with_name(f".{path.name}{MARK}{os.getpid()}-{secrets.token_hex(4)}")
@@ -44,7 +44,7 @@ def begin(path: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
 
 
 def hold(path: Path) -> int:
-    """Lock a file or folder until its descriptor is closed, waiting for somebody who sweeps; the descriptor.
+    """Lock a file or folder until its descriptor is closed, waiting for a run that cleans up; the descriptor.
 
     Raises:
         OSError: it is not there any more.
@@ -116,7 +116,7 @@ def _dead(left: Path) -> bool:
 
 @contextlib.contextmanager
 def _taken(left: Path) -> Iterator[bool]:
-    """Whether nobody writes it; then it is locked meanwhile, so that nobody begins to."""
+    """Whether no run writes it; then it is locked meanwhile, so that no run starts to."""
     by_number = not _running(_process(left))
     try:
         descriptor = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) if fcntl is not None else None

@@ -38,7 +38,7 @@ def guard_numbers(plan: GuardPlan) -> dict[str, np.ndarray]:
     lowering = next(lowering for lowering in LOWERINGS if lowering.name == plan.lowering)
     found: dict[str, np.ndarray] = {}
     for planned in plan.sites:
-        # The lowering writes into a graph that nobody keeps: its arithmetic is not wanted here, its numbers are.
+        # The lowering writes into a temporary graph: only its numbers are used, not its arithmetic.
         scratch = ir.Graph([], [], nodes=[], opset_imports={"": 18})
         builder = NodeBuilder(scratch, _scope(planned.layer_index))
         lowering.correction(builder, ir.Value(name="h"), _task(plan, planned))

@@ -7,7 +7,7 @@
 
 A folder that `save_pretrained` wrote is a model folder like any other (`vlmguard-export FOLDER OUT`); what is missing there is
 what the exporter does not write: tokenizer and processor, and inputs for a graph that takes more than tokens (a whole
-vision-language model in one graph takes `pixel_values`, and nobody but who exported it knows of which form).
+vision-language model in one graph takes `pixel_values`, and only the exporting code defines their form).
 
 transformers' runner gives a graph the inputs that it was traced with and no other: modes `supervise` and `combined`, whose
 graphs want the text-only coordinates too, are run by `GuardedVLM` or another app.

@@ -51,7 +51,7 @@ class DecoderSession:
         head: makes logits of what the decoder gives, where another graph does that.
 
     Raises:
-        GuardError: the graph takes neither token ids nor embeddings, or an input that nobody here can give.
+        GuardError: the graph takes neither token ids nor embeddings, or an unknown input.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ class PromptBatch:
         mask: 1 for tokens, 0 for padding, `[batch, sequence]` int64.
         embeds: `[batch, sequence, d]` in the graph's dtype, where the decoder takes `inputs_embeds`.
         images: what images change besides the embeddings; `None` for text, and for most models.
-        given: all inputs of the graph by name, where somebody else made them; `ids` and `mask` then only say which of
+        given: all inputs of the graph by name, if the caller prepared them; `ids` and `mask` then only say which of
             the sequence are tokens.
         further: inputs besides those that a prompt fills, for every call.
     """

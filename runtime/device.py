@@ -1,6 +1,6 @@
-"""Tensors that stay where a runner computed them, and are copied to the host only when somebody looks.
+"""Tensors that stay where a runner computed them, and are copied to the host only when they are read.
 
-The KV cache of a decoder is the next call's input, and nobody ever reads it: copied out and in again at every token, it
+The KV cache of a decoder is the next call's input, and the host never reads it: copied out and in again at every token, it
 would cost more than the token. The same holds for the coordinates that `supervise` takes from its text-only pass.
 """
 

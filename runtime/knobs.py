@@ -1,6 +1,6 @@
 """The knobs of a guarded graph that has some: how much of the guard a request gets (`graphs/runtime_controls.py`).
 
-A graph without knobs refuses them: a strength that nobody obeys would be believed.
+A graph without knobs rejects them: a strength without effect would be misleading.
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ def _why(error: Exception) -> str:
 
 
 def _preferred(available: Sequence[str]) -> tuple[str, ...]:
-    """Who runs a graph where nobody was asked for."""
+    """The default execution providers."""
     return tuple(name for name in _PREFERRED_PROVIDERS if name in available)
 
 

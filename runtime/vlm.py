@@ -148,7 +148,7 @@ class VisionLanguageModel:
 
     @cached_property
     def unknown_processor(self) -> str | None:
-        """Who prepares the model's images, if nobody here can: then only text is; `None` otherwise."""
+        """Name of the unsupported image processor, if images cannot be prepared (text only); `None` otherwise."""
         return None if self.package.vision_encoder is None else unknown_processor(self.package.root)
 
     def blank_image(self) -> Image.Image:

@@ -145,7 +145,7 @@ def _cached(library: Library, progress: Progress) -> Path:
                 (stage / name).parent.mkdir(parents=True, exist_ok=True)
                 create_file(stage / name, body)
     except OutputRefused as error:
-        if not _complete(home, library):  # somebody else may have written it meanwhile
+        if not _complete(home, library):  # another process may have written it meanwhile
             raise GuardError(
                 f"{home}: cannot be written ({first_line(error)}); set XDG_CACHE_HOME, or name a node_modules with --assets"
             ) from None

@@ -164,4 +164,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: a terminal full of addresses helps nobody."""
+        """Log nothing: a list of addresses on the terminal is of no use."""

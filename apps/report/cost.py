@@ -67,7 +67,7 @@ class Cost:
         nodes, nodes_added: of the decoder without the guard, and of the guard.
         weights, weights_added: bytes of the decoder's numbers without the guard, and of the guard's.
         rewritten: how many weights hold the guard in themselves (lowering `fold`).
-        engines, latency: empty where nobody gave any.
+        engines, latency: empty if none were given.
     """
 
     nodes: int

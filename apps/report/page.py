@@ -59,7 +59,7 @@ def in_script(content: Any) -> str:
 def _policy(*scripts: str) -> str:
     digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    # plotly.js writes style elements and attributes, and pictures of its own charts when somebody saves one
+    # plotly.js writes style elements and attributes, and pictures of its own charts when the user saves one
     return (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
         "base-uri 'none'; form-action 'none'"

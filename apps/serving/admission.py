@@ -1,4 +1,4 @@
-"""Places and a queue: how many answers are made at once, how many may wait, and nobody new once the server stops.
+"""Places and a queue: how many answers run at once, how many requests may wait; no new ones once the server stops.
 
 Lives in the event loop; nothing here needs a lock.
 """
@@ -24,7 +24,7 @@ class Admission:
     Attributes:
         inside: requests that were let in, once their bodies had come, and have not left.
         running: those of them whose answer is being made.
-        draining: nobody is let in any more.
+        draining: no new requests are admitted.
         closed: who still waits for a place gets none.
     """
 
@@ -70,7 +70,7 @@ class Admission:
             )
 
     def close(self) -> None:
-        """Nobody is let in any more, and nobody gets a place: those who wait for one are told."""
+        """Stop admitting requests and reject queued ones."""
         self.draining = self.closed = True
         for _ in range(self.waiting):
             self._free.release()  # wakes one of them, who sees that the server has stopped

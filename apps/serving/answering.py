@@ -93,7 +93,7 @@ class Answering:
         self._stopped = self._stopped or why
 
     def abandon(self) -> None:
-        """The server stops: end it, and tell whoever waits for it now; its thread may still be in the prompt's pass."""
+        """The server stops: end the answer with an error for its client; its thread may still be in the prompt's pass."""
         self.stop("shutdown")
         self._events.put_nowait(stopping())
 

@@ -136,7 +136,7 @@ class _Stream(StreamingResponse):
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Do the work as long as there is somebody to do it for. The request's body must have been read.
+    """Do the work as long as the client is connected. The request's body must have been read.
 
     Raises:
         ClientGone: the client left; the work was cancelled.
@@ -171,7 +171,7 @@ def _fingerprint(vlm: GuardedVLM) -> str:
 
 
 def _routes(service: Service) -> FastAPI:
-    # No pages about the API: they would load scripts from elsewhere, and tell strangers what is here.
+    # No pages about the API: they would load scripts from elsewhere, and describe the server to unknown clients.
     app = FastAPI(title="vlmguard", docs_url=None, redoc_url=None, openapi_url=None)
     settings = service.settings
     card = model_card(settings.name, int(datetime.fromisoformat(service.vlm.manifest.created).timestamp()))

@@ -93,7 +93,7 @@ async def read_json(http: Request, largest: int, bodies: Bodies, seconds: float 
 def _object(body: bytes) -> dict[str, Any]:
     try:
         content = from_json(body, allow_inf_nan=False)
-    except ValueError:  # what it says quotes nothing, but where it is helps nobody in a body of megabytes
+    except ValueError:  # the message quotes nothing, but its position is of no use in a body of megabytes
         raise ApiError(400, "the body is not valid JSON in UTF-8; send one object") from None
     if not isinstance(content, dict):
         raise ApiError(400, "the body is JSON, but not an object; send one")

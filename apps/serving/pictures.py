@@ -1,6 +1,6 @@
 """Images of a request: `data:` URLs and nothing else.
 
-A server that fetches the addresses of strangers asks, in its own name and from inside its own network, whatever they like.
+A server that fetches a client's URLs sends requests of the client's choice from inside its own network.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def serve(folder: Path, settings: ServeSettings, listening: Callable[[dict[str, 
 
 
 def warm_up(vlm: GuardedVLM) -> None:
-    """One token, so that every part is open before somebody waits for it, and a model that cannot answer never listens."""
+    """One token, so that every part is open before the first request, and a model that cannot answer opens no port."""
     vlm.generate("hello", vlm.blank_image() if vlm.sees else None, max_new_tokens=1)
 
 

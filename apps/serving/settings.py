@@ -20,8 +20,8 @@ class ServeSettings:
 
     Attributes:
         name: of the model, as requests say it.
-        host, port: where to listen; port 0 takes a free one.
-        api_key: what requests must bear; `None`: nobody is asked.
+        host, port: address of the server; port 0 takes a free one.
+        api_key: key that requests must have; `None`: no key is needed.
         concurrency: answers that are made at the same time; `None`: 4, or 1 for engines, which cannot do more.
         queue: requests that may wait for them.
         max_tokens: longest answer that a request may ask for, and gets if it asks for none.
@@ -105,7 +105,7 @@ def require_key_or_loopback(host: str, api_key: str | None, without_key: bool) -
 
 
 def read_api_key(file: Path | None, environment: Mapping[str, str]) -> str | None:
-    """The key of a file or of the environment; the command line would show it to everybody on the machine.
+    """The key of a file or of the environment; the command line would show it to every user of the machine.
 
     Raises:
         GuardError: both are given, the file cannot be read, or the key is too short or no line of printable ASCII.

@@ -17,7 +17,7 @@ EVALUATION_PER_VERB = 5  # 120; and questions about each held-out picture
 
 
 def line(row: Row) -> dict[str, str | None]:
-    """One row as the prompt files have it; the blank picture is made by whoever runs the prompt."""
+    """One row as the prompt files have it; the code that runs the prompt creates the blank picture."""
     image = f"images/{row.picture.file_name}" if row.picture else None
     return {"id": row.id, "prompt": row.prompt, "label": row.label, "setting": row.setting, "image": image}
 
@@ -30,7 +30,7 @@ def write_lines(path: Path, lines: Iterable[dict[str, str | None]]) -> None:
 def write_prompts(folder: Path) -> None:
     """`anchors.jsonl`, `calibration.jsonl`, `evaluation.jsonl`, `*-typographic.jsonl`, and the pictures they name.
 
-    Prompts whose harm is only in the picture have files of their own: whoever calibrates with them asks for it.
+    Prompts whose harm is only in the picture have files of their own: calibration uses them on request.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     write_lines(folder / "anchors.jsonl", anchor_pairs())

@@ -1,7 +1,7 @@
-"""Signatures: who stands behind a guarded folder. Made and checked with a key pair, offline, by OpenSSF's `model-signing`.
+"""Sign a guarded folder and verify its signature: with a key pair, offline, by OpenSSF's `model-signing`.
 
-Digests in a folder say that its files fit together; whoever changes a file can change the digest as well. A signature over
-all of them cannot be made again without the private key. It is a file of the folder, `model.sig`.
+Digests in a folder show that its files are consistent; an attacker who changes a file can change the digest as well. A
+signature over all of them requires the private key. It is a file of the folder, `model.sig`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def sign(folder: Path | str, private_key: Path | str) -> Path:
         The signature's file.
 
     Raises:
-        ManifestMismatch: the folder is not what was proved: nobody should sign it.
+        ManifestMismatch: the folder differs from what was proved, so it must not be signed.
         GuardError: the key cannot be used.
         ExtraMissing: model-signing is not installed.
     """
@@ -81,7 +81,7 @@ def check_signature(folder: Path | str, public_key: Path | str) -> Check:
 
     Args:
         folder: a guarded folder.
-        public_key: PEM, from somebody you trust: never from the folder itself.
+        public_key: PEM, from a trusted source: never from the folder itself.
 
     Raises:
         ManifestMismatch: there is no signature, another key made it, or a file was added, removed or changed since.

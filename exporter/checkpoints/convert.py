@@ -53,7 +53,7 @@ SUFFIXES: Mapping[Dtype, str] = {"fp32": "", "fp16": "_fp16", "w16a32": ""}
 # 18 is what torch's operator library is written in; from 23 on, norms and attention are one node each.
 OPSETS = range(18, 24)
 DEFAULT_OPSET = 18  # the oldest, for the widest choice of runtimes
-# protobuf cannot hold 2 GiB; half of that leaves room for whoever adds to the file.
+# protobuf cannot hold 2 GiB; half of that leaves room for later additions to the file.
 EXTERNAL_DATA_ABOVE = 1 << 30
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

@@ -141,7 +141,7 @@ def read_as_scaled(graph: ir.Graph) -> None:
 def name_after_modules(graph: ir.Graph) -> None:
     """Name nodes by module and operator, their outputs like the node, and constants by what reads them.
 
-    torch numbers all of them through (`node_linear_3`, `val_73`), which tells nobody where they belong.
+    torch numbers all of them through (`node_linear_3`, `val_73`), which does not show their module.
     """
     kept = [*graph.inputs, *graph.outputs, *(w for w in graph.initializers.values() if "." in (w.name or ""))]
     taken = {value.name or "" for value in kept}

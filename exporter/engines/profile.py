@@ -147,7 +147,7 @@ def part_shapes(graph: ir.Graph, profiles: Sequence[EngineProfile], given: Mappi
     """The shapes of every input of the vision encoder or the embeddings: one profile that covers those of the decoder.
 
     Raises:
-        GuardError: an input has open sizes that nobody but the user can know.
+        GuardError: an input has open sizes that only the user can set.
     """
     batch, sequence = _hull([p.batch for p in profiles]), _hull([p.sequence for p in profiles])
     found = {}

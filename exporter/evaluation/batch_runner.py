@@ -90,7 +90,7 @@ class Asking:
     """Both models, the gates and the judge, open: from one batch to what came of it.
 
     Attributes:
-        halfway: told how many prompts one of the models has answered; `None` where progress is too far away to hear it.
+        halfway: called with the number of prompts that one of the models has answered; `None` in another process.
     """
 
     base: VisionLanguageModel

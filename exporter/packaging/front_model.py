@@ -48,7 +48,7 @@ class TritonPythonModel:
                 self._answer(request, sender)
             except GuardError as error:  # about the request
                 self._refuse(sender, pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
-            except Exception as error:  # a bug: the client hears that there is one, Triton logs which
+            except Exception as error:  # a bug: the client gets a general error, Triton logs the details
                 self._refuse(sender, pb_utils.TritonError(f"the model failed ({type(error).__name__})"))
                 raise
             finally:
@@ -58,7 +58,7 @@ class TritonPythonModel:
         sender.send(pb_utils.InferenceResponse(output_tensors=[], error=error))
 
     def _answer(self, request: Any, sender: Any) -> None:
-        """The decode loop: a step per token, until the model ends, the limit is reached, or nobody listens any more."""
+        """The decode loop: a step per token, until the model ends, the limit is reached, or the client is gone."""
         stream = bool(_given(request, "stream", False))
         question = Request(_text(request, "text_input"), _image(request))
         text, tokens = "", []  # not sent yet

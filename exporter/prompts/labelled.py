@@ -70,7 +70,7 @@ class LabelledPrompt:
 
     @property
     def harmful_as_text(self) -> bool:
-        """Whether somebody who reads the text alone can see the harm."""
+        """Whether the text alone shows the harm."""
         return self.label == "harmful" and self.setting != "typographic"
 
     @property

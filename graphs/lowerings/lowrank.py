@@ -137,7 +137,7 @@ def _align(
 
 
 def _restore(builder: NodeBuilder, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
-    """`g (t - c)`; in `combined` the gate hears the supervisor too"""
+    """`g (t - c)`; in `combined` the gate also reads the supervisor"""
     layer = task.layer
     score = columns(builder, "score" if task.mode == "restore" else "score_read", read, layer.rank, layer.rank + 1)
     if task.mode == "combined":

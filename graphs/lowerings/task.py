@@ -70,7 +70,7 @@ class Written:
 
     Attributes:
         delta: of `h' = h + delta`, in the stream's dtype.
-        coordinates: `c`, `[batch, sequence, m]` float32; `None` where nobody asks for them.
+        coordinates: `c`, `[batch, sequence, m]` float32; `None` if they are not needed.
         gate: `None` where every selected token is edited: `project`, and paired rows.
     """
 

@@ -33,7 +33,7 @@ def strip_guard(model: ir.Model) -> None:
     members = set(own)
     for body in (graph, *(branch.graph for node in branching(graph) for branch in branches(node))):
         _strip_body(body, [node for node in body if node in members], members)
-    # a number of the guard's that somebody made an input goes too, so that it is seen to be missing when put back as planned
+    # also remove a constant of the guard that was turned into an input: the comparison then shows that it is missing
     fed = {value.name or "" for value in graph.inputs if (value.name or "").startswith(PREFIX)}
     take_back_inputs(graph, {*SUPERVISOR_INPUTS, PAST_GATE_INPUT, *DEFAULTS, *fed})
     for name in [name for name in graph.initializers if name.startswith(PREFIX)]:

@@ -23,7 +23,7 @@ _PATIENCE = 300.0  # seconds, for every model to be loaded
 
 @dataclass(frozen=True)
 class Server:
-    """Where a running server listens."""
+    """Address of a running server."""
 
     http: str
     grpc: str

@@ -207,7 +207,7 @@ class ChatTokenizer:
         return self.multimodal and not (bos is not None and text.startswith(bos))
 
     def _require_said(self, turns: Sequence[Turn], text: str) -> None:
-        """Some templates leave out what they do not expect, a system message first of all: whoever wrote it must know."""
+        """Some templates leave out what they do not expect, a system message first of all: the caller must get an error."""
         for turn in turns:
             if turn.text.strip() not in text:
                 raise PromptsUnusable(

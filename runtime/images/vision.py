@@ -55,7 +55,7 @@ def open_preprocessor(folder: Path) -> Preprocessor:
 
 
 def unknown_processor(folder: Path) -> str | None:
-    """The folder's processor, if it prepares images in a way that nobody here knows (tiles, other markers); else `None`."""
+    """The folder's processor, if it prepares images in an unsupported way (tiles, other markers); else `None`."""
     kind = FolderConfigs.read(folder).processor_class
     if kind not in (None, *PLAIN_PLACEHOLDER_PROCESSORS, *MARKED_PLACEHOLDER_PROCESSORS):
         return kind

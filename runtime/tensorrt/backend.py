@@ -1,7 +1,7 @@
 """TensorRT and TensorRT-RTX behind one adapter: which of them is installed, and how it talks.
 
 `tensorrt` (10 and 11) and `tensorrt_rtx` (1.x) share the API that is used here: parser, profiles, builder, engine, context.
-What they call differently is asked of `Backend`, so that nobody else looks at a module's name.
+`Backend` contains their differences, so that no other code depends on a module's name.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Message:
 
 
 class Log:
-    """Collects what TensorRT says while somebody listens, and drops it otherwise.
+    """Collects TensorRT's messages inside `with log.listening()`, and drops them otherwise.
 
     Attributes:
         logger: the `ILogger` to hand to TensorRT.

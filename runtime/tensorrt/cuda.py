@@ -52,7 +52,7 @@ class Cuda:
         # Not the default stream: TensorRT adds synchronisations to that one, and it cannot be captured.
         self.stream = int(self._call("cudaStreamCreateWithFlags", self._api.cudaStreamNonBlocking))
         self._sources: list[np.ndarray] = []  # being copied in: must live until the stream has passed them
-        # Runners that share a device cannot know who is the last; when nobody holds it any more, nothing is on its stream.
+        # Runners that share a device cannot detect the last one; when no reference is left, nothing is on its stream.
         self._finalizer = weakref.finalize(self, self._api.cudaStreamDestroy, self.stream)
         self._finalizer.atexit = False  # the process gives everything back, and the driver may be gone by then
 
@@ -163,7 +163,7 @@ def import_cudart() -> Any:
 
 
 class Buffer:
-    """Memory on the device, the pool's again when nobody holds it any more."""
+    """Memory on the device, returned to the pool when no reference is left."""
 
     __slots__ = ("_pool", "address", "size")
 
@@ -207,14 +207,14 @@ class Pool:
         return Buffer(self, address, size)
 
     def trim(self) -> None:
-        """Free what nobody holds."""
+        """Free memory without references."""
         self.cuda.synchronize()
         for addresses in self._free.values():
             while addresses:
                 self.cuda.free(addresses.pop())
 
     def close(self) -> None:
-        """Free what nobody holds now, and the rest as it is let go of: what was computed can still be read."""
+        """Free memory without references now, and the rest when its references end: what was computed can still be read."""
         if self.open:
             self.open = False
             self.trim()

@@ -116,7 +116,7 @@ class TensorRTRunner:
         return tensors
 
     def close(self) -> None:
-        """Free the device's memory, but for tensors that somebody holds. Once is enough, more does no harm."""
+        """Free the device's memory, except tensors with references. Calling it again has no effect."""
         self._finalizer()
 
     def _require_ports(self, feeds: Mapping[str, Tensor]) -> None:

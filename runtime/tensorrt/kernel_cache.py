@@ -24,7 +24,7 @@ class RuntimeCache:
 
     Args:
         cache: an `IRuntimeCache`; it is filled from the file, if TensorRT finds that it fits this GPU, driver and version.
-        path: the file; missing, broken, foreign or somebody else's is as good as none.
+        path: the file; a missing, broken, foreign or other user's file is ignored.
     """
 
     def __init__(self, cache: Any, path: Path) -> None:
@@ -53,7 +53,7 @@ class RuntimeCache:
 
 
 def _read(path: Path) -> bytes | None:
-    """The file if it is this user's, no link, and nobody else can write it; asked of the open file, not of its name."""
+    """The file if it is this user's, no link, and no other user can write it; checked on the open file, not on its name."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
     except OSError:
