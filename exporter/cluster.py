@@ -219,6 +219,6 @@ def open_executors(address: str | None, workers: int | None = None) -> AbstractC
     """Here, or over the Ray cluster at an address; arguments and errors as for `cluster`."""
     if address is None:
         if workers is not None:
-            raise GuardError(f"{workers} workers need a cluster; say which with --ray")
+            raise GuardError(f"{workers} workers need a cluster; name it with --ray")
         return nullcontext(local_executors)
     return cluster(address, workers)

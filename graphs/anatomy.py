@@ -199,7 +199,7 @@ def _stream(body: str, flow: Flow, sink: ir.Value, declared: LayerCount | None) 
     sites = tuple(residual_site(flow, index, layer, source, body) for index, layer in enumerate(layers))
     if declared is not None and len(sites) != declared.count:
         raise AnatomyNotFound(
-            f"the config says {declared.count} layers, the graph's residual stream shows {len(sites)} "
+            f"the config declares {declared.count} layers, the graph's residual stream shows {len(sites)} "
             f"({sites[0].value or sites[0].anchor} to {sites[-1].value or sites[-1].anchor}{chain.kinds()}); "
             "check that config.json belongs to this graph, and that no layer was left out of it"
         )

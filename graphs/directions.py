@@ -335,7 +335,7 @@ def _validate(directions: Directions, what: str) -> None:
     if not directions.layers:
         raise DirectionMismatch(f"{what} hold no layers; extract them again")
     if directions.width < 1:
-        raise DirectionMismatch(f"{what} say width {directions.width}; expected the decoder's hidden size")
+        raise DirectionMismatch(f"{what} have width {directions.width}; expected the decoder's hidden size")
     for number, layer in directions.layers.items():
         _validate_layer(number, layer, directions.width)
     if directions.mode is not None and directions.mode not in MODES:

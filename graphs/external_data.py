@@ -55,11 +55,11 @@ def _place(path: Path, tensor: onnx.TensorProto) -> tuple[str, int, int]:
     for entry in tensor.external_data:
         if entry.key not in _KEYS or entry.key in said:
             wrong = "twice" if entry.key in said else "which is no key of external data"
-            raise ModelUnreadable(f"{path}: the place of {tensor.name!r} says {entry.key!r}, {wrong}; refuse it")
+            raise ModelUnreadable(f"{path}: the place of {tensor.name!r} says {entry.key!r}, {wrong}; do not use it")
         said[entry.key] = entry.value
     if any(getattr(tensor, field) for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data")):
         raise ModelUnreadable(
-            f"{path}: {tensor.name!r} has its numbers inside and outside, and readers differ; refuse it"
+            f"{path}: {tensor.name!r} has its numbers inside and outside, and readers differ; do not use it"
         )
     location = said.get("location", "")
     _require_below(path, location)
@@ -67,7 +67,7 @@ def _place(path: Path, tensor: onnx.TensorProto) -> tuple[str, int, int]:
     length = _whole(path, tensor.name, said, "length") if "length" in said else wanted
     if length != wanted:
         raise ModelUnreadable(
-            f"{path}: {tensor.name!r} takes {length} bytes of {location}, its shape and dtype take {wanted}; refuse it"
+            f"{path}: {tensor.name!r} takes {length} bytes of {location}, its shape and dtype take {wanted}; do not use it"
         )
     return location, start, start + length
 
@@ -77,17 +77,17 @@ def _require_below(path: Path, location: str) -> None:
     absolute = windows.is_absolute() or bool(windows.drive or windows.root)
     if absolute or ".." in windows.parts or "\\" in location or "\0" in location:
         raise ModelUnreadable(
-            f"{path}: keeps weights outside its folder ({location}); refuse it, or move them beside it"
+            f"{path}: keeps weights outside its folder ({location}); do not use it, or move them beside it"
         )
     if not windows.parts or windows.suffix.lower() in {".onnx", ".json", ".toml"}:
-        raise ModelUnreadable(f"{path}: keeps weights in {location!r}, which is no file for weights; refuse it")
+        raise ModelUnreadable(f"{path}: keeps weights in {location!r}, which is no file for weights; do not use it")
 
 
 def _whole(path: Path, name: str, said: dict[str, str], key: str) -> int:
     value = said.get(key, "0")
     number = whole_number(value)
     if number is None:
-        raise ModelUnreadable(f"{path}: the {key} of {name!r} is {value!r}, expected bytes from 0 on; refuse it")
+        raise ModelUnreadable(f"{path}: the {key} of {name!r} is {value!r}, expected bytes from 0 on; do not use it")
     return number
 
 
@@ -96,11 +96,11 @@ def _size(path: Path, location: str, trust_links: bool) -> int:
     try:
         found = data.exists()
     except OSError as error:  # a name that no file can have
-        raise ModelUnreadable(f"{path}: its external data cannot be found ({error.strerror}); refuse it") from None
+        raise ModelUnreadable(f"{path}: its external data cannot be found ({error.strerror}); do not use it") from None
     if not found:
         raise ModelUnreadable(f"{path}: its external data {location} is missing; put it beside the model")
     if not data.is_file():
-        raise ModelUnreadable(f"{path}: its external data {location} is no regular file; refuse it")
+        raise ModelUnreadable(f"{path}: its external data {location} is no regular file; do not use it")
     if not trust_links:
         require_own(data, path.parent)
     return data.stat().st_size
@@ -113,5 +113,5 @@ def _require_apart(path: Path, location: str, taken: list[tuple[int, int, str]])
         if after < stop:
             names = {place[:2]: place[2] for place in taken}
             raise ModelUnreadable(
-                f"{path}: in {location}, {names[start, stop]!r} reaches into the bytes of another tensor at {after}; refuse it"
+                f"{path}: in {location}, {names[start, stop]!r} overlaps another tensor at {after}; do not use it"
             )

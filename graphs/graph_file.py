@@ -122,7 +122,7 @@ def require_readable_once(path: Path, proto: onnx.ModelProto) -> None:
     proto.DiscardUnknownFields()
     if proto.ByteSize() != size:
         raise ModelUnreadable(
-            f"{path}: holds fields that this version of onnx does not know; update onnx, or refuse it"
+            f"{path}: contains fields that this version of onnx does not define; update onnx, or do not use it"
         )
     _require_text(path, proto)
     if proto.training_info:
@@ -132,14 +132,15 @@ def require_readable_once(path: Path, proto: onnx.ModelProto) -> None:
     for function in proto.functions:
         if function.domain in _STANDARD:
             raise ModelUnreadable(
-                f"{path}: defines its own {function.name!r} in the domain {function.domain!r}, which runtimes define; refuse it"
+                f"{path}: defines its own {function.name!r} in the domain {function.domain!r}, which runtimes define; "
+                "do not use it"
             )
     nodes = initializers = 0
     _require_no_settings(path, proto)
     for graph, depth in _graphs(proto):
         _require_one_type(path, graph)
         if depth > DEEPEST:
-            raise ModelUnreadable(f"{path}: has bodies nested more than {DEEPEST} deep; is it a decoder?")
+            raise ModelUnreadable(f"{path}: has subgraphs nested more than {DEEPEST} deep; is it a decoder?")
         nodes, initializers = nodes + len(graph.node), initializers + len(graph.initializer)
         if nodes > MOST_NODES or initializers > MOST_INITIALIZERS:
             raise ModelUnreadable(
@@ -188,7 +189,7 @@ def _require_nodes(path: Path, nodes: Iterable[onnx.NodeProto]) -> None:
     for node in nodes:
         if node.op_type == "EPContext":
             raise ModelUnreadable(
-                f"{path}: node {node.name!r} holds an engine that somebody else compiled (EPContext); start from the graph"
+                f"{path}: node {node.name!r} contains a third-party compiled engine (EPContext); start from the graph"
             )
         if len(node.attribute) > 1:
             _require_once(path, f"attribute of {node.name!r}", (attribute.name for attribute in node.attribute))
@@ -198,7 +199,9 @@ def _require_once(path: Path, what: str, names: Iterable[Any]) -> None:
     counted = Counter(names)
     twice = next((name for name, count in counted.items() if count > 1), None)
     if twice is not None:
-        raise ModelUnreadable(f"{path}: has {what} {twice!r} twice, and readers differ in which they take; refuse it")
+        raise ModelUnreadable(
+            f"{path}: has {what} {twice!r} twice, and readers differ in which they take; do not use it"
+        )
 
 
 def _require_text(path: Path, proto: onnx.ModelProto) -> None:
@@ -221,7 +224,7 @@ def _require_text(path: Path, proto: onnx.ModelProto) -> None:
                     waiting += [value] if isinstance(value, Message) else value
         for text in texts:
             if isinstance(text, bytes):
-                raise ModelUnreadable(f"{path}: holds the name {text[:40]!r}, which is no UTF-8; refuse it")
+                raise ModelUnreadable(f"{path}: holds the name {text[:40]!r}, which is no UTF-8; do not use it")
 
 
 def _require_numbers(path: Path, tensor: onnx.TensorProto) -> None:
@@ -229,7 +232,7 @@ def _require_numbers(path: Path, tensor: onnx.TensorProto) -> None:
     forms = [field for field in _DATA_FIELDS if getattr(tensor, field)]
     if len(forms) > 1 or tensor.external_data or tensor.HasField("segment"):
         raise ModelUnreadable(
-            f"{path}: tensor {tensor.name!r} has its numbers in several forms, and readers differ; refuse it"
+            f"{path}: tensor {tensor.name!r} has its numbers in several forms, and readers differ; do not use it"
         )
     wanted = number_count(path, tensor)
     held = len(getattr(tensor, forms[0])) if forms else 0
@@ -240,7 +243,7 @@ def _require_numbers(path: Path, tensor: onnx.TensorProto) -> None:
     if not fits:
         unit = "bytes" if forms == ["raw_data"] else "numbers"
         raise ModelUnreadable(
-            f"{path}: tensor {tensor.name!r} says {list(tensor.dims)} and holds {held} {unit}; it is damaged, refuse it"
+            f"{path}: tensor {tensor.name!r} says {list(tensor.dims)} and holds {held} {unit}; it is damaged, do not use it"
         )
 
 
@@ -252,11 +255,11 @@ def _require_length(path: Path, tensor: onnx.TensorProto, held: int) -> None:
         or tensor.data_type == _STRING
     ):
         raise ModelUnreadable(
-            f"{path}: tensor {tensor.name!r} has its numbers in several forms, and readers differ; refuse it"
+            f"{path}: tensor {tensor.name!r} has its numbers in several forms, and readers differ; do not use it"
         )
     if held != byte_count(path, tensor):
         raise ModelUnreadable(
-            f"{path}: tensor {tensor.name!r} says {list(tensor.dims)} and holds {held} bytes; it is damaged, refuse it"
+            f"{path}: tensor {tensor.name!r} says {list(tensor.dims)} and holds {held} bytes; it is damaged, do not use it"
         )
 
 

@@ -120,8 +120,8 @@ class Chain:
                 "put the model's config.json beside it"
             )
         raise AnatomyNotFound(
-            f"the config says {declared.count} layers, the graph's residual stream shows {len(merged)} with self-attention and "
-            f"{len(every) - len(merged)} with cross attention alone; check that config.json belongs to this graph"
+            f"the config declares {declared.count} layers, the graph's residual stream shows {len(merged)} with self-attention "
+            f"and {len(every) - len(merged)} with cross attention alone; check that config.json belongs to this graph"
         )
 
     def _plausible(self, every: list[_Gap], merged: list[_Gap]) -> list[list[_Gap]]:

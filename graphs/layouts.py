@@ -170,7 +170,7 @@ def _require_no_library(root: Path, config: Any) -> None:
         if isinstance(part, dict) and part.get("custom_ops_library"):
             raise ModelUnreadable(
                 f"{root / 'genai_config.json'}: loads a library of its own ({part['custom_ops_library']!r}), which is code; "
-                "refuse it, or remove custom_ops_library"
+                "do not use it, or remove custom_ops_library"
             )
         waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
 
@@ -258,7 +258,7 @@ def _stem(path: Path, stems: tuple[str, ...]) -> str | None:
 def _inside(root: Path, name: str, said_by: str) -> Path:
     path = root / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ModelUnreadable(f"{root}: names a file outside itself ({name}); refuse it, or fix {said_by}")
+        raise ModelUnreadable(f"{root}: names a file outside itself ({name}); do not use it, or fix {said_by}")
     return path
 
 

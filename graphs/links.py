@@ -34,7 +34,7 @@ def require_own(path: Path, folder: Path) -> None:
     if real.is_relative_to(folder.resolve()) or is_cached_blob(path, real):
         return
     raise ModelUnreadable(
-        f"{path}: is a link out of the model's folder (to {real}); refuse it, or copy the model with its links followed"
+        f"{path}: is a link out of the model's folder (to {real}); do not use it, or copy the model with its links followed"
     )
 
 

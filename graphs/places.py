@@ -53,7 +53,7 @@ def require_guarded_folder(folder: Path, manifest: str = "guard.json") -> None:
     if not folder.is_dir():
         raise ManifestMismatch(f"{folder}: no such folder; give one that `vlmguard-export` wrote")
     if not (folder / manifest).is_file():
-        raise ManifestMismatch(f"{folder}: has no {manifest}, so nothing says that it is guarded; export it first")
+        raise ManifestMismatch(f"{folder}: has no {manifest}, so it is not a guarded folder; export it first")
 
 
 # What a missing input file is, and where one comes from.

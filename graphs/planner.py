@@ -133,7 +133,7 @@ def _require_foldable(
 ) -> list[str]:
     """What `fold` can do: one subspace, everywhere, and weights that it can be folded into."""
     if spec.positions != "all":
-        raise GuardError("fold changes weights, so every token; say --positions all, or choose --lowering lowrank")
+        raise GuardError("fold changes weights, so every token; use --positions all, or choose --lowering lowrank")
     absent = [number for number in range(anatomy.layer_count) if number not in {s.layer_index for s in sites}]
     if absent:
         raise GuardError(
@@ -186,7 +186,7 @@ def require_unguarded(model: ir.Model) -> None:
     if any(name.startswith(PREFIX) for name in names):
         raise GuardError("this decoder already carries a guard; start again from the unguarded model")
     if any(key.startswith("vlmguard.") for key in model.metadata_props):
-        raise GuardError("this decoder's metadata says that it carries a guard; start again from the unguarded model")
+        raise GuardError("this decoder's metadata shows a guard; start from the unguarded model")
 
 
 def require_layers(spec: GuardSpec, anatomy: DecoderAnatomy) -> None:

@@ -126,13 +126,13 @@ def notes_on(knobs: Collection[str], gate: str) -> list[str]:
     if knobs:
         names = ", ".join(knobs)
         notes.append(
-            f"knobs {names}: inputs with defaults; whoever feeds the graph can switch the guard off with them, so for "
+            f"knobs {names}: inputs with defaults; callers can switch the guard off with them, so for "
             "untrusted callers leave --knobs out"
         )
     if gate == "prompt":
         notes.append(
             f"gate prompt: decided at the end of the prompt ({PAST_GATE_INPUT} below 0), then held; an app carries "
-            f"{PRESENT_GATE_OUTPUT} there, and whoever feeds it decides"
+            f"{PRESENT_GATE_OUTPUT} there, and the caller who feeds it decides"
         )
     return notes
 

@@ -102,12 +102,12 @@ class GuardSpec:
         if self.knobs and self.target == "tensorrt":
             raise GuardError(
                 "knobs are refused for TensorRT: an engine has no inputs with defaults, so every caller would have to feed "
-                "them, and whoever feeds them can switch the guard off; leave --knobs out"
+                "them, and any caller could switch the guard off; leave --knobs out"
             )
         if self.mode is not None:
             self.require_dials(self.mode)
         if self.layers is not None and not self.layers:
-            raise GuardError("the list of layers is empty; name at least one layer, or say auto")
+            raise GuardError("the list of layers is empty; name at least one layer, or use auto")
         if self.direction_of is not None and self.direction_of < 0:
             raise GuardError(f"layer {self.direction_of} was asked for its direction; layers count from 0")
         if self.rank is not None and not 1 <= self.rank <= MAX_RANK:
@@ -139,7 +139,7 @@ class GuardSpec:
         if mode == "align" and self.gate == "prompt":
             raise GuardError("mode align has no gate to hold: it edits the end of the prompt alone; leave --gate out")
         if self.telemetry and mode not in MODES_WITH_GATE:
-            raise GuardError(f"mode {mode} has no gate, so there is no score to tell; leave --telemetry out")
+            raise GuardError(f"mode {mode} has no gate, so there is no score to output; leave --telemetry out")
         if self.gate == "prompt" and mode not in MODES_WITH_GATE:
             raise GuardError(f"mode {mode} has no gate to hold; leave --gate out, or choose restore, combined or steer")
         if self.gate == "prompt" and mode == "supervise":

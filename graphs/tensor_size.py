@@ -22,7 +22,9 @@ def number_count(path: Path, tensor: onnx.TensorProto) -> int:
         ModelUnreadable: a dimension is negative.
     """
     if min(tensor.dims, default=0) < 0:
-        raise ModelUnreadable(f"{path}: tensor {tensor.name!r} has a negative dimension {list(tensor.dims)}; refuse it")
+        raise ModelUnreadable(
+            f"{path}: tensor {tensor.name!r} has a negative dimension {list(tensor.dims)}; do not use it"
+        )
     return math.prod(tensor.dims)
 
 
@@ -39,6 +41,6 @@ def byte_count(path: Path, tensor: onnx.TensorProto) -> int:
         bits = DataType(tensor.data_type).bitwidth
     except (ValueError, TypeError):
         raise ModelUnreadable(
-            f"{path}: tensor {tensor.name!r} has no known dtype ({tensor.data_type}); refuse it"
+            f"{path}: tensor {tensor.name!r} has no known dtype ({tensor.data_type}); do not use it"
         ) from None
     return -(-count * bits // 8)

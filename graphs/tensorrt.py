@@ -103,7 +103,7 @@ def _unreadable(node: ir.Node, model: ir.Model) -> Unreadable | None:
 
 def _why_not(node: ir.Node, model: ir.Model) -> str | None:
     if node.op_type in {"If", "Loop", "Scan"} and node.domain in _STANDARD:
-        return "TensorRT wants one static graph; export the decoder without branches (not merged)"
+        return "TensorRT needs one static graph; export the decoder without branches (not merged)"
     if node.domain not in _STANDARD:
         if node.op_identifier() in model.functions:
             return None  # the parser inlines functions, and their bodies are looked at by themselves

@@ -82,13 +82,13 @@ class ConfinedPool:
                 _end(helper)
                 if late.is_set() or helper.returncode == -getattr(signal, "SIGXCPU", signal.SIGTERM):
                     raise LimitReached(f"it takes more than {self.seconds:g} s") from None
-                raise LimitReached(f"it crashes, or wants more than {self.memory >> 20} MiB of memory") from None
+                raise LimitReached(f"it crashes, or needs more than {self.memory >> 20} MiB of memory") from None
             except BaseException:  # interrupted: the helper's next frame would be the answer to this job
                 _end(helper)
                 raise
             if "memory" in reply:
                 _end(helper)
-                raise LimitReached(f"it wants more than {self.memory >> 20} MiB of memory")
+                raise LimitReached(f"it needs more than {self.memory >> 20} MiB of memory")
             self._idle.append(helper)
         if "refusal" in reply:
             raise GuardError(reply["refusal"])

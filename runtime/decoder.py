@@ -83,7 +83,7 @@ class DecoderSession:
             )
         if unknown:
             raise GuardError(
-                f"the decoder wants an input {unknown[0]!r} that is not known; export it in a standard layout, or give "
+                f"the decoder has an unknown input {unknown[0]!r}; export it in a standard layout, or give "
                 "example inputs with --proof-inputs"
             )
 

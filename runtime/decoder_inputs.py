@@ -152,7 +152,7 @@ def empty_state(port: Port, pair: StatePair, batch: int, kv_heads: int | None, h
         sizes = [size if size is not None else other for size, other in zip(sizes, heads, strict=True)]
     if None in sizes:
         raise GuardError(
-            f"cache input {port.name!r} has shape {port.shape} and no config says how many heads of what size; put the "
+            f"cache input {port.name!r} has shape {port.shape} and no config has the number and size of heads; put the "
             "model's config.json beside it"
         )
     return np.zeros(tuple(size or 0 for size in sizes), port.dtype)

@@ -62,7 +62,7 @@ def scored(
         GuardError: the graph does not tell its scores.
     """
     if not model.decoder.tells_scores:
-        raise GuardError("the model does not tell its gates' scores; export it again with --telemetry")
+        raise GuardError("the model does not output its gates' scores; export it again with --telemetry")
     said, rows = "", []
     for piece in model.pieces(request, sampling, knobs):
         said += piece.text

@@ -94,7 +94,7 @@ def open_in_triton(repository: Path, backend_utils: Any) -> GuardedVLM:
     """
     if not (repository / MANIFEST_NAME).is_file():
         raise ManifestMismatch(
-            f"{repository}: has no {MANIFEST_NAME} beside the models, so nothing says that they are guarded; give Triton the "
+            f"{repository}: has no {MANIFEST_NAME} beside the models, so no file records a guard; give Triton the "
             "whole folder that `vlmguard package --triton` wrote, on a local disk"
         )
     manifest = open_manifest(repository, besides=_OWN_BYTECODE)

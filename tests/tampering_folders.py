@@ -318,7 +318,7 @@ FOLDER_ATTACKS: dict[str, tuple[str, Attack, str]] = {
     "the manifest names another layout": (
         "bare",
         manifest(lambda content: content.update(layout="onnx-community")),
-        "the folder has the layout that its manifest names: it is bare, the manifest says onnx-community",
+        "the folder has the layout that its manifest names: it is bare, the manifest records onnx-community",
     ),
     "the manifest lists one decoder of two": (
         "variants",
@@ -328,12 +328,12 @@ FOLDER_ATTACKS: dict[str, tuple[str, Attack, str]] = {
     "a packaging that excuses the tokenizer": (
         "bare",
         packaged(written=["tokenizer.json"]),
-        f"{PACKAGED}: tokenizer.json is said to be written anew",
+        f"{PACKAGED}: tokenizer.json is recorded as generated",
     ),
     "a packaging that makes one file of two": (
         "bare",
         packaged(moved={"tokenizer.json": "a", "config.json": "a"}),
-        f"{PACKAGED}: two files are said to have been one",
+        f"{PACKAGED}: two files are recorded as one",
     ),
     "a key that leads out": ("bare", another_key("config.json", "../config.json"), "lists a file outside the folder"),
     "a key with a detour": ("bare", renamed_key("config.json", "./config.json"), "which is no plain relative path"),

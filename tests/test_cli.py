@@ -359,7 +359,7 @@ def test_generate_runs_an_unguarded_model_only_when_told_to(run: Callable[..., R
     ]
     assert answers[0] != answers[1]
     assert run("generate", SOURCE, "-p", HARMFUL) == Ran(
-        1, "", f"error: {SOURCE}: has no guard.json, so nothing says that it is guarded; export it first\n"
+        1, "", f"error: {SOURCE}: has no guard.json, so it is not a guarded folder; export it first\n"
     )
     out = guarded("restore")
     assert run("generate", out, "-p", HARMFUL, "--unguarded") == Ran(
@@ -895,7 +895,7 @@ def a_checkpoint_is_no_base(root: Path, good: Path) -> Case:
 def workers_without_a_cluster(root: Path, good: Path) -> Case:
     return (
         ["directions", SOURCE, "-o", root / "d.safetensors", "--ray-workers", "2"],
-        "2 workers need a cluster; say which with --ray",
+        "2 workers need a cluster; name it with --ray",
     )
 
 

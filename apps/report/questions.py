@@ -30,7 +30,7 @@ def choose_prompts(
         PromptsUnusable: none are found or fit, one label is missing, or the guard was made from some.
     """
     if most < 2:
-        raise GuardError(f"{most} prompts of each kind say nothing; choose 2 or more")
+        raise GuardError(f"{most} prompts of each kind are too few; choose 2 or more")
     homes = [subject.folder] if subject.source is None else [subject.source.root, subject.folder]
     found = path or next(filter(None, (find_file(home, EVALUATION_FILES) for home in homes)), None)
     if found is None:
@@ -46,9 +46,7 @@ def choose_prompts(
     chosen = thinned(rows, most, LABELS)
     for label in PAIRED_LABELS:
         if not any(row.label == label for row in chosen):
-            raise PromptsUnusable(
-                f"{found}: holds no {label} prompt that this model can be asked; a report compares both"
-            )
+            raise PromptsUnusable(f"{found}: holds no {label} prompt that this model accepts; a report compares both")
     return found, chosen
 
 

@@ -194,7 +194,7 @@ def asked_at_each(data: ReportData) -> int:
 def text_changed(data: ReportData) -> str:
     """Text-only answers that the guard changed."""
     changed = data.yardstick.text_changed
-    return "no text-only prompt was asked" if changed is None else _bounded(changed)
+    return "no text-only prompts" if changed is None else _bounded(changed)
 
 
 def _rate(rate: Rate) -> str:

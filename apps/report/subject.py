@@ -95,7 +95,7 @@ def open_subject(folder: Path | str, source: Path | str | None = None) -> Subjec
     folder = Path(folder).absolute()
     if read_manifest(folder).engines:
         raise GuardError(
-            f"{folder}: holds engines, whose states nobody can look at; report on the guarded folder that they were built "
+            f"{folder}: holds engines, whose states cannot be read; report on the guarded folder that they were built "
             "from, and give this one with --engine"
         )
     guarded = GuardedVLM.open(folder)

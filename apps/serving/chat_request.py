@@ -108,7 +108,7 @@ def read_chat_request(content: Mapping[str, Any], settings: ServeSettings, sees:
             param="model",
         )
     if body.stream_options is not None and not body.stream:
-        raise _refusal("stream_options says how to stream, and stream is not true; leave it out", "stream_options")
+        raise _refusal("stream_options requires stream: true; leave it out", "stream_options")
     options = body.stream_options or _StreamOptions()
     sampling, asked = _sampling(body, settings)
     return ChatRequest(_request(body, settings, sees), sampling, asked, bool(body.stream), options.include_usage)

@@ -100,7 +100,7 @@ def require_key_or_loopback(host: str, api_key: str | None, without_key: bool) -
     if api_key is None and not without_key and not is_loopback(host):
         raise GuardError(
             f"host {host} can be reached from other machines and there is no API key; give --api-key-file or {KEY_VARIABLE}, "
-            "or say --without-key"
+            "or use --without-key"
         )
 
 

@@ -95,7 +95,7 @@ def check_signature(folder: Path | str, public_key: Path | str) -> Check:
     path = folder / SIGNATURE_NAME
     if not path.is_file():
         raise ManifestMismatch(
-            f"{folder}: holds no {SIGNATURE_NAME}, so nobody signed it; sign it with `vlmguard sign`"
+            f"{folder}: holds no {SIGNATURE_NAME}, so it is not signed; sign it with `vlmguard sign`"
         )
     try:
         config = verifying.Config().use_elliptic_key_verifier(public_key=key)

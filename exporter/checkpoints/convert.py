@@ -343,16 +343,13 @@ def _supported_opset(opset: int | None) -> int:
     if opset is None:
         return DEFAULT_OPSET
     if opset not in OPSETS:
-        raise GuardError(
-            f"opset {opset} was asked; checkpoints are exported at {OPSETS[0]} to {OPSETS[-1]}, "
-            f"{DEFAULT_OPSET} if not said"
-        )
+        raise GuardError(f"unsupported opset {opset}; choose {OPSETS[0]} to {OPSETS[-1]} (default {DEFAULT_OPSET})")
     return opset
 
 
 def _require_known_dtype(dtype: str) -> None:
     if dtype not in SUFFIXES:
-        raise GuardError(f"dtype {dtype!r} was asked; checkpoints are exported as {', '.join(SUFFIXES)}")
+        raise GuardError(f"unsupported dtype {dtype!r}; choose {', '.join(SUFFIXES)}")
 
 
 def _require_empty(out: Path) -> None:

@@ -86,16 +86,14 @@ def export_checkpoint(
     """
     name = exporter or DEFAULT_EXPORTER
     if name not in EXPORTERS:
-        raise GuardError(f"exporter {name!r} was asked; there are {', '.join(EXPORTERS)}")
+        raise GuardError(f"unknown exporter {name!r}; choose {', '.join(EXPORTERS)}")
     row = EXPORTERS[name]
     wanted = row.dtypes[0] if dtype is None else dtype
     if wanted not in row.dtypes:
         able = " or ".join(other for other, has in EXPORTERS.items() if dtype in has.dtypes) or "no exporter"
-        raise GuardError(
-            f"dtype {dtype!r} was asked of {name}, which writes {_choice(row.dtypes)}; {able} writes {dtype}"
-        )
+        raise GuardError(f"{name} does not write dtype {dtype!r}, only {_choice(row.dtypes)}; {able} writes {dtype}")
     if opset is not None and row.chooses_opset:
-        raise GuardError(f"opset {opset} was asked of {name}, which chooses its own; leave --opset out")
+        raise GuardError(f"{name} chooses its own opset, {opset} has no effect; leave --opset out")
     return row.export(Job(checkpoint, out, wanted, opset, say))
 
 
@@ -184,7 +182,7 @@ def _installed(distribution: str) -> str:
 def _last_line(text: str) -> str:
     """A traceback's own summary."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    last = lines[-1] if lines else "it says nothing"
+    last = lines[-1] if lines else "no output"
     return last if len(last) <= 160 else f"{last[:160]}..."
 
 

@@ -151,7 +151,7 @@ def _add_profiles(
             smallest, typical, largest = shapes[port.name]
             if port.is_shape_tensor:
                 raise GuardError(
-                    f"{path}: input {port.name!r} decides shapes by its values, which no profile tells; export a graph whose "
+                    f"{path}: input {port.name!r} decides shapes by its values, which no profile sets; export a graph whose "
                     "shapes follow from its inputs' shapes"
                 )
             if -1 in tuple(port.shape):

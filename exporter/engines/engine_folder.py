@@ -164,7 +164,7 @@ def open_buildable(folder: Path) -> tuple[Manifest, ModelPackage]:
         )
     if manifest.plan.get("knobs"):
         raise ManifestMismatch(
-            f"{folder}: its graph has knobs, and an engine has no inputs with defaults, so whoever feeds it could switch the "
+            f"{folder}: its graph has knobs, and an engine has no inputs with defaults, so the caller could switch the "
             "guard off; export it again without --knobs"
         )
     return manifest, open_guarded_package(folder, manifest)

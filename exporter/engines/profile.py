@@ -199,7 +199,7 @@ def _shapes(value: ir.Value, axes: Mapping[int, Span], profile: str) -> Shapes:
             spans.append(Span(size, size, size))
         elif span is None:
             raise GuardError(
-                f"input {value.name!r} has an open size on axis {axis} that no profile tells; give its shapes with "
+                f"input {value.name!r} has an open size on axis {axis} that no profile covers; give its shapes with "
                 f"--shape {value.name}=SMALLEST:TYPICAL:LARGEST, such as 1x3x224x224:1x3x448x448:4x3x448x448"
             )
         else:
@@ -218,7 +218,7 @@ def require_within(profiles: Sequence[EngineProfile], limit: int | None) -> None
         GuardError: it does; or there is none, or two have one name.
     """
     if not profiles or len({profile.name for profile in profiles}) != len(profiles):
-        raise GuardError("profiles want names of their own; give each --profile another one")
+        raise GuardError("two profiles share a name; give each --profile its own")
     for profile in profiles:
         longest = profile.past.largest + profile.sequence.largest
         if limit is not None and longest > limit:

@@ -56,7 +56,7 @@ class GuardModel:
             ) from None
         self._model = model.to(device).eval()
         if self._tokenizer.chat_template is None:
-            raise ModelUnreadable(f"{folder}: has no chat template; a guard model is asked through its own")
+            raise ModelUnreadable(f"{folder}: has no chat template; a guard model needs its own")
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
 

@@ -28,9 +28,7 @@ def shown_prompts(sources: Sources, images: Sequence[Path | str] = ()) -> list[L
     read = [read_set(name, "test") for name in listed(sources)]
     if pictures and all(found.placed for found in read):
         names = ", ".join(listed(sources))
-        raise PromptsUnusable(
-            f"{names}: says itself how each prompt is shown, so pictures have no effect; leave --image out"
-        )
+        raise PromptsUnusable(f"{names}: sets the picture of each prompt, so --image has no effect; leave it out")
     sets = [_shown(found, pictures) for found in read]
     if len(sets) == 1:
         return sets[0]

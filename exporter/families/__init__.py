@@ -56,7 +56,7 @@ def find_family(config: Mapping[str, Any], checkpoint: str) -> Family:
     if family is None:
         supported = ", ".join(row.model_type for row in FAMILIES)
         raise GuardError(
-            f"{checkpoint}: its config.json says model_type {model_type!r}; supported: {supported}, and text decoders that "
+            f"{checkpoint}: its config.json has model_type {model_type!r}; supported: {supported}, and text decoders that "
             f"transformers opens with AutoModelForCausalLM. {_OTHERWISE}"
         )
     if family.vision is not None:

@@ -47,7 +47,7 @@ def arrange(manifest: Manifest, package: ModelPackage) -> FolderLayout:
     inputs = [str(value.name) for value in decoder.graph.inputs]
     if EMBEDS in inputs:
         raise GuardError(
-            f"{package.decoder}: takes inputs_embeds, and {RUNTIME} wants an embedding graph that mixes image features in, "
+            f"{package.decoder}: takes inputs_embeds, and {RUNTIME} needs an embedding graph that mixes image features in, "
             "which this folder has not; export the checkpoint with --exporter genai, or keep the layout that it has"
         )
     require_known(decoder, str(package.decoder), RUNTIME, FED)

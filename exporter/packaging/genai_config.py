@@ -48,7 +48,7 @@ def _config(package: ModelPackage, decoder: ir.Model) -> dict[str, Any]:
     missing = [name for name, value in known.items() if value is None]
     if missing:
         raise GuardError(
-            f"{package.root}: its configs do not say {missing[0]}, which {RUNTIME} has to know; put the model's config.json "
+            f"{package.root}: its configs do not contain {missing[0]}, which {RUNTIME} needs; put the model's config.json "
             "beside it"
         )
     shares = any(node.op_type == "GroupQueryAttention" for node in decoder.graph.all_nodes())

@@ -40,15 +40,15 @@ def check_packaged(folder: Path, manifest: Manifest, package: ModelPackage, orig
         made |= dict.fromkeys([name for name in record.written if _is_of_triton(name)])
     for name in sorted(set(record.written) | made.keys()):
         if name not in made or name not in record.written:
-            wrong.append(f"{name} is {'not ' if name in made else ''}said to be written anew")
+            wrong.append(f"{name} is {'not ' if name in made else ''}recorded as generated")
         elif made[name] is not None and (folder / name).read_bytes() != made[name]:
             wrong.append(f"{name} is not what the packaging makes")
     if len(set(record.moved.values())) != len(record.moved):
-        wrong.append("two files are said to have been one")
+        wrong.append("two files are recorded as one")
     for here, there in record.moved.items():
         plain = not PurePosixPath(there).is_absolute() and ".." not in PurePosixPath(there).parts
         if here not in movable or here == there or not plain:
-            wrong.append(f"{here} is said to have been {there}")
+            wrong.append(f"{here} is recorded as moved from {there}")
     return exact("what was packaged is what the layout makes", len(record.written) + len(record.moved), wrong)
 
 

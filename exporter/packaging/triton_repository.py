@@ -66,7 +66,7 @@ def arrange(manifest: Manifest, package: ModelPackage, options: TritonOptions) -
 def _engines_refused(package: ModelPackage, manifest: Manifest) -> GuardError:
     why = {
         "tensorrt_rtx": "engines of TensorRT-RTX, which Triton's TensorRT backend does not load",
-        "tensorrt": "TensorRT engines, which are not packaged: they do not say what they take and give",
+        "tensorrt": "TensorRT engines, which are not packaged: they do not declare their inputs and outputs",
     }
     return GuardError(
         f"{package.root}: holds {why[manifest.engines[0].backend]}; package the guarded ONNX folder that they were built from"

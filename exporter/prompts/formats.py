@@ -163,7 +163,7 @@ def _refusal_direction(number: int, row: Row, path: Path) -> list[Entry]:
     label: Label | None = next((label for label in LABELS if path.name.lower().startswith(label)), None)
     if label is None:
         raise RowUnusable(
-            "its name begins neither with harmful nor with harmless, which is all that says what it holds; name it "
+            "its name begins neither with harmful nor with harmless, and nothing else determines the label; name it "
             "harmful:FILE or harmless:FILE"
         )
     return [Entry(_said(number, row, "instruction"), label, _word(row, "category"))]
@@ -245,9 +245,7 @@ def recognise(path: Path, row: Row, what: str) -> Format:
     if own.columns & row.keys():
         return own
     if LINE in row:
-        raise PromptsUnusable(
-            f"{path}: does not say what its prompts are; name it harmful:FILE, harmless:FILE or borderline:FILE"
-        )
+        raise PromptsUnusable(f"{path}: has no labels; name it harmful:FILE, harmless:FILE or borderline:FILE")
     raise PromptsUnusable(
         f"{path}: has columns {_listed(row)}, which are no known format; name it harmful:FILE, harmless:FILE or "
         "borderline:FILE, or see `vlmguard prompts`"

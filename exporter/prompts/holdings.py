@@ -97,7 +97,7 @@ def show_prompts(out: Console, report: PromptReport) -> None:
 
 def show_formats(out: Console) -> None:
     """Every format by name."""
-    table = Table(title="formats: FILE, or FORMAT:FILE where the columns do not tell")
+    table = Table(title="formats: FILE, or FORMAT:FILE if the columns are ambiguous")
     for column in ("format", "what it is", "recognised by"):
         table.add_column(column, overflow="fold")
     for format in FORMATS:

@@ -56,10 +56,10 @@ def text_inputs(package: ModelPackage) -> tuple[str, ...]:
 def check_layout(manifest: Manifest, package: ModelPackage) -> Check:
     """The folder is laid out as its manifest says."""
     wrong = (
-        [] if package.layout == manifest.layout else [f"it is {package.layout}, the manifest says {manifest.layout}"]
+        [] if package.layout == manifest.layout else [f"it is {package.layout}, the manifest records {manifest.layout}"]
     )
     if package.layout == "triton" and manifest.packaged is None:
-        wrong.append("a Triton repository is made by `vlmguard package`, and its manifest does not say how")
+        wrong.append("a Triton repository is made by `vlmguard package`, and its manifest has no record of that")
     return exact("the folder has the layout that its manifest names", 1, wrong)
 
 

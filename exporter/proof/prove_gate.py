@@ -16,8 +16,8 @@ from ...graphs.reference import Dials, LayerGuard, gate, score
 from ...graphs.runtime_controls import PRESENT_GATE_OUTPUT, SCORES_OUTPUT
 from ...graphs.spec import MODES_TOWARD_TEXT
 
-SCORES = "gate scores told equal the numpy reference"
-DECIDED = "gates told are those that the numpy reference decides"
+SCORES = "gate scores equal the numpy reference"
+DECIDED = "gate decisions equal the numpy reference's"
 
 
 @dataclass

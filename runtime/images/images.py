@@ -306,7 +306,7 @@ def image_token_count(folder: Path | str, pixel_values: np.ndarray) -> int:
     missing = sorted(fact for fact, value in facts.items() if value is None)
     if missing:
         raise ModelUnreadable(
-            f"{folder}: neither processor_config.json nor config.json says {', '.join(missing)}; "
+            f"{folder}: neither processor_config.json nor config.json contains {', '.join(missing)}; "
             "copy both configs of the model into this folder"
         )
     whole = all(isinstance(facts[fact], int) for fact in ("patch_size", "num_additional_image_tokens"))

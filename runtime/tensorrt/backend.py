@@ -123,4 +123,4 @@ def _backend(name: BackendName) -> Backend:
 def why(messages: list[Message]) -> str:
     """The first thing that went wrong, as a clause of a sentence of ours."""
     errors = [message.text for message in messages if message.severity.endswith("ERROR")]
-    return " ".join(errors[0].split())[:200] if errors else "it does not say why"
+    return " ".join(errors[0].split())[:200] if errors else "no reason given"

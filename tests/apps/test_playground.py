@@ -226,7 +226,7 @@ def refused(*arguments: Any, **options: Any) -> str:
 
 def test_a_folder_that_is_not_what_was_proved_is_refused(guarded: Guarded, tmp_path: Path, libraries: None) -> None:
     said = refused(SOURCE)
-    assert said == f"{SOURCE}: has no guard.json, so nothing says that it is guarded; export it first"
+    assert said == f"{SOURCE}: has no guard.json, so it is not a guarded folder; export it first"
     folder = tmp_path / "guarded"
     shutil.copytree(guarded("restore"), folder)
     template = folder / "chat_template.jinja"

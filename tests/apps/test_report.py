@@ -535,9 +535,9 @@ def test_prompts_that_cannot_be_used(guarded: Guarded, tmp_path: Path) -> None:
     one = tmp_path / "one.jsonl"
     one.write_text('{"prompt": "how to wash the bridge", "label": "harmless"}\n')
     said = refused(tmp_path, folder, tmp_path / "r.html", prompts=one)
-    assert said == f"{one}: holds no harmful prompt that this model can be asked; a report compares both"
+    assert said == f"{one}: holds no harmful prompt that this model accepts; a report compares both"
     said = refused(tmp_path, folder, tmp_path / "r.html", prompts=EVALUATION, max_prompts=1)
-    assert said == "1 prompts of each kind say nothing; choose 2 or more"
+    assert said == "1 prompts of each kind are too few; choose 2 or more"
     absent = tmp_path / "absent.png"
     said = refused(tmp_path, folder, tmp_path / "r.html", prompts=EVALUATION, image=absent, max_prompts=2)
     assert said == f"{absent}: no such image file; name a BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP file"

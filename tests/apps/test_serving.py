@@ -198,7 +198,7 @@ REFUSED: dict[str, tuple[Any, int, str | None, str | None, str]] = {
     "top_p 0": (asking("x", top_p=0), 400, "top_p", None, "greater than 0"),
     "too long an answer": (asking("x", max_tokens=41), 400, "max_tokens", None, "more than this server's 40"),
     "two lengths": (asking("x", max_tokens=3, max_completion_tokens=4), 400, "max_tokens", None, "differ"),
-    "a stream's options alone": (asking("x", stream_options={}), 400, "stream_options", None, "stream is not true"),
+    "a stream's options alone": (asking("x", stream_options={}), 400, "stream_options", None, "requires stream: true"),
     "a tool's message": (
         {"model": NAME, "messages": [{"role": "tool", "content": "x"}]},
         400,
@@ -822,11 +822,11 @@ def test_the_page_names_every_metric_and_every_field(served: Served) -> None:
 @pytest.mark.parametrize(
     "arguments, line",
     [
-        ([str(SOURCE)], f"error: {SOURCE}: has no guard.json, so nothing says that it is guarded; export it first"),
+        ([str(SOURCE)], f"error: {SOURCE}: has no guard.json, so it is not a guarded folder; export it first"),
         (
             ["GUARDED", "--host", "0.0.0.0"],
             "error: host 0.0.0.0 can be reached from other machines and there is no API key; give --api-key-file or "
-            "VLMGUARD_API_KEY, or say --without-key",
+            "VLMGUARD_API_KEY, or use --without-key",
         ),
         (["GUARDED", "--queue", "-1"], "error: queue -1 is out of range; choose 0 or more"),
     ],
@@ -878,7 +878,7 @@ def test_a_port_that_others_reach_wants_a_key() -> None:
             require_key_or_loopback(host, None, without_key=False)
         assert str(caught.value) == (
             f"host {host} can be reached from other machines and there is no API key; give --api-key-file or "
-            "VLMGUARD_API_KEY, or say --without-key"
+            "VLMGUARD_API_KEY, or use --without-key"
         )
 
 

@@ -494,7 +494,7 @@ def edit_config(folder: Path, old: str, new: str) -> None:
 def test_unknown_model_type(copied: Path, tmp_path: Path) -> None:
     edit_config(copied, '"llava"', '"blip-2"')
     assert refusal(GuardError, copied, tmp_path / "out") == (
-        f"{copied}: its config.json says model_type 'blip-2'; supported: "
+        f"{copied}: its config.json has model_type 'blip-2'; supported: "
         f"{', '.join(row.model_type for row in FAMILIES)}, and text decoders that transformers opens with "
         f"AutoModelForCausalLM. "
         f"Export it to ONNX with its own tools and guard that folder instead"
@@ -665,13 +665,13 @@ def test_surplus_weights_are_mentioned(copied: Path) -> None:
 
 def test_an_opset_out_of_range(llava: Path, tmp_path: Path) -> None:
     assert refusal(GuardError, llava, tmp_path / "out", opset=17) == (
-        "opset 17 was asked; checkpoints are exported at 18 to 23, 18 if not said"
+        "unsupported opset 17; choose 18 to 23 (default 18)"
     )
 
 
 def test_an_unknown_dtype(llava: Path, tmp_path: Path) -> None:
     assert refusal(GuardError, llava, tmp_path / "out", dtype="bf16") == (
-        "dtype 'bf16' was asked; checkpoints are exported as fp32, fp16, w16a32"
+        "unsupported dtype 'bf16'; choose fp32, fp16, w16a32"
     )
 
 

@@ -51,7 +51,7 @@ def test_without_an_address_everything_is_done_here(weights: Path) -> None:
     with open_executors(None) as executors:
         assert executors is local_executors
         assert list(executors(Numbers(weights))(lambda n: n + 1, [1, 2])) == [2, 3]
-    with pytest.raises(GuardError, match=re.escape("2 workers need a cluster; say which with --ray")):
+    with pytest.raises(GuardError, match=re.escape("2 workers need a cluster; name it with --ray")):
         open_executors(None, 2)
 
 

@@ -108,7 +108,7 @@ def test_default_profiles_take_two_rows_for_each_prompt_where_rows_are_paired() 
 def test_profiles_that_reach_further_than_the_model_are_refused() -> None:
     with pytest.raises(GuardError, match=r"profile decode reaches 300 tokens, the model's config ends at 256"):
         require_within([EngineProfile("decode", Span(1, 1, 1), Span(1, 1, 1), Span(1, 1, 299))], 256)
-    with pytest.raises(GuardError, match="names of their own"):
+    with pytest.raises(GuardError, match="two profiles share a name"):
         require_within([*default_profiles(8, True), *default_profiles(8, True)], None)
 
 

@@ -376,7 +376,7 @@ def test_what_cannot_be_compared_is_refused(guarded: Guarded, file: Path, tmp_pa
         f"{CHECKPOINT}: is a checkpoint, not ONNX; convert it first with `vlmguard convert`"
     )
     assert refusal(SOURCE, SOURCE, file) == (
-        f"{SOURCE}: has no guard.json, so nothing says that it is guarded; export it first"
+        f"{SOURCE}: has no guard.json, so it is not a guarded folder; export it first"
     )
     assert refusal(SOURCE, out, tmp_path / "gone.jsonl") == (
         f"{tmp_path / 'gone.jsonl'}: no such prompts file; give one with lines of JSON, or a csv"

@@ -150,7 +150,7 @@ def test_convert_takes_every_dtype_that_an_export_takes(
 
 def test_an_unknown_exporter(tmp_path: Path) -> None:
     assert refusal(GuardError, "here", tmp_path, "olive") == (
-        "exporter 'olive' was asked; there are transformers, genai, optimum"
+        "unknown exporter 'olive'; choose transformers, genai, optimum"
     )
 
 
@@ -160,10 +160,10 @@ def test_an_unknown_exporter(tmp_path: Path) -> None:
         (
             "transformers",
             "int4",
-            "dtype 'int4' was asked of transformers, which writes fp32, fp16 or w16a32; genai writes int4",
+            "transformers does not write dtype 'int4', only fp32, fp16 or w16a32; genai writes int4",
         ),
-        ("optimum", "int4", "dtype 'int4' was asked of optimum, which writes fp32 or fp16; genai writes int4"),
-        ("genai", "q4", "dtype 'q4' was asked of genai, which writes fp32, fp16 or int4; no exporter writes q4"),
+        ("optimum", "int4", "optimum does not write dtype 'int4', only fp32 or fp16; genai writes int4"),
+        ("genai", "q4", "genai does not write dtype 'q4', only fp32, fp16 or int4; no exporter writes q4"),
     ],
 )
 def test_a_dtype_that_it_does_not_write(tmp_path: Path, exporter: str, dtype: str, said: str) -> None:
@@ -172,7 +172,7 @@ def test_a_dtype_that_it_does_not_write(tmp_path: Path, exporter: str, dtype: st
 
 def test_an_opset_that_is_not_ours_to_choose(tmp_path: Path) -> None:
     assert refusal(GuardError, "here", tmp_path, "genai", opset=20) == (
-        "opset 20 was asked of genai, which chooses its own; leave --opset out"
+        "genai chooses its own opset, 20 has no effect; leave --opset out"
     )
 
 

@@ -124,9 +124,7 @@ def test_what_is_no_judge_is_refused_in_one_line(tmp_path: Path) -> None:
     said = refusal(lambda: GuardModel(tmp_path))
     assert said.startswith(f"{tmp_path}: cannot be opened as a guard model (") and said.endswith("LlamaGuard model")
     mute = save(tmp_path / "mute", template=None)
-    assert refusal(lambda: GuardModel(mute)) == (
-        f"{mute}: has no chat template; a guard model is asked through its own"
-    )
+    assert refusal(lambda: GuardModel(mute)) == (f"{mute}: has no chat template; a guard model needs its own")
     chatty = GuardModel(save(tmp_path / "chatty", verdicts=False))
     said = refusal(lambda: chatty.unsafe(PROMPTS[:1], ANSWERS[:1]))
     assert said.startswith(tuple(f"{tmp_path / 'chatty'}: said '{word}" for word in ("sure", "first")))

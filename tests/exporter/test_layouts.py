@@ -139,7 +139,7 @@ def test_a_variant_without_a_stream_is_an_error_that_names_its_file(
 ) -> None:
     strange = save(merged(layers=2, other_layers=1), variants / "onnx" / NAMES[2])
     sentence = refusal(AnatomyNotFound, export, variants, tmp_path / "out", directions=directions, spec=WISH)
-    assert sentence.startswith(f"{strange}: else_branch of the If 'either': the config says 2 layers, ")
+    assert sentence.startswith(f"{strange}: else_branch of the If 'either': the config declares 2 layers, ")
     assert not (tmp_path / "out").exists()
 
 

@@ -129,7 +129,7 @@ def test_what_a_runtime_would_not_feed_is_refused(guarded: Guarded, text_model: 
         (
             package_genai,
             vlm,
-            f"{vlm / 'onnx' / 'decoder_model_merged.onnx'}: takes inputs_embeds, and onnxruntime-genai wants an embedding "
+            f"{vlm / 'onnx' / 'decoder_model_merged.onnx'}: takes inputs_embeds, and onnxruntime-genai needs an embedding "
             "graph that mixes image features in, which this folder has not; export the checkpoint with --exporter genai, or "
             "keep the layout that it has",
         ),

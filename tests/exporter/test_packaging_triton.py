@@ -280,7 +280,7 @@ def test_front_model_does_not_start_on_another_repository(repository: Path) -> N
     with pytest.raises(Exception, match=r"tokenizer\.json is not the file that was proved"):
         Repository(repository)
     (repository / "guard.json").unlink()
-    with pytest.raises(Exception, match=r"has no guard\.json beside the models, so nothing says that they are guarded"):
+    with pytest.raises(Exception, match=r"has no guard\.json beside the models, so no file records a guard"):
         Repository(repository)
 
 
@@ -289,9 +289,7 @@ def test_front_model_does_not_start_on_another_repository(repository: Path) -> N
 
 def test_only_a_guarded_folder_is_packaged(guarded: Guarded, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(
-        ManifestMismatch, match=r"has no guard.json, so nothing says that it is guarded; export it first$"
-    ):
+    with pytest.raises(ManifestMismatch, match=r"has no guard.json, so it is not a guarded folder; export it first$"):
         package_triton(SOURCE, out)
     folder = Path(shutil.copytree(guarded("restore"), tmp_path / "guarded"))
     decoder = folder / "onnx" / "decoder_model_merged.onnx"
@@ -328,7 +326,7 @@ def test_the_folder_to_write_is_a_new_one_apart(guarded: Guarded, repositories: 
     ("backend", "why"),
     [
         ("tensorrt_rtx", "engines of TensorRT-RTX, which Triton's TensorRT backend does not load"),
-        ("tensorrt", "TensorRT engines, which are not packaged: they do not say what they take and give"),
+        ("tensorrt", "TensorRT engines, which are not packaged: they do not declare their inputs and outputs"),
     ],
 )
 def test_engines_are_refused(guarded: Guarded, backend: str, why: str) -> None:

@@ -129,7 +129,7 @@ def test_labels_that_only_a_file_name_tells(tmp_path: Path) -> None:
     assert [prompt.label for prompt in read_prompts(write(tmp_path, "harmful_test.json", rows))] == ["harmful"]
     path = write(tmp_path, "split.json", rows)
     assert refusal(read_set, path) == (
-        f"{path}: its name begins neither with harmful nor with harmless, which is all that says what it holds; name it "
+        f"{path}: its name begins neither with harmful nor with harmless, and nothing else determines the label; name it "
         "harmful:FILE or harmless:FILE"
     )
     assert [prompt.label for prompt in read_prompts(f"harmful:{path}")] == ["harmful"]
@@ -166,7 +166,7 @@ def test_pictures_are_found_where_they_are_published(tmp_path: Path) -> None:
         (
             "list.txt",
             "Rob it\n",
-            "{path}: does not say what its prompts are; name it harmful:FILE, harmless:FILE or borderline:FILE",
+            "{path}: has no labels; name it harmful:FILE, harmless:FILE or borderline:FILE",
         ),
         (
             "ids.json",

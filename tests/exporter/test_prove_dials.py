@@ -259,6 +259,6 @@ def test_no_engine_is_built_of_a_graph_with_knobs(guarded: Guarded) -> None:
     with pytest.raises(ManifestMismatch) as caught:
         open_buildable(folder)
     assert str(caught.value) == (
-        f"{folder}: its graph has knobs, and an engine has no inputs with defaults, so whoever feeds it could switch the guard "
+        f"{folder}: its graph has knobs, and an engine has no inputs with defaults, so the caller could switch the guard "
         "off; export it again without --knobs"
     )

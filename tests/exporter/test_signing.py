@@ -109,7 +109,7 @@ def test_a_folder_that_nobody_signed_is_refused(made: Path, folder: Path, keys: 
     (folder / "model.sig").unlink()
     with pytest.raises(ManifestMismatch) as raised:
         verify(folder, public_key=keys("ours")[1])
-    assert str(raised.value) == f"{folder}: holds no model.sig, so nobody signed it; sign it with `vlmguard sign`"
+    assert str(raised.value) == f"{folder}: holds no model.sig, so it is not signed; sign it with `vlmguard sign`"
 
 
 def test_a_folder_that_is_not_what_was_proved_is_not_signed(folder: Path, keys: Callable) -> None:

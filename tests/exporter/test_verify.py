@@ -307,4 +307,4 @@ def test_a_source_that_is_not_there_is_refused(folder: Path, tmp_path: Path) -> 
 def test_a_folder_that_was_never_guarded_is_refused() -> None:
     with pytest.raises(ManifestMismatch) as caught:
         verify(SOURCE)
-    assert str(caught.value) == (f"{SOURCE}: has no guard.json, so nothing says that it is guarded; export it first")
+    assert str(caught.value) == (f"{SOURCE}: has no guard.json, so it is not a guarded folder; export it first")

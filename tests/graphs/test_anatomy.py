@@ -204,7 +204,7 @@ def test_another_layer_count_in_the_config_is_refused(zoo: Zoo, said: int) -> No
     with pytest.raises(AnatomyNotFound) as refusal:
         dissect(graph, expected_layers=said)
     assert str(refusal.value) == (
-        f"the config says {said} layers, the graph's residual stream shows 4 ({sites[0].value} to {sites[3].value}); "
+        f"the config declares {said} layers, the graph's residual stream shows 4 ({sites[0].value} to {sites[3].value}); "
         "check that config.json belongs to this graph, and that no layer was left out of it"
     )
 

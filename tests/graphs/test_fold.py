@@ -286,7 +286,7 @@ def test_embeddings_from_outside_are_refused() -> None:
     [
         (
             {"positions": "last"},
-            "fold changes weights, so every token; say --positions all, or choose --lowering lowrank",
+            "fold changes weights, so every token; use --positions all, or choose --lowering lowrank",
         ),
         (
             {"layers": (1,)},

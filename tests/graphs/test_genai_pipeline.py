@@ -106,7 +106,9 @@ def test_a_stage_outside_the_folder_is_refused(tmp_path: Path) -> None:
     config = json.loads((root / "genai_config.json").read_text())
     config["model"]["decoder"]["pipeline"][0] = {"embeddings": {"filename": "../other.onnx"}}
     (root / "genai_config.json").write_text(json.dumps(config))
-    assert refusal(root) == f"{root}: names a file outside itself (../other.onnx); refuse it, or fix genai_config.json"
+    assert (
+        refusal(root) == f"{root}: names a file outside itself (../other.onnx); do not use it, or fix genai_config.json"
+    )
 
 
 @pytest.mark.parametrize("pipeline", [None, 3, [3], [{"a": 3}], [{"a": {"filename": 3}}], {}])

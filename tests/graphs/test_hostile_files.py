@@ -59,7 +59,7 @@ def test_a_place_has_a_name_that_a_file_can_have(model: Path) -> None:
     """Found by the coverage-guided fuzzer."""
     place(model, location="x" * 300)
     assert refusal(lambda: load_graph(model)) == (
-        f"{model}: its external data cannot be found (File name too long); refuse it"
+        f"{model}: its external data cannot be found (File name too long); do not use it"
     )
 
 
@@ -70,7 +70,7 @@ def test_a_place_has_a_name_that_a_file_can_have(model: Path) -> None:
 def test_weights_lie_below_the_graphs_folder(model: Path, location: str) -> None:
     place(model, location=location)
     assert refusal(lambda: load_graph(model)) == (
-        f"{model}: keeps weights outside its folder ({location}); refuse it, or move them beside it"
+        f"{model}: keeps weights outside its folder ({location}); do not use it, or move them beside it"
     )
 
 
@@ -78,7 +78,7 @@ def test_weights_lie_below_the_graphs_folder(model: Path, location: str) -> None
 def test_weights_are_not_kept_in_files_that_are_something_else(model: Path, location: str) -> None:
     place(model, location=location)
     assert refusal(lambda: load_graph(model)) == (
-        f"{model}: keeps weights in {location!r}, which is no file for weights; refuse it"
+        f"{model}: keeps weights in {location!r}, which is no file for weights; do not use it"
     )
 
 
@@ -87,7 +87,7 @@ def test_weights_are_not_kept_in_files_that_are_something_else(model: Path, loca
 def test_a_place_is_a_whole_number_of_bytes(model: Path, key: str, value: str) -> None:
     place(model, **{key: value})
     assert refusal(lambda: load_graph(model)) == (
-        f"{model}: the {key} of 'w0' is {value!r}, expected bytes from 0 on; refuse it"
+        f"{model}: the {key} of 'w0' is {value!r}, expected bytes from 0 on; do not use it"
     )
 
 
@@ -104,7 +104,7 @@ def test_a_place_ends_inside_the_file(model: Path) -> None:
 def test_a_place_is_as_long_as_the_tensor(model: Path, length: int) -> None:
     place(model, length=str(length))
     assert refusal(lambda: load_graph(model)) == (
-        f"{model}: 'w0' takes {length} bytes of {DATA}, its shape and dtype take 1024; refuse it"
+        f"{model}: 'w0' takes {length} bytes of {DATA}, its shape and dtype take 1024; do not use it"
     )
 
 
@@ -113,20 +113,20 @@ def test_two_tensors_have_the_same_bytes_or_none_in_common(model: Path) -> None:
     load_graph(model)
     place(model, offset="1000")
     assert refusal(lambda: load_graph(model)) == (
-        f"{model}: in {DATA}, 'w0' reaches into the bytes of another tensor at 1024; refuse it"
+        f"{model}: in {DATA}, 'w0' overlaps another tensor at 1024; do not use it"
     )
 
 
 def test_a_place_says_nothing_that_nobody_knows(model: Path) -> None:
     place(model, basepath="/")
     assert refusal(lambda: load_graph(model)) == (
-        f"{model}: the place of 'w0' says 'basepath', which is no key of external data; refuse it"
+        f"{model}: the place of 'w0' says 'basepath', which is no key of external data; do not use it"
     )
 
 
 def test_a_place_says_nothing_twice(model: Path) -> None:
     edit_graph(model.parent, lambda proto: tensor_called(proto, "w0").external_data.add(key="location", value="x"))
-    assert refusal(lambda: load_graph(model)) == f"{model}: the place of 'w0' says 'location', twice; refuse it"
+    assert refusal(lambda: load_graph(model)) == f"{model}: the place of 'w0' says 'location', twice; do not use it"
 
 
 def test_what_a_node_holds_itself_is_under_the_same_rules(model: Path) -> None:
@@ -152,7 +152,7 @@ def test_nothing_but_a_regular_file_is_opened(model: Path, what: str) -> None:
         data.symlink_to("/dev/zero")
     else:
         data.mkdir()
-    assert refusal(lambda: load_graph(model)) == f"{model}: its external data {DATA} is no regular file; refuse it"
+    assert refusal(lambda: load_graph(model)) == f"{model}: its external data {DATA} is no regular file; do not use it"
 
 
 def test_a_graph_and_a_config_are_regular_files(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_link_out_of_the_folder_is_not_followed(model: Path, tmp_path: Path) -
     data.rename(tmp_path / "secret")
     data.symlink_to("../secret")
     assert refusal(lambda: load_graph(model)) == (
-        f"{data}: is a link out of the model's folder (to {tmp_path / 'secret'}); refuse it, or copy the model with its "
+        f"{data}: is a link out of the model's folder (to {tmp_path / 'secret'}); do not use it, or copy the model with its "
         "links followed"
     )
 
@@ -221,7 +221,7 @@ def test_no_file_of_the_readers_own_gets_into_a_guarded_folder(model: Path, tmp_
     link.symlink_to(secret)
     sentence = refusal(lambda: guard_small(root / "onnx" / NAME, tmp_path / "out"))
     assert sentence == (
-        f"{link}: is a link out of the model's folder (to {secret}); refuse it, or copy the model with its links followed"
+        f"{link}: is a link out of the model's folder (to {secret}); do not use it, or copy the model with its links followed"
     )
     assert not (tmp_path / "out").exists()
 
@@ -322,7 +322,9 @@ def test_names_are_utf8(model: Path, name: str) -> None:
     """Found by the fuzzer: such a graph was read, and could not be written."""
     damaged = b"\xe9" + name.encode()[1:]
     model.write_bytes(model.read_bytes().replace(name.encode(), damaged))
-    assert refusal(lambda: load_graph(model)) == f"{model}: holds the name {damaged!r}, which is no UTF-8; refuse it"
+    assert (
+        refusal(lambda: load_graph(model)) == f"{model}: holds the name {damaged!r}, which is no UTF-8; do not use it"
+    )
 
 
 def test_bodies_are_not_nested_without_end(model: Path) -> None:
@@ -333,7 +335,7 @@ def test_bodies_are_not_nested_without_end(model: Path) -> None:
         )
     edit_graph(model.parent, lambda proto: proto.graph.node.extend(body.node))
     assert refusal(lambda: load_graph(model)) == (
-        f"{model}: has bodies nested more than {graph_file.DEEPEST} deep; is it a decoder?"
+        f"{model}: has subgraphs nested more than {graph_file.DEEPEST} deep; is it a decoder?"
     )
 
 
@@ -346,18 +348,21 @@ def test_a_tensor_holds_what_it_says(model: Path) -> None:
         ),
     )
     assert refusal(lambda: load_graph(model)) == (
-        f"{model}: tensor 'big' says [1048576, 1048576] and holds 4 bytes; it is damaged, refuse it"
+        f"{model}: tensor 'big' says [1048576, 1048576] and holds 4 bytes; it is damaged, do not use it"
     )
 
 
 @pytest.mark.parametrize(
     ("tensor", "sentence"),
     [
-        (TensorProto(name="t", dims=[-1], data_type=1), "tensor 't' has a negative dimension [-1]; refuse it"),
-        (TensorProto(name="t", dims=[1], data_type=99, raw_data=b"1"), "tensor 't' has no known dtype (99); refuse it"),
+        (TensorProto(name="t", dims=[-1], data_type=1), "tensor 't' has a negative dimension [-1]; do not use it"),
+        (
+            TensorProto(name="t", dims=[1], data_type=99, raw_data=b"1"),
+            "tensor 't' has no known dtype (99); do not use it",
+        ),
         (
             TensorProto(name="t", dims=[9], data_type=1, float_data=[1]),
-            "tensor 't' says [9] and holds 1 numbers; it is damaged, refuse it",
+            "tensor 't' says [9] and holds 1 numbers; it is damaged, do not use it",
         ),
     ],
 )
@@ -389,7 +394,7 @@ def test_an_engine_inside_a_graph_is_refused(model: Path) -> None:
     )
     edit_graph(model.parent, lambda proto: proto.graph.node.append(node))
     assert refusal(lambda: load_graph(model)) == (
-        f"{model}: node 'engine' holds an engine that somebody else compiled (EPContext); start from the graph"
+        f"{model}: node 'engine' contains a third-party compiled engine (EPContext); start from the graph"
     )
 
 
@@ -398,7 +403,7 @@ def test_a_library_that_a_config_names_is_refused(tmp_path: Path) -> None:
     config = '{"model": {"decoder": {"filename": "model.onnx", "session_options": {"custom_ops_library": "op.so"}}}}'
     (tmp_path / "m" / "genai_config.json").write_text(config)
     assert refusal(lambda: open_package(tmp_path / "m")) == (
-        f"{tmp_path / 'm' / 'genai_config.json'}: loads a library of its own ('op.so'), which is code; refuse it, "
+        f"{tmp_path / 'm' / 'genai_config.json'}: loads a library of its own ('op.so'), which is code; do not use it, "
         "or remove custom_ops_library"
     )
 

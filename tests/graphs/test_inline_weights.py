@@ -171,13 +171,13 @@ def tampered(path: Path, change: Callable[[onnx.TensorProto], None]) -> str:
 def test_a_tensor_of_another_size_is_refused(path: Path) -> None:
     name = onnx.load(path).graph.initializer[0].name
     said = tampered(path, lambda tensor: tensor.dims.__setitem__(0, 17))
-    assert said == f"{path}: tensor {name!r} says [17, 16] and holds 1024 bytes; it is damaged, refuse it"
+    assert said == f"{path}: tensor {name!r} says [17, 16] and holds 1024 bytes; it is damaged, do not use it"
 
 
 def test_numbers_in_two_forms_are_refused(path: Path) -> None:
     name = onnx.load(path).graph.initializer[0].name
     said = tampered(path, lambda tensor: tensor.float_data.append(1.0))
-    assert said == f"{path}: tensor {name!r} has its numbers in several forms, and readers differ; refuse it"
+    assert said == f"{path}: tensor {name!r} has its numbers in several forms, and readers differ; do not use it"
 
 
 def test_a_file_that_names_itself_as_external_data_is_refused(path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_file_that_names_itself_as_external_data_is_refused(path: Path) -> Non
             entry = tensor.external_data.add()
             entry.key, entry.value = key, value
 
-    assert tampered(path, refer).endswith("which is no file for weights; refuse it")
+    assert tampered(path, refer).endswith("which is no file for weights; do not use it")
 
 
 def test_numbers_are_read_from_the_file(path: Path) -> None:

@@ -148,8 +148,8 @@ def test_a_layer_of_cross_attention_is_a_layer(declared: int | None) -> None:
 
 def test_the_encoders_layers_are_not_counted() -> None:
     assert refusal(bart(), 6) == (
-        "the config says 6 layers, the graph's residual stream shows 3 with self-attention and 3 with cross attention alone; "
-        "check that config.json belongs to this graph"
+        "the config declares 6 layers, the graph's residual stream shows 3 with self-attention and 3 with cross attention "
+        "alone; check that config.json belongs to this graph"
     )
 
 
@@ -205,7 +205,7 @@ def test_blocks_in_another_order_are_refused() -> None:
 
 
 def test_a_count_without_a_list_does_not_make_blocks_of_sums() -> None:
-    assert "the config says 5 layers, the graph's residual stream shows 2" in refusal(blocks(*NEMOTRON), 5)
+    assert "the config declares 5 layers, the graph's residual stream shows 2" in refusal(blocks(*NEMOTRON), 5)
 
 
 # Behind the sum

@@ -100,7 +100,7 @@ def test_a_calibration_is_kept(folder: Path) -> None:
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
     assert refusal(lambda: read_manifest(tmp_path)) == (
-        f"{tmp_path}: has no guard.json, so nothing says that it is guarded; export it first"
+        f"{tmp_path}: has no guard.json, so it is not a guarded folder; export it first"
     )
 
 

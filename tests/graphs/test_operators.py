@@ -62,7 +62,10 @@ def test_a_layer_count_that_an_unknown_operator_makes_uncertain_is_not_guessed(t
         "number of layers, beside the graph"
     )
     said = refusal(half, tmp_path, {"num_hidden_layers": 2})
-    assert "and without it no decoder is found (the config says 2 layers, the graph's residual stream shows 1 (" in said
+    assert (
+        "and without it no decoder is found (the config declares 2 layers, the graph's residual stream shows 1 ("
+        in said
+    )
 
 
 def test_a_config_that_agrees_makes_an_unknown_operator_harmless(tmp_path: Path) -> None:

@@ -358,7 +358,7 @@ def test_a_part_of_a_genai_config_that_names_no_file_is_none(tmp_path: Path, par
 def test_a_genai_config_that_leads_outside_is_refused(tmp_path: Path, part: str, name: str) -> None:
     root = genai(tmp_path / "inner", {"decoder": DECODER_PART, part: {"filename": name}})
     assert refusal(lambda: open_package(root)) == (
-        f"{root}: names a file outside itself ({name}); refuse it, or fix genai_config.json"
+        f"{root}: names a file outside itself ({name}); do not use it, or fix genai_config.json"
     )
 
 
@@ -477,7 +477,7 @@ def test_missing_external_data_is_refused(tmp_path: Path) -> None:
     assert refusal(lambda: external_files(path)) == sentence
     data.mkdir()
     assert refusal(lambda: load_graph(path)) == (
-        f"{path}: its external data model.onnx.data is no regular file; refuse it"
+        f"{path}: its external data model.onnx.data is no regular file; do not use it"
     )
 
 
@@ -514,7 +514,7 @@ def test_external_data_outside_the_folder_is_refused(tmp_path: Path, location: s
     (tmp_path / "outside.data").write_bytes(b"\0" * 4096)
     edit_external(path, location=location)
     sentence = refusal(lambda: load_graph(path))
-    assert sentence == (f"{path}: keeps weights outside its folder ({location}); refuse it, or move them beside it")
+    assert sentence == (f"{path}: keeps weights outside its folder ({location}); do not use it, or move them beside it")
 
 
 def test_weights_of_a_body_are_external_data_too(tmp_path: Path) -> None:
@@ -694,5 +694,5 @@ def test_a_transformers_export_without_a_decoder_is_refused(tmp_path: Path) -> N
 def test_a_transformers_export_that_leads_outside_is_refused(tmp_path: Path) -> None:
     root = exported(tmp_path / "m", model="../model.onnx")
     assert refusal(lambda: open_package(root)) == (
-        f"{root}: names a file outside itself (../model.onnx); refuse it, or fix export.json"
+        f"{root}: names a file outside itself (../model.onnx); do not use it, or fix export.json"
     )

@@ -64,7 +64,7 @@ def test_what_is_not_there_is_refused_in_one_line(tmp_path: Path) -> None:
         (
             lambda: require_guarded_folder(tmp_path),
             ManifestMismatch,
-            f"{tmp_path}: has no guard.json, so nothing says that it is guarded; export it first",
+            f"{tmp_path}: has no guard.json, so it is not a guarded folder; export it first",
         ),
         (lambda: require_file(tmp_path, "no such file"), GuardError, f"{tmp_path}: is a folder; give a file"),
         (lambda: require_file(tmp_path / "k", "no such key"), GuardError, f"{tmp_path / 'k'}: no such key"),

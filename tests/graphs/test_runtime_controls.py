@@ -506,7 +506,7 @@ def refusal(model: ir.Model | None = None, **wish: Any) -> str:
     return str(raised.value)
 
 
-NO_SCORE = "mode project has no gate, so there is no score to tell; leave --telemetry out"
+NO_SCORE = "mode project has no gate, so there is no score to output; leave --telemetry out"
 NO_GATE = "mode project has no gate to hold; leave --gate out, or choose restore, combined or steer"
 
 
@@ -534,7 +534,7 @@ def test_a_lowering_that_a_knob_cannot_reach_has_none(lowering: str) -> None:
 def test_knobs_are_refused_for_tensorrt() -> None:
     assert refusal(knobs=True, target="tensorrt") == (
         "knobs are refused for TensorRT: an engine has no inputs with defaults, so every caller would have to feed them, and "
-        "whoever feeds them can switch the guard off; leave --knobs out"
+        "any caller could switch the guard off; leave --knobs out"
     )
 
 
@@ -553,10 +553,10 @@ def test_an_unknown_gate_is_refused() -> None:
 def test_the_plan_says_who_can_switch_the_guard_off() -> None:
     plan = guarded("restore", **dials_of("restore")).plan
     assert plan.notes[-2:] == (
-        "knobs vlmguard.strength, vlmguard.threshold_offset: inputs with defaults; whoever feeds the graph can switch the "
+        "knobs vlmguard.strength, vlmguard.threshold_offset: inputs with defaults; callers can switch the "
         "guard off with them, so for untrusted callers leave --knobs out",
         "gate prompt: decided at the end of the prompt (vlmguard.past_gate below 0), then held; an app carries "
-        "vlmguard.present_gate there, and whoever feeds it decides",
+        "vlmguard.present_gate there, and the caller who feeds it decides",
     )
     told = plan.to_json()
     assert (told["gate"], told["knobs"], told["telemetry"]) == ("prompt", [STRENGTH_INPUT, OFFSET_INPUT], True)

@@ -147,7 +147,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"mode": "erase"}, "mode 'erase' is unknown; choose one of project, steer, supervise, restore, combined, align"),
     ({"mode": ""}, "mode '' is unknown; choose one of project, steer, supervise, restore, combined, align"),
     ({"positions": "first"}, "positions 'first' is unknown; choose one of all, last, prompt"),
-    ({"layers": ()}, "the list of layers is empty; name at least one layer, or say auto"),
+    ({"layers": ()}, "the list of layers is empty; name at least one layer, or use auto"),
     ({"rank": 0}, "rank 0 is out of range; choose 1 to 64"),
     ({"rank": 65}, "rank 65 is out of range; choose 1 to 64"),
     ({"rank": -1}, "rank -1 is out of range; choose 1 to 64"),

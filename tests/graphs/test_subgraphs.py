@@ -110,7 +110,7 @@ def test_branches_that_disagree_are_refused() -> None:
 
 def test_a_count_that_is_not_the_configs_is_refused_by_branch() -> None:
     assert refusal(merged(layers=2, hidden=False), 3) == (
-        "else_branch of the If 'either': the config says 3 layers, the graph's residual stream shows 2 "
+        "else_branch of the If 'either': the config declares 3 layers, the graph's residual stream shows 2 "
         "(else_branch_layer_0_sum to else_branch_layer_1_sum); check that config.json belongs to this graph, and "
         "that no layer was left out of it"
     )

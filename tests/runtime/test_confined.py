@@ -55,7 +55,7 @@ def test_what_takes_too_long_is_ended_and_the_next_job_is_answered(pool: Confine
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit a process's memory")
 def test_what_wants_too_much_memory_is_ended_and_the_next_job_is_answered(pool: ConfinedPool) -> None:
-    with pytest.raises(ConfinedFailure, match=r"^it wants more than 512 MiB of memory$"):
+    with pytest.raises(ConfinedFailure, match=r"^it needs more than 512 MiB of memory$"):
         render(pool, EXPLODING["center"])
     assert pool._idle == [] and render(pool) == "hello"
 
@@ -199,7 +199,7 @@ def test_a_progressive_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> N
 def test_a_picture_that_takes_too_long_or_too_much_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.BytesIO()
     Image.new("RGB", (7000, 7000)).save(file, "PNG")
-    for limits, reason in (((0.01, 2048), "takes more than 0.01 s"), ((10, 300), "wants more than 300 MiB of memory")):
+    for limits, reason in (((0.01, 2048), "takes more than 0.01 s"), ((10, 300), "needs more than 300 MiB of memory")):
         if limits[1] == 300 and sys.platform != "linux":
             continue
         small = ConfinedPool(limits[0], limits[1] * MEBIBYTE, "images.picture_files")

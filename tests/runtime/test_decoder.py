@@ -199,7 +199,7 @@ def test_a_graph_without_text_is_refused() -> None:
 
 def test_an_input_that_nobody_can_give_is_refused() -> None:
     assert refusal("input_ids", "cache_position") == (
-        "the decoder wants an input 'cache_position' that is not known; export it in a standard layout, or give example "
+        "the decoder has an unknown input 'cache_position'; export it in a standard layout, or give example "
         "inputs with --proof-inputs"
     )
 
@@ -212,8 +212,8 @@ def test_a_cache_that_no_output_refills_is_refused() -> None:
 
 def test_a_cache_of_unknown_size_is_refused() -> None:
     assert refusal("input_ids", *CACHE, cache_shape=(None, None, None, SIZE)) == (
-        "cache input 'past_key_values.0.key' has shape (None, None, None, 4) and no config says how many heads of what "
-        "size; put the model's config.json beside it"
+        "cache input 'past_key_values.0.key' has shape (None, None, None, 4) and no config has the number and size of "
+        "heads; put the model's config.json beside it"
     )
 
 

@@ -103,7 +103,7 @@ def test_an_added_graph_is_refused(folder: Path, name: str) -> None:
 
 def test_a_folder_without_a_manifest_is_refused(folder: Path) -> None:
     (folder / "guard.json").unlink()
-    assert refusal(folder) == (f"{folder}: has no guard.json, so nothing says that it is guarded; export it first")
+    assert refusal(folder) == (f"{folder}: has no guard.json, so it is not a guarded folder; export it first")
 
 
 def test_a_manifest_of_another_schema_is_refused(folder: Path) -> None:

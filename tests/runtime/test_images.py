@@ -344,7 +344,7 @@ def test_image_tokens(tmp_path: Path, processor: dict, vision: dict, strategy: s
 def test_image_tokens_that_cannot_be_counted(tmp_path: Path) -> None:
     pixels = np.zeros((1, 3, 28, 28), np.float32)
     assert refusal(lambda: image_token_count(tmp_path, pixels), ModelUnreadable) == (
-        f"{tmp_path}: neither processor_config.json nor config.json says num_additional_image_tokens, patch_size, "
+        f"{tmp_path}: neither processor_config.json nor config.json contains num_additional_image_tokens, patch_size, "
         "vision_feature_select_strategy; copy both configs of the model into this folder"
     )
     facts = {"patch_size": 0, "vision_feature_select_strategy": "full", "num_additional_image_tokens": 1}

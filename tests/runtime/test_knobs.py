@@ -147,7 +147,7 @@ def test_scores_are_refused_where_none_are_told(guarded: Guarded) -> None:
     assert next(iter(vlm.steps([Request(HARMFUL)]))).gate_scores is None
     with pytest.raises(GuardError) as caught:
         vlm.generate_scored(HARMFUL)
-    assert str(caught.value) == "the model does not tell its gates' scores; export it again with --telemetry"
+    assert str(caught.value) == "the model does not output its gates' scores; export it again with --telemetry"
 
 
 # ------------------------------------------------------------------------------------------------------------- held gates
