@@ -974,7 +974,7 @@ def test_a_bug_of_ours_keeps_its_traceback(run: Callable[..., Ran], monkeypatch:
     """Only what the user handed us is put into one line."""
     from vlmguard.exporter import pipeline
 
-    def buggy(*_: Any) -> None:
+    def buggy(*_: Any, **__: Any) -> None:
         raise AssertionError("a bug")
 
     monkeypatch.setattr(pipeline, "inspect", buggy)
