@@ -161,7 +161,7 @@ Ray = Annotated[
     cluster(
         "--ray",
         help="Ray cluster that runs the batches: auto (this machine's), HOST:PORT, or local (starts one). "
-        "(default: this process alone; needs vlmguard[ray])",
+        "(default: this process alone; extra: ray)",
         metavar="ADDRESS",
     ),
 ]

@@ -48,7 +48,10 @@ def read_graph_file(path: Path, trust_links: bool = False) -> tuple[onnx.ModelPr
     parsed = _PARSED.get(path, _parse)
     # Every time: files beside the graph may have changed.
     require_external_data(path, parsed.external, trust_links)
-    return parsed.proto, parsed.places
+    # A copy: onnx_ir's tensors are views of the protobuf, and renaming one renames it there.
+    proto = type(parsed.proto)()
+    proto.CopyFrom(parsed.proto)
+    return proto, parsed.places
 
 
 @dataclass(frozen=True)

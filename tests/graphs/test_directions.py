@@ -300,7 +300,7 @@ METADATA: list[tuple[str, Any, str]] = [
     ("recommended_layers", "3", "layers [3] are recommended but have no ssd"),
     ("recommended_layers", "2,5,9", "layers [5, 9] are recommended but have no ssd"),
     ("width", "15", "layers.2.ssd has shape (2, 16), expected 1 to 64 rows of width 15"),
-    ("width", "0", "directions say width 0; expected the decoder's hidden size"),
+    ("width", "0", "directions have width 0; expected the decoder's hidden size"),
     (
         "width",
         "wide",
@@ -429,7 +429,7 @@ def test_any_damage_is_one_sentence_or_harmless(
         ({"width": 16, "layers": {}}, "directions hold no layers; extract them again"),
         (
             {"width": -1, "layers": {0: LayerDirections(orthonormal(1))}},
-            "directions say width -1; expected the decoder's hidden size",
+            "directions have width -1; expected the decoder's hidden size",
         ),
         (
             {"width": 16, "layers": {0: LayerDirections(orthonormal(1))}, "recommended_layers": (1,)},

@@ -121,6 +121,17 @@ def test_a_default_export_parses_its_decoder_at_most_four_times(
     assert "config.json" in present and set(present.values()) == {1}
 
 
+def test_a_renamed_weight_keeps_its_name_in_the_file() -> None:
+    path = SOURCE / "onnx" / "decoder_model_merged.onnx"
+    first = load_graph(path)
+    name = next(iter(first.graph.initializers))
+    tensor = first.graph.initializers[name].const_value
+    assert tensor is not None
+    tensor.name = "renamed"
+    again = load_graph(path).graph.initializers[name].const_value
+    assert again is not None and again.name == name
+
+
 def test_rewriting_leaves_what_was_read_as_it_was(tmp_path: Path) -> None:
     """The next reader of the same file gets the same graph."""
     path = SOURCE / "onnx" / "decoder_model_merged.onnx"
