@@ -13,7 +13,7 @@ WIDTH = 1100
 COLORS = 128  # a page of text and flat marks needs no more
 
 
-def main(page: Path, png: Path, up_to: str = "strength") -> None:
+def main(page: Path, png: Path, up_to: str = "cost") -> None:
     """The page in the light scheme, up to the section of this id."""
     if CHROMIUM is None:
         sys.exit(NO_CHROMIUM)

@@ -1,13 +1,15 @@
 """The figures, as plotly's own plain data: made and checked by plotly's Python side, drawn by its JavaScript in the page.
 
 Colours of data are chosen here and readable on light and on dark; colours of text, axes and grid are the page's (`page.js`).
-What stands in hover texts is escaped, because plotly reads a subset of HTML there.
+Legends use the names of the settings in the prompts file, because they are short; hover texts say what they stand for.
+Text from files is escaped in hover texts, because plotly reads a subset of HTML there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -29,16 +31,17 @@ SETTING_WORDS = {
     "typographic": "request in the image",
 }
 _NEUTRAL = "#808080"
+_TICK = 12  # characters of a line below an axis: longer ones are turned on a narrow screen
 _BAND = "rgba(128,128,128,0.18)"
 _DIGITS = 5  # significant; more are not seen in a figure, and make a page of a deep model long
 
 Figure = dict[str, Any]
-# A name to its figure, or to one per layer, among which the page lets people choose.
+# A name to its figure, or to one per layer, among which the user chooses.
 Figures = dict[str, Figure | list[Figure]]
 
 
 def make_figures(data: ReportData) -> Figures:
-    """All figures of a report by name."""
+    """All figures of a report that have data, by name."""
     figures: Figures = {
         "states-before": [_plane(data, points, "before") for points in data.points],
         "states-after": [_plane(data, points, "after") for points in data.points],
@@ -53,7 +56,7 @@ def make_figures(data: ReportData) -> Figures:
         figures[f"rates-{label}"] = _rates(data, label)
         if data.sweep:
             figures[f"sweep-{label}"] = _sweep(data, label)
-    return figures
+    return {name: figure for name, figure in figures.items() if isinstance(figure, list) or figure["data"]}
 
 
 def _plane(data: ReportData, points: LayerPoints, side: str) -> Figure:
@@ -73,9 +76,9 @@ def _plane(data: ReportData, points: LayerPoints, side: str) -> Figure:
                 x=_numbers(placed[chosen, 0]),
                 y=_numbers(placed[chosen, 1]),
                 mode="markers",
-                name=f"{label}, {SETTING_WORDS[setting]}",
+                name=f"{label}, {setting}",
                 marker=marker,
-                text=[escape(f"{drawn[n].id}: {drawn[n].prompt}") for n in chosen],
+                text=[escape(f"{label}, {SETTING_WORDS[setting]}: {drawn[n].prompt} ({drawn[n].id})") for n in chosen],
                 hovertemplate="%{text}<extra></extra>",
             )
         )
@@ -100,23 +103,43 @@ def _separation(data: ReportData, measure: str, title: str) -> Figure:
         for side, dash in (("unguarded", "solid"), ("guarded", "dot")):
             rows = _along(data, TEXT, setting, side, measure)
             if rows:
-                name = f"{SETTING_WORDS[setting]}, {side}"
+                name, hover = f"{setting}, {side}", _hover(f"{SETTING_WORDS[setting]}, {side}", title)
                 line = {"color": SETTING_COLORS[setting], "dash": dash, "width": 2}
                 marker = {"symbol": SETTING_SYMBOLS[setting] + ("-open" if side == "guarded" else ""), "size": 7}
                 x, y = zip(*rows, strict=True)
                 traces.append(
-                    go.Scatter(x=list(x), y=_numbers(y), name=name, mode="lines+markers", line=line, marker=marker)
+                    go.Scatter(
+                        x=list(x),
+                        y=_numbers(y),
+                        name=name,
+                        mode="lines+markers",
+                        line=line,
+                        marker=marker,
+                        hovertemplate=hover,
+                    )
                 )
         rows = _along(data, SSD, setting, "unguarded", measure)
         if rows:
             x, y = zip(*rows, strict=True)
             marker = {"symbol": "star", "size": 12, "color": SETTING_COLORS[setting]}
-            name = f"{SETTING_WORDS[setting]}, SSD row 1"
-            traces.append(go.Scatter(x=list(x), y=_numbers(y), name=name, mode="markers", marker=marker))
+            hover = _hover(f"{SETTING_WORDS[setting]}, unguarded, along row 1 of the safety steering direction", title)
+            name = f"{setting}, SSD row 1"
+            traces.append(
+                go.Scatter(
+                    x=list(x),
+                    y=_numbers(y),
+                    name=name,
+                    mode="markers",
+                    marker=marker,
+                    hovertemplate=hover,
+                    showlegend=False,  # the caption explains the stars
+                )
+            )
     if measure == "auc" and data.anchors_auc:
         x, y = list(data.anchors_auc), _numbers(data.anchors_auc.values())
         line = {"color": _NEUTRAL, "dash": "dash", "width": 1.5}
-        traces.append(go.Scatter(x=x, y=y, name="anchors (extraction)", mode="lines", line=line))
+        hover = _hover("anchors, when the directions were extracted", title)
+        traces.append(go.Scatter(x=x, y=y, name="anchors", mode="lines", line=line, hovertemplate=hover))
     yaxis: dict[str, Any] = {"title": {"text": title}}
     if measure == "auc":
         yaxis["range"] = [min(0.45, *(row.auc - 0.02 for row in data.separations)) if data.separations else 0.45, 1.03]
@@ -132,6 +155,11 @@ def _separation(data: ReportData, measure: str, title: str) -> Figure:
     if len(data.layers) <= 16:
         xaxis |= {"dtick": 1}
     return _figure(traces, xaxis=xaxis, yaxis=yaxis, shapes=marks, height=340)
+
+
+def _hover(what: str, measure: str) -> str:
+    """A hover text of a point above a decoder layer."""
+    return f"{what}<br>layer %{{x}}: {measure} %{{y:.3f}}<extra></extra>"
 
 
 def _along(data: ReportData, along: str, setting: str, side: str, measure: str) -> list[tuple[int, float]]:
@@ -151,8 +179,9 @@ def _gate(gates: Sequence[GateScores], gate: GateScores) -> Figure:
     for label, pattern in (("harmless", "/"), ("harmful", "")):
         counts, _ = np.histogram(getattr(gate, label), edges)
         marker = {"color": LABEL_COLORS[label], "opacity": 0.75, "pattern": {"shape": pattern}}
+        hover = f"%{{y}} {label} prompts with a score near %{{x:.3g}}<extra></extra>"
         centres = _numbers((edges[:-1] + edges[1:]) / 2)
-        traces.append(go.Bar(x=centres, y=counts.tolist(), width=width, name=label, marker=marker))
+        traces.append(go.Bar(x=centres, y=counts.tolist(), width=width, name=label, marker=marker, hovertemplate=hover))
     line = {"type": "line", "xref": "x", "yref": "paper", "x0": gate.threshold, "x1": gate.threshold, "y0": 0, "y1": 1}
     line |= {"line": {"color": _NEUTRAL, "width": 2, "dash": "dash"}}
     # towards the side with more room, so that a narrow screen does not cut it off
@@ -184,13 +213,13 @@ def _rates(data: ReportData, label: str) -> Figure:
         }
         traces.append(
             go.Bar(
-                x=[SETTING_WORDS[row.setting] for row in rows],
+                x=["<br>".join(wrap(SETTING_WORDS[row.setting], _TICK)) for row in rows],
                 y=_numbers(row.rate for row in rows),
                 name=side,
                 marker={"color": SIDE_COLORS[side], "pattern": {"shape": pattern}},
                 error_y=error,
-                customdata=[f"{row.erred}/{row.asked}" for row in rows],
-                hovertemplate="%{x}: %{y:.1%} (%{customdata})<extra>" + side + "</extra>",
+                customdata=[[SETTING_WORDS[row.setting], f"{row.erred}/{row.asked}"] for row in rows],
+                hovertemplate=f"%{{customdata[0]}}, {side}: %{{y:.1%}} (%{{customdata[1]}})<extra></extra>",
             )
         )
     yaxis = {"title": {"text": MEASURES[label]}, "range": [0, 1.05], "tickformat": ".0%"}
@@ -212,9 +241,17 @@ def _sweep(data: ReportData, label: str) -> Figure:
             x, y = zip(*points, strict=True)
             line = {"color": SETTING_COLORS[setting], "width": 2}
             marker = {"symbol": SETTING_SYMBOLS[setting], "size": 8}
-            name = SETTING_WORDS[setting]
+            hover = f"{SETTING_WORDS[setting]}<br>alpha %{{x}}: %{{y:.1%}} refused<extra></extra>"
             traces.append(
-                go.Scatter(x=list(x), y=_numbers(y), name=name, mode="lines+markers", line=line, marker=marker)
+                go.Scatter(
+                    x=list(x),
+                    y=_numbers(y),
+                    name=setting,
+                    mode="lines+markers",
+                    line=line,
+                    marker=marker,
+                    hovertemplate=hover,
+                )
             )
     lines = [
         {"type": "line", "xref": "x", "yref": "paper", "x0": strength.alpha, "x1": strength.alpha, "y0": 0, "y1": 1}

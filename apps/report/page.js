@@ -3,7 +3,7 @@
 (() => {
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const config = { displayModeBar: false };
-  const LEGEND_ROW = 20, NARROW = 460; // pixels
+  const LEGEND_ROW = 20, LEGEND_MARK = 48, LEGEND_LETTER = 7.5, MARGINS = 80; // pixels
 
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -11,8 +11,11 @@
   function themed(figure, width) {
     const copy = structuredClone(figure.layout);
     const axis = { gridcolor: color("--grid"), zerolinecolor: color("--grid"), linecolor: color("--grid"), automargin: true };
-    const columns = width < NARROW ? 1 : 2;
-    const rows = Math.ceil(figure.data.length / columns);
+    // as many columns as the longest entry allows: plotly cuts entries that are longer than their column
+    const names = figure.data.filter((trace) => trace.showlegend !== false).map((trace) => trace.name);
+    const column = LEGEND_MARK + LEGEND_LETTER * Math.max(...names.map((name) => name.length));
+    const columns = Math.max(1, Math.min(3, names.length, Math.floor((width - MARGINS) / column)));
+    const rows = Math.ceil(names.length / columns);
     copy.legend.entrywidth = 1 / columns;
     for (const name of ["xaxis", "yaxis"]) if (copy[name]?.title) copy[name].title.standoff = 8;
     return Object.assign(copy, {
@@ -39,9 +42,9 @@
 
   for (const control of document.querySelectorAll("input[data-controls]")) {
     const labels = JSON.parse(control.dataset.labels);
-    const told = document.getElementById(control.dataset.told);
+    const output = document.getElementById(control.dataset.output);
     control.addEventListener("input", () => {
-      told.textContent = labels[control.value];
+      output.textContent = labels[control.value];
       control.setAttribute("aria-valuetext", labels[control.value]);
       charts.filter((chart) => chart.dataset.group === control.dataset.controls).forEach(draw);
     });

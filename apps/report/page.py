@@ -18,6 +18,7 @@ from ...graphs.strict_json import to_strict_json
 from . import report_tables
 from .data import ReportData
 from .figures import SETTING_WORDS, make_figures
+from .glossary import MODES, explained
 from .plotly_js import plotly_js
 
 _HERE = Path(__file__).parent
@@ -27,7 +28,7 @@ def make_page(data: ReportData, made: str) -> str:
     """The HTML; the same data and time give the same text.
 
     Args:
-        made: when, as it is shown.
+        made: date and time that the page shows.
     """
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -39,6 +40,8 @@ def make_page(data: ReportData, made: str) -> str:
         made=made,
         tables=report_tables,
         setting_words=SETTING_WORDS,
+        explained=explained,
+        modes=MODES,
         figures=figures,
         figures_json=Markup(in_script(figures)),
         library=Markup(library),
@@ -59,7 +62,7 @@ def in_script(content: Any) -> str:
 def _policy(*scripts: str) -> str:
     digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    # plotly.js writes style elements and attributes, and pictures of its own charts when the user saves one
+    # plotly.js writes style elements and attributes, and images of its own charts when the user saves one
     return (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
         "base-uri 'none'; form-action 'none'"

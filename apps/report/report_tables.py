@@ -1,4 +1,4 @@
-"""What a report says in words and tables: the same data as the figures, for who cannot see them and who wants the numbers."""
+"""The tables and words of a report: the same data as the figures, as numbers and text."""
 
 from __future__ import annotations
 
@@ -8,12 +8,74 @@ from typing import Any
 from ...exporter.evaluation.intervals import Share
 from ...exporter.evaluation.yardstick import Divergence, Gap
 from .data import ReportData
-from .figures import SETTING_WORDS
+from .figures import SETTING_SYMBOLS, SETTING_WORDS
 from .gates import READS
 from .outcomes import Rate
-from .score_separation import TEXT
+from .score_separation import READOUT, SSD, TEXT
 
 Row = list[str]
+NO_GAP = "no gap"
+_NOTHING = "–"
+
+
+def sections(data: ReportData) -> list[tuple[str, str]]:
+    """Id and name of each section that has data."""
+    named = (
+        ("summary", "Summary", True),
+        ("states", "States", True),
+        ("separation", "Separation", data.separations),
+        ("gates", "Gates", data.gates),
+        ("refusals", "Refusals", True),
+        ("strength", "Strength", data.sweep),
+        ("cost", "Cost", True),
+        ("guard", "The guard", True),
+    )
+    return [(id, name) for id, name, shown in named if shown]
+
+
+def gaps_closed(data: ReportData) -> list[tuple[str, str, str, str]]:
+    """Setting, gap closed, its interval, and the refusals that it is computed from; one row per setting with an image."""
+    rows = []
+    for found in data.yardstick.settings:
+        gap = found.gap
+        if gap is None:
+            continue
+        closed = NO_GAP if gap.closed is None else f"{gap.closed:.1%}"
+        interval = "no interval: too few prompts have a gap"
+        if gap.interval is not None:
+            interval = "95% interval: {:.1%} to {:.1%}".format(*gap.interval)
+        counts = (
+            f"of {gap.guarded.of} harmful prompts {gap.text_only.hits} are refused as text only, "
+            f"{gap.unguarded.hits} unguarded, {gap.guarded.hits} guarded"
+        )
+        rows.append((SETTING_WORDS[found.setting], closed, interval, counts))
+    return rows
+
+
+def filled(head: Row, rows: list[Row]) -> tuple[Row, list[Row]]:
+    """The table without the columns that have a value in no row."""
+    kept = [column for column in range(len(head)) if any(row[column] != _NOTHING for row in rows)]
+    return [head[column] for column in kept], [[row[column] for column in kept] for row in rows]
+
+
+def refusal_terms(data: ReportData) -> list[str]:
+    """The terms of the first table: its columns, its settings, and the kinds of prompts that are in it."""
+    rows = yardstick_table(data)
+    kinds = [kind for kind in ("borderline", "harmful only in the picture") if any(row[1] == kind for row in rows)]
+    return ["refused", "extra refusals", "missing refusals", *(SETTING_WORDS[name] for name in data.settings), *kinds]
+
+
+def separation_terms(data: ReportData) -> list[str]:
+    """The terms of the separation charts and their table."""
+    along = {row.along for row in data.separations}
+    anchors = ["anchors"] if data.anchors_auc else []
+    return ["AUC", "d′", "score", *(name for name in (TEXT, SSD, READOUT) if name in along), *anchors]
+
+
+def symbols(data: ReportData) -> str:
+    """Which marker stands for which setting."""
+    named = [f"{SETTING_SYMBOLS[name].partition('-')[0]}: {name} ({SETTING_WORDS[name]})" for name in data.settings]
+    return f"{', '.join(named).capitalize()}."
 
 
 def yardstick_table(data: ReportData) -> list[Row]:
@@ -23,11 +85,11 @@ def yardstick_table(data: ReportData) -> list[Row]:
         setting = SETTING_WORDS[found.setting]
         for row in found.beyond:
             counts = [_share(share.hits, share.of) for share in (row.text_only, row.unguarded, row.guarded)]
-            gap = _gap(found.gap) if row.label == "harmful" and found.gap is not None else "–"
+            gap = _gap(found.gap) if row.label == "harmful" and found.gap is not None else _NOTHING
             rows.append([setting, row.label, *counts, gap, _bounded(row.extra), _bounded(row.missing)])
         if found.in_picture is not None:
             counts = [_share(share.hits, share.of) for share in found.in_picture]
-            rows.append([setting, "harmful only in the picture", "–", *counts, "–", "–", "–"])
+            rows.append([setting, "harmful only in the picture", _NOTHING, *counts, _NOTHING, _NOTHING, _NOTHING])
     return rows
 
 
@@ -46,7 +108,7 @@ def rates_table(data: ReportData) -> list[Row]:
     cells = {(rate.setting, rate.label, rate.side): _rate(rate) for rate in data.rates}
     kinds = [(label, side) for label in ("harmful", "harmless") for side in ("unguarded", "guarded")]
     return [
-        [SETTING_WORDS[setting], *(cells.get((setting, label, side), "–") for label, side in kinds)]
+        [SETTING_WORDS[setting], *(cells.get((setting, label, side), _NOTHING) for label, side in kinds)]
         for setting in data.settings
     ]
 
@@ -97,9 +159,9 @@ def cost_table(data: ReportData) -> list[Row]:
     cost = data.cost
     rows = [
         ["nodes of the decoder", f"{cost.nodes:,}", _added(cost.nodes_added, cost.nodes)],
-        ["bytes of the decoder's numbers", f"{cost.weights:,}", _added(cost.weights_added, cost.weights)],
+        ["bytes of the decoder's weights", f"{cost.weights:,}", _added(cost.weights_added, cost.weights)],
     ]
-    return rows + ([["weights that hold the guard", "–", f"{cost.rewritten} rewritten"]] if cost.rewritten else [])
+    return rows + ([["weights that hold the guard", _NOTHING, f"{cost.rewritten} rewritten"]] if cost.rewritten else [])
 
 
 def engines_table(data: ReportData) -> list[Row]:
@@ -131,7 +193,7 @@ def sites_table(data: ReportData) -> list[Row]:
             str(site["kind"]),
             str(site["rank"]),
             *(_number(site.get(key)) for key in ("tau", "alpha")),
-            ", ".join(map(_number, site["target"])) if site.get("target") else "–",
+            ", ".join(map(_number, site["target"])) if site.get("target") else _NOTHING,
         ]
         for site in data.plan["sites"]
     ]
@@ -197,6 +259,11 @@ def text_changed(data: ReportData) -> str:
     return "no text-only prompts" if changed is None else _bounded(changed)
 
 
+def checks_held(data: ReportData) -> int:
+    """How many checks of the proof held when the folder was written."""
+    return sum(bool(check["ok"]) for check in data.manifest.decoders[0].proof)
+
+
 def _rate(rate: Rate) -> str:
     return f"{_share(rate.erred, rate.asked)}, 95%: {rate.low:.1%} to {rate.high:.1%}"
 
@@ -208,27 +275,27 @@ def _bounded(share: Share) -> str:
 
 def _gap(gap: Gap) -> str:
     if gap.closed is None:
-        return "no gap"
+        return NO_GAP
     between = "no interval" if gap.interval is None else "95%: {:.1%} to {:.1%}".format(*gap.interval)
     return f"{gap.closed:.1%}, {between}"
 
 
 def _nats(found: Divergence | None) -> str:
     if found is None:
-        return "–"
+        return _NOTHING
     low, high = found.interval
     return f"{found.mean:.2g} nats, 95%: {low:.2g} to {high:.2g}; at most {found.highest:.2g}"
 
 
 def _share(count: int, total: int) -> str:
-    return f"{count}/{total} ({count / total:.1%})" if total else "–"
+    return f"{count}/{total} ({count / total:.1%})" if total else _NOTHING
 
 
 def _apart(found: tuple[float, float | None] | None) -> str:
     if found is None:
-        return "–"
+        return _NOTHING
     area, distance = found
-    return f"{area:.3f} / {'–' if distance is None else f'{distance:.2f}'}"
+    return f"{area:.3f} / {_NOTHING if distance is None else f'{distance:.2f}'}"
 
 
 def _added(added: int, total: int) -> str:
@@ -236,7 +303,7 @@ def _added(added: int, total: int) -> str:
 
 
 def _number(value: Any) -> str:
-    return "–" if value is None else f"{float(value):.4g}"
+    return _NOTHING if value is None else f"{float(value):.4g}"
 
 
 def _nested(value: Any) -> bool:

@@ -423,10 +423,14 @@ def test_the_page_leads_with_the_yardstick(pages: Callable[[str], tuple[Path, Re
     text, told = page.read_text(encoding="utf-8"), data.to_json()
     sentence = told["headline"]
     assert sentence.startswith("With an image, harmful requests answered: 100% -> ")
-    summary = text[text.index('<h2 id="summary">') :]
-    places = [
-        summary.index(part) for part in (sentence.replace(">", "&gt;"), "gap closed", "harmful answered, unguarded")
-    ]
+    summary = text[text.index('<p class="headline">') :]
+    parts = (
+        sentence.replace(" -> ", "\u00a0→\u00a0"),
+        "gap closed, blank image",
+        '<h2 id="summary">',
+        "harmful answered, unguarded",
+    )
+    places = [summary.index(part) for part in parts]
     assert places == sorted(places)
     gaps = {row["setting"]: row["gap"] for row in told["yardstick"]["settings"]}
     assert gaps["text"] is None and gaps["blank"]["closed"] == gaps["image"]["closed"] == 1.0
@@ -485,7 +489,7 @@ def _pick_another_layer(browser: Browser) -> None:
     before = browser.value(title)
     browser.page.focus("#pick-states")
     browser.page.keyboard.press("Home")
-    assert browser.value("document.getElementById('told-states').textContent") == "layer 0"
+    assert browser.value("document.getElementById('picked-states').textContent") == "layer 0"
     browser.value("new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")
     assert browser.value(title) != before
     assert browser.said == []
