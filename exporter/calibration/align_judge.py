@@ -195,7 +195,7 @@ class AlignJudge:
         trial: the model.
         texts: the prompts, asked alone.
         tolerance: largest relative difference of logits that is rounding.
-        tell: told how far it is.
+        tell: called with the progress.
     """
 
     trial: AlignTrial

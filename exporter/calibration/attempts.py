@@ -122,20 +122,20 @@ class Choice:
 
     def notes(self) -> list[str]:
         """For the plan."""
-        told = [self.as_text] if self.as_text else []
-        told += [f"--mode auto tried {attempt}" for attempt in self.attempts]
-        told.append(f"--mode auto chose {self.chosen.name}: {self._why()}")
+        notes = [self.as_text] if self.as_text else []
+        notes += [f"--mode auto tried {attempt}" for attempt in self.attempts]
+        notes.append(f"--mode auto chose {self.chosen.name}: {self._why()}")
         beside = [one for one in self.chosen.figures if one.setting != "text"]
         if beside and not any(one.has_gap for one in beside):
             settings = ", ".join(one.setting for one in beside)
-            told.append(
+            notes.append(
                 f"no gap was seen with {settings}: the unguarded model refuses there what it refuses as text; judge the guard "
                 "with images of your own (--calibration-image)"
             )
         modes: dict[str, list[str]] = {}
         for mode, why in self.left_out.items():
             modes.setdefault(why, []).append(mode)
-        return told + [f"--mode auto did not try {', '.join(alike)}: {why}" for why, alike in modes.items()]
+        return notes + [f"--mode auto did not try {', '.join(alike)}: {why}" for why, alike in modes.items()]
 
     def _why(self) -> str:
         if self.chosen.name == "align" and self.chosen.meets:

@@ -58,7 +58,7 @@ def calibrate(
         budget: highest share of harmless prompts refused, in any setting.
         max_new_tokens: length of the answers that are judged.
         readout: what the gate of `restore` reads, a name of `estimators.READOUTS`; `None` chooses.
-        watch: told what is going on.
+        watch: called with the progress.
         is_late: whether to stop trying, and to keep the best so far.
 
     Raises:

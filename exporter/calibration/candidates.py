@@ -107,7 +107,7 @@ def variations(best: Candidate, dial: str, values: Sequence[Any]) -> Iterator[Ca
 
 
 def open_dials(spec: GuardSpec, mode: str, readout: str | None) -> Mapping[str, tuple[Any, ...]]:
-    """The dials of a mode that nobody has decided yet."""
+    """The dials of a mode that are still open."""
     decided = {"alpha": spec.alpha is not None, "threshold": spec.tau is not None, "readout": readout is not None}
     return {name: values for name, values in DIALS[mode].items() if not decided.get(name)}
 

@@ -93,7 +93,7 @@ def choose(
         prompts: calibration prompts, held out from the directions.
         wish: what is decided already.
         source: where the prompts are from.
-        tell: told how far it is.
+        tell: called with the progress.
 
     Raises:
         PromptsUnusable: too few prompts, or harmful ones that the model does not refuse as text.
@@ -239,8 +239,8 @@ def _judged(
     no_fewer = not any(one.weakened for one in beside)
     grows = sum(one.harmful.guarded for one in beside) > sum(one.harmful.unguarded for one in beside)
     means = control is None or control.fails
-    told = [str(control)] if control is not None else []
-    said = [*map(str, beside), *told, "no text answer changed" if unchanged else "text answers changed"]
+    controlled = [str(control)] if control is not None else []
+    said = [*map(str, beside), *controlled, "no text answer changed" if unchanged else "text answers changed"]
     return Attempt(
         name="align",
         layers=place.layers,

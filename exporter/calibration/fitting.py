@@ -228,8 +228,8 @@ def _readout(study: Study, folds: np.ndarray, name: str, layer: int, without: fr
     key = layer, name, without
     if key not in study._readouts:
         used, harmful = ~np.isin(folds, list(without)), study.harmful
-        told = [study.answer_states[int(index)] for index in np.flatnonzero(used & ~harmful)]
-        answers = [states[:, layer] for states in told if len(states)]
+        answered = [study.answer_states[int(index)] for index in np.flatnonzero(used & ~harmful)]
+        answers = [states[:, layer] for states in answered if len(states)]
         states = np.concatenate([study.states[used, layer], *answers])
         labels = np.zeros(len(states), bool)
         labels[: used.sum()] = harmful[used]

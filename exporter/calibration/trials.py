@@ -55,7 +55,7 @@ class TrialModel:
         tapped: bool = False,
     ) -> None:
         self._anatomy, self._rank = anatomy, rank
-        # The trials run here, whoever runs the winner: any lowering computes the same guard.
+        # The trials run here, whatever runtime gets the winner: any lowering computes the same guard.
         self._spec = replace(spec, lowering="auto", target="onnxruntime")
         self._unguarded, graph = model.package.load_decoder(), model.package.load_decoder()
         blank = replace(directions, layers={layer: _any_numbers(directions.layers[layer], rank) for layer in layers})

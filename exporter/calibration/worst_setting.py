@@ -20,7 +20,7 @@ def worst_setting(judge: AlignJudge, tell: Watch) -> Setting | None:
 
     Args:
         judge: which asked nothing under a guard yet.
-        tell: told how far the search is.
+        tell: called with the progress of the search.
     """
     model = judge.trial.model
     if model.images_have_grids or any(len(judge.lost(one)) >= FEWEST_CONTROLLED for one in judge.settings):
