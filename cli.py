@@ -14,7 +14,7 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
@@ -1557,7 +1557,9 @@ def _run(arguments: list[str]) -> NoReturn:
             raise
         line = f"the result cannot be written ({error.strerror}); choose another place for it"
         err.print(f"[red]error:[/red] {line}", highlight=False, soft_wrap=True)
+        stdout: IO[str] | None = sys.stdout
         with contextlib.suppress(OSError, ValueError):  # what is still buffered is not tried again at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if stdout is not None:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         sys.exit(1)
     sys.exit(0)
