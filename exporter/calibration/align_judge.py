@@ -273,6 +273,7 @@ class AlignJudge:
             directions: of the candidate.
             budget: of harmless prompts refused beyond text. A setting beyond it ends the judgement: it is not usable.
         """
+        self._guarded = {}  # a setting that is not reached has no answers of another candidate
         every, ends = range(len(self.judged.texts)), self._ends(directions)
         found = [self._figures("text", every, self._ask("text", directions, ends))]
         for setting in self.settings:

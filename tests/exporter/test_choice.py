@@ -13,7 +13,7 @@ from random_directions import random_directions
 from tiny_vlm_paths import ANCHORS, CALIBRATION, CALIBRATION_SIGNS, SOURCE, Guarded
 
 import vlmguard
-from vlmguard.exporter.calibration import align_trial
+from vlmguard.exporter.calibration import align_judge, align_trial
 from vlmguard.exporter.calibration import choice as choice_module
 from vlmguard.exporter.calibration.align_judge import AlignJudge, Counts, Figures, keeps_budget, keeps_refusals
 from vlmguard.exporter.calibration.align_layers import Where, places_of_align
@@ -429,6 +429,16 @@ def test_a_few_lost_refusals_are_too_few_for_a_control(trial: AlignTrial, candid
             rows[row] = replace(rows[row], refused=True)
         judge._references[setting.name] = rows
     assert judge.control(candidate) is None
+
+
+def test_the_control_is_about_the_candidate_that_was_judged_last(
+    trial: AlignTrial, candidate: Directions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = blank_judge(trial)
+    judge.judge(candidate)
+    monkeypatch.setattr(align_judge, "keeps_budget", lambda figures, budget: len(figures) < 2)
+    assert [one.setting for one in judge.judge(candidate)] == ["text", "blank"]
+    assert list(judge._guarded) == ["text", "blank"]  # nothing of the first judgement is left
 
 
 def test_the_first_token_shows_which_directions_follow_the_text_only_model(
