@@ -118,6 +118,7 @@ real-model: $(VENV)/.full
 	@test -d "$(DATA)" || { echo "DATA is '$(DATA)'; set it to the folder with the public prompt sets" >&2; exit 2; }
 	OMP_NUM_THREADS=2 $(BIN)/python examples/real_model/build.py --data "$(DATA)" --seed $(SEED)
 	OMP_NUM_THREADS=2 $(BIN)/python examples/real_model/measure_guard.py --data "$(DATA)" --seed $(SEED)
+	OMP_NUM_THREADS=2 $(BIN)/python examples/real_model/tradeoff.py --data "$(DATA)" --seed $(SEED)
 	$(BIN)/python examples/real_model/page.py
 
 # docs/report.png: the report of the tiny VLM, in Chromium (Debian's package `chromium`).
