@@ -17,6 +17,7 @@ from .errors import GuardError, ModelUnreadable, first_line
 from .graph_file import LARGEST_FILE, read_graph_file
 from .inline_weights import InFile, referring_proto, total, weights_in_files, whole_pieces
 from .new_files import new_file
+from .read_once import Stamp, stamp_of
 
 GUARD_DATA = ".guard.data"  # what the guard's own external data is called, after the graph's file
 _MOVED_FROM = 1024  # bytes; onnxruntime wants the numbers that shapes depend on inside the graph
@@ -64,17 +65,11 @@ def external_files(path: Path) -> list[Path]:
     Raises:
         ModelUnreadable: the graph cannot be opened.
     """
-    return list(_external_files(path.absolute(), file_stamp(path)))
-
-
-def file_stamp(path: Path) -> tuple[int, int]:
-    """What changes when a file does."""
-    status = path.stat() if path.is_file() else None
-    return (status.st_size, status.st_mtime_ns) if status is not None else (0, 0)
+    return list(_external_files(path.absolute(), stamp_of(path)))
 
 
 @lru_cache(maxsize=64)
-def _external_files(path: Path, stamp: tuple[int, int]) -> tuple[Path, ...]:
+def _external_files(path: Path, stamp: Stamp | None) -> tuple[Path, ...]:
     """Asked for several times in every export, and the answer costs a parse; `stamp` makes a changed file another one."""
     return tuple(sorted({_data_path(path, tensor) for tensor in _external_tensors(load_graph(path, trust_links=True))}))
 

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from .genai_pipeline import stage_files
-from .graph_io import external_files, file_stamp, load_graph
+from .graph_io import external_files, load_graph
 from .json_files import read_json
 from .layer_count import LayerCount, declared_layers
 from .links import require_own
+from .read_once import Stamp, stamp_of
 from .roles import NOTHING_DECLARED, DeclaredNames, InputRoles, declare, declared_by_genai, input_roles
 
 Layout = Literal["onnx-community", "genai", "transformers", "bare", "triton", "engines"]
@@ -173,9 +174,7 @@ class ModelPackage:
     @property
     def roles(self) -> InputRoles:
         """What each input of the decoder is for; a guarded copy of it has the same."""
-        return _roles(
-            self, file_stamp(self.decoder), json.dumps([self.declared_names.names, self.declared_names.states])
-        )
+        return _roles(self, stamp_of(self.decoder), json.dumps([self.declared_names.names, self.declared_names.states]))
 
     def files(self) -> Iterator[tuple[Path, str]]:
         """`(source, path relative to root)` of every file that a guarded copy takes along, the decoders' own not.
@@ -208,6 +207,6 @@ class ModelPackage:
 
 
 @lru_cache(maxsize=16)
-def _roles(package: ModelPackage, stamp: tuple[int, int], declared: str) -> InputRoles:
+def _roles(package: ModelPackage, stamp: Stamp | None, declared: str) -> InputRoles:
     """They are asked for at every opening of the decoder, and the answer costs a parse."""
     return input_roles(package.load_decoder().graph)

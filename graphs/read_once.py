@@ -16,13 +16,13 @@ T = TypeVar("T")
 Stamp = tuple[int, int, int, int, int]
 
 
-def stamp_of(path: Path) -> Stamp:
+def stamp_of(path: Path) -> Stamp | None:
     """Device, inode, size and times of a file: different after any change, also one that keeps the time of modification.
-
-    Raises:
-        OSError: there is no such file.
-    """
-    status = path.stat()
+    `None` if there is no file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
@@ -52,28 +52,18 @@ class ReadOnce(Generic[T]):
         Raises:
             Exception: what `read` raises; nothing is kept then.
         """
-        try:
-            stamp = stamp_of(path)
-        except OSError:
-            return read(path)
+        stamp = stamp_of(path)
         with self._lock:
             kept = self._kept.get(path)
             if kept is not None and kept[0] == stamp:
                 self._kept.move_to_end(path)
                 return kept[1]
         content = read(path)
-        if self.size(content) <= self.largest and _is_unchanged(path, stamp):
+        # A file that changed while it was read is read again next time.
+        if stamp is not None and self.size(content) <= self.largest and stamp_of(path) == stamp:
             with self._lock:
                 self._kept[path] = stamp, content
                 self._kept.move_to_end(path)
                 while len(self._kept) > self.most:
                     self._kept.popitem(last=False)
         return content
-
-
-def _is_unchanged(path: Path, stamp: Stamp) -> bool:
-    """Whether the file still is the one whose stamp was taken before it was read."""
-    try:
-        return stamp_of(path) == stamp
-    except OSError:
-        return False
