@@ -821,9 +821,8 @@ def convert_command(
             say=lambda stage_name: watch(stage_name, 0, 1),
         )
         graphs = len(list(stage.rglob("*.onnx")))
-        if (
-            foreign_file(stage) is not None
-        ):  # files that no layout has: recorded, or --force would not replace the folder
+        if foreign_file(stage) is not None:
+            # files that no layout has: recorded, or --force would not replace the folder
             create_file(stage / WRITTEN_NAME, written_record(stage))
     out.print(f"{escape(str(out_folder))}: {graphs} graphs, [bold]unguarded[/bold]")
     if parity:

@@ -306,12 +306,8 @@ class AlignJudge:
 
     def _unguarded(self, setting: Setting) -> Sequence[Reference]:
         prompts = self._prompts[setting.name] = Prompts(self.trial, setting.requests, self._room)
-        found: dict[int, Reference] = {}
-        for indices, begun in prompts.batches():
-            asked = begun.answer(Guarding(self.trial.neutral), self.texts.tokens)
-            found |= {index: Reference.of(asked, row) for row, index in enumerate(indices)}
-            self.tell(f"asking the unguarded model, {setting.name}", len(found), len(prompts.requests))
-        return [found[index] for index in range(len(found))]
+        label, total = f"asking the unguarded model, {setting.name}", len(setting.requests)
+        return prompts.unguarded(self.texts.tokens, lambda done: self.tell(label, done, total))
 
     def _ends(self, directions: Directions) -> np.ndarray:
         """Coordinates of every text's end along a candidate's rows, `[texts, layers, m]`."""

@@ -7,13 +7,13 @@ vocabulary is a megabyte.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ...runtime.generation import Request
-from .align_trial import AlignTrial, Asked, Begun
+from .align_trial import AlignTrial, Asked, Begun, Guarding
 
 _MEMORY = 256 << 20  # bytes of key/value caches that are kept, for all prompts of a judgement
 _LIKELIEST = 64  # tokens
@@ -55,6 +55,20 @@ class Prompts:
             if number not in self._kept and self.room.takes(begun.size):
                 self._kept[number] = begun
             yield indices, begun
+
+    def unguarded(self, tokens: int, progress: Callable[[int], None]) -> list[Reference]:
+        """The unguarded model on each request, in order.
+
+        Args:
+            tokens: longest answer.
+            progress: called with the number of requests that are answered.
+        """
+        found: dict[int, Reference] = {}
+        for indices, begun in self.batches():
+            asked = begun.answer(Guarding(self.trial.neutral), tokens)
+            found |= {index: Reference.of(asked, row) for row, index in enumerate(indices)}
+            progress(len(found))
+        return [found[index] for index in range(len(found))]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ...graphs.errors import PromptsUnusable
 from ...runtime.generation import Request
 from ..sources import Watch
 from .align_rows import Prompts, Reference, Room
-from .align_trial import AlignTrial, Guarding
+from .align_trial import AlignTrial
 from .judged import JudgedPrompts
 
 FEW_TOKENS, MORE_TOKENS = 8, 32  # of an answer: enough to begin a refusal; where none begins so early
@@ -71,7 +71,7 @@ def ask_alone(trial: AlignTrial, judged: JudgedPrompts, tell: Watch) -> Alone:
         at for setting in judged.settings for at in _clearest([at for at in refused if at in setting.texts], found)
     }
     narrowed = judged.narrowed(sorted(chosen))
-    left = [at for at in range(len(judged.texts)) if at in chosen or at not in set(harmful)]
+    left = [at for at, text in enumerate(judged.texts) if text.kind != "harmful" or at in chosen]
     asked = sum(at in found for at in harmful)
     return Alone(narrowed, [found[at] for at in left], tokens, asked, len(refused))
 
@@ -94,8 +94,10 @@ def _ask(trial: AlignTrial, judged: JudgedPrompts, tokens: int, tell: Watch) -> 
         if all(len(clear & set(setting.texts)) >= _ENOUGH for setting in judged.settings):
             break
         prompts = Prompts(trial, [Request(judged.texts[at].prompt) for at in part], Room(0))
-        for indices, begun in prompts.batches():
-            asked = begun.answer(Guarding(trial.neutral), tokens)
-            found |= {part[index]: Reference.of(asked, row) for row, index in enumerate(indices)}
-            tell("asking the unguarded model, text", len(found), len(judged.texts))
+
+        def progress(done: int, before: int = len(found)) -> None:
+            tell("asking the unguarded model, text", before + done, len(judged.texts))
+
+        answered = prompts.unguarded(tokens, progress)
+        found |= dict(zip(part, answered, strict=True))
     return found

@@ -25,15 +25,9 @@ def worst_setting(judge: AlignJudge, tell: Watch) -> Setting | None:
     model = judge.trial.model
     if model.images_have_grids or any(len(judge.lost(one)) >= FEWEST_CONTROLLED for one in judge.settings):
         return None
-    texts = judge.judged.texts
-    refused = [
-        text.prompt for text, alone in zip(texts, judge.alone, strict=True) if alone.refused and text.kind == "harmful"
-    ]
-    answered = [
-        text.prompt
-        for text, alone in zip(texts, judge.alone, strict=True)
-        if not alone.refused and text.kind == "harmless"
-    ]
+    texts = list(zip(judge.judged.texts, judge.alone, strict=True))
+    refused = [text.prompt for text, alone in texts if text.kind == "harmful" and alone.refused]
+    answered = [text.prompt for text, alone in texts if text.kind == "harmless" and not alone.refused]
     if len(refused) < FEWEST_CONTROLLED:
         return None
     try:
@@ -49,4 +43,4 @@ def worst_setting(judge: AlignJudge, tell: Watch) -> Setting | None:
         return None
     rows = judge.judged.settings[0].texts
     image = found.images[0].features
-    return Setting(NAME, rows, tuple(Request(texts[at].prompt, image) for at in rows))
+    return Setting(NAME, rows, tuple(Request(texts[at][0].prompt, image) for at in rows))
