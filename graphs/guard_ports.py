@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from .lowerings.task import Written
+from .lowerings.task import Written, WrittenWhole
 from .modes import guard_mode
 from .node_builder import NodeBuilder
 from .pairs import SUPERVISOR_KEY
@@ -68,10 +68,10 @@ def supervisor_row(edit: SubgraphEdit, builder: NodeBuilder, planned: SitePlan) 
     return builder.op("supervisor", "Gather", [supervisor, index], axis=1)
 
 
-def keep_outputs(edit: SubgraphEdit, builder: NodeBuilder, written: Written | None) -> None:
+def keep_outputs(edit: SubgraphEdit, builder: NodeBuilder, written: Written | WrittenWhole) -> None:
     """Remember what this layer has to tell, at the last token: coordinates `[batch, 1, m]`, what is of gates `[batch, 1]`."""
     for output in edit.plan.added_outputs:
-        assert written is not None
+        assert isinstance(written, Written), "a guard written as one matrix has no outputs"
         if output == COORDINATES_OUTPUT:
             value = _own_coordinates(edit, builder, written)
         elif output == SCORES_OUTPUT:

@@ -85,8 +85,8 @@ def prove_by_running(
         inputs = paired_inputs(inputs, can_pad(package.load_decoder().graph))
     try:
         return (
-            closed_equals_source(package, staged, plan, inputs, place),
-            *([no_strength_equals_source(package, staged, plan, inputs, place)] if plan.knobs else ()),
+            closed_equals_source(package, staged, plan, report, inputs, place),
+            *([no_strength_equals_source(package, staged, plan, report, inputs, place)] if plan.knobs else ()),
             *([unedited_equals_source(package, staged, plan, inputs, place)] if plan.edits_prompt_end else ()),
             *_states_equal_reference(package, staged, plan, report, inputs, place),
         )
@@ -111,7 +111,7 @@ def _states_equal_reference(
     for setting in _settings(plan):
         graph = load_graph(staged, trust_links=True)
         if setting.forced is not None:
-            force_gates(graph, plan, is_open=setting.forced)
+            force_gates(graph, plan, report, is_open=setting.forced)
         names = tap_guard(graph, plan, report)
         session = place.open(partial(open_decoder, package, graph, folder=staged.parent, given=inputs.given))
         checks.append(_against_reference(session, plan, names, inputs, supervisors, setting, headroom, told))
@@ -294,7 +294,7 @@ def _unedited_tokens(
     if not plan.edits_last:
         return []
     graph = load_graph(staged, trust_links=True)
-    force_gates(graph, plan, is_open=True)
+    force_gates(graph, plan, report, is_open=True)
     names = tap_guard(graph, plan, report)
     session = place.open(lambda: open_decoder(package, graph, optimize=False, folder=staged.parent, given=inputs.given))
     if session.one_token:

@@ -41,7 +41,7 @@ def correction(builder: NodeBuilder, h: ir.Value, task: Task) -> Written:
     if dtype != "float32":
         delta = builder.cast("delta", delta, dtype)
     delta.type, delta.shape = h.type, h.shape
-    return Written(delta, _coordinates(builder, task, c), made)
+    return Written(delta, _coordinates(builder, task, c), made, tuple(rows))
 
 
 def _read(builder: NodeBuilder, name: str, h: ir.Value, row: ir.Value) -> ir.Value:

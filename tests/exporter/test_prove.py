@@ -351,7 +351,7 @@ def test_the_runtimes_own_rounding_is_told_apart_from_the_guards(
     results = {True: optimized, False: plain}
     monkeypatch.setattr(prove_closed, "_compare_runs", lambda *_, optimize: comparison(*results[optimize]))
     staged = stage("restore")
-    check = prove_closed.closed_equals_source(staged.package, staged.decoder, staged.plan, staged.inputs)
+    check = prove_closed.closed_equals_source(staged.package, staged.decoder, staged.plan, staged.report, staged.inputs)
     assert check.ok == ok and words in check.note and check.compared == 100
 
 
