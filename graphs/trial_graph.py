@@ -12,9 +12,10 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
+from .dtypes import IR_DTYPES
 from .lowerings.table import LOWERINGS
 from .lowerings.task import Task
-from .node_builder import IR_DTYPES, PREFIX, NodeBuilder
+from .node_builder import PREFIX, NodeBuilder
 from .plan import GuardPlan, SitePlan
 from .reference import LayerGuard
 from .spec import LARGEST_TAU, MODES_WITH_SUPERVISOR

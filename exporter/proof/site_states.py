@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...graphs.node_builder import NUMPY_DTYPES
+from ...graphs.dtypes import NUMPY_DTYPES
 from ...graphs.reference import NO_SUPERVISOR, LayerGuard
 
 TOKENS = 4

@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from ..call_inputs import CallInputs, call_inputs
 from ..dataflow import skip_norm_bias
-from ..node_builder import IR_DTYPES, PREFIX
+from ..dtypes import IR_DTYPES
+from ..node_builder import PREFIX
 from ..plan import GuardPlan, SitePlan
 from ..rewrite import GuardedSite, GuardReport
 from ..sites import find_node

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmguard.graphs import reference
+from vlmguard.graphs.dtypes import NUMPY_DTYPES
 from vlmguard.graphs.lowerings.gate import LARGEST_HALF_EDIT
 from vlmguard.graphs.lowerings.table import LOWERINGS
-from vlmguard.graphs.node_builder import NUMPY_DTYPES
 from vlmguard.graphs.reference import LayerGuard
 from vlmguard.graphs.spec import MODES, MODES_WITH_SUPERVISOR, POSITIONS, GuardSpec
 
