@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .lowerings.task import Written
+from .modes import guard_mode
 from .node_builder import NodeBuilder
 from .pairs import SUPERVISOR_KEY
 from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan, SitePlan
@@ -91,7 +92,7 @@ def _score(edit: SubgraphEdit, builder: NodeBuilder, written: Written) -> ir.Val
     """The gate's score as others know it, out of the unit that it was read in."""
     made = written.gate
     assert made is not None and edit.ends is not None
-    if edit.plan.mode == "supervise":  # one score per row, whatever the token
+    if guard_mode(edit.plan.mode).decides_by_text:  # one score per row, whatever the token
         return builder.op("score_told", "Squeeze", [made.score, builder.integers(-1)])
     value = builder.op("score_last", "GatherND", [made.score, edit.ends])
     if made.unit == 1.0:

@@ -15,10 +15,11 @@ import onnx_ir as ir
 from .dtypes import IR_DTYPES
 from .lowerings.table import LOWERINGS
 from .lowerings.task import Task
+from .modes import guard_mode
 from .node_builder import PREFIX, NodeBuilder
 from .plan import GuardPlan, SitePlan
 from .reference import LayerGuard
-from .spec import LARGEST_TAU, MODES_WITH_SUPERVISOR
+from .spec import LARGEST_TAU
 
 
 def neutral(plan: GuardPlan) -> GuardPlan:
@@ -71,6 +72,6 @@ def _task(plan: GuardPlan, planned: SitePlan) -> Task:
         plan.mode,
         planned.guard,
         dtype,
-        given if plan.mode in MODES_WITH_SUPERVISOR else None,
+        given if guard_mode(plan.mode).supervisor else None,
         ir.Value(name="selected"),
     )

@@ -9,7 +9,7 @@ from typing import Any
 from ...exporter.evaluation.evaluate import tally
 from ...exporter.extraction.extract import Progress
 from ...exporter.prompts.labelled import LabelledPrompt
-from ...graphs.spec import MODES_WITH_ALPHA
+from ...graphs.modes import guard_mode
 from .questions import thinned
 from .subject import Subject
 
@@ -44,7 +44,7 @@ def sweep_alpha(
     progress: Progress | None = None,
 ) -> list[Strength]:
     """Refusals at each of `ALPHAS` and at the shipped strengths; none where the mode has no strength."""
-    if subject.plan.mode not in MODES_WITH_ALPHA:
+    if not guard_mode(subject.plan.mode).has_alpha:
         return []
     asked = thinned(prompts, _PROMPTS)
     shipped = {guard.alpha for guard in subject.plan.guards}

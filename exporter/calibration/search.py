@@ -13,7 +13,7 @@ from ...runtime.vlm import VisionLanguageModel
 from ..evaluation.evaluate import Tally, tally
 from ..prompts.labelled import LabelledPrompt
 from ..sources import Watch
-from .candidates import Candidate, open_dials, places, variations
+from .candidates import Candidate, open_axes, places, variations
 from .controls import Control, controls_of
 from .fitting import NOTHING, Study, deal_into_folds, fit_gate, fitted_directions, groups_of
 from .ranking import gains, hopeless, is_perfect, keeps_limits, nearest_of, no_winner, ranked, require_a_gap
@@ -111,18 +111,18 @@ class Search:
         raise no_winner(self.trials, self.base_asked, self.mode, self.budget)
 
     def _vary(self) -> None:
-        """From the best so far on, one dial at a time, until it is perfect or the time is up."""
-        for dial, values in open_dials(self.spec, self.mode, self.readout).items():
+        """From the best so far on, one axis at a time, until it is perfect or the time is up."""
+        for axis, values in open_axes(self.spec, self.mode, self.readout).items():
             best = (ranked(self.trials, self.base_asked, self.budget) or nearest_of(self.trials))[0]
             if is_perfect(self.trials):
                 return
-            alternatives = list(variations(best.candidate, dial, values))
+            alternatives = list(variations(best.candidate, axis, values))
             for number, candidate in enumerate(alternatives):
-                self.tell(f"varying the {dial}", number, len(alternatives))
+                self.tell(f"varying the {axis}", number, len(alternatives))
                 if self.is_late():
                     return
                 self._try(candidate)
-            self.tell(f"varying the {dial}", len(alternatives), len(alternatives))
+            self.tell(f"varying the {axis}", len(alternatives), len(alternatives))
 
     def _try(self, candidate: Candidate) -> None:
         """Ask a candidate fold by fold, until all is asked or it cannot win any more."""

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from ..modes import guard_mode
 from ..node_builder import NodeBuilder
 from ..reference import LayerGuard
-from ..spec import MODES_WITH_READOUT
 from .gate import bounded, columns, combined_score, first_told, gate
 from .task import Gate, Task, Written
 
@@ -40,7 +40,7 @@ def correction(builder: NodeBuilder, h: ir.Value, task: Task) -> Written:
         return Written(_write(builder, h, _at(builder, read, task.selected), layer, units, dtype, dtype))
     if dtype != "float32":
         read = builder.cast("read_float32", read, "float32")
-    c = columns(builder, "coordinates", read, 0, layer.rank) if mode in MODES_WITH_READOUT else read
+    c = columns(builder, "coordinates", read, 0, layer.rank) if guard_mode(mode).has_readout else read
     weights, opened = _WEIGHTS[mode](builder, read, c, task, units)
     coordinates = _told(builder, c, units) if task.supervisor is not None else None
     delta = _write(builder, h, _at(builder, weights, task.selected), layer, units, "float32", dtype)
@@ -84,7 +84,7 @@ def _rows(mode: str, layer: LayerGuard, units: _Units) -> np.ndarray:
     rows = layer.ssd.astype(np.float64) * units.c
     if mode == "project":
         return -rows
-    if mode in MODES_WITH_READOUT:
+    if guard_mode(mode).has_readout:
         return np.vstack([rows, layer.readout[None, :].astype(np.float64) * units.score])
     return rows
 

@@ -13,8 +13,9 @@ from typing import NoReturn
 import onnx_ir as ir
 
 from ..errors import GuardError
+from ..modes import MODES
 from ..node_builder import NodeBuilder
-from ..spec import MAX_RANK, MODES, Target
+from ..spec import MAX_RANK, Target
 from . import dense, lowrank, rank1
 from .fold import FOLD
 from .task import Task, Written

@@ -19,6 +19,7 @@ from vlmguard.apps.report.glossary import MODES, TERMS
 from vlmguard.apps.report.page import make_page
 from vlmguard.exporter.prompts.formats import SETTINGS
 from vlmguard.graphs import spec
+from vlmguard.graphs.modes import modes_where
 
 pytest.importorskip("plotly")
 
@@ -129,8 +130,8 @@ def test_texts_alone_have_no_gap() -> None:
 def test_sections_without_data_are_left_out(mode: str) -> None:
     found = outline(report_data(mode))
     expected = ["summary", "states", "separation", "gates", "refusals", "strength", "cost", "guard"]
-    expected = [name for name in expected if name != "gates" or mode in spec.MODES_WITH_GATE]
-    expected = [name for name in expected if name != "strength" or mode in spec.MODES_WITH_ALPHA]
+    expected = [name for name in expected if name != "gates" or mode in modes_where(has_threshold=True)]
+    expected = [name for name in expected if name != "strength" or mode in modes_where(has_alpha=True)]
     assert list(found.sections)[1:] == expected
     links = re.findall(r'<li><a href="#(\w+)">', make_page(report_data(mode), "some day"))
     assert links == expected
