@@ -35,11 +35,7 @@ from vlmguard.graphs.directions import Directions
 from vlmguard.graphs.dtypes import NUMPY_DTYPES
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.lowerings.table import LOWERINGS, choose_lowering
-<<<<<<< HEAD
-=======
 from vlmguard.graphs.modes import MODES, POSITIONS, guard_mode, modes_where
-from vlmguard.graphs.node_builder import NUMPY_DTYPES
->>>>>>> main
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.reference import NO_SUPERVISOR, LayerGuard

@@ -15,11 +15,7 @@ from vlmguard.graphs import reference
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.dtypes import NUMPY_DTYPES
 from vlmguard.graphs.errors import GuardError
-<<<<<<< HEAD
-=======
 from vlmguard.graphs.modes import MODES
-from vlmguard.graphs.node_builder import NUMPY_DTYPES
->>>>>>> main
 from vlmguard.graphs.pairs import reads_pairs
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.strip import strip_guard

@@ -15,11 +15,7 @@ from hand_graphs import merged as merged_decoder
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.dtypes import NUMPY_DTYPES
 from vlmguard.graphs.graph_io import graph_bytes
-<<<<<<< HEAD
-=======
 from vlmguard.graphs.modes import MODES, guard_mode
-from vlmguard.graphs.node_builder import NUMPY_DTYPES
->>>>>>> main
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, GuardPlan
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.rewrite import rewrite
