@@ -17,6 +17,9 @@ HOMES = {
         r"[\"']tensor\((float|double|u?int|bool|\{)|DataType\.FLOAT16: *(np\.|ml_dtypes|\")",
         {"graphs/dtypes.py"},
     ),
+    "the clock": (r"\btime\.(time|gmtime|localtime|strftime)\(|\bdatetime\.(now|utcnow|today)\(", {"graphs/clock.py"}),
+    "what SOURCE_DATE_EPOCH means": (r"environ.*SOURCE_DATE_EPOCH|= \"SOURCE_DATE_EPOCH\"", {"graphs/clock.py"}),
+    "the manifest's writer": (r"\.to_text\(\)\.encode\(\)", {"graphs/manifest.py"}),
 }
 
 
