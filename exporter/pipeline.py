@@ -16,6 +16,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ..graphs.anatomy import DecoderAnatomy, dissect
+from ..graphs.clock import stamp
 from ..graphs.directions import DIRECTIONS_FILE, Directions, directions_bytes
 from ..graphs.errors import AnatomyNotFound, GuardError, ModelUnreadable, ProofFailed
 from ..graphs.graph_io import external_files, load_graph, save_graph
@@ -35,9 +36,8 @@ from ..graphs.staging import require_writable, require_writable_file, staged, wr
 from ..graphs.tensorrt import require_readable
 from ..runtime.decoder_place import DecoderPlace
 from ..runtime.onnxruntime_runner import import_onnxruntime
-from .artifact.guarded_folder import GuardedDecoder, bring_companions, bring_weights, notes_on_files, write_manifest
+from .artifact.guarded_folder import GuardedDecoder, bring_companions, bring_weights, notes_on_files, record_export
 from .artifact.signing import require_key, write_signature
-from .artifact.stamp import stamp
 from .calibration.attempts import Choice
 from .calibration.calibrate import DEFAULT_BUDGET
 from .calibration.guard_config import CONFIG_NAME, GuardConfig, config_of, read_config, require_directions, to_toml
@@ -305,7 +305,7 @@ def export(
             refusals = measured.refusals if measured is not None else None
             if unguarded is not None:
                 refusals = guide.refusals(unguarded, stage, planned[0].plan, allow_no_effect)
-            write_manifest(stage, done, spec, measured, refusals, chosen, digests, tell, stamped, sbom, source.parity)
+            record_export(stage, done, spec, measured, refusals, chosen, digests, tell, stamped, sbom, source.parity)
             _write_config(
                 stage, calibrated, wished, found, spec, planned[0].plan, choice.notes() if choice is not None else ()
             )

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...exporter.artifact.stamp import stamp
 from ...exporter.evaluation.evaluate import evaluate
 from ...exporter.sources import Watch, unwatched
+from ...graphs.clock import now
 from ...graphs.directions import Directions
 from ...graphs.errors import OutputRefused
 from ...graphs.staging import require_writable_file, write_file
@@ -134,4 +134,4 @@ def _anchors_auc(directions: Directions) -> dict[int, float]:
 
 def _now() -> str:
     """Honours SOURCE_DATE_EPOCH, as reproducible builds want it."""
-    return stamp().created.strftime("%Y-%m-%d %H:%M UTC")
+    return now().strftime("%Y-%m-%d %H:%M UTC")

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from ...graphs.anatomy import DecoderAnatomy, dissect
 from ...graphs.errors import GuardError, ManifestMismatch
 from ...graphs.lowerings.fold import FOLD
-from ...graphs.manifest import MANIFEST_NAME, DecoderRecord, Manifest, read_manifest, require_intact
+from ...graphs.manifest import DecoderRecord, Manifest, read_manifest, require_intact, write_manifest
 from ...graphs.package import ModelPackage
 from ...graphs.plan import GuardPlan
 from ...graphs.proof.fold_proof import prove_fold, refolded, writers_orthogonal
@@ -35,7 +35,6 @@ from ...graphs.proof.structure import (
 )
 from ...graphs.rewrite import rewrite
 from ...graphs.spec import GuardSpec
-from ...graphs.staging import write_file
 from ...runtime.guarded import open_guarded_package
 from ..artifact.signing import check_signature
 from ..calibration.calibrate import DEFAULT_BUDGET
@@ -214,7 +213,7 @@ def _finished(folder: Path, manifest: Manifest, checks: Sequence[Check], level: 
     found = Verification(manifest, tuple(checks))
     if level is not None and found.ok and is_more(level.level, manifest.proved):
         manifest = manifest.model_copy(update={"proved": level.level, "proved_because": f"by verify: {level.why}"})
-        write_file(folder / MANIFEST_NAME, manifest.to_text().encode())
+        write_manifest(folder, manifest, replace=True)
     return replace(found, manifest=manifest)
 
 

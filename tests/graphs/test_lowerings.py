@@ -32,10 +32,10 @@ from hand_graphs import (
 from vlmguard.graphs import reference
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import Directions
+from vlmguard.graphs.dtypes import NUMPY_DTYPES
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.lowerings.table import LOWERINGS, choose_lowering
 from vlmguard.graphs.modes import MODES, POSITIONS, guard_mode, modes_where
-from vlmguard.graphs.node_builder import NUMPY_DTYPES
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.reference import NO_SUPERVISOR, LayerGuard
