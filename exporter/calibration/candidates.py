@@ -1,9 +1,9 @@
 """Candidates of a calibration, and the order in which they are tried: a plain sweep, the likeliest first.
 
 1. Single layers at the lowest rank, the best separated first; then higher ranks, then neighbouring pairs.
-2. From the best of these on, one dial at a time: readout, target, origin, strength, threshold, as far as the mode has it.
+2. From the best of these, one axis at a time: readout, target, origin, strength, threshold, as far as the mode has them.
 
-Each dial has a few values. A sampler (optuna) would have to guess at what a sweep of a dozen trials simply tries.
+Each axis has a few values, so a sweep of a dozen trials covers them; a sampler such as optuna would not be faster.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ ASKED_ONCE = "low"
 # harmless prompts too; whether the model then refuses them is decided by answers.
 OVERLAPPING = "tenth"
 
-# What else a mode's formula has, in the order in which it is tried; the first value is where every candidate begins.
-DIALS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+# Per mode: the axes of the search and their values, in the order of the trials. Every candidate starts with the first values.
+SEARCH_AXES: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "restore": {
         "readout": (DEFAULT_READOUT, *(name for name in READOUTS if name != DEFAULT_READOUT)),
         "threshold": ("middle", "low", "high", "tenth", "fifth"),
@@ -69,9 +69,9 @@ class Candidate:
     alpha: float | None = None
 
     def to_json(self, mode: str) -> dict[str, Any]:
-        """Where, and the dials that the mode has."""
-        dials = {name: getattr(self, name) for name in DIALS[mode]}
-        return {"layers": list(self.layers), "rank": self.rank, **dials}
+        """Layers, rank and the values on the mode's search axes."""
+        axes = {name: getattr(self, name) for name in SEARCH_AXES[mode]}
+        return {"layers": list(self.layers), "rank": self.rank, **axes}
 
 
 def places(
@@ -84,11 +84,11 @@ def places(
         available: rows that every layer has.
     """
     ranks = (spec.rank,) if spec.rank is not None else [rank for rank in RANKS if rank <= available]
-    first = next(iter(DIALS[mode].get("threshold", ())), Candidate.threshold)
+    first = next(iter(SEARCH_AXES[mode].get("threshold", ())), Candidate.threshold)
     start = Candidate((), 0, readout or DEFAULT_READOUT, first, alpha=_first_alpha(spec, mode))
 
     def at(layers: tuple[int, ...], rank: int) -> Candidate:
-        overlaps = OVERLAPPING in DIALS[mode].get("threshold", ()) and max(margins[layer] for layer in layers) < 0
+        overlaps = OVERLAPPING in SEARCH_AXES[mode].get("threshold", ()) and max(margins[layer] for layer in layers) < 0
         return replace(start, layers=layers, rank=rank, threshold=OVERLAPPING if overlaps else first)
 
     if spec.layers is not None:
@@ -101,16 +101,16 @@ def places(
     yield from (at(pair, ranks[-1]) for pair in neighbours)
 
 
-def variations(best: Candidate, dial: str, values: Sequence[Any]) -> Iterator[Candidate]:
-    """Step 2: the best so far with one dial elsewhere."""
-    yield from (replace(best, **{dial: value}) for value in values if value != getattr(best, dial))
+def variations(best: Candidate, axis: str, values: Sequence[Any]) -> Iterator[Candidate]:
+    """Step 2: the best candidate so far with another value on one axis."""
+    yield from (replace(best, **{axis: value}) for value in values if value != getattr(best, axis))
 
 
-def open_dials(spec: GuardSpec, mode: str, readout: str | None) -> Mapping[str, tuple[Any, ...]]:
-    """The dials of a mode that are still open."""
+def open_axes(spec: GuardSpec, mode: str, readout: str | None) -> Mapping[str, tuple[Any, ...]]:
+    """The mode's search axes that the spec leaves open."""
     decided = {"alpha": spec.alpha is not None, "threshold": spec.tau is not None, "readout": readout is not None}
-    return {name: values for name, values in DIALS[mode].items() if not decided.get(name)}
+    return {name: values for name, values in SEARCH_AXES[mode].items() if not decided.get(name)}
 
 
 def _first_alpha(spec: GuardSpec, mode: str) -> float | None:
-    return spec.alpha if spec.alpha is not None or "alpha" not in DIALS[mode] else DIALS[mode]["alpha"][0]
+    return spec.alpha if spec.alpha is not None or "alpha" not in SEARCH_AXES[mode] else SEARCH_AXES[mode]["alpha"][0]
