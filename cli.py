@@ -41,6 +41,7 @@ from .exporter.choices import (
 from .exporter.terminal import SafeConsole, show_found, to_json
 from .exporter.usage import App, Group, Interrupted, end_quietly, require_effect
 from .graphs.errors import GuardError
+from .graphs.modes import Mode, Positions
 from .graphs.new_files import Data
 from .graphs.places import (
     CONFIG,
@@ -52,7 +53,7 @@ from .graphs.places import (
     require_guarded_folder,
     require_model,
 )
-from .graphs.spec import Decided, GuardSpec, Mode, Positions, Supervisor, Target, parse_layers
+from .graphs.spec import Decided, GuardSpec, Supervisor, Target, parse_layers
 from .runtime.defaults import MAX_NEW_TOKENS
 from .runtime.tensorrt.backend import BackendName
 

@@ -41,8 +41,9 @@ from vlmguard.exporter.proof.prove import TOLERANCE
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.graph_io import load_graph
 from vlmguard.graphs.layouts import open_package
+from vlmguard.graphs.modes import MODES, Mode, Positions
 from vlmguard.graphs.package import ModelPackage
-from vlmguard.graphs.spec import MODES, GuardSpec, Mode, Positions
+from vlmguard.graphs.spec import GuardSpec
 from vlmguard.graphs.tensorrt import settle_sizes
 from vlmguard.runtime.decoder import DecoderSession, open_decoder
 from vlmguard.runtime.decoder_inputs import PromptBatch

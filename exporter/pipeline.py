@@ -20,6 +20,7 @@ from ..graphs.directions import DIRECTIONS_FILE, Directions, directions_bytes
 from ..graphs.errors import AnatomyNotFound, GuardError, ModelUnreadable, ProofFailed
 from ..graphs.graph_io import external_files, load_graph, save_graph
 from ..graphs.lowerings.fold import FOLD
+from ..graphs.modes import Mode, Positions, guard_mode
 from ..graphs.new_files import Data, create_file
 from ..graphs.operators import hidden_decoder, uncertain_layers
 from ..graphs.package import ModelPackage
@@ -30,7 +31,7 @@ from ..graphs.progress import ProgressCallback, ignore_progress
 from ..graphs.proof.fold_proof import prove_fold
 from ..graphs.proof.structure import Check, prove_structure
 from ..graphs.rewrite import GuardReport, rewrite
-from ..graphs.spec import Decided, GuardSpec, Mode, Positions
+from ..graphs.spec import Decided, GuardSpec
 from ..graphs.staging import require_writable, require_writable_file, staged, write_file
 from ..graphs.tensorrt import require_readable
 from ..runtime.decoder_place import DecoderPlace
@@ -347,8 +348,10 @@ def _write_config(
         create_file(stage / CONFIG_NAME, config_of(calibrated, DIRECTIONS_FILE).encode())
     elif wished is not None:
         create_file(stage / CONFIG_NAME, to_toml(wished.spec, DIRECTIONS_FILE, found).encode())
-    elif plan.mode == "align":
-        spec = replace(spec, mode="align", layers=plan.layers, rank=plan.guards[0].rank, positions="prompt")
+    elif not guard_mode(plan.mode).is_calibrated:
+        spec = replace(
+            spec, mode=guard_mode(plan.mode).name, layers=plan.layers, rank=plan.guards[0].rank, positions="prompt"
+        )
         create_file(stage / CONFIG_NAME, to_toml(spec, DIRECTIONS_FILE, found, comments).encode())
 
 

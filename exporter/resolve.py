@@ -12,11 +12,12 @@ from ..graphs.digests import sha256_file
 from ..graphs.directions import DIRECTIONS_FILE, Directions, read_directions
 from ..graphs.errors import DirectionMismatch, GuardError
 from ..graphs.layouts import open_package
+from ..graphs.modes import guard_mode
 from ..graphs.package import ModelPackage
 from ..graphs.plan import GuardPlan
 from ..graphs.planner import require_fitting
 from ..graphs.progress import ProgressCallback
-from ..graphs.spec import MODES_TOWARD_TEXT, GuardSpec
+from ..graphs.spec import GuardSpec
 from ..runtime.decoder_place import DecoderPlace
 from ..runtime.generation import Request
 from ..runtime.images.vision import unknown_processor
@@ -117,7 +118,7 @@ class Guide:
         path = Path(given) if given is not None else None
         if path is None and anchors is None and calibration is None:
             path = self.find("directions", (DIRECTIONS_FILE,))
-        if self.spec.mode == "align":
+        if self.spec.mode is not None and not guard_mode(self.spec.mode).is_calibrated:
             self._require_no_calibration(calibration)
             if path is None:
                 return self.aligned(anchors), None
@@ -315,7 +316,7 @@ class Guide:
         if reason is None:
             try:
                 found = self._ask_unguarded(path)
-                if mode in MODES_TOWARD_TEXT and all(prompt.setting == "text" for prompt in found.sample.prompts):
+                if guard_mode(mode).toward_text and all(prompt.setting == "text" for prompt in found.sample.prompts):
                     self.not_asked = NOT_COUNTED.format(mode)
                 return found
             except _NotAsked as error:

@@ -10,11 +10,11 @@ from pathlib import Path
 from ..graphs.errors import GuardError, ModelUnreadable, OutputRefused
 from ..graphs.layouts import open_package
 from ..graphs.manifest import MANIFEST_NAME
+from ..graphs.modes import guard_mode
 from ..graphs.package import COMPANIONS, ModelPackage
 from ..graphs.places import is_checkpoint
 from ..graphs.progress import ProgressCallback
 from ..graphs.proof.structure import Check
-from ..graphs.spec import MODES_TOWARD_TEXT
 from ..runtime.vlm import VisionLanguageModel
 from .checkpoints.cache import exported
 from .checkpoints.convert import locate, read_config
@@ -118,7 +118,7 @@ def require_images_for(mode: str | None, model: Path | str) -> None:
     Raises:
         GuardError: the checkpoint is a text-only model.
     """
-    if mode not in MODES_TOWARD_TEXT or not is_checkpoint(model):
+    if mode is None or not guard_mode(mode).toward_text or not is_checkpoint(model):
         return
     if find_family(read_config(locate(model)), str(model)).vision is None:
         raise GuardError(

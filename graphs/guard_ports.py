@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from .lowerings.task import Written
+from .lowerings.task import Written, WrittenWhole
+from .modes import guard_mode
 from .node_builder import NodeBuilder
 from .pairs import SUPERVISOR_KEY
 from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan, SitePlan
@@ -67,10 +68,10 @@ def supervisor_row(edit: SubgraphEdit, builder: NodeBuilder, planned: SitePlan) 
     return builder.op("supervisor", "Gather", [supervisor, index], axis=1)
 
 
-def keep_outputs(edit: SubgraphEdit, builder: NodeBuilder, written: Written | None) -> None:
+def keep_outputs(edit: SubgraphEdit, builder: NodeBuilder, written: Written | WrittenWhole) -> None:
     """Remember what this layer has to tell, at the last token: coordinates `[batch, 1, m]`, what is of gates `[batch, 1]`."""
     for output in edit.plan.added_outputs:
-        assert written is not None
+        assert isinstance(written, Written), "a guard written as one matrix has no outputs"
         if output == COORDINATES_OUTPUT:
             value = _own_coordinates(edit, builder, written)
         elif output == SCORES_OUTPUT:
@@ -91,7 +92,7 @@ def _score(edit: SubgraphEdit, builder: NodeBuilder, written: Written) -> ir.Val
     """The gate's score as others know it, out of the unit that it was read in."""
     made = written.gate
     assert made is not None and edit.ends is not None
-    if edit.plan.mode == "supervise":  # one score per row, whatever the token
+    if guard_mode(edit.plan.mode).decides_by_text:  # one score per row, whatever the token
         return builder.op("score_unscaled", "Squeeze", [made.score, builder.integers(-1)])
     value = builder.op("score_last", "GatherND", [made.score, edit.ends])
     if made.unit == 1.0:

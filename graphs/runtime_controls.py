@@ -23,9 +23,9 @@ import onnx_ir as ir
 from .errors import GuardError
 from .lowerings.gate import bounded
 from .lowerings.task import Held
+from .modes import guard_mode
 from .node_builder import NodeBuilder
 from .reference import LARGEST_OFFSET, LARGEST_STRENGTH
-from .spec import MODES_WITH_GATE
 
 STRENGTH_INPUT = "vlmguard.strength"
 OFFSET_INPUT = "vlmguard.threshold_offset"
@@ -43,7 +43,7 @@ _OLDEST_IR = 4  # before it every initializer had to be an input, and so no inpu
 
 def knobs_of(mode: str) -> tuple[str, ...]:
     """The knobs that a mode has; an input that nothing reads would be a knob that does nothing."""
-    return (STRENGTH_INPUT, OFFSET_INPUT) if mode in MODES_WITH_GATE else (STRENGTH_INPUT,)
+    return (STRENGTH_INPUT, OFFSET_INPUT) if guard_mode(mode).has_threshold else (STRENGTH_INPUT,)
 
 
 def require_knobs(model: ir.Model, lowering: str, supported: bool) -> None:

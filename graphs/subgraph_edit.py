@@ -25,6 +25,7 @@ class SubgraphEdit:
     given: dict[str, ir.Value] = field(default_factory=dict)
     ends: ir.Value | None = None
     text_ends: ir.Value | None = None
+    step_tokens: str = ""
     offset: ir.Value | None = None
     held: Held | None = None
     selections: dict[str, ir.Value] = field(default_factory=dict)

@@ -8,8 +8,8 @@ from typing import Any
 
 from ...exporter.evaluation.evaluate import tally
 from ...exporter.prompts.labelled import LabelledPrompt
+from ...graphs.modes import guard_mode
 from ...graphs.progress import CountCallback
-from ...graphs.spec import MODES_WITH_ALPHA
 from .questions import thinned
 from .subject import Subject
 
@@ -44,7 +44,7 @@ def sweep_alpha(
     report_count: CountCallback | None = None,
 ) -> list[Strength]:
     """Refusals at each of `ALPHAS` and at the shipped strengths; none where the mode has no strength."""
-    if subject.plan.mode not in MODES_WITH_ALPHA:
+    if not guard_mode(subject.plan.mode).has_alpha:
         return []
     asked = thinned(prompts, _PROMPTS)
     shipped = {guard.alpha for guard in subject.plan.guards}

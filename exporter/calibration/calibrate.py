@@ -21,6 +21,7 @@ from dataclasses import replace
 from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.directions import Directions
 from ...graphs.errors import GuardError
+from ...graphs.modes import guard_mode
 from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.spec import GuardSpec
 from ...runtime.vlm import VisionLanguageModel
@@ -70,7 +71,7 @@ def calibrate(
 
     Of prompts whose harm is in the picture alone `supervise` gets the harmless ones only (`visible`).
     """
-    if spec.mode == "align":
+    if spec.mode is not None and not guard_mode(spec.mode).is_calibrated:
         raise GuardError(
             "mode align calibrates nothing: it copies the text-only coordinates; extract directions alone, and export with "
             "--mode align"

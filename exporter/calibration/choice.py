@@ -16,16 +16,9 @@ from typing import Any
 from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.directions import Directions
 from ...graphs.errors import GuardError
+from ...graphs.modes import Mode, guard_mode, preferred_modes
 from ...graphs.progress import ProgressCallback
-from ...graphs.spec import (
-    MODES_WITH_ALPHA,
-    MODES_WITH_GATE,
-    MODES_WITH_READOUT,
-    MODES_WITH_SUPERVISOR,
-    Decided,
-    GuardSpec,
-    Mode,
-)
+from ...graphs.spec import Decided, GuardSpec
 from ...runtime.vlm import VisionLanguageModel
 from ..prompts.labelled import LabelledPrompt, fingerprint
 from ..proof.limits import TOLERANCE
@@ -43,9 +36,9 @@ from .worst_setting import worst_setting
 # Of matched prompts: harmless ones that differ from harmful ones by a word or two are borderline.
 BORDERLINE = 0.04
 _MOST_SCREENED = 2  # further places for mode `align` whose answers are read, of those that are screened
-# In the order of preference. Per guarded layer: no number; threshold and origin; readout, threshold and target in one pass; the
-# same with a second threshold and a second pass.
-PREFERRED: tuple[Mode, ...] = ("align", "supervise", "restore", "combined")
+# Per guarded layer these fit: no number; threshold and origin; readout, threshold and target in one pass; the same with a
+# second threshold and a second pass.
+PREFERRED = preferred_modes()
 
 
 @dataclass(frozen=True)
@@ -118,7 +111,7 @@ def choose(
             left_out[name] = f"{attempts[-1].name} reaches the goal, and calibrates fewer numbers"
         elif attempts and is_late():
             left_out[name] = f"the {wish.seconds:g} seconds of --calibration-seconds were over"
-        elif mode == "align":
+        elif not guard_mode(mode).is_calibrated:
             found, layers, as_text = _try_align(
                 model, anatomy, directions, prompts, wish, source, report_progress, is_late
             )
@@ -143,7 +136,7 @@ def _order(possible: Sequence[Mode], spec: GuardSpec) -> Iterator[tuple[Mode, De
         yield mode, spec.gate
     if spec.gate == "token" and not spec.telemetry and len(possible) > 1:
         for mode in possible:
-            if mode in MODES_WITH_READOUT:
+            if guard_mode(mode).has_readout:
                 yield mode, "prompt"
 
 
@@ -161,23 +154,23 @@ def why_impossible(mode: Mode, wish: Wish, model: VisionLanguageModel, prompts: 
     if spec.direction_of is not None:
         return "--direction-of is for mode project"
     given = {
-        "--alpha": spec.alpha is not None and mode not in MODES_WITH_ALPHA,
-        "--tau": spec.tau is not None and mode not in MODES_WITH_GATE,
-        "--readout": wish.readout is not None and mode not in MODES_WITH_READOUT,
+        "--alpha": spec.alpha is not None and not guard_mode(mode).has_alpha,
+        "--tau": spec.tau is not None and not guard_mode(mode).has_threshold,
+        "--readout": wish.readout is not None and not guard_mode(mode).has_readout,
     }
     idle = next((name for name, is_idle in given.items() if is_idle), None)
     if idle is not None:
         return f"{idle} has no effect in it"
-    if mode not in MODES_WITH_SUPERVISOR:
+    if not guard_mode(mode).supervisor:
         return None
     if model.package.layout == "genai":
         return "onnxruntime-genai feeds no text-only coordinates"
     if not model.sees:
         return "no image can be given to this model here, and a text alone is its own text-only prompt"
-    if mode == "align" and not model.package.roles.states:
+    if guard_mode(mode).edits_prompt_end_only and not model.package.roles.states:
         return "the decoder has no KV cache that keeps an edit of the prompt for the answer"
     unseen = sum(prompt.label == "harmful" and not prompt.harmful_as_text for prompt in prompts)
-    if unseen and mode != "combined":
+    if unseen and guard_mode(mode).toward_text:
         return f"it cannot see the harm of {unseen} prompts, which is in their pictures alone"
     return None
 

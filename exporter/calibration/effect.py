@@ -24,11 +24,11 @@ import numpy as np
 
 from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.errors import NoEffect
+from ...graphs.modes import guard_mode
 from ...graphs.package import ModelPackage
 from ...graphs.plan import GuardPlan
 from ...graphs.progress import ProgressCallback
 from ...graphs.separation import Separation, separation_along
-from ...graphs.spec import MODES_TOWARD_TEXT
 from ...runtime.decoder_place import DecoderPlace
 from ...runtime.generation import Request
 from ...runtime.refusals import refused
@@ -137,13 +137,13 @@ def ask_guarded(
     )
     before = unguarded.behaviour
     changed = {
-        prompt.setting: 0 for prompt in prompts if not (plan.mode in MODES_TOWARD_TEXT and prompt.setting == "text")
+        prompt.setting: 0 for prompt in prompts if not (guard_mode(plan.mode).toward_text and prompt.setting == "text")
     }
     for prompt, left, right in zip(prompts, before.said, after.said, strict=True):
         if prompt.setting in changed:
             changed[prompt.setting] += has_effect(left, right, tolerance)
     found = compare_refusals(before.tally, after.tally, unguarded.sample.source)
-    as_text = _refused_as_text(unguarded) if plan.mode in MODES_TOWARD_TEXT else {}
+    as_text = _refused_as_text(unguarded) if guard_mode(plan.mode).toward_text else {}
     return replace(
         found,
         settings=tuple(

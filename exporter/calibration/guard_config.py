@@ -31,8 +31,9 @@ import numpy as np
 
 from ...graphs.directions import DIRECTIONS_FILE, Directions, LayerDirections
 from ...graphs.errors import DirectionMismatch, GuardError, first_line
+from ...graphs.modes import Number, guard_mode
 from ...graphs.places import CONFIG, expanded, require_file
-from ...graphs.spec import MODES_WITH_GATE, MODES_WITH_READOUT, GuardSpec
+from ...graphs.spec import GuardSpec
 from ...graphs.whole_numbers import whole_number
 from .results import Calibration
 from .toml_depth import require_shallow
@@ -156,13 +157,14 @@ def require_directions(path: Path | str, config: GuardConfig) -> None:
 def _shown(layer: LayerDirections, mode: str | None, rank: int | None) -> dict[str, Any]:
     """The numbers that the mode reads."""
     shown: dict[str, Any] = {}
-    if mode in MODES_WITH_GATE and layer.threshold is not None:
+    numbers = guard_mode(mode).numbers if mode is not None else frozenset[Number]()
+    if "threshold" in numbers and layer.threshold is not None:
         shown["threshold"] = layer.threshold
-    if mode == "combined" and layer.text_threshold is not None:
+    if "text_shift" in numbers and layer.text_threshold is not None:
         shown["text_threshold"] = layer.text_threshold
-    if mode in MODES_WITH_READOUT and layer.target is not None:
+    if "target" in numbers and layer.target is not None:
         shown["target"] = layer.target[:rank]
-    if mode == "supervise" and layer.origin is not None:
+    if "origin" in numbers and layer.origin is not None:
         shown["origin"] = layer.origin[:rank]
     return shown
 

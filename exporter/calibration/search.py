@@ -111,7 +111,7 @@ class Search:
         raise no_winner(self.trials, self.base_asked, self.mode, self.budget)
 
     def _vary(self) -> None:
-        """Vary one axis at a time from the best candidate, until it is perfect or the time is up."""
+        """From the best so far on, one axis at a time, until it is perfect or the time is up."""
         for axis, values in open_axes(self.spec, self.mode, self.readout).items():
             best = (ranked(self.trials, self.base_asked, self.budget) or nearest_of(self.trials))[0]
             if is_perfect(self.trials):

@@ -50,7 +50,7 @@ def open_gates(vlm: GuardedVLM) -> tuple[Gates | None, str | None]:
     if vlm.manifest.engines:
         return None, "engines do not show their gates"
     graph = vlm.package.load_decoder()
-    outputs = tap_gates(graph, vlm.manifest.plan["layers"])
+    outputs = tap_gates(graph, vlm.manifest.decoders[0].report)
     if not outputs:
         return None, f"mode {vlm.manifest.plan['mode']} has no gate"
     return Gates(vlm.with_decoder(graph), outputs), None

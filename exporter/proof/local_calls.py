@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...graphs.call_inputs import GrowingCache
+from ...graphs.modes import guard_mode
 from ...graphs.node_builder import NUMPY_DTYPES
 from ...graphs.plan import SUPERVISOR_INPUTS, GuardPlan
 from ...graphs.proof.cut_out import Cut
@@ -47,7 +48,7 @@ class LocalCall:
 def local_calls(plan: GuardPlan, layers: Sequence[int]) -> Iterator[LocalCall]:
     """Every call of the proof; the graph as it ships first, then with its gates forced."""
     guards = dict(zip(plan.layers, plan.guards, strict=True))
-    supervised, gated = plan.takes_supervisor, plan.mode != "project"
+    supervised, gated = plan.takes_supervisor, guard_mode(plan.mode).gate is not None
 
     def supervisors(turned: int) -> dict[int, np.ndarray]:
         chosen = plan.layers if supervised else ()

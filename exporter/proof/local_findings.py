@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ...graphs.lowerings.gate import LARGEST_HALF_EDIT
+from ...graphs.modes import guard_mode
 from ...graphs.plan import COORDINATES_OUTPUT, GuardPlan
 from ...graphs.proof.cut_out import Cut, CutSite
 from ...graphs.proof.structure import Check, exact
@@ -27,7 +28,6 @@ from ...graphs.runtime_controls import (
     PRESENT_GATE_OUTPUT,
     SCORES_OUTPUT,
 )
-from ...graphs.spec import MODES_TOWARD_TEXT
 from .forced import forced_threshold
 from .limits import TOLERANCE
 from .local_calls import LocalCall, call_positions
@@ -140,7 +140,7 @@ class LocalFindings:
         if found.shape != expected.shape:
             self.wrong.append(f"layer {number}: shape {list(found.shape)}, expected {list(expected.shape)}")
             return
-        opened = np.ones(ends.shape) if mode == "project" else gate(mode, layer, total, a, runtime_controls)
+        opened = np.ones(ends.shape) if guard_mode(mode).gate is None else gate(mode, layer, total, a, runtime_controls)
         opened = np.broadcast_to(opened, ends.shape)[..., 0] * selected[..., 0] > 0
         unsure = self._unsure(mode, layer, total, a, runtime_controls, limit, call, held)
         edits = opened & (strength > 0)
@@ -168,9 +168,9 @@ class LocalFindings:
         held: np.ndarray | None,
     ) -> np.ndarray:
         """`[KINDS, TOKENS]` bool: scores within rounding of the threshold, where the score decides."""
-        if mode == "project" or mode in MODES_TOWARD_TEXT or call.forced is not None:
+        row = guard_mode(mode).score_row(layer)
+        if row is None or call.forced is not None:
             return np.zeros(total.shape[:2], bool)
-        row = (layer.ssd[0] if mode == "steer" else layer.readout).astype(np.float64)
         rounding = limit * np.linalg.norm(total * row, axis=-1)
         close = (
             np.abs(score(mode, layer, total, a)[..., 0] - layer.threshold - runtime_controls.threshold_offset)
@@ -268,7 +268,7 @@ class LocalFindings:
         made = [
             exact(READS, self.reads, wrong, f"{self.sites} guards in {bodies} {'bodies' if bodies > 1 else 'body'}")
         ]
-        gated = plan.mode != "project"
+        gated = guard_mode(plan.mode).gate is not None
         note = f"{self.states} states of {self.sites} guards in {self.calls} calls, {self.opened} edited"
         note += f", {self.closed} with a closed gate" if gated else ""
         note += f"; {self.undecided} too close to the threshold to call" if self.undecided else ""

@@ -23,6 +23,7 @@ import numpy as np
 
 from ...graphs.errors import RunFailed
 from ...graphs.graph_io import load_graph
+from ...graphs.modes import guard_mode
 from ...graphs.package import ModelPackage
 from ...graphs.plan import COORDINATES_OUTPUT, GuardPlan
 from ...graphs.proof.structure import Check, exact
@@ -38,7 +39,6 @@ from ...graphs.reference import (
 )
 from ...graphs.rewrite import GuardReport
 from ...graphs.runtime_controls import OFFSET_INPUT, PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, STRENGTH_INPUT
-from ...graphs.spec import MODES_TOWARD_TEXT
 from ...graphs.taps import tap_guard
 from ...runtime.decoder import DecoderSession, open_decoder
 from ...runtime.decoder_inputs import can_pad
@@ -85,8 +85,8 @@ def prove_by_running(
         inputs = paired_inputs(inputs, can_pad(package.load_decoder().graph))
     try:
         return (
-            closed_equals_source(package, staged, plan, inputs, place),
-            *([no_strength_equals_source(package, staged, plan, inputs, place)] if plan.knobs else ()),
+            closed_equals_source(package, staged, plan, report, inputs, place),
+            *([no_strength_equals_source(package, staged, plan, report, inputs, place)] if plan.knobs else ()),
             *([unedited_equals_source(package, staged, plan, inputs, place)] if plan.edits_prompt_end else ()),
             *_states_equal_reference(package, staged, plan, report, inputs, place),
         )
@@ -111,7 +111,7 @@ def _states_equal_reference(
     for setting in _settings(plan):
         graph = load_graph(staged, trust_links=True)
         if setting.forced is not None:
-            force_gates(graph, plan, is_open=setting.forced)
+            force_gates(graph, plan, report, is_open=setting.forced)
         names = tap_guard(graph, plan, report)
         session = place.open(partial(open_decoder, package, graph, folder=staged.parent, given=inputs.given))
         checks.append(_against_reference(session, plan, names, inputs, supervisors, setting, headroom, gate_outputs))
@@ -161,12 +161,13 @@ class _Setting:
 
 def _settings(plan: GuardPlan) -> list[_Setting]:
     """Every run of the proof."""
-    gated = plan.mode != "project"
-    if plan.mode == "align":
+    row = guard_mode(plan.mode)
+    gated = row.gate is not None
+    if row.gate == "any text":
         found = [_Setting("", "the text-only coordinates at the prompt's end", moves=True)]
     else:
         found = [_Setting("", "gates as the inputs set them", moves=None if gated else True)]
-    if gated and plan.mode != "align":
+    if row.gate not in (None, "any text"):
         found.append(_Setting(" (gates forced open)", "every gate forced open", True, True))
     if plan.takes_supervisor:
         found.append(_Setting(" (listening)", "no supervisor", moves=False, without_supervisor=True))
@@ -271,9 +272,9 @@ def _close_calls(
 
     Each state by its own summands: one outlier channel of one token, which real models have, must not excuse the others.
     """
-    if mode == "project" or mode in MODES_TOWARD_TEXT:  # no gate, or one that compares numbers that it was given
+    row = guard_mode(mode).score_row(layer)
+    if row is None:  # no gate, or one that compares numbers that it was given
         return np.zeros(raw.shape[:2], bool)
-    row = (layer.ssd[0] if mode == "steer" else layer.readout).astype(np.float64)
     rounding = limit * np.linalg.norm(raw * row, axis=-1)
     return np.abs(score(mode, layer, raw, supervisor)[..., 0] - layer.threshold) <= rounding
 
@@ -298,7 +299,7 @@ def _unedited_tokens(
     if not plan.edits_last:
         return []
     graph = load_graph(staged, trust_links=True)
-    force_gates(graph, plan, is_open=True)
+    force_gates(graph, plan, report, is_open=True)
     names = tap_guard(graph, plan, report)
     session = place.open(lambda: open_decoder(package, graph, optimize=False, folder=staged.parent, given=inputs.given))
     if session.one_token:

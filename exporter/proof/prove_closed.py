@@ -17,6 +17,7 @@ from ...graphs.proof.structure import Check, exact
 from ...graphs.reference import (
     NO_SUPERVISOR,
 )
+from ...graphs.rewrite import GuardReport
 from ...graphs.runtime_controls import STRENGTH_INPUT
 from ...runtime.decoder import DecoderSession, open_decoder
 from ...runtime.decoder_inputs import PromptBatch
@@ -34,22 +35,32 @@ _OFF = (0.0, -1.0)
 
 
 def closed_equals_source(
-    package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace | None = None
+    package: ModelPackage,
+    staged: Path,
+    plan: GuardPlan,
+    report: GuardReport,
+    inputs: ProofInputs,
+    place: DecoderPlace | None = None,
 ) -> Check:
     """Bit for bit as apps run it; where the runtime's own rounding moves, exact without its optimiser, and bounded."""
     closed = load_graph(staged, trust_links=True)
-    force_gates(closed, plan, is_open=False)
+    force_gates(closed, plan, report, is_open=False)
     return _equals_source(
         "closed gate equals the original bit for bit", package, closed, staged.parent, plan, inputs, place
     )
 
 
 def no_strength_equals_source(
-    package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace | None = None
+    package: ModelPackage,
+    staged: Path,
+    plan: GuardPlan,
+    report: GuardReport,
+    inputs: ProofInputs,
+    place: DecoderPlace | None = None,
 ) -> Check:
     """With every gate open, so that it is the knob that does it."""
     graph = load_graph(staged, trust_links=True)
-    force_gates(graph, plan, is_open=True)
+    force_gates(graph, plan, report, is_open=True)
     turned = [{STRENGTH_INPUT: np.array(strength, np.float32)} for strength in _OFF]
     name = "strength 0, and below, equals the original bit for bit"
     return _equals_source(name, package, graph, staged.parent, plan, inputs, place, turned)

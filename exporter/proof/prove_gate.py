@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ...graphs.modes import guard_mode
 from ...graphs.plan import GuardPlan
 from ...graphs.proof.structure import Check, exact
 from ...graphs.reference import LayerGuard, RuntimeControls, gate, score
 from ...graphs.runtime_controls import PRESENT_GATE_OUTPUT, SCORES_OUTPUT
-from ...graphs.spec import MODES_TOWARD_TEXT
 
 SCORES = "gate scores equal the numpy reference"
 DECIDED = "gate decisions equal the numpy reference's"
@@ -100,12 +100,12 @@ class GateOutputs:
 
 def summed(mode: str, layer: LayerGuard, state: np.ndarray, supervisor: np.ndarray | None) -> np.ndarray:
     """What rounding is relative to, `[batch, 1]`: the length of the summands, row by row."""
-    if mode in MODES_TOWARD_TEXT:
+    row = guard_mode(mode).score_row(layer)
+    if row is None:
         assert supervisor is not None
         return np.maximum(np.abs(supervisor[:, :1]), 1e-6)
-    row = (layer.ssd[0] if mode == "steer" else layer.readout).astype(np.float64)
     length = np.maximum(np.linalg.norm(state * row, axis=-1, keepdims=True), 1e-6)
-    if mode != "combined":
+    if not guard_mode(mode).supervisor:
         return length
     assert supervisor is not None
     return np.maximum(length, np.abs(supervisor[:, :1]) + abs(layer.text_shift))

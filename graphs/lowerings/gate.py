@@ -24,14 +24,14 @@ def gate(builder: NodeBuilder, score: ir.Value, task: Task, unit: float = 1.0) -
     Args:
         score: `[..., 1]` float32, times `unit`.
     """
-    tau = builder.constant("tau", np.array(task.layer.threshold * unit), "float32")
+    threshold = tau = builder.constant("tau", np.array(task.layer.threshold * unit), "float32")
     if task.offset is not None:
         tau = builder.op("threshold", "Add", [tau, _in_unit(builder, task.offset, unit)])
     opened = builder.cast("gate", builder.op("opens", "Greater", [score, tau]), "float32")
     if task.held is not None:
         opened = builder.op("gate_now", "Mul", [opened, task.held.deciding])
         opened = builder.op("gate_held", "Add", [opened, task.held.is_open])
-    return Gate(score, opened, unit)
+    return Gate(score, opened, threshold, unit)
 
 
 def first_coordinate(builder: NodeBuilder, task: Task) -> ir.Value:

@@ -14,9 +14,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from ..modes import guard_mode
 from ..node_builder import NodeBuilder
 from ..reference import LayerGuard
-from ..spec import MODES_TOWARD_TEXT, MODES_WITH_READOUT
 from .gate import bounded, columns, combined_score, first_coordinate, gate
 from .task import Gate, Task, Written
 
@@ -41,7 +41,7 @@ def correction(builder: NodeBuilder, h: ir.Value, task: Task) -> Written:
     if dtype != "float32":
         delta = builder.cast("delta", delta, dtype)
     delta.type, delta.shape = h.type, h.shape
-    return Written(delta, _coordinates(builder, task, c), made)
+    return Written(delta, _coordinates(builder, task, c), made, tuple(rows))
 
 
 def _read(builder: NodeBuilder, name: str, h: ir.Value, row: ir.Value) -> ir.Value:
@@ -54,7 +54,7 @@ def _gate(builder: NodeBuilder, h: ir.Value, c: list[ir.Value], task: Task) -> G
     """`None` for `project` and for paired rows, which have none."""
     if task.mode == "project" or task.text_ends is not None:
         return None
-    if task.mode in MODES_TOWARD_TEXT:
+    if guard_mode(task.mode).toward_text:
         return gate(builder, first_coordinate(builder, task), task)
     if task.mode == "steer":
         return gate(builder, c[0], task)
@@ -69,7 +69,7 @@ def _weights(builder: NodeBuilder, task: Task, c: list[ir.Value], opened: ir.Val
     mode, layer, supervisor = task.mode, task.layer, task.supervisor
     if mode == "project":
         wanted = [builder.op(f"minus_c_{number}", "Neg", [value]) for number, value in enumerate(c)]
-    elif mode in MODES_WITH_READOUT:
+    elif guard_mode(mode).has_readout:
         wanted = _to_the_target(builder, layer, c)
     elif mode == "align":
         wanted = _to_the_text(builder, task, c)

@@ -13,11 +13,12 @@ from typing import NoReturn
 import onnx_ir as ir
 
 from ..errors import GuardError
+from ..modes import MODES
 from ..node_builder import NodeBuilder
-from ..spec import MAX_RANK, MODES, Target
+from ..spec import MAX_RANK, Target
 from . import dense, lowrank, rank1
 from .fold import FOLD
-from .task import Task, Written
+from .task import Task, Written, WrittenWhole
 
 
 def _never_whole(builder: NodeBuilder, h: ir.Value, task: Task) -> None:
@@ -47,14 +48,14 @@ class Lowering:
     why: str
     target: Target = "onnxruntime"
     most_rank: int = MAX_RANK
-    whole: Callable[[NodeBuilder, ir.Value, Task], ir.Value | None] = _never_whole
+    whole: Callable[[NodeBuilder, ir.Value, Task], WrittenWhole | None] = _never_whole
     supports_runtime_controls: bool = True
 
-    def guarded(self, builder: NodeBuilder, h: ir.Value, task: Task) -> tuple[ir.Value, Written | None]:
-        """`h'`, and what was written for it; `None` where that was `h'` itself."""
+    def guarded(self, builder: NodeBuilder, h: ir.Value, task: Task) -> tuple[ir.Value, Written | WrittenWhole]:
+        """`h'`, and what was written for it."""
         done = self.whole(builder, h, task)
         if done is not None:
-            return done, None
+            return done.guarded, done
         written = self.correction(builder, h, task)
         return builder.op("guarded", "Add", [h, written.delta], like=h), written
 

@@ -36,11 +36,12 @@ from vlmguard.graphs.errors import GuardError, GuardIncomplete, ManifestMismatch
 from vlmguard.graphs.graph_io import load_graph
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.manifest import read_manifest
+from vlmguard.graphs.modes import Mode, Positions, guard_mode
 from vlmguard.graphs.plan import COORDINATES_OUTPUT
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.rewrite import rewrite
-from vlmguard.graphs.spec import MODES_WITH_SUPERVISOR, GuardSpec, Mode, Positions
+from vlmguard.graphs.spec import GuardSpec
 from vlmguard.graphs.tensorrt import require_readable, settle_sizes, unreadable_nodes
 from vlmguard.runtime.decoder import open_decoder
 from vlmguard.runtime.generation import Request
@@ -116,7 +117,7 @@ def test_rank1_adds_a_layer_where_a_computed_tensor_comes_in(
     engine, names = build(path, GuardSpec(mode=mode, lowering="rank1", positions=positions))
     require_guard(engine.layers, names, len(PROFILES), mode)
     # Three find the last token (each row's last attended column, the furthest of all rows, the place), one gives coordinates.
-    shared = 4 if mode in MODES_WITH_SUPERVISOR else 3
+    shared = 4 if guard_mode(mode).supervisor else 3
     for profile in range(len(PROFILES)):
         added = engine.layers.of_profile(profile).kernels - bare[profile]
         assert added == zoo("llava-transformers-fp16").layers + shared, profile

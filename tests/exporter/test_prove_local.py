@@ -16,8 +16,9 @@ from onnx import helper, numpy_helper
 from vlmguard.exporter.proof.local_findings import BITS, GUARD_OUTPUTS, READS, STATES
 from vlmguard.exporter.proof.prove_local import prove_locally
 from vlmguard.graphs.graph_io import save_graph
+from vlmguard.graphs.modes import MODES, guard_mode
 from vlmguard.graphs.proof.structure import Check
-from vlmguard.graphs.spec import MODES, MODES_WITH_SUPERVISOR, GuardSpec
+from vlmguard.graphs.spec import GuardSpec
 
 pytest.importorskip("onnxruntime")
 
@@ -64,7 +65,7 @@ def test_an_untouched_guard_is_proved(tmp_path: Path, wish: tuple, dtype: str) -
     checks = prove(tmp_path, GuardSpec(mode, positions=positions, lowering=lowering, **more), dtype=dtype)
     assert not failing(checks), {name: check.note for name, check in checks.items() if not check.ok}
     bits = [] if (mode, positions, more) == ("project", "all", {}) else [BITS]
-    told = [GUARD_OUTPUTS] if mode in MODES_WITH_SUPERVISOR or "telemetry" in more else []
+    told = [GUARD_OUTPUTS] if guard_mode(mode).supervisor or "telemetry" in more else []
     assert list(checks) == [READS, STATES, *bits, *told]
     assert checks[STATES].note.startswith(f"{checks[STATES].compared // WIDTH} states of 2 guards in ")
 

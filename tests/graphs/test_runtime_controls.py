@@ -32,6 +32,7 @@ from vlmguard.graphs import reference
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.graph_io import graph_bytes
+from vlmguard.graphs.modes import MODES, POSITIONS, guard_mode, modes_where
 from vlmguard.graphs.node_builder import NUMPY_DTYPES
 from vlmguard.graphs.plan import COORDINATES_OUTPUT
 from vlmguard.graphs.planner import plan_guard
@@ -53,14 +54,7 @@ from vlmguard.graphs.runtime_controls import (
     SCORES_OUTPUT,
     STRENGTH_INPUT,
 )
-from vlmguard.graphs.spec import (
-    LARGEST_TAU,
-    MODES,
-    MODES_WITH_GATE,
-    MODES_WITH_SUPERVISOR,
-    POSITIONS,
-    GuardSpec,
-)
+from vlmguard.graphs.spec import LARGEST_TAU, GuardSpec
 from vlmguard.graphs.taps import tap_guard
 
 pytest.importorskip("onnxruntime")
@@ -97,7 +91,7 @@ def feeds(mode: str, dtype: str = "float32", rank: int = 2) -> dict[str, np.ndar
     random = np.random.default_rng(3)
     given = {"inputs_embeds": random.normal(size=(BATCH, SEQUENCE, WIDTH)).astype(NUMPY_DTYPES[dtype])}
     given["attention_mask"] = MASK
-    if mode in MODES_WITH_SUPERVISOR:
+    if guard_mode(mode).supervisor:
         coordinates = random.normal(size=(BATCH, len(LAYERS), rank)).astype(np.float32)
         coordinates[:, :, 0] = np.array([-0.9, 0.7, 1.5, -0.2])[:, None]
         given[supervisor_input(mode)] = coordinates
@@ -124,7 +118,7 @@ def controls_of(mode: str) -> dict[str, Any]:
     """All runtime controls that a mode has."""
     return {
         "knobs": True,
-        "telemetry": mode in MODES_WITH_GATE,
+        "telemetry": guard_mode(mode).has_threshold,
         "gate": "prompt" if mode in HELD else "token",
     }
 
@@ -164,7 +158,7 @@ def test_strength_scales_the_edit_and_zero_or_less_is_the_identity(layer: LayerG
     )
 
 
-@pytest.mark.parametrize("mode", sorted(MODES_WITH_GATE))
+@pytest.mark.parametrize("mode", modes_where(has_threshold=True))
 def test_an_offset_moves_the_threshold(layer: LayerGuard, mode: str) -> None:
     h, a = states()
     moved = reference.guard(mode, replace(layer, threshold=0.625), h, a)
@@ -179,7 +173,7 @@ def test_an_offset_moves_the_threshold(layer: LayerGuard, mode: str) -> None:
     assert opened == sorted(opened, reverse=True) and opened[0] > 0 == opened[-1]
 
 
-@pytest.mark.parametrize("mode", sorted(MODES_WITH_SUPERVISOR))
+@pytest.mark.parametrize("mode", modes_where(supervisor=True))
 @pytest.mark.parametrize("threshold", [-LARGEST_TAU, 0.125, LARGEST_TAU])
 def test_no_offset_opens_a_gate_to_a_pass_that_listens(layer: LayerGuard, mode: str, threshold: float) -> None:
     """In `combined` whatever the readout says, and however far the text was moved to its scale."""
@@ -229,7 +223,7 @@ def test_untouched_controls_are_the_plain_guard_bit_for_bit(
     plain = run(guarded(mode, kind, dtype, **wish).model, given)
     controlled = guarded(mode, kind, dtype, **wish, **controls_of(mode))
     extra = undecided() if mode in HELD else {}
-    for turned in ({}, knobs(1.0), knobs(1.0, 0.0) if mode in MODES_WITH_GATE else knobs(1.0)):
+    for turned in ({}, knobs(1.0), knobs(1.0, 0.0) if guard_mode(mode).has_threshold else knobs(1.0)):
         found = run(controlled.model, given | extra | turned)
         for name, array in plain.items():
             assert found[name].tobytes() == array.tobytes(), name
@@ -239,7 +233,7 @@ def test_untouched_controls_are_the_plain_guard_bit_for_bit(
 @every_mode
 def test_without_runtime_controls_the_inputs_and_outputs_are_unchanged(mode: str) -> None:
     plain = guarded(mode)
-    supervised = mode in MODES_WITH_SUPERVISOR
+    supervised = guard_mode(mode).supervisor
     names = [value.name for value in plain.model.graph.inputs], [value.name for value in plain.model.graph.outputs]
     assert names == (
         ["inputs_embeds", "attention_mask", *([supervisor_input(mode)] if supervised else [])],
@@ -260,7 +254,7 @@ def test_strength_zero_is_the_source_bit_for_bit(
     given = feeds(mode, dtype)
     expected = unguarded(kind, dtype, given)
     model = guarded(mode, kind, dtype, lowering=lowering, positions=positions, knobs=True).model
-    lowered = knobs(offset=-1e9) if mode in MODES_WITH_GATE else {}
+    lowered = knobs(offset=-1e9) if guard_mode(mode).has_threshold else {}
     for strength in (0.0, -1.0):
         found = run(model, given | knobs(strength) | lowered)
         for name in ("logits", "hidden"):
@@ -287,7 +281,7 @@ def test_turned_knobs_equal_the_reference(mode: str, lowering: str, positions: s
     source, found = decoder(kind, 1, dtype), directions(rank=3, parts=parts, alpha=3.0 if mode == "steer" else None)
     given = {**feeds("project", dtype)}
     raw = run(source, given)["hidden"].astype(np.float64)
-    supervisor = feeds(mode, rank=3)[supervisor_input(mode)][:, :1] if mode in MODES_WITH_SUPERVISOR else None
+    supervisor = feeds(mode, rank=3)[supervisor_input(mode)][:, :1] if guard_mode(mode).supervisor else None
     extra = {} if supervisor is None else {supervisor_input(mode): supervisor}
     spec = GuardSpec(mode=mode, lowering=lowering, positions=positions, knobs=True)  # type: ignore[arg-type]
     made = guard_model(decoder(kind, 1, dtype), found, spec)
@@ -295,14 +289,14 @@ def test_turned_knobs_equal_the_reference(mode: str, lowering: str, positions: s
     selected = None if positions == "all" else reference.last_token(MASK)
     seen = set()
     for turned in TURNED:
-        offset = turned.offset if mode in MODES_WITH_GATE else None
+        offset = turned.offset if guard_mode(mode).has_threshold else None
         outputs = run(made.model, given | extra | knobs(turned.strength, offset))
         runtime_controls = RuntimeControls(turned.strength, turned.offset)
         expected = reference.guard(mode, layer, raw, supervisor, selected, runtime_controls)
         assert np.abs(outputs["hidden"] - expected).max() < TOLERANCE[dtype] * np.abs(expected).max()
         seen.add(outputs["hidden"].tobytes())
     assert len(seen) == len(TURNED) - (
-        mode not in MODES_WITH_GATE
+        not guard_mode(mode).has_threshold
     )  # 7 is 2, but with every gate open, where there are gates
 
 
@@ -334,21 +328,21 @@ def at_the_end(array: np.ndarray) -> np.ndarray:
     return array[reference.last_token(MASK)[..., 0] == 1]
 
 
-@cases(MODES_WITH_GATE)
+@cases(modes_where(has_threshold=True))
 def test_scores_told_equal_the_reference(mode: str, lowering: str, positions: str, kind: Kind, dtype: str) -> None:
     made = guarded(mode, kind, dtype, lowering=lowering, positions=positions, telemetry=True)
     given = feeds(mode, dtype)
     told = run(made.model, given)[SCORES_OUTPUT]
     assert (told.dtype, told.shape) == (np.float32, (BATCH, len(LAYERS)))
     for row, raw in enumerate(raw_states(made, given)):
-        a = given[supervisor_input(mode)][:, row] if mode in MODES_WITH_SUPERVISOR else None
+        a = given[supervisor_input(mode)][:, row] if guard_mode(mode).supervisor else None
         expected = reference.score(mode, made.plan.guards[row], at_the_end(raw), a)[:, 0]
         np.testing.assert_allclose(told[:, row], expected, atol=4 * TOLERANCE[dtype] * np.abs(raw).max())
     assert 0 < (told > 0.125).mean() < 1
 
 
 def test_telemetry_changes_no_other_output() -> None:
-    for mode in sorted(MODES_WITH_GATE):
+    for mode in modes_where(has_threshold=True):
         given = feeds(mode)
         plain, told = (run(guarded(mode, telemetry=asked).model, given) for asked in (False, True))
         assert told.keys() - plain.keys() == {SCORES_OUTPUT}
@@ -372,7 +366,7 @@ def test_held_gates_equal_the_reference(mode: str, lowering: str, positions: str
     selected = reference.last_token(MASK) if positions == "last" else None
     for row, raw in enumerate(states):
         layer, held = made.plan.guards[row], PAST[:, row : row + 1].astype(np.float64)
-        a = given[supervisor_input(mode)][:, row] if mode in MODES_WITH_SUPERVISOR else None
+        a = given[supervisor_input(mode)][:, row] if guard_mode(mode).supervisor else None
         wanted = reference.gate(mode, layer, at_the_end(raw), a, RuntimeControls(held=held))
         np.testing.assert_array_equal(present[:, row : row + 1], wanted)
         np.testing.assert_array_equal(wanted[held >= 0], held[held >= 0] > 0)
@@ -416,7 +410,9 @@ def test_both_branches_of_a_merged_decoder_have_the_controls(mode: str, kind: Ki
     found, wish = directions(LAYERS), {"mode": mode, **controls_of(mode)}
     together = guard_model(merged(kind, 2), found, GuardSpec(**wish)).model
     alone = guard_model(decoder(kind, 2), found, GuardSpec(**wish)).model
-    extra = knobs(0.5, -0.25 if mode in MODES_WITH_GATE else None) | ({PAST_GATE_INPUT: PAST} if mode in HELD else {})
+    extra = knobs(0.5, -0.25 if guard_mode(mode).has_threshold else None) | (
+        {PAST_GATE_INPUT: PAST} if mode in HELD else {}
+    )
     expected = run(alone, feeds(mode) | extra)
     for branch in (True, False):
         said = run(together, feeds(mode) | extra | {"use_cache_branch": np.array([branch])})
@@ -521,7 +517,7 @@ def refusal(model: ir.Model | None = None, **wish: Any) -> str:
 
 
 NO_SCORE = "mode project has no gate, so there is no score to output; leave --telemetry out"
-NO_GATE = "mode project has no gate to hold; leave --gate out, or choose restore, combined or steer"
+NO_GATE = "mode project has no gate to hold; leave --gate out, or choose steer, restore or combined"
 
 
 def test_a_mode_without_a_gate_has_nothing_to_tell_or_to_hold() -> None:

@@ -14,6 +14,7 @@ from hand_graphs import KINDS, Kind, copy_of, decoder, directions, guard_model, 
 
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.graph_io import load_graph
+from vlmguard.graphs.modes import MODES, POSITIONS
 from vlmguard.graphs.node_builder import NodeBuilder
 from vlmguard.graphs.plan import GuardPlan
 from vlmguard.graphs.proof.structure import (
@@ -27,7 +28,7 @@ from vlmguard.graphs.proof.structure import (
     sites_guarded_once,
 )
 from vlmguard.graphs.rewrite import GuardReport
-from vlmguard.graphs.spec import MODES, POSITIONS, GuardSpec
+from vlmguard.graphs.spec import GuardSpec
 
 SIGNATURE = "inputs and outputs unchanged"
 ONCE = "every planned site guarded exactly once"
