@@ -187,7 +187,7 @@ def _fold(model: ir.Model, plan: GuardPlan) -> GuardReport:
 
 
 def _guard_body(edit: SubgraphEdit) -> list[GuardedSite]:
-    _read_dials(edit)
+    _read_runtime_controls(edit)
     _find_last_token(edit)
     return [_guard_site(edit, site) for site in edit.sites]
 
@@ -290,7 +290,7 @@ def _redirect(graph: ir.Graph, raw: ir.Value, new: ir.Value, builder: NodeBuilde
 # Which tokens, and how much of the edit
 
 
-def _read_dials(edit: SubgraphEdit) -> None:
+def _read_runtime_controls(edit: SubgraphEdit) -> None:
     """What the guard's own inputs say to all layers, computed once before the first site."""
     knobs = edit.builder("knobs")
     if (strength := edit.given.get(STRENGTH_INPUT)) is not None:
