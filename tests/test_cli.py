@@ -225,9 +225,9 @@ def test_inspect_folds_layers_that_are_alike(run: Callable[..., Ran]) -> None:
 
 
 def inspected(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, anatomy: vlmguard.DecoderAnatomy) -> str:
-    from vlmguard.exporter import pipeline
+    from vlmguard.exporter import opened_decoder
 
-    monkeypatch.setattr(pipeline, "inspect", lambda *_, **__: anatomy)
+    monkeypatch.setattr(opened_decoder, "inspect", lambda *_, **__: anatomy)
     monkeypatch.setattr(cli, "out", Console(width=200, emoji=False))  # COLUMNS counts only when a console is made
     return squeezed(run("inspect", SOURCE).out)
 
@@ -972,12 +972,12 @@ def everything(folder: Path) -> dict[str, str | None]:
 
 def test_a_bug_of_ours_keeps_its_traceback(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what the user handed us is put into one line."""
-    from vlmguard.exporter import pipeline
+    from vlmguard.exporter import opened_decoder
 
     def buggy(*_: Any, **__: Any) -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(pipeline, "inspect", buggy)
+    monkeypatch.setattr(opened_decoder, "inspect", buggy)
     with pytest.raises(AssertionError, match="a bug"):
         cli._run(["inspect", str(SOURCE)])
 
