@@ -9,6 +9,7 @@ from pathlib import Path
 from ...graphs.package import ModelPackage
 from ...runtime.generation import Request
 from ..prompts.labelled import LabelledPrompt, prompts_from_anchors, read_anchors, read_prompts
+from ..prompts.thinning import by_setting_and_label, spread
 from ..session import CALIBRATION_FILES, Session
 from .inputs import ProofInputs, given_inputs, proof_inputs, signature_inputs
 from .signature import why_made
@@ -57,14 +58,7 @@ def _requests(session: Session) -> list[Request]:
         if model.sees:
             prompts += [replace(prompt, setting="blank") for prompt in prompts]
     elif path.name in CALIBRATION_FILES:
-        prompts = _some_of_each(read_prompts(path))
+        prompts = by_setting_and_label(read_prompts(path), _OF_EACH_KIND)
     else:
-        prompts = prompts_from_anchors(read_anchors(path)[:_OF_EACH_KIND], model.sees)
+        prompts = prompts_from_anchors(spread(read_anchors(path), _OF_EACH_KIND), model.sees)
     return [prompt.request(model) for prompt in prompts if model.sees or prompt.setting == "text"]
-
-
-def _some_of_each(prompts: Sequence[LabelledPrompt]) -> list[LabelledPrompt]:
-    kinds: dict[tuple[str, str], list[LabelledPrompt]] = {}
-    for prompt in prompts:
-        kinds.setdefault((prompt.setting, prompt.label), []).append(prompt)
-    return [prompt for members in kinds.values() for prompt in members[:_OF_EACH_KIND]]
