@@ -625,14 +625,14 @@ def wrong_width(root: Path, good: Path) -> Case:
 def layer_that_is_not_there(root: Path, good: Path) -> Case:
     return (
         ["export", SOURCE, root / "out", "--directions", good, "--layers", "2,6"],
-        "layer 6 was asked for, the decoder has layers 0 to 5; layers count from 0",
+        "the decoder has no layer 6, only layers 0 to 5; layers count from 0",
     )
 
 
 def layer_that_is_not_there_to_calibrate(root: Path, good: Path) -> Case:
     return (
         ["export", SOURCE, root / "out", "--anchors", ANCHORS, "--layers", "99"],
-        "layer 99 was asked for, the decoder has layers 0 to 5; layers count from 0",
+        "the decoder has no layer 99, only layers 0 to 5; layers count from 0",
     )
 
 
@@ -648,7 +648,7 @@ def layer_without_directions(root: Path, good: Path) -> Case:
     path = write_directions(root / "d.safetensors", random_directions(128, [1, 2]))
     return (
         ["export", SOURCE, root / "out", "--directions", path, "--layers", "3"],
-        "layer 3 was asked for, the directions hold layers 1, 2; extract them for that layer too",
+        "the directions have no layer 3, only layers 1, 2; extract them for that layer too",
     )
 
 
@@ -866,7 +866,7 @@ def layer_without_directions_to_calibrate(root: Path, good: Path) -> Case:
     path = write_directions(root / "d.safetensors", random_directions(128, [1, 2]))
     return (
         ["export", SOURCE, root / "out", "--directions", path, "--anchors", ANCHORS, "--layers", "3"],
-        "layer 3 was asked for, the directions hold layers 1, 2; extract them for that layer too",
+        "the directions have no layer 3, only layers 1, 2; extract them for that layer too",
     )
 
 

@@ -144,7 +144,7 @@ def verify(
         folder, manifest, report_count=lambda done, total: report_progress("hashing (bytes)", done, total)
     )
     unhashed = [name for name, record in manifest.files.items() if record.sha256 is None]
-    note = f"by size alone, as asked at export: {', '.join(unhashed)}" if unhashed else ""
+    note = f"by size alone, as requested at export: {', '.join(unhashed)}" if unhashed else ""
     checks = [*signed, exact("every file has the manifest's SHA-256", files - len(unhashed), [], note)]
     checks += _no_fewer_refused(manifest)
     require_kind(folder, manifest)

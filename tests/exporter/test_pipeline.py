@@ -227,7 +227,7 @@ def test_a_variant_is_guarded_under_its_own_name(source: Path, directions: Path)
     result = export(source, variant="q4", directions=directions)
     assert [p.name for p in (result.out / "onnx").glob("decoder*")] == ["decoder_model_merged_q4.onnx"]
     sentence = refusal(GuardError, export, source, source.parent / "x", variant="int8", directions=directions)
-    assert sentence == (f"{source / 'onnx'}: variant 'int8' of the decoder was asked for, found 'fp16', 'q4'; name one")
+    assert sentence == (f"{source / 'onnx'}: the decoder has no variant 'int8', only 'fp16', 'q4'; name one")
 
 
 def test_a_bare_decoder_without_a_tokenizer_is_guarded(zoo: Callable[[str], Any], tmp_path: Path) -> None:
