@@ -130,14 +130,14 @@ def _one_direction(
 def _require_foldable(
     model: ir.Model, anatomy: DecoderAnatomy, sites: tuple[SitePlan, ...], spec: GuardSpec
 ) -> list[str]:
-    """Notes on the folded weights; an error where `fold` is impossible: it needs one subspace in all layers and linear writers."""
+    """Notes on the folded weights; an error if the layers differ or a writer is not linear."""
     if spec.positions != "all":
         raise GuardError("fold changes weights, so every token; use --positions all, or choose --lowering lowrank")
     absent = [number for number in range(anatomy.layer_count) if number not in {s.layer_index for s in sites}]
     if absent:
         raise GuardError(
-            f"fold changes the whole stream, layer {absent[0]} is not among the requested layers; guard all of them with one "
-            "direction (--direction-of N), or choose --lowering lowrank"
+            f"fold changes the whole stream, layer {absent[0]} is not among the requested layers; guard all of them with "
+            "one direction (--direction-of N), or choose --lowering lowrank"
         )
     if any(not np.array_equal(site.guard.ssd, sites[0].guard.ssd) for site in sites):
         raise GuardError(
