@@ -28,6 +28,7 @@ from tiny_vlm_paths import ANCHORS, CHECKPOINT, DECODER, EVALUATION, PROMPTS, SO
 
 import vlmguard
 from vlmguard import cli
+from vlmguard.commands import console
 from vlmguard.exporter.checkpoints import exporters as exporters_module
 from vlmguard.exporter.checkpoints.convert import ConversionReport, GraphFile
 from vlmguard.graphs.anatomy import dissect
@@ -228,7 +229,7 @@ def inspected(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, anatomy:
     from vlmguard.exporter import opened_decoder
 
     monkeypatch.setattr(opened_decoder, "inspect", lambda *_, **__: anatomy)
-    monkeypatch.setattr(cli, "out", Console(width=200, emoji=False))  # COLUMNS counts only when a console is made
+    monkeypatch.setattr(console, "out", Console(width=200, emoji=False))  # COLUMNS counts only when a console is made
     return squeezed(run("inspect", SOURCE).out)
 
 
