@@ -470,6 +470,7 @@ def export_command(
     for path in proof_inputs or ():
         require_file(path, PROOF_INPUTS)
     from .exporter import render
+    from .exporter.options import ExportOptions
     from .exporter.pipeline import export
 
     if engine:
@@ -491,37 +492,35 @@ def export_command(
         gate=gate,
         supervisor=supervisor,
     )
+    options = ExportOptions(
+        spec=spec if config is None else None,
+        config=config,
+        directions=directions,
+        anchors=anchors or None,
+        calibration=calibration or None,
+        estimator=estimator,
+        readout=readout,
+        budget=budget,
+        variant=variant,
+        dtype=dtype,
+        opset=opset,
+        exporter=exporter,
+        data=data,
+        digests=not no_digest,
+        proof=proof,
+        proof_inputs=proof_inputs or (),
+        dry_run=dry_run,
+        force=force,
+        allow_no_effect=allow_no_effect,
+        sign=sign,
+        sbom=sbom,
+        reproducible=reproducible,
+        calibration_images=calibration_image or (),
+        calibration_seconds=calibration_seconds,
+        cache=not no_cache,
+    )
     with render.bars(err) as report_progress:
-        result = export(
-            model,
-            out_folder,
-            spec=spec if config is None else None,
-            config=config,
-            directions=directions,
-            anchors=anchors or None,
-            calibration=calibration or None,
-            estimator=estimator,
-            readout=readout,
-            budget=budget,
-            variant=variant,
-            dtype=dtype,
-            opset=opset,
-            exporter=exporter,
-            data=data,
-            digests=not no_digest,
-            proof=proof,
-            proof_inputs=proof_inputs or (),
-            dry_run=dry_run,
-            force=force,
-            allow_no_effect=allow_no_effect,
-            sign=sign,
-            sbom=sbom,
-            reproducible=reproducible,
-            calibration_images=calibration_image or (),
-            calibration_seconds=calibration_seconds,
-            cache=not no_cache,
-            report_progress=report_progress,
-        )
+        result = export(model, out_folder, options, report_progress=report_progress)
     try:
         built = _engines(result.out, force) if engine else None
     except KeyboardInterrupt as stop:
@@ -535,8 +534,8 @@ def export_command(
         render.show_engines(out, built, result.out)
     elif result.written:
         chosen = {"--dtype": dtype, "--opset": opset, "--exporter": exporter}
-        options = [word for name, value in chosen.items() if value is not None for word in (name, str(value))]
-        render.show_next(out, render.next_after_export(result, model, options))
+        words = [word for name, value in chosen.items() if value is not None for word in (name, str(value))]
+        render.show_next(out, render.next_after_export(result, model, words))
 
 
 # Options that a config does not hold: the model, the output, and the proof. Any other option beside it is an error.
@@ -853,7 +852,7 @@ def inspect_command(
     """Show the decoder's residual stream: layers, width, dtype, and the value that carries each layer's output."""
     require_model(model)
     from .exporter import render
-    from .exporter.pipeline import inspect
+    from .exporter.opened_decoder import inspect
 
     with render.bars(err) as report_progress:
         anatomy = inspect(model, variant, report_progress, cache=not no_cache)
@@ -909,7 +908,7 @@ def directions_command(
             require_effect(context, ("variant",), "on a checkpoint, which is read in torch")
     require_model(model)
     from .exporter import render
-    from .exporter.pipeline import extract_directions
+    from .exporter.extract_directions import extract_directions
 
     beside: dict[str, Path] = {}
     with render.bars(err) as report_progress:

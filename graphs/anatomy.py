@@ -24,6 +24,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
 from .dataflow import Flow, Vertex, is_sorted
+from .dtypes import STREAM_DTYPES
 from .errors import AnatomyNotFound, ModelUnreadable, first_line
 from .inlining import require_inlinable
 from .layer_count import LayerCount
@@ -34,7 +35,6 @@ from .side_paths import side_path
 from .sites import (
     RESHAPES,
     STREAM_AXES,
-    STREAM_DTYPES,
     ResidualSite,
     past_sums,
     residual_site,

@@ -17,9 +17,11 @@ from .digests import BIG, sha256_files
 from .errors import ManifestMismatch
 from .inventory import require_nothing_beside, require_plain_names
 from .json_files import LARGEST_JSON
+from .new_files import create_file
 from .places import require_guarded_folder
 from .progress import CountCallback
 from .regular_files import read_regular
+from .staging import write_file
 from .strict_json import from_strict_json, to_strict_json
 
 MANIFEST_NAME = "guard.json"
@@ -182,6 +184,28 @@ def record_files(
         modified = status.st_mtime_ns if keeps_times and status.st_size >= BIG else 0
         found[name] = FileRecord(size=status.st_size, modified_ns=modified, sha256=digests.get(name))
     return found
+
+
+def hash_files(folder: Path) -> dict[str, FileRecord]:
+    """The records of everything that a folder holds, each file with its digest."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = {path.relative_to(folder).as_posix(): digest for path, digest in sha256_files(files).items()}
+    return record_files(folder, digests, digests)
+
+
+def write_manifest(folder: Path, manifest: Manifest, replace: bool = False) -> None:
+    """Write `guard.json`, the last file of a folder.
+
+    Args:
+        folder: the folder, or the stage that becomes it.
+        manifest: what it contains.
+        replace: a guarded folder gets a new manifest. Otherwise there must be none: a file of this name in a stage is one
+            of the model's own.
+
+    Raises:
+        OutputRefused: it cannot be written.
+    """
+    (write_file if replace else create_file)(folder / MANIFEST_NAME, manifest.to_text().encode())
 
 
 def may_go_unhashed(name: str, size: int) -> bool:

@@ -12,10 +12,11 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
+from .dtypes import IR_DTYPES
 from .lowerings.table import LOWERINGS
 from .lowerings.task import Task
 from .modes import guard_mode
-from .node_builder import IR_DTYPES, NodeBuilder
+from .node_builder import NodeBuilder
 from .plan import GuardPlan, SitePlan
 from .reference import LayerGuard
 from .spec import LARGEST_TAU

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..exporter.pipeline import ExportResult, export
+from ..exporter.export_result import ExportResult
+from ..exporter.pipeline import export
 from ..exporter.prompts.labelled import Sources
 from ..graphs.errors import ExtraMissing, GuardError
 from ..graphs.extras import install_command

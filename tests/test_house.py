@@ -75,8 +75,6 @@ MOST_LINES = 400
 STILL_LONG = {
     "cli.py",
     "examples/tiny_vlm/world.py",
-    "exporter/pipeline.py",
-    "exporter/resolve.py",
     "tests/apps/test_playground_page.py",
     "tests/apps/test_report.py",
     "tests/apps/test_serving.py",

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...exporter.artifact.stamp import stamp
 from ...exporter.evaluation.evaluate import evaluate
+from ...graphs.clock import now
 from ...graphs.directions import Directions
 from ...graphs.errors import OutputRefused
 from ...graphs.progress import ProgressCallback, ignore_progress
@@ -134,4 +134,4 @@ def _anchors_auc(directions: Directions) -> dict[int, float]:
 
 def _now() -> str:
     """Honours SOURCE_DATE_EPOCH, as reproducible builds want it."""
-    return stamp().created.strftime("%Y-%m-%d %H:%M UTC")
+    return now().strftime("%Y-%m-%d %H:%M UTC")

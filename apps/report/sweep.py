@@ -8,9 +8,9 @@ from typing import Any
 
 from ...exporter.evaluation.evaluate import tally
 from ...exporter.prompts.labelled import LabelledPrompt
+from ...exporter.prompts.thinning import by_setting_and_label
 from ...graphs.modes import guard_mode
 from ...graphs.progress import CountCallback
-from .questions import thinned
 from .subject import Subject
 
 ALPHAS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
@@ -46,7 +46,7 @@ def sweep_alpha(
     """Refusals at each of `ALPHAS` and at the shipped strengths; none where the mode has no strength."""
     if not guard_mode(subject.plan.mode).has_alpha:
         return []
-    asked = thinned(prompts, _PROMPTS)
+    asked = by_setting_and_label(prompts, _PROMPTS)
     shipped = {guard.alpha for guard in subject.plan.guards}
     alphas, found = sorted({*ALPHAS, *shipped}), []
     for number, alpha in enumerate(alphas):

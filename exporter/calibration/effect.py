@@ -38,10 +38,10 @@ from ..evaluation.logprobs import Said, ask
 from ..evaluation.metrics import count
 from ..extraction.extract import collect_states, tapped_graph
 from ..prompts.labelled import BUILTIN, AnchorPair, LabelledPrompt, prompts_from_anchors, read_anchors
+from ..prompts.thinning import spread, thinned
 from .refusal_regression import Refusals, compare_refusals, some_harmful
 
 BUILTIN_TOKENS = 8  # of each answer to a built-in prompt: enough to begin a refusal
-_MOST_BUILTIN = 10  # harmful built-in prompts of each setting: one of each intent
 _FEWEST_PAIRS = 4  # that a tokenizer can tell apart
 _MOST_TEXTS = 40  # of each label, for the AUC
 _BATCH = 16
@@ -89,8 +89,8 @@ def builtin_sample(model: VisionLanguageModel) -> Sample:
     pairs = [pair for pair in read_anchors(BUILTIN, "calibration") if _differs(pair, model)]
     if len(pairs) < _FEWEST_PAIRS:
         pairs = []
-    step = max(1, -(-len(pairs) // _MOST_BUILTIN))
-    asked = [p for p in prompts_from_anchors(pairs[::step], model.sees) if p.label == "harmful"]
+    one_each = thinned(pairs, lambda pair: pair.intent, dict.fromkeys((pair.intent for pair in pairs), 1))
+    asked = [p for p in prompts_from_anchors(one_each, model.sees) if p.label == "harmful"]
     harmful, harmless = (tuple(getattr(pair, label) for pair in pairs) for label in ("harmful", "harmless"))
     return Sample(tuple(asked), harmful, harmless, f"{BUILTIN}:calibration", BUILTIN_TOKENS)
 
@@ -103,7 +103,7 @@ def sample_of(prompts: Sequence[LabelledPrompt], source: str, sees: bool, tokens
 
 def _texts(prompts: Sequence[LabelledPrompt], label: str) -> tuple[str, ...]:
     shown = (prompt.prompt for prompt in prompts if (prompt.setting, prompt.label) == ("text", label))
-    return tuple(dict.fromkeys(shown))[:_MOST_TEXTS]
+    return tuple(spread(list(dict.fromkeys(shown)), _MOST_TEXTS))
 
 
 def ask_unguarded(model: VisionLanguageModel, sample: Sample, report_progress: ProgressCallback) -> Unguarded:

@@ -18,13 +18,13 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ...graphs.clock import wall_clock
 from ...graphs.errors import GuardError
 from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.proof.structure import Check
@@ -247,7 +247,7 @@ def _in_use(entry: Path) -> Iterator[None]:
 
 def _make_room(exports: Path, limit: int, keep: Path) -> None:
     """Remove the entries that were used longest ago until the rest fits; and what killed runs left."""
-    now, entries = time.time(), []
+    now, entries = wall_clock().timestamp(), []
     for path in exports.iterdir():
         with contextlib.suppress(OSError):
             used = path.stat().st_mtime

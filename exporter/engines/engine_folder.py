@@ -10,22 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
 
-from ...graphs.digests import sha256_file, sha256_files
+from ...graphs.clock import now, to_text
+from ...graphs.digests import sha256_file
 from ...graphs.errors import GuardError, ManifestMismatch
 from ...graphs.graph_io import external_files, load_graph
 from ...graphs.manifest import (
-    MANIFEST_NAME,
     EngineRecord,
     Manifest,
+    hash_files,
     read_manifest,
-    record_files,
     require_intact,
+    write_manifest,
 )
 from ...graphs.new_files import create_file
 from ...graphs.node_builder import PREFIX
@@ -138,11 +138,12 @@ def build_engines(
     require_apart(target, folder, package)
     require_writable(target, force)
     parts = plan_parts(package, profiles, parse_shapes(shapes))
+    created = to_text(now())
     with staged(target, force) as stage:
         engines = [_build(chosen, part, options, stage, report_progress) for part in parts]
         _bring_companions(package, parts, stage)
         records = [_record(chosen, part, engine, options) for part, engine in zip(parts, engines, strict=True)]
-        written = _write_manifest(stage, manifest, records, chosen)
+        written = _record_folder(stage, manifest, records, chosen, created)
     warnings = {part.relative: engine.warnings for part, engine in zip(parts, engines, strict=True) if engine.warnings}
     return EngineResult(target, written, warnings)
 
@@ -288,15 +289,15 @@ def _record(backend: Backend, part: Part, engine: Engine, options: BuildOptions)
     )
 
 
-def _write_manifest(stage: Path, source: Manifest, engines: list[EngineRecord], backend: Backend) -> Manifest:
+def _record_folder(
+    stage: Path, source: Manifest, engines: list[EngineRecord], backend: Backend, created: str
+) -> Manifest:
     """The guarded folder's manifest, with the engines instead of the graphs. What was proved is the graph; the engine is
     proved once it has run."""
-    files = sorted(path for path in stage.rglob("*") if path.is_file())
-    digests = {path.relative_to(stage).as_posix(): digest for path, digest in sha256_files(files).items()}
     manifest = source.model_copy(
         update={
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "files": record_files(stage, digests, digests),
+            "created": created,
+            "files": hash_files(stage),
             "decoders": source.decoders[:1],
             "proved": "structure",
             "proved_because": "the engines have not been run yet",
@@ -304,5 +305,5 @@ def _write_manifest(stage: Path, source: Manifest, engines: list[EngineRecord], 
             "engines": engines,
         }
     )
-    create_file(stage / MANIFEST_NAME, manifest.to_text().encode())
+    write_manifest(stage, manifest)
     return manifest

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...graphs.digests import sha256_files
 from ...graphs.errors import GuardError, ManifestMismatch, ProofFailed
 from ...graphs.graph_io import external_files
-from ...graphs.manifest import MANIFEST_NAME, Manifest, PackagedRecord, record_files
+from ...graphs.manifest import Manifest, PackagedRecord, hash_files, write_manifest
 from ...graphs.new_files import Data, create_file
 from ...graphs.package import SBOM_NAME, SIGNATURE_NAME, Layout, ModelPackage
 from ...graphs.progress import ProgressCallback, ignore_progress
@@ -116,7 +115,7 @@ def repackage(
         for here, content in planned.written.items():
             (stage / here).parent.mkdir(parents=True, exist_ok=True)
             create_file(stage / here, content)
-        written = _write_manifest(stage, manifest, planned)
+        written = _record_folder(stage, manifest, planned)
         report_progress("writing", 1, 1)
         proof = verify(stage, report_progress=report_progress)
         broken = next((check for check in proof.checks if not check.ok), None)
@@ -181,15 +180,13 @@ def with_data(graph: Path, root: Path, here: str) -> dict[str, str]:
     return found
 
 
-def _write_manifest(stage: Path, source: Manifest, planned: FolderLayout) -> Manifest:
-    files = sorted(path for path in stage.rglob("*") if path.is_file())
-    digests = {path.relative_to(stage).as_posix(): digest for path, digest in sha256_files(files).items()}
+def _record_folder(stage: Path, source: Manifest, planned: FolderLayout) -> Manifest:
     by_path = {record.path: record for record in source.decoders}
     came = {here: there for there, here in planned.decoders.items()}  # with their data named otherwise, perhaps
     known = {*planned.brought.values(), *planned.decoders}
     manifest = source.model_copy(
         update={
-            "files": record_files(stage, digests, digests),
+            "files": hash_files(stage),
             "decoders": [by_path[there].model_copy(update={"path": here}) for there, here in planned.decoders.items()],
             "layout": planned.layout,
             "packaged": PackagedRecord(
@@ -201,7 +198,7 @@ def _write_manifest(stage: Path, source: Manifest, planned: FolderLayout) -> Man
             ),
         }
     )
-    create_file(stage / MANIFEST_NAME, manifest.to_text().encode())
+    write_manifest(stage, manifest)
     return manifest
 
 

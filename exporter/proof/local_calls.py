@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ...graphs.call_inputs import GrowingCache
+from ...graphs.dtypes import NUMPY_DTYPES
 from ...graphs.modes import guard_mode
-from ...graphs.node_builder import NUMPY_DTYPES
 from ...graphs.plan import SUPERVISOR_INPUTS, GuardPlan
 from ...graphs.proof.cut_out import Cut
 from ...graphs.reference import (

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...graphs.dtypes import NUMPY_DTYPES
 from ...graphs.modes import guard_mode
-from ...graphs.node_builder import NUMPY_DTYPES
 from ...graphs.reference import NO_SUPERVISOR, LayerGuard
 
 TOKENS = 4

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from ..call_inputs import CallInputs, call_inputs
-from ..node_builder import IR_DTYPES, PREFIX
+from ..dtypes import IR_DTYPES
+from ..node_builder import PREFIX
 from ..plan import GuardPlan, SitePlan
 from ..rewrite import GuardedSite, GuardReport
 from ..site_streams import stream_parts

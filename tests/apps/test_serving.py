@@ -180,7 +180,7 @@ REFUSED: dict[str, tuple[Any, int, str | None, str | None, str]] = {
     "no messages": ({"model": NAME}, 400, "messages", None, "messages: Field required"),
     "another model": ({**asking("x"), "model": "gpt-4"}, 404, "model", "model_not_found", "'gpt-4' does not exist"),
     "a field that is unknown": (asking("x", best_of=2), 400, "best_of", None, "unknown argument 'best_of'"),
-    "two answers": (asking("x", n=2), 400, "n", "unsupported_parameter", "cannot do 'n' as asked"),
+    "two answers": (asking("x", n=2), 400, "n", "unsupported_parameter", "cannot do 'n' as requested"),
     "n is true": (asking("x", n=True), 400, "n", "unsupported_parameter", "it takes 1, null"),
     "tools": (asking("x", tools=[{"type": "function"}]), 400, "tools", "unsupported_parameter", "'tools'"),
     "logprobs": (asking("x", logprobs=True), 400, "logprobs", "unsupported_parameter", "'logprobs'"),

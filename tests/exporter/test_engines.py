@@ -253,7 +253,9 @@ def test_our_verdict_is_the_parsers(zoo: Callable[[str], ZooModel]) -> None:
 @pytest.fixture(scope="module")
 def engines(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("engines") / "restore-engine"
-    build_engines(guarded("restore"), out, backend="tensorrt_rtx")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+        build_engines(guarded("restore"), out, backend="tensorrt_rtx")
     return out
 
 
@@ -265,6 +267,7 @@ def test_the_folder_of_engines(guarded: Guarded, engines: Path) -> None:
     for shown in decoder.layers["profiles"]:
         assert list(shown["guard_nodes"]) == [str(layer) for layer in manifest.plan["layers"]]
     assert (decoder.backend, decoder.pads, manifest.proved) == ("tensorrt_rtx", True, "structure")
+    assert manifest.created == "2023-11-14T22:13:20+00:00"
     assert not list(engines.rglob("*.onnx")) and (engines / "tokenizer.json").is_file()
     found = verify(engines, guarded("restore"))
     assert (found.ok, found.state) == (False, "not verified") and all(check.ok for check in found.checks)

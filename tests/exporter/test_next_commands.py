@@ -105,7 +105,7 @@ def test_an_export_ends_with_its_proof_the_folder_and_the_next_command(
         decoders=(decoder,),
         parity=parity,
     )
-    monkeypatch.setattr(pipeline, "export", lambda *_, **options: asked.update(options) or result)
+    monkeypatch.setattr(pipeline, "export", lambda model, out, options, **_: asked.update(vars(options)) or result)
     monkeypatch.setattr(render, "show_plan", lambda *_: None)
     monkeypatch.setattr(cli, "out", Console(width=400))
     with pytest.raises(SystemExit) as ended:

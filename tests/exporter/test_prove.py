@@ -18,13 +18,13 @@ from random_directions import random_directions
 from tiny_vlm_paths import CALIBRATION, DECODER, SOURCE
 
 from vlmguard.exporter.artifact.guarded_folder import GuardedDecoder
-from vlmguard.exporter.pipeline import prove
 from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.exporter.proof import prove as module
 from vlmguard.exporter.proof import prove_closed
 from vlmguard.exporter.proof.compare import Comparison
 from vlmguard.exporter.proof.inputs import ProofInputs, proof_inputs, random_inputs
 from vlmguard.exporter.proof.prove import prove_by_running
+from vlmguard.exporter.proof.prove_decoder import prove_decoder
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.errors import ProofFailed
 from vlmguard.graphs.graph_io import save_graph
@@ -73,7 +73,7 @@ class Staged:
 
     def whole(self) -> tuple[Check, ...]:
         decoder = GuardedDecoder(self.package, self.anatomy, self.plan)
-        return prove(decoder, self.report, self.folder, self.inputs, ignore_progress)
+        return prove_decoder(decoder, self.report, self.folder, self.inputs, ignore_progress)
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,10 @@ from vlmguard.exporter.proof.inputs import ProofInputs
 from vlmguard.exporter.proof.prove import prove_by_running
 from vlmguard.exporter.proof.prove_gate import DECIDED, SCORES
 from vlmguard.graphs.anatomy import dissect
+from vlmguard.graphs.dtypes import NUMPY_DTYPES
 from vlmguard.graphs.errors import ManifestMismatch
 from vlmguard.graphs.graph_io import save_graph
 from vlmguard.graphs.layouts import open_package
-from vlmguard.graphs.node_builder import NUMPY_DTYPES
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.rewrite import rewrite

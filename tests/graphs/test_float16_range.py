@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmguard.graphs import reference
+from vlmguard.graphs.dtypes import NUMPY_DTYPES
 from vlmguard.graphs.lowerings.gate import LARGEST_HALF_EDIT
 from vlmguard.graphs.lowerings.table import LOWERINGS
 from vlmguard.graphs.modes import MODES, POSITIONS, guard_mode
-from vlmguard.graphs.node_builder import NUMPY_DTYPES
 from vlmguard.graphs.reference import LayerGuard
 from vlmguard.graphs.spec import GuardSpec
 

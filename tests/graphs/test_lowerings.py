@@ -32,10 +32,10 @@ from hand_graphs import (
 from vlmguard.graphs import reference
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import Directions
+from vlmguard.graphs.dtypes import NUMPY_DTYPES
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.lowerings.table import LOWERINGS, choose_lowering
 from vlmguard.graphs.modes import MODES, POSITIONS, guard_mode, modes_where
-from vlmguard.graphs.node_builder import NUMPY_DTYPES
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.reference import NO_SUPERVISOR, LayerGuard
@@ -691,7 +691,7 @@ def test_a_lowering_may_be_named() -> None:
     chosen, reason = choose_lowering("dense", "project")
     assert chosen.name == "dense"
     assert reason == (
-        "as asked: the literal h @ (I - V^T V), one d x d MatMul per layer (to compare with; the others cost less)"
+        "as requested: the literal h @ (I - V^T V), one d x d MatMul per layer (to compare with; the others cost less)"
     )
 
 

@@ -434,7 +434,7 @@ def test_a_plan_for_another_graph_is_refused() -> None:
     plan = plan_guard(other, dissect(other), directions((0, 1)), GuardSpec())
     model = decoder(layers=3)
     assert unchanged_after(model, lambda: rewrite(model, plan), GuardIncomplete) == (
-        "layer 1: 'hidden' sums ['layer_2_attention_sum', 'layer_2_branch'], the plan says "
+        "layer 1: 'hidden' sums ['layer_2_attention_sum', 'layer_2_branch'], the plan has "
         "['layer_1_attention_sum', 'layer_1_branch']; was the plan made for this graph?"
     )
     model = decoder(layers=2, hidden=False)

@@ -30,10 +30,10 @@ from hand_graphs import (
 
 from vlmguard.graphs import reference
 from vlmguard.graphs.anatomy import dissect
+from vlmguard.graphs.dtypes import NUMPY_DTYPES
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.graph_io import graph_bytes
 from vlmguard.graphs.modes import MODES, POSITIONS, guard_mode, modes_where
-from vlmguard.graphs.node_builder import NUMPY_DTYPES
 from vlmguard.graphs.plan import COORDINATES_OUTPUT
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.strip import strip_guard

@@ -13,9 +13,9 @@ from hand_graphs import WIDTH, copy_of, decoder, directions, run, supervisor_inp
 from hand_graphs import merged as merged_decoder
 
 from vlmguard.graphs.anatomy import dissect
+from vlmguard.graphs.dtypes import NUMPY_DTYPES
 from vlmguard.graphs.graph_io import graph_bytes
 from vlmguard.graphs.modes import MODES, guard_mode
-from vlmguard.graphs.node_builder import NUMPY_DTYPES
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, GuardPlan
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.rewrite import rewrite
