@@ -11,7 +11,8 @@ from typing import Any
 from PIL import Image
 
 from ...exporter.evaluation.evaluate import EVALUATION_FILES
-from ...exporter.prompts.labelled import BUILTIN, LABELS, LabelledPrompt, find_file, read_prompts
+from ...exporter.prompts.formats import LABELS
+from ...exporter.prompts.labelled import BUILTIN, LabelledPrompt, find_file, read_prompts
 from ...exporter.prompts.thinning import by_setting_and_label
 from ...runtime.images.open_picture import open_image
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ...exporter.evaluation.yardstick import Yardstick
-from ...exporter.prompts.labelled import LABELS, PAIRED_LABELS, SETTINGS, LabelledPrompt
+from ...exporter.prompts.formats import LABELS, SETTINGS
+from ...exporter.prompts.labelled import PAIRED_LABELS, LabelledPrompt
 from ...graphs.manifest import Manifest
 from .cost import Cost
 from .gates import GateScores

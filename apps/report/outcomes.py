@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...exporter.evaluation.evaluate import Evaluation, Tally
 from ...exporter.evaluation.intervals import clopper_pearson
-from ...exporter.prompts.labelled import SETTINGS, LabelledPrompt
+from ...exporter.evaluation.metrics import Evaluation, Tally
+from ...exporter.prompts.formats import SETTINGS
+from ...exporter.prompts.labelled import LabelledPrompt
 
 MEASURES = {"harmful": "attack success rate", "harmless": "over-refusal"}
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...exporter.evaluation.evaluate import EVALUATION_FILES
-from ...exporter.prompts.labelled import LABELS, PAIRED_LABELS, LabelledPrompt, find_file, read_prompts
+from ...exporter.prompts.formats import LABELS
+from ...exporter.prompts.labelled import PAIRED_LABELS, LabelledPrompt, find_file, read_prompts
 from ...exporter.prompts.overlaps import require_held_out_of
 from ...exporter.prompts.thinning import by_setting_and_label
 from ...graphs.errors import GuardError, PromptsUnusable
