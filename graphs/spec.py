@@ -44,8 +44,8 @@ class GuardSpec:
             token of the call; `prompt` the end of the prompt and no token of the answer (`supervise`, and always `align`).
         lowering: how the guard is written into the graph; `auto` lets the plan choose; the plan has the reason.
         direction_of: use this layer's SSD in every guarded layer (`project` only); what `fold` needs, because it changes
-            the whole stream by one subspace. All layers are guarded then, unless `layers` names some.
-        target: the runtime that will run the graph; `auto` takes the lowering that is cheapest there. Any runtime runs any of them.
+            the whole stream by one subspace. All layers are then guarded, unless `layers` names some.
+        target: the runtime that will run the graph; `auto` takes the cheapest lowering there. Any runtime runs any lowering.
         knobs: strength and threshold offset become inputs with defaults, for an app to set at each call
             (`graphs.runtime_controls`).
         telemetry: one output more, the score of each guarded layer's gate at the last token.

@@ -171,7 +171,7 @@ def assert_proved(
 def directions_for(row: Row, model: ZooModel) -> Directions:
     """Thresholds in the middle of what the layers' gates read here, so that some open and some do not."""
     layers = {number: layer_directions(2, model.width, number, threshold=0.0) for number in (MIDDLE, LAST)}
-    if guard_mode(row.mode).has_threshold - {"supervise"}:
+    if guard_mode(row.mode).has_threshold and not guard_mode(row.mode).toward_text:
         for number in layers:
             threshold = widest_gap(gate_scores(row, model, layers, number))
             layers[number] = layer_directions(2, model.width, number, threshold=threshold)
