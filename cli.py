@@ -268,8 +268,8 @@ def export_command(
         WantedMode,
         what(
             "--mode",
-            help="Intervention. auto takes that of the directions, where some are given or found, else the first of align, "
-            "supervise, restore and combined that brings refusals back.",
+            help="Intervention. auto uses the mode of the given or found directions, else the first of align, supervise, "
+            "restore and combined that restores refusals.",
             metavar=one_of(WantedMode),
         ),
     ] = "auto",
@@ -354,7 +354,7 @@ def export_command(
         float,
         data_option(
             "--budget",
-            help="Highest share of harmless prompts that a calibration lets the guard refuse.",
+            help="Largest share of harmless prompts that a calibrated guard may refuse.",
             metavar="SHARE",
         ),
     ] = 0.01,
@@ -1098,7 +1098,7 @@ def generate_command(
     vlm = open_model(model) if unguarded else GuardedVLM.open(model)
     shown = vlm.blank_image() if blank else image
     knobs = Knobs(strength, threshold_offset)
-    if as_json and not (scores or vlm.decoder.tells_scores):
+    if as_json and not (scores or vlm.decoder.outputs_scores):
         print_json({"answer": vlm.answer([Request(prompt, shown)], sampling, knobs=knobs)[0], "scores": None})
         return
     if isinstance(vlm, GuardedVLM) and (scores or as_json):
@@ -1214,8 +1214,8 @@ def serve_command(
 
     def on_ready(plan: dict[str, Any], address: str) -> None:
         guard = f"{plan['mode']} on layers {', '.join(map(str, plan['layers']))}"
-        asked = "with an API key" if api_key is not None else "without an API key"
-        err.print(f"serving {escape(settings.name)} ({guard}), {asked}; Ctrl-C stops", highlight=False, soft_wrap=True)
+        access = "with an API key" if api_key is not None else "without an API key"
+        err.print(f"serving {escape(settings.name)} ({guard}), {access}; Ctrl-C stops", highlight=False, soft_wrap=True)
         out.print(address, markup=False, highlight=False, soft_wrap=True)
         out.file.flush()
 

@@ -1,4 +1,4 @@
-"""What a person can pick on the page without typing: labelled prompts, and pictures that go with them."""
+"""Samples to pick on the page: labelled prompts and their pictures."""
 
 from __future__ import annotations
 

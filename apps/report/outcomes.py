@@ -60,7 +60,7 @@ class Mistake:
 
 
 def rates_of(evaluation: Evaluation) -> list[Rate]:
-    """What `evaluate` counted, as rates of error with intervals: the one place that knows its shape."""
+    """The counts of `evaluate` as error rates with intervals."""
     sides = (("unguarded", evaluation.base), ("guarded", evaluation.guarded))
     return [
         rate for label in MEASURES for side, tally in sides for rate in _rates(evaluation.prompts, label, side, tally)
