@@ -1,4 +1,4 @@
-"""Tokens to text as they come: what has been said is never taken back, and no character comes in halves."""
+"""Decodes tokens to text as they arrive: text once returned is final, and characters are always complete."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class TextStream:
         self._said = ""
 
     def add(self, token: int) -> str:
-        """What the token adds; empty while a character is incomplete, or white space may turn out to be the end."""
+        """The text that the token adds; empty while a character is incomplete, or while white space may be the end."""
         self._tokens.append(token)
         text = self._decode(self._tokens).strip()
         return "" if text.endswith("\N{REPLACEMENT CHARACTER}") else self._beyond(text)
 
     def end(self) -> str:
-        """What is left: the first bytes of a character whose others never came."""
+        """The remaining text: bytes of an incomplete character."""
         return self._beyond(self._decode(self._tokens).strip()) if self._tokens else ""
 
     def _beyond(self, text: str) -> str:
