@@ -42,11 +42,13 @@ class NodeBuilder:
         self.properties = properties or {}
         self.nodes: list[ir.Node] = []
         self.initializers: list[str] = []
+        self.numbers: list[str] = []  # those of them that `constant` wrote
 
     def constant(self, name: str, array: np.ndarray, dtype: str | None = None) -> ir.Value:
         """An initializer; `dtype` is a stream dtype, `None` keeps the array's own."""
         array = np.array(array, dtype=None if dtype is None else NUMPY_DTYPES[dtype], order="C")
-        return self._register(f"{self.weights}/{name}", array)
+        self.numbers.append(f"{self.weights}/{name}")
+        return self._register(self.numbers[-1], array)
 
     def integers(self, *numbers: int) -> ir.Value:
         """A 1-D int64 constant (axes, bounds); one per distinct list, shared by the whole guard."""

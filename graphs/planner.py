@@ -44,10 +44,10 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
     ranks = [layer.ssd.shape[0] for number, layer in directions.layers.items() if number in layers]
     rank = spec.rank or max(ranks, default=1)
     lowering, reason = choose_lowering(spec.lowering, mode, spec.target, rank)
-    spec.require_dials(mode)
+    spec.require_runtime_controls(mode)
     knobs = knobs_of(mode) if spec.knobs else ()
     if knobs:
-        require_knobs(model, lowering.name, lowering.dials)
+        require_knobs(model, lowering.name, lowering.supports_runtime_controls)
     directions = _one_direction(spec, directions, layers, mode, notes)
     guards = {  # whatever order, and how often, the directions name them
         number: _layer_guard(number, directions, spec, mode, notes) for number in sorted(set(layers))
@@ -141,10 +141,10 @@ def _require_foldable(
     writers = find_writers(model, last_sites(anatomy), anatomy.width)
     weights = {writer.weight: writer for writer in writers}
     kept = [weight.name for weight in weights if len(weight.uses()) > sum(w.weight is weight for w in writers)]
-    told = [f"fold: {len(weights)} weights write the stream, and are written again without the direction"]
+    notes = [f"fold: {len(weights)} weights write the stream, and are written again without the direction"]
     if kept:
-        told.append(f"fold: {', '.join(map(str, kept))} has other readers too (a tied head) and stays beside its copy")
-    return told
+        notes.append(f"fold: {', '.join(map(str, kept))} has other readers too (a tied head) and stays beside its copy")
+    return notes
 
 
 def _quantized_behind(model: ir.Model, sites: tuple[SitePlan, ...]) -> list[str]:

@@ -48,6 +48,11 @@ class ResidualSite:
     dtype: str
     body: str = ""
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether the sum lies inside a fused `Skip*LayerNormalization` (`site_streams`)."""
+        return self.kind == "skip_norm"
+
 
 def find_node(graph: ir.Graph, anchor: str) -> ir.Node | None:
     """The node whose first output is called `anchor`."""

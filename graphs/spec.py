@@ -89,7 +89,7 @@ class GuardSpec:
                 "them, and any caller could switch the guard off; leave --knobs out"
             )
         if self.mode is not None:
-            self.require_dials(self.mode)
+            self.require_runtime_controls(self.mode)
         if self.layers is not None and not self.layers:
             raise GuardError("the list of layers is empty; name at least one layer, or use auto")
         if self.direction_of is not None and self.direction_of < 0:
@@ -101,7 +101,7 @@ class GuardSpec:
         if self.tau is not None and not abs(self.tau) <= LARGEST_TAU:  # not NaN either
             raise GuardError(f"tau {self.tau} is not a finite number; a gate that never or always opens is not a guard")
 
-    def require_dials(self, mode: str) -> None:
+    def require_runtime_controls(self, mode: str) -> None:
         """The mode has the gate that is to be shown or held, and edits the tokens that are wanted.
 
         Args:

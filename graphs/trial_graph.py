@@ -16,7 +16,7 @@ from .dtypes import IR_DTYPES
 from .lowerings.table import LOWERINGS
 from .lowerings.task import Task
 from .modes import guard_mode
-from .node_builder import PREFIX, NodeBuilder
+from .node_builder import NodeBuilder
 from .plan import GuardPlan, SitePlan
 from .reference import LayerGuard
 from .spec import LARGEST_TAU
@@ -42,11 +42,12 @@ def guard_numbers(plan: GuardPlan) -> dict[str, np.ndarray]:
     for planned in plan.sites:
         # The lowering writes into a temporary graph: only its numbers are used, not its arithmetic.
         scratch = ir.Graph([], [], nodes=[], opset_imports={"": 18})
-        builder = NodeBuilder(scratch, _scope(planned.layer_index))
+        builder = NodeBuilder(scratch, f"layer_{planned.layer_index}")
         lowering.correction(builder, ir.Value(name="h"), _task(plan, planned))
-        for name, value in scratch.initializers.items():
-            if name.startswith(f"{PREFIX}{_scope(planned.layer_index)}/") and value.const_value is not None:
-                found[name] = value.const_value.numpy()
+        for name in builder.numbers:
+            tensor = scratch.initializers[name].const_value
+            assert tensor is not None
+            found[name] = tensor.numpy()
     return found
 
 
@@ -59,10 +60,6 @@ def make_overridable(model: ir.Model, names: list[str]) -> None:
 def _neutral(guard: LayerGuard) -> LayerGuard:
     zeros = np.zeros(guard.rank, np.float32)
     return LayerGuard(np.zeros_like(guard.ssd), zeros, zeros, np.zeros_like(guard.readout), LARGEST_TAU, 1.0)
-
-
-def _scope(layer: int) -> str:
-    return f"layer_{layer}"
 
 
 def _task(plan: GuardPlan, planned: SitePlan) -> Task:
