@@ -22,6 +22,7 @@ from ..graphs.package import ModelPackage
 from ..graphs.pairs import reads_pairs
 from .chat.chat import ChatTokenizer
 from .chat.text_stream import TextStream
+from .decode_loop import decode, rows_of_tokens
 from .decoder import DecoderSession, open_decoder
 from .decoder_inputs import DecoderState, PromptBatch, can_pad
 from .decoder_place import DecoderPlace
@@ -185,13 +186,9 @@ class VisionLanguageModel:
         """
         answers = [""] * len(requests)
         for indices in self.groups(requests, batch_size):
-            tokens: list[list[int]] = [[] for _ in indices]
-            for step in self.steps([requests[index] for index in indices], sampling, knobs):
-                for row, token in enumerate(step.tokens):
-                    if token is not None:
-                        tokens[row].append(token)
-            for row, index in enumerate(indices):
-                answers[index] = self.chat.decode(tokens[row]).strip()
+            rows = rows_of_tokens(self.steps([requests[index] for index in indices], sampling, knobs))
+            for row, index in zip(rows, indices, strict=True):
+                answers[index] = self.chat.decode(row).strip()
         return answers
 
     def stream(self, request: Request, sampling: Sampling = GREEDY, knobs: Knobs = AS_EXPORTED) -> Iterator[str]:
@@ -366,15 +363,8 @@ class VisionLanguageModel:
         """
         choose, runtime_controls = choose or Chooser(sampling), knobs.feeds(self.decoder.knobs)
         outputs, state = self._prefill(requests, batch, runtime_controls)
-        alive = [True] * len(requests)
-        for number in range(sampling.max_new_tokens):
-            chosen = choose(self.decoder.last_logits(outputs))
-            alive = [on and int(token) not in self.chat.eos_ids for on, token in zip(alive, chosen, strict=True)]
-            yield Step([int(token) if on else None for on, token in zip(alive, chosen, strict=True)], outputs)
-            if not any(alive) or number + 1 == sampling.max_new_tokens:
-                return
-            column = chosen[:, None].astype(np.int64)
-            outputs = self.decoder.step(state, column, self.step_embeds(column))
+        ends, most = self.chat.eos_ids, sampling.max_new_tokens
+        yield from decode(self.decoder, outputs, state, choose, self.step_embeds, ends, most)
 
     def step_embeds(self, column: np.ndarray) -> np.ndarray | None:
         """Embeddings `[batch, 1, d]` of one token per row, `[batch, 1]`; `None` where the decoder takes tokens."""
