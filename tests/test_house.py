@@ -89,7 +89,6 @@ STILL_LONG = {
     "tests/graphs/test_directions.py",
     "tests/graphs/test_fold.py",
     "tests/graphs/test_hostile_files.py",
-    "tests/graphs/test_layering.py",
     "tests/graphs/test_lowerings.py",
     "tests/graphs/test_package.py",
     "tests/graphs/test_plan.py",
