@@ -25,9 +25,10 @@ class ServeSettings:
         concurrency: answers that are made at the same time; `None`: 4, or 1 for engines, which cannot do more.
         queue: requests that may wait for them.
         max_tokens: longest answer that a request may ask for, and gets if it asks for none.
-        max_prompt_tokens: longest conversation, its image's tokens included.
+        max_prompt_tokens: longest conversation, its images' tokens included.
         max_context: longest conversation and answer together, tokens; `None`: what the model's configs say.
-        max_image: largest image file, bytes.
+        max_image: largest image file, and all images of one request together, bytes.
+        max_images: most images of one conversation.
         timeout: seconds that a request may take, waiting included.
         grace: seconds that running answers get when the server is told to stop.
     """
@@ -44,6 +45,7 @@ class ServeSettings:
     timeout: float = 120.0
     grace: float = 30.0
     max_context: int | None = None
+    max_images: int = 8
 
     def __post_init__(self) -> None:
         least = {
@@ -52,6 +54,7 @@ class ServeSettings:
             "max_tokens": 1,
             "max_prompt_tokens": 1,
             "max_image": 1,
+            "max_images": 1,
             "max_context": 1,
         }
         for name, lowest in least.items():
@@ -75,7 +78,7 @@ class ServeSettings:
 
     @property
     def max_body(self) -> int:
-        """Largest request, bytes: an image in base64, and a mebibyte for the words and the JSON around."""
+        """Largest request, bytes: its images in base64, and a mebibyte for the words and the JSON around."""
         return 4 * -(-self.max_image // 3) + MIB
 
     @property
