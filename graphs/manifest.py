@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .digests import BIG, Progress, sha256_files
+from .digests import BIG, sha256_files
 from .errors import ManifestMismatch
 from .inventory import require_nothing_beside, require_plain_names
 from .json_files import LARGEST_JSON
 from .new_files import create_file
 from .places import require_guarded_folder
+from .progress import CountCallback
 from .regular_files import read_regular
 from .staging import write_file
 from .strict_json import from_strict_json, to_strict_json
@@ -243,7 +244,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def require_intact(
-    folder: Path, manifest: Manifest, again: bool = True, progress: Progress | None = None, besides: str = ""
+    folder: Path, manifest: Manifest, again: bool = True, report_count: CountCallback | None = None, besides: str = ""
 ) -> int:
     """Every file is there as the manifest says, and none besides that is run or gone by; how many were compared.
 
@@ -273,7 +274,7 @@ def require_intact(
     hashed = {name: r for name, r in manifest.files.items() if r.sha256 is not None}
     if not again:
         hashed = {name: record for name, record in hashed.items() if not _unchanged(folder / name, record)}
-    found = sha256_files((folder / name for name in hashed), progress)
+    found = sha256_files((folder / name for name in hashed), report_count)
     for name, record in hashed.items():
         if found[folder / name] != record.sha256:
             raise ManifestMismatch(f"{folder}: {name} is not the file that was proved (SHA-256 differs); export again")

@@ -1,6 +1,6 @@
 """The plan: what WILL change, as sorted plain data, with the reason for each choice. Pure; changes nothing.
 
-`--dry-run` prints it, a golden file pins it, the manifest keeps it. `rewrite` only does what it says.
+`--dry-run` prints it, a golden file pins it, the manifest keeps it. `rewrite` makes these changes and no other.
 """
 
 from __future__ import annotations
@@ -147,12 +147,12 @@ class GuardPlan:
     @property
     def added_outputs(self) -> tuple[str, ...]:
         """In their order."""
-        told = {
+        outputs = {
             COORDINATES_OUTPUT: self.takes_supervisor,
             SCORES_OUTPUT: self.telemetry,
             PRESENT_GATE_OUTPUT: self.gate == "prompt",
         }
-        return tuple(name for name, is_told in told.items() if is_told)
+        return tuple(name for name, is_added in outputs.items() if is_added)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -46,16 +46,17 @@ def knobs_of(mode: str) -> tuple[str, ...]:
     return (STRENGTH_INPUT, OFFSET_INPUT) if guard_mode(mode).has_threshold else (STRENGTH_INPUT,)
 
 
-def require_knobs(model: ir.Model, lowering: str, dials: bool) -> None:
+def require_knobs(model: ir.Model, lowering: str, supported: bool) -> None:
     """The graph can have inputs with defaults, and the lowering numbers that a knob can reach.
 
     Args:
-        lowering, dials: its name, and whether it can be dialled.
+        lowering: name of the lowering.
+        supported: whether it supports runtime controls.
 
     Raises:
         GuardError: one of them cannot.
     """
-    if not dials:
+    if not supported:
         raise GuardError(
             f"lowering {lowering!r} has nothing that a knob could turn; choose lowrank, or leave --knobs out"
         )
@@ -121,7 +122,7 @@ def held_at(builder: NodeBuilder, held: Held, row: int) -> Held:
 
 
 def notes_on(knobs: Collection[str], gate: str) -> list[str]:
-    """What a person should know about the dials of a plan."""
+    """Notes for the user on the runtime controls of a plan."""
     notes = []
     if knobs:
         names = ", ".join(knobs)

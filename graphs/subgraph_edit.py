@@ -31,7 +31,7 @@ class SubgraphEdit:
     selections: dict[str, ir.Value] = field(default_factory=dict)
     shared: list[str] = field(default_factory=list)
     initializers: list[str] = field(default_factory=list)
-    told: dict[str, list[ir.Value]] = field(default_factory=lambda: defaultdict(list))
+    guard_outputs: dict[str, list[ir.Value]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def graph(self) -> ir.Graph:

@@ -74,9 +74,9 @@ def bins(gates: Sequence[GateScores]) -> np.ndarray:
 
 def _scores(states: States, row: int, mode: str, guard: LayerGuard) -> np.ndarray:
     """`[prompts]` float32, as the graph computes it."""
-    told = None if states.supervisor is None else states.supervisor[:, row]
+    supervisor = None if states.supervisor is None else states.supervisor[:, row]
     if guard_mode(mode).decides_by_text:
-        assert told is not None
-        return told[:, 0]
+        assert supervisor is not None
+        return supervisor[:, 0]
     assert states.raw is not None
-    return score(mode, guard, states.raw[:, row], told)[:, 0]
+    return score(mode, guard, states.raw[:, row], supervisor)[:, 0]

@@ -17,6 +17,7 @@ from ...graphs.manifest import SCHEMA, DecoderRecord, Manifest, may_go_unhashed,
 from ...graphs.new_files import Data, create_file
 from ...graphs.package import SBOM_NAME, ModelPackage
 from ...graphs.plan import GuardPlan
+from ...graphs.progress import ProgressCallback
 from ...graphs.proof.structure import Check
 from ...graphs.rewrite import GuardReport
 from ...graphs.spec import GuardSpec
@@ -25,7 +26,6 @@ from ..calibration.attempts import Choice
 from ..calibration.refusal_regression import Refusals
 from ..calibration.results import Calibration
 from ..proof.level import ProofLevel
-from ..sources import Watch
 from .sbom import bill_of_materials
 
 
@@ -87,7 +87,7 @@ def record_export(
     refusals: Refusals | None,
     proved: ProofLevel,
     digests: bool,
-    tell: Watch,
+    report_progress: ProgressCallback,
     stamped: Stamp,
     sbom: bool = False,
     parity: Sequence[Check] = (),
@@ -97,7 +97,7 @@ def record_export(
     files = [path for path in sorted(stage.rglob("*")) if path.is_file()]
     sources = {path for done in decoders for path in _source_files(done)}
     hashed = [path for path in (*files, *sources) if digests or not may_go_unhashed(path.name, path.stat().st_size)]
-    found = sha256_files(hashed, lambda done, total: tell("hashing (bytes)", done, total))
+    found = sha256_files(hashed, lambda done, total: report_progress("hashing (bytes)", done, total))
     names = {path.relative_to(stage).as_posix(): path for path in files}
     if sbom:
         listed = {name: found.get(path) for name, path in names.items()}

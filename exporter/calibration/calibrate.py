@@ -22,11 +22,11 @@ from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.directions import Directions
 from ...graphs.errors import GuardError
 from ...graphs.modes import guard_mode
+from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.spec import GuardSpec
 from ...runtime.vlm import VisionLanguageModel
 from ..extraction.estimators import READOUTS, require_known
 from ..prompts.labelled import LabelledPrompt
-from ..sources import Watch, unwatched
 from .reading import read_study
 from .results import Calibration
 from .search import Search
@@ -45,7 +45,7 @@ def calibrate(
     budget: float = DEFAULT_BUDGET,
     max_new_tokens: int = ANSWER_TOKENS,
     readout: str | None = None,
-    watch: Watch | None = None,
+    report_progress: ProgressCallback = ignore_progress,
     is_late: Callable[[], bool] = lambda: False,
 ) -> Calibration:
     """Choose what the wish leaves open.
@@ -59,7 +59,7 @@ def calibrate(
         budget: highest share of harmless prompts refused, in any setting.
         max_new_tokens: length of the answers that are judged.
         readout: what the gate of `restore` reads, a name of `estimators.READOUTS`; `None` chooses.
-        watch: called with the progress.
+        report_progress: called with `(stage, done, total)`.
         is_late: whether to stop trying, and to keep the best so far.
 
     Raises:
@@ -83,7 +83,7 @@ def calibrate(
     require_both_labels(prompts)
     spec = replace(spec, mode=spec.mode or "restore")
     prompts = visible(prompts, spec.mode or "restore")
-    study = read_study(model, anatomy, directions, prompts, spec, budget, max_new_tokens, watch or unwatched)
-    search = Search(study, model, anatomy, spec, readout, max_new_tokens, watch or unwatched, is_late)
+    study = read_study(model, anatomy, directions, prompts, spec, budget, max_new_tokens, report_progress)
+    search = Search(study, model, anatomy, spec, readout, max_new_tokens, report_progress, is_late)
     best = search.run()
     return search.finish(best)

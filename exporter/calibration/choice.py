@@ -17,11 +17,11 @@ from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.directions import Directions
 from ...graphs.errors import GuardError
 from ...graphs.modes import Mode, guard_mode, preferred_modes
+from ...graphs.progress import ProgressCallback
 from ...graphs.spec import Decided, GuardSpec
 from ...runtime.vlm import VisionLanguageModel
 from ..prompts.labelled import LabelledPrompt, fingerprint
 from ..proof.limits import TOLERANCE
-from ..sources import Watch
 from .align_judge import GOAL, AlignJudge, Distance, Figures, RandomRows, keeps_budget, keeps_refusals
 from .align_layers import Where, evidence, places_of_align
 from .align_trial import AlignTrial, aligned_directions
@@ -75,7 +75,7 @@ def choose(
     prompts: Sequence[LabelledPrompt],
     wish: Wish,
     source: str,
-    tell: Watch,
+    report_progress: ProgressCallback,
 ) -> Choice:
     """Try the possible modes, in the order of preference.
 
@@ -86,7 +86,7 @@ def choose(
         prompts: calibration prompts, held out from the directions.
         wish: what is decided already.
         source: where the prompts are from.
-        tell: called with the progress.
+        report_progress: called with `(stage, done, total)`.
 
     Raises:
         PromptsUnusable: too few prompts, or harmful ones that the model does not refuse as text.
@@ -112,12 +112,16 @@ def choose(
         elif attempts and is_late():
             left_out[name] = f"the {wish.seconds:g} seconds of --calibration-seconds were over"
         elif not guard_mode(mode).is_calibrated:
-            found, layers, as_text = _try_align(model, anatomy, directions, prompts, wish, source, tell, is_late)
+            found, layers, as_text = _try_align(
+                model, anatomy, directions, prompts, wish, source, report_progress, is_late
+            )
             attempts += found
         else:
             tried = replace(wish, spec=replace(wish.spec, mode=mode, gate=gate))
             alone = len(possible) == 1
-            attempts.append(_try_calibrated(name, model, anatomy, directions, prompts, tried, tell, is_late, alone))
+            attempts.append(
+                _try_calibrated(name, model, anatomy, directions, prompts, tried, report_progress, is_late, alone)
+            )
     usable = [attempt for attempt in attempts if attempt.usable]
     if not usable:
         raise GuardError(_nothing_works(attempts, left_out, wish.budget))
@@ -178,7 +182,7 @@ def _try_align(
     prompts: Sequence[LabelledPrompt],
     wish: Wish,
     source: str,
-    tell: Watch,
+    report_progress: ProgressCallback,
     is_late: Callable[[], bool],
 ) -> tuple[list[Attempt], list[dict[str, Any]], str]:
     """Attempts at the first place, then at the nearest others by their first tokens, until one reaches the goal; the evidence
@@ -187,9 +191,9 @@ def _try_align(
     places = list(places_of_align(directions, anatomy.layer_count, wish.spec))
     tolerance = max(TOLERANCE[site.dtype] for site in anatomy.sites)
     trial = AlignTrial(model, anatomy, directions, max(place.rank for place in places))
-    alone = ask_alone(trial, judged, tell)
-    judge = AlignJudge(trial, alone, tolerance, tell)
-    if (worst := worst_setting(judge, tell)) is not None:
+    alone = ask_alone(trial, judged, report_progress)
+    judge = AlignJudge(trial, alone, tolerance, report_progress)
+    if (worst := worst_setting(judge, report_progress)) is not None:
         judge.add(worst)
     attempts: list[Attempt] = []
 
@@ -200,20 +204,20 @@ def _try_align(
         return attempts[-1].meets
 
     if not reaches_the_goal(places[0]):
-        for place, distances in _screened(judge, directions, places[1:], tell)[:_MOST_SCREENED]:
+        for place, distances in _screened(judge, directions, places[1:], report_progress)[:_MOST_SCREENED]:
             if is_late() or reaches_the_goal(place, distances):
                 break
     return attempts, evidence(directions, alone.judged, judge.settings, judge.states), str(alone)
 
 
 def _screened(
-    judge: AlignJudge, directions: Directions, places: Sequence[Where], tell: Watch
+    judge: AlignJudge, directions: Directions, places: Sequence[Where], report_progress: ProgressCallback
 ) -> list[tuple[Where, tuple[Distance, ...]]]:
     """The places with their distances, the nearest first; of equal ones the better supported first."""
     found = []
     for number, place in enumerate(places):
         found.append((place, judge.screen(aligned_directions(directions, place.layers, place.rank))))
-        tell("comparing first tokens", number + 1, len(places))
+        report_progress("comparing first tokens", number + 1, len(places))
     return sorted(found, key=lambda pair: round(max(one.total for one in pair[1]), 2))
 
 
@@ -257,7 +261,7 @@ def _try_calibrated(
     directions: Directions,
     prompts: Sequence[LabelledPrompt],
     wish: Wish,
-    tell: Watch,
+    report_progress: ProgressCallback,
     is_late: Callable[[], bool],
     alone: bool,
 ) -> Attempt:
@@ -266,7 +270,15 @@ def _try_calibrated(
     try:
         shown = beside_images(prompts, wish.images) if model.sees else prompts
         found = calibrate(
-            model, anatomy, directions, shown, spec, wish.budget, readout=wish.readout, watch=tell, is_late=is_late
+            model,
+            anatomy,
+            directions,
+            shown,
+            spec,
+            wish.budget,
+            readout=wish.readout,
+            report_progress=report_progress,
+            is_late=is_late,
         )
     except GuardError as error:
         if alone:

@@ -192,11 +192,11 @@ def _plain(value: float) -> str:
 def _figures(calibration: Calibration) -> list[str]:
     """What was measured, in words."""
     held, chosen = calibration.held_out, calibration.chosen.candidate.to_json(calibration.mode)
-    dials = ", ".join(f"{name} {value}" for name, value in chosen.items() if name not in ("layers", "rank"))
-    told = [
+    axes = ", ".join(f"{name} {value}" for name, value in chosen.items() if name not in ("layers", "rank"))
+    lines = [
         "",
         f"Calibrated on {len(calibration.prompts)} prompts, over-refusal budget {calibration.budget:.1%}",
-        *([f"chosen: {dials}"] if dials else []),
+        *([f"chosen: {axes}"] if axes else []),
         "Refused                       harmful   harmless",
     ]
     rows = [
@@ -206,10 +206,10 @@ def _figures(calibration: Calibration) -> list[str]:
         ("held out, guarded", held.guarded),
         *((f"held out, {control.name}", control.tally) for control in held.controls),
     ]
-    told += [
+    lines += [
         f"  {name:<27} {result.worst('harmful'):>7.1%}   {result.worst('harmless'):>7.1%}" for name, result in rows
     ]
-    return [*told, "(worst setting; held out: prompts that no choice was made on)"]
+    return [*lines, "(worst setting; held out: prompts that no choice was made on)"]
 
 
 # Reading

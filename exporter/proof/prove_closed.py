@@ -122,7 +122,7 @@ def _compare_runs(
     rows: slice,
     optimize: bool,
 ) -> tuple[Comparison, str]:
-    """Every output of prefill and decode, for every setting of dials; and how many calls that took, in words.
+    """Every output of prefill and decode for every setting of the runtime controls, and the number of calls as text.
 
     One model after the other: two of them may not fit into memory together.
     """
@@ -131,13 +131,15 @@ def _compare_runs(
     unguarded_calls = session.calls
     session = place.open(lambda: open_decoder(package, guarded, optimize=optimize, folder=folder, given=inputs.given))
     found = Comparison()
-    for (number, (batch, expected)), dials in product(enumerate(zip(inputs.batches, left, strict=True)), turned):
-        supervisor = listen(plan, batch.size)
+    for (number, (batch, expected)), runtime_controls in product(
+        enumerate(zip(inputs.batches, left, strict=True)), turned
+    ):
+        supervisor = no_supervisor(plan, batch.size)
         if (
-            supervisor is not None and plan.edits_prompt_end and dials
+            supervisor is not None and plan.edits_prompt_end and runtime_controls
         ):  # else it would not be the knob that edits nothing
             supervisor = np.zeros_like(supervisor)
-        right = roll(session, batch, supervisor, dials)
+        right = roll(session, batch, supervisor, runtime_controls)
         for call, (before, after) in enumerate(zip(expected, right, strict=True)):
             mask = mask_at(batch, call)[rows]
             if rows != slice(None):
@@ -155,14 +157,14 @@ def roll(
     session: DecoderSession,
     batch: PromptBatch,
     supervisor: Tensor | None,
-    dials: Mapping[str, np.ndarray] | None = None,
+    runtime_controls: Mapping[str, np.ndarray] | None = None,
     steps: int = DECODE_STEPS,
 ) -> list[Mapping[str, np.ndarray]]:
     """Outputs of prefill and a few decode steps on fixed tokens: rows of the prompt again, so that runs stay alike.
 
     Inputs that were given by name are one call.
     """
-    outputs, state = session.prefill(batch, supervisor, dials)
+    outputs, state = session.prefill(batch, supervisor, runtime_controls)
     rolled = [outputs]
     if batch.given is not None or not session.can_step:
         return rolled
@@ -175,7 +177,7 @@ def roll(
     return rolled
 
 
-def listen(plan: GuardPlan, batch: int) -> np.ndarray | None:
+def no_supervisor(plan: GuardPlan, batch: int) -> np.ndarray | None:
     """Supervisor coordinates of a text-only pass; `None` for modes that take none."""
     if not plan.takes_supervisor:
         return None

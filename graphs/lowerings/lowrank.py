@@ -1,6 +1,6 @@
 """`lowrank`: read MatMul, a few scalars of gate arithmetic, write MatMul. Every mode; the cheapest on ONNX Runtime.
 
-The read has the stream's dtype; what a gate decides on is float32 (`lowerings.gate`), and so is what it lets through.
+The read has the stream's dtype; the gate and everything behind it are float32 (`lowerings.gate`).
 
 float16 ends at 65504, and real models have channels beyond 3e4. So a float16 read gives `s c`, with a power of two
 `s < d^(-1/2)`: `|s c| <= s |h|_2` is finite for every finite `h`, its partial sums included, and a power of two rounds
@@ -19,7 +19,7 @@ import onnx_ir as ir
 from ..modes import guard_mode
 from ..node_builder import NodeBuilder
 from ..reference import LayerGuard
-from .gate import bounded, columns, combined_score, first_told, gate
+from .gate import bounded, columns, combined_score, first_coordinate, gate
 from .task import Gate, Task, Written
 
 
@@ -43,7 +43,7 @@ def correction(builder: NodeBuilder, h: ir.Value, task: Task) -> Written:
         read = builder.cast("read_float32", read, "float32")
     c = columns(builder, "coordinates", read, 0, layer.rank) if guard_mode(mode).has_readout else read
     weights, opened = _WEIGHTS[mode](builder, read, c, task, units)
-    coordinates = _told(builder, c, units) if task.supervisor is not None else None
+    coordinates = _unscaled(builder, c, units) if task.supervisor is not None else None
     delta, rows = _write(builder, h, _at(builder, weights, task.selected), layer, units, "float32", dtype)
     return Written(delta, coordinates, opened, (rows,))
 
@@ -90,11 +90,11 @@ def _rows(mode: str, layer: LayerGuard, units: _Units) -> np.ndarray:
     return rows
 
 
-def _told(builder: NodeBuilder, c: ir.Value, units: _Units) -> ir.Value:
-    """`c` as others know it, out of the unit that it was read in."""
+def _unscaled(builder: NodeBuilder, c: ir.Value, units: _Units) -> ir.Value:
+    """`c` in its own unit, not in the power of two that it was read in."""
     if units.c == 1.0:
         return c
-    return builder.op("coordinates_told", "Mul", [c, builder.constant("unit", np.array(1 / units.c), "float32")])
+    return builder.op("coordinates_unscaled", "Mul", [c, builder.constant("unit", np.array(1 / units.c), "float32")])
 
 
 def _steer(builder: NodeBuilder, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
@@ -110,7 +110,7 @@ def _supervise(builder: NodeBuilder, read: ir.Value, c: ir.Value, task: Task, un
     """`g(a) (alpha (a - o) - (c - o))`; `a` comes unscaled."""
     layer, supervisor = task.layer, task.supervisor
     assert supervisor is not None
-    made = gate(builder, first_told(builder, task), task)
+    made = gate(builder, first_coordinate(builder, task), task)
     origin = builder.constant("origin", layer.origin, "float32")
     wanted = builder.op("supervisor_centred", "Sub", [supervisor, origin])
     wanted = builder.op(
@@ -131,7 +131,7 @@ def _align(
         return builder.op("difference", "Sub", [text, c]), None
     wanted = task.supervisor
     assert wanted is not None
-    made = gate(builder, first_told(builder, task), task)
+    made = gate(builder, first_coordinate(builder, task), task)
     if units.c != 1.0:
         wanted = builder.op("wanted", "Mul", [wanted, builder.constant("wanted_unit", np.array(units.c), "float32")])
     return builder.op("weights", "Mul", [made.opened, builder.op("difference", "Sub", [wanted, c])]), made

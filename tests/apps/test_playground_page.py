@@ -105,7 +105,7 @@ def in_mode(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> Guard
 # ----------------------------------------------------------------------------------------------------- what it computes
 
 
-@pytest.mark.parametrize("mode", ["project", "steer", "supervise", "restore", "combined", "align", "dials"])
+@pytest.mark.parametrize("mode", ["project", "steer", "supervise", "restore", "combined", "align", "runtime_controls"])
 def test_both_sides_compute_what_python_computes(
     browser: Browser, serve: Callable[..., str], in_mode: Guarded, mode: str
 ) -> None:
@@ -146,7 +146,7 @@ def test_both_sides_compute_what_python_computes(
             answers[setting, sample["label"], side] = found[-1]["text"]
     assert compared > 100
     assert browser.said == []
-    if mode in ("restore", "supervise", "combined", "align", "dials"):
+    if mode in ("restore", "supervise", "combined", "align", "runtime_controls"):
         for setting in ("blank", "image"):
             assert "cannot help" in answers[setting, "harmful", "guarded"]
             assert "cannot help" not in answers[setting, "harmful", "base"]

@@ -18,14 +18,13 @@ from random_directions import random_directions
 from tiny_vlm_paths import CALIBRATION, DECODER, SOURCE
 
 from vlmguard.exporter.artifact.guarded_folder import GuardedDecoder
-from vlmguard.exporter.pipeline import prove
 from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.exporter.proof import prove as module
 from vlmguard.exporter.proof import prove_closed
 from vlmguard.exporter.proof.compare import Comparison
 from vlmguard.exporter.proof.inputs import ProofInputs, proof_inputs, random_inputs
 from vlmguard.exporter.proof.prove import prove_by_running
-from vlmguard.exporter.sources import unwatched
+from vlmguard.exporter.proof.prove_decoder import prove_decoder
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.errors import ProofFailed
 from vlmguard.graphs.graph_io import save_graph
@@ -34,6 +33,7 @@ from vlmguard.graphs.modes import MODES, POSITIONS, guard_mode
 from vlmguard.graphs.package import ModelPackage
 from vlmguard.graphs.plan import GuardPlan
 from vlmguard.graphs.planner import plan_guard
+from vlmguard.graphs.progress import ignore_progress
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.reference import NO_SUPERVISOR, LayerGuard
 from vlmguard.graphs.rewrite import GuardReport, rewrite
@@ -73,7 +73,7 @@ class Staged:
 
     def whole(self) -> tuple[Check, ...]:
         decoder = GuardedDecoder(self.package, self.anatomy, self.plan)
-        return prove(decoder, self.report, self.folder, self.inputs, unwatched)
+        return prove_decoder(decoder, self.report, self.folder, self.inputs, ignore_progress)
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +253,7 @@ TAMPERINGS = {
     "text that opens every gate": ("combined", numbers("layer_4/text_shift", lambda a: a + 1e6), {REFERENCE}),
     "a gate that hears while listening": (
         "combined",
-        numbers("layer_2/hearing", lambda a: 1e38 + a),
+        numbers("layer_2/score_cap", lambda a: 1e38 + a),
         {LISTENING},
     ),
     "coordinates": ("supervise", quiet_coordinates, BOTH | {LISTENING}),

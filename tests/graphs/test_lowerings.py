@@ -504,7 +504,7 @@ def lowrank_nodes(mode: str, rank: int, dtype: str) -> int:
     project: read, delta, guarded
     steer: read, opens, gate, strength, weights, delta, guarded
     restore: read, coordinates, score, difference, opens, gate, weights, delta, guarded
-    combined: those of restore; supervisor, first_shifted, either, first_hearing and score, own_last, own
+    combined: those of restore; supervisor, first_shifted, either, first_capped and score, own_last, own
     supervise: read, supervisor, opens, gate, centred, wanted, present, difference, weights, delta, guarded, own_last, own
     align: read, supervisor, opens, gate, difference, weights, delta, guarded, own_last, own
     From rank 2 on the gate's coordinate is cut out; `restore` cuts out its readout anyway. In a float16 graph the edit is
@@ -527,7 +527,7 @@ def rank1_nodes(mode: str, rank: int, dtype: str) -> int:
 
     steer and restore have wanted, and supervise a_centred, a_strength, present and wanted per row; a gate has opens and
     gate, that of restore reads products and score. supervise and combined have supervisor, own_last and own; combined has
-    the gate of restore, and first_shifted, either, first_hearing and score. From rank 2 on supervise cuts out each row,
+    the gate of restore, and first_shifted, either, first_capped and score. From rank 2 on supervise cuts out each row,
     and both the gate's; their coordinates are put together. In a float16 graph: two Casts, and the edit is clipped.
     """
     rows = {"project": 4, "steer": 5, "restore": 5, "supervise": 8, "combined": 5, "align": 5}[mode] * rank + rank
@@ -691,7 +691,7 @@ def test_a_lowering_may_be_named() -> None:
     chosen, reason = choose_lowering("dense", "project")
     assert chosen.name == "dense"
     assert reason == (
-        "as asked: the literal h @ (I - V^T V), one d x d MatMul per layer (to compare with; the others cost less)"
+        "as requested: the literal h @ (I - V^T V), one d x d MatMul per layer (to compare with; the others cost less)"
     )
 
 

@@ -323,8 +323,8 @@ def test_an_output_that_is_not_the_sources_is_noticed() -> None:
 
 def test_an_input_too_many_is_noticed() -> None:
     tampered = case()
-    tampered.graph.inputs.append(ir.Value(name="dial", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1])))
-    assert tampered.failures() == {SIGNATURE: "added inputs are ('dial',), planned ()"}
+    tampered.graph.inputs.append(ir.Value(name="extra", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1])))
+    assert tampered.failures() == {SIGNATURE: "added inputs are ('extra',), planned ()"}
 
 
 def test_planned_inputs_and_outputs_must_be_there() -> None:
