@@ -41,6 +41,9 @@ from ...graphs.proof.structure import Check
 from ...graphs.reasons import out_of_memory
 from ..families import find_family
 from ..families.family import PAST, SEQUENCE, TOTAL, Family
+from ..families.gated_delta import delta_rule_by_scan
+from ..families.generic_vision import own_attention
+from .fit import fit
 from .narrow import narrow_weights, round_weights
 from .parity import answer_with_torch, check_parity, require_onnxruntime
 from .parts import Part, parts_of
@@ -131,6 +134,9 @@ def convert_checkpoint(
 
     graphs = []
     with _quiet():
+        if family.generic:
+            say("comparing ways to run it with transformers")
+            family = fit(family, model, folder, prompt_texts(folder, model.config))
         parts = parts_of(family, model)
     for number, part in enumerate(parts, 1):
         say(f"exporting ({number}/{len(parts)}) {part.name}")
@@ -139,7 +145,14 @@ def convert_checkpoint(
         except RuntimeError as failure:  # of torch.export and torch.onnx
             raise ModelUnreadable(_cannot_trace(checkpoint, part, failure)) from failure
         sums = {f"{PAST} + {SEQUENCE}": TOTAL}
-        tidy(graph, part.inputs, part.outputs, sums=sums, float32_inputs=part.float32_inputs)
+        tidy(
+            graph,
+            part.inputs,
+            part.outputs,
+            sums=sums,
+            float32_inputs=part.float32_inputs,
+            state_names=part.state_names,
+        )
         if dtype == "w16a32":
             narrow_weights(graph.graph)
         graphs.append(save_graph(graph, out, part.name, dtype))
@@ -150,7 +163,8 @@ def convert_checkpoint(
     if verify:
         say("running the checkpoint in torch")
         with _quiet():
-            reference = answer_with_torch(family, model, prompt_texts(folder, model.config))
+            texts = prompt_texts(folder, model.config)
+            reference = answer_with_torch(family, model, texts, measure_peaks=dtype == "fp16")
         config = model.config
         del model  # so that a large model is in memory once, not twice
         say("running the exported graphs in onnxruntime")
@@ -266,7 +280,7 @@ def trace(model: Any, part: Part, opset: int) -> ir.Model:
         # Else a comparison of two lengths in the model ("is the mask as long as the input?") forbids the sample's own.
         prefer_deferred_runtime_asserts_over_guards=True,
     )
-    with _quiet(), _runs_as(model, part):
+    with _quiet(), _runs_as(model, part), delta_rule_by_scan(model), own_attention(model):
         return OnnxExporter().export(model, dict(part.sample), config).program
 
 
@@ -304,9 +318,9 @@ def _dynamic_shapes(part: Part) -> dict[str, Any]:
 
     def axes(shape: tuple[str | int, ...]) -> dict[int, Any]:
         named = {axis: name for axis, name in enumerate(shape) if isinstance(name, str)}
-        return {axis: Dim(name) if held[name] > 1 else Dim.AUTO for axis, name in named.items()}
+        return {axis: Dim(name) if part.held and held[name] > 1 else Dim.AUTO for axis, name in named.items()}
 
-    of_cache = [axes(shape) for name, shape in part.inputs.items() if name.startswith(f"{COMMUNITY_PAST}.")]
+    of_cache = [axes(tensor.shape) for tensor in part.state]
     return {name: of_cache if name == COMMUNITY_PAST else axes(part.inputs[name]) for name in part.sample}
 
 

@@ -17,9 +17,6 @@ from importlib.metadata import version
 import numpy as np
 import onnx_ir as ir
 
-from ...graphs.decoder_state import COMMUNITY_PAST, COMMUNITY_PRESENT, state_name
-from ...graphs.roles import input_roles
-
 Shapes = Mapping[str, tuple[str | int, ...]]
 
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
@@ -27,13 +24,19 @@ _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def tidy(
-    model: ir.Model, inputs: Shapes, outputs: Shapes, *, sums: Mapping[str, str], float32_inputs: Iterable[str] = ()
+    model: ir.Model,
+    inputs: Shapes,
+    outputs: Shapes,
+    *,
+    sums: Mapping[str, str],
+    float32_inputs: Iterable[str] = (),
+    state_names: Mapping[str, str] | None = None,
 ) -> None:
     """Make the traced graph the promised one, in place; `sums` names dimensions that are sums of others.
 
     Before: a graph as `OnnxExporter` writes it. After: exactly these inputs and outputs, in this order.
     """
-    rename_inputs_and_outputs(model.graph)
+    rename_inputs_and_outputs(model.graph, state_names or {})
     require_signature(model.graph, inputs, outputs)
     for name in float32_inputs:
         accept_float32(model.graph, name)
@@ -48,12 +51,12 @@ def tidy(
 # 1. inputs and outputs
 
 
-def rename_inputs_and_outputs(graph: ir.Graph) -> None:
-    """Give the cache the layout's names; all other inputs and outputs have theirs from the trace."""
-    inputs, outputs = ({value.name: value for value in values} for values in (graph.inputs, graph.outputs))
-    for pair in input_roles(graph).states:
-        inputs[pair.past].name = f"{COMMUNITY_PAST}.{state_name(pair.past)}"
-        outputs[pair.present].name = f"{COMMUNITY_PRESENT}.{state_name(pair.past)}"
+def rename_inputs_and_outputs(graph: ir.Graph, names: Mapping[str, str]) -> None:
+    """Give the state the layout's names: `input.` or `output.` and what the trace calls it -> name. All others keep theirs."""
+    for values, side in ((graph.inputs, "input."), (graph.outputs, "output.")):
+        for value in values:
+            traced = (value.name or "").removeprefix(side)
+            value.name = names.get(f"{side}{traced}", value.name)
 
 
 def require_signature(graph: ir.Graph, inputs: Shapes, outputs: Shapes) -> None:
