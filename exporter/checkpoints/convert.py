@@ -44,6 +44,7 @@ from ..families.family import PAST, SEQUENCE, TOTAL, Family
 from ..families.gated_delta import delta_rule_by_scan
 from ..families.generic_vision import own_attention
 from .fit import fit
+from .foreign_failures import WHAT_TO_DO, in_one_line
 from .narrow import narrow_weights, round_weights
 from .parity import answer_with_torch, check_parity, require_onnxruntime
 from .parts import Part, parts_of
@@ -136,23 +137,22 @@ def convert_checkpoint(
     with _quiet():
         if family.generic:
             say("comparing ways to run it with transformers")
-            family = fit(family, model, folder, prompt_texts(folder, model.config))
-        parts = parts_of(family, model)
+            with in_one_line(f"{checkpoint}: transformers cannot run it on a picture"):
+                family = fit(family, model, folder, prompt_texts(folder, model.config))
+        with in_one_line(f"{checkpoint}: transformers cannot run its decoder"):
+            parts = parts_of(family, model)
     for number, part in enumerate(parts, 1):
         say(f"exporting ({number}/{len(parts)}) {part.name}")
-        try:
+        with in_one_line(f"{checkpoint}: torch cannot export its {part.name}"):
             graph = trace(model, part, opset)
-        except RuntimeError as failure:  # of torch.export and torch.onnx
-            raise ModelUnreadable(_cannot_trace(checkpoint, part, failure)) from failure
         sums = {f"{PAST} + {SEQUENCE}": TOTAL}
-        tidy(
-            graph,
-            part.inputs,
-            part.outputs,
-            sums=sums,
-            float32_inputs=part.float32_inputs,
-            state_names=part.state_names,
-        )
+        named = {"float32_inputs": part.float32_inputs, "state_names": part.state_names}
+        try:
+            tidy(graph, part.inputs, part.outputs, sums=sums, **named)
+        except ModelUnreadable as otherwise:
+            raise ModelUnreadable(
+                f"{checkpoint}: torch exports its {part.name} as another graph than the model is ({otherwise}); {WHAT_TO_DO}"
+            ) from None
         if dtype == "w16a32":
             narrow_weights(graph.graph)
         graphs.append(save_graph(graph, out, part.name, dtype))
@@ -162,7 +162,7 @@ def convert_checkpoint(
     parity: tuple[Check, ...] = ()
     if verify:
         say("running the checkpoint in torch")
-        with _quiet():
+        with _quiet(), in_one_line(f"{checkpoint}: transformers cannot generate with it"):
             texts = prompt_texts(folder, model.config)
             reference = answer_with_torch(family, model, texts, measure_peaks=dtype == "fp16")
         config = model.config
@@ -383,10 +383,3 @@ def _require_extras(verify: bool) -> None:
         ) from missing
     if verify:
         require_onnxruntime()
-
-
-def _cannot_trace(checkpoint: str | Path, part: Part, failure: RuntimeError) -> str:
-    what_to_do = "try other versions of torch and transformers, or --exporter genai for the text decoder alone"
-    if out_of_memory(failure):
-        what_to_do = "the machine has too little free memory"
-    return f"{checkpoint}: torch cannot export its {part.name} ({first_line(failure)}); {what_to_do}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...graphs.decoder_state import COMMUNITY_PAST
+from ...graphs.errors import ModelUnreadable
 from ..families.family import BATCH, SEQUENCE, TOTAL, Arrays, Family, Shapes, Turn, Vision
 from .traced_state import StateTensor, find_state, fresh_cache
 
@@ -143,7 +144,13 @@ def _with_cache(
     def prefill(batch: int, tokens: int) -> Any:
         with torch.no_grad():
             inputs = call(fresh_cache(model), np.ones((batch, tokens), np.int64), tokens)
-            return family.decoder.run(model, **inputs).past_key_values
+            outputs = family.decoder.run(model, **inputs)
+        if getattr(outputs, "past_key_values", None) is None:
+            raise ModelUnreadable(
+                f"{model.name_or_path}: {model.config.model_type} gives no past_key_values; only decoders whose forward gives their "
+                "cache under that name are exported"
+            )
+        return outputs.past_key_values
 
     def run(model: Any, **inputs: Any) -> dict[str, Any]:
         outputs = family.decoder.run(model, **inputs)

@@ -17,6 +17,8 @@ from importlib.metadata import version
 import numpy as np
 import onnx_ir as ir
 
+from ...graphs.errors import ModelUnreadable
+
 Shapes = Mapping[str, tuple[str | int, ...]]
 
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
@@ -60,17 +62,23 @@ def rename_inputs_and_outputs(graph: ir.Graph, names: Mapping[str, str]) -> None
 
 
 def require_signature(graph: ir.Graph, inputs: Shapes, outputs: Shapes) -> None:
-    """The tracer drops inputs it finds unused, and bakes lengths it finds constant: either would be our bug."""
+    """Refuse a graph without some inputs, which the tracer finds unused, or of fixed lengths, which it finds constant.
+
+    Raises:
+        ModelUnreadable: names what is traced otherwise than it is.
+    """
     for kind, values, promised in (("inputs", graph.inputs, inputs), ("outputs", graph.outputs, outputs)):
         names = [value.name for value in values]
-        assert names == list(promised), f"traced {kind} {names}, promised {list(promised)}"
+        if names != list(promised):
+            raise ModelUnreadable(f"traced {kind} {names}, the model has {list(promised)}")
         for value, shape in zip(values, promised.values(), strict=True):
             traced = list(value.shape or ())
             as_promised = len(traced) == len(shape) and all(
                 dim == named if isinstance(dim, int) else isinstance(named, str)
                 for dim, named in zip(traced, shape, strict=True)
             )
-            assert as_promised, f"traced {value.name} as {value.shape}, promised {shape}"
+            if not as_promised:
+                raise ModelUnreadable(f"traced {value.name} as {value.shape}, the model has {shape}")
 
 
 def accept_float32(graph: ir.Graph, name: str) -> None:

@@ -56,10 +56,9 @@ def find_family(config: Mapping[str, Any], checkpoint: str) -> Family:
     family = next((row for row in FAMILIES if row.model_type == model_type and _tower(config) in (None, *row.image_towers)), None)
     family = family or generic_family(config) or text_family(config)
     if family is None:
-        supported = ", ".join(row.model_type for row in FAMILIES)
         raise GuardError(
-            f"{checkpoint}: its config.json has model_type {model_type!r}; supported: {supported}, and text decoders that "
-            f"transformers opens with AutoModelForCausalLM. {_OTHERWISE}"
+            f"{checkpoint}: its config.json has model_type {model_type!r}, which this transformers opens neither with "
+            f"AutoModelForImageTextToText nor with AutoModelForCausalLM. {_OTHERWISE}"
         )
     reason = family.refuse(config)
     if reason is not None:

@@ -7,6 +7,7 @@ reproduces transformers' own `generate` (`checkpoints.fit`); `GenericDecoder` is
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -24,12 +25,13 @@ _MARKS = "token_type_ids"  # what every graph calls the input that marks image t
 
 def generic_family(config: Mapping[str, Any]) -> Family | None:
     """The row for a checkpoint with this `config.json`; `None` where transformers has no image-text-to-text model of it."""
+    import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as classes
 
     model_type = config.get("model_type")
     named = classes.get(model_type) if isinstance(model_type, str) else None
     model_class = named[0] if isinstance(named, tuple) else named
-    if model_type is None or model_class is None:
+    if model_type is None or model_class is None or not _sees(getattr(transformers, model_class)):
         return None
     return Family(
         model_type=model_type,
@@ -51,6 +53,12 @@ def why_no_decoder(config: Mapping[str, Any], model_class: str) -> str | None:
     if not hasattr(whole, "generate") or "inputs_embeds" not in inspect.signature(whole.forward).parameters:
         return f"{model_class} does not generate from embeddings; only decoder-only language models can be guarded"
     return None
+
+
+def _sees(model_class: Any) -> bool:
+    """Whether a class, or a part of the same module, has a vision encoder of its own to cut out."""
+    module = vars(sys.modules[model_class.__module__]).values()
+    return any(hasattr(part, "get_image_features") for part in module if inspect.isclass(part))
 
 
 def decoder_of(model: Any) -> Any:
