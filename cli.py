@@ -41,6 +41,7 @@ from .exporter.choices import (
 from .exporter.terminal import SafeConsole, show_found, to_json
 from .exporter.usage import App, Group, Interrupted, end_quietly, require_effect
 from .graphs.errors import GuardError
+from .graphs.modes import Mode, Positions
 from .graphs.new_files import Data
 from .graphs.places import (
     CONFIG,
@@ -52,7 +53,7 @@ from .graphs.places import (
     require_guarded_folder,
     require_model,
 )
-from .graphs.spec import Decided, GuardSpec, Mode, Positions, Supervisor, Target, parse_layers
+from .graphs.spec import Decided, GuardSpec, Supervisor, Target, parse_layers
 from .runtime.defaults import MAX_NEW_TOKENS
 from .runtime.tensorrt.backend import BackendName
 
@@ -490,7 +491,7 @@ def export_command(
         gate=gate,
         supervisor=supervisor,
     )
-    with render.bars(err) as watch:
+    with render.bars(err) as report_progress:
         result = export(
             model,
             out_folder,
@@ -519,7 +520,7 @@ def export_command(
             calibration_images=calibration_image or (),
             calibration_seconds=calibration_seconds,
             cache=not no_cache,
-            watch=watch,
+            report_progress=report_progress,
         )
     try:
         built = _engines(result.out, force) if engine else None
@@ -577,8 +578,8 @@ def _engines(guarded: Path, force: bool) -> EngineResult:
     from .exporter import render
     from .exporter.engines.engine_folder import build_engines
 
-    with render.bars(err) as watch:
-        return build_engines(guarded, force=force, watch=watch)
+    with render.bars(err) as report_progress:
+        return build_engines(guarded, force=force, report_progress=report_progress)
 
 
 @app.command(
@@ -674,7 +675,7 @@ def engine_command(
             for command in commands:
                 out.print(command, markup=False, highlight=False, soft_wrap=True)
         return
-    with render.bars(err) as watch:
+    with render.bars(err) as report_progress:
         result = build_engines(
             guarded,
             out_folder,
@@ -683,7 +684,7 @@ def engine_command(
             shapes=shape or (),
             options=options,
             force=force,
-            watch=watch,
+            report_progress=report_progress,
         )
     if as_json:
         print_json(result.to_json())
@@ -750,15 +751,17 @@ def package_command(
     from .exporter.packaging.triton_config import TritonOptions
     from .exporter.packaging.triton_repository import package_triton
 
-    with render.bars(err) as watch:
+    with render.bars(err) as report_progress:
         if triton is not None:
             options = TritonOptions("gpu" if gpu else "cpu", instances, requests, max_batch)
-            result = package_triton(guarded, triton, options, data=data, force=force, watch=watch)
+            result = package_triton(guarded, triton, options, data=data, force=force, report_progress=report_progress)
         elif genai is not None:
-            result = package_genai(guarded, genai, data=data, force=force, watch=watch)
+            result = package_genai(guarded, genai, data=data, force=force, report_progress=report_progress)
         else:
             assert onnx_community is not None
-            result = package_onnx_community(guarded, onnx_community, data=data, force=force, watch=watch)
+            result = package_onnx_community(
+                guarded, onnx_community, data=data, force=force, report_progress=report_progress
+            )
     for note in result.notes:
         err.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
     if as_json:
@@ -811,14 +814,14 @@ def convert_command(
     from .graphs.replaceable import WRITTEN_NAME, foreign_file, written_record
     from .graphs.staging import staged
 
-    with render.bars(err) as watch, staged(out_folder, force) as stage:
+    with render.bars(err) as report_progress, staged(out_folder, force) as stage:
         parity = export_checkpoint(
             checkpoint,
             stage,
             exporter,
             dtype,
             opset,
-            say=lambda stage_name: watch(stage_name, 0, 1),
+            report_progress=report_progress,
         )
         graphs = len(list(stage.rglob("*.onnx")))
         if foreign_file(stage) is not None:
@@ -852,8 +855,8 @@ def inspect_command(
     from .exporter import render
     from .exporter.pipeline import inspect
 
-    with render.bars(err) as watch:
-        anatomy = inspect(model, variant, watch, cache=not no_cache)
+    with render.bars(err) as report_progress:
+        anatomy = inspect(model, variant, report_progress, cache=not no_cache)
     if as_json:
         print_json({"model": model, **anatomy.to_json()})
     else:
@@ -909,7 +912,7 @@ def directions_command(
     from .exporter.pipeline import extract_directions
 
     beside: dict[str, Path] = {}
-    with render.bars(err) as watch:
+    with render.bars(err) as report_progress:
         found = extract_directions(
             model,
             output,
@@ -924,7 +927,7 @@ def directions_command(
             ray_workers=ray_workers,
             force=force,
             cache=not no_cache,
-            watch=watch,
+            report_progress=report_progress,
             report_found=beside.update,
         )
     if as_json:
@@ -981,8 +984,8 @@ def verify_command(
     from .exporter import render
     from .exporter.proof.verify import verify
 
-    with render.bars(err) as watch:
-        result = verify(guarded, source, run, proof_inputs or (), watch, public_key=verify_signature)
+    with render.bars(err) as report_progress:
+        result = verify(guarded, source, run, proof_inputs or (), report_progress, public_key=verify_signature)
     if as_json:
         print_json(result.to_json())
     else:
@@ -1210,7 +1213,7 @@ def serve_command(
         grace=grace,
     )
 
-    def listening(plan: dict[str, Any], address: str) -> None:
+    def on_ready(plan: dict[str, Any], address: str) -> None:
         guard = f"{plan['mode']} on layers {', '.join(map(str, plan['layers']))}"
         asked = "with an API key" if api_key is not None else "without an API key"
         err.print(f"serving {escape(settings.name)} ({guard}), {asked}; Ctrl-C stops", highlight=False, soft_wrap=True)
@@ -1218,7 +1221,7 @@ def serve_command(
         out.file.flush()
 
     log_to_stderr()
-    serve(guarded, settings, listening)
+    serve(guarded, settings, on_ready)
 
 
 @app.command(
@@ -1291,14 +1294,14 @@ def evaluate_command(
     from .exporter.evaluation.evaluate import compare
     from .exporter.evaluation.tables import show_evaluation
 
-    with render.bars(err) as watch:
+    with render.bars(err) as report_progress:
         result = compare(
             base,
             guarded,
             prompts or None,
             max_new_tokens,
             batch_size,
-            watch,
+            report_progress,
             images=image or (),
             judge_model=judge_model,
             out=record,
@@ -1408,7 +1411,7 @@ def report_command(
     from .apps.report.report_summary import show_report
     from .exporter import render
 
-    with render.bars(err) as watch:
+    with render.bars(err) as report_progress:
         data = report(
             guarded,
             output,
@@ -1421,7 +1424,7 @@ def report_command(
             engine=engine,
             benchmark=benchmark,
             force=force,
-            watch=watch,
+            report_progress=report_progress,
         )
     if as_json:
         found = {what: str(path) for what, path in data.found.items()}
@@ -1491,8 +1494,16 @@ def playground_command(
     from .apps.playground.open import playground
     from .exporter import render
 
-    with render.bars(err) as watch:
-        server = playground(guarded, base=base, variant=variant, prompts=prompts, assets=assets, port=port, watch=watch)
+    with render.bars(err) as report_progress:
+        server = playground(
+            guarded,
+            base=base,
+            variant=variant,
+            prompts=prompts,
+            assets=assets,
+            port=port,
+            report_progress=report_progress,
+        )
     if as_json:
         print_json({"url": server.url})
     else:

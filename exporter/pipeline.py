@@ -16,27 +16,29 @@ from typing import Any
 import onnx_ir as ir
 
 from ..graphs.anatomy import DecoderAnatomy, dissect
+from ..graphs.clock import stamp
 from ..graphs.directions import DIRECTIONS_FILE, Directions, directions_bytes
 from ..graphs.errors import AnatomyNotFound, GuardError, ModelUnreadable, ProofFailed
 from ..graphs.graph_io import external_files, load_graph, save_graph
 from ..graphs.lowerings.fold import FOLD
+from ..graphs.modes import Mode, Positions, guard_mode
 from ..graphs.new_files import Data, create_file
 from ..graphs.operators import hidden_decoder, uncertain_layers
 from ..graphs.package import ModelPackage
 from ..graphs.places import is_checkpoint
 from ..graphs.plan import GuardPlan
 from ..graphs.planner import plan_guard, require_layers, require_unguarded
+from ..graphs.progress import ProgressCallback, ignore_progress
 from ..graphs.proof.fold_proof import prove_fold
 from ..graphs.proof.structure import Check, prove_structure
 from ..graphs.rewrite import GuardReport, rewrite
-from ..graphs.spec import Decided, GuardSpec, Mode, Positions
+from ..graphs.spec import Decided, GuardSpec
 from ..graphs.staging import require_writable, require_writable_file, staged, write_file
 from ..graphs.tensorrt import require_readable
 from ..runtime.decoder_place import DecoderPlace
 from ..runtime.onnxruntime_runner import import_onnxruntime
-from .artifact.guarded_folder import GuardedDecoder, bring_companions, bring_weights, notes_on_files, write_manifest
+from .artifact.guarded_folder import GuardedDecoder, bring_companions, bring_weights, notes_on_files, record_export
 from .artifact.signing import require_key, write_signature
-from .artifact.stamp import stamp
 from .calibration.attempts import Choice
 from .calibration.calibrate import DEFAULT_BUDGET
 from .calibration.guard_config import CONFIG_NAME, GuardConfig, config_of, read_config, require_directions, to_toml
@@ -59,7 +61,7 @@ from .proof.prove_local import prove_locally
 from .proof.signature import InputsUnknown
 from .requests import Layers, require_path, spec_of
 from .resolve import ANCHOR_FILES, EXTRACTED_RANK, Guide
-from .sources import Watch, above, opened, require_apart, require_images_for, unwatched
+from .sources import above, opened, require_apart, require_images_for
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def export(
     calibration_images: Sequence[Path | str] = (),
     calibration_seconds: float | None = None,
     cache: bool = True,
-    watch: Watch | None = None,
+    report_progress: ProgressCallback = ignore_progress,
 ) -> ExportResult:
     """Guard a model, prove the guard, write the guarded folder.
 
@@ -209,7 +211,7 @@ def export(
         calibration_images: pictures of the user, to calibrate with besides blank ones and noise.
         calibration_seconds: how long candidates are tried, if one was found by then; `None` tries all.
         cache: take a checkpoint's export from the user's cache, and keep it there (`checkpoints.cache`).
-        watch: called with what is going on: `(stage, done, total)`.
+        report_progress: called with `(stage, done, total)`.
 
     Raises:
         GuardError: anything wrong with the request or its files; nothing was written.
@@ -229,9 +231,8 @@ def export(
     wished = _config(config, spec, directions, anchors, calibration)
     spec = wished.spec if wished is not None else spec or GuardSpec()
     directions = wished.directions if wished is not None else directions
-    tell = watch or unwatched
     require_images_for(spec.mode, model)  # before a checkpoint is exported
-    with opened(model, variant, tell, dtype, opset, exporter, cache) as source:
+    with opened(model, variant, report_progress, dtype, opset, exporter, cache) as source:
         target = Path(out) if out is not None else source.beside / f"{source.name}-guarded"
         require_apart(target, Path(model), source.package)
         if not dry_run:
@@ -251,7 +252,7 @@ def export(
             spec,
             budget,
             force,
-            tell,
+            report_progress,
             tuple(map(Path, proof_inputs)),
             estimator,
             readout,
@@ -297,20 +298,22 @@ def export(
             for one, decoder in zip(opened_graphs, planned, strict=True):
                 report = _write(one, decoder.plan, stage, data)
                 inputs = made.get(one.view.decoder)
-                checks = prove(decoder, report, stage, inputs, tell, chosen.level == "local", guide.place)
+                checks = prove(decoder, report, stage, inputs, report_progress, chosen.level == "local", guide.place)
                 done.append(replace(decoder, report=report, proof=checks))
             bring_companions(source.package, stage, data)
             create_file(stage / DIRECTIONS_FILE, directions_bytes(found))
             refusals = measured.refusals if measured is not None else None
             if unguarded is not None:
                 refusals = guide.refusals(unguarded, stage, planned[0].plan, allow_no_effect)
-            write_manifest(stage, done, spec, measured, refusals, chosen, digests, tell, stamped, sbom, source.parity)
+            record_export(
+                stage, done, spec, measured, refusals, chosen, digests, report_progress, stamped, sbom, source.parity
+            )
             _write_config(
                 stage, calibrated, wished, found, spec, planned[0].plan, choice.notes() if choice is not None else ()
             )
             if key is not None:
                 write_signature(stage, key)
-        tell("done", 1, 1)
+        report_progress("done", 1, 1)
         beside = guide.found | above(source.package)
         return ExportResult(
             target.absolute(), tuple(done), chosen, calibrated, refusals, choice, True, beside, source.parity
@@ -345,8 +348,10 @@ def _write_config(
         create_file(stage / CONFIG_NAME, config_of(calibrated, DIRECTIONS_FILE).encode())
     elif wished is not None:
         create_file(stage / CONFIG_NAME, to_toml(wished.spec, DIRECTIONS_FILE, found).encode())
-    elif plan.mode == "align":
-        spec = replace(spec, mode="align", layers=plan.layers, rank=plan.guards[0].rank, positions="prompt")
+    elif not guard_mode(plan.mode).is_calibrated:
+        spec = replace(
+            spec, mode=guard_mode(plan.mode).name, layers=plan.layers, rank=plan.guards[0].rank, positions="prompt"
+        )
         create_file(stage / CONFIG_NAME, to_toml(spec, DIRECTIONS_FILE, found, comments).encode())
 
 
@@ -415,21 +420,24 @@ def _write(one: _Opened, plan: GuardPlan, stage: Path, data: Data) -> GuardRepor
 
 
 def inspect(
-    model: Path | str, variant: str | None = None, watch: Watch | None = None, cache: bool = True
+    model: Path | str,
+    variant: str | None = None,
+    report_progress: ProgressCallback = ignore_progress,
+    cache: bool = True,
 ) -> DecoderAnatomy:
     """The residual stream of a model's decoder; a checkpoint is exported first.
 
     Args:
         model: a `.onnx` file, a model folder, a Hugging Face checkpoint folder or a hub id.
         variant: precision variant of an onnx-community folder; `None` takes the one that runs.
-        watch: called with what is going on: `(stage, done, total)`.
+        report_progress: called with `(stage, done, total)`.
         cache: take a checkpoint's export from the user's cache, and keep it there.
 
     Raises:
         GuardError: it cannot be opened, or no residual stream was found, with the reason.
     """
     require_path(model, "model")
-    with opened(model, variant, watch or unwatched, cache=cache) as source:
+    with opened(model, variant, report_progress, cache=cache) as source:
         return dissect_decoder(source.package, source.package.load_decoder())
 
 
@@ -438,7 +446,7 @@ def prove(
     report: GuardReport,
     folder: Path,
     inputs: ProofInputs | None,
-    tell: Watch,
+    report_progress: ProgressCallback,
     locally: bool = False,
     place: DecoderPlace | None = None,
 ) -> tuple[Check, ...]:
@@ -456,20 +464,20 @@ def prove(
         ProofFailed: one of them does not hold.
     """
     label = f"proving {decoder.package.decoder.name}"
-    tell(label, 0, 2)
+    report_progress(label, 0, 2)
     path = folder / decoder.path
     source = decoder.package.load_decoder()
     dissect(source)  # inlines functions and infers types exactly as was done to the graph that was rewritten
     structure = prove_fold if decoder.plan.lowering == FOLD else prove_structure
     checks = structure(source, load_graph(path, trust_links=True), decoder.anatomy, decoder.plan, report)
-    tell(label, 1, 2)
+    report_progress(label, 1, 2)
     _require_all(checks)
     if locally:
         checks += prove_locally(path, decoder.plan, report)
     if inputs is not None:
         running = prove_fold_by_running if decoder.plan.lowering == FOLD else prove_by_running
         checks += running(decoder.package, path, decoder.plan, report, inputs, place)
-    tell(label, 2, 2)
+    report_progress(label, 2, 2)
     _require_all(checks)
     return checks
 
@@ -499,7 +507,7 @@ def extract_directions(
     ray_workers: int | None = None,
     force: bool = False,
     cache: bool = True,
-    watch: Watch | None = None,
+    report_progress: ProgressCallback = ignore_progress,
     report_found: Callable[[Mapping[str, Path]], None] = lambda found: None,
 ) -> Directions:
     """Extract directions from a model and write the file; with `calibrate_for` choose layers and thresholds too.
@@ -521,7 +529,7 @@ def extract_directions(
         ray_workers: processes of it; default: one per GPU, else per machine.
         force: replace the file, and the config beside it.
         cache: take a checkpoint's export from the user's cache, and keep it there.
-        watch: called with what is going on: `(stage, done, total)`.
+        report_progress: called with `(stage, done, total)`.
         report_found: called at the end with what was found beside the model and used -> its absolute path.
 
     Raises:
@@ -530,16 +538,15 @@ def extract_directions(
     require_path(model, "model")
     require_path(output, "output")
     output = Path(output).absolute()
-    tell = watch or unwatched
     spec = GuardSpec(mode=calibrate_for, rank=rank)
     config = output.with_suffix(".toml")
     for path in (output, config) if calibrate_for is not None else (output,):
         require_writable_file(path, force)
     if is_checkpoint(model) and calibrate_for is None:
         with open_executors(ray, ray_workers) as executors:
-            return _extract_in_torch(model, output, anchors, rank, estimator, tell, executors, report_found)
+            return _extract_in_torch(model, output, anchors, rank, estimator, report_progress, executors, report_found)
     import_onnxruntime()
-    with open_executors(ray, ray_workers) as executors, opened(model, variant, tell, cache=cache) as source:
+    with open_executors(ray, ray_workers) as executors, opened(model, variant, report_progress, cache=cache) as source:
         anatomy = _open(source.package).anatomy
         guide = Guide(
             source,
@@ -547,7 +554,7 @@ def extract_directions(
             spec,
             DEFAULT_BUDGET,
             force,
-            tell,
+            report_progress,
             estimator=estimator,
             readout=readout,
             output=output,
@@ -571,7 +578,7 @@ def _extract_in_torch(
     given: Sources | None,
     rank: int,
     estimator: str,
-    tell: Watch,
+    report_progress: ProgressCallback,
     executors: ExecutorFactory,
     report_found: Callable[[Mapping[str, Path]], None],
 ) -> Directions:
@@ -587,7 +594,7 @@ def _extract_in_torch(
         output,
         rank,
         estimator=estimator,
-        progress=lambda done, total: tell("extracting directions", done, total),
+        report_count=lambda done, total: report_progress("extracting directions", done, total),
         executors=executors,
     )
     found = replace(found, anchors=anchors.record())

@@ -12,10 +12,12 @@ from ..graphs.digests import sha256_file
 from ..graphs.directions import DIRECTIONS_FILE, Directions, read_directions
 from ..graphs.errors import DirectionMismatch, GuardError
 from ..graphs.layouts import open_package
+from ..graphs.modes import guard_mode
 from ..graphs.package import ModelPackage
 from ..graphs.plan import GuardPlan
 from ..graphs.planner import require_fitting
-from ..graphs.spec import MODES_TOWARD_TEXT, GuardSpec
+from ..graphs.progress import ProgressCallback
+from ..graphs.spec import GuardSpec
 from ..runtime.decoder_place import DecoderPlace
 from ..runtime.generation import Request
 from ..runtime.images.vision import unknown_processor
@@ -61,7 +63,7 @@ from .prompts.overlaps import require_held_out
 from .proof.inputs import ProofInputs, given_inputs, proof_inputs, signature_inputs
 from .proof.prove import TOLERANCE
 from .proof.signature import why_made
-from .sources import Source, Watch
+from .sources import Source
 
 ANCHOR_FILES = ("anchors.jsonl", "anchors.json", "anchors.csv")
 CALIBRATION_FILES = ("calibration.jsonl", "calibration.json", "calibration.csv")
@@ -84,7 +86,7 @@ class Guide:
     spec: GuardSpec
     budget: float
     force: bool
-    tell: Watch
+    report_progress: ProgressCallback
     given: tuple[Path, ...] = ()  # inputs to prove on
     estimator: str = DEFAULT_ESTIMATOR
     readout: str | None = None  # of the gate of `restore`; None: calibration chooses
@@ -116,7 +118,7 @@ class Guide:
         path = Path(given) if given is not None else None
         if path is None and anchors is None and calibration is None:
             path = self.find("directions", (DIRECTIONS_FILE,))
-        if self.spec.mode == "align":
+        if self.spec.mode is not None and not guard_mode(self.spec.mode).is_calibrated:
             self._require_no_calibration(calibration)
             if path is None:
                 return self.aligned(anchors), None
@@ -194,7 +196,9 @@ class Guide:
         matched = calibration is None and "calibration" not in self.found
         further = self._further_prompts(raw, prompts, title) if matched else ()
         wish = Wish(self.spec, self.budget, self.readout, self.images, self.seconds, matched, further)
-        return choose(self.running(), self.anatomy, raw, self._usable(raw, prompts, title), wish, source, self.tell)
+        return choose(
+            self.running(), self.anatomy, raw, self._usable(raw, prompts, title), wish, source, self.report_progress
+        )
 
     def _further_prompts(
         self, raw: Directions, prompts: Sequence[LabelledPrompt], title: str
@@ -244,7 +248,7 @@ class Guide:
             self.spec,
             self.budget,
             readout=self.readout,
-            watch=self.tell,
+            report_progress=self.report_progress,
             is_late=Deadline(self.seconds),
         )
 
@@ -287,7 +291,7 @@ class Guide:
                 self.anatomy,
                 anchors.pairs,
                 rank=rank or max(EXTRACTED_RANK, self.spec.rank or 0),
-                progress=lambda done, total: self.tell("extracting directions", done, total),
+                report_count=lambda done, total: self.report_progress("extracting directions", done, total),
                 estimator=self.estimator,
                 kept=kept,
                 executors=self.executors,
@@ -312,7 +316,7 @@ class Guide:
         if reason is None:
             try:
                 found = self._ask_unguarded(path)
-                if mode in MODES_TOWARD_TEXT and all(prompt.setting == "text" for prompt in found.sample.prompts):
+                if guard_mode(mode).toward_text and all(prompt.setting == "text" for prompt in found.sample.prompts):
                     self.not_asked = NOT_COUNTED.format(mode)
                 return found
             except _NotAsked as error:
@@ -337,7 +341,7 @@ class Guide:
             sample = sample_of(given, path.name, model.sees, ANSWER_TOKENS)
             if not sample.prompts:
                 raise _NotAsked(f"{path.name} has no harmful prompt that the model takes")
-        return ask_unguarded(model, sample, self.tell)
+        return ask_unguarded(model, sample, self.report_progress)
 
     def refusals(self, unguarded: Unguarded, guarded: Path, plan: GuardPlan, allow_no_effect: bool) -> Refusals:
         """What both models refuse, and on how many prompts the guard has an effect.
@@ -358,7 +362,7 @@ class Guide:
             # with `--data reference` its files are links
             return last_token_model(open_package(guarded, trust_links=True), self.place)
 
-        found = ask_guarded(unguarded, opened, plan, tolerance, self.tell)
+        found = ask_guarded(unguarded, opened, plan, tolerance, self.report_progress)
         require_no_fewer(found)
         return require_effect(found, allow_no_effect)
 

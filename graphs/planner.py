@@ -14,6 +14,7 @@ from .directions import Directions, LayerDirections
 from .errors import DirectionMismatch, GuardError
 from .lowerings.fold import find_writers
 from .lowerings.table import FOLDED, choose_lowering
+from .modes import guard_mode, modes_where
 from .node_builder import PREFIX
 from .pairs import require_pairs
 from .plan import GuardPlan, SitePlan
@@ -21,15 +22,7 @@ from .reference import SUPERVISED_ABOVE, LayerGuard
 from .runtime_controls import knobs_of, notes_on, require_knobs
 from .separation import Separation, recorded_separations, warnings_of
 from .sites import ResidualSite, find_node
-from .spec import (
-    MAX_RANK,
-    MODES_ONLY_AT_PROMPT_END,
-    MODES_WITH_ALPHA,
-    MODES_WITH_GATE,
-    MODES_WITH_READOUT,
-    MODES_WITH_SUPERVISOR,
-    GuardSpec,
-)
+from .spec import MAX_RANK, GuardSpec
 from .subgraphs import find_bodies
 
 OLDEST_OPSET = 13  # Unsqueeze and Squeeze take their axes as inputs from here on
@@ -51,10 +44,10 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
     ranks = [layer.ssd.shape[0] for number, layer in directions.layers.items() if number in layers]
     rank = spec.rank or max(ranks, default=1)
     lowering, reason = choose_lowering(spec.lowering, mode, spec.target, rank)
-    spec.require_dials(mode)
+    spec.require_runtime_controls(mode)
     knobs = knobs_of(mode) if spec.knobs else ()
     if knobs:
-        require_knobs(model, lowering.name, lowering.dials)
+        require_knobs(model, lowering.name, lowering.supports_runtime_controls)
     directions = _one_direction(spec, directions, layers, mode, notes)
     guards = {  # whatever order, and how often, the directions name them
         number: _layer_guard(number, directions, spec, mode, notes) for number in sorted(set(layers))
@@ -79,7 +72,7 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
     notes += warnings_of(separation)
     return GuardPlan(
         mode=mode,
-        positions="prompt" if mode in MODES_ONLY_AT_PROMPT_END else spec.positions,
+        positions="prompt" if guard_mode(mode).edits_prompt_end_only else spec.positions,
         lowering=lowering.name,
         lowering_reason=reason,
         mask=mask,
@@ -103,7 +96,7 @@ def _recorded(directions: Directions, layers: tuple[int, ...]) -> tuple[Separati
 
 def _mask(model: ir.Model, spec: GuardSpec, mode: str) -> str:
     """The mask that the last token is found by; one that cannot be read is refused only where it would have to be."""
-    is_read = spec.positions != "all" or spec.telemetry or spec.gate == "prompt" or mode in MODES_WITH_SUPERVISOR
+    is_read = spec.positions != "all" or spec.telemetry or spec.gate == "prompt" or guard_mode(mode).supervisor
     if not is_read:
         return readable_mask(model.graph)
     mask = mask_input(model.graph)
@@ -148,10 +141,10 @@ def _require_foldable(
     writers = find_writers(model, last_sites(anatomy), anatomy.width)
     weights = {writer.weight: writer for writer in writers}
     kept = [weight.name for weight in weights if len(weight.uses()) > sum(w.weight is weight for w in writers)]
-    told = [f"fold: {len(weights)} weights write the stream, and are written again without the direction"]
+    notes = [f"fold: {len(weights)} weights write the stream, and are written again without the direction"]
     if kept:
-        told.append(f"fold: {', '.join(map(str, kept))} has other readers too (a tied head) and stays beside its copy")
-    return told
+        notes.append(f"fold: {', '.join(map(str, kept))} has other readers too (a tied head) and stays beside its copy")
+    return notes
 
 
 def _quantized_behind(model: ir.Model, sites: tuple[SitePlan, ...]) -> list[str]:
@@ -225,7 +218,7 @@ def _mode(spec: GuardSpec, directions: Directions) -> tuple[str, list[str]]:
     calibrated = directions.calibrated_layers
     if spec.mode is None:
         if directions.mode is not None:
-            if directions.mode in MODES_ONLY_AT_PROMPT_END:
+            if guard_mode(directions.mode).edits_prompt_end_only:
                 return directions.mode, [f"mode {directions.mode}: that of the directions"]
             return directions.mode, [f"mode {directions.mode}: what the directions were calibrated for"]
         if calibrated:
@@ -238,12 +231,21 @@ def _mode(spec: GuardSpec, directions: Directions) -> tuple[str, list[str]]:
         return "project", [
             "mode project as asked: an uncalibrated projection may over-refuse or do nothing; evaluate it"
         ]
-    if spec.mode in MODES_WITH_GATE and spec.tau is None and directions.mode not in (None, "align", spec.mode):
+    if (
+        guard_mode(spec.mode).has_threshold
+        and spec.tau is None
+        and _calibrated_for(directions) not in (None, spec.mode)
+    ):
         raise DirectionMismatch(
             f"the directions' thresholds were calibrated for {directions.mode}, not for {spec.mode}; give --tau, or "
             "calibrate again with --anchors"
         )
     return spec.mode, [f"mode {spec.mode} as asked"]
+
+
+def _calibrated_for(directions: Directions) -> str | None:
+    """The mode that the thresholds of a directions file are for."""
+    return directions.mode if directions.mode is not None and guard_mode(directions.mode).is_calibrated else None
 
 
 def _layers(
@@ -262,13 +264,13 @@ def _layers(
             )
         return tuple(sorted(set(spec.layers))), [f"layers {_spell(spec.layers)} as asked"]
     # layers that were chosen for another mode's edit say nothing of this one's
-    if mode == "align" and not (directions.mode == "align" and directions.recommended_layers):
+    if not guard_mode(mode).is_calibrated and not (directions.mode == mode and directions.recommended_layers):
         return _later_layers(directions, anatomy.layer_count)
     if directions.recommended_layers:
         chosen = directions.recommended_layers
-        why = "what calibration chose" if mode not in MODES_ONLY_AT_PROMPT_END else "chosen with the directions"
+        why = "what calibration chose" if not guard_mode(mode).edits_prompt_end_only else "chosen with the directions"
         return chosen, [f"layers {_spell(chosen)}: {why}"]
-    if mode in MODES_WITH_READOUT and directions.calibrated_layers:
+    if guard_mode(mode).has_readout and directions.calibrated_layers:
         chosen = directions.calibrated_layers
         return chosen, [f"layers {_spell(chosen)}: those that the directions calibrate"]
     chosen = tuple(directions.layers)
@@ -307,16 +309,17 @@ def _layer_guard(number: int, directions: Directions, spec: GuardSpec, mode: str
             f"rank {rank} was asked for, the directions of layer {number} have {layer.ssd.shape[0]} rows; "
             "extract them with a higher --rank"
         )
-    if mode in MODES_WITH_ALPHA:
+    if guard_mode(mode).has_alpha:
         alpha = spec.alpha if spec.alpha is not None else directions.alpha if directions.alpha is not None else 1.0
         if alpha > LARGEST_ALPHA:
             raise GuardError(f"alpha {alpha:g} is beyond {LARGEST_ALPHA:g}; no hidden state survives that")
     elif spec.alpha is not None:
-        raise GuardError(f"mode {mode} has no strength alpha; leave --alpha out, or choose steer or supervise")
+        able = " or ".join(modes_where(has_alpha=True))
+        raise GuardError(f"mode {mode} has no strength alpha; leave --alpha out, or choose {able}")
     else:
         alpha = 1.0
-    if spec.tau is not None and mode not in MODES_WITH_GATE:
-        what = "gate" if mode == "project" else "threshold"
+    if spec.tau is not None and not guard_mode(mode).has_threshold:
+        what = "gate" if guard_mode(mode).gate is None else "threshold"
         raise GuardError(f"mode {mode} has no {what}; leave --tau out, or choose a mode with one")
     zeros = np.zeros(rank, np.float32)
     threshold = _threshold(number, layer, spec, mode, notes)
@@ -332,7 +335,7 @@ def _layer_guard(number: int, directions: Directions, spec: GuardSpec, mode: str
 
 
 def _target(number: int, layer: LayerDirections, rank: int, mode: str) -> np.ndarray:
-    if mode not in MODES_WITH_READOUT:
+    if not guard_mode(mode).has_readout:
         return np.zeros(rank, np.float32)
     if layer.target is None:
         raise DirectionMismatch(
@@ -344,21 +347,21 @@ def _target(number: int, layer: LayerDirections, rank: int, mode: str) -> np.nda
 def _readout(number: int, layer: LayerDirections, mode: str, notes: list[str]) -> np.ndarray:
     if layer.readout is not None:
         return layer.readout
-    if mode in MODES_WITH_READOUT:
+    if guard_mode(mode).has_readout:
         notes.append(f"layer {number} has no readout of its own: its gate reads the first row of the SSD")
     return layer.ssd[0]
 
 
 def _threshold(number: int, layer: LayerDirections, spec: GuardSpec, mode: str, notes: list[str]) -> float:
-    if mode == "align":
+    if guard_mode(mode).gate == "any text":
         return -np.inf if spec.supervisor == "rows" else float(np.float32(SUPERVISED_ABOVE))
-    if mode not in MODES_WITH_GATE:
+    if not guard_mode(mode).has_threshold:
         return 0.0
     if spec.tau is not None:
         return float(np.float32(spec.tau))
     if layer.threshold is not None:
         return float(np.float32(layer.threshold))  # what the graph compares with, and what a directions file holds
-    if mode in MODES_WITH_READOUT:
+    if guard_mode(mode).has_readout:
         raise DirectionMismatch(
             f"mode {mode} needs a threshold, layer {number} of the directions has none; give --tau, or calibrate "
             "with --anchors"
@@ -369,11 +372,11 @@ def _threshold(number: int, layer: LayerDirections, spec: GuardSpec, mode: str, 
 
 def _text_shift(number: int, layer: LayerDirections, mode: str, threshold: float) -> float:
     """One threshold for the readout and for the text, each on its own scale."""
-    if mode != "combined":
+    if "text_shift" not in guard_mode(mode).numbers:
         return 0.0
     if layer.text_threshold is None:
         raise DirectionMismatch(
-            f"mode combined needs a threshold for the text too, layer {number} of the directions has none; calibrate with "
+            f"mode {mode} needs a threshold for the text too, layer {number} of the directions has none; calibrate with "
             "--anchors"
         )
     return float(np.float32(threshold - layer.text_threshold))
@@ -386,7 +389,7 @@ def _require_expressible(model: ir.Model, sites: tuple[SitePlan, ...], mode: str
             f"the graph has opset {opset}, the guard needs {OLDEST_OPSET} or later; convert it with onnx.version_converter"
         )
     ranks = {site.guard.rank for site in sites}
-    if mode in MODES_WITH_SUPERVISOR and len(ranks) > 1:
+    if guard_mode(mode).supervisor and len(ranks) > 1:
         raise GuardError(f"{mode} needs one rank in all layers, found {sorted(ranks)}; give --rank {min(ranks)}")
     for site in sites:
         assert 1 <= site.guard.rank <= MAX_RANK

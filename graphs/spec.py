@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from .errors import GuardError
+from .modes import MODES, POSITIONS, Mode, Positions, guard_mode, modes_where
 
-Mode = Literal["project", "steer", "supervise", "restore", "combined", "align"]
-Positions = Literal["all", "last", "prompt"]
 Target = Literal["onnxruntime", "tensorrt"]
 Decided = Literal["token", "prompt"]
 Supervisor = Literal["input", "rows"]
 
-MODES: tuple[str, ...] = get_args(Mode)
-POSITIONS: tuple[str, ...] = get_args(Positions)
 TARGETS: tuple[str, ...] = get_args(Target)
 GATES: tuple[str, ...] = get_args(Decided)
 SUPERVISORS: tuple[str, ...] = get_args(Supervisor)
@@ -28,20 +26,6 @@ MAX_RANK = 64  # what it costs: docs/method.md, section "Lowerings"
 # A threshold beyond it is passed by every score or by none, and in float32 it could be infinite. The sentinel of a
 # listening pass (`reference.NO_SUPERVISOR`, -1e30) must stay below every threshold.
 LARGEST_TAU = 1e29
-
-# Modes whose formula has a strength, and modes whose formula has a gate (docs/method.md, section "The interventions").
-MODES_WITH_ALPHA = frozenset({"steer", "supervise"})
-MODES_WITH_GATE = frozenset({"steer", "supervise", "restore", "combined"})
-# Modes that set the level of harmful text and whose gate has a readout of its own; modes that take a text-only pass first.
-MODES_WITH_READOUT = frozenset({"restore", "combined"})
-MODES_WITH_SUPERVISOR = frozenset({"supervise", "combined", "align"})
-# Modes whose edit leads to the text-only query's own coordinates: a prompt without an image stays as it is.
-MODES_TOWARD_TEXT = frozenset({"supervise", "align"})
-# Modes that can edit the prompt's end alone, and modes that never edit anything else.
-MODES_AT_PROMPT_END = frozenset({"supervise", "align"})
-MODES_ONLY_AT_PROMPT_END = frozenset({"align"})
-# Modes that can read the text-only coordinates from another row of the batch.
-MODES_WITH_ROWS = frozenset({"align"})
 
 
 @dataclass(frozen=True)
@@ -105,7 +89,7 @@ class GuardSpec:
                 "them, and any caller could switch the guard off; leave --knobs out"
             )
         if self.mode is not None:
-            self.require_dials(self.mode)
+            self.require_runtime_controls(self.mode)
         if self.layers is not None and not self.layers:
             raise GuardError("the list of layers is empty; name at least one layer, or use auto")
         if self.direction_of is not None and self.direction_of < 0:
@@ -117,7 +101,7 @@ class GuardSpec:
         if self.tau is not None and not abs(self.tau) <= LARGEST_TAU:  # not NaN either
             raise GuardError(f"tau {self.tau} is not a finite number; a gate that never or always opens is not a guard")
 
-    def require_dials(self, mode: str) -> None:
+    def require_runtime_controls(self, mode: str) -> None:
         """The mode has the gate that is to be shown or held, and edits the tokens that are wanted.
 
         Args:
@@ -126,27 +110,38 @@ class GuardSpec:
         Raises:
             GuardError: it has none, or holds it already, or edits other tokens.
         """
-        if self.positions == "prompt" and mode not in MODES_AT_PROMPT_END:
+        row = guard_mode(mode)
+        if self.positions == "prompt" and "prompt" not in row.positions:
+            able = [name for name in sorted(MODES) if "prompt" in guard_mode(name).positions]
             raise GuardError(
-                f"mode {mode} cannot leave the answer's tokens out; leave --positions out, or choose align or supervise"
+                f"mode {mode} cannot leave the answer's tokens out; leave --positions out, or choose {_either(able)}"
             )
-        if self.positions == "all" and mode in MODES_ONLY_AT_PROMPT_END:
+        if self.positions == "all" and row.edits_prompt_end_only:
             raise GuardError(f"mode {mode} edits the end of the prompt and no other token; leave --positions out")
-        if self.supervisor == "rows" and mode not in MODES_WITH_ROWS:
-            raise GuardError(f"mode {mode} does not read paired rows; leave --supervisor out, or choose align")
-        if mode == "align" and self.telemetry:
-            raise GuardError("mode align has no score to show: it has no threshold; leave --telemetry out")
-        if mode == "align" and self.gate == "prompt":
-            raise GuardError("mode align has no gate to hold: it edits the end of the prompt alone; leave --gate out")
-        if self.telemetry and mode not in MODES_WITH_GATE:
-            raise GuardError(f"mode {mode} has no gate, so there is no score to output; leave --telemetry out")
-        if self.gate == "prompt" and mode not in MODES_WITH_GATE:
-            raise GuardError(f"mode {mode} has no gate to hold; leave --gate out, or choose restore, combined or steer")
-        if self.gate == "prompt" and mode == "supervise":
+        if self.supervisor == "rows" and not row.paired_rows:
+            able = modes_where(paired_rows=True)
             raise GuardError(
-                "mode supervise decides once per request already: its gate reads the text-only coordinates, which stay the "
+                f"mode {mode} does not read paired rows; leave --supervisor out, or choose {_either(able)}"
+            )
+        if self.telemetry and not row.has_threshold:
+            what = "gate" if row.gate is None else "threshold"
+            raise GuardError(f"mode {mode} has no {what}, so there is no score to output; leave --telemetry out")
+        if self.gate == "prompt" and row.edits_prompt_end_only:
+            raise GuardError(f"mode {mode} has no gate to hold: it edits the end of the prompt alone; leave --gate out")
+        if self.gate == "prompt" and row.decides_by_text:
+            raise GuardError(
+                f"mode {mode} decides once per request already: its gate reads the text-only coordinates, which stay the "
                 "same for the whole answer; leave --gate out"
             )
+        if self.gate == "prompt" and not row.has_threshold:
+            able = modes_where(has_threshold=True, decides_by_text=False)
+            raise GuardError(f"mode {mode} has no gate to hold; leave --gate out, or choose {_either(able)}")
+
+
+def _either(names: Sequence[str]) -> str:
+    """`a, b or c`"""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def parse_layers(text: str) -> tuple[int, ...] | None:

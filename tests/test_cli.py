@@ -142,8 +142,8 @@ def test_every_option_of_export_arrives_in_the_plan(run: Callable[..., Ran], eve
     assert (plan["mode"], plan["layers"], plan["positions"]) == ("supervise", [1, 3, 4], "all")
     assert (plan["lowering"], plan["added_inputs"]) == ("lowrank", ["vlmguard.supervisor"])
     assert [(site["rank"], site["alpha"], site["tau"]) for site in plan["sites"]] == [(2, 1.5, -0.25)] * 3
-    dials = ["--mode", "restore", "--knobs", "--telemetry", "--gate", "prompt", "--dry-run", "--json"]
-    plan = run("export", SOURCE, "--directions", every_layer, *dials).json["decoders"][0]["plan"]
+    runtime_controls = ["--mode", "restore", "--knobs", "--telemetry", "--gate", "prompt", "--dry-run", "--json"]
+    plan = run("export", SOURCE, "--directions", every_layer, *runtime_controls).json["decoders"][0]["plan"]
     assert (plan["gate"], plan["telemetry"]) == ("prompt", True)
     assert plan["knobs"] == ["vlmguard.strength", "vlmguard.threshold_offset"]
     shown = run("export", SOURCE, "--directions", every_layer, "--gate", "prompt", "--mode", "steer", "--dry-run")
@@ -185,7 +185,7 @@ def test_convert_writes_graphs_that_are_not_guarded(
 
     def convert(checkpoint: str, out: Path, **options: Any) -> ConversionReport:
         asked.update(checkpoint=checkpoint, **options)
-        options["progress"]("tracing decoder")
+        options["report_progress"]("tracing decoder", 0, 1)
         (out / "decoder.onnx").write_bytes(b"graph")
         graph = GraphFile("decoder", "decoder.onnx", 1, 5, False)
         return ConversionReport(checkpoint, "llava", "fp16", 19, (graph,), (), (Check("logits", 7, 1e-6, 1e-4, True),))
@@ -401,7 +401,7 @@ def test_a_result_that_cannot_be_written_is_told_in_one_line(arguments: tuple[An
 
 
 def test_generate_turns_knobs_and_shows_scores(run: Callable[..., Ran], guarded: Guarded) -> None:
-    out = guarded("dials")
+    out = guarded("runtime_controls")
     asked = ["-p", HARMFUL, "-i", PICTURE]
     unguarded = run("generate", SOURCE, *asked, "--unguarded").out
     assert run("generate", out, *asked, "--threshold-offset", "1e6").out == unguarded

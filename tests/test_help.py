@@ -16,7 +16,7 @@ from vlmguard import cli
 from vlmguard.exporter import choices
 from vlmguard.exporter.checkpoints.exporters import EXPORTERS
 from vlmguard.exporter.extraction.estimators import ESTIMATORS, READOUTS
-from vlmguard.graphs.spec import MODES
+from vlmguard.graphs.modes import MODES
 
 GROUP: Any = typer.main.get_command(cli.app)
 COMMANDS: dict[str, Any] = GROUP.commands

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...exporter.evaluation.evaluate import tally
-from ...exporter.extraction.extract import Progress
 from ...exporter.prompts.labelled import LabelledPrompt
-from ...graphs.spec import MODES_WITH_ALPHA
+from ...graphs.modes import guard_mode
+from ...graphs.progress import CountCallback
 from .questions import thinned
 from .subject import Subject
 
@@ -41,10 +41,10 @@ def sweep_alpha(
     prompts: Sequence[LabelledPrompt],
     max_new_tokens: int,
     batch_size: int,
-    progress: Progress | None = None,
+    report_count: CountCallback | None = None,
 ) -> list[Strength]:
     """Refusals at each of `ALPHAS` and at the shipped strengths; none where the mode has no strength."""
-    if subject.plan.mode not in MODES_WITH_ALPHA:
+    if not guard_mode(subject.plan.mode).has_alpha:
         return []
     asked = thinned(prompts, _PROMPTS)
     shipped = {guard.alpha for guard in subject.plan.guards}
@@ -54,6 +54,6 @@ def sweep_alpha(
         cells = tally(model, asked, max_new_tokens, batch_size).cells
         rows = tuple((cell.setting, cell.label, cell.refused, cell.asked) for cell in cells)
         found.append(Strength(alpha, alpha in shipped, rows))
-        if progress is not None:
-            progress(number + 1, len(alphas))
+        if report_count is not None:
+            report_count(number + 1, len(alphas))
     return found

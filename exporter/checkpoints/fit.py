@@ -1,7 +1,7 @@
 """The generic row for one model: runs it on pictures, and chooses what its graphs compute, take and give (`fit`).
 
-Everything is chosen by what reproduces transformers: `get_image_features` for the vision encoder, `generate` for the decoder. What
-nothing reproduces is refused, with the name of the piece, before any graph is made.
+Everything is chosen by what reproduces transformers: `get_image_features` for the vision encoder, `generate` for the decoder.
+    What nothing reproduces is refused, with the name of the piece, before any graph is made.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from .parity_prompts import sample_prompt, turns
 from .parts import tensors
 from .traced_state import fresh_cache
 
-# Share of the largest value within which two ways to compute the same count as equal; half precision rounds after every operation.
+# Share of the largest value within which two ways to compute the same count as equal; half precision rounds after every
+# operation.
 _EQUAL = {"float32": 1e-4, "float16": 5e-2}
 _STEPS = 2  # tokens of the generation that decides
 
@@ -119,7 +120,9 @@ def _fit_decoder(
             return decoder
         reasons.append(f"differs from transformers' generate by {difference:.1e} of the largest logit")
     if rule is None and any(found is not None for found in positions):
-        raise ModelUnreadable(f"{where}: its decoder's positions follow no known rule (exporter/families/position_rules.py)")
+        raise ModelUnreadable(
+            f"{where}: its decoder's positions follow no known rule (exporter/families/position_rules.py)"
+        )
     raise ModelUnreadable(f"{where}: its decoder, run from embeddings, {reasons[0]}")
 
 
@@ -167,7 +170,9 @@ def _require_same(expected: dict[str, Any], actual: dict[str, Any], model: Any, 
             raise ModelUnreadable(f"{piece} gives other outputs for a picture of its own; it cannot be cut out")
         difference = _relative(rows.float().numpy(), actual[name].float().numpy(), np.ones(len(rows), bool))
         if not difference <= _EQUAL[str(model.dtype).removeprefix("torch.")]:
-            raise ModelUnreadable(f"{piece}, without loops over pictures, differs from transformers by {difference:.1e}")
+            raise ModelUnreadable(
+                f"{piece}, without loops over pictures, differs from transformers by {difference:.1e}"
+            )
 
 
 def _relative(expected: np.ndarray, actual: np.ndarray, rows: np.ndarray) -> float:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...graphs.dtypes import ORT_DTYPES
 from ...graphs.errors import ExtraMissing, ProofFailed
 from ...graphs.extras import install_command
 from ...graphs.proof.structure import Check
@@ -24,8 +25,8 @@ from ..families.generic_vision import image_features
 from ..families.recorded import record
 from ..proof.headroom import WAY_OUT
 from .float16_range import Peak, recorded_peaks, why_not_float16
-from .parts import DECODER, EMBED_TOKENS, TEXT_DECODER, VISION_ENCODER, tensors
 from .parity_prompts import Prompt, sample_prompt, turns
+from .parts import DECODER, EMBED_TOKENS, TEXT_DECODER, VISION_ENCODER, tensors
 from .traced_state import is_past, leaves, names_of, present_of
 
 if TYPE_CHECKING:
@@ -94,7 +95,11 @@ def answer_with_torch(
         prompt = sample_prompt(vision, config, texts, given, tuple(map(len, rows)))
         features = torch.cat(rows).numpy() if rows else None
         if family.generic:
-            with recorded_peaks(model, prompt.input_ids, prompt.attention_mask, peaks) if measure_peaks else nullcontext():
+            with (
+                recorded_peaks(model, prompt.input_ids, prompt.attention_mask, peaks)
+                if measure_peaks
+                else nullcontext()
+            ):
                 done = record(model, prompt.input_ids, prompt.attention_mask, given, GREEDY_STEPS)
             answer = Answer(features, done.logits, _states(done.cache))
             return Reference(prompt, done.tokens, answer, tuple(peaks), _others(model, vision))
@@ -152,7 +157,7 @@ def answer_with_onnxruntime(
         embed = open_graph(EMBED_TOKENS)
     decoder = open_graph(DECODER if embed is not None else TEXT_DECODER)
 
-    types = {port.name: _NUMPY_TYPES[port.type] for port in decoder.get_inputs()}
+    types = {port.name: ORT_DTYPES[port.type] for port in decoder.get_inputs()}
     states, logits = empty_cache(decoder, batch=len(prompt.input_ids)), []
     for turn in turns(prompt, seen, tokens):
         ids = turn.ids[:, -turn.length :]
@@ -172,7 +177,7 @@ def empty_cache(decoder: onnxruntime.InferenceSession, batch: int) -> Arrays:
     """State before the first token, by the outputs' names, in the decoder's own types and shapes."""
     sizes = {BATCH: batch, PAST: 0}
     return {
-        present_of(port.name): np.zeros([sizes.get(size, size) for size in port.shape], _NUMPY_TYPES[port.type])
+        present_of(port.name): np.zeros([sizes.get(size, size) for size in port.shape], ORT_DTYPES[port.type])
         for port in decoder.get_inputs()
         if is_past(port.name)
     }
@@ -219,7 +224,8 @@ def check_parity(
 def _same_tokens(
     expected: np.ndarray, actual: np.ndarray, real: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Two states with their tokens on the second axis, and which tokens are no padding; as they are where tokens leave no entry.
+    """Two states with their tokens on the second axis, and which tokens are no padding; as they are where tokens leave no
+    entry.
 
     torch forgets what a layer with a sliding window can no longer see; the graph keeps all of it.
     """
@@ -274,9 +280,3 @@ def _run(session: onnxruntime.InferenceSession, inputs: Arrays) -> Arrays:
 
 
 _ADVICE = "try another opset, or other versions of torch and transformers"
-_NUMPY_TYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(bool)": np.bool_,
-}

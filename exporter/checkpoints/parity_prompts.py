@@ -1,4 +1,4 @@
-"""The prompts that torch and the exported graphs are compared on: two texts, with a picture each where the model takes pictures."""
+"""The prompts that torch and the graphs are compared on: two texts, with a picture each where the model takes pictures."""
 
 from __future__ import annotations
 

@@ -87,7 +87,9 @@ def _embed_tokens(family: Family, model: Any) -> Part:
 
     sample = torch.zeros(2, 4, dtype=torch.int64)
     with torch.no_grad():
-        shapes = {name: (BATCH, SEQUENCE, *rows.shape[2:]) for name, rows in family.decoder.embeds(model, sample).items()}
+        shapes = {
+            name: (BATCH, SEQUENCE, *rows.shape[2:]) for name, rows in family.decoder.embeds(model, sample).items()
+        }
     return Part(
         name=EMBED_TOKENS,
         run=lambda model, input_ids: family.decoder.embeds(model, input_ids),
@@ -119,9 +121,7 @@ def _text_decoder(family: Family, model: Any) -> Part:
     return _with_cache(TEXT_DECODER, family, model, ids)
 
 
-def _with_cache(
-    part: str, family: Family, model: Any, text_of: Callable[[int, int], dict[str, torch.Tensor]]
-) -> Part:
+def _with_cache(part: str, family: Family, model: Any, text_of: Callable[[int, int], dict[str, torch.Tensor]]) -> Part:
     """One graph for prefill (state of length 0), decode, and anything between.
 
     Batch 2 and a padded row on purpose: with one unpadded row torch finds the mask useless and drops it, and bakes
@@ -147,8 +147,8 @@ def _with_cache(
             outputs = family.decoder.run(model, **inputs)
         if getattr(outputs, "past_key_values", None) is None:
             raise ModelUnreadable(
-                f"{model.name_or_path}: {model.config.model_type} gives no past_key_values; only decoders whose forward gives their "
-                "cache under that name are exported"
+                f"{model.name_or_path}: {model.config.model_type} returns no past_key_values; only decoders whose forward "
+                "returns their cache under that name are exported"
             )
         return outputs.past_key_values
 

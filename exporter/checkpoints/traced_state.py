@@ -1,7 +1,8 @@
 """The state that a decoder hands from call to call, found by running the model: `find_state`.
 
-A transformers cache is an object of many kinds of layers: keys and values of one or of several widths, the window of a convolution, the
-matrix of a linear attention, the keys of an indexer. What they hold is found by running the model twice, with other numbers of
+A transformers cache is an object of many kinds of layers: keys and values of one or of several widths, the window of a
+    convolution, the matrix of a linear attention, the keys of an indexer. What they hold is found by running the model twice,
+    with other numbers of
 prompts and tokens: an axis that follows the prompts is the batch, one that follows the tokens grows, all others are fixed.
 """
 
@@ -55,7 +56,9 @@ def find_state(prefill: Callable[[int, int], Any], model: Any) -> tuple[StateTen
     """
     first, second = (_sizes(prefill(*run)) for run in (_FIRST, _SECOND))
     if not first or first.keys() != second.keys():
-        raise ModelUnreadable(f"{_whose(model)} keeps no state from call to call; only decoders with a cache are exported")
+        raise ModelUnreadable(
+            f"{_whose(model)} keeps no state from call to call; only decoders with a cache are exported"
+        )
     return tuple(StateTensor(leaf, *names_of(leaf), _shape(leaf, first[leaf], second[leaf], model)) for leaf in first)
 
 

@@ -53,7 +53,9 @@ _OTHERWISE = "Export it to ONNX with its own tools and guard that folder instead
 def find_family(config: Mapping[str, Any], checkpoint: str) -> Family:
     """The one row for this `config.json`; refuses what no row was written for."""
     model_type = config.get("model_type")
-    family = next((row for row in FAMILIES if row.model_type == model_type and _tower(config) in (None, *row.image_towers)), None)
+    family = next(
+        (row for row in FAMILIES if row.model_type == model_type and _tower(config) in (None, *row.image_towers)), None
+    )
     family = family or generic_family(config) or text_family(config)
     if family is None:
         raise GuardError(

@@ -131,7 +131,8 @@ class Decoder:
         run: `run(model, **inputs)`, an object with `logits` and `past_key_values`. Traced.
         reference: `reference(config, turn)`, what transformers' own forward takes besides `input_ids`,
             `attention_mask`, `past_key_values` and, at the first call, the vision inputs. `None` stands for `feeds`.
-        embeds: `embeds(model, ids)`, what the embedding graph gives by name, `inputs_embeds` first; the decoder takes all of it.
+        embeds: `embeds(model, ids)`, what the embedding graph gives by name, `inputs_embeds` first; the decoder takes all of
+            it.
     """
 
     inputs: Callable[[Any], Shapes] = position_inputs

@@ -110,7 +110,8 @@ class GenericDecoder:
         return values
 
     def embeds(self, model: Any, ids: Any) -> Mapping[str, Any]:
-        """`inputs_embeds [batch, sequence, width]`, and `per_layer_inputs [batch, sequence, layers, width]` where there are such.
+        """`inputs_embeds [batch, sequence, width]`, and `per_layer_inputs [batch, sequence, layers, width]` where there are
+        such.
 
         Image tokens, which may be beyond the table, are looked up as the padding token: their rows are replaced.
         """

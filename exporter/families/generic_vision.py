@@ -1,7 +1,7 @@
 """The vision encoder of any type: `get_image_features` for ONE picture per call.
 
-Loops over pictures, and cuts between them, vanish with one picture: `one_picture` takes them out while a graph is traced, and while
-the model is compared with itself.
+Loops over pictures, and cuts between them, vanish with one picture: `one_picture` takes them out while a graph is traced, and
+    while the model is compared with itself.
 
     pixel_values, ... as the type's image processor gives them for one picture
     -> image_features [image tokens, width], deepstack_features_i [image tokens, width]
@@ -32,7 +32,7 @@ _WORDS = {(2, 0): "num_patches", (4, 0): "num_images", (4, 2): "height", (4, 3):
 def feature_holder(model: Any) -> Any:
     """The part of a model that has `get_image_features` with named inputs; `None` if there is none."""
     holders = [part for part in (model, getattr(model, "model", None)) if hasattr(part, "get_image_features")]
-    return next((part for part in holders if "kwargs" != next(iter(feature_inputs(part)), "kwargs")), None)
+    return next((part for part in holders if next(iter(feature_inputs(part)), "kwargs") != "kwargs"), None)
 
 
 def feature_inputs(holder: Any) -> tuple[str, ...]:
@@ -85,8 +85,8 @@ def one_picture(model: Any, inputs: Mapping[str, torch.Tensor]) -> Iterator[None
 def own_attention(model: Any) -> Iterator[None]:
     """Within, no patch of the exporter's takes the place of the model's own modules' `forward`.
 
-    transformers' exporter replaces the attention of about thirty towers by one function for all; up to 5.24 at least it leaves out what
-    some of them normalise (GLM-OCR's towers then differ by 2 to 4%).
+    transformers' exporter replaces the attention of about thirty towers by one function for all; up to 5.24 at least it
+    leaves out what some of them normalise (GLM-OCR's towers then differ by 2 to 4%).
     """
     from transformers.exporters import exporter_dynamo
 

@@ -1,8 +1,9 @@
 """The geometry of ONE picture, computed within a graph: what transformers' `vision_utils` computes for many in Python.
 
-Towers that take patches of pictures of any size ask these functions where each patch lies. transformers loops over the pictures, which
-no tracer follows. For one picture it is arithmetic on the patch's number. Each function takes what the one of the same name takes, and
-the number of patches, which only the pixels' shape has; `grid_thw [1, 3]` has the frames, rows and columns of patches.
+Towers that take patches of pictures of any size ask these functions where each patch lies. transformers loops over the
+pictures, which no tracer follows. For one picture it is arithmetic on the patch's number. Each function takes what the one of
+the same name takes, and the number of patches, which only the pixels' shape has; `grid_thw [1, 3]` has the frames, rows and
+columns of patches.
 """
 
 from __future__ import annotations

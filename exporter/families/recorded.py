@@ -1,4 +1,4 @@
-"""What transformers' own `generate` does with prompts and pictures, call by call: the reference that exports are compared with."""
+"""What transformers' own `generate` does with prompts and pictures, call by call: the reference for exports."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ def _endless(model: Any) -> Iterator[None]:
 
     own = model.generation_config
     pad = own.pad_token_id if isinstance(own.pad_token_id, int) else 0
-    model.generation_config = GenerationConfig(pad_token_id=pad, eos_token_id=None, bos_token_id=deepcopy(own.bos_token_id))
+    model.generation_config = GenerationConfig(
+        pad_token_id=pad, eos_token_id=None, bos_token_id=deepcopy(own.bos_token_id)
+    )
     try:
         yield
     finally:

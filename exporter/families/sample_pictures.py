@@ -49,7 +49,9 @@ def prepared(processor: Any, pictures: Sequence[Image.Image]) -> Arrays:
     for images in (list(pictures), [[picture] for picture in pictures]):  # some want a list for every prompt
         try:
             made = processor(images=images, return_tensors="np")
-            return {name: array for name, array in ((n, np.asarray(a)) for n, a in made.items()) if array.dtype != object}
+            return {
+                name: array for name, array in ((n, np.asarray(a)) for n, a in made.items()) if array.dtype != object
+            }
         except Exception as error:  # whatever transformers raises is a fact about this processor
             failure = failure or error
     assert failure is not None

@@ -14,13 +14,13 @@ import onnx_ir as ir
 
 from ..anatomy import DecoderAnatomy, ResidualStream, find_sink
 from ..avoidance import Barrier, Surroundings
-from ..dataflow import Flow, Vertex, is_skip_norm
 from ..inline_weights import InFile
 from ..node_builder import PREFIX
-from ..plan import GuardPlan, SitePlan
+from ..plan import GuardPlan
 from ..rewrite import GuardedSite, GuardReport
 from ..roles import input_roles
 from ..runtime_controls import is_default
+from ..site_streams import stream_parts, values_behind, vertex_behind
 from ..subgraphs import DecoderSubgraph, find_bodies
 from .leaks import leaking_outputs
 
@@ -146,7 +146,7 @@ def _avoiding(body: DecoderSubgraph, stream: ResidualStream, plan: GuardPlan, re
         own = set(site.nodes) | set(report.shared_nodes)
         if any(node.name not in own for node in raw.consumers()) or raw.is_graph_output():
             wrong.append(f"layer {site.layer_index}: {site.raw!r} is read past the guard")
-        guard = _behind(flow, site, new, planned.site.anchor)
+        guard = vertex_behind(flow, planned.site, new)
         if guard is None or guard.index not in on_chain:
             wrong.append(f"layer {site.layer_index}: a path avoids the guard")
     return wrong
@@ -163,12 +163,14 @@ def _around(
     """What gets around the guards of the whole graph, in words; every guard is known to be in its place."""
     values = {name: body.values() for name, body in bodies.items()}
     behind: dict[int, list[ir.Value]] = {}
-    raw_sums: dict[int, list[list[ir.Value]]] = {}
+    raw_sums: dict[int, list[Sequence[ir.Value]]] = {}
     for planned, site in zip(plan.sites, report.sites, strict=True):
         raw, new = _before_and_after(values[site.body], site)
         assert raw is not None and new is not None
-        behind.setdefault(site.layer_index, []).extend(_guarded_values(site, new, planned.site.anchor))
-        raw_sums.setdefault(site.layer_index, []).append(_summed(values[site.body], planned, raw))
+        behind.setdefault(site.layer_index, []).extend(values_behind(planned.site, new))
+        parts = stream_parts(bodies[site.body].graph, planned.site, raw, new)
+        assert parts is not None
+        raw_sums.setdefault(site.layer_index, []).append(parts)
     barriers = [Barrier(layer, tuple(found)) for layer, found in sorted(behind.items())]
     sources = [values[stream.body][stream.source] for stream in anatomy.streams]
     around = Surroundings(graph, barriers, sources, plan.width, text)
@@ -181,28 +183,6 @@ def _around(
 
 def _before_and_after(values: Mapping[str, ir.Value], site: GuardedSite) -> tuple[ir.Value | None, ir.Value | None]:
     return values.get(site.raw) or values.get(f"{site.raw}/unguarded"), values.get(site.guarded)
-
-
-def _behind(flow: Flow, site: GuardedSite, new: ir.Value, anchor: str) -> Vertex | None:
-    """Where the guarded state is: at a skip-norm the sum of the fused node, which must have the guarded branch as a summand."""
-    if site.kind != "skip_norm":
-        return flow.vertex(new)
-    readers = [node for node in new.consumers() if is_skip_norm(node) and node.outputs[0].name == anchor]
-    one = len(readers) == 1 and new in readers[0].inputs[:2]
-    return flow.sum_vertex(readers[0]) if one else None
-
-
-def _guarded_values(site: GuardedSite, new: ir.Value, anchor: str) -> Sequence[ir.Value]:
-    """The values that the guard has changed; of a fused norm all that it makes of the sum."""
-    if site.kind != "skip_norm":
-        return [new]
-    return [value for node in new.consumers() if node.outputs[0].name == anchor for value in node.outputs]
-
-
-def _summed(values: Mapping[str, ir.Value], planned: SitePlan, raw: ir.Value) -> list[ir.Value]:
-    """The unguarded sum, or at a skip-norm its two summands."""
-    found = [values.get(planned.site.residual), raw] if planned.site.kind == "skip_norm" else [raw]
-    return [value for value in found if value is not None]
 
 
 def initializers_untouched(source: ir.Model, guarded: ir.Model) -> Check:

@@ -20,11 +20,12 @@ from vlmguard.exporter.pipeline import ExportResult, dissect_decoder, export
 from vlmguard.exporter.prompts.labelled import LabelledPrompt
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.exporter.resolve import Guide
-from vlmguard.exporter.sources import Source, unwatched
+from vlmguard.exporter.sources import Source
 from vlmguard.graphs.directions import Directions, read_directions
 from vlmguard.graphs.errors import GuardWeakens, NoEffect
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.manifest import read_manifest
+from vlmguard.graphs.progress import ignore_progress
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.runtime.vlm import VisionLanguageModel
 
@@ -230,7 +231,9 @@ def guide(calibrated: Path, tmp_path: Path) -> Callable[..., Guide]:
         change(folder)
         package = open_package(folder)
         source = Source(package, folder.name, folder.parent, folder)
-        return Guide(source, dissect_decoder(package, package.load_decoder()), GuardSpec(), 0.01, False, unwatched)
+        return Guide(
+            source, dissect_decoder(package, package.load_decoder()), GuardSpec(), 0.01, False, ignore_progress
+        )
 
     return make
 

@@ -255,7 +255,7 @@ def test_a_genai_folder_keeps_its_files_and_its_weights(zoo: Callable[[str], Any
 
 def test_those_who_watch_are_told_each_stage(source: Path, directions: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    export(source, directions=directions, watch=lambda *event: told.append(event))
+    export(source, directions=directions, report_progress=lambda *event: told.append(event))
     hashed = [(done, total) for stage, done, total in told if stage == "hashing (bytes)"]
     assert hashed == sorted(hashed) and hashed[-1][0] == hashed[-1][1]
     name, asked = f"proving {Path(DECODER).name}", "asking both models"
@@ -319,7 +319,7 @@ def reach_calibrator(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
         raise Reached(prompts, spec, budget, directions)
 
     def stop_choosing(
-        model: Any, anatomy: Any, directions: Any, prompts: Any, wish: Wish, source: str, tell: Any
+        model: Any, anatomy: Any, directions: Any, prompts: Any, wish: Wish, source: str, report_progress: Any
     ) -> Any:
         raise Reached(prompts, wish.spec, wish.budget, directions)
 

@@ -161,7 +161,7 @@ def test_the_figures_of_a_calibration_are_in_the_manifest_and_in_verify(guarded:
 def test_found_prompts_are_asked_of_both_models(source: Path, guarded: Guarded, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     directions = guarded("restore") / "directions.safetensors"
-    result = export(source, tmp_path / "out", directions=directions, watch=lambda *event: told.append(event))
+    result = export(source, tmp_path / "out", directions=directions, report_progress=lambda *event: told.append(event))
     assert result.calibration is None and result.refusals is not None
     text, blank, image = result.refusals.settings
     assert (text.setting, blank.setting, image.setting) == ("text", "blank", "image")

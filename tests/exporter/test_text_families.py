@@ -272,8 +272,8 @@ def test_a_cache_of_another_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelUnreadable) as refused:
         convert_checkpoint(tmp_path / "mamba", tmp_path / "out")
     assert str(refused.value) == (
-        f"{tmp_path / 'mamba'}: mamba gives no past_key_values; only decoders whose forward gives their cache under that name are "
-        "exported"
+        f"{tmp_path / 'mamba'}: mamba returns no past_key_values; only decoders whose forward returns their cache "
+        "under that name are exported"
     )
 
 

@@ -14,6 +14,7 @@ from hand_graphs import WIDTH, copy_of, directions, orthonormal, run, text_model
 from text_decoder import EMBED, IDS, decoder
 
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
+from vlmguard.graphs.dtypes import NUMPY_DTYPES
 from vlmguard.graphs.errors import DirectionMismatch, GuardError
 from vlmguard.graphs.lowerings.fold import (
     SCOPE,
@@ -24,7 +25,6 @@ from vlmguard.graphs.lowerings.fold import (
     projected,
     subspace,
 )
-from vlmguard.graphs.node_builder import NUMPY_DTYPES
 from vlmguard.graphs.plan import GuardPlan
 from vlmguard.graphs.planner import last_sites, plan_guard
 from vlmguard.graphs.proof.fold_proof import (

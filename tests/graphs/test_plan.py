@@ -16,9 +16,10 @@ from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import Directions, LayerDirections
 from vlmguard.graphs.errors import DirectionMismatch, GuardError
 from vlmguard.graphs.layouts import open_package
+from vlmguard.graphs.modes import MODES, guard_mode, modes_where
 from vlmguard.graphs.plan import GuardPlan
 from vlmguard.graphs.planner import plan_guard, require_unguarded
-from vlmguard.graphs.spec import MODES, MODES_WITH_READOUT, MODES_WITH_SUPERVISOR, GuardSpec
+from vlmguard.graphs.spec import GuardSpec
 
 LAYERS = 3
 BARE_NOTE = (
@@ -215,7 +216,7 @@ def test_a_threshold_is_what_the_graph_compares_with() -> None:
     assert plan(found).sites[0].guard.threshold == float(np.float32(0.1)) != 0.1
 
 
-@pytest.mark.parametrize("mode", sorted(MODES_WITH_READOUT))
+@pytest.mark.parametrize("mode", modes_where(has_readout=True))
 def test_a_mode_with_a_readout_needs_a_target_and_a_threshold(mode: str) -> None:
     no_target, no_threshold = directions(parts={"target": None}), directions(parts={"threshold": None})
     assert refusal(DirectionMismatch, no_target, mode=mode) == (
@@ -267,7 +268,7 @@ def test_supervise_without_an_origin_starts_at_zero() -> None:
     np.testing.assert_array_equal(made.sites[0].guard.origin, np.zeros(2, np.float32))
 
 
-@pytest.mark.parametrize("mode", sorted(MODES_WITH_SUPERVISOR))
+@pytest.mark.parametrize("mode", modes_where(supervisor=True))
 def test_a_supervisor_needs_one_rank_in_all_layers(mode: str) -> None:
     mixed = Directions(16, {0: layer_directions(3), 1: layer_directions(2)})
     assert refusal(GuardError, mixed, mode=mode, layers=(0, 1)) == (
@@ -326,7 +327,7 @@ def test_only_a_supervised_graph_gets_another_signature() -> None:
     for mode in MODES:
         made = plan(directions(), mode=mode)
         name = "vlmguard.prompt_supervisor" if mode == "align" else "vlmguard.supervisor"
-        expected = ((name,), ("vlmguard.coordinates",)) if mode in MODES_WITH_SUPERVISOR else ((), ())
+        expected = ((name,), ("vlmguard.coordinates",)) if guard_mode(mode).supervisor else ((), ())
         assert (made.added_inputs, made.added_outputs) == expected
 
 

@@ -390,7 +390,7 @@ class Subject:
         That exception, and its bound, is what the product's own proof allows (`vlmguard.exporter.proof.prove`).
         """
         closed = guarded.graph.clone()
-        force_gates(closed, guarded.plan, is_open=False)
+        force_gates(closed, guarded.plan, guarded.report, is_open=False)
         compared, differing, worst = _bitwise(self.unguarded, self.roll(self.open(closed)))
         if not differing:
             return Check("closed", compared, 0.0, 0.0, compared > 0, "")
