@@ -30,7 +30,7 @@ def is_embeds(name: str) -> bool:
 
 
 def is_features(name: str) -> bool:
-    """Whether an output of a vision encoder is one for DeepStack."""
+    """Whether an output of a vision encoder is for DeepStack."""
     return name.startswith(_FEATURES)
 
 
