@@ -32,8 +32,8 @@ from ..graphs.sites import ResidualSite
 from ..runtime.telemetry import ScoredAnswer
 from .calibration.results import HeldOut
 from .engines.engine_folder import EngineResult
+from .export_result import ExportResult
 from .packaging.repackage import Packaged
-from .pipeline import ExportResult
 from .terminal import show_found
 
 

@@ -49,14 +49,13 @@ class VisionLanguageModel:
     Args:
         package: the folder.
         decoder: the decoder's graph if it is not the package's own (a tapped or guarded copy in memory).
-        runtime: a row of the runners' table.
+        runtime: a row of the table in `runners`.
         optimize: whether the runtime may optimise the decoder's graph.
         open_part: opens the package's files in place of the runtime (engines, each against its digest).
-        pads: whether rows of different lengths may share a batch; default: what the decoder's graph says.
-        pairs: whether the decoder's guard reads paired rows; default: what its graph says.
-        place: where the decoder is opened when it is needed, and closed when another takes the place; default: it is opened
-            here and stays.
-        wrap: what the decoder's runner is put into, each time that it is opened.
+        pads: whether rows of different lengths may share a batch; default: read from the decoder's graph.
+        pairs: whether the decoder's guard reads paired rows; default: read from the decoder's graph.
+        place: opens the decoder on demand and closes it when another is opened; default: open it now and keep it.
+        wrap: wraps the decoder's runner each time it is opened.
 
     Raises:
         ModelUnreadable: a part is missing or cannot be opened.
@@ -117,7 +116,7 @@ class VisionLanguageModel:
 
     @cached_property
     def takes_embeds(self) -> bool:
-        """Whether the decoder takes embeddings in place of tokens; asked once, because a decoder takes long to open."""
+        """Whether the decoder takes embeddings in place of tokens; cached, because a decoder takes long to open."""
         return self.decoder.takes_embeds
 
     def with_decoder(
@@ -157,7 +156,7 @@ class VisionLanguageModel:
         return self.images.blank_image()
 
     def image_features(self, image: Image.Image | Path | str | bytes) -> ImageFeatures:
-        """What the vision encoder gives for one picture: `[image tokens, d]` in the encoder's dtype.
+        """The vision encoder's features of one picture, `[image tokens, d]` in the encoder's dtype.
 
         Raises:
             GuardError: the model takes no images, or the picture cannot be read.
@@ -321,7 +320,7 @@ class VisionLanguageModel:
         return self._open_part(path)
 
     def _embeds(self, ids: np.ndarray, at: np.ndarray | None = None, features: np.ndarray | None = None) -> np.ndarray:
-        """Embeddings of the tokens, with the features `[image tokens, d]` where `at` says."""
+        """Embeddings of the tokens, with the features `[image tokens, d]` at the positions `at`."""
         (port,) = self._embed.inputs.values()
         embeds = next(iter(self._embed.run({port.name: ids.astype(port.dtype)}).values()))
         if at is None or features is None:

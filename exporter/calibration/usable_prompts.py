@@ -29,7 +29,7 @@ def require_layers(spec: GuardSpec, directions: Directions) -> None:
     absent = [number for number in spec.layers or () if number not in directions.layers]
     if absent:
         raise DirectionMismatch(
-            f"layer {absent[0]} was asked for, the directions hold layers {', '.join(map(str, directions.layers))}; "
+            f"the directions have no layer {absent[0]}, only layers {', '.join(map(str, directions.layers))}; "
             "extract them for that layer too"
         )
 

@@ -21,15 +21,14 @@ from ...graphs.package import ModelPackage
 from ...graphs.progress import ProgressCallback
 from ...graphs.proof.strip import strip_guard
 from ...graphs.proof.structure import Check, exact
-from ...graphs.spec import GuardSpec
 from ...runtime.decoder import DecoderSession, open_decoder
 from ...runtime.guarded import GuardedVLM, open_guarded_package
-from ..calibration.calibrate import DEFAULT_BUDGET
 from ..proof.compare import Comparison, relative
 from ..proof.inputs import ProofInputs
 from ..proof.limits import TOLERANCE
+from ..proof.make_inputs import make_proof_inputs
 from ..proof.prove_closed import roll
-from ..resolve import Guide
+from ..session import Session
 from ..sources import Source
 
 # Prefill, and as many decode steps.
@@ -120,7 +119,7 @@ def _inputs(
     package: ModelPackage, anatomy: DecoderAnatomy, rows: int, report_progress: ProgressCallback
 ) -> ProofInputs:
     source = Source(package, package.name, package.root.parent, package.root)
-    return Guide(source, anatomy, GuardSpec(), DEFAULT_BUDGET, False, report_progress).proof_inputs(package, rows)
+    return make_proof_inputs(Session(source, anatomy, report_progress), package, rows=rows)
 
 
 Rolled = list[dict[str, np.ndarray]]

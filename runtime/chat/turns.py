@@ -9,13 +9,13 @@ from typing import Any, Literal
 Content = Literal["parts", "string"]
 
 
-# Who speaks in a conversation. Not every template knows a system message.
+# Roles in a conversation. Not every template supports a system message.
 Role = Literal["system", "user", "assistant"]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a conversation; `shows` says whether the image belongs to it."""
+    """One message of a conversation; `shows`: whether the image belongs to it."""
 
     role: Role
     text: str

@@ -11,7 +11,7 @@ from ...graphs.errors import GuardError
 
 @dataclass(frozen=True, eq=False)
 class ImageFeatures:
-    """What a vision encoder would give for one picture.
+    """Image features of one picture, in place of the vision encoder's output.
 
     Attributes:
         rows: `[image tokens, d]`, finite; `d` is the width of the decoder's embeddings.

@@ -54,7 +54,7 @@ PROCESSORS: Mapping[str, Mapping[str, Any]] = {
     "SiglipImageProcessor": _SIGLIP,
 }
 PADS_TO_SQUARE = frozenset({"LlavaImageProcessor"})
-# Processors that give more than `pixel_values`; each has a module of its own (`vision` knows which).
+# Processors with more outputs than `pixel_values`; each has its own module, which `vision` chooses.
 ELSEWHERE = ("Qwen2VLImageProcessor",)
 
 # Extra features that a vision tower puts before its patches (a class token), by `model_type`.
@@ -66,17 +66,17 @@ CLASS_TOKENS: Mapping[str, int] = {"clip_vision_model": 1, "siglip_vision_model"
 
 @dataclass(frozen=True)
 class ImagePreprocessor:
-    """What a folder's image processor does to a picture. Made by `open`.
+    """The steps of a folder's image processor, in this order. Created by `open`.
 
     Attributes:
         kind: the processor's name, a key of `PROCESSORS`.
-        pad_to_square: first, with the mean colour.
-        shortest_edge: resize so that the shorter side is this long; or
-        resize_to: resize to `(height, width)`; both `None` keeps the size.
-        resample: Pillow's filter.
-        crop_to: then cut `(height, width)` out of the centre, padding with black; `None` does not.
-        rescale_factor: then multiply, usually by 1/255; `None` does not.
-        mean, std: then `(x - mean) / std` per channel; `None` does not.
+        pad_to_square: pad with the mean colour to a square.
+        shortest_edge: resize the shorter side to this many pixels, or
+        resize_to: resize to `(height, width)` pixels; both `None`: keep the size.
+        resample: Pillow's filter for resizing.
+        crop_to: crop the centre to `(height, width)` pixels, padding with black; `None`: do not crop.
+        rescale_factor: multiply, usually by 1/255; `None`: do not scale.
+        mean, std: compute `(x - mean) / std` per channel; `None`: do not normalise.
     """
 
     kind: str
@@ -140,7 +140,7 @@ class ImagePreprocessor:
             image = _pad_to_square(image, self.mean)
         target = self._resized_size(image)
         if target is not None:
-            refuse_huge(target[1], target[0], "resized as the model asks, the image")
+            refuse_huge(target[1], target[0], "resized by the model's image processor, the image")
             image = image.resize((target[1], target[0]), resample=self.resample)
         pixels = np.asarray(image)
         if self.crop_to is not None:
@@ -173,7 +173,7 @@ def declared_processor(folder: Path) -> Mapping[str, Any]:
 
 
 def processor_name(declared: Mapping[str, Any]) -> str:
-    """What the config calls it; `CLIPImageProcessorFast`, `...Pil` and `CLIPFeatureExtractor` are the same processor."""
+    """The processor's name; `CLIPImageProcessorFast`, `...Pil` and `CLIPFeatureExtractor` are names of one processor."""
     name = str(declared.get("image_processor_type") or declared.get("feature_extractor_type") or "nothing")
     return name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
 
@@ -242,9 +242,15 @@ def _channels(values: Any) -> tuple[float, ...]:
 def normalised(
     pixels: np.ndarray, factor: float | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> np.ndarray:
-    """`[height, width, 3]` uint8 -> `[3, height, width]` float32: times the factor, then `(x - mean) / std`.
+    """Scale and normalise pixels, with float64 and float32 arithmetic in the order of transformers, for the same rounding.
 
-    Through float64 and back, then float32 arithmetic: the order of transformers, which rounds in the same places.
+    Args:
+        pixels: `[height, width, 3]` uint8.
+        factor: multiplied with the pixels, usually 1/255; `None` for none.
+        mean, std: per channel, of the scaled pixels; `None` for none.
+
+    Returns:
+        `[3, height, width]` float32.
     """
     values = (pixels.astype(np.float64) * (1.0 if factor is None else factor)).astype(np.float32)
     if mean is not None and std is not None:
@@ -257,7 +263,7 @@ def _pad_to_square(image: Image.Image, mean: tuple[float, ...] | None) -> Image.
     edge = max(image.size)
     if image.size == (edge, edge):
         return image
-    refuse_huge(edge, edge, "padded to a square as the model asks, the image")
+    refuse_huge(edge, edge, "padded to a square by the model's image processor, the image")
     red, green, blue = (int(channel * 255) for channel in mean or (0.0, 0.0, 0.0))
     square = Image.new("RGB", (edge, edge), (red, green, blue))
     square.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
@@ -279,17 +285,17 @@ def _center_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def image_token_count(folder: Path | str, pixel_values: np.ndarray) -> int:
-    """Tokens that one image takes in the prompt, as `LlavaProcessor` counts them.
+    """Number of tokens of one image in the prompt, as `LlavaProcessor` counts them.
 
-    Whole patches, plus the vision tower's class token, minus the first feature where the strategy is `default`. What
-    processor_config.json leaves out (older LLaVA folders do) comes from the model's config.json.
+    It is the number of whole patches, plus the vision tower's class token, minus the first feature where the strategy is
+    `default`. Values missing in processor_config.json (in older LLaVA folders) come from the model's config.json.
 
     Args:
-        folder: of the model.
+        folder: the model.
         pixel_values: `[batch, 3, height, width]`.
 
     Raises:
-        ModelUnreadable: neither file says what is needed, or what they say is no count.
+        ModelUnreadable: neither file has a required value, or the values give no valid count.
     """
     folder = Path(folder)
     processor, model = read_json(folder / "processor_config.json"), read_json(folder / "config.json")

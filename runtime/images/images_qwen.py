@@ -68,14 +68,14 @@ class Patches:
 
 @dataclass(frozen=True)
 class QwenImagePreprocessor:
-    """What a folder's image processor does to a picture. Made by `open`.
+    """The steps of a folder's image processor, in this order. Created by `open`.
 
     Attributes:
-        patch, temporal, merge: edge of a patch in pixels; how many frames it holds; patches per side of a token.
-        pixels: the least and the most pixels of a resized picture; `None` keeps the size.
-        resample: Pillow's filter.
-        rescale_factor: then multiply, usually by 1/255; `None` does not.
-        mean, std: then `(x - mean) / std` per channel; `None` does not.
+        patch, temporal, merge: edge of a patch in pixels; frames per patch; patches per side of a token.
+        pixels: smallest and largest number of pixels of a resized picture; `None`: keep the size.
+        resample: Pillow's filter for resizing.
+        rescale_factor: multiply, usually by 1/255; `None`: do not scale.
+        mean, std: compute `(x - mean) / std` per channel; `None`: do not normalise.
     """
 
     patch: int
@@ -130,7 +130,7 @@ class QwenImagePreprocessor:
         """`[3, height, width]` float32 of an RGB picture."""
         if self.pixels is not None:
             height, width = fitting_size(image.height, image.width, self.edge, *self.pixels)
-            refuse_huge(width, height, "resized as the model asks, the image")
+            refuse_huge(width, height, "resized by the model's image processor, the image")
             image = image.resize((width, height), resample=self.resample)
         elif image.width % self.edge or image.height % self.edge:
             raise GuardError(
@@ -150,7 +150,15 @@ class QwenImagePreprocessor:
 
 
 def fitting_size(height: int, width: int, edge: int, least: int, most: int) -> tuple[int, int]:
-    """`smart_resize` of transformers: `(height, width)` as multiples of `edge`, with `least` to `most` pixels in all.
+    """`smart_resize` of transformers.
+
+    Args:
+        height, width: of the picture, pixels.
+        edge: both sides become multiples of it.
+        least, most: smallest and largest number of pixels of the result.
+
+    Returns:
+        `(height, width)` of the resized picture.
 
     Raises:
         GuardError: one side is more than 200 times the other.

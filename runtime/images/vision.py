@@ -1,8 +1,8 @@
-"""Pictures through the vision encoder: what a prompt gets for each of its images.
+"""Runs pictures through the vision encoder and returns the features of each.
 
-Two kinds of encoders. Those with one input take pictures of one size, and give as many features for each. Those of the
-Qwen family take patches of pictures of any size, and a table of how many patches each has; what they give is told apart
-by that table.
+There are two kinds of encoders. Encoders with one input take pictures of one size and return the same number of features
+for each. Encoders of the Qwen family take patches of pictures of any size and a table with the number of patches of each;
+that table also splits their output.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Preprocessor = ImagePreprocessor | QwenImagePreprocessor
 
 @dataclass(frozen=True)
 class Seen:
-    """What the vision encoder gives for some pictures.
+    """Output of the vision encoder for some pictures.
 
     Attributes:
-        features: `[image tokens, d]`, all pictures in a row.
-        tokens: how many of them each picture has, `[images]`.
-        outputs: everything it gives, by name.
-        grids: patches over time, height and width of each picture, `[images, 3]` int64; `None` where size is fixed.
+        features: `[image tokens, d]`, pictures concatenated.
+        tokens: number of tokens of each picture, `[images]`.
+        outputs: all outputs by name.
+        grids: patches over time, height and width of each picture, `[images, 3]` int64; `None` if the size is fixed.
         merge: patches per side that become one token.
     """
 

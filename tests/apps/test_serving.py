@@ -180,7 +180,7 @@ REFUSED: dict[str, tuple[Any, int, str | None, str | None, str]] = {
     "no messages": ({"model": NAME}, 400, "messages", None, "messages: Field required"),
     "another model": ({**asking("x"), "model": "gpt-4"}, 404, "model", "model_not_found", "'gpt-4' does not exist"),
     "a field that is unknown": (asking("x", best_of=2), 400, "best_of", None, "unknown argument 'best_of'"),
-    "two answers": (asking("x", n=2), 400, "n", "unsupported_parameter", "cannot do 'n' as asked"),
+    "two answers": (asking("x", n=2), 400, "n", "unsupported_parameter", "cannot do 'n' as requested"),
     "n is true": (asking("x", n=True), 400, "n", "unsupported_parameter", "it takes 1, null"),
     "tools": (asking("x", tools=[{"type": "function"}]), 400, "tools", "unsupported_parameter", "'tools'"),
     "logprobs": (asking("x", logprobs=True), 400, "logprobs", "unsupported_parameter", "'logprobs'"),
@@ -274,14 +274,14 @@ REFUSED: dict[str, tuple[Any, int, str | None, str | None, str]] = {
         400,
         f"{NO_IMAGE}.url",
         "invalid_image_format",
-        "the image says image/jpeg, and its bytes are image/png",
+        "the image is declared as image/jpeg, but its bytes are image/png",
     ),
     "no type that is known": (
         asking("x", data_url(b"%!PS-Adobe-3.0 EPSF-3.0")),
         400,
         f"{NO_IMAGE}.url",
         "invalid_image_format",
-        "the image says image/png, and its bytes are of another format",
+        "the image is declared as image/png, but its bytes are of another format",
     ),
     "many pixels": (asking("x", data_url(MANY_PIXELS.getvalue())), 400, None, None, "more than 50,000,000"),
     "a large file": (
@@ -686,7 +686,7 @@ def test_sigterm_lets_the_running_answer_finish_and_refuses_new_ones(guarded: Gu
         finally:
             process.kill()
     assert f"serving {NAME} (restore on layers" in log and "with an API key" in log
-    assert "told to stop (SIGTERM): 1 inside" in log
+    assert "stopping (SIGTERM): 1 requests inside" in log
     assert KEY not in log and "boat" not in log
 
 

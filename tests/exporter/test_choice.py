@@ -315,7 +315,7 @@ def test_evidence_against_all_layers_changes_nothing() -> None:
 
 def test_what_was_asked_is_tried_alone() -> None:
     assert list(places_of_align(with_evidence([0.5] * 6), 6, GuardSpec(layers=(1,), rank=2))) == [
-        Where((1,), 2, "as asked")
+        Where((1,), 2, "as requested")
     ]
     assert next(places_of_align(with_evidence([0.9] * 6, rows=3), 6, GuardSpec())).rank == 3
 

@@ -22,8 +22,9 @@ from vlmguard.exporter.calibration.refusal_regression import (
     require_no_fewer,
     some_harmful,
 )
-from vlmguard.exporter.evaluation.evaluate import Cell, Tally
-from vlmguard.exporter.pipeline import export, extract_directions
+from vlmguard.exporter.evaluation.metrics import Cell, Tally
+from vlmguard.exporter.extract_directions import extract_directions
+from vlmguard.exporter.pipeline import export
 from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.directions import Directions, read_directions
