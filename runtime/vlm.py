@@ -218,7 +218,7 @@ class VisionLanguageModel:
             knobs: strength and threshold offset of a guard that has them.
             batch: the request as `batch` returned it, where the caller has it already.
         """
-        said = TextStream(self.chat.decode)
+        said = TextStream(self.chat.tokenizer, self.chat.decode)
         for number, step in enumerate(self.steps([request], sampling, knobs, batch=batch), start=1):
             (token,) = step.tokens
             text = said.add(token) if token is not None else ""
