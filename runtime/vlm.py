@@ -18,6 +18,7 @@ import onnx_ir as ir
 from PIL import Image
 
 from ..graphs.errors import GuardError, ModelUnreadable
+from ..graphs.json_files import read_json
 from ..graphs.package import ModelPackage
 from ..graphs.pairs import reads_pairs
 from .chat.chat import ChatTokenizer
@@ -29,12 +30,13 @@ from .decoder_place import DecoderPlace
 from .device import SomeRows, Tensor
 from .generation import GREEDY, Choose, Chooser, Piece, Request, Sampling, Step
 from .images.deepstack import scatter
-from .images.image_features import ImageFeatures
-from .images.images_qwen import QwenImagePreprocessor
-from .images.open_picture import Picture, open_image
+from .images.image_features import ImageFeatures, Shown
+from .images.open_picture import open_image
 from .images.positions_mrope import mrope_positions
+from .images.prepared_picture import Preprocessor
 from .images.prompt_images import PromptImages
-from .images.vision import Preprocessor, Seen, look, open_preprocessor, unknown_processor
+from .images.shown_pictures import see
+from .images.vision import Seen, look, open_preprocessor, unknown_processor
 from .knobs import AS_EXPORTED, Knobs
 from .paired_batches import PROMPTS, interleaved, rows_of
 from .runner_protocol import Runner
@@ -152,7 +154,11 @@ class VisionLanguageModel:
         return None if self.package.vision_encoder is None else unknown_processor(self.package.root)
 
     def blank_image(self) -> Image.Image:
-        """A white picture of the size that the model looks at."""
+        """A white picture of the size that the model looks at, the same object every time."""
+        return self._blank
+
+    @cached_property
+    def _blank(self) -> Image.Image:
         return self.images.blank_image()
 
     def image_features(self, image: Image.Image | Path | str | bytes) -> ImageFeatures:
@@ -161,7 +167,7 @@ class VisionLanguageModel:
         Raises:
             GuardError: the model takes no images, or the picture cannot be read.
         """
-        return ImageFeatures(look(self._vision, self.images, [open_image(image)]).features)
+        return ImageFeatures(self._seen([(open_image(image), True)]).features)
 
     def token_embeddings(self, ids: np.ndarray) -> np.ndarray:
         """The decoder's embeddings of token ids `[n]`: `[n, d]`."""
@@ -261,7 +267,10 @@ class VisionLanguageModel:
         by_length: dict[object, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             length = len(self.chat.encode_turns(request.text_only.turns))
-            key = (length, request.image is None) if not self.pads else request.image is None
+            pictures = len(request.images)
+            key = (length, pictures) if not self.pads else not pictures
+            if pictures and not self.pads and not (self.sees and self.images.keeps_count):
+                key = index  # its length depends on its pictures' shapes
             by_length[key].append(index)
         for members in by_length.values():
             for start in range(0, len(members), batch_size):
@@ -269,9 +278,9 @@ class VisionLanguageModel:
 
     def batch(self, requests: Sequence[Request]) -> PromptBatch:
         """Token ids padded on the left, and embeddings with image features where the decoder takes them."""
-        seen = self._look_at([request.image for request in requests if request.image is not None])
-        tokens = iter(() if seen is None else seen.tokens)
-        rows = [self.chat.encode_turns(r.turns, 0 if r.image is None else int(next(tokens))) for r in requests]
+        seen = self._look_at([(image, len(r.images) == 1) for r in requests for image in r.images])
+        pictures = iter(() if seen is None else seen.pictures)
+        rows = [self.chat.encode_turns(r.turns, [next(pictures) for _ in r.images]) for r in requests]
         longest = max(map(len, rows))
         if not self.pads and any(len(row) != longest for row in rows):
             raise GuardError("this decoder cannot be padded; run prompts of one length together")
@@ -287,24 +296,24 @@ class VisionLanguageModel:
         at = (ids == self.chat.image_token_id) & (mask == 1)
         return PromptBatch(ids, mask, self._embeds(ids, at, seen.features), self._placed(at, mask, seen))
 
-    def _look_at(self, images: Sequence[Picture | ImageFeatures]) -> Seen | None:
-        """The features of a batch's images, in their order; pictures go through the vision encoder."""
-        pictures = [open_image(image) for image in images if not isinstance(image, ImageFeatures)]
-        seen = look(self._vision, self.images, pictures) if pictures else None
-        if len(pictures) == len(images):
-            return seen
-        if not self.takes_embeds:
+    def _look_at(self, images: Sequence[tuple[Shown, bool]]) -> Seen | None:
+        """The features of a batch's images, in their order, each with whether it is the only one of its prompt."""
+        rows = any(isinstance(image, ImageFeatures) for image, _ in images)
+        if rows and not self.takes_embeds:
             raise GuardError(f"{self.package.root}: the decoder takes no embeddings; leave the image out")
-        if self.images_have_grids:
+        if rows and self.images_have_grids:
             raise GuardError("this model places an image's tokens by its size, which rows do not have; give a picture")
-        looked = iter(() if seen is None else np.split(seen.features, np.cumsum(seen.tokens)[:-1]))
-        rows = [image.rows if isinstance(image, ImageFeatures) else next(looked) for image in images]
-        return Seen(np.concatenate(rows), np.array([len(found) for found in rows]), {})
+        return see(images, self._seen) if images else None
+
+    def _seen(self, pictures: Sequence[tuple[Image.Image, bool]]) -> Seen:
+        model_type = read_json(self.package.root / "config.json").get("model_type")
+        return look(self._vision, self.images, pictures, model_type)
 
     @property
     def images_have_grids(self) -> bool:
-        """Whether an image's tokens are placed by its height and width (the Qwen family)."""
-        return isinstance(self.images, QwenImagePreprocessor)
+        """Whether an image's tokens are placed by its height and width (the Qwen family, Pixtral)."""
+        placed = self.chat.placeholder is not None and self.chat.placeholder.by_place
+        return placed or self._takes_places
 
     @cached_property
     def _vision(self) -> Runner:
@@ -334,10 +343,17 @@ class VisionLanguageModel:
         return embeds
 
     def _placed(self, at: np.ndarray, mask: np.ndarray, seen: Seen) -> PromptImages:
-        """Where images are; if they have a grid, also the prompts' positions and what goes in between the layers."""
-        if seen.grids is None:
-            return PromptImages(at=at)
-        return PromptImages(mrope_positions(at, mask, seen.grids, seen.merge), scatter(seen.outputs, at), at)
+        """Where images are, what goes in between the layers, and the prompts' positions if they depend on images' places."""
+        positions = None
+        if seen.grids is not None and self._takes_places:
+            positions = mrope_positions(at, mask, seen.grids, seen.merge)
+        return PromptImages(positions, scatter(seen.outputs, at), at)
+
+    @property
+    def _takes_places(self) -> bool:
+        """Whether the decoder takes time, row and column of each token (M-RoPE)."""
+        port = self.decoder.runner.inputs.get(self.decoder.roles.positions or "")
+        return port is not None and len(port.shape) == 3
 
     # Generation
 
@@ -373,4 +389,4 @@ class VisionLanguageModel:
 
 def _is_text_alone(requests: Sequence[Request]) -> bool:
     """One request without an image: a row without a partner, which no guard of paired rows edits."""
-    return len(requests) == 1 and requests[0].image is None
+    return len(requests) == 1 and not requests[0].images
