@@ -854,6 +854,17 @@ def precision_of_a_graph_that_is_there(root: Path, good: Path) -> Case:
     )
 
 
+def cache_of_a_graph_that_is_there(root: Path, good: Path) -> Case:
+    return (
+        ["export", SOURCE, root / "out", "--directions", good, "--no-cache"],
+        f"--no-cache is for checkpoints, {SOURCE} is ONNX already; leave it out",
+    )
+
+
+def inspected_without_the_cache(root: Path, good: Path) -> Case:
+    return ["inspect", SOURCE, "--no-cache"], f"--no-cache is for checkpoints, {SOURCE} is ONNX already; leave it out"
+
+
 def variant_of_a_checkpoint(root: Path, good: Path) -> Case:
     return (
         ["export", CHECKPOINT, root / "out", "--directions", good, "--variant", "q4"],
@@ -942,6 +953,8 @@ CASES = (
     unknown_lowering,
     layer_without_directions_to_calibrate,
     precision_of_a_graph_that_is_there,
+    cache_of_a_graph_that_is_there,
+    inspected_without_the_cache,
     variant_of_a_checkpoint,
     no_image,
     no_batch,
