@@ -42,11 +42,11 @@ _MOST_HELPERS = 4  # of a pool, at the same time; more jobs wait
 
 
 class ConfinedFailure(Exception):
-    """The job did not end well: `str` is a clause that says why ("it takes more than 10 s")."""
+    """The job failed; `str` is the reason as a clause ("it takes more than 10 s")."""
 
 
 class LimitReached(ConfinedFailure):
-    """It took too long, or wanted too much memory; a second try would too."""
+    """The job exceeded its time or memory limit; a retry would too."""
 
 
 class ConfinedPool:
@@ -66,11 +66,16 @@ class ConfinedPool:
             os.register_at_fork(after_in_child=self._forget)
 
     def run(self, job: str, values: Mapping[str, Any], payload: bytes = b"") -> tuple[dict[str, Any], bytes]:
-        """The reply of one job.
+        """Run one job in the helper process and return its reply.
+
+        Args:
+            job: name of the job.
+            values: its arguments, JSON values.
+            payload: binary input.
 
         Raises:
-            ConfinedFailure: it raised, took too long, wanted too much memory, or crashed.
-            GuardError: the job refused what it was given, in a whole sentence; or no helper can be started.
+            ConfinedFailure: the job raised, crashed, or exceeded its time or memory limit.
+            GuardError: the job rejected its input; or no helper process can be started.
         """
         with self._places:
             helper, late = self._take(), threading.Event()

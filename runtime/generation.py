@@ -1,4 +1,4 @@
-"""What a model is asked, how its tokens are chosen, and what comes back: requests, sampling, steps and pieces of text."""
+"""Requests to a model, sampling of tokens, and results: steps and pieces of text."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from .images.image_features import Shown
 
 @dataclass(frozen=True)
 class Request:
-    """One question.
+    """One prompt, with an optional image and conversation.
 
     Attributes:
-        prompt: what is asked.
-        image: path, picture, array or the bytes of a file, or rows in the place of a picture's tokens; several as a list or
-            tuple; `None` for text only.
-        history: what was said before, if this is a conversation. Its turns have the first pictures (`Turn.pictures`), the
-            question has those that are left.
+        prompt: the user's text.
+        image: path, Pillow image, uint8 array, bytes of an image file, or image features; several as a list or tuple; `None`
+            for text only.
+        history: earlier turns of the conversation. They have the first pictures (`Turn.pictures`), the prompt has the others.
     """
 
     prompt: str
@@ -85,7 +84,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise GuardError(f"max_new_tokens {self.max_new_tokens} asks for no answer; choose 1 or more")
+            raise GuardError(f"max_new_tokens {self.max_new_tokens} is below 1; choose 1 or more")
         if not self.temperature >= 0 or not np.isfinite(self.temperature):
             raise GuardError(f"temperature {self.temperature} is out of range; choose 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
@@ -117,12 +116,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one step adds to an answer.
+    """Text that one step adds to an answer.
 
     Attributes:
-        text: what can be shown now; empty while the first bytes of a character wait for the others.
-        step: of the generation, for a batch of one.
-        finish: why the answer ends here: `stop` (the model ended it), `length` (`max_new_tokens`); `None`: it goes on.
+        text: text to show; empty while a character is incomplete.
+        step: the step of the generation, for a batch of one.
+        finish: why the answer ends here: `stop` (the model ended it) or `length` (`max_new_tokens`); `None` while it continues.
     """
 
     text: str
@@ -134,7 +133,7 @@ Choose = Callable[[np.ndarray], np.ndarray]  # logits [batch, vocabulary] float3
 
 
 class Chooser:
-    """Logits `[batch, vocabulary]` to tokens `[batch]`, as a sampling says."""
+    """Chooses tokens `[batch]` from logits `[batch, vocabulary]` with the given sampling."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling

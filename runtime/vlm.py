@@ -23,6 +23,7 @@ from ..graphs.package import ModelPackage
 from ..graphs.pairs import reads_pairs
 from .chat.chat import ChatTokenizer
 from .chat.text_stream import TextStream
+from .decode_loop import decode, rows_of_tokens
 from .decoder import DecoderSession, open_decoder
 from .decoder_inputs import DecoderState, PromptBatch, can_pad
 from .decoder_place import DecoderPlace
@@ -50,14 +51,13 @@ class VisionLanguageModel:
     Args:
         package: the folder.
         decoder: the decoder's graph if it is not the package's own (a tapped or guarded copy in memory).
-        runtime: a row of the runners' table.
+        runtime: a row of the table in `runners`.
         optimize: whether the runtime may optimise the decoder's graph.
         open_part: opens the package's files in place of the runtime (engines, each against its digest).
-        pads: whether rows of different lengths may share a batch; default: what the decoder's graph says.
-        pairs: whether the decoder's guard reads paired rows; default: what its graph says.
-        place: where the decoder is opened when it is needed, and closed when another takes the place; default: it is opened
-            here and stays.
-        wrap: what the decoder's runner is put into, each time that it is opened.
+        pads: whether rows of different lengths may share a batch; default: read from the decoder's graph.
+        pairs: whether the decoder's guard reads paired rows; default: read from the decoder's graph.
+        place: opens the decoder on demand and closes it when another is opened; default: open it now and keep it.
+        wrap: wraps the decoder's runner each time it is opened.
 
     Raises:
         ModelUnreadable: a part is missing or cannot be opened.
@@ -118,7 +118,7 @@ class VisionLanguageModel:
 
     @cached_property
     def takes_embeds(self) -> bool:
-        """Whether the decoder takes embeddings in place of tokens; asked once, because a decoder takes long to open."""
+        """Whether the decoder takes embeddings in place of tokens; cached, because a decoder takes long to open."""
         return self.decoder.takes_embeds
 
     def with_decoder(
@@ -162,7 +162,7 @@ class VisionLanguageModel:
         return self.images.blank_image()
 
     def image_features(self, image: Image.Image | Path | str | bytes) -> ImageFeatures:
-        """What the vision encoder gives for one picture: `[image tokens, d]` in the encoder's dtype.
+        """The vision encoder's features of one picture, `[image tokens, d]` in the encoder's dtype.
 
         Raises:
             GuardError: the model takes no images, or the picture cannot be read.
@@ -192,13 +192,9 @@ class VisionLanguageModel:
         """
         answers = [""] * len(requests)
         for indices in self.groups(requests, batch_size):
-            tokens: list[list[int]] = [[] for _ in indices]
-            for step in self.steps([requests[index] for index in indices], sampling, knobs):
-                for row, token in enumerate(step.tokens):
-                    if token is not None:
-                        tokens[row].append(token)
-            for row, index in enumerate(indices):
-                answers[index] = self.chat.decode(tokens[row]).strip()
+            rows = rows_of_tokens(self.steps([requests[index] for index in indices], sampling, knobs))
+            for row, index in zip(rows, indices, strict=True):
+                answers[index] = self.chat.decode(row).strip()
         return answers
 
     def stream(self, request: Request, sampling: Sampling = GREEDY, knobs: Knobs = AS_EXPORTED) -> Iterator[str]:
@@ -222,7 +218,7 @@ class VisionLanguageModel:
             knobs: strength and threshold offset of a guard that has them.
             batch: the request as `batch` returned it, where the caller has it already.
         """
-        said = TextStream(self.chat.decode)
+        said = TextStream(self.chat.tokenizer, self.chat.decode)
         for number, step in enumerate(self.steps([request], sampling, knobs, batch=batch), start=1):
             (token,) = step.tokens
             text = said.add(token) if token is not None else ""
@@ -333,7 +329,7 @@ class VisionLanguageModel:
         return self._open_part(path)
 
     def _embeds(self, ids: np.ndarray, at: np.ndarray | None = None, features: np.ndarray | None = None) -> np.ndarray:
-        """Embeddings of the tokens, with the features `[image tokens, d]` where `at` says."""
+        """Embeddings of the tokens, with the features `[image tokens, d]` at the positions `at`."""
         (port,) = self._embed.inputs.values()
         embeds = next(iter(self._embed.run({port.name: ids.astype(port.dtype)}).values()))
         if at is None or features is None:
@@ -383,15 +379,8 @@ class VisionLanguageModel:
         """
         choose, runtime_controls = choose or Chooser(sampling), knobs.feeds(self.decoder.knobs)
         outputs, state = self._prefill(requests, batch, runtime_controls)
-        alive = [True] * len(requests)
-        for number in range(sampling.max_new_tokens):
-            chosen = choose(self.decoder.last_logits(outputs))
-            alive = [on and int(token) not in self.chat.eos_ids for on, token in zip(alive, chosen, strict=True)]
-            yield Step([int(token) if on else None for on, token in zip(alive, chosen, strict=True)], outputs)
-            if not any(alive) or number + 1 == sampling.max_new_tokens:
-                return
-            column = chosen[:, None].astype(np.int64)
-            outputs = self.decoder.step(state, column, self.step_embeds(column))
+        ends, most = self.chat.eos_ids, sampling.max_new_tokens
+        yield from decode(self.decoder, outputs, state, choose, self.step_embeds, ends, most)
 
     def step_embeds(self, column: np.ndarray) -> np.ndarray | None:
         """Embeddings `[batch, 1, d]` of one token per row, `[batch, 1]`; `None` where the decoder takes tokens."""

@@ -1,7 +1,7 @@
-"""From the JSON of `/v1/chat/completions` to what the model is asked. Strict: what is not known is refused.
+"""Parses the JSON of `/v1/chat/completions` into a request to the model. Unknown fields are rejected.
 
-Nothing here can reach the guard: a request becomes words, images and a sampling, and the knobs of a guarded graph
-(`runtime/knobs.py`) stay as it was exported.
+A request cannot change the guard: it contains text, images and a sampling; the knobs of a guarded graph
+(`runtime/knobs.py`) keep their exported defaults.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Text(_Strict):
 
 class _ImageUrl(_Strict):
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"  # a picture is prepared as the model's own processor says
+    detail: Literal["auto", "low", "high"] = "auto"  # ignored: the model's own processor prepares the picture
 
 
 class _Image(_Strict):
@@ -76,11 +76,11 @@ class ChatRequest:
     """One chat completion.
 
     Attributes:
-        request: words and images.
+        request: text and images.
         sampling: how the answer's tokens are chosen.
-        asked_length: whether the request itself said how long an answer may be.
-        streams: whether the answer is sent as it is made.
-        tells_usage: whether a stream ends with the number of tokens.
+        asked_length: whether the request sets the length of the answer.
+        streams: whether the answer is streamed.
+        tells_usage: whether a stream ends with the token counts.
     """
 
     request: Request

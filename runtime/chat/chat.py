@@ -51,10 +51,10 @@ class ChatTokenizer:
     """The tokenizer of a model folder, ready for single-turn prompts. Made by `open`.
 
     Attributes:
-        folder: where it came from; error messages begin with it.
+        folder: its folder; error messages start with it.
         tokenizer: without truncation and padding, with every special token that the configs declare.
         template: compiled chat template, `None` for base models.
-        content: what the template wants in a message.
+        content: the form in which the template takes a message.
         special_tokens: `bos_token`, `eos_token`, ... to their text.
         control_tokens: token id to text; a prompt must contain none of them.
         markers: plain text that the template writes between turns; a prompt must contain none of it.
@@ -190,7 +190,7 @@ class ChatTokenizer:
         """Token ids of a conversation.
 
         Args:
-            turns: what was said; the last of them is answered.
+            turns: the conversation; the model answers the last turn.
             pictures: the image tokens of each picture, in the order of the turns; at least one each.
 
         Raises:
@@ -220,7 +220,7 @@ class ChatTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of token ids; special tokens (`</s>`, ...) are left out unless asked for."""
+        """Text of token ids; `skip_special` omits special tokens such as `</s>`."""
         with tokenizer_calls(self.folder):
             return self.tokenizer.decode([int(number) for number in ids], skip_special_tokens=skip_special)
 
@@ -239,7 +239,7 @@ class ChatTokenizer:
             if turn.text.strip() not in text:
                 raise PromptsUnusable(
                     f"{self.folder}: its chat template leaves the {turn.role} message {_shortened(turn.text)!r} out; "
-                    "leave it out, or say it in the question"
+                    "remove it, or move its text into the question"
                 )
 
     def _refuse_control_tokens(self, prompt: str) -> None:

@@ -135,8 +135,14 @@ def control_tokens(
 ) -> dict[int, str]:
     """Ids and texts that only the template and the pictures may write: special tokens, and added tokens that these contain.
 
-    The second kind is there because some models (DeepSeek's turn markers) do not flag theirs as special. White space is
-    ordinary text. `unk_token` is what any unknown word becomes, so it controls nothing, unless it is also another one.
+    Added tokens are included because some models (DeepSeek's turn markers) do not flag theirs as special. White space is
+    ordinary text. `unk_token` stands for unknown words, so it is excluded unless it also has another role.
+
+    Args:
+        tokenizer: its table of added tokens is read.
+        special_tokens: `bos_token`, `eos_token`, ... to their text.
+        template: the chat template, `None` for none.
+        image_token: the image placeholder's text, `None` for none.
     """
     literals = "" if template is None else template.literals
     if placeholder is not None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 Content = Literal["parts", "string"]
 
 
-# Who speaks in a conversation. Not every template knows a system message.
+# Roles in a conversation. Not every template supports a system message.
 Role = Literal["system", "user", "assistant"]
 
 
@@ -18,9 +18,9 @@ class Turn:
     """One message of a conversation.
 
     Attributes:
-        role: who speaks.
-        text: the words.
-        pictures: how many pictures stand in front of the words.
+        role: author of the message.
+        text: the message.
+        pictures: number of pictures in front of the text.
     """
 
     role: Role

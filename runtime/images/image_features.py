@@ -12,7 +12,7 @@ from .open_picture import Picture
 
 @dataclass(frozen=True, eq=False)
 class ImageFeatures:
-    """What a vision encoder would give for one picture.
+    """Image features of one picture, in place of the vision encoder's output.
 
     Attributes:
         rows: `[image tokens, d]`, finite; `d` is the width of the decoder's embeddings.

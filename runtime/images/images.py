@@ -46,15 +46,15 @@ PADS_TO_SQUARE = frozenset({"LlavaImageProcessor"})
 
 @dataclass(frozen=True)
 class ImagePreprocessor:
-    """What a folder's image processor does to a picture. Made by `open`.
+    """The steps of a folder's image processor, in this order. Created by `open`.
 
     Attributes:
         kind: the processor's name, a key of `PROCESSORS`.
-        pad_to_square: first, with the mean colour.
-        shortest_edge: resize so that the shorter side is this long; or
-        resize_to: resize to `(height, width)`; both `None` keeps the size.
-        crop_to: then cut `(height, width)` out of the centre, padding with black; `None` does not.
-        steps: filter of the resizing, then what is done to the numbers.
+        pad_to_square: pad with the mean colour to a square.
+        shortest_edge: resize the shorter side to this many pixels, or
+        resize_to: resize to `(height, width)` pixels; both `None`: keep the size.
+        crop_to: crop the centre to `(height, width)` pixels, padding with black; `None`: do not crop.
+        steps: filter of the resizing, then scale and normalisation of the pixels.
     """
 
     kind: str
@@ -147,7 +147,7 @@ def padded_to_square(image: Image.Image, mean: tuple[float, ...] | None) -> Imag
     edge = max(image.size)
     if image.size == (edge, edge):
         return image
-    refuse_huge(edge, edge, "padded to a square as the model asks, the image")
+    refuse_huge(edge, edge, "padded to a square by the model's image processor, the image")
     red, green, blue = (int(channel * 255) for channel in mean or (0.0, 0.0, 0.0))
     square = Image.new("RGB", (edge, edge), (red, green, blue))
     square.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))

@@ -68,13 +68,13 @@ class Patches:
 
 @dataclass(frozen=True)
 class QwenImagePreprocessor:
-    """What a folder's image processor does to a picture. Made by `open`.
+    """The steps of a folder's image processor, in this order. Created by `open`.
 
     Attributes:
         kind: the processor's name, a key of `QWEN_PROCESSORS`.
-        patch, temporal, merge: edge of a patch in pixels; how many frames it holds; patches per side of a token.
-        pixels: the least and the most pixels of a resized picture; `None` keeps the size.
-        steps: filter of the resizing, then what is done to the numbers.
+        patch, temporal, merge: edge of a patch in pixels; frames per patch; patches per side of a token.
+        pixels: smallest and largest number of pixels of a resized picture; `None`: keep the size.
+        steps: filter of the resizing, then scale and normalisation of the pixels.
     """
 
     kind: str

@@ -67,7 +67,7 @@ class PixelSteps:
 
     def resized(self, image: Image.Image, height: int, width: int) -> Image.Image:
         """The picture in another size; GuardError for a huge one."""
-        refuse_huge(width, height, "resized as the model asks, the image")
+        refuse_huge(width, height, "resized by the model's image processor, the image")
         return image if image.size == (width, height) else image.resize((width, height), resample=self.resample)
 
     def values(self, pixels: np.ndarray | Image.Image) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Pictures through the vision encoder: what a prompt gets for each of its images.
+"""Runs pictures through the vision encoder and returns the features of each.
 
-A picture is prepared as the folder's image processor declares, and goes through the encoder by itself. The graph gets what it
-declares as inputs, by name; the rows that it gives are the picture's image tokens (`placing` has the exceptions).
+A picture is prepared as the folder's image processor declares, and runs through the encoder by itself. The arrays are fed to
+the graph's inputs by name; the rows of the output are the picture's image tokens (`placing` has the exceptions).
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ OWN: Mapping[str, Callable[[Path], Preprocessor]] = {
 
 @dataclass(frozen=True)
 class Seen:
-    """What the vision encoder gives for some pictures.
+    """Output of the vision encoder for some pictures.
 
     Attributes:
-        features: `[image tokens, d]`, all pictures in a row.
+        features: `[image tokens, d]`, pictures concatenated.
         pictures: the image tokens of each picture.
-        outputs: what goes in between the decoder's layers (`deepstack`), all pictures in a row, by the encoder's names.
+        outputs: rows added between the decoder's layers (`deepstack`), pictures concatenated, by the encoder's names.
         grids: patches over time, height and width of each picture, `[images, 3]` int64; `None` where sizes are fixed.
         merge: patches per side that become one token.
     """

@@ -288,14 +288,14 @@ REFUSED: dict[str, tuple[Any, int, str | None, str | None, str]] = {
         400,
         f"{NO_IMAGE}.url",
         "invalid_image_format",
-        "the image says image/jpeg, and its bytes are image/png",
+        "the image is declared as image/jpeg, but its bytes are image/png",
     ),
     "no type that is known": (
         asking("x", data_url(b"%!PS-Adobe-3.0 EPSF-3.0")),
         400,
         f"{NO_IMAGE}.url",
         "invalid_image_format",
-        "the image says image/png, and its bytes are of another format",
+        "the image is declared as image/png, but its bytes are of another format",
     ),
     "many pixels": (asking("x", data_url(MANY_PIXELS.getvalue())), 400, None, None, "more than 50,000,000"),
     "a large file": (
@@ -700,7 +700,7 @@ def test_sigterm_lets_the_running_answer_finish_and_refuses_new_ones(guarded: Gu
         finally:
             process.kill()
     assert f"serving {NAME} (restore on layers" in log and "with an API key" in log
-    assert "told to stop (SIGTERM): 1 inside" in log
+    assert "stopping (SIGTERM): 1 requests inside" in log
     assert KEY not in log and "boat" not in log
 
 

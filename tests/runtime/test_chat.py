@@ -212,7 +212,7 @@ def test_conversations_that_cannot_be_said(tmp_path: Path) -> None:
     silent = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
     folder = text_folder(tmp_path / "silent", bpe(), silent)
     assert refusal(lambda: ChatTokenizer.open(folder).encode_turns(words), PromptsUnusable) == (
-        f"{folder}: its chat template leaves the system message 'be kind' out; leave it out, or say it in the question"
+        f"{folder}: its chat template leaves the system message 'be kind' out; remove it, or move its text into the question"
     )
     folder = text_folder(tmp_path / "base", bpe(), None)
     assert refusal(lambda: ChatTokenizer.open(folder).encode_turns(words), PromptsUnusable) == (

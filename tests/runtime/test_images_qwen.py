@@ -138,7 +138,7 @@ def test_pictures_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "huge").mkdir()
     huge = folder_with(tmp_path / "huge", size={"shortest_edge": 10**9, "longest_edge": 10**9})
     assert refusal(GuardError, lambda: QwenImagePreprocessor.open(huge).patches([picture(28, 28)])).startswith(
-        "resized as the model asks, the image has 31640 x 31640 pixels"
+        "resized by the model's image processor, the image has 31640 x 31640 pixels"
     )
 
 

@@ -256,7 +256,7 @@ def test_tokens_are_drawn_as_often_as_asked(sampling: Sampling, expected: np.nda
 @pytest.mark.parametrize(
     ("wish", "sentence"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens 0 asks for no answer; choose 1 or more"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0 is below 1; choose 1 or more"),
         ({"temperature": -0.1}, "temperature -0.1 is out of range; choose 0 (greedy) or more"),
         ({"temperature": float("nan")}, "temperature nan is out of range; choose 0 (greedy) or more"),
         ({"temperature": float("inf")}, "temperature inf is out of range; choose 0 (greedy) or more"),
