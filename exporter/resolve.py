@@ -312,7 +312,7 @@ class Guide:
             return None
         path = self.find("calibration", CALIBRATION_FILES) or self.find("anchors", ANCHOR_FILES)
         reason = why_not_asked(self.package, bool(self.package.roles.embeds))
-        reason = reason or why_made(self.package.load_decoder().graph) or None
+        reason = reason or why_made(self.package.load_decoder().graph, self.package.embed_tokens is not None) or None
         if reason is None:
             try:
                 found = self._ask_unguarded(path)
@@ -385,7 +385,7 @@ class Guide:
         self.place.close()  # random inputs open the decoder for what it says of itself
         if self.given:
             return given_inputs(self.given, view.roles)
-        if why := why_made(view.load_decoder().graph):
+        if why := why_made(view.load_decoder().graph, view.embed_tokens is not None):
             return signature_inputs(view, self.anatomy.width, why)
         if self.package.companion("tokenizer.json") is None:
             return signature_inputs(view, self.anatomy.width, "the model has no tokenizer.json")
