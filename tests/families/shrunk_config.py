@@ -59,7 +59,7 @@ _TOWER: Mapping[str, Any] = {
     **dict.fromkeys(("intermediate_size", "mlp_dim", "projection_intermediate_size"), 48),
     **dict.fromkeys(("num_hidden_layers", "depth", "n_layers", "num_layers", "layers", "num_attention_heads"), 2),
     **dict.fromkeys(("num_heads", "num_key_value_heads", "attention_heads", "num_local_experts"), 2),
-    **dict.fromkeys(("num_experts_per_tok", "window_size"), 2),
+    **dict.fromkeys(("num_experts_per_tok",), 2),
     **dict.fromkeys(
         ("out_hidden_size", "projection_dim", "output_dim", "text_hidden_size", "vision_output_dim"), WIDTH
     ),
