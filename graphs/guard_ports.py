@@ -35,7 +35,7 @@ def declare_inputs(model: ir.Model, plan: GuardPlan, shapes: Mapping[str, ir.Sha
 
 
 def port_shapes(model: ir.Model, plan: GuardPlan) -> dict[str, ir.Shape]:
-    """`[batch, layers, m]` of coordinates, in and out; `[batch, layers]` of what is said of gates."""
+    """`[batch, layers, m]` of coordinates, in and out; `[batch, layers]` of gates and scores."""
     names = [name for name in (*plan.added_inputs, *plan.added_outputs) if name not in plan.knobs]
     if not names:
         return {}
@@ -69,7 +69,7 @@ def supervisor_row(edit: SubgraphEdit, builder: NodeBuilder, planned: SitePlan) 
 
 
 def keep_outputs(edit: SubgraphEdit, builder: NodeBuilder, written: Written | WrittenWhole) -> None:
-    """Remember what this layer has to tell, at the last token: coordinates `[batch, 1, m]`, what is of gates `[batch, 1]`."""
+    """Write this layer's outputs at the last token: coordinates `[batch, 1, m]`, scores and gates `[batch, 1]`."""
     for output in edit.plan.added_outputs:
         assert isinstance(written, Written), "a guard written as one matrix has no outputs"
         if output == COORDINATES_OUTPUT:
@@ -89,7 +89,7 @@ def _own_coordinates(edit: SubgraphEdit, builder: NodeBuilder, written: Written)
 
 
 def _score(edit: SubgraphEdit, builder: NodeBuilder, written: Written) -> ir.Value:
-    """The gate's score as others know it, out of the unit that it was read in."""
+    """The gate's score in its own unit, not in the power of two that the lowering reads it in."""
     made = written.gate
     assert made is not None and edit.ends is not None
     if guard_mode(edit.plan.mode).decides_by_text:  # one score per row, whatever the token
@@ -103,7 +103,7 @@ def _score(edit: SubgraphEdit, builder: NodeBuilder, written: Written) -> ir.Val
 
 
 def add_output(model: ir.Model, edits: list[SubgraphEdit], output: str, shape: ir.Shape) -> None:
-    """What all layers tell, side by side."""
+    """Make one output of what the layers wrote, side by side: `[batch, layers, ...]`."""
     given: dict[DecoderSubgraph, ir.Value] = {}
     for edit in edits:
         builder = edit.builder(output.removeprefix("vlmguard."))
@@ -115,7 +115,7 @@ def add_output(model: ir.Model, edits: list[SubgraphEdit], output: str, shape: i
 
 
 def record_guard(model: ir.Model, plan: GuardPlan) -> None:
-    """Say in the file itself what was done."""
+    """Record the guard in the metadata of the graph."""
     model.metadata_props.update(
         {
             "vlmguard.schema": "vlmguard.guarded/1",

@@ -72,7 +72,9 @@ def reads_pairs(model: ir.Model) -> bool:
 
 
 class PairedRows:
-    """Which rows of a call are edited, and where their text-only prompts end. What is asked for is written then, and once.
+    """Which rows of a call are edited, and where their text-only prompts end.
+
+    Each property writes its nodes when it is first read.
 
     Args:
         builder: that of `last`.

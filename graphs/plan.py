@@ -1,6 +1,6 @@
 """The plan: what WILL change, as sorted plain data, with the reason for each choice. Pure; changes nothing.
 
-`--dry-run` prints it, a golden file pins it, the manifest keeps it. `rewrite` only does what it says.
+`--dry-run` prints it, a golden file pins it, the manifest keeps it. `rewrite` makes these changes and no other.
 """
 
 from __future__ import annotations

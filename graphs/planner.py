@@ -12,13 +12,13 @@ from .anatomy import DecoderAnatomy
 from .call_inputs import hides_later_padding, mask_input, readable_mask
 from .directions import Directions, LayerDirections
 from .errors import DirectionMismatch, GuardError
+from .layer_numbers import layer_guard
 from .lowerings.fold import find_writers
 from .lowerings.table import FOLDED, choose_lowering
-from .modes import guard_mode, modes_where
+from .modes import guard_mode
 from .node_builder import PREFIX
 from .pairs import require_pairs
 from .plan import GuardPlan, SitePlan
-from .reference import SUPERVISED_ABOVE, LayerGuard
 from .runtime_controls import knobs_of, notes_on, require_knobs
 from .separation import Separation, recorded_separations, warnings_of
 from .sites import ResidualSite, find_node
@@ -26,15 +26,20 @@ from .spec import MAX_RANK, GuardSpec
 from .subgraphs import find_bodies
 
 OLDEST_OPSET = 13  # Unsqueeze and Squeeze take their axes as inputs from here on
-LARGEST_ALPHA = 1000.0  # alpha times the NO_SUPERVISOR sentinel must stay finite in float32
 
 
 def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions, spec: GuardSpec) -> GuardPlan:
-    """Decide what will change, from the wish, the anatomy and the directions.
+    """Plan what will change.
+
+    Args:
+        model: the unguarded decoder graph; it is not changed.
+        anatomy: its residual stream.
+        directions: the directions file's content.
+        spec: the requested guard.
 
     Raises:
         DirectionMismatch: the directions do not fit the decoder or lack what the mode needs.
-        GuardError: the wish cannot be met on this graph.
+        GuardError: this graph cannot carry the requested guard.
     """
     require_unguarded(model)
     require_fitting(directions, anatomy)
@@ -50,7 +55,7 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
         require_knobs(model, lowering.name, lowering.supports_runtime_controls)
     directions = _one_direction(spec, directions, layers, mode, notes)
     guards = {  # whatever order, and how often, the directions name them
-        number: _layer_guard(number, directions, spec, mode, notes) for number in sorted(set(layers))
+        number: layer_guard(number, directions, spec, mode, notes) for number in sorted(set(layers))
     }
     sites = tuple(SitePlan(s, guards[s.layer_index]) for s in anatomy.sites if s.layer_index in guards)
     separation = () if spec.direction_of is not None else _recorded(directions, tuple(guards))
@@ -89,13 +94,13 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
 
 
 def _recorded(directions: Directions, layers: tuple[int, ...]) -> tuple[Separation, ...]:
-    """What the directions file records of its anchors."""
+    """How well the layers separate harmful from harmless anchors, as the directions file records it."""
     source = (directions.anchors or {}).get("source", "anchors")
     return recorded_separations(directions.evidence, directions.pairs, layers, source)
 
 
 def _mask(model: ir.Model, spec: GuardSpec, mode: str) -> str:
-    """The mask that the last token is found by; one that cannot be read is refused only where it would have to be."""
+    """Name of the mask that marks the last token, or ""; an unreadable mask is an error only where the guard reads it."""
     is_read = spec.positions != "all" or spec.telemetry or spec.gate == "prompt" or guard_mode(mode).supervisor
     if not is_read:
         return readable_mask(model.graph)
@@ -106,7 +111,7 @@ def _mask(model: ir.Model, spec: GuardSpec, mode: str) -> str:
 def _one_direction(
     spec: GuardSpec, directions: Directions, layers: tuple[int, ...], mode: str, notes: list[str]
 ) -> Directions:
-    """With `direction_of`: that layer's SSD in every guarded layer."""
+    """The directions, with the SSD of layer `direction_of` in every guarded layer if that is set."""
     number = spec.direction_of
     if number is None:
         return directions
@@ -114,24 +119,24 @@ def _one_direction(
         raise GuardError(f"--direction-of is for mode project, {mode} reads each layer's own; leave it out")
     if number not in directions.layers:
         raise DirectionMismatch(
-            f"the direction of layer {number} was asked for, the directions hold layers "
+            f"the directions have no layer {number} for --direction-of, only layers "
             f"{_spell(tuple(directions.layers))}; extract them for that layer too"
         )
-    notes.append(f"the direction of layer {number} in every guarded layer, as asked")
+    notes.append(f"the direction of layer {number} in every guarded layer, as requested")
     return replace(directions, layers={layer: LayerDirections(directions.layers[number].ssd) for layer in layers})
 
 
 def _require_foldable(
     model: ir.Model, anatomy: DecoderAnatomy, sites: tuple[SitePlan, ...], spec: GuardSpec
 ) -> list[str]:
-    """What `fold` can do: one subspace, everywhere, and weights that it can be folded into."""
+    """Notes on the folded weights; an error if the layers differ or a writer is not linear."""
     if spec.positions != "all":
         raise GuardError("fold changes weights, so every token; use --positions all, or choose --lowering lowrank")
     absent = [number for number in range(anatomy.layer_count) if number not in {s.layer_index for s in sites}]
     if absent:
         raise GuardError(
-            f"fold changes the whole stream, layer {absent[0]} is not among the layers asked for; guard all of them with one "
-            "direction (--direction-of N), or choose --lowering lowrank"
+            f"fold changes the whole stream, layer {absent[0]} is not among the requested layers; guard all of them with "
+            "one direction (--direction-of N), or choose --lowering lowrank"
         )
     if any(not np.array_equal(site.guard.ssd, sites[0].guard.ssd) for site in sites):
         raise GuardError(
@@ -183,7 +188,7 @@ def require_unguarded(model: ir.Model) -> None:
 
 
 def require_layers(spec: GuardSpec, anatomy: DecoderAnatomy) -> None:
-    """The layers asked for are layers of the decoder.
+    """Check that the requested layers are layers of the decoder.
 
     Raises:
         GuardError: one of them is not.
@@ -191,7 +196,7 @@ def require_layers(spec: GuardSpec, anatomy: DecoderAnatomy) -> None:
     beyond = [number for number in spec.layers or () if number >= anatomy.layer_count]
     if beyond:
         raise GuardError(
-            f"layer {beyond[0]} was asked for, the decoder has layers 0 to {anatomy.layer_count - 1}; layers count from 0"
+            f"the decoder has no layer {beyond[0]}, only layers 0 to {anatomy.layer_count - 1}; layers count from 0"
         )
 
 
@@ -229,7 +234,7 @@ def _mode(spec: GuardSpec, directions: Directions) -> tuple[str, list[str]]:
         ]
     if spec.mode == "project" and directions.mode is None and not calibrated:
         return "project", [
-            "mode project as asked: an uncalibrated projection may over-refuse or do nothing; evaluate it"
+            "mode project as requested: an uncalibrated projection may over-refuse or do nothing; evaluate it"
         ]
     if (
         guard_mode(spec.mode).has_threshold
@@ -240,7 +245,7 @@ def _mode(spec: GuardSpec, directions: Directions) -> tuple[str, list[str]]:
             f"the directions' thresholds were calibrated for {directions.mode}, not for {spec.mode}; give --tau, or "
             "calibrate again with --anchors"
         )
-    return spec.mode, [f"mode {spec.mode} as asked"]
+    return spec.mode, [f"mode {spec.mode} as requested"]
 
 
 def _calibrated_for(directions: Directions) -> str | None:
@@ -254,16 +259,18 @@ def _layers(
     require_layers(spec, anatomy)
     if spec.direction_of is not None:
         chosen = tuple(sorted(set(spec.layers))) if spec.layers is not None else tuple(range(anatomy.layer_count))
-        return chosen, [f"layers {_spell(chosen)}: {'as asked' if spec.layers is not None else 'all of the decoder'}"]
+        return chosen, [
+            f"layers {_spell(chosen)}: {'as requested' if spec.layers is not None else 'all of the decoder'}"
+        ]
     if spec.layers is not None:
         absent = [number for number in spec.layers if number not in directions.layers]
         if absent:
             raise DirectionMismatch(
-                f"layer {absent[0]} was asked for, the directions hold layers {_spell(tuple(directions.layers))}; "
+                f"the directions have no layer {absent[0]}, only layers {_spell(tuple(directions.layers))}; "
                 "extract them for that layer too"
             )
-        return tuple(sorted(set(spec.layers))), [f"layers {_spell(spec.layers)} as asked"]
-    # layers that were chosen for another mode's edit say nothing of this one's
+        return tuple(sorted(set(spec.layers))), [f"layers {_spell(spec.layers)} as requested"]
+    # layers chosen for another mode's edit are no guide for this mode
     if not guard_mode(mode).is_calibrated and not (directions.mode == mode and directions.recommended_layers):
         return _later_layers(directions, anatomy.layer_count)
     if directions.recommended_layers:
@@ -299,87 +306,6 @@ def later_layers(numbers: Iterable[int], count: int, last: bool = False) -> tupl
 def _later_layers(directions: Directions, count: int) -> tuple[tuple[int, ...], list[str]]:
     chosen, which = later_layers(directions.layers, count)
     return chosen, [f"layers {_spell(chosen)}: {which}; nothing is calibrated in mode align"]
-
-
-def _layer_guard(number: int, directions: Directions, spec: GuardSpec, mode: str, notes: list[str]) -> LayerGuard:
-    layer = directions.layers[number]
-    rank = spec.rank or layer.ssd.shape[0]
-    if rank > layer.ssd.shape[0]:
-        raise DirectionMismatch(
-            f"rank {rank} was asked for, the directions of layer {number} have {layer.ssd.shape[0]} rows; "
-            "extract them with a higher --rank"
-        )
-    if guard_mode(mode).has_alpha:
-        alpha = spec.alpha if spec.alpha is not None else directions.alpha if directions.alpha is not None else 1.0
-        if alpha > LARGEST_ALPHA:
-            raise GuardError(f"alpha {alpha:g} is beyond {LARGEST_ALPHA:g}; no hidden state survives that")
-    elif spec.alpha is not None:
-        able = " or ".join(modes_where(has_alpha=True))
-        raise GuardError(f"mode {mode} has no strength alpha; leave --alpha out, or choose {able}")
-    else:
-        alpha = 1.0
-    if spec.tau is not None and not guard_mode(mode).has_threshold:
-        what = "gate" if guard_mode(mode).gate is None else "threshold"
-        raise GuardError(f"mode {mode} has no {what}; leave --tau out, or choose a mode with one")
-    zeros = np.zeros(rank, np.float32)
-    threshold = _threshold(number, layer, spec, mode, notes)
-    return LayerGuard(
-        ssd=layer.ssd[:rank],
-        origin=layer.origin[:rank] if layer.origin is not None else zeros,
-        target=_target(number, layer, rank, mode),
-        readout=_readout(number, layer, mode, notes),
-        threshold=threshold,
-        alpha=float(np.float32(alpha)),
-        text_shift=_text_shift(number, layer, mode, threshold),
-    )
-
-
-def _target(number: int, layer: LayerDirections, rank: int, mode: str) -> np.ndarray:
-    if not guard_mode(mode).has_readout:
-        return np.zeros(rank, np.float32)
-    if layer.target is None:
-        raise DirectionMismatch(
-            f"mode {mode} needs a target level, layer {number} of the directions has none; calibrate with --anchors"
-        )
-    return layer.target[:rank]
-
-
-def _readout(number: int, layer: LayerDirections, mode: str, notes: list[str]) -> np.ndarray:
-    if layer.readout is not None:
-        return layer.readout
-    if guard_mode(mode).has_readout:
-        notes.append(f"layer {number} has no readout of its own: its gate reads the first row of the SSD")
-    return layer.ssd[0]
-
-
-def _threshold(number: int, layer: LayerDirections, spec: GuardSpec, mode: str, notes: list[str]) -> float:
-    if guard_mode(mode).gate == "any text":
-        return -np.inf if spec.supervisor == "rows" else float(np.float32(SUPERVISED_ABOVE))
-    if not guard_mode(mode).has_threshold:
-        return 0.0
-    if spec.tau is not None:
-        return float(np.float32(spec.tau))
-    if layer.threshold is not None:
-        return float(np.float32(layer.threshold))  # what the graph compares with, and what a directions file holds
-    if guard_mode(mode).has_readout:
-        raise DirectionMismatch(
-            f"mode {mode} needs a threshold, layer {number} of the directions has none; give --tau, or calibrate "
-            "with --anchors"
-        )
-    notes.append("tau = 0, as in the paper: the directions carry no threshold, and coordinates are not centred on 0")
-    return 0.0
-
-
-def _text_shift(number: int, layer: LayerDirections, mode: str, threshold: float) -> float:
-    """One threshold for the readout and for the text, each on its own scale."""
-    if "text_shift" not in guard_mode(mode).numbers:
-        return 0.0
-    if layer.text_threshold is None:
-        raise DirectionMismatch(
-            f"mode {mode} needs a threshold for the text too, layer {number} of the directions has none; calibrate with "
-            "--anchors"
-        )
-    return float(np.float32(threshold - layer.text_threshold))
 
 
 def _require_expressible(model: ir.Model, sites: tuple[SitePlan, ...], mode: str) -> None:

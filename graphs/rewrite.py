@@ -193,7 +193,7 @@ def _guard_body(edit: SubgraphEdit) -> list[GuardedSite]:
 
 
 def require_applicable(model: ir.Model, plan: GuardPlan) -> None:
-    """Every planned site exists, with the summands that the plan says; raises before anything changes."""
+    """Check that every planned site exists with the planned summands, before anything changes."""
     require_unguarded(model)
     graphs = {body.name: body.graph for body in find_bodies(model, plan.bodies)}
     for planned in plan.sites:
@@ -206,7 +206,7 @@ def require_applicable(model: ir.Model, plan: GuardPlan) -> None:
         summands = {value.name for value in node.inputs[:2] if value is not None}
         if summands != {name for name in (site.residual, site.branch) if name}:
             raise GuardIncomplete(
-                f"layer {site.layer_index}: {site.anchor!r} sums {sorted(map(str, summands))}, the plan says "
+                f"layer {site.layer_index}: {site.anchor!r} sums {sorted(map(str, summands))}, the plan has "
                 f"{sorted((site.residual, site.branch))}; was the plan made for this graph?"
             )
 
@@ -291,7 +291,7 @@ def _redirect(graph: ir.Graph, raw: ir.Value, new: ir.Value, builder: NodeBuilde
 
 
 def _read_runtime_controls(edit: SubgraphEdit) -> None:
-    """What the guard's own inputs say to all layers, computed once before the first site."""
+    """Nodes that read the guard's own inputs for all layers, written once before the first site."""
     knobs = edit.builder("knobs")
     if (strength := edit.given.get(STRENGTH_INPUT)) is not None:
         edit.selections |= {dtype: write_strength(knobs, strength, dtype) for dtype in _selected_dtypes(edit)}

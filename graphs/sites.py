@@ -124,7 +124,7 @@ def sequence_stream(value: ir.Value) -> ir.Value | None:
 
 
 def _require_sequences(layer_index: int, total: Vertex, source: Vertex) -> None:
-    """The stream is `[batch, sequence, width]`, as far as the file says."""
+    """Check that the stream is `[batch, sequence, width]`, as far as the file declares shapes."""
     axes = stream_axes(total, source)
     if axes is None or axes == STREAM_AXES:
         return
@@ -136,12 +136,12 @@ def _require_sequences(layer_index: int, total: Vertex, source: Vertex) -> None:
         )
     raise AnatomyNotFound(
         f"layer {layer_index}: the residual sum {total.name!r} has {axes} axes and not [batch, sequence, width] (several "
-        "streams side by side); such decoders cannot be guarded"
+        "streams side by side), so a layer has no single hidden state; such decoders cannot be guarded"
     )
 
 
 def stream_axes(total: Vertex, source: Vertex) -> int | None:
-    """How many axes a sum has; where the file does not say, as many as what enters the stream."""
+    """How many axes a sum has; where the file declares no shape, as many as the value that enters the stream."""
     node = total.node
     known = [total.value, *(node.outputs[:1] if node is not None else ())]
     if node is not None and total.value is not None and node.op_type in {"Add", "Sum"}:

@@ -1,4 +1,4 @@
-"""What is wanted: the guard as a person asks for it, before any model is looked at.
+"""`GuardSpec`: the guard that a user requests, before a model is opened.
 
 `GuardSpec` is plain data. Which layers exist, which numbers the guard computes with and where it goes in is decided by
 `plan_guard`, from a spec, the model's anatomy and a directions file.
@@ -24,13 +24,13 @@ GATES: tuple[str, ...] = get_args(Decided)
 SUPERVISORS: tuple[str, ...] = get_args(Supervisor)
 MAX_RANK = 64  # what it costs: docs/method.md, section "Lowerings"
 # A threshold beyond it is passed by every score or by none, and in float32 it could be infinite. The sentinel of a
-# listening pass (`reference.NO_SUPERVISOR`, -1e30) must stay below every threshold.
+# text-only pass (`reference.NO_SUPERVISOR`, -1e30) must stay below every threshold.
 LARGEST_TAU = 1e29
 
 
 @dataclass(frozen=True)
 class GuardSpec:
-    """The wish. Every `None` means "take what the directions file says, else the mode's default".
+    """A requested guard. `None` takes the value of the directions file, else the default of the mode.
 
     Attributes:
         mode: which intervention (docs/method.md): `project`, `steer`, `supervise`, `restore`, `combined`, `align`. `None`
@@ -42,10 +42,10 @@ class GuardSpec:
         tau: gate threshold of every mode but `project` and `align`, for every guarded layer (of `combined`: the readout's).
         positions: `last` edits the last token of each call (the end of the prompt, then each new token); `all` every
             token of the call; `prompt` the end of the prompt and no token of the answer (`supervise`, and always `align`).
-        lowering: how the guard is written into the graph; `auto` lets the plan choose and say why.
+        lowering: how the guard is written into the graph; `auto` lets the plan choose; the plan has the reason.
         direction_of: use this layer's SSD in every guarded layer (`project` only); what `fold` needs, because it changes
-            the whole stream by one subspace. The layers are then all of the decoder's, unless `layers` says which.
-        target: who will run the graph; `auto` takes the lowering that is cheapest there. Any runtime runs any of them.
+            the whole stream by one subspace. All layers are then guarded, unless `layers` names some.
+        target: the runtime that will run the graph; `auto` takes the cheapest lowering there. Any runtime runs any lowering.
         knobs: strength and threshold offset become inputs with defaults, for an app to set at each call
             (`graphs.runtime_controls`).
         telemetry: one output more, the score of each guarded layer's gate at the last token.
@@ -93,7 +93,7 @@ class GuardSpec:
         if self.layers is not None and not self.layers:
             raise GuardError("the list of layers is empty; name at least one layer, or use auto")
         if self.direction_of is not None and self.direction_of < 0:
-            raise GuardError(f"layer {self.direction_of} was asked for its direction; layers count from 0")
+            raise GuardError(f"direction_of is {self.direction_of}; layers count from 0")
         if self.rank is not None and not 1 <= self.rank <= MAX_RANK:
             raise GuardError(f"rank {self.rank} is out of range; choose 1 to {MAX_RANK}")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha >= 0):
@@ -102,13 +102,13 @@ class GuardSpec:
             raise GuardError(f"tau {self.tau} is not a finite number; a gate that never or always opens is not a guard")
 
     def require_runtime_controls(self, mode: str) -> None:
-        """The mode has the gate that is to be shown or held, and edits the tokens that are wanted.
+        """Check that the mode has the gate that is to be output or held, and edits the requested tokens.
 
         Args:
-            mode: as asked, or as the directions decide.
+            mode: the requested one, or that of the directions.
 
         Raises:
-            GuardError: it has none, or holds it already, or edits other tokens.
+            GuardError: the mode has no such gate, or holds it already, or edits other tokens.
         """
         row = guard_mode(mode)
         if self.positions == "prompt" and "prompt" not in row.positions:

@@ -28,6 +28,7 @@ from tiny_vlm_paths import ANCHORS, CHECKPOINT, DECODER, EVALUATION, PROMPTS, SO
 
 import vlmguard
 from vlmguard import cli
+from vlmguard.commands import console
 from vlmguard.exporter.checkpoints import exporters as exporters_module
 from vlmguard.exporter.checkpoints.convert import ConversionReport, GraphFile
 from vlmguard.graphs.anatomy import dissect
@@ -207,9 +208,7 @@ def test_inspect_says_in_words_what_was_found(run: Callable[..., Ran], guarded: 
     ran = run("inspect", SOURCE)
     assert (ran.code, ran.err) == (0, "")
     first, *_, last = ran.out.splitlines()
-    assert squeezed(ran.out).startswith(
-        "6 layers, width 128, float32, plain sums (Add); confirmed: the config says so too"
-    )
+    assert squeezed(ran.out).startswith("6 layers, width 128, float32, plain sums (Add); confirmed by the config")
     assert first.startswith("6 layers") and "carries a guard" not in ran.out
     assert last == f"next: vlmguard-export {SOURCE}"
     after = run("inspect", guarded("restore")).out
@@ -225,10 +224,10 @@ def test_inspect_folds_layers_that_are_alike(run: Callable[..., Ran]) -> None:
 
 
 def inspected(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, anatomy: vlmguard.DecoderAnatomy) -> str:
-    from vlmguard.exporter import pipeline
+    from vlmguard.exporter import opened_decoder
 
-    monkeypatch.setattr(pipeline, "inspect", lambda *_, **__: anatomy)
-    monkeypatch.setattr(cli, "out", Console(width=200, emoji=False))  # COLUMNS counts only when a console is made
+    monkeypatch.setattr(opened_decoder, "inspect", lambda *_, **__: anatomy)
+    monkeypatch.setattr(console, "out", Console(width=200, emoji=False))  # COLUMNS counts only when a console is made
     return squeezed(run("inspect", SOURCE).out)
 
 
@@ -237,7 +236,7 @@ def test_inspect_shows_where_a_fused_sum_hides(run: Callable[..., Ran], monkeypa
     said = inspected(run, monkeypatch, dissect(decoder("skip_norm", layers=8, dtype="float16", hidden=False)))
     assert said.startswith(
         "8 layers, width 16, float16, sums fused with their norms (ONNX Runtime's skip-norm); "
-        "no config was at hand to confirm it"
+        "not confirmed: there is no config"
     )
     assert "0 a fused skip-norm layer_0_sum float16 1 to 5 as above as above as above 6 a fused skip-norm" in said
     assert "7 a fused skip-norm inside the fused node that makes layer_7_norm float16" in said
@@ -625,14 +624,14 @@ def wrong_width(root: Path, good: Path) -> Case:
 def layer_that_is_not_there(root: Path, good: Path) -> Case:
     return (
         ["export", SOURCE, root / "out", "--directions", good, "--layers", "2,6"],
-        "layer 6 was asked for, the decoder has layers 0 to 5; layers count from 0",
+        "the decoder has no layer 6, only layers 0 to 5; layers count from 0",
     )
 
 
 def layer_that_is_not_there_to_calibrate(root: Path, good: Path) -> Case:
     return (
         ["export", SOURCE, root / "out", "--anchors", ANCHORS, "--layers", "99"],
-        "layer 99 was asked for, the decoder has layers 0 to 5; layers count from 0",
+        "the decoder has no layer 99, only layers 0 to 5; layers count from 0",
     )
 
 
@@ -648,7 +647,7 @@ def layer_without_directions(root: Path, good: Path) -> Case:
     path = write_directions(root / "d.safetensors", random_directions(128, [1, 2]))
     return (
         ["export", SOURCE, root / "out", "--directions", path, "--layers", "3"],
-        "layer 3 was asked for, the directions hold layers 1, 2; extract them for that layer too",
+        "the directions have no layer 3, only layers 1, 2; extract them for that layer too",
     )
 
 
@@ -855,6 +854,17 @@ def precision_of_a_graph_that_is_there(root: Path, good: Path) -> Case:
     )
 
 
+def cache_of_a_graph_that_is_there(root: Path, good: Path) -> Case:
+    return (
+        ["export", SOURCE, root / "out", "--directions", good, "--no-cache"],
+        f"--no-cache is for checkpoints, {SOURCE} is ONNX already; leave it out",
+    )
+
+
+def inspected_without_the_cache(root: Path, good: Path) -> Case:
+    return ["inspect", SOURCE, "--no-cache"], f"--no-cache is for checkpoints, {SOURCE} is ONNX already; leave it out"
+
+
 def variant_of_a_checkpoint(root: Path, good: Path) -> Case:
     return (
         ["export", CHECKPOINT, root / "out", "--directions", good, "--variant", "q4"],
@@ -866,7 +876,7 @@ def layer_without_directions_to_calibrate(root: Path, good: Path) -> Case:
     path = write_directions(root / "d.safetensors", random_directions(128, [1, 2]))
     return (
         ["export", SOURCE, root / "out", "--directions", path, "--anchors", ANCHORS, "--layers", "3"],
-        "layer 3 was asked for, the directions hold layers 1, 2; extract them for that layer too",
+        "the directions have no layer 3, only layers 1, 2; extract them for that layer too",
     )
 
 
@@ -943,6 +953,8 @@ CASES = (
     unknown_lowering,
     layer_without_directions_to_calibrate,
     precision_of_a_graph_that_is_there,
+    cache_of_a_graph_that_is_there,
+    inspected_without_the_cache,
     variant_of_a_checkpoint,
     no_image,
     no_batch,
@@ -972,12 +984,12 @@ def everything(folder: Path) -> dict[str, str | None]:
 
 def test_a_bug_of_ours_keeps_its_traceback(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what the user handed us is put into one line."""
-    from vlmguard.exporter import pipeline
+    from vlmguard.exporter import opened_decoder
 
     def buggy(*_: Any, **__: Any) -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(pipeline, "inspect", buggy)
+    monkeypatch.setattr(opened_decoder, "inspect", buggy)
     with pytest.raises(AssertionError, match="a bug"):
         cli._run(["inspect", str(SOURCE)])
 

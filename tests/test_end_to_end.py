@@ -34,7 +34,8 @@ from tiny_vlm_paths import (
 )
 
 import vlmguard
-from vlmguard.exporter.evaluation.evaluate import Tally, compare, tally
+from vlmguard.exporter.evaluation.evaluate import compare, tally
+from vlmguard.exporter.evaluation.metrics import Tally
 from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
 from vlmguard.exporter.sources import open_model
 from vlmguard.runtime.generation import Request, Sampling
@@ -266,8 +267,7 @@ import json, os, signal, sys
 from pathlib import Path
 import vlmguard
 from vlmguard.exporter.artifact import guarded_folder
-from vlmguard.exporter import resolve
-from vlmguard.exporter import pipeline
+from vlmguard.exporter import stages
 from vlmguard.graphs import staging
 
 source, directions, root = sys.argv[1:4]
@@ -290,13 +290,13 @@ def after(module, name):
     setattr(module, name, dying)
 
 MOMENTS = {
-    "before the rewrite": lambda: before(pipeline, "rewrite"),
-    "before the decoder is written": lambda: before(pipeline, "save_graph"),
-    "after the decoder is written": lambda: after(pipeline, "save_graph"),
-    "after the proof": lambda: after(pipeline, "prove"),
+    "before the rewrite": lambda: before(stages, "rewrite"),
+    "before the decoder is written": lambda: before(stages, "save_graph"),
+    "after the decoder is written": lambda: after(stages, "save_graph"),
+    "after the proof": lambda: after(stages, "prove_decoder"),
     "between companions": lambda: before(guarded_folder, "bring", calls=3),
-    "before the manifest": lambda: before(pipeline, "record_export"),
-    "after the manifest": lambda: after(pipeline, "record_export"),
+    "before the manifest": lambda: before(stages, "record_export"),
+    "after the manifest": lambda: after(stages, "record_export"),
     "before OUT gets its name": lambda: before(staging.Path, "rename"),
     "after OUT has its name": lambda: after(staging.Path, "rename"),
     "never": lambda: None,

@@ -17,6 +17,27 @@ HOMES = {
         r"[\"']tensor\((float|double|u?int|bool|\{)|DataType\.FLOAT16: *(np\.|ml_dtypes|\")",
         {"graphs/dtypes.py"},
     ),
+    "the longest sequence of a model, as its configs declare it": (
+        r"\[?[(\"]max_position_embeddings\", \"n_positions|get\(\"max_position_embeddings",
+        {"graphs/package.py"},
+    ),
+    "how a few rows are chosen of many": (
+        r"linspace\(0, len\(|\[::-?-?step\]|:: *max\(1, -\(-len",
+        {"exporter/prompts/thinning.py"},
+    ),
+    # the decoder itself (prompts a token a call), the end of a prompt, and a roll on fixed tokens; every answer is the loop's
+    "calls of a decoder after its first one": (
+        r"(session|decoder|self)\.step\(",
+        {
+            "runtime/decode_loop.py",
+            "runtime/decoder.py",
+            "exporter/calibration/align_trial.py",
+            "exporter/proof/prove_closed.py",
+            "benchmarks/gpu.py",
+        },
+    ),
+    "the tokens of an answer, row by row": (r"(zip|enumerate)\((\w+, )?step\.tokens", {"runtime/decode_loop.py"}),
+    "the user's cache folder": (r"XDG_CACHE_HOME", {"graphs/user_cache.py"}),
     "the clock": (r"\btime\.(time|gmtime|localtime|strftime)\(|\bdatetime\.(now|utcnow|today)\(", {"graphs/clock.py"}),
     "what SOURCE_DATE_EPOCH means": (r"environ.*SOURCE_DATE_EPOCH|= \"SOURCE_DATE_EPOCH\"", {"graphs/clock.py"}),
     "the manifest's writer": (r"\.to_text\(\)\.encode\(\)", {"graphs/manifest.py"}),

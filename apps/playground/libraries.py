@@ -7,6 +7,7 @@ registry's own SHA-512 of its archive, and each file that is served by its SHA-2
 
 from __future__ import annotations
 
+import atexit
 import base64
 import hashlib
 import http.client
@@ -14,10 +15,12 @@ import io
 import os
 import shutil
 import tarfile
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from ...graphs.digests import sha256_file
@@ -25,6 +28,7 @@ from ...graphs.errors import GuardError, OutputRefused, first_line
 from ...graphs.new_files import create_file
 from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.staging import staged
+from ...graphs.user_cache import cache_folder
 
 REGISTRY = "https://registry.npmjs.org"
 _REGISTRY_NAMES = ("npm_config_registry", "NPM_CONFIG_REGISTRY")  # npm reads both
@@ -38,9 +42,9 @@ class Library:
     """One npm package at one version.
 
     Attributes:
-        name, version: as the registry has them.
-        integrity: SHA-512 of the archive, base64, as the registry and lock files write it.
-        files: path in the package -> SHA-256, of what the page wants.
+        name, version: in the registry.
+        integrity: SHA-512 of the archive, base64, in the format of lock files.
+        files: path in the package -> SHA-256, of the files that the page uses.
     """
 
     name: str
@@ -57,7 +61,7 @@ class Library:
         return f"{self.name}@{self.version}"
 
 
-# `npm view NAME@VERSION dist.integrity` and `sha256sum` tell the numbers of another version.
+# For another version, run `npm view NAME@VERSION dist.integrity` and `sha256sum`.
 LIBRARIES = (
     Library(
         "onnxruntime-web",
@@ -92,15 +96,19 @@ def find_libraries(
     report_progress: ProgressCallback = ignore_progress,
     libraries: Sequence[Library] = LIBRARIES,
 ) -> dict[tuple[str, str], Path]:
-    """Every file that the page wants, by package and path in it, checked; fetched first where it is not there yet.
+    """Return the files of the libraries, with checked digests; missing packages are downloaded to the cache.
 
     Args:
-        folder: a `node_modules` that has the packages; nothing is fetched then. `None`: the user's cache.
+        folder: a `node_modules` folder with the packages; nothing is downloaded then. `None`: the user's cache.
         report_progress: called with `(stage, done, total)`, in bytes.
+        libraries: the packages.
+
+    Returns:
+        `(package, path in it)` -> file.
 
     Raises:
-        GuardError: the folder lacks a file or has another version's; or an archive cannot be fetched, or is not the one
-            that is pinned.
+        GuardError: the folder lacks a file or has another version; an archive cannot be downloaded, or its digest differs from
+            the pinned one.
     """
     found = {}
     for library in libraries:
@@ -119,13 +127,22 @@ def find_libraries(
     return found
 
 
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/vlmguard/playground`"""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmguard" / "playground"
+@cache
+def _for_this_process() -> Path:
+    """A folder that goes when the process ends."""
+    made = Path(tempfile.mkdtemp(prefix="vlmguard-"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
+
+
+def libraries_folder() -> Path:
+    """Where fetched libraries are kept: `playground` in the user's cache; without a cache, as long as the process runs."""
+    folder = cache_folder()
+    return _for_this_process() if folder is None else folder / "playground"
 
 
 def registry() -> str:
-    """The registry, or the mirror that npm itself would be told of."""
+    """URL of the registry, or of the mirror in npm's environment variables."""
     named = next(filter(None, map(os.environ.get, _REGISTRY_NAMES)), REGISTRY)
     if not named.startswith(("https://", "http://")):
         raise GuardError(f"npm_config_registry is {named!r}; name a registry that begins with https:// or http://")
@@ -133,7 +150,7 @@ def registry() -> str:
 
 
 def _cached(library: Library, report_progress: ProgressCallback) -> Path:
-    home = cache_folder() / f"{library.name.replace('/', '+')}-{library.version}"
+    home = libraries_folder() / f"{library.name.replace('/', '+')}-{library.version}"
     if _complete(home, library):
         return home
     content = _fetch(library, report_progress)
@@ -147,7 +164,7 @@ def _cached(library: Library, report_progress: ProgressCallback) -> Path:
     except OutputRefused as error:
         if not _complete(home, library):  # another process may have written it meanwhile
             raise GuardError(
-                f"{home}: cannot be written ({first_line(error)}); set XDG_CACHE_HOME, or name a node_modules with --assets"
+                f"{home}: cannot be written ({first_line(error)}); set VLMGUARD_CACHE, or name a node_modules with --assets"
             ) from None
     return home
 
@@ -190,7 +207,7 @@ def _fetch(library: Library, report_progress: ProgressCallback) -> bytes:
 
 
 def _read_archive(library: Library, content: bytes) -> dict[str, bytes]:
-    """The listed files, by the names that npm's archives give them; links, devices and all else are not looked at."""
+    """The listed files, by their names in npm's archive; links, devices and other entries are ignored."""
     found = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:

@@ -217,7 +217,7 @@ def proof_table(data: ReportData) -> list[Row]:
 def files_table(data: ReportData) -> list[Row]:
     """File, bytes, SHA-256."""
     return [
-        [name, f"{record.size:,}", record.sha256 or "not hashed, as asked at export"]
+        [name, f"{record.size:,}", record.sha256 or "not hashed, as requested at export"]
         for name, record in data.manifest.files.items()
     ]
 

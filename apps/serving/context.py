@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from ...graphs.errors import GuardError
-from ...runtime.chat.folder_configs import FolderConfigs
 from ...runtime.guarded import GuardedVLM
 from .settings import ServeSettings
 
 
 def context_limit(vlm: GuardedVLM, settings: ServeSettings) -> int:
-    """Tokens of a prompt and its answer together: what the model's configs say, and no more than the operator allows.
+    """Largest number of tokens of a prompt and its answer: the smaller of the model's and the operator's limit.
 
     Raises:
-        GuardError: neither is known.
+        GuardError: there is neither limit.
     """
-    declared = FolderConfigs.read(vlm.chat.folder).text_model.get("max_position_embeddings")
-    known = (declared, vlm.package.longest_sequence, settings.max_context)
-    limits = [size for size in known if isinstance(size, int) and size > 0]
+    limits = [size for size in (vlm.package.longest_sequence, settings.max_context) if size is not None]
     if not limits:
         raise GuardError(
             f"{vlm.package.root}: no config gives the model's context length (max_position_embeddings of config.json, or "

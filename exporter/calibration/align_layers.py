@@ -51,7 +51,7 @@ def places_of_align(directions: Directions, count: int, spec: GuardSpec) -> Iter
     rows = min(layer.ssd.shape[0] for layer in directions.layers.values())
     rank = spec.rank or min(ALIGNED_RANK, rows)
     if spec.layers is not None:
-        yield Where(spec.layers, rank, "as asked")
+        yield Where(spec.layers, rank, "as requested")
         return
     later, which = later_layers(directions.layers, count)
     apart = tuple(number for number in later if not _at_chance(directions, number))
@@ -82,12 +82,12 @@ def places_of_align(directions: Directions, count: int, spec: GuardSpec) -> Iter
 def evidence(
     directions: Directions, judged: JudgedPrompts, asked: Sequence[Setting], states: Mapping[str, np.ndarray]
 ) -> list[dict[str, Any]]:
-    """Per layer: how well row 1 separates held-out anchors, and the judged prompts alone and beside images.
+    """Per layer: how well row 1 separates held-out anchors, and the judged prompts alone and with images.
 
     Args:
         directions: of every layer.
         judged: the prompts.
-        asked: the settings as they were asked.
+        asked: the settings that were run.
         states: of the unguarded model by setting, `[prompts, layers, d]`.
     """
     texts = {"text": tuple(range(len(judged.texts)))} | {one.name: one.texts for one in asked}

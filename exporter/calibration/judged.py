@@ -1,14 +1,14 @@
-"""The prompts that a guard is judged by: some harmful and harmless texts, each alone and beside images.
+"""The prompts for judging a guard: some harmful and harmless texts, each alone and with images.
 
-The yardstick is the model's own language model: with an image the guarded model should refuse what the text-only model
-refuses, and nothing else. So every text is asked alone, and again in each setting:
+The yardstick is the model's own language model: with an image, the guarded model should refuse what the text-only model
+refuses, and nothing else. So every text runs alone, and again in each setting:
 
 - `blank` and `noise`: a white picture, and random pixels;
 - `image`: the picture that a calibration prompt names;
-- `calibration image`: the user's pictures (`--calibration-image`), dealt out among the texts.
+- `calibration image`: the user's pictures (`--calibration-image`), distributed over the texts.
 
-Beside each of these pictures a few questions about the picture are asked too. Their answers are compared with those of the
-unguarded model beside the same picture: the text-only model cannot know them.
+Each of these pictures also gets a few questions about the picture. Their answers are compared with the unguarded model's
+answers with the same picture, because the text-only model cannot know them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from PIL import Image
 from ...runtime.generation import Request
 from ...runtime.images.open_picture import open_image
 from ...runtime.vlm import VisionLanguageModel
+from ..prompts.formats import Label
 from ..prompts.labelled import LabelledPrompt
+from ..prompts.thinning import thinned
 
-MOST = {
+MOST: dict[Label, int] = {
     "harmful": 96,
     "harmless": 12,
 }  # texts of each kind; of the harmful ones only some are refused as text, and judged
@@ -73,13 +75,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class JudgedPrompts:
-    """What is asked.
+    """The prompts for judging a guard.
 
     Attributes:
-        texts: asked alone.
-        settings: the same texts beside images.
-        source: where the prompts are from.
-        prompts: the labelled prompts that were taken.
+        texts: prompts without images.
+        settings: the same texts with images.
+        source: name of their source.
+        prompts: the labelled prompts among them.
     """
 
     texts: tuple[Text, ...]
@@ -174,12 +176,7 @@ def beside_images(prompts: Sequence[LabelledPrompt], images: Sequence[Path]) -> 
 def _spread(prompts: Iterable[LabelledPrompt]) -> list[LabelledPrompt]:
     """Some of each label, each text once, from the beginning of the set to its end."""
     unique = list({_text(prompt): prompt for prompt in prompts}.values())
-    chosen = []
-    for label, most in MOST.items():
-        kind = [prompt for prompt in unique if prompt.label == label]
-        at = np.linspace(0, len(kind) - 1, min(most, len(kind))).round().astype(int)
-        chosen += [kind[number] for number in at]
-    return chosen
+    return thinned(unique, lambda prompt: prompt.label, MOST)
 
 
 def _noise(size: tuple[int, int], number: int) -> Image.Image:

@@ -1,21 +1,21 @@
-"""Worst-case soft images: rows in the place of a picture's tokens under which a model refuses least, without gradients.
+"""Worst-case soft images: features in place of a picture's tokens under which a model refuses least, found without gradients.
 
-A soft image is a sequence of vocabulary embeddings times a scale. No picture need have these features: the search bounds
-what a picture could do, so that a guard is not fitted to the blank picture alone.
+A soft image is a sequence of vocabulary embeddings times a scale. A real picture need not reach these features: the search
+bounds the effect of any picture, so that a guard is not fitted to the blank picture alone.
 
-1. The model answers the harmful prompts as text. Those that it refuses are searched on, and the first tokens of its refusals
-   are the refusal openings. The first tokens of its answers to harmless prompts, where some are given, are the answer
-   openings: under a prefix that garbles every answer the model refuses nothing, which says nothing about a guard.
-2. Random prefixes, then an evolutionary search over token ids and scale. A prefix is judged with one prefill: by the
-   probabilities of the openings as the first token. Each image comes from a search of its own.
+1. The model answers the harmful prompts as text. The search uses those that it refuses; the first tokens of these refusals are
+   the refusal openings. The first tokens of answers to harmless prompts, if given, are the answer openings: without them the
+   search could pick a prefix that merely garbles every answer.
+2. Random prefixes, then an evolutionary search over token ids and scale. One prefill scores a prefix, by the probabilities of
+   the openings as the first token. Each image comes from its own search.
 3. The best prefix of each search is judged by refusals in answers of 8 tokens.
 
-Everything that runs the decoder counts against the budget. The same seed gives the same images.
+Every decoder call counts against the budget. The same seed gives the same images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,8 @@ import numpy as np
 
 from ...graphs.errors import GuardError
 from ...graphs.progress import CountCallback
-from ...runtime.generation import Request, Sampling
+from ...runtime.decode_loop import rows_of_tokens
+from ...runtime.generation import Request, Sampling, Step
 from ...runtime.images.image_features import ImageFeatures
 from ...runtime.refusals import refused
 from ...runtime.vlm import VisionLanguageModel
@@ -68,14 +69,14 @@ class SoftImage:
 
 @dataclass(frozen=True)
 class SoftImageSearch:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
         images: fewest refusals first, then the lowest probability of a refusal opening.
-        prompts: harmful prompts that the model refuses as text; those that were searched on.
-        blank_refused: of these, those refused with a blank picture.
-        calls: of the decoder.
-        seed: of the search.
+        prompts: the harmful prompts of the search, which the model refuses as text.
+        blank_refused: number of these refused with a blank picture.
+        calls: number of decoder calls.
+        seed: seed of the search.
     """
 
     images: tuple[SoftImage, ...]
@@ -182,6 +183,12 @@ class _Calls:
         if self.report_count is not None:
             self.report_count(min(self.made, self.budget), self.budget)
 
+    def counted(self, steps: Iterable[Step]) -> Iterator[Step]:
+        """The steps of answers, a call each."""
+        for step in steps:
+            self.add()
+            yield step
+
     @staticmethod
     def of_answers(model: VisionLanguageModel, requests: Sequence[Request], batch_size: int) -> int:
         """The most calls that answers to these requests take."""
@@ -194,13 +201,8 @@ def _answers(
     """The first token of each answer, -1 for an empty one, and whether its first 8 tokens refuse."""
     found = [(-1, False)] * len(requests)
     for indices in model.groups(requests, batch_size):
-        tokens: list[list[int]] = [[] for _ in indices]
-        for step in model.steps([requests[index] for index in indices], Sampling(JUDGED_TOKENS)):
-            spent.add()
-            for row, token in zip(tokens, step.tokens, strict=True):
-                if token is not None:
-                    row.append(token)
-        for index, row in zip(indices, tokens, strict=True):
+        steps = model.steps([requests[index] for index in indices], Sampling(JUDGED_TOKENS))
+        for index, row in zip(indices, rows_of_tokens(spent.counted(steps)), strict=True):
             found[index] = (row[0] if row else -1, refused(model.chat.decode(row)))
     return found
 

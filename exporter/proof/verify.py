@@ -35,22 +35,21 @@ from ...graphs.proof.structure import (
     sites_guarded_once,
 )
 from ...graphs.rewrite import rewrite
-from ...graphs.spec import GuardSpec
 from ...runtime.guarded import open_guarded_package
 from ..artifact.signing import check_signature
-from ..calibration.calibrate import DEFAULT_BUDGET
 from ..calibration.guard_config import CONFIG_NAME
 from ..calibration.refusal_regression import Refusals
 from ..engines.verify_engines import check_around_engines, check_by_running, check_records, check_sources
 from ..packaging.regenerate import check_packaged
 from ..packaging.triton_files import check_repository, own_code
-from ..resolve import Guide
+from ..session import Session
 from ..sources import Source
 from .accounting import check_engine_files, check_graphs, check_layout, require_kind, text_inputs
 from .beside_source import Contents, check_around, check_external_data
 from .config_check import require_config_of_graph
 from .inputs import ProofInputs
 from .level import ENGINES_RUN, ProofLevel, choose_level, is_more
+from .make_inputs import make_proof_inputs
 from .npz import read_npz
 from .prove import prove_by_running
 from .prove_fold import prove_fold_by_running
@@ -145,7 +144,7 @@ def verify(
         folder, manifest, report_count=lambda done, total: report_progress("hashing (bytes)", done, total)
     )
     unhashed = [name for name, record in manifest.files.items() if record.sha256 is None]
-    note = f"by size alone, as asked at export: {', '.join(unhashed)}" if unhashed else ""
+    note = f"by size alone, as requested at export: {', '.join(unhashed)}" if unhashed else ""
     checks = [*signed, exact("every file has the manifest's SHA-256", files - len(unhashed), [], note)]
     checks += _no_fewer_refused(manifest)
     require_kind(folder, manifest)
@@ -355,4 +354,4 @@ def _inputs(
 ) -> ProofInputs:
     """What to run the unguarded and the guarded decoder on."""
     source = Source(original, original.name, original.root.parent, original.root)
-    return Guide(source, anatomy, GuardSpec(), DEFAULT_BUDGET, False, report_progress, given).proof_inputs(original)
+    return make_proof_inputs(Session(source, anatomy, report_progress), original, given)

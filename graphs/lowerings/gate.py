@@ -41,7 +41,7 @@ def first_coordinate(builder: NodeBuilder, task: Task) -> ir.Value:
 
 
 def combined_score(builder: NodeBuilder, read: ir.Value, task: Task, unit: float = 1.0) -> ir.Value:
-    """`max(s, a_1 + shift)`, and nothing while listening (`reference.SCORE_CAP`).
+    """`max(s, a_1 + shift)`, and no score without a supervisor (`reference.SCORE_CAP`).
 
     Args:
         read: the readout's score `s`, `[batch, sequence, 1]` float32, times `unit`.

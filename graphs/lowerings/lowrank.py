@@ -1,6 +1,6 @@
 """`lowrank`: read MatMul, a few scalars of gate arithmetic, write MatMul. Every mode; the cheapest on ONNX Runtime.
 
-The read has the stream's dtype; what a gate decides on is float32 (`lowerings.gate`), and so is what it lets through.
+The read has the stream's dtype; the gate and everything behind it are float32 (`lowerings.gate`).
 
 float16 ends at 65504, and real models have channels beyond 3e4. So a float16 read gives `s c`, with a power of two
 `s < d^(-1/2)`: `|s c| <= s |h|_2` is finite for every finite `h`, its partial sums included, and a power of two rounds
@@ -91,7 +91,7 @@ def _rows(mode: str, layer: LayerGuard, units: _Units) -> np.ndarray:
 
 
 def _unscaled(builder: NodeBuilder, c: ir.Value, units: _Units) -> ir.Value:
-    """`c` as others know it, out of the unit that it was read in."""
+    """`c` in its own unit, not in the power of two that it was read in."""
     if units.c == 1.0:
         return c
     return builder.op("coordinates_unscaled", "Mul", [c, builder.constant("unit", np.array(1 / units.c), "float32")])

@@ -128,4 +128,4 @@ def choose_lowering(name: str, mode: str, target: Target = "onnxruntime", rank: 
     if mode not in by_name[name].modes:
         able = [lowering.name for lowering in LOWERINGS if mode in lowering.modes]
         raise GuardError(f"lowering {name!r} cannot write mode {mode!r}; choose {' or '.join(able)}")
-    return by_name[name], f"as asked: {by_name[name].why}"
+    return by_name[name], f"as requested: {by_name[name].why}"

@@ -1,4 +1,4 @@
-"""What a lowering is asked to write at one site, and what it wrote."""
+"""The input of a lowering at one site, and its result."""
 
 from __future__ import annotations
 

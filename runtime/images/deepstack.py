@@ -15,12 +15,12 @@ _FEATURES, _EMBEDS = "deepstack_features_", "deepstack_embeds_"
 
 
 def features_name(number: int) -> str:
-    """What the vision encoder calls its features for layer `number` of the decoder."""
+    """Name of the vision encoder's output with the features for the decoder's layer `number`."""
     return f"{_FEATURES}{number}"
 
 
 def embeds_name(number: int) -> str:
-    """What the decoder calls what it adds after its layer `number`."""
+    """Name of the decoder's input that is added after its layer `number`."""
     return f"{_EMBEDS}{number}"
 
 

@@ -35,7 +35,7 @@ class Call:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for calls that a recorded graph cannot tell apart."""
+        """Equal for calls that can replay the same recorded graph."""
         return self.profile, tuple(self.shapes.items()), tuple(self.addresses.items())
 
 
@@ -51,13 +51,13 @@ class Contexts:
 
     Args:
         cuda_graph: whether steps may be recorded.
-        path: file of TensorRT-RTX's runtime cache; nothing to TensorRT.
+        path: file of TensorRT-RTX's runtime cache, if one is kept; nothing to TensorRT.
 
     Raises:
         RunFailed: (all methods) TensorRT refuses; the sentence has its reason.
     """
 
-    def __init__(self, backend: Backend, engine: Any, cuda: Cuda, cuda_graph: bool, path: Path) -> None:
+    def __init__(self, backend: Backend, engine: Any, cuda: Cuda, cuda_graph: bool, path: Path | None) -> None:
         self._backend, self._cuda = backend, cuda
         self._engine: Any = engine
         self._config: Any = None
@@ -99,7 +99,7 @@ class Contexts:
             self._save()
 
     def close(self) -> None:
-        """Keep what was compiled since, and let go of everything. Nothing may be running any more."""
+        """Save newly compiled kernels and release everything. No call may be running."""
         self._save()
         for _, graph in self._graphs.values():
             self._cuda.free_graph(graph)
@@ -185,7 +185,7 @@ class _Context:
         return RunFailed(f"{self._backend.name} {what} ({why(messages)})")
 
 
-def _rtx_config(backend: Backend, engine: Any, cuda_graph: bool, path: Path) -> tuple[Any, RuntimeCache]:
+def _rtx_config(backend: Backend, engine: Any, cuda_graph: bool, path: Path | None) -> tuple[Any, RuntimeCache]:
     """How TensorRT-RTX makes contexts: whether it records, and what it has compiled before."""
     config = engine.create_runtime_config()
     strategies = backend.module.CudaGraphStrategy

@@ -315,7 +315,7 @@ def test_evidence_against_all_layers_changes_nothing() -> None:
 
 def test_what_was_asked_is_tried_alone() -> None:
     assert list(places_of_align(with_evidence([0.5] * 6), 6, GuardSpec(layers=(1,), rank=2))) == [
-        Where((1,), 2, "as asked")
+        Where((1,), 2, "as requested")
     ]
     assert next(places_of_align(with_evidence([0.9] * 6, rows=3), 6, GuardSpec())).rank == 3
 
@@ -420,9 +420,7 @@ def test_a_few_lost_refusals_are_too_few_for_a_control(trial: AlignTrial, candid
     judge = blank_judge(trial)
     judge.judge(candidate)
     control = judge.control(candidate)
-    assert (
-        control is not None and str(control) == "8 of 8 lost refusals brought back in blank, 0 along random directions"
-    )
+    assert control is not None and str(control) == "8 of 8 lost refusals restored in blank, 0 along random directions"
     for setting in judge.settings:
         rows = list(judge.references(setting))
         for row in judge.lost(setting)[3:]:

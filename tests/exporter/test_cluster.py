@@ -25,7 +25,7 @@ from vlmguard.exporter.cluster import cluster, open_executors
 from vlmguard.exporter.evaluation import evaluate as evaluate_module
 from vlmguard.exporter.evaluation.evaluate import compare
 from vlmguard.exporter.executors import ExecutorFactory, PinnedSpec, local_executors, versions, when_needed
-from vlmguard.exporter.pipeline import extract_directions
+from vlmguard.exporter.extract_directions import extract_directions
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ModelUnreadable, PromptsUnusable
 from vlmguard.graphs.extras import install_command
 

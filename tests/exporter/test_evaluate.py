@@ -20,9 +20,10 @@ from tiny_vlm_paths import ANCHORS, CALIBRATION, CHECKPOINT, EVALUATION, PROMPTS
 
 from vlmguard.exporter.evaluation import batch_runner as batch_runner_module
 from vlmguard.exporter.evaluation import evaluate as evaluate_module
-from vlmguard.exporter.evaluation.evaluate import Cell, Evaluation, Tally, compare, evaluate, tally
+from vlmguard.exporter.evaluation.evaluate import compare, evaluate, tally
 from vlmguard.exporter.evaluation.intervals import Share, clopper_pearson
 from vlmguard.exporter.evaluation.logprobs import Said
+from vlmguard.exporter.evaluation.metrics import Cell, Evaluation, Tally
 from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
 from vlmguard.graphs.errors import GuardError, OutputRefused, PromptsUnusable
 from vlmguard.graphs.layouts import open_package
@@ -309,9 +310,9 @@ def test_an_interrupt_reports_what_is_recorded(recorded: dict[int, None] | None,
     with pytest.raises(KeyboardInterrupt) as stopped, evaluate_module._reported(file, 9):
         raise KeyboardInterrupt
     assert stopped.value.__notes__ == [
-        "nothing was kept; with --out FILE a run keeps each prompt's record, and goes on with them"
+        "nothing was kept; with --out FILE a run records each prompt and can resume"
         if recorded is None
-        else f"2 of 9 prompts are recorded in {tmp_path / 'out'}; run the same command again to go on"
+        else f"2 of 9 prompts are recorded in {tmp_path / 'out'}; run the same command again to resume"
     ]
 
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from tiny_vlm_paths import ANCHORS, CHECKPOINT, PROMPTS, SOURCE
 
+from vlmguard.exporter.extract_directions import extract_directions
 from vlmguard.exporter.extraction.estimators import ESTIMATORS
 from vlmguard.exporter.extraction.extract import collect_answer_states, collect_states, extract_all_layers, tapped
-from vlmguard.exporter.pipeline import extract_directions
 from vlmguard.exporter.prompts.labelled import AnchorPair, read_anchors
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.digests import sha256_file

@@ -22,8 +22,9 @@ from vlmguard.exporter.calibration.refusal_regression import (
     require_no_fewer,
     some_harmful,
 )
-from vlmguard.exporter.evaluation.evaluate import Cell, Tally
-from vlmguard.exporter.pipeline import export, extract_directions
+from vlmguard.exporter.evaluation.metrics import Cell, Tally
+from vlmguard.exporter.extract_directions import extract_directions
+from vlmguard.exporter.pipeline import export
 from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.directions import Directions, read_directions
@@ -176,7 +177,7 @@ def test_a_model_that_cannot_be_asked_is_exported_and_says_why(guarded: Guarded,
     alone = shutil.copytree(SOURCE, tmp_path / "alone" / "tiny")
     (alone / "tokenizer.json").unlink()
     result = export(alone, directions=guarded("restore") / "directions.safetensors")
-    why = "no harmful prompts were asked without and with the guard: the model has no tokenizer.json"
+    why = "the guard's effect on harmful prompts was not measured: the model has no tokenizer.json"
     assert result.plan.notes[0] == why and why in read_manifest(result.out).plan["notes"]
     assert result.refusals is None and read_manifest(result.out).refusals is None
     assert NAME not in {check.name for check in verify(result.out).checks}

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from tiny_vlm_paths import ANCHORS, SOURCE
 
+from vlmguard.exporter.extract_directions import extract_directions
 from vlmguard.exporter.extraction import extract
 from vlmguard.exporter.extraction.kept_states import KeptStates, kept_beside
-from vlmguard.exporter.pipeline import extract_directions
 from vlmguard.graphs.errors import GuardError
 from vlmguard.runtime.generation import Request
 from vlmguard.runtime.vlm import VisionLanguageModel
@@ -24,7 +24,7 @@ pytest_plugins = ("tiny_vlm_fixtures",)
 KILLED = """
 import os, signal, sys
 from vlmguard.exporter.extraction.kept_states import KeptStates
-from vlmguard.exporter.pipeline import extract_directions
+from vlmguard.exporter.extract_directions import extract_directions
 
 keep, left = KeptStates.keep, [3]
 def dying(self, batch, states):
@@ -80,7 +80,7 @@ def test_ctrl_c_in_an_extraction_is_one_line_and_code_130(tmp_path: Path) -> Non
         130,
         "",
         f"interrupted: hidden states are kept in {tmp_path / '.d.safetensors.work'} (batches: 1); run the same command "
-        "again to go on, or remove that folder\n",
+        "again to resume, or remove that folder\n",
     )
     assert os.listdir(tmp_path) == [".d.safetensors.work"]
 
@@ -91,7 +91,7 @@ def test_an_interrupt_carries_what_is_kept_and_how_to_go_on(tmp_path: Path) -> N
         kept.keep([Request("b")], np.zeros((1, 1, 1), np.float32))
         raise KeyboardInterrupt
     assert stopped.value.__notes__ == [
-        f"hidden states are kept in {tmp_path / '.d.work'} (batches: 2); run the same command again to go on, or "
+        f"hidden states are kept in {tmp_path / '.d.work'} (batches: 2); run the same command again to resume, or "
         "remove that folder"
     ]
     with pytest.raises(KeyboardInterrupt) as stopped, kept_beside(tmp_path / "e", "model"):

@@ -691,7 +691,7 @@ def test_a_lowering_may_be_named() -> None:
     chosen, reason = choose_lowering("dense", "project")
     assert chosen.name == "dense"
     assert reason == (
-        "as asked: the literal h @ (I - V^T V), one d x d MatMul per layer (to compare with; the others cost less)"
+        "as requested: the literal h @ (I - V^T V), one d x d MatMul per layer (to compare with; the others cost less)"
     )
 
 

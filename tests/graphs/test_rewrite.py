@@ -171,7 +171,7 @@ def assert_proved(
 def directions_for(row: Row, model: ZooModel) -> Directions:
     """Thresholds in the middle of what the layers' gates read here, so that some open and some do not."""
     layers = {number: layer_directions(2, model.width, number, threshold=0.0) for number in (MIDDLE, LAST)}
-    if guard_mode(row.mode).has_threshold - {"supervise"}:
+    if guard_mode(row.mode).has_threshold and not guard_mode(row.mode).toward_text:
         for number in layers:
             threshold = widest_gap(gate_scores(row, model, layers, number))
             layers[number] = layer_directions(2, model.width, number, threshold=threshold)
@@ -434,7 +434,7 @@ def test_a_plan_for_another_graph_is_refused() -> None:
     plan = plan_guard(other, dissect(other), directions((0, 1)), GuardSpec())
     model = decoder(layers=3)
     assert unchanged_after(model, lambda: rewrite(model, plan), GuardIncomplete) == (
-        "layer 1: 'hidden' sums ['layer_2_attention_sum', 'layer_2_branch'], the plan says "
+        "layer 1: 'hidden' sums ['layer_2_attention_sum', 'layer_2_branch'], the plan has "
         "['layer_1_attention_sum', 'layer_1_branch']; was the plan made for this graph?"
     )
     model = decoder(layers=2, hidden=False)
