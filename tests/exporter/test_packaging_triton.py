@@ -379,7 +379,7 @@ def test_a_decoder_without_embeddings_is_refused(guarded: Guarded, tmp_path: Pat
 def test_command_line(guarded: Guarded, tmp_path: Path) -> None:
     run = CliRunner()
     both = ["package", str(guarded("restore")), "--triton", str(tmp_path / "a"), "--genai", str(tmp_path / "b")]
-    assert run.invoke(cli.cli.app, both).exit_code == run.invoke(app, both[:2]).exit_code == 2
+    assert run.invoke(cli.app, both).exit_code == run.invoke(cli.app, both[:2]).exit_code == 2
     done = run.invoke(cli.app, [*both[:4], "--gpu", "--json"])
     assert done.exit_code == 0, done.output
     content = json.loads(done.stdout)
