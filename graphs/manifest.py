@@ -136,6 +136,7 @@ class Manifest(BaseModel):
         engines: the engines of a folder that was built from a guarded one; empty for a folder of graphs.
         packaged: how it was laid out anew, if it was.
         export_parity: how far the exported graphs are from the checkpoint in torch; of a model that was a checkpoint.
+        variants: decoder path -> what this precision variant refuses without and with the guard, where there are several.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -154,6 +155,7 @@ class Manifest(BaseModel):
     engines: list[EngineRecord] = []
     packaged: PackagedRecord | None = None
     export_parity: list[dict[str, Any]] | None = None
+    variants: dict[str, dict[str, Any]] | None = None
     proved_because: str = ""
 
     @property
@@ -168,7 +170,11 @@ class Manifest(BaseModel):
 
     def to_text(self) -> str:
         content = self.model_dump()
-        for name in ("packaged", "export_parity"):  # versions that know nothing of them read all other folders
+        for name in (
+            "packaged",
+            "export_parity",
+            "variants",
+        ):  # versions that know nothing of them read all other folders
             if content[name] is None:
                 del content[name]
         return to_strict_json({"schema": content.pop("schema_"), **content}, indent=2, ensure_ascii=False) + "\n"
