@@ -79,6 +79,8 @@ def opened(
         return
     if dtype is not None or opset is not None:
         raise GuardError(f"--dtype and --opset are for checkpoints, {model} is ONNX already; leave them out")
+    if not cache:
+        raise GuardError(f"--no-cache is for checkpoints, {model} is ONNX already; leave it out")
     if exporter is not None:
         raise GuardError(f"--exporter {exporter} is for checkpoints, {model} is ONNX already; leave it out")
     package = open_package(path, variant)

@@ -7,7 +7,9 @@ The steps (docs/graphs.md has the patterns that real exporters write, and why ea
 2. The dominator chain from source to sink: every residual sum lies on it.
 3. A gap of the chain with a sequence mixer in it is an attention gap.
 4. The output of layer `l` is the last sum before the next attention gap; that of the last layer the last true join.
-The source that gives the most layers wins. A count other than the config's is a refusal, never a guess.
+Where some path goes past the sums, the walk back from the sink finds the stream, and each such path must be harmless
+(`spine.py`, `side_paths.py`). The source that gives the most layers wins. A count other than the config's is a refusal,
+never a guess.
 Where the top graph holds no decoder, every branch of the `If` that the output comes out of is looked at the same way, and
 all must agree.
 """
@@ -31,16 +33,15 @@ from .layer_count import LayerCount
 from .layering import Chain
 from .mixers import OTHER_MIXERS, is_attention, is_mixer, is_sum_of
 from .node_builder import PREFIX
-from .side_paths import side_path
+from .side_paths import SidePath, spelled
 from .sites import (
     RESHAPES,
-    STREAM_AXES,
     ResidualSite,
     past_sums,
     residual_site,
-    stream_axes,
     stream_width,
 )
+from .spine_layers import stream_by_spine
 from .subgraphs import branches_on_path
 
 _MOST_NAMED = 40  # names in a sentence
@@ -57,12 +58,14 @@ class ResidualStream:
         source: name of the value that enters the first layer's stream.
         sink: name of the output of this body that the stream ends in.
         sites: one per layer, ascending.
+        side_paths: what enters layers beside the stream.
     """
 
     body: str
     source: str
     sink: str
     sites: tuple[ResidualSite, ...]
+    side_paths: tuple[SidePath, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,11 @@ class DecoderAnatomy:
         return tuple(site for layer in zip(*(stream.sites for stream in self.streams), strict=True) for site in layer)
 
     @property
+    def side_paths(self) -> tuple[SidePath, ...]:
+        """What enters layers beside the (first body's) stream."""
+        return self.streams[0].side_paths
+
+    @property
     def source(self) -> str:
         """Name of the value that enters the (first body's) stream."""
         return self.streams[0].source
@@ -123,6 +131,7 @@ class DecoderAnatomy:
             "guarded_layers": list(self.guarded_layers),
             "bodies": list(self.bodies),
             "sites": [asdict(site) for site in self.sites],
+            "side_paths": [path.to_json() for path in self.side_paths],
         }
 
     @property
@@ -153,14 +162,14 @@ def dissect(model: ir.Model, expected_layers: LayerCount | int | None = None) ->
 def _streams(flow: Flow, sink: ir.Value, declared: LayerCount | None) -> list[tuple[ResidualStream, int]]:
     """The stream through the top graph, or one through every branch; each with its width."""
     if any(is_mixer(flow, vertex) for vertex in flow.vertices):
-        return [_stream("", flow, sink, declared)]
+        return [_stream("", flow, sink, declared, flow.graph)]
     branches = branches_on_path(flow, _vertex(flow, sink))
     if not branches:
         raise AnatomyNotFound(_reason_for_nothing(flow, declared))
     found = []
     for body, output in branches:
         try:
-            found.append(_stream(body.name, Flow(body.graph, flow), output, declared))
+            found.append(_stream(body.name, Flow(body.graph, flow), output, declared, flow.graph))
         except AnatomyNotFound as error:
             raise AnatomyNotFound(f"{body.name} of the If {body.owner and body.owner.name!r}: {error}") from None
     shapes = {(len(stream.sites), width) for stream, width in found}
@@ -172,7 +181,25 @@ def _streams(flow: Flow, sink: ir.Value, declared: LayerCount | None) -> list[tu
     return found
 
 
-def _stream(body: str, flow: Flow, sink: ir.Value, declared: LayerCount | None) -> tuple[ResidualStream, int]:
+def _stream(
+    body: str, flow: Flow, sink: ir.Value, declared: LayerCount | None, top: ir.Graph
+) -> tuple[ResidualStream, int]:
+    end = _vertex(flow, sink)
+    try:
+        chain, source = _best_chain(flow, end, declared)
+        sites = _sites(chain, flow, source, body, declared)
+        return ResidualStream(body, source.name, sink.name or "", sites), stream_width(flow.graph, source, sites)
+    except AnatomyNotFound as refusal:
+        beside = stream_by_spine(flow, top, list(_sources(flow)), end, declared)
+        if beside is None:
+            raise refusal
+    sites = _sites(beside.chain, beside.flow, beside.source, body, declared)
+    width = stream_width(flow.graph, beside.source, sites)
+    return ResidualStream(body, beside.source.name, sink.name or "", sites, beside.harmless_paths()), width
+
+
+def _best_chain(flow: Flow, sink: Vertex, declared: LayerCount | None) -> tuple[Chain, Vertex]:
+    """The dominator chain that shows most layers, and its source."""
     best: tuple[Chain, Vertex] | None = None
     most = (0, 0)
     sources = list(_sources(flow))
@@ -181,7 +208,7 @@ def _stream(body: str, flow: Flow, sink: ir.Value, declared: LayerCount | None) 
             f"{len(sources)} values could be where the stream begins, among {len(flow.vertices)}; is this a decoder?"
         )
     for source in sources:
-        chain = Chain(flow, source, _vertex(flow, sink))
+        chain = Chain(flow, source, sink)
         # The state of a convolution is a rank-3 input too, and reaches as many layers. But it enters the first sum from
         # the branch alone, where the stream's source enters from both sides: one join more.
         if len(chain.gaps()) < max(most[0], 1):
@@ -190,20 +217,35 @@ def _stream(body: str, flow: Flow, sink: ir.Value, declared: LayerCount | None) 
         if found > most:
             best, most = (chain, source), found
     if best is None:
-        for source in _sources(flow):
-            _require_no_side_path(flow, source, _vertex(flow, sink), declared)
         raise AnatomyNotFound(_reason_for_nothing(flow, declared))
     chain, source = best
-    _require_one_stream(flow, chain.gaps(), source, _vertex(flow, sink), declared)
-    layers = chain.layers(declared)
-    sites = tuple(residual_site(flow, index, layer, source, body) for index, layer in enumerate(layers))
+    _require_one_stream(flow, chain.gaps(), source, sink, declared)
+    return best
+
+
+def _sites(
+    chain: Chain, flow: Flow, source: Vertex, body: str, declared: LayerCount | None
+) -> tuple[ResidualSite, ...]:
+    """One site per layer, as many as the config declares."""
+    sites = tuple(residual_site(flow, index, layer, source, body) for index, layer in enumerate(chain.layers(declared)))
     if declared is not None and len(sites) != declared.count:
         raise AnatomyNotFound(
             f"the config declares {declared.count} layers, the graph's residual stream shows {len(sites)} "
             f"({sites[0].value or sites[0].anchor} to {sites[-1].value or sites[-1].anchor}{chain.kinds()}); "
-            "check that config.json belongs to this graph, and that no layer was left out of it"
+            f"{_missing_layers(declared, len(sites))}"
         )
-    return ResidualStream(body, source.name, sink.name or "", sites), stream_width(flow.graph, source, sites)
+    return sites
+
+
+def _missing_layers(declared: LayerCount, found: int) -> str:
+    """What to do about a count that is not the config's."""
+    cross = declared.cross_attention
+    if cross and found == declared.count - len(cross):
+        return (
+            f"the layers with cross attention ({spelled(cross)}) were left out of it, so its layers are not numbered as the "
+            "config's are; export the decoder with cross_attention_states among its inputs"
+        )
+    return "check that config.json belongs to this graph, and that no layer was left out of it"
 
 
 def guarded_layers(graph: ir.Graph) -> tuple[int, ...]:
@@ -307,30 +349,12 @@ def _require_one_stream(
         inside = [v for v in flow.vertices[low + 1 : high] if v.index in members and is_attention(flow, v)]
         for first, second in pairwise(inside):
             if flow.between(first, second):
-                _require_no_side_path(flow, source, sink, declared)
                 wanted = f" of the config's {declared.count}" if declared is not None else ""
                 raise AnatomyNotFound(
                     f"the stream splits: {len(inside)} attention nodes follow one another inside layer {layer} without "
                     f"a sum that all paths pass (best partial match: {len(layers)} layers{wanted}): {past_sums(declared)}; "
                     "such decoders cannot be guarded"
                 )
-
-
-def _require_no_side_path(flow: Flow, source: Vertex, sink: Vertex, declared: LayerCount | None) -> None:
-    """Where no sum is passed by all paths: it is one path from the embedding that goes past them, and the stream is one."""
-    attentions = sum(is_attention(flow, flow.vertices[index]) for index in flow.between(source, sink))
-    if attentions < 2 or (declared is not None and declared.count != attentions):
-        return
-    found = side_path(flow, source, sink, attentions)
-    if found is None:
-        return
-    path, sums = found
-    if all(stream_axes(total, source) in (None, STREAM_AXES) for total in sums):
-        raise AnatomyNotFound(
-            f"one residual stream of {len(sums)} layers, but a side path leaves the embedding at {path.name!r} and enters "
-            "layers past their sums (as Gemma 4's per-layer embeddings do), where a guard on the sums would not see it; such "
-            "decoders cannot be guarded yet"
-        )
 
 
 def _reason_for_nothing(flow: Flow, declared: LayerCount | None) -> str:

@@ -13,7 +13,7 @@ The outputs beside it (caches, telemetry) are judged by depth, in `proof/leaks.p
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -55,6 +55,7 @@ class Surroundings:
         text: names of more inputs that are fed text (`genai_config.json` may rename them).
         width: of the stream.
         sources: the values that the stream begins in.
+        excepted: `(value, reader's output)` of the side paths that guards leave as they are (`side_paths.py`).
     """
 
     def __init__(
@@ -64,9 +65,14 @@ class Surroundings:
         sources: Collection[ir.Value],
         width: int,
         text: Collection[str] = (),
+        excepted: Iterable[tuple[ir.Value, ir.Value]] = (),
     ) -> None:
         self.graph, self.barriers = graph, barriers
         self.influence = Influence(graph)
+        self.skipped: dict[int, set[int]] = {}
+        for value, first in excepted:
+            for cell in self.influence.of([first]):
+                self.skipped.setdefault(cell, set()).update(self.influence.of([value]))
         self.text = _text_inputs(graph, sources, width, TEXT_INPUTS | set(text))
         self.stops: dict[int, int] = {}
         for bit, barrier in enumerate(barriers):
@@ -125,7 +131,7 @@ class Surroundings:
         return (1 << len(self.barriers)) - 1
 
     def _reaches(self, starts: Mapping[int, int], output: ir.Value) -> int:
-        reached = spread(self.influence, starts, self.stops)
+        reached = spread(self.influence, starts, self.stops, self.skipped)
         bits = 0
         for cell in self.influence.of([output]):
             bits |= reached[cell]

@@ -12,7 +12,7 @@ everything that it reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 import onnx_ir as ir
@@ -198,17 +198,26 @@ def _same(kind: Kind) -> tuple[Kind, ...]:
     return ("numbers",) if kind == "numbers" else _EXTENTS
 
 
-def spread(influence: Influence, starts: Mapping[int, int], stops: Mapping[int, int]) -> list[int]:
+Skipped = Mapping[int, Collection[int]]
+_NOTHING: Skipped = {}
+
+
+def spread(
+    influence: Influence, starts: Mapping[int, int], stops: Mapping[int, int], skipped: Skipped = _NOTHING
+) -> list[int]:
     """By cell, a set of bits: which of several floods reach it. One pass for all of them.
 
     Args:
         starts: by cell, the floods that begin there.
         stops: by cell, the floods that do not get into it.
+        skipped: by cell, the cells that no flood comes from.
     """
     reached: list[int] = []
     for cell, before in enumerate(influence.predecessors):
         bits = starts.get(cell, 0)
+        dry = skipped.get(cell, ())
         for source in before:
-            bits |= reached[source]
+            if source not in dry:
+                bits |= reached[source]
         reached.append(bits & ~stops.get(cell, 0))
     return reached

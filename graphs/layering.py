@@ -1,12 +1,13 @@
 """Which vertices of the dominator chain are layers, and where each layer's output leaves it.
 
-A gap of the chain with a mixer in it begins a layer; the layer's last sum is the last one before the next such gap. Three
+A gap of the chain with a mixer in it begins a layer; the layer's last sum is the last one before the next such gap. Four
 kinds of decoder need more than that:
 
 - Cross attention. Its values come from an encoder and not from the stream. In BART's kind it stands between a layer's
   self-attention and its MLP, with a sum of its own, and begins no layer; in Mllama's kind it is a layer, with an MLP behind it.
   The config's count decides, and without one the MLPs do: a self-attention with one sum alone before the next attention
   has its MLP behind the cross attention.
+- A convolution inside the MLP (Inkling): two gaps with one sum each, and the config's count decides.
 - One block, one mixer (Nemotron-H): every sum is a layer's, that of an MLP without attention too. The config lists them.
 - A norm behind the sum (post-norm: BART, OPT-350m), or a Reshape (OPT's sums are `[batch * sequence, width]`): the next layer
   and its residual read what comes out there, and that is Hugging Face's `hidden_states[l + 1]`.
@@ -57,7 +58,7 @@ class Chain:
     """
 
     def __init__(self, flow: Flow, source: Vertex, sink: Vertex) -> None:
-        self._flow, self._source = flow, source
+        self._flow, self._source, self.sink = flow, source, sink
         self._inside = flow.between(source, sink)
         self._members = frozenset(self._inside)
         self._vertices = flow.dominator_chain(source, sink)
@@ -103,6 +104,14 @@ class Chain:
         every = self.gaps()
         stream = self._flow.reached_from(self._source)
         mixers = self._mixers()
+        halves = self._halves(every, mixers)
+        if halves is not None and declared is None:
+            raise AnatomyNotFound(
+                "every attention has one residual sum alone, and behind it a convolution or recurrence has one, so whether the "
+                "two are one layer is not plain from the graph; put the model's config.json beside it"
+            )
+        if halves is not None and declared is not None and len(halves) == declared.count:
+            return halves
         own = [mixer for mixer in mixers if not is_cross_attention(self._flow, mixer, stream)]
         if len(own) == len(mixers):
             return every
@@ -123,6 +132,14 @@ class Chain:
             f"the config declares {declared.count} layers, the graph's residual stream shows {len(merged)} with self-attention "
             f"and {len(every) - len(merged)} with cross attention alone; check that config.json belongs to this graph"
         )
+
+    def _halves(self, every: list[_Gap], mixers: list[Vertex]) -> list[_Gap] | None:
+        """The attentions' gaps, where each ends in one sum and is followed by a gap of another mixer with one sum: that of an
+        MLP with a convolution in it. `None`: the gaps are otherwise."""
+        merged = self._split([mixer for mixer in mixers if is_attention(self._flow, mixer)])
+        if 2 * len(merged) != len(every) or {self._sums_of(gap) for gap in every} != {1}:
+            return None
+        return merged if [start for start, _ in merged] == [start for start, _ in every[::2]] else None
 
     def _plausible(self, every: list[_Gap], merged: list[_Gap]) -> list[list[_Gap]]:
         """The readings that the sums allow: a layer that ends before cross attention begins has the sum of an MLP."""

@@ -31,6 +31,10 @@ _SOFTMAXES = frozenset({"Softmax", "QLinearSoftmax"})
 # onnxruntime's quantized form of an operator reads (value, scale, zero point) where the plain one reads a value.
 QUANTIZED_SUM = "QLinearAdd"
 _QUANTIZED = frozenset({"QLinearMatMul", QUANTIZED_SUM})
+# What may stand between the product of queries and keys and its Softmax: masks, scales, caps.
+_SCORING = frozenset(
+    {"Add", "Sub", "Mul", "Div", "Where", "Cast", "Tanh", "Clip", "Max", "Min", "Reshape", "Transpose"}
+)
 # What may stand between a Softmax and the MatMul with the values; a router's softmax meets TopK or a Mul instead.
 _TRANSPARENT = frozenset(
     {"Cast", "CastLike", "Dropout", "Identity", "Where", "IsNaN", "Slice", "Reshape", "Transpose", "Squeeze"}
@@ -69,6 +73,50 @@ def is_cross_attention(flow: Flow, mixer: Vertex, stream: Collection[int]) -> bo
         return False
     vertex = flow.vertex(values)  # `None`: packed with the queries, or a bias
     return vertex is not None and vertex.index not in stream
+
+
+def reads_as_memory(flow: Flow, value: ir.Value, node: ir.Node) -> bool:
+    """Whether a node is attention, or one of the two products of a spelled-out one, and reads the value as keys or values."""
+    if node.op_type in _ATTENTION_OPS:
+        return value in node.inputs[1:] and value is not node.inputs[0]
+    both = operands(node) if node.op_type in _MATMULS and len(node.inputs) > 1 else (None, None)
+    if value not in both or not all(flow.is_dynamic(operand) for operand in both):
+        return False
+    other = both[0] if both[1] is value else both[1]
+    return _is_softmaxed(other) or _leads_to_softmax(flow, node)
+
+
+def _is_softmaxed(value: ir.Value | None) -> bool:
+    """Whether a value is what a Softmax makes, or made of it by nodes that may stand between."""
+    waiting, seen = [value], {value}
+    while waiting:
+        value = waiting.pop()
+        node = value.producer() if value is not None else None
+        if node is not None and node.op_type in _SOFTMAXES:
+            return True
+        if node is not None and node.op_type in _TRANSPARENT:
+            new = [source for source in node.inputs if source not in seen]
+            seen.update(new)
+            waiting += new
+    return False
+
+
+def _leads_to_softmax(flow: Flow, product: ir.Node) -> bool:
+    """Whether a product's numbers are scores: every way on leads to the Softmax of an attention, past masks and scales."""
+    waiting, seen = [product], {product}
+    found = False
+    while waiting:
+        for node in (reader for output in waiting.pop().outputs for reader in output.consumers()):
+            if node in seen or node.op_type in ("Shape", "Size"):
+                continue
+            seen.add(node)
+            if node.op_type in _SOFTMAXES and _is_weighing(flow, node):
+                found = True
+            elif node.op_type in _SCORING:
+                waiting.append(node)
+            else:
+                return False
+    return found
 
 
 def _is_weighing(flow: Flow, softmax: ir.Node) -> bool:

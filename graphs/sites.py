@@ -136,7 +136,7 @@ def _require_sequences(layer_index: int, total: Vertex, source: Vertex) -> None:
         )
     raise AnatomyNotFound(
         f"layer {layer_index}: the residual sum {total.name!r} has {axes} axes and not [batch, sequence, width] (several "
-        "streams side by side); such decoders cannot be guarded"
+        "streams side by side), so a layer has no single hidden state; such decoders cannot be guarded"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,8 +12,7 @@ from ..graphs.errors import GuardError, RunFailed
 from ..graphs.runtime_controls import SCORES_OUTPUT
 from .chat.turns import Turn
 from .defaults import MAX_NEW_TOKENS
-from .images.image_features import ImageFeatures
-from .images.open_picture import Picture
+from .images.image_features import Shown
 
 
 @dataclass(frozen=True)
@@ -22,12 +21,13 @@ class Request:
 
     Attributes:
         prompt: the user's text.
-        image: path, Pillow image, uint8 array, bytes of an image file, or image features; `None` for text only.
-        history: earlier turns of the conversation. The image belongs to the turn with `shows`, else to the prompt.
+        image: path, Pillow image, uint8 array, bytes of an image file, or image features; several as a list or tuple; `None`
+            for text only.
+        history: earlier turns of the conversation. They have the first pictures (`Turn.pictures`), the prompt has the others.
     """
 
     prompt: str
-    image: Picture | ImageFeatures | None = None
+    image: Shown | Sequence[Shown] | None = None
     history: tuple[Turn, ...] = ()
 
     def __post_init__(self) -> None:
@@ -35,23 +35,35 @@ class Request:
             raise GuardError(f"the prompt is of type {type(self.prompt).__name__}; give text")
         if not self.prompt.strip():
             raise GuardError("the prompt is empty; write something")
-        shown = sum(turn.shows for turn in self.history)
-        if shown > (self.image is not None):
-            has = "one image" if self.image is not None else "no image"
+        if isinstance(self.image, list | tuple) and not self.image:
+            object.__setattr__(self, "image", None)
+        earlier = sum(turn.pictures for turn in self.history)
+        if earlier > len(self.images):
             raise GuardError(
-                f"the request has {has}, and {shown} of its earlier turns show one; give one for all, or none"
+                f"the request has {_images(len(self.images))}, and its earlier turns show {earlier}; give one for each"
             )
+
+    @property
+    def images(self) -> tuple[Shown, ...]:
+        """All pictures, in the order of the turns."""
+        if self.image is None:
+            return ()
+        return tuple(self.image) if isinstance(self.image, list | tuple) else (self.image,)  # type: ignore[return-value]
 
     @property
     def turns(self) -> tuple[Turn, ...]:
         """The whole conversation, the question last."""
-        before = any(turn.shows for turn in self.history)
-        return (*self.history, Turn("user", self.prompt, self.image is not None and not before))
+        earlier = sum(turn.pictures for turn in self.history)
+        return (*self.history, Turn("user", self.prompt, len(self.images) - earlier))
 
     @property
     def text_only(self) -> Request:
-        """The same words without the image."""
-        return Request(self.prompt, None, tuple(replace(turn, shows=False) for turn in self.history))
+        """The same words without the images."""
+        return Request(self.prompt, None, tuple(replace(turn, pictures=0) for turn in self.history))
+
+
+def _images(number: int) -> str:
+    return {0: "no image", 1: "one image"}.get(number, f"{number} images")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from tiny_vlm_paths import ANCHORS, CHECKPOINT, DECODER, EVALUATION, PROMPTS, SO
 
 import vlmguard
 from vlmguard import cli
+from vlmguard.commands import console
 from vlmguard.exporter.checkpoints import exporters as exporters_module
 from vlmguard.exporter.checkpoints.convert import ConversionReport, GraphFile
 from vlmguard.graphs.anatomy import dissect
@@ -226,7 +227,7 @@ def inspected(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, anatomy:
     from vlmguard.exporter import opened_decoder
 
     monkeypatch.setattr(opened_decoder, "inspect", lambda *_, **__: anatomy)
-    monkeypatch.setattr(cli, "out", Console(width=200, emoji=False))  # COLUMNS counts only when a console is made
+    monkeypatch.setattr(console, "out", Console(width=200, emoji=False))  # COLUMNS counts only when a console is made
     return squeezed(run("inspect", SOURCE).out)
 
 
@@ -853,6 +854,17 @@ def precision_of_a_graph_that_is_there(root: Path, good: Path) -> Case:
     )
 
 
+def cache_of_a_graph_that_is_there(root: Path, good: Path) -> Case:
+    return (
+        ["export", SOURCE, root / "out", "--directions", good, "--no-cache"],
+        f"--no-cache is for checkpoints, {SOURCE} is ONNX already; leave it out",
+    )
+
+
+def inspected_without_the_cache(root: Path, good: Path) -> Case:
+    return ["inspect", SOURCE, "--no-cache"], f"--no-cache is for checkpoints, {SOURCE} is ONNX already; leave it out"
+
+
 def variant_of_a_checkpoint(root: Path, good: Path) -> Case:
     return (
         ["export", CHECKPOINT, root / "out", "--directions", good, "--variant", "q4"],
@@ -941,6 +953,8 @@ CASES = (
     unknown_lowering,
     layer_without_directions_to_calibrate,
     precision_of_a_graph_that_is_there,
+    cache_of_a_graph_that_is_there,
+    inspected_without_the_cache,
     variant_of_a_checkpoint,
     no_image,
     no_batch,

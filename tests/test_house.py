@@ -20,6 +20,7 @@ FOLDERS = (
     "apps/playground",
     "apps/report",
     "apps/serving",
+    "commands",
     "graphs",
     "graphs/lowerings",
     "graphs/proof",
@@ -73,7 +74,6 @@ SOURCES = [
 MOST_LINES = 400
 # Files that are still longer. The list only shrinks: a file that no longer is leaves it, and no file joins it.
 STILL_LONG = {
-    "cli.py",
     "examples/tiny_vlm/world.py",
     "tests/apps/test_playground_page.py",
     "tests/apps/test_report.py",
@@ -89,7 +89,6 @@ STILL_LONG = {
     "tests/graphs/test_directions.py",
     "tests/graphs/test_fold.py",
     "tests/graphs/test_hostile_files.py",
-    "tests/graphs/test_layering.py",
     "tests/graphs/test_lowerings.py",
     "tests/graphs/test_package.py",
     "tests/graphs/test_plan.py",

@@ -25,9 +25,10 @@ class ServeSettings:
         concurrency: answers generated at the same time; `None`: 4, or 1 for engines.
         queue: number of waiting requests.
         max_tokens: longest answer in tokens, and the default length.
-        max_prompt_tokens: longest conversation in tokens, including the image's.
+        max_prompt_tokens: longest conversation in tokens, including the images'.
         max_context: longest conversation and answer together, in tokens; `None`: the model's limit.
-        max_image: largest image file, in bytes.
+        max_image: largest image file, and largest total of the images of one request, in bytes.
+        max_images: largest number of images in one conversation.
         timeout: time limit of a request in seconds, including its wait.
         grace: seconds for running answers after a stop signal.
     """
@@ -44,6 +45,7 @@ class ServeSettings:
     timeout: float = 120.0
     grace: float = 30.0
     max_context: int | None = None
+    max_images: int = 8
 
     def __post_init__(self) -> None:
         least = {
@@ -52,6 +54,7 @@ class ServeSettings:
             "max_tokens": 1,
             "max_prompt_tokens": 1,
             "max_image": 1,
+            "max_images": 1,
             "max_context": 1,
         }
         for name, lowest in least.items():
@@ -75,7 +78,7 @@ class ServeSettings:
 
     @property
     def max_body(self) -> int:
-        """Largest request, bytes: an image in base64, and a mebibyte for the words and the JSON around."""
+        """Largest request, bytes: its images in base64, and a mebibyte for the words and the JSON around."""
         return 4 * -(-self.max_image // 3) + MIB
 
     @property

@@ -169,7 +169,7 @@ def shard_of(
         text_only: indices of prompts that also run without their image.
     """
     asked = (requests[index] for index in indices)
-    seen = (replace(r, image=_opened(r.image)) if r.image is not None else r for r in asked)
+    seen = (replace(r, image=[_opened(image) for image in r.images]) if r.images else r for r in asked)
     text_rows = tuple(row for row, index in enumerate(indices) if index in text_only)
     return Shard(tuple(indices), tuple(prompts[index] for index in indices), tuple(seen), text_rows)
 

@@ -23,7 +23,7 @@ from ...graphs.graph_io import external_files
 from ...graphs.package import ModelPackage
 from ...graphs.staging import write_file
 from ...runtime.generation import Request
-from ...runtime.images.image_features import ImageFeatures
+from ...runtime.images.image_features import ImageFeatures, Shown
 from ...runtime.images.open_picture import picture_bytes
 
 
@@ -104,14 +104,20 @@ def digest_of(files: Iterable[Path]) -> str:
 
 
 def _image(request: Request) -> bytes:
-    if request.image is None:
-        return b""
-    if isinstance(request.image, bytes):
-        return request.image
-    if isinstance(request.image, ImageFeatures):
-        return request.image.content()
-    if isinstance(request.image, (str, Path)):
-        return picture_bytes(Path(request.image))
-    if isinstance(request.image, np.ndarray):
-        return f"{request.image.dtype} {request.image.shape} ".encode() + np.ascontiguousarray(request.image).tobytes()
-    return f"{request.image.mode} {request.image.size} ".encode() + request.image.tobytes()
+    """The content of a request's pictures; of several with the length of each, so that no two lists look alike."""
+    contents = [_content(image) for image in request.images]
+    if len(contents) <= 1:
+        return b"".join(contents)
+    return b"".join(len(content).to_bytes(8, "big") + content for content in contents)
+
+
+def _content(image: Shown) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, ImageFeatures):
+        return image.content()
+    if isinstance(image, (str, Path)):
+        return picture_bytes(Path(image))
+    if isinstance(image, np.ndarray):
+        return f"{image.dtype} {image.shape} ".encode() + np.ascontiguousarray(image).tobytes()
+    return f"{image.mode} {image.size} ".encode() + image.tobytes()

@@ -57,6 +57,8 @@ def _depths(around: Surroundings, stops: dict[int, np.ndarray]) -> list[np.ndarr
     for cell, before in enumerate(around.influence.predecessors):
         deepest = unreached.copy() if cell not in starts else np.zeros_like(unreached)
         for source in before:
+            if source in around.skipped.get(cell, ()):
+                continue
             np.maximum(deepest, depths[source], out=deepest)
         if cell in weights:
             deepest[deepest >= 0] += 1

@@ -14,12 +14,14 @@ import onnx_ir as ir
 
 from ..anatomy import DecoderAnatomy, ResidualStream, find_sink
 from ..avoidance import Barrier, Surroundings
+from ..dataflow import Flow
 from ..inline_weights import InFile
 from ..node_builder import PREFIX
 from ..plan import GuardPlan
 from ..rewrite import GuardedSite, GuardReport
 from ..roles import input_roles
 from ..runtime_controls import is_default
+from ..side_paths import Judge, described, without
 from ..site_streams import stream_parts, values_behind, vertex_behind
 from ..subgraphs import DecoderSubgraph, find_bodies
 from .leaks import leaking_outputs
@@ -119,21 +121,30 @@ def guard_dominates(
         text: names of inputs that are fed text besides the usual ones.
     """
     bodies = {body.name: body for body in find_bodies(guarded, anatomy.bodies)}
+    flows = {name: body.flow() for name, body in bodies.items()}
     wrong = [f"body {name!r} is no longer in the graph" for name in anatomy.bodies if name not in bodies]
     for stream in anatomy.streams:
         if stream.body in bodies:
-            wrong += _avoiding(bodies[stream.body], stream, plan, report)
+            wrong += _avoiding(bodies[stream.body], flows[stream.body], stream, plan, report)
     if not wrong:
-        wrong = _around(guarded.graph, bodies, anatomy, plan, report, text)
-    return exact("no path avoids a guard (dominators)", len(report.sites), wrong)
+        wrong = _around(guarded.graph, bodies, flows, anatomy, plan, report, text)
+    said = "; ".join(described(anatomy.side_paths))
+    return exact("no path avoids a guard (dominators)", len(report.sites), wrong, f"besides: {said}" if said else "")
 
 
-def _avoiding(body: DecoderSubgraph, stream: ResidualStream, plan: GuardPlan, report: GuardReport) -> list[str]:
-    """What is wrong with the way from the stream's source to its sink in one body, in words."""
-    flow, values = body.flow(), body.values()
+def _avoiding(
+    body: DecoderSubgraph, flow: Flow, stream: ResidualStream, plan: GuardPlan, report: GuardReport
+) -> list[str]:
+    """What is wrong with the way from the stream's source to its sink in one body, in words.
+
+    Side paths of the anatomy are left out here. What they may carry is judged anew in `_around`.
+    """
+    values = body.values()
     source, sink = flow.vertex(values.get(stream.source)), flow.vertex(values.get(stream.sink))
     if source is None or sink is None:
         return [f"{stream.source!r} or {stream.sink!r} is no longer in the graph"]
+    edges = [(flow.vertex(values.get(path.value)), flow.vertex(values.get(path.into))) for path in stream.side_paths]
+    flow = without(flow, [(a.index, b.index) for a, b in edges if a is not None and b is not None])
     on_chain = {vertex.index for vertex in flow.dominator_chain(source, sink)}
     wrong: list[str] = []
     for planned, site in zip(plan.sites, report.sites, strict=True):
@@ -155,6 +166,7 @@ def _avoiding(body: DecoderSubgraph, stream: ResidualStream, plan: GuardPlan, re
 def _around(
     graph: ir.Graph,
     bodies: Mapping[str, DecoderSubgraph],
+    flows: Mapping[str, Flow],
     anatomy: DecoderAnatomy,
     plan: GuardPlan,
     report: GuardReport,
@@ -173,12 +185,56 @@ def _around(
         raw_sums.setdefault(site.layer_index, []).append(parts)
     barriers = [Barrier(layer, tuple(found)) for layer, found in sorted(behind.items())]
     sources = [values[stream.body][stream.source] for stream in anatomy.streams]
-    around = Surroundings(graph, barriers, sources, plan.width, text)
+    wrong: list[str] = []
+    for stream in anatomy.streams:
+        wrong += _carrying(graph, flows[stream.body], values[stream.body], stream, plan, report, text)
+    if wrong:
+        return wrong
+    excepted = [
+        (values[s.body][path.value], values[s.body][path.into]) for s in anatomy.streams for path in s.side_paths
+    ]
+    around = Surroundings(graph, barriers, sources, plan.width, text, excepted)
     read = {*_ANSWERS, *(stream.sink for stream in anatomy.streams if not stream.body)}
     sinks = {find_sink(graph), *(value for value in graph.outputs if value.name in read)}
     wrong = [said for sink in graph.outputs if sink in sinks for said in around.avoiding(sink)]
     leaks = leaking_outputs(around, [raw_sums[barrier.layer] for barrier in barriers], plan.added_outputs)
     return wrong + [f"layer {layer}: output {name!r} shows the state from before the guard" for layer, name in leaks]
+
+
+def _carrying(
+    graph: ir.Graph,
+    flow: Flow,
+    values: Mapping[str, ir.Value],
+    stream: ResidualStream,
+    plan: GuardPlan,
+    report: GuardReport,
+    text: Collection[str],
+) -> list[str]:
+    """Which of a body's side paths may carry what a guard edits, in words: judged in the guarded graph, with its states."""
+    if not stream.side_paths:
+        return []
+    guarded = {site.layer_index: site.guarded for site in report.sites if site.body == stream.body}
+    states = {values[stream.source]: 0}
+    for site in stream.sites:
+        fused = site.kind == "skip_norm"
+        names = [site.anchor, site.value] if fused else [guarded.get(site.layer_index, site.value)]
+        states |= {values[name]: site.layer_index + 1 for name in names if name in values}
+    around = Surroundings(graph, [], [values[stream.source]], plan.width, text)
+    edges = [(flow.vertex(values.get(path.value)), flow.vertex(values.get(path.into))) for path in stream.side_paths]
+    known = [(a, b) for a, b in edges if a is not None and b is not None]
+    if len(known) < len(edges):
+        return ["a side path is no longer in the graph"]
+    source, sink = flow.vertex(values[stream.source]), flow.vertex(values[stream.sink])
+    assert source is not None and sink is not None
+    reduced = without(flow, [(a.index, b.index) for a, b in known])
+    judge = Judge(flow, around, states, {vertex.index for vertex in reduced.dominator_chain(source, sink)})
+    wrong = []
+    for path, (value, first) in zip(stream.side_paths, known, strict=True):
+        found = judge.judge(value, first, path.layer)
+        if found != path:
+            said = found if isinstance(found, str) else f"it is {found.carries}"
+            wrong.append(f"{path.value!r} enters layer {path.layer} past the guards, and {said}")
+    return wrong
 
 
 def _before_and_after(values: Mapping[str, ir.Value], site: GuardedSite) -> tuple[ir.Value | None, ir.Value | None]:

@@ -91,7 +91,7 @@ def turn_markers(
     for roles in CONVERSATIONS if template is not None else ():
         assert template is not None
         contents = sentinels(len(roles))
-        texts = [parts(text, False) if content == "parts" else text for text in contents]
+        texts = [parts(text) if content == "parts" else text for text in contents]
         try:
             rendered = template.render([message(role, text) for role, text in zip(roles, texts, strict=True)])
         except TemplateTooCostly:
@@ -114,7 +114,7 @@ def content_of(folder: Path, template: ChatTemplate, order: tuple[Content, ...])
     reason = "it leaves the prompt out"
     for content in order:
         try:
-            probe = parts(_PROBE, False, canary=_CANARY) if content == "parts" else _PROBE
+            probe = parts(_PROBE, canary=_CANARY) if content == "parts" else _PROBE
             text = template.render([message("user", probe)])
         except TemplateTooCostly:
             raise

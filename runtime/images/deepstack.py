@@ -29,6 +29,11 @@ def is_embeds(name: str) -> bool:
     return name.startswith(_EMBEDS)
 
 
+def is_features(name: str) -> bool:
+    """Whether an output of a vision encoder is for DeepStack."""
+    return name.startswith(_FEATURES)
+
+
 def scatter(seen: Mapping[str, np.ndarray], is_image: np.ndarray) -> dict[str, np.ndarray]:
     """The vision encoder's rows at their image tokens, zeros elsewhere.
 
@@ -41,7 +46,7 @@ def scatter(seen: Mapping[str, np.ndarray], is_image: np.ndarray) -> dict[str, n
     """
     dense = {}
     for name, rows in seen.items():
-        if name.startswith(_FEATURES):
+        if is_features(name):
             spread = dense[_EMBEDS + name.removeprefix(_FEATURES)] = np.zeros(
                 (*is_image.shape, rows.shape[-1]), rows.dtype
             )

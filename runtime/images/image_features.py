@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...graphs.errors import GuardError
+from .open_picture import Picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,3 +29,6 @@ class ImageFeatures:
     def content(self) -> bytes:
         """The rows as bytes, for digests."""
         return np.ascontiguousarray(self.rows, np.float32).tobytes()
+
+
+Shown = Picture | ImageFeatures  # what a request shows

@@ -131,10 +131,24 @@ def test_a_conversation_goes_through_the_models_template(served: Served, vlm: Gu
     got = served.openai.chat.completions.create(model=NAME, messages=messages)  # type: ignore[arg-type]
     history = (
         Turn("system", "be brief"),
-        Turn("user", "what color is this image", shows=True),
+        Turn("user", "what color is this image", pictures=1),
         Turn("assistant", "red ."),
     )
     request = Request(HARMFUL, PICTURE, history)
+    assert [got.choices[0].message.content] == vlm.answer([request])
+    assert got.usage is not None and got.usage.prompt_tokens == vlm.batch([request]).ids.shape[1]
+
+
+def test_several_pictures_stand_where_their_messages_have_them(served: Served, vlm: GuardedVLM) -> None:
+    picture = {"type": "image_url", "image_url": {"url": data_url()}}
+    messages = [
+        {"role": "user", "content": [picture, {"type": "text", "text": "what color is this image"}, picture]},
+        {"role": "assistant", "content": "red ."},
+        {"role": "user", "content": [{"type": "text", "text": HARMLESS}, picture]},
+    ]
+    got = served.openai.chat.completions.create(model=NAME, messages=messages)  # type: ignore[arg-type]
+    history = (Turn("user", "what color is this image", pictures=2), Turn("assistant", "red ."))
+    request = Request(HARMLESS, [PICTURE] * 3, history)
     assert [got.choices[0].message.content] == vlm.answer([request])
     assert got.usage is not None and got.usage.prompt_tokens == vlm.batch([request]).ids.shape[1]
 
@@ -292,12 +306,12 @@ REFUSED: dict[str, tuple[Any, int, str | None, str | None, str]] = {
         "larger than 20,000 bytes",
     ),
     "a large body": (asking("x", "data:" + "x" * 1_200_000), 413, None, "request_too_large", "larger than"),
-    "two pictures": (
-        {"model": NAME, "messages": asking("x", data_url())["messages"] * 2},
+    "many pictures": (
+        {"model": NAME, "messages": asking("x", data_url())["messages"] * 9},
         400,
-        "messages[1].content[1].image_url",
+        "messages[8].content[1].image_url",
         None,
-        "one image per conversation",
+        "8 images per conversation",
     ),
     "the assistant's picture": (
         {"model": NAME, "messages": [asking("x", data_url())["messages"][0] | {"role": "assistant"}]},

@@ -522,20 +522,24 @@ def two_streams(layers: int) -> ir.Model:
 
 def test_several_streams_are_refused() -> None:
     assert refusal(two_streams(3)) == (
-        "the stream splits: 3 attention nodes follow one another inside layer 0 without a sum that all paths pass "
-        "(best partial match: 1 layers): several streams, or paths past the sums (embeddings per layer, keys and values that "
-        "layers share); such decoders cannot be guarded"
+        "'b2' enters layer 2 past the 3 layers' residual sums, and it carries the input of layer 2 and enters through Add, not "
+        "through attention: several streams, or paths past the sums (embeddings per layer, keys and values that layers "
+        "share); such decoders cannot be guarded"
     )
-    assert "(best partial match: 1 layers of the config's 3)" in refusal(two_streams(3), 3)
+    assert refusal(two_streams(3), 2) == (
+        "the stream splits: 3 attention nodes follow one another inside layer 0 without a sum that all paths pass "
+        "(best partial match: 1 layers of the config's 2): several streams, or paths past the sums (embeddings per layer, keys "
+        "and values that layers share); such decoders cannot be guarded"
+    )
 
 
 def test_a_config_says_what_goes_past_the_sums() -> None:
     """Gemma 4 has one stream: its refusal does not speak of several."""
     shared = LayerCount(3, past_sums=("keys and values that layers share (num_kv_shared_layers 2)",))
     assert refusal(two_streams(3), shared) == (
-        "the stream splits: 3 attention nodes follow one another inside layer 0 without a sum that all paths pass "
-        "(best partial match: 1 layers of the config's 3): the config declares keys and values that layers share "
-        "(num_kv_shared_layers 2); such decoders cannot be guarded"
+        "'b2' enters layer 2 past the 3 layers' residual sums, and it carries the input of layer 2 and enters through Add, not "
+        "through attention: the config declares keys and values that layers share (num_kv_shared_layers 2); such decoders "
+        "cannot be guarded"
     )
 
 
@@ -549,8 +553,8 @@ def test_several_streams_without_any_sum_in_common_are_refused() -> None:
         + "l1 = Add(l0, a1) both = Concat <axis = 2> (l1, r0) y = ReduceMean(both)"
     )
     assert refusal(stream(body)) == (
-        "2 attention nodes follow one another without a single sum that all paths pass: several streams, or paths past the "
-        "sums (embeddings per layer, keys and values that layers share); such decoders cannot be guarded"
+        "'r0' enters the end of the graph past the 2 layers' residual sums, and no layer follows: several streams, or paths "
+        "past the sums (embeddings per layer, keys and values that layers share); such decoders cannot be guarded"
     )
 
 
