@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from vlmguard.cli import app
+from vlmguard.commands.application import app
 
 yaml = pytest.importorskip("yaml")
 

@@ -30,7 +30,7 @@ from vlmguard.apps.playground.libraries import LIBRARIES
 from vlmguard.apps.playground.page_server import HEADERS, PlaygroundServer, Served
 from vlmguard.apps.playground.samples import choose_samples
 from vlmguard.apps.playground.sides import open_sides
-from vlmguard.cli import app
+from vlmguard.commands.application import app
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.graph_io import load_graph

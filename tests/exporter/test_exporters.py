@@ -18,7 +18,7 @@ from tiny_families import save_tiny_llama, save_tiny_text
 from tiny_models import save_tiny_llava
 from typer.testing import CliRunner
 
-from vlmguard.cli import app
+from vlmguard.commands.application import app
 from vlmguard.exporter.checkpoints import exporters
 from vlmguard.exporter.checkpoints.exporters import EXPORTERS, export_checkpoint
 from vlmguard.exporter.checkpoints.genai_builder import flatten_rope

@@ -15,7 +15,7 @@ from small_guarded import edit_graph, edit_manifest, guard_small, make_the_manif
 from typer.testing import CliRunner
 
 import vlmguard
-from vlmguard.cli import app
+from vlmguard.commands.application import app
 from vlmguard.exporter.artifact.signing import check_signature, sign
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ManifestMismatch
