@@ -12,7 +12,8 @@ Guard a model
     convert_checkpoint  a Hugging Face checkpoint as ONNX, without a guard
     guard_exported      the same as export for what transformers' ONNX exporter made
     inspect             the decoder's residual stream; returns a DecoderAnatomy
-    GuardSpec           everything that can be asked of a guard, as one value
+    GuardSpec           the guard, as one value: mode, layers, strength, threshold and so on
+    ExportOptions       the export, as one value: directions, calibration, precision, proof, output
 
 Use it
     GuardedVLM          open a guarded folder, generate answers
@@ -31,7 +32,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .exporter.checkpoints.convert import convert_checkpoint
-    from .exporter.pipeline import ExportResult, export, extract_directions, inspect
+    from .exporter.export_result import ExportResult
+    from .exporter.extract_directions import extract_directions
+    from .exporter.opened_decoder import inspect
+    from .exporter.options import ExportOptions
+    from .exporter.pipeline import export
     from .exporter.proof.verify import Verification, verify
     from .graphs.anatomy import DecoderAnatomy
     from .graphs.directions import Directions, read_directions
@@ -46,16 +51,17 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "DecoderAnatomy": ".graphs.anatomy",
     "Directions": ".graphs.directions",
-    "ExportResult": ".exporter.pipeline",
+    "ExportOptions": ".exporter.options",
+    "ExportResult": ".exporter.export_result",
     "GuardError": ".graphs.errors",
     "GuardSpec": ".graphs.spec",
     "GuardedVLM": ".runtime.guarded",
     "Verification": ".exporter.proof.verify",
     "convert_checkpoint": ".exporter.checkpoints.convert",
     "export": ".exporter.pipeline",
-    "extract_directions": ".exporter.pipeline",
+    "extract_directions": ".exporter.extract_directions",
     "guard_exported": ".plugins.transformers_exporters",
-    "inspect": ".exporter.pipeline",
+    "inspect": ".exporter.opened_decoder",
     "read_directions": ".graphs.directions",
     "verify": ".exporter.proof.verify",
 }
@@ -63,6 +69,7 @@ _PUBLIC = {
 __all__ = [
     "DecoderAnatomy",
     "Directions",
+    "ExportOptions",
     "ExportResult",
     "GuardError",
     "GuardSpec",

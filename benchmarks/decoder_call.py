@@ -10,14 +10,9 @@ import numpy as np
 import onnxruntime
 from shapes import Shape
 
+from vlmguard.graphs.dtypes import ORT_DTYPES
 from vlmguard.graphs.plan import SUPERVISOR_INPUTS
 
-_DTYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-}
 _PAST, _PRESENT = "past_key_values.", "present."
 
 
@@ -60,7 +55,7 @@ class Decoder:
         binding = self.session.io_binding()
         for port in self.session.get_inputs():
             values = self._values(port.name, port.shape, tokens, past, supervisor)
-            binding.bind_cpu_input(port.name, np.ascontiguousarray(values, _DTYPES[port.type]))
+            binding.bind_cpu_input(port.name, np.ascontiguousarray(values, ORT_DTYPES[port.type]))
         for port in self.session.get_outputs():
             binding.bind_output(port.name, "cpu")
         return lambda: self.session.run_with_iobinding(binding)
@@ -81,7 +76,7 @@ class Decoder:
             }
             for port in self.session.get_inputs():
                 if port.name in step:
-                    binding.bind_cpu_input(port.name, np.ascontiguousarray(step[port.name], _DTYPES[port.type]))
+                    binding.bind_cpu_input(port.name, np.ascontiguousarray(step[port.name], ORT_DTYPES[port.type]))
             for name in outputs:
                 binding.bind_output(name, "cpu")
             self.session.run_with_iobinding(binding)

@@ -21,7 +21,7 @@ from record import parser, write_result
 from shapes import SHAPES, built
 
 from vlmguard.exporter.extraction.extract import collect_states, tapped
-from vlmguard.exporter.pipeline import dissect_decoder
+from vlmguard.exporter.opened_decoder import dissect_decoder
 from vlmguard.graphs.layouts import open_package
 from vlmguard.runtime.generation import Request
 from vlmguard.runtime.vlm import VisionLanguageModel

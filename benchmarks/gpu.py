@@ -41,8 +41,9 @@ from vlmguard.exporter.proof.prove import TOLERANCE
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.graph_io import load_graph
 from vlmguard.graphs.layouts import open_package
+from vlmguard.graphs.modes import MODES, Mode, Positions
 from vlmguard.graphs.package import ModelPackage
-from vlmguard.graphs.spec import MODES, GuardSpec, Mode, Positions
+from vlmguard.graphs.spec import GuardSpec
 from vlmguard.graphs.tensorrt import settle_sizes
 from vlmguard.runtime.decoder import DecoderSession, open_decoder
 from vlmguard.runtime.decoder_inputs import PromptBatch
@@ -60,7 +61,7 @@ PROFILES = (
     EngineProfile("prefill", Span(1, 1, 1), Span(1, 256, 512), Span(0, 0, 0)),
     EngineProfile("decode", Span(1, 1, 1), Span(1, 1, 1), Span(1, 512, 1024)),
 )
-LISTENING = 0.5  # what a supervised graph is told for each coordinate: its gate opens
+OPENING_COORDINATE = 0.5  # what a supervised graph is told for each coordinate: its gate opens
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ def _call(shape: Shape, session: DecoderSession, tokens: int, past: int) -> Call
     """Run `tokens` tokens on a cache of `past`, and wait for the logits; every call does the same again."""
     supervisor = None
     if session.supervised:
-        supervisor = np.full((1, *session.supervisor_shape), LISTENING, np.float32)
+        supervisor = np.full((1, *session.supervisor_shape), OPENING_COORDINATE, np.float32)
     prompt = _batch(shape, past or tokens)
     if not past:
         return lambda: session.last_logits(session.prefill(prompt, supervisor)[0])

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmguard.exporter.pipeline import ExportResult, export
+from vlmguard.exporter.export_result import ExportResult
+from vlmguard.exporter.pipeline import export
 from vlmguard.graphs.directions import Directions, LayerDirections, directions_bytes
 from vlmguard.graphs.spec import GuardSpec
 

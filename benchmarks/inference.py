@@ -29,9 +29,10 @@ from measure import QUICK, Budget, Spread, asked, interleaved, ratio, say
 from record import parser, read_parts, write_result
 from shapes import SHAPES, Precision, Shape, built
 
+from vlmguard.graphs.modes import MODES, Mode, Positions, guard_mode
 from vlmguard.graphs.node_builder import PREFIX
 from vlmguard.graphs.reference import NO_SUPERVISOR
-from vlmguard.graphs.spec import MODES, MODES_WITH_GATE, GuardSpec, Mode, Positions
+from vlmguard.graphs.spec import GuardSpec
 
 RANKS = (1, 4, 8)
 PHASES = {"decode": (1, 128), "prefill": (256, 0)}  # tokens of the call, tokens in the cache
@@ -63,7 +64,7 @@ class Variant:
     def spec(self) -> GuardSpec:
         # A supervised gate reads its input, not the stream; see `supervisor`.
         decided = ALWAYS_OPEN if self.gate == "open" else ALWAYS_CLOSED
-        tau = None if self.mode not in MODES_WITH_GATE else 0.0 if self.mode == "supervise" else decided
+        tau = None if not guard_mode(self.mode).has_threshold else 0.0 if self.mode == "supervise" else decided
         return GuardSpec(
             mode=cast(Mode, self.mode),
             rank=self.rank,
@@ -79,7 +80,7 @@ class Variant:
 
 
 def gates(mode: str) -> tuple[str, ...]:
-    return ("open", "closed") if mode in MODES_WITH_GATE else ("none",)
+    return ("open", "closed") if guard_mode(mode).has_threshold else ("none",)
 
 
 def goals(phase: str) -> list[Variant]:

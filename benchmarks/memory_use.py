@@ -52,7 +52,8 @@ def _run(stage: str, folder: Path) -> None:
     from vlmguard.exporter.calibration.calibrate import calibrate
     from vlmguard.exporter.extraction.extract import extract_all_layers
     from vlmguard.exporter.last_token_model import last_token_model
-    from vlmguard.exporter.pipeline import dissect_decoder, export
+    from vlmguard.exporter.opened_decoder import dissect_decoder
+    from vlmguard.exporter.pipeline import export
     from vlmguard.exporter.prompts.labelled import BUILTIN, prompts_from_anchors, read_anchors
     from vlmguard.graphs.errors import GuardError
     from vlmguard.graphs.layouts import open_package

@@ -7,12 +7,13 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from shapes import DEFAULT_MODELS, SHAPES
+
+from vlmguard.graphs.clock import now
 
 SCHEMA = "vlmguard.benchmark/1"
 RESULTS = Path(__file__).parent / "results"
@@ -59,7 +60,7 @@ def write_result(args: argparse.Namespace, name: str, measured: Mapping[str, Any
     """
     kept = read_parts(args.out) if part is not None else {}
     about = {"quick": args.quick, "threads": args.threads, "machine": machine(), "versions": versions()}
-    about["date"] = datetime.now(UTC).isoformat(timespec="minutes")
+    about["date"] = now().isoformat(timespec="minutes")
     kept[part or name] = {**about, **measured}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.out.with_suffix(".partial")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-WantedMode = Literal["auto", "project", "steer", "supervise", "restore", "combined", "align"]
+from ..graphs.modes import Mode
+
+WantedMode = Literal["auto", Mode]
 WantedProof = Literal["auto", "full", "local", "structure"]
 ExporterName = Literal["transformers", "genai", "optimum"]
 Precision = Literal["fp32", "fp16", "w16a32", "int4"]

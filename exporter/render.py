@@ -32,8 +32,8 @@ from ..graphs.sites import ResidualSite
 from ..runtime.telemetry import ScoredAnswer
 from .calibration.results import HeldOut
 from .engines.engine_folder import EngineResult
+from .export_result import ExportResult
 from .packaging.repackage import Packaged
-from .pipeline import ExportResult
 from .terminal import show_found
 
 
@@ -327,7 +327,7 @@ def bars(err: Console) -> Iterator[Callable[[str, int, int], None]]:
     tasks: dict[str, TaskID] = {}
     printed = time.monotonic()
 
-    def watch(stage: str, done: int, total: int) -> None:
+    def report_progress(stage: str, done: int, total: int) -> None:
         nonlocal printed
         if not err.is_terminal:
             if between and _STEP.search(stage):
@@ -342,7 +342,7 @@ def bars(err: Console) -> Iterator[Callable[[str, int, int], None]]:
         progress.update(tasks[stage], completed=done, total=total)
 
     try:
-        yield watch
+        yield report_progress
     finally:
         if tasks:
             progress.stop()

@@ -1,4 +1,4 @@
-"""What guides the rewrite: directions (given, found beside the model, or extracted and calibrated), and proof inputs."""
+"""Which directions guard the model: given, found beside it, or extracted from anchor pairs and calibrated."""
 
 from __future__ import annotations
 
@@ -7,48 +7,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..graphs.anatomy import DecoderAnatomy
 from ..graphs.digests import sha256_file
 from ..graphs.directions import DIRECTIONS_FILE, Directions, read_directions
 from ..graphs.errors import DirectionMismatch, GuardError
-from ..graphs.layouts import open_package
-from ..graphs.package import ModelPackage
-from ..graphs.plan import GuardPlan
+from ..graphs.modes import guard_mode
 from ..graphs.planner import require_fitting
-from ..graphs.spec import MODES_TOWARD_TEXT, GuardSpec
-from ..runtime.decoder_place import DecoderPlace
-from ..runtime.generation import Request
+from ..graphs.spec import GuardSpec
 from ..runtime.images.vision import unknown_processor
-from ..runtime.vlm import VisionLanguageModel
 from .calibration.align_layers import ALIGNED_RANK, MORE_ROWS
 from .calibration.attempts import Choice
-from .calibration.calibrate import ANSWER_TOKENS, DEFAULT_BUDGET, calibrate
+from .calibration.calibrate import DEFAULT_BUDGET, calibrate
 from .calibration.choice import Wish, choose
 from .calibration.deadline import Deadline
-from .calibration.effect import (
-    Unguarded,
-    ask_guarded,
-    ask_unguarded,
-    builtin_sample,
-    measure_separation,
-    require_effect,
-    sample_of,
-    why_not_asked,
-)
 from .calibration.judged import beside_images
-from .calibration.refusal_regression import Refusals, require_no_fewer
 from .calibration.results import Calibration
 from .executors import ExecutorFactory, local_executors
 from .extraction.estimators import DEFAULT_ESTIMATOR
 from .extraction.extract import extract_all_layers
 from .extraction.kept_states import kept_beside, model_digest
-from .last_token_model import last_token_model
 from .prompts.anchors import Anchors, open_anchors
 from .prompts.labelled import (
     BUILTIN,
     LabelledPrompt,
     Sources,
-    find_file,
     fingerprint,
     full_names,
     is_builtin,
@@ -58,114 +39,46 @@ from .prompts.labelled import (
     short_names,
 )
 from .prompts.overlaps import require_held_out
-from .proof.inputs import ProofInputs, given_inputs, proof_inputs, signature_inputs
-from .proof.prove import TOLERANCE
-from .proof.signature import why_made
-from .sources import Source, Watch
+from .session import ANCHOR_FILES, CALIBRATION_FILES, Session
 
-ANCHOR_FILES = ("anchors.jsonl", "anchors.json", "anchors.csv")
-CALIBRATION_FILES = ("calibration.jsonl", "calibration.json", "calibration.csv")
 EXTRACTED_RANK = 4
-_PROOF_PROMPTS = 4  # of each label and setting
-NOT_COUNTED = "the guard's effect was not counted: without an image, mode {} compares each prompt with itself"
-NOT_ASKED = "no harmful prompts were asked without and with the guard"
 
 
-class _NotAsked(Exception):
-    """Why the model cannot be asked; becomes a note."""
+@dataclass(frozen=True)
+class DirectionsRequest:
+    """Where directions come from, and how they are calibrated.
 
+    Attributes:
+        spec: the guard that they are for; mode `None` is open.
+        given: a directions file.
+        anchors: anchor pairs to extract from; default: found beside the model, else the built-in ones.
+        calibration: labelled prompts to calibrate on.
+        images: pictures to calibrate with besides blank ones and noise.
+        budget: largest share of harmless prompts that the guard may make the model refuse.
+        readout: readout of the gate of `restore`; `None` lets the calibration choose.
+        seconds: time limit of a calibration.
+        estimator: estimator of extracted directions.
+        accepts_foreign: whether directions extracted from another decoder file are accepted.
+        keep_beside: the output beside which states are kept while they are read; `None`: nowhere.
+        executors: what reads the states of the anchors.
+    """
 
-@dataclass
-class Guide:
-    """Where directions and proof inputs come from; the running model is opened only if something needs it."""
-
-    source: Source
-    anatomy: DecoderAnatomy
-    spec: GuardSpec
-    budget: float
-    force: bool
-    tell: Watch
-    given: tuple[Path, ...] = ()  # inputs to prove on
+    spec: GuardSpec = field(default_factory=GuardSpec)
+    given: Path | None = None
+    anchors: Sources | None = None
+    calibration: Sources | None = None
+    images: tuple[Path, ...] = ()
+    budget: float = DEFAULT_BUDGET
+    readout: str | None = None
+    seconds: float | None = None
     estimator: str = DEFAULT_ESTIMATOR
-    readout: str | None = None  # of the gate of `restore`; None: calibration chooses
-    output: Path | None = None  # states are kept beside it while they are read; None: nowhere
-    executors: ExecutorFactory = local_executors  # who reads the anchors' states
-    images: tuple[Path, ...] = ()  # the user's pictures, for calibration
-    seconds: float | None = None  # that a calibration may take
-    model: VisionLanguageModel | None = None
-    notes: list[str] = field(default_factory=list)
-    not_asked: str | None = None  # what could not be asked, or not counted, and why: a note of the plan
-    found: dict[str, Path] = field(default_factory=dict)  # what was found beside the model -> its absolute path
-    place: DecoderPlace = field(default_factory=DecoderPlace)  # of every decoder that is opened, one at a time
+    accepts_foreign: bool = False
+    keep_beside: Path | None = None
+    executors: ExecutorFactory = local_executors
 
     @property
-    def package(self) -> ModelPackage:
-        return self.source.package
-
-    def running(self) -> VisionLanguageModel:
-        if self.model is None:
-            self.model = last_token_model(self.package, self.place)
-        return self.model
-
-    def directions(
-        self, given: Path | str | None, anchors: Sources | None, calibration: Sources | None
-    ) -> tuple[Directions, Calibration | Choice | None]:
-        """Given, found beside the model, or extracted and calibrated; with what was measured on the way."""
-        if self.package.vision_encoder is not None and (unknown := unknown_processor(self.package.root)) is not None:
-            self.notes.append(f"images are left out: what {unknown} makes of them cannot be made here")
-        path = Path(given) if given is not None else None
-        if path is None and anchors is None and calibration is None:
-            path = self.find("directions", (DIRECTIONS_FILE,))
-        if self.spec.mode == "align":
-            self._require_no_calibration(calibration)
-            if path is None:
-                return self.aligned(anchors), None
-            if anchors is not None:
-                raise GuardError(
-                    f"{path}: mode align copies along these directions as they are, so --anchors has no effect; leave one of "
-                    "the two out"
-                )
-        if path is None and self.spec.mode is None:
-            chosen = self.chosen(anchors, calibration)
-            self.notes += chosen.notes()
-            return chosen.directions, chosen
-        if path is None:
-            made = self.calibrated(anchors, calibration)
-            return made.directions, made
-        found = read_directions(path)
-        if given is None and found.model_sha256 is None:
-            self.notes.append(f"{path.name} does not record the decoder that it was extracted from")
-        self.notes.append(f"directions {'given' if given is not None else 'found'}: {path.name}")
-        self._require_own(path, found, accepts_foreign=self.force and given is not None)
-        if anchors is None and calibration is None:
-            self._require_nothing_to_calibrate(path)
-            return found, None
-        made = self.calibrated(anchors, calibration, found)
-        return made.directions, made
-
-    def aligned(self, anchors: Sources | None) -> Directions:
-        """Directions for mode `align`, which calibrates nothing: those of the anchors, of every layer."""
-        found = self.anchors(anchors)
-        self.notes.append(f"directions extracted from {found.title}; nothing is calibrated in mode align")
-        return replace(self.extracted(found, self.spec.rank or ALIGNED_RANK), mode="align")
-
-    def _require_no_calibration(self, calibration: Sources | None) -> None:
-        """Options of a calibration have no effect on a mode that has none."""
-        idle = "--calibration" if calibration is not None else self._calibration_option()
-        if idle is not None:
-            raise GuardError(f"mode align calibrates nothing, so {idle} has no effect; leave it out")
-
-    def _require_nothing_to_calibrate(self, path: Path) -> None:
-        """Directions that are used as they are leave no room for the options of an extraction or a calibration."""
-        idle = "--estimator" if self.estimator != DEFAULT_ESTIMATOR else self._calibration_option()
-        if idle is not None:
-            raise GuardError(
-                f"{path}: these directions are used as they are, so {idle} has no effect; leave it out, or give --anchors to "
-                "extract and calibrate"
-            )
-
-    def _calibration_option(self) -> str | None:
-        """An option of a calibration that was given, if one was."""
+    def calibration_option(self) -> str | None:
+        """The name of an option that only a calibration reads, if one was given."""
         options = {
             "--readout": self.readout is not None,
             "--budget": self.budget != DEFAULT_BUDGET,
@@ -174,241 +87,274 @@ class Guide:
         }
         return next((name for name, is_set in options.items() if is_set), None)
 
-    def calibrated(
-        self, anchors: Sources | None, calibration: Sources | None, given: Directions | None = None
-    ) -> Calibration:
-        """Calibrate the given directions, or those extracted from the anchors, on labelled prompts.
 
-        The prompts are those given, or those that come with the anchors, or made of anchor pairs that nothing is
-        extracted from (`Anchors.divided`).
-        """
-        if given is not None and calibration is not None:
-            self.notes.append(f"calibrated on {short_names(calibration)}")
-            return self._calibrate(given, read_prompts(calibration, "calibration"), full_names(calibration))
-        raw, prompts, title, _ = self._prepared(anchors, calibration, given)
-        return self._calibrate(raw, prompts, title)
+@dataclass(frozen=True)
+class ResolvedDirections:
+    """The directions of a guard.
 
-    def chosen(self, anchors: Sources | None, calibration: Sources | None) -> Choice:
-        """The mode that `--mode auto` chooses, with directions extracted from the anchors; prompts as for `calibrated`."""
-        raw, prompts, title, source = self._prepared(anchors, calibration, None, MORE_ROWS, "judged")
-        matched = calibration is None and "calibration" not in self.found
-        further = self._further_prompts(raw, prompts, title) if matched else ()
-        wish = Wish(self.spec, self.budget, self.readout, self.images, self.seconds, matched, further)
-        return choose(self.running(), self.anatomy, raw, self._usable(raw, prompts, title), wish, source, self.tell)
+    Attributes:
+        directions: what the guard reads and writes along.
+        measured: what was measured on the way: a calibration, the choice of a mode, or nothing.
+    """
 
-    def _further_prompts(
-        self, raw: Directions, prompts: Sequence[LabelledPrompt], title: str
-    ) -> tuple[LabelledPrompt, ...]:
-        """What the sample of a built-in part leaves out of it."""
-        if not is_builtin(title):
-            return ()
-        taken = {fingerprint(prompt) for prompt in prompts}
-        part = prompts_from_anchors(read_anchors(f"{BUILTIN}:calibration", None), self.running().sees)
-        return tuple(prompt for prompt in self._usable(raw, part, title) if fingerprint(prompt) not in taken)
+    directions: Directions
+    measured: Calibration | Choice | None = None
 
-    def _prepared(
-        self,
-        anchors: Sources | None,
-        calibration: Sources | None,
-        given: Directions | None,
-        rank: int | None = None,
-        used: str = "calibrated",
-    ) -> tuple[Directions, Sequence[LabelledPrompt], str, str]:
-        """Directions, the prompts to calibrate them on, and where these are from: for errors, and for the record."""
-        found = self.anchors(anchors)
-        if calibration is None and found.folder is not None:
-            calibration = next((p for name in CALIBRATION_FILES if (p := found.folder / name).is_file()), None)
-            if calibration is not None:
-                self.found["calibration"] = calibration.absolute()
-        if given is None:
-            self.notes.append(f"directions extracted from {found.title}")
-        if calibration is not None:
-            prompts, title = read_prompts(calibration, "calibration"), full_names(calibration)
-        else:
-            found, kept = found.divided(extracts=given is None)
-            prompts, title = prompts_from_anchors(kept, self.running().sees), found.name
-        source = found.title.replace(f"{BUILTIN}:extraction", f"{BUILTIN}:calibration")
-        source = source if calibration is None else short_names(calibration)
-        self.notes.append(f"{used} on {source}")
-        return given if given is not None else self.extracted(found, rank), prompts, title, source
+    @property
+    def choice(self) -> Choice | None:
+        """How the mode was chosen, where it was open."""
+        return self.measured if isinstance(self.measured, Choice) else None
 
-    def _calibrate(self, raw: Directions, prompts: Sequence[LabelledPrompt], title: str) -> Calibration:
-        model, usable = self.running(), self._usable(raw, prompts, title)
-        if model.sees:
-            usable = beside_images(usable, self.images)
-        return calibrate(
-            model,
-            self.anatomy,
-            raw,
-            usable,
-            self.spec,
-            self.budget,
-            readout=self.readout,
-            watch=self.tell,
-            is_late=Deadline(self.seconds),
+    @property
+    def calibration(self) -> Calibration | None:
+        """What the calibrator measured, where it ran."""
+        return self.measured.calibration if isinstance(self.measured, Choice) else self.measured
+
+
+def resolve_directions(session: Session, request: DirectionsRequest) -> ResolvedDirections:
+    """Directions that are given, found beside the model, or extracted and calibrated.
+
+    Args:
+        session: the opened model; notes and found files are recorded in it.
+        request: what was asked for.
+
+    Raises:
+        DirectionMismatch: the directions belong to another model.
+        GuardError: an option that has no effect, unusable prompts, or a calibration that finds no guard.
+    """
+    package = session.package
+    if package.vision_encoder is not None and (unknown := unknown_processor(package.root)) is not None:
+        session.notes.append(f"images are left out: what {unknown} makes of them cannot be made here")
+    path, mode = request.given, request.spec.mode
+    if path is None and request.anchors is None and request.calibration is None:
+        path = session.find("directions", (DIRECTIONS_FILE,))
+    if mode is not None and not guard_mode(mode).is_calibrated:
+        _require_no_calibration(request, mode)
+        if path is None:
+            return ResolvedDirections(_uncalibrated(session, request, mode))
+        if request.anchors is not None:
+            raise GuardError(
+                f"{path}: mode {mode} copies along these directions as they are, so --anchors has no effect; leave one of "
+                "the two out"
+            )
+    if path is not None:
+        return _from_file(session, request, path)
+    if mode is not None:
+        calibrated = calibrated_directions(session, request)
+        return ResolvedDirections(calibrated.directions, calibrated)
+    chosen = choose_mode(session, request)
+    session.notes += chosen.notes()
+    return ResolvedDirections(chosen.directions, chosen)
+
+
+def calibrated_directions(session: Session, request: DirectionsRequest, given: Directions | None = None) -> Calibration:
+    """Directions that are given, or extracted from the anchors, calibrated on labelled prompts.
+
+    The prompts are those of the request, or those beside the anchors, or made of anchor pairs that nothing is extracted from
+    (`Anchors.divided`).
+
+    Args:
+        session: the opened model.
+        request: the anchors and prompts, and how to calibrate.
+        given: directions to calibrate; `None` extracts them.
+    """
+    if given is not None and request.calibration is not None:
+        session.notes.append(f"calibrated on {short_names(request.calibration)}")
+        prompts = read_prompts(request.calibration, "calibration")
+        return _calibrate(session, request, given, prompts, full_names(request.calibration))
+    material = _material(session, request, given)
+    return _calibrate(session, request, material.directions, material.prompts, material.title)
+
+
+def choose_mode(session: Session, request: DirectionsRequest) -> Choice:
+    """The mode that `--mode auto` chooses, with directions extracted from the anchors; prompts as for a calibration."""
+    material = _material(session, request, None, MORE_ROWS, "judged")
+    prompts = _usable(session, material.directions, material.prompts, material.title)
+    matched = request.calibration is None and "calibration" not in session.found
+    further = _further_prompts(session, material) if matched else ()
+    wish = Wish(request.spec, request.budget, request.readout, request.images, request.seconds, matched, further)
+    return choose(
+        session.model(),
+        session.anatomy,
+        material.directions,
+        prompts,
+        wish,
+        material.source,
+        session.report_progress,
+    )
+
+
+def open_anchor_pairs(session: Session, given: Sources | None) -> Anchors:
+    """The anchor pairs that are given, or those found beside the model, or the built-in ones."""
+    return open_anchors(given if given is not None else session.find("anchors", ANCHOR_FILES) or BUILTIN)
+
+
+def extracted_directions(
+    session: Session, request: DirectionsRequest, anchors: Anchors, rank: int | None = None
+) -> Directions:
+    """The SSD of every layer.
+
+    Args:
+        session: the opened model.
+        request: how to extract.
+        anchors: the pairs.
+        rank: rows per layer; `None`: as many as a calibration may want to try.
+    """
+    with contextlib.ExitStack() as stack:
+        kept = None
+        if request.keep_beside is not None:
+            kept = stack.enter_context(kept_beside(request.keep_beside, model_digest(session.package)))
+        directions = extract_all_layers(
+            session.model(),
+            session.anatomy,
+            anchors.pairs,
+            rank=rank or max(EXTRACTED_RANK, request.spec.rank or 0),
+            report_count=lambda done, total: session.report_progress("extracting directions", done, total),
+            estimator=request.estimator,
+            kept=kept,
+            executors=request.executors,
+        )
+    return replace(directions, anchors=anchors.record())
+
+
+def _uncalibrated(session: Session, request: DirectionsRequest, mode: str) -> Directions:
+    """Directions for a mode without numbers to calibrate: those of the anchors, of every layer."""
+    anchors = open_anchor_pairs(session, request.anchors)
+    session.notes.append(f"directions extracted from {anchors.title}; nothing is calibrated in mode {mode}")
+    return replace(extracted_directions(session, request, anchors, request.spec.rank or ALIGNED_RANK), mode=mode)
+
+
+def _from_file(session: Session, request: DirectionsRequest, path: Path) -> ResolvedDirections:
+    directions = read_directions(path)
+    if request.given is None and directions.model_sha256 is None:
+        session.notes.append(f"{path.name} does not record the decoder that it was extracted from")
+    session.notes.append(f"directions {'given' if request.given is not None else 'found'}: {path.name}")
+    _require_own(session, path, directions, request.accepts_foreign and request.given is not None)
+    if request.anchors is None and request.calibration is None:
+        _require_nothing_to_calibrate(request, path)
+        return ResolvedDirections(directions)
+    calibrated = calibrated_directions(session, request, directions)
+    return ResolvedDirections(calibrated.directions, calibrated)
+
+
+def _require_no_calibration(request: DirectionsRequest, mode: str) -> None:
+    """Options of a calibration have no effect on a mode that has none."""
+    idle = "--calibration" if request.calibration is not None else request.calibration_option
+    if idle is not None:
+        raise GuardError(f"mode {mode} calibrates nothing, so {idle} has no effect; leave it out")
+
+
+def _require_nothing_to_calibrate(request: DirectionsRequest, path: Path) -> None:
+    """Directions that are used as they are leave no room for the options of an extraction or a calibration."""
+    idle = "--estimator" if request.estimator != DEFAULT_ESTIMATOR else request.calibration_option
+    if idle is not None:
+        raise GuardError(
+            f"{path}: these directions are used as they are, so {idle} has no effect; leave it out, or give --anchors to "
+            "extract and calibrate"
         )
 
-    def _usable(self, raw: Directions, prompts: Sequence[LabelledPrompt], title: str) -> list[LabelledPrompt]:
-        """The prompts that the model takes, none of which the directions were extracted from."""
-        anchored = (raw.anchors or {}).get("fingerprints", ())
-        require_held_out(title, prompts, anchored, "are anchors that the directions were extracted from", "calibrate")
-        return [prompt for prompt in prompts if self.running().sees or prompt.setting == "text"]
 
-    def _require_own(self, path: Path, found: Directions, accepts_foreign: bool) -> None:
-        """Directions of this decoder: its width, its layers and, where the file says it, its digest."""
-        require_fitting(found, self.anatomy)
-        digest = sha256_file(self.package.decoder)
-        if found.model_sha256 in (None, digest):
+@dataclass(frozen=True)
+class _Material:
+    """What is calibrated, and on what.
+
+    Attributes:
+        directions: of every layer.
+        prompts: labelled prompts.
+        title: the prompts' name in errors.
+        source: the prompts' name for the record.
+    """
+
+    directions: Directions
+    prompts: Sequence[LabelledPrompt]
+    title: str
+    source: str
+
+
+def _material(
+    session: Session,
+    request: DirectionsRequest,
+    given: Directions | None,
+    rank: int | None = None,
+    used: str = "calibrated",
+) -> _Material:
+    """Directions, given or extracted, and the prompts to calibrate them on."""
+    anchors, calibration = open_anchor_pairs(session, request.anchors), request.calibration
+    if calibration is None and anchors.folder is not None:
+        calibration = next((p for name in CALIBRATION_FILES if (p := anchors.folder / name).is_file()), None)
+        if calibration is not None:
+            session.found["calibration"] = calibration.absolute()
+    if given is None:
+        session.notes.append(f"directions extracted from {anchors.title}")
+    if calibration is not None:
+        prompts, title = read_prompts(calibration, "calibration"), full_names(calibration)
+    else:
+        anchors, kept = anchors.divided(extracts=given is None)
+        prompts, title = prompts_from_anchors(kept, session.model().sees), anchors.name
+    source = anchors.title.replace(f"{BUILTIN}:extraction", f"{BUILTIN}:calibration")
+    source = source if calibration is None else short_names(calibration)
+    session.notes.append(f"{used} on {source}")
+    directions = given if given is not None else extracted_directions(session, request, anchors, rank)
+    return _Material(directions, prompts, title, source)
+
+
+def _further_prompts(session: Session, material: _Material) -> tuple[LabelledPrompt, ...]:
+    """The prompts of a built-in part that the sample leaves out."""
+    if not is_builtin(material.title):
+        return ()
+    taken = {fingerprint(prompt) for prompt in material.prompts}
+    part = prompts_from_anchors(read_anchors(f"{BUILTIN}:calibration", None), session.model().sees)
+    usable = _usable(session, material.directions, part, material.title)
+    return tuple(prompt for prompt in usable if fingerprint(prompt) not in taken)
+
+
+def _calibrate(
+    session: Session,
+    request: DirectionsRequest,
+    directions: Directions,
+    prompts: Sequence[LabelledPrompt],
+    title: str,
+) -> Calibration:
+    model, usable = session.model(), _usable(session, directions, prompts, title)
+    if model.sees:
+        usable = beside_images(usable, request.images)
+    return calibrate(
+        model,
+        session.anatomy,
+        directions,
+        usable,
+        request.spec,
+        request.budget,
+        readout=request.readout,
+        report_progress=session.report_progress,
+        is_late=Deadline(request.seconds),
+    )
+
+
+def _usable(
+    session: Session, directions: Directions, prompts: Sequence[LabelledPrompt], title: str
+) -> list[LabelledPrompt]:
+    """The prompts that the model takes, none of which the directions were extracted from."""
+    anchored = (directions.anchors or {}).get("fingerprints", ())
+    require_held_out(title, prompts, anchored, "are anchors that the directions were extracted from", "calibrate")
+    return [prompt for prompt in prompts if session.model().sees or prompt.setting == "text"]
+
+
+def _require_own(session: Session, path: Path, directions: Directions, accepts_foreign: bool) -> None:
+    """Directions of this decoder: its width, its layers and, where the file records it, its digest."""
+    require_fitting(directions, session.anatomy)
+    package, recorded = session.package, directions.model_sha256
+    digest = sha256_file(package.decoder)
+    if recorded in (None, digest):
+        return
+    left_out = [package.root / name for name in package.left_out if name.endswith(".onnx")]
+    for variant in (*package.others, *left_out):
+        if sha256_file(variant) == recorded:
+            session.notes.append(f"directions of {variant.name}, another graph of the same model")
             return
-        left_out = [self.package.root / name for name in self.package.left_out if name.endswith(".onnx")]
-        for variant in (*self.package.others, *left_out):
-            if sha256_file(variant) == found.model_sha256:
-                self.notes.append(f"directions of {variant.name}, another graph of the same model")
-                return
-        if not accepts_foreign:
-            raise DirectionMismatch(
-                f"{path}: was extracted from another decoder file (its SHA-256 begins {found.model_sha256[:12]}, this "
-                f"one's {digest[:12]}); extract them again, or give them with --directions and --force"
-            )
-        self.notes.append(f"directions of another decoder file ({found.model_sha256[:12]}), accepted by --force")
-
-    def anchors(self, given: Sources | None) -> Anchors:
-        """The anchors that were given, or those found beside the model, or the built-in ones."""
-        return open_anchors(given if given is not None else self.find("anchors", ANCHOR_FILES) or BUILTIN)
-
-    def extracted(self, anchors: Anchors, rank: int | None = None) -> Directions:
-        """The SSD of every layer; without a rank, as many rows as a calibration may want to try."""
-        with contextlib.ExitStack() as stack:
-            kept = None
-            if self.output is not None:
-                kept = stack.enter_context(kept_beside(self.output, model_digest(self.package)))
-            found = extract_all_layers(
-                self.running(),
-                self.anatomy,
-                anchors.pairs,
-                rank=rank or max(EXTRACTED_RANK, self.spec.rank or 0),
-                progress=lambda done, total: self.tell("extracting directions", done, total),
-                estimator=self.estimator,
-                kept=kept,
-                executors=self.executors,
-            )
-        return replace(found, anchors=anchors.record())
-
-    def unguarded(self, mode: str, runs: bool) -> Unguarded | None:
-        """What the unguarded model answers to harmful prompts; `None` where it cannot be asked; `not_asked` says why.
-
-        Prompts that come with the model are asked, else built-in anchors. The model is closed again.
-
-        Args:
-            mode: of the guard.
-            runs: whether anything is to be run.
-        """
-        if not runs:
-            self.not_asked = f"{NOT_ASKED}: nothing is run without the full proof"
-            return None
-        path = self.find("calibration", CALIBRATION_FILES) or self.find("anchors", ANCHOR_FILES)
-        reason = why_not_asked(self.package, bool(self.package.roles.embeds))
-        reason = reason or why_made(self.package.load_decoder().graph) or None
-        if reason is None:
-            try:
-                found = self._ask_unguarded(path)
-                if mode in MODES_TOWARD_TEXT and all(prompt.setting == "text" for prompt in found.sample.prompts):
-                    self.not_asked = NOT_COUNTED.format(mode)
-                return found
-            except _NotAsked as error:
-                reason = str(error)
-            except GuardError as error:
-                if path is not None:  # prompts that were put there to be asked
-                    raise
-                reason = str(error).split("; ")[0]
-        self.not_asked = f"{NOT_ASKED}: {reason}"
-        return None
-
-    def _ask_unguarded(self, path: Path | None) -> Unguarded:
-        model = self.running()
-        self.model = None  # one decoder at a time: this one is closed when the answers are there
-        if path is None:
-            sample = builtin_sample(model)
-            if not sample.prompts:
-                raise _NotAsked("its tokenizer does not know the words of the built-in prompts")
-        else:
-            of_anchors = path.name in ANCHOR_FILES
-            given = prompts_from_anchors(read_anchors(path), model.sees) if of_anchors else read_prompts(path)
-            sample = sample_of(given, path.name, model.sees, ANSWER_TOKENS)
-            if not sample.prompts:
-                raise _NotAsked(f"{path.name} has no harmful prompt that the model takes")
-        return ask_unguarded(model, sample, self.tell)
-
-    def refusals(self, unguarded: Unguarded, guarded: Path, plan: GuardPlan, allow_no_effect: bool) -> Refusals:
-        """What both models refuse, and on how many prompts the guard has an effect.
-
-        Args:
-            unguarded: the unguarded model's side.
-            guarded: the folder of the guarded model.
-            plan: of the guard.
-            allow_no_effect: accept a guard that has none.
-
-        Raises:
-            GuardWeakens: the guarded model refuses fewer, in some setting.
-            NoEffect: the guarded model behaves as the unguarded one on every prompt, and that is not allowed.
-        """
-        tolerance = max(TOLERANCE[site.site.dtype] for site in plan.sites)
-
-        def opened() -> VisionLanguageModel:
-            # with `--data reference` its files are links
-            return last_token_model(open_package(guarded, trust_links=True), self.place)
-
-        found = ask_guarded(unguarded, opened, plan, tolerance, self.tell)
-        require_no_fewer(found)
-        return require_effect(found, allow_no_effect)
-
-    def separated(self, plan: GuardPlan, unguarded: Unguarded | None) -> GuardPlan:
-        """The plan with the AUC of each guarded layer: as the extraction recorded it, else measured on what was asked."""
-        if unguarded is None or {one.layer for one in plan.separation} == set(plan.layers):
-            return plan
-        return plan.with_separation(measure_separation(self.package, self.anatomy, plan, unguarded.sample, self.place))
-
-    def find(self, what: str, names: Sequence[str]) -> Path | None:
-        """A file that comes with the model (`find_file`); its path is kept in `found` under `what`."""
-        path = find_file(self.source.home, names)
-        if path is not None:
-            self.found[what] = path
-        return path
-
-    def proof_inputs(self, view: ModelPackage, rows: int = 8) -> ProofInputs:
-        """What to prove one decoder graph on: what was given, else real prompts if the model can read any (at most `rows`
-        a batch), else seeded random inputs."""
-        self.place.close()  # random inputs open the decoder for what it says of itself
-        if self.given:
-            return given_inputs(self.given, view.roles)
-        if why := why_made(view.load_decoder().graph):
-            return signature_inputs(view, self.anatomy.width, why)
-        if self.package.companion("tokenizer.json") is None:
-            return signature_inputs(view, self.anatomy.width, "the model has no tokenizer.json")
-        needs_embeds = bool(self.package.roles.embeds)
-        if needs_embeds and self.package.embed_tokens is None:
-            return signature_inputs(view, self.anatomy.width, "the model has no embed_tokens graph")
-        if view != self.package and bool(view.roles.embeds) != needs_embeds:
-            return signature_inputs(view, self.anatomy.width, f"{view.decoder.name} takes other inputs than the tokens")
-        model = self.running()
-        return proof_inputs(model, self._proof_requests(model), rows)
-
-    def _proof_requests(self, model: VisionLanguageModel) -> list[Request]:
-        path = self.find("calibration", CALIBRATION_FILES) or self.find("anchors", ANCHOR_FILES)
-        if path is None:
-            plain = ["How to bake a loaf of bread?", "How to pick a lock?", "Hello.", "What is shown here?"]
-            prompts = [LabelledPrompt(str(n), text, "harmless", "text") for n, text in enumerate(plain)]
-            if model.sees:
-                prompts += [replace(prompt, setting="blank") for prompt in prompts]
-        elif path.name in CALIBRATION_FILES:
-            prompts = _some_of_each(read_prompts(path))
-        else:
-            prompts = prompts_from_anchors(read_anchors(path)[:_PROOF_PROMPTS], model.sees)
-        return [prompt.request(model) for prompt in prompts if model.sees or prompt.setting == "text"]
-
-
-def _some_of_each(prompts: Sequence[LabelledPrompt]) -> list[LabelledPrompt]:
-    kinds: dict[tuple[str, str], list[LabelledPrompt]] = {}
-    for prompt in prompts:
-        kinds.setdefault((prompt.setting, prompt.label), []).append(prompt)
-    return [prompt for members in kinds.values() for prompt in members[:_PROOF_PROMPTS]]
+    if not accepts_foreign:
+        raise DirectionMismatch(
+            f"{path}: was extracted from another decoder file (its SHA-256 begins {recorded[:12]}, this "
+            f"one's {digest[:12]}); extract them again, or give them with --directions and --force"
+        )
+    session.notes.append(f"directions of another decoder file ({recorded[:12]}), accepted by --force")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..graphs.errors import GuardError, ModelUnreadable, OutputRefused
 from ..graphs.layouts import open_package
 from ..graphs.manifest import MANIFEST_NAME
+from ..graphs.modes import guard_mode
 from ..graphs.package import COMPANIONS, ModelPackage
 from ..graphs.places import is_checkpoint
+from ..graphs.progress import ProgressCallback
 from ..graphs.proof.structure import Check
-from ..graphs.spec import MODES_TOWARD_TEXT
 from ..runtime.vlm import VisionLanguageModel
 from .checkpoints.cache import exported
 from .checkpoints.convert import locate, read_config
@@ -21,11 +22,6 @@ from .choices import Precision
 from .families import find_family
 
 # (what is going on, done, of how many)
-Watch = Callable[[str, int, int], None]
-
-
-def unwatched(stage: str, done: int, total: int) -> None:
-    """Nobody is looking."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class Source:
 def opened(
     model: Path | str,
     variant: str | None,
-    tell: Watch,
+    report_progress: ProgressCallback,
     dtype: Precision | None = None,
     opset: int | None = None,
     exporter: str | None = None,
@@ -62,7 +58,7 @@ def opened(
     Args:
         model: a file, a folder or a hub id.
         variant: precision variant of an onnx-community folder.
-        tell: called with what is being done.
+        report_progress: called with `(stage, done, total)`.
         dtype: precision of a checkpoint's graphs, one of `Precision`.
         opset: ONNX opset of a checkpoint's graphs.
         exporter: exporter of a checkpoint.
@@ -75,7 +71,7 @@ def opened(
     if is_checkpoint(model):
         if variant is not None:
             raise GuardError(f"--variant {variant} is for onnx-community folders, {model} is a checkpoint; use --dtype")
-        with exported(model, exporter, dtype, opset, lambda stage: tell(stage, 0, 1), cache) as done:
+        with exported(model, exporter, dtype, opset, report_progress, cache) as done:
             beside = path.absolute().parent if path.is_dir() else Path.cwd()
             # of a hub id no folder is here: nothing is looked for
             home = path.absolute() if path.is_dir() else done.folder
@@ -122,7 +118,7 @@ def require_images_for(mode: str | None, model: Path | str) -> None:
     Raises:
         GuardError: the checkpoint is a text-only model.
     """
-    if mode not in MODES_TOWARD_TEXT or not is_checkpoint(model):
+    if mode is None or not guard_mode(mode).toward_text or not is_checkpoint(model):
         return
     if find_family(read_config(locate(model)), str(model)).vision is None:
         raise GuardError(

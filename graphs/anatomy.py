@@ -26,6 +26,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
 from .dataflow import Flow, Vertex, is_sorted
+from .dtypes import STREAM_DTYPES
 from .errors import AnatomyNotFound, ModelUnreadable, first_line
 from .inlining import require_inlinable
 from .layer_count import LayerCount
@@ -35,7 +36,6 @@ from .node_builder import PREFIX
 from .side_paths import SidePath, spelled
 from .sites import (
     RESHAPES,
-    STREAM_DTYPES,
     ResidualSite,
     past_sums,
     residual_site,
@@ -174,9 +174,9 @@ def _streams(flow: Flow, sink: ir.Value, declared: LayerCount | None) -> list[tu
             raise AnatomyNotFound(f"{body.name} of the If {body.owner and body.owner.name!r}: {error}") from None
     shapes = {(len(stream.sites), width) for stream, width in found}
     if len(shapes) > 1:
-        told = ", ".join(f"{stream.body} {len(stream.sites)} layers of width {width}" for stream, width in found)
+        sizes = ", ".join(f"{stream.body} {len(stream.sites)} layers of width {width}" for stream, width in found)
         raise AnatomyNotFound(
-            f"the branches of the If disagree ({told}); a merged decoder holds the same layers in each, export it again"
+            f"the branches of the If disagree ({sizes}); a merged decoder holds the same layers in each, export it again"
         )
     return found
 

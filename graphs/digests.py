@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
 from .errors import ModelUnreadable
+from .progress import CountCallback
 from .regular_files import NotRegular, open_regular, require_dense
-
-# (bytes read so far, bytes to read)
-Progress = Callable[[int, int], None]
 
 # From this size on a file is weights: worth sharing instead of copying, and worth not reading twice. Bytes.
 BIG = 16 << 20
@@ -27,11 +25,11 @@ def sha256_file(path: Path) -> str:
     return sha256_files([path])[path]
 
 
-def sha256_files(paths: Iterable[Path], progress: Progress | None = None) -> dict[Path, str]:
+def sha256_files(paths: Iterable[Path], report_count: CountCallback | None = None) -> dict[Path, str]:
     """Hex digest of every path; hard links to one file are read once.
 
     Args:
-        progress: told how many bytes have been read, now and then, from several threads but never at the same time.
+        report_count: called with `(done, total)` bytes, from several threads but never at the same time.
 
     Raises:
         ModelUnreadable: a path is no regular file, or the files are far larger than what the disk holds of them.
@@ -46,25 +44,25 @@ def sha256_files(paths: Iterable[Path], progress: Progress | None = None) -> dic
     contents: dict[tuple[int, int], Path] = {}
     for path in wanted:
         contents.setdefault(_content(path), path)
-    told = _Told(sum(path.stat().st_size for path in contents.values()), progress)
+    counter = _ByteCounter(sum(path.stat().st_size for path in contents.values()), report_count)
     with ThreadPoolExecutor(_WORKERS) as pool:
-        digests = dict(zip(contents, pool.map(lambda path: _digest(path, told), contents.values()), strict=True))
+        digests = dict(zip(contents, pool.map(lambda path: _digest(path, counter), contents.values()), strict=True))
     return {path: digests[_content(path)] for path in wanted}
 
 
-class _Told:
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.total, self.progress, self.done, self.lock = total, progress, 0, Lock()
+class _ByteCounter:
+    def __init__(self, total: int, report_count: CountCallback | None) -> None:
+        self.total, self.report_count, self.done, self.lock = total, report_count, 0, Lock()
 
     def add(self, count: int) -> None:
-        if self.progress is None:
+        if self.report_count is None:
             return
         with self.lock:
             self.done += count
-            self.progress(self.done, self.total)
+            self.report_count(self.done, self.total)
 
 
-def _digest(path: Path, told: _Told) -> str:
+def _digest(path: Path, counter: _ByteCounter) -> str:
     digest = hashlib.sha256()
     try:
         descriptor = open_regular(path)
@@ -74,7 +72,7 @@ def _digest(path: Path, told: _Told) -> str:
         buffer = memoryview(bytearray(min(_CHUNK, max(os.fstat(file.fileno()).st_size, 1))))
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
-            told.add(count)
+            counter.add(count)
     return digest.hexdigest()
 
 

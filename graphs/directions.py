@@ -29,8 +29,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
 from .errors import DirectionMismatch, first_line
+from .modes import MODES
 from .places import DIRECTIONS, require_file
-from .spec import LARGEST_TAU, MAX_RANK, MODES
+from .spec import LARGEST_TAU, MAX_RANK
 from .strict_json import from_strict_json, to_strict_json
 
 SCHEMA = "vlmguard.directions/1"

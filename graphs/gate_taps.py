@@ -2,45 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import onnx_ir as ir
 
-from .node_builder import PREFIX
 from .subgraphs import DecoderSubgraph, branches, branching, surface, top
 
 
-def tap_gates(model: ir.Model, layers: Sequence[int]) -> dict[int, str]:
+def tap_gates(model: ir.Model, report: Mapping[str, Any]) -> dict[int, str]:
     """Make the gates of a guarded graph outputs of it.
 
     Args:
-        layers: those that are guarded.
+        model: the graph; changed in place.
+        report: what was done to it, as `GuardReport.to_json` records it.
 
     Returns:
-        Layer to the name of its output, float32 of 0 and 1, `[batch, sequence or 1, 1]`. Empty where the guard has no gate
-        (`project`) or none that is a value of the graph (`fold`); the graph is then what it was.
+        Layer -> name of its output, float32 of 0 and 1, `[batch, sequence or 1, 1]`. Empty where the guard has no gate
+        (`project`, `fold`) or a gate is not in the graph; the graph is then unchanged.
     """
-    gates = [_gate(model, layer) for layer in layers]
-    if not all(gates):
-        return {}
-    names = {layer: f"vlmguard.gate.{layer}" for layer in layers}
-    for name, values in zip(names.values(), gates, strict=True):
-        surface(model, values, name, ir.Shape([None, None, None]))
+    bodies = {body.name: body for body in _bodies(model)}
+    found: dict[int, dict[DecoderSubgraph, ir.Value]] = {}
+    for site in report["sites"]:
+        body = bodies.get(site["body"])
+        gate = None if body is None else body.values().get(site.get("gate", ""))
+        if body is None or gate is None:
+            return {}
+        found.setdefault(site["layer"], {})[body] = gate
+    names = {layer: f"vlmguard.gate.{layer}" for layer in found}
+    for layer, values in found.items():
+        surface(model, values, names[layer], ir.Shape([None, None, None]))
     return names
 
 
-def _gate(model: ir.Model, layer: int) -> dict[DecoderSubgraph, ir.Value]:
-    """What the lowerings call `gate`, in each body of the decoder; empty if a body lacks it."""
-    for bodies in _places(model):
-        values = {body: body.values().get(f"{PREFIX}{body.path}layer_{layer}/gate") for body in bodies}
-        found = {body: value for body, value in values.items() if value is not None}
-        if found and len(found) == len(bodies):
-            return found
-    return {}
-
-
-def _places(model: ir.Model) -> Iterator[list[DecoderSubgraph]]:
-    """The top graph, then the branches of each `If`: the bodies that may hold a decoder."""
-    yield [top(model)]
+def _bodies(model: ir.Model) -> Iterator[DecoderSubgraph]:
+    """The top graph and the branches of each `If`."""
+    yield top(model)
     for node in branching(model.graph):
-        yield list(branches(node))
+        yield from branches(node)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from .lowerings.task import Written
+from .lowerings.task import Written, WrittenWhole
+from .modes import guard_mode
 from .node_builder import NodeBuilder
 from .pairs import SUPERVISOR_KEY
 from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan, SitePlan
@@ -34,7 +35,7 @@ def declare_inputs(model: ir.Model, plan: GuardPlan, shapes: Mapping[str, ir.Sha
 
 
 def port_shapes(model: ir.Model, plan: GuardPlan) -> dict[str, ir.Shape]:
-    """`[batch, layers, m]` of coordinates, in and out; `[batch, layers]` of what is said of gates."""
+    """`[batch, layers, m]` of coordinates, in and out; `[batch, layers]` of gates and scores."""
     names = [name for name in (*plan.added_inputs, *plan.added_outputs) if name not in plan.knobs]
     if not names:
         return {}
@@ -67,10 +68,10 @@ def supervisor_row(edit: SubgraphEdit, builder: NodeBuilder, planned: SitePlan) 
     return builder.op("supervisor", "Gather", [supervisor, index], axis=1)
 
 
-def keep_outputs(edit: SubgraphEdit, builder: NodeBuilder, written: Written | None) -> None:
-    """Remember what this layer has to tell, at the last token: coordinates `[batch, 1, m]`, what is of gates `[batch, 1]`."""
+def keep_outputs(edit: SubgraphEdit, builder: NodeBuilder, written: Written | WrittenWhole) -> None:
+    """Write this layer's outputs at the last token: coordinates `[batch, 1, m]`, scores and gates `[batch, 1]`."""
     for output in edit.plan.added_outputs:
-        assert written is not None
+        assert isinstance(written, Written), "a guard written as one matrix has no outputs"
         if output == COORDINATES_OUTPUT:
             value = _own_coordinates(edit, builder, written)
         elif output == SCORES_OUTPUT:
@@ -78,7 +79,7 @@ def keep_outputs(edit: SubgraphEdit, builder: NodeBuilder, written: Written | No
         else:
             assert output == PRESENT_GATE_OUTPUT and written.gate is not None, output
             value = builder.op("present_gate", "GatherND", [written.gate.opened, edit.ends])
-        edit.told[output].append(value)
+        edit.guard_outputs[output].append(value)
 
 
 def _own_coordinates(edit: SubgraphEdit, builder: NodeBuilder, written: Written) -> ir.Value:
@@ -88,25 +89,25 @@ def _own_coordinates(edit: SubgraphEdit, builder: NodeBuilder, written: Written)
 
 
 def _score(edit: SubgraphEdit, builder: NodeBuilder, written: Written) -> ir.Value:
-    """The gate's score as others know it, out of the unit that it was read in."""
+    """The gate's score in its own unit, not in the power of two that the lowering reads it in."""
     made = written.gate
     assert made is not None and edit.ends is not None
-    if edit.plan.mode == "supervise":  # one score per row, whatever the token
-        return builder.op("score_told", "Squeeze", [made.score, builder.integers(-1)])
+    if guard_mode(edit.plan.mode).decides_by_text:  # one score per row, whatever the token
+        return builder.op("score_unscaled", "Squeeze", [made.score, builder.integers(-1)])
     value = builder.op("score_last", "GatherND", [made.score, edit.ends])
     if made.unit == 1.0:
         return value
     return builder.op(
-        "score_told", "Mul", [value, builder.constant("score_told_unit", np.array(1 / made.unit), "float32")]
+        "score_unscaled", "Mul", [value, builder.constant("score_unscaled_unit", np.array(1 / made.unit), "float32")]
     )
 
 
 def add_output(model: ir.Model, edits: list[SubgraphEdit], output: str, shape: ir.Shape) -> None:
-    """What all layers tell, side by side."""
+    """Make one output of what the layers wrote, side by side: `[batch, layers, ...]`."""
     given: dict[DecoderSubgraph, ir.Value] = {}
     for edit in edits:
         builder = edit.builder(output.removeprefix("vlmguard."))
-        given[edit.body] = builder.op("all_layers", "Concat", edit.told[output], axis=1)
+        given[edit.body] = builder.op("all_layers", "Concat", edit.guard_outputs[output], axis=1)
         builder.place_last()
         edit.shared += names_of(builder)
         edit.initializers += builder.initializers
@@ -114,7 +115,7 @@ def add_output(model: ir.Model, edits: list[SubgraphEdit], output: str, shape: i
 
 
 def record_guard(model: ir.Model, plan: GuardPlan) -> None:
-    """Say in the file itself what was done."""
+    """Record the guard in the metadata of the graph."""
     model.metadata_props.update(
         {
             "vlmguard.schema": "vlmguard.guarded/1",

@@ -68,7 +68,9 @@ def open_package(path: Path | str, variant: str | None = None, trust_links: bool
 def _find(path: Path, variant: str | None) -> ModelPackage:
     require_model(path)
     if variant is not None and not (path / "onnx").is_dir():
-        raise ModelUnreadable(f"{path}: variant {variant!r} was asked for, only onnx-community folders have variants")
+        raise ModelUnreadable(
+            f"{path}: variant {variant!r} needs an onnx-community folder, other layouts have no variants; leave --variant out"
+        )
     if path.is_file():
         return _from_file(path)
     if not path.is_dir():  # a FIFO or a device
@@ -184,9 +186,7 @@ def _onnx_community(root: Path, variant: str | None) -> ModelPackage:
     chosen = [path for path in decoders if variant is None or suffixes[path] == variant]
     if not chosen:
         known = ", ".join(repr(name) for name in sorted(set(suffixes.values())))
-        raise ModelUnreadable(
-            f"{root / 'onnx'}: variant {variant!r} of the decoder was asked for, found {known}; name one"
-        )
+        raise ModelUnreadable(f"{root / 'onnx'}: the decoder has no variant {variant!r}, only {known}; name one")
     chosen.sort(key=lambda path: (_DECODERS.index(decoders[path]), suffixes[path] != "", suffixes[path]))
     return _community_package(root, chosen[0], tuple(chosen[1:]))
 

@@ -13,12 +13,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .digests import BIG, Progress, sha256_files
+from .digests import BIG, sha256_files
 from .errors import ManifestMismatch
 from .inventory import require_nothing_beside, require_plain_names
 from .json_files import LARGEST_JSON
+from .new_files import create_file
 from .places import require_guarded_folder
+from .progress import CountCallback
 from .regular_files import read_regular
+from .staging import write_file
 from .strict_json import from_strict_json, to_strict_json
 
 MANIFEST_NAME = "guard.json"
@@ -183,6 +186,28 @@ def record_files(
     return found
 
 
+def hash_files(folder: Path) -> dict[str, FileRecord]:
+    """The records of everything that a folder holds, each file with its digest."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = {path.relative_to(folder).as_posix(): digest for path, digest in sha256_files(files).items()}
+    return record_files(folder, digests, digests)
+
+
+def write_manifest(folder: Path, manifest: Manifest, replace: bool = False) -> None:
+    """Write `guard.json`, the last file of a folder.
+
+    Args:
+        folder: the folder, or the stage that becomes it.
+        manifest: what it contains.
+        replace: a guarded folder gets a new manifest. Otherwise there must be none: a file of this name in a stage is one
+            of the model's own.
+
+    Raises:
+        OutputRefused: it cannot be written.
+    """
+    (write_file if replace else create_file)(folder / MANIFEST_NAME, manifest.to_text().encode())
+
+
 def may_go_unhashed(name: str, size: int) -> bool:
     """Whether a file's digest may be left out (`--no-digest`): of big weights only, never of what is run or read."""
     return size >= BIG and not name.lower().endswith((*_EXECUTED, ".json", ".jinja"))
@@ -219,7 +244,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def require_intact(
-    folder: Path, manifest: Manifest, again: bool = True, progress: Progress | None = None, besides: str = ""
+    folder: Path, manifest: Manifest, again: bool = True, report_count: CountCallback | None = None, besides: str = ""
 ) -> int:
     """Every file is there as the manifest says, and none besides that is run or gone by; how many were compared.
 
@@ -249,7 +274,7 @@ def require_intact(
     hashed = {name: r for name, r in manifest.files.items() if r.sha256 is not None}
     if not again:
         hashed = {name: record for name, record in hashed.items() if not _unchanged(folder / name, record)}
-    found = sha256_files((folder / name for name in hashed), progress)
+    found = sha256_files((folder / name for name in hashed), report_count)
     for name, record in hashed.items():
         if found[folder / name] != record.sha256:
             raise ManifestMismatch(f"{folder}: {name} is not the file that was proved (SHA-256 differs); export again")

@@ -7,17 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from .dtypes import IR_DTYPES, NUMPY_DTYPES
+
 PREFIX = "vlmguard/"
-NUMPY_DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
-IR_DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 
 
 class NodeBuilder:
@@ -47,11 +42,13 @@ class NodeBuilder:
         self.properties = properties or {}
         self.nodes: list[ir.Node] = []
         self.initializers: list[str] = []
+        self.numbers: list[str] = []  # those of them that `constant` wrote
 
     def constant(self, name: str, array: np.ndarray, dtype: str | None = None) -> ir.Value:
         """An initializer; `dtype` is a stream dtype, `None` keeps the array's own."""
         array = np.array(array, dtype=None if dtype is None else NUMPY_DTYPES[dtype], order="C")
-        return self._register(f"{self.weights}/{name}", array)
+        self.numbers.append(f"{self.weights}/{name}")
+        return self._register(self.numbers[-1], array)
 
     def integers(self, *numbers: int) -> ir.Value:
         """A 1-D int64 constant (axes, bounds); one per distinct list, shared by the whole guard."""

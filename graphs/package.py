@@ -122,7 +122,10 @@ class ModelPackage:
     @property
     def longest_sequence(self) -> int | None:
         """How many tokens the model knows positions for, if a config says: `config.json`, else `genai_config.json`."""
-        return self._declared("max_position_embeddings", "n_positions", "context_length") or self._genai_context()
+        declared = self._declared("max_position_embeddings", "n_positions", "context_length")
+        if declared is None or isinstance(declared, bool) or declared < 1:
+            return self._genai_context()
+        return declared
 
     def _genai_context(self) -> int | None:
         """`model.context_length`, else `search.max_length`, of `genai_config.json`."""

@@ -25,8 +25,6 @@ from .node_builder import NodeBuilder
 from .positions import LastToken
 from .roles import input_roles
 
-# An int64 scalar of the guard: a call of more tokens than this is a prompt. Proofs that close the guard raise it.
-STEP_TOKENS = "step_tokens"
 # Key of the graph's metadata: `rows` where it reads paired rows.
 SUPERVISOR_KEY = "vlmguard.supervisor"
 
@@ -74,7 +72,9 @@ def reads_pairs(model: ir.Model) -> bool:
 
 
 class PairedRows:
-    """Which rows of a call are edited, and where their text-only prompts end. What is asked for is written then, and once.
+    """Which rows of a call are edited, and where their text-only prompts end.
+
+    Each property writes its nodes when it is first read.
 
     Args:
         builder: that of `last`.
@@ -82,33 +82,37 @@ class PairedRows:
     """
 
     def __init__(self, builder: NodeBuilder, last: LastToken) -> None:
-        self._scribe, self._last = builder, last
+        self._builder, self._last = builder, last
 
     @cached_property
     def text_ends(self) -> ir.Value:
         """`[batch, 1, 2]` int64: (row, position) of the text-only prompt's last token, for each row."""
         ends = self._op("text_pairs", "Gather", [self._last.pairs, self._text_rows], axis=0)
-        return self._op("text_ends", "Unsqueeze", [ends, self._scribe.integers(1)])
+        return self._op("text_ends", "Unsqueeze", [ends, self._builder.integers(1)])
 
     @cached_property
     def edited(self) -> ir.Value:
         """`[batch, 1]` bool: odd rows in a prompt's call, where both rows of the pair have a token."""
         odd = self._op("odd", "Sub", [self._last.rows, self._text_rows])
         odd = self._op("odd_bool", "Cast", [odd], to=int(ir.DataType.BOOL))
-        odd = self._op("odd_column", "Unsqueeze", [odd, self._scribe.integers(1)])
-        step = self._scribe.constant(STEP_TOKENS, np.array(1, dtype=np.int64))
-        is_prompt = self._op("is_prompt", "Greater", [self._last.length, step])
+        odd = self._op("odd_column", "Unsqueeze", [odd, self._builder.integers(1)])
+        is_prompt = self._op("is_prompt", "Greater", [self._last.length, self.step_tokens])
         text_here = self._op("text_here", "Gather", [self._last.here, self._text_rows], axis=0)
         both_here = self._op("both_here", "And", [self._last.here, text_here])
         return self._op("edited_rows", "And", [self._op("odd_here", "And", [odd, both_here]), is_prompt])
 
     @cached_property
+    def step_tokens(self) -> ir.Value:
+        """int64 scalar initializer: a call of more tokens is a prompt's."""
+        return self._builder.constant("step_tokens", np.array(1, dtype=np.int64))
+
+    @cached_property
     def _text_rows(self) -> ir.Value:
         """`[batch]` int64: the even row of each row's pair."""
-        two = self._scribe.constant("two", np.array(2, dtype=np.int64))
+        two = self._builder.constant("two", np.array(2, dtype=np.int64))
         half = self._op("half", "Div", [self._last.rows, two])  # no Mod, which fewer runtimes have for integers
         return self._op("text_rows", "Mul", [half, two])
 
     @property
     def _op(self) -> Callable[..., ir.Value]:
-        return self._scribe.op
+        return self._builder.op

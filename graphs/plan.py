@@ -1,6 +1,6 @@
 """The plan: what WILL change, as sorted plain data, with the reason for each choice. Pure; changes nothing.
 
-`--dry-run` prints it, a golden file pins it, the manifest keeps it. `rewrite` only does what it says.
+`--dry-run` prints it, a golden file pins it, the manifest keeps it. `rewrite` makes these changes and no other.
 """
 
 from __future__ import annotations
@@ -11,16 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from .modes import guard_mode
 from .reference import LayerGuard
 from .runtime_controls import PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT
 from .separation import Separation, warnings_of
 from .sites import ResidualSite
-from .spec import (
-    MODES_WITH_ALPHA,
-    MODES_WITH_GATE,
-    MODES_WITH_READOUT,
-    MODES_WITH_SUPERVISOR,
-)
 
 PLAN_SCHEMA = "vlmguard.plan/1"
 SUPERVISOR_INPUT = "vlmguard.supervisor"
@@ -56,15 +51,15 @@ class SitePlan:
             "rank": self.guard.rank,
             "ssd_sha256": _digest(self.guard.ssd),
         }
-        if mode in MODES_WITH_GATE:
+        if guard_mode(mode).has_threshold:
             shown["tau"] = self.guard.threshold
-        if mode in MODES_WITH_ALPHA:
+        if guard_mode(mode).has_alpha:
             shown["alpha"] = self.guard.alpha
-        if mode == "supervise":
+        if "origin" in guard_mode(mode).numbers:
             shown["origin"] = self.guard.origin.tolist()
-        if mode == "combined":
+        if "text_shift" in guard_mode(mode).numbers:
             shown["text_shift"] = self.guard.text_shift
-        if mode in MODES_WITH_READOUT:
+        if guard_mode(mode).has_readout:
             shown["target"] = self.guard.target.tolist()
             shown["readout_sha256"] = _digest(self.guard.readout)
         return shown
@@ -140,7 +135,7 @@ class GuardPlan:
     @property
     def takes_supervisor(self) -> bool:
         """Whether the graph takes the text-only coordinates as an input, and outputs its own."""
-        return self.mode in MODES_WITH_SUPERVISOR and not self.paired
+        return guard_mode(self.mode).supervisor and not self.paired
 
     @property
     def added_inputs(self) -> tuple[str, ...]:
@@ -152,12 +147,12 @@ class GuardPlan:
     @property
     def added_outputs(self) -> tuple[str, ...]:
         """In their order."""
-        told = {
+        outputs = {
             COORDINATES_OUTPUT: self.takes_supervisor,
             SCORES_OUTPUT: self.telemetry,
             PRESENT_GATE_OUTPUT: self.gate == "prompt",
         }
-        return tuple(name for name, is_told in told.items() if is_told)
+        return tuple(name for name, is_added in outputs.items() if is_added)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -14,6 +14,7 @@ from .directions import Directions, LayerDirections
 from .errors import DirectionMismatch, GuardError
 from .lowerings.fold import find_writers
 from .lowerings.table import FOLDED, choose_lowering
+from .modes import guard_mode, modes_where
 from .node_builder import PREFIX
 from .pairs import require_pairs
 from .plan import GuardPlan, SitePlan
@@ -21,15 +22,7 @@ from .reference import SUPERVISED_ABOVE, LayerGuard
 from .runtime_controls import knobs_of, notes_on, require_knobs
 from .separation import Separation, recorded_separations, warnings_of
 from .sites import ResidualSite, find_node
-from .spec import (
-    MAX_RANK,
-    MODES_ONLY_AT_PROMPT_END,
-    MODES_WITH_ALPHA,
-    MODES_WITH_GATE,
-    MODES_WITH_READOUT,
-    MODES_WITH_SUPERVISOR,
-    GuardSpec,
-)
+from .spec import MAX_RANK, GuardSpec
 from .subgraphs import find_bodies
 
 OLDEST_OPSET = 13  # Unsqueeze and Squeeze take their axes as inputs from here on
@@ -37,11 +30,17 @@ LARGEST_ALPHA = 1000.0  # alpha times the NO_SUPERVISOR sentinel must stay finit
 
 
 def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions, spec: GuardSpec) -> GuardPlan:
-    """Decide what will change, from the wish, the anatomy and the directions.
+    """Plan what will change.
+
+    Args:
+        model: the unguarded decoder graph; it is not changed.
+        anatomy: its residual stream.
+        directions: the directions file's content.
+        spec: the requested guard.
 
     Raises:
         DirectionMismatch: the directions do not fit the decoder or lack what the mode needs.
-        GuardError: the wish cannot be met on this graph.
+        GuardError: this graph cannot carry the requested guard.
     """
     require_unguarded(model)
     require_fitting(directions, anatomy)
@@ -51,10 +50,10 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
     ranks = [layer.ssd.shape[0] for number, layer in directions.layers.items() if number in layers]
     rank = spec.rank or max(ranks, default=1)
     lowering, reason = choose_lowering(spec.lowering, mode, spec.target, rank)
-    spec.require_dials(mode)
+    spec.require_runtime_controls(mode)
     knobs = knobs_of(mode) if spec.knobs else ()
     if knobs:
-        require_knobs(model, lowering.name, lowering.dials)
+        require_knobs(model, lowering.name, lowering.supports_runtime_controls)
     directions = _one_direction(spec, directions, layers, mode, notes)
     guards = {  # whatever order, and how often, the directions name them
         number: _layer_guard(number, directions, spec, mode, notes) for number in sorted(set(layers))
@@ -79,7 +78,7 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
     notes += warnings_of(separation)
     return GuardPlan(
         mode=mode,
-        positions="prompt" if mode in MODES_ONLY_AT_PROMPT_END else spec.positions,
+        positions="prompt" if guard_mode(mode).edits_prompt_end_only else spec.positions,
         lowering=lowering.name,
         lowering_reason=reason,
         mask=mask,
@@ -96,14 +95,14 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
 
 
 def _recorded(directions: Directions, layers: tuple[int, ...]) -> tuple[Separation, ...]:
-    """What the directions file records of its anchors."""
+    """How well the layers separate harmful from harmless anchors, as the directions file records it."""
     source = (directions.anchors or {}).get("source", "anchors")
     return recorded_separations(directions.evidence, directions.pairs, layers, source)
 
 
 def _mask(model: ir.Model, spec: GuardSpec, mode: str) -> str:
-    """The mask that the last token is found by; one that cannot be read is refused only where it would have to be."""
-    is_read = spec.positions != "all" or spec.telemetry or spec.gate == "prompt" or mode in MODES_WITH_SUPERVISOR
+    """Name of the mask that marks the last token, or ""; an unreadable mask is an error only where the guard reads it."""
+    is_read = spec.positions != "all" or spec.telemetry or spec.gate == "prompt" or guard_mode(mode).supervisor
     if not is_read:
         return readable_mask(model.graph)
     mask = mask_input(model.graph)
@@ -113,7 +112,7 @@ def _mask(model: ir.Model, spec: GuardSpec, mode: str) -> str:
 def _one_direction(
     spec: GuardSpec, directions: Directions, layers: tuple[int, ...], mode: str, notes: list[str]
 ) -> Directions:
-    """With `direction_of`: that layer's SSD in every guarded layer."""
+    """The directions, with the SSD of layer `direction_of` in every guarded layer if that is set."""
     number = spec.direction_of
     if number is None:
         return directions
@@ -121,24 +120,24 @@ def _one_direction(
         raise GuardError(f"--direction-of is for mode project, {mode} reads each layer's own; leave it out")
     if number not in directions.layers:
         raise DirectionMismatch(
-            f"the direction of layer {number} was asked for, the directions hold layers "
+            f"the directions have no layer {number} for --direction-of, only layers "
             f"{_spell(tuple(directions.layers))}; extract them for that layer too"
         )
-    notes.append(f"the direction of layer {number} in every guarded layer, as asked")
+    notes.append(f"the direction of layer {number} in every guarded layer, as requested")
     return replace(directions, layers={layer: LayerDirections(directions.layers[number].ssd) for layer in layers})
 
 
 def _require_foldable(
     model: ir.Model, anatomy: DecoderAnatomy, sites: tuple[SitePlan, ...], spec: GuardSpec
 ) -> list[str]:
-    """What `fold` can do: one subspace, everywhere, and weights that it can be folded into."""
+    """Notes on the folded weights; an error if the layers differ or a writer is not linear."""
     if spec.positions != "all":
         raise GuardError("fold changes weights, so every token; use --positions all, or choose --lowering lowrank")
     absent = [number for number in range(anatomy.layer_count) if number not in {s.layer_index for s in sites}]
     if absent:
         raise GuardError(
-            f"fold changes the whole stream, layer {absent[0]} is not among the layers asked for; guard all of them with one "
-            "direction (--direction-of N), or choose --lowering lowrank"
+            f"fold changes the whole stream, layer {absent[0]} is not among the requested layers; guard all of them with "
+            "one direction (--direction-of N), or choose --lowering lowrank"
         )
     if any(not np.array_equal(site.guard.ssd, sites[0].guard.ssd) for site in sites):
         raise GuardError(
@@ -148,10 +147,10 @@ def _require_foldable(
     writers = find_writers(model, last_sites(anatomy), anatomy.width)
     weights = {writer.weight: writer for writer in writers}
     kept = [weight.name for weight in weights if len(weight.uses()) > sum(w.weight is weight for w in writers)]
-    told = [f"fold: {len(weights)} weights write the stream, and are written again without the direction"]
+    notes = [f"fold: {len(weights)} weights write the stream, and are written again without the direction"]
     if kept:
-        told.append(f"fold: {', '.join(map(str, kept))} has other readers too (a tied head) and stays beside its copy")
-    return told
+        notes.append(f"fold: {', '.join(map(str, kept))} has other readers too (a tied head) and stays beside its copy")
+    return notes
 
 
 def _quantized_behind(model: ir.Model, sites: tuple[SitePlan, ...]) -> list[str]:
@@ -190,7 +189,7 @@ def require_unguarded(model: ir.Model) -> None:
 
 
 def require_layers(spec: GuardSpec, anatomy: DecoderAnatomy) -> None:
-    """The layers asked for are layers of the decoder.
+    """Check that the requested layers are layers of the decoder.
 
     Raises:
         GuardError: one of them is not.
@@ -198,7 +197,7 @@ def require_layers(spec: GuardSpec, anatomy: DecoderAnatomy) -> None:
     beyond = [number for number in spec.layers or () if number >= anatomy.layer_count]
     if beyond:
         raise GuardError(
-            f"layer {beyond[0]} was asked for, the decoder has layers 0 to {anatomy.layer_count - 1}; layers count from 0"
+            f"the decoder has no layer {beyond[0]}, only layers 0 to {anatomy.layer_count - 1}; layers count from 0"
         )
 
 
@@ -225,7 +224,7 @@ def _mode(spec: GuardSpec, directions: Directions) -> tuple[str, list[str]]:
     calibrated = directions.calibrated_layers
     if spec.mode is None:
         if directions.mode is not None:
-            if directions.mode in MODES_ONLY_AT_PROMPT_END:
+            if guard_mode(directions.mode).edits_prompt_end_only:
                 return directions.mode, [f"mode {directions.mode}: that of the directions"]
             return directions.mode, [f"mode {directions.mode}: what the directions were calibrated for"]
         if calibrated:
@@ -236,14 +235,23 @@ def _mode(spec: GuardSpec, directions: Directions) -> tuple[str, list[str]]:
         ]
     if spec.mode == "project" and directions.mode is None and not calibrated:
         return "project", [
-            "mode project as asked: an uncalibrated projection may over-refuse or do nothing; evaluate it"
+            "mode project as requested: an uncalibrated projection may over-refuse or do nothing; evaluate it"
         ]
-    if spec.mode in MODES_WITH_GATE and spec.tau is None and directions.mode not in (None, "align", spec.mode):
+    if (
+        guard_mode(spec.mode).has_threshold
+        and spec.tau is None
+        and _calibrated_for(directions) not in (None, spec.mode)
+    ):
         raise DirectionMismatch(
             f"the directions' thresholds were calibrated for {directions.mode}, not for {spec.mode}; give --tau, or "
             "calibrate again with --anchors"
         )
-    return spec.mode, [f"mode {spec.mode} as asked"]
+    return spec.mode, [f"mode {spec.mode} as requested"]
+
+
+def _calibrated_for(directions: Directions) -> str | None:
+    """The mode that the thresholds of a directions file are for."""
+    return directions.mode if directions.mode is not None and guard_mode(directions.mode).is_calibrated else None
 
 
 def _layers(
@@ -252,23 +260,25 @@ def _layers(
     require_layers(spec, anatomy)
     if spec.direction_of is not None:
         chosen = tuple(sorted(set(spec.layers))) if spec.layers is not None else tuple(range(anatomy.layer_count))
-        return chosen, [f"layers {_spell(chosen)}: {'as asked' if spec.layers is not None else 'all of the decoder'}"]
+        return chosen, [
+            f"layers {_spell(chosen)}: {'as requested' if spec.layers is not None else 'all of the decoder'}"
+        ]
     if spec.layers is not None:
         absent = [number for number in spec.layers if number not in directions.layers]
         if absent:
             raise DirectionMismatch(
-                f"layer {absent[0]} was asked for, the directions hold layers {_spell(tuple(directions.layers))}; "
+                f"the directions have no layer {absent[0]}, only layers {_spell(tuple(directions.layers))}; "
                 "extract them for that layer too"
             )
-        return tuple(sorted(set(spec.layers))), [f"layers {_spell(spec.layers)} as asked"]
-    # layers that were chosen for another mode's edit say nothing of this one's
-    if mode == "align" and not (directions.mode == "align" and directions.recommended_layers):
+        return tuple(sorted(set(spec.layers))), [f"layers {_spell(spec.layers)} as requested"]
+    # layers chosen for another mode's edit are no guide for this mode
+    if not guard_mode(mode).is_calibrated and not (directions.mode == mode and directions.recommended_layers):
         return _later_layers(directions, anatomy.layer_count)
     if directions.recommended_layers:
         chosen = directions.recommended_layers
-        why = "what calibration chose" if mode not in MODES_ONLY_AT_PROMPT_END else "chosen with the directions"
+        why = "what calibration chose" if not guard_mode(mode).edits_prompt_end_only else "chosen with the directions"
         return chosen, [f"layers {_spell(chosen)}: {why}"]
-    if mode in MODES_WITH_READOUT and directions.calibrated_layers:
+    if guard_mode(mode).has_readout and directions.calibrated_layers:
         chosen = directions.calibrated_layers
         return chosen, [f"layers {_spell(chosen)}: those that the directions calibrate"]
     chosen = tuple(directions.layers)
@@ -304,19 +314,20 @@ def _layer_guard(number: int, directions: Directions, spec: GuardSpec, mode: str
     rank = spec.rank or layer.ssd.shape[0]
     if rank > layer.ssd.shape[0]:
         raise DirectionMismatch(
-            f"rank {rank} was asked for, the directions of layer {number} have {layer.ssd.shape[0]} rows; "
+            f"rank {rank} is more than the {layer.ssd.shape[0]} rows of the directions of layer {number}; "
             "extract them with a higher --rank"
         )
-    if mode in MODES_WITH_ALPHA:
+    if guard_mode(mode).has_alpha:
         alpha = spec.alpha if spec.alpha is not None else directions.alpha if directions.alpha is not None else 1.0
         if alpha > LARGEST_ALPHA:
             raise GuardError(f"alpha {alpha:g} is beyond {LARGEST_ALPHA:g}; no hidden state survives that")
     elif spec.alpha is not None:
-        raise GuardError(f"mode {mode} has no strength alpha; leave --alpha out, or choose steer or supervise")
+        able = " or ".join(modes_where(has_alpha=True))
+        raise GuardError(f"mode {mode} has no strength alpha; leave --alpha out, or choose {able}")
     else:
         alpha = 1.0
-    if spec.tau is not None and mode not in MODES_WITH_GATE:
-        what = "gate" if mode == "project" else "threshold"
+    if spec.tau is not None and not guard_mode(mode).has_threshold:
+        what = "gate" if guard_mode(mode).gate is None else "threshold"
         raise GuardError(f"mode {mode} has no {what}; leave --tau out, or choose a mode with one")
     zeros = np.zeros(rank, np.float32)
     threshold = _threshold(number, layer, spec, mode, notes)
@@ -332,7 +343,7 @@ def _layer_guard(number: int, directions: Directions, spec: GuardSpec, mode: str
 
 
 def _target(number: int, layer: LayerDirections, rank: int, mode: str) -> np.ndarray:
-    if mode not in MODES_WITH_READOUT:
+    if not guard_mode(mode).has_readout:
         return np.zeros(rank, np.float32)
     if layer.target is None:
         raise DirectionMismatch(
@@ -344,21 +355,21 @@ def _target(number: int, layer: LayerDirections, rank: int, mode: str) -> np.nda
 def _readout(number: int, layer: LayerDirections, mode: str, notes: list[str]) -> np.ndarray:
     if layer.readout is not None:
         return layer.readout
-    if mode in MODES_WITH_READOUT:
+    if guard_mode(mode).has_readout:
         notes.append(f"layer {number} has no readout of its own: its gate reads the first row of the SSD")
     return layer.ssd[0]
 
 
 def _threshold(number: int, layer: LayerDirections, spec: GuardSpec, mode: str, notes: list[str]) -> float:
-    if mode == "align":
+    if guard_mode(mode).gate == "any text":
         return -np.inf if spec.supervisor == "rows" else float(np.float32(SUPERVISED_ABOVE))
-    if mode not in MODES_WITH_GATE:
+    if not guard_mode(mode).has_threshold:
         return 0.0
     if spec.tau is not None:
         return float(np.float32(spec.tau))
     if layer.threshold is not None:
         return float(np.float32(layer.threshold))  # what the graph compares with, and what a directions file holds
-    if mode in MODES_WITH_READOUT:
+    if guard_mode(mode).has_readout:
         raise DirectionMismatch(
             f"mode {mode} needs a threshold, layer {number} of the directions has none; give --tau, or calibrate "
             "with --anchors"
@@ -369,11 +380,11 @@ def _threshold(number: int, layer: LayerDirections, spec: GuardSpec, mode: str, 
 
 def _text_shift(number: int, layer: LayerDirections, mode: str, threshold: float) -> float:
     """One threshold for the readout and for the text, each on its own scale."""
-    if mode != "combined":
+    if "text_shift" not in guard_mode(mode).numbers:
         return 0.0
     if layer.text_threshold is None:
         raise DirectionMismatch(
-            f"mode combined needs a threshold for the text too, layer {number} of the directions has none; calibrate with "
+            f"mode {mode} needs a threshold for the text too, layer {number} of the directions has none; calibrate with "
             "--anchors"
         )
     return float(np.float32(threshold - layer.text_threshold))
@@ -386,7 +397,7 @@ def _require_expressible(model: ir.Model, sites: tuple[SitePlan, ...], mode: str
             f"the graph has opset {opset}, the guard needs {OLDEST_OPSET} or later; convert it with onnx.version_converter"
         )
     ranks = {site.guard.rank for site in sites}
-    if mode in MODES_WITH_SUPERVISOR and len(ranks) > 1:
+    if guard_mode(mode).supervisor and len(ranks) > 1:
         raise GuardError(f"{mode} needs one rank in all layers, found {sorted(ranks)}; give --rank {min(ranks)}")
     for site in sites:
         assert 1 <= site.guard.rank <= MAX_RANK

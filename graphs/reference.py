@@ -57,7 +57,7 @@ class LayerGuard:
 
 
 @dataclass(frozen=True)
-class Dials:
+class RuntimeControls:
     """What may be set at each call. Ours, not the paper's; the defaults are the guard as it was calibrated.
 
     Attributes:
@@ -72,7 +72,7 @@ class Dials:
     held: np.ndarray | None = None
 
 
-AS_CALIBRATED = Dials()
+AS_CALIBRATED = RuntimeControls()
 
 
 def weights(
@@ -80,17 +80,17 @@ def weights(
     layer: LayerGuard,
     h: np.ndarray,
     supervisor: np.ndarray | None = None,
-    dials: Dials = AS_CALIBRATED,
+    runtime_controls: RuntimeControls = AS_CALIBRATED,
 ) -> np.ndarray:
     """`w` of `h' = h + w V`, `[..., m]`, for hidden states `h` `[..., d]`; `supervisor` `[..., m]` broadcasts to it.
 
     A closed gate gives exact zeros, and so does strength 0.
     """
     c = h @ layer.ssd.T
-    strength = float(np.clip(dials.strength, 0.0, LARGEST_STRENGTH))
+    strength = float(np.clip(runtime_controls.strength, 0.0, LARGEST_STRENGTH))
     if mode == "project":
         return strength * -c
-    opened = gate(mode, layer, h, supervisor, dials)
+    opened = gate(mode, layer, h, supervisor, runtime_controls)
     if mode == "steer":
         return strength * opened * (layer.alpha * c)
     if mode == "supervise":
@@ -124,14 +124,14 @@ def gate(
     layer: LayerGuard,
     h: np.ndarray,
     supervisor: np.ndarray | None = None,
-    dials: Dials = AS_CALIBRATED,
+    runtime_controls: RuntimeControls = AS_CALIBRATED,
 ) -> np.ndarray:
     """1 where the gate is open, else 0, `[..., 1]`; the comparison is strict."""
-    offset = float(np.clip(dials.threshold_offset, -LARGEST_OFFSET, LARGEST_OFFSET))
+    offset = float(np.clip(runtime_controls.threshold_offset, -LARGEST_OFFSET, LARGEST_OFFSET))
     found = score(mode, layer, h, supervisor)
     opened = found > layer.threshold + offset
-    if dials.held is not None:
-        opened = np.where(dials.held >= 0, dials.held > 0, opened)
+    if runtime_controls.held is not None:
+        opened = np.where(runtime_controls.held >= 0, runtime_controls.held > 0, opened)
     return opened.astype(found.dtype)
 
 
@@ -141,7 +141,7 @@ def guard(
     h: np.ndarray,
     supervisor: np.ndarray | None = None,
     selected: np.ndarray | None = None,
-    dials: Dials = AS_CALIBRATED,
+    runtime_controls: RuntimeControls = AS_CALIBRATED,
 ) -> np.ndarray:
     """Guarded hidden states.
 
@@ -149,9 +149,9 @@ def guard(
         h: hidden states `[batch, sequence, d]`.
         supervisor: coordinates of the text-only query, `[batch, 1, m]` (`supervise`, `combined` and `align`).
         selected: `[batch, sequence, 1]` of 0 and 1, the tokens to edit; `None` edits all of them.
-        dials: what is set at this call.
+        runtime_controls: their values in this call.
     """
-    delta = weights(mode, layer, h, supervisor, dials) @ layer.ssd
+    delta = weights(mode, layer, h, supervisor, runtime_controls) @ layer.ssd
     return h + (delta if selected is None else delta * selected)
 
 

@@ -8,7 +8,7 @@ and with a closed gate its inputs are the old ones bit for bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
@@ -19,7 +19,7 @@ from .errors import GuardIncomplete
 from .guard_ports import add_output, declare_inputs, keep_outputs, names_of, port_shapes, record_guard, supervisor_row
 from .lowerings.fold import FOLD, fold
 from .lowerings.table import LOWERINGS
-from .lowerings.task import Task
+from .lowerings.task import Task, Written, WrittenWhole
 from .node_builder import NodeBuilder
 from .pairs import PairedRows
 from .plan import GuardPlan, SitePlan
@@ -51,6 +51,7 @@ class GuardedSite:
         nodes: names of the nodes that were put in.
         readers: how many uses now read the guarded value.
         body: the body of the graph that it lies in, as in `ResidualSite`.
+        handles: names of the values by which a proof opens, closes or reads the guard.
     """
 
     layer_index: int
@@ -60,17 +61,66 @@ class GuardedSite:
     nodes: tuple[str, ...]
     readers: int
     body: str = ""
+    handles: GuardHandles = field(default_factory=lambda: GuardHandles())
+
+    def to_json(self) -> dict[str, Any]:
+        gate = {"gate": self.handles.gate} if self.handles.gate else {}
+        return {
+            "layer": self.layer_index,
+            "body": self.body,
+            "kind": self.kind,
+            "raw": self.raw,
+            "guarded": self.guarded,
+            **gate,
+            "nodes": len(self.nodes),
+        }
+
+
+@dataclass(frozen=True)
+class GuardHandles:
+    """Names of values of one guard in its graph, as the lowering handed them out.
+
+    Attributes:
+        gate: the value that is 1 where the gate is open, else 0; "" without a gate.
+        threshold: the initializer that the gate's score is compared with; "" without a gate.
+        weights: initializers with zeros in whose place nothing is edited.
+        matrix: the initializer with the identity in whose place nothing is edited; "" if there is none.
+    """
+
+    gate: str = ""
+    threshold: str = ""
+    weights: tuple[str, ...] = ()
+    matrix: str = ""
+
+    @classmethod
+    def of(cls, written: Written | WrittenWhole) -> GuardHandles:
+        """The handles of what a lowering wrote."""
+        if isinstance(written, WrittenWhole):
+            return cls(matrix=written.matrix.name or "")
+        weights = tuple(value.name or "" for value in written.weights)
+        if written.gate is None:
+            return cls(weights=weights)
+        return cls(written.gate.opened.name or "", written.gate.threshold.name or "", weights)
 
 
 @dataclass(frozen=True)
 class GuardReport:
-    """What DID change, counted."""
+    """What DID change, counted.
+
+    Attributes:
+        sites: one per guarded layer and body.
+        shared_nodes: names of the nodes that serve all sites.
+        initializers: names of the guard's numbers.
+        added_inputs, added_outputs: of the graph.
+        step_tokens: name of the initializer up to whose number of tokens a call counts as a decode step (paired rows), or "".
+    """
 
     sites: tuple[GuardedSite, ...]
     shared_nodes: tuple[str, ...]
     initializers: tuple[str, ...]
     added_inputs: tuple[str, ...] = ()
     added_outputs: tuple[str, ...] = ()
+    step_tokens: str = ""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -88,17 +138,7 @@ class GuardReport:
             "initializers": len(self.initializers),
             "added_inputs": list(self.added_inputs),
             "added_outputs": list(self.added_outputs),
-            "sites": [
-                {
-                    "layer": s.layer_index,
-                    "body": s.body,
-                    "kind": s.kind,
-                    "raw": s.raw,
-                    "guarded": s.guarded,
-                    "nodes": len(s.nodes),
-                }
-                for s in self.sites
-            ],
+            "sites": [site.to_json() for site in self.sites],
         }
 
 
@@ -130,6 +170,7 @@ def rewrite(model: ir.Model, plan: GuardPlan) -> GuardReport:
         tuple(dict.fromkeys((*plan.knobs, *(name for edit in edits for name in edit.initializers)))),
         plan.added_inputs,
         plan.added_outputs,
+        next((edit.step_tokens for edit in edits if edit.step_tokens), ""),
     )
 
 
@@ -146,13 +187,13 @@ def _fold(model: ir.Model, plan: GuardPlan) -> GuardReport:
 
 
 def _guard_body(edit: SubgraphEdit) -> list[GuardedSite]:
-    _read_dials(edit)
+    _read_runtime_controls(edit)
     _find_last_token(edit)
     return [_guard_site(edit, site) for site in edit.sites]
 
 
 def require_applicable(model: ir.Model, plan: GuardPlan) -> None:
-    """Every planned site exists, with the summands that the plan says; raises before anything changes."""
+    """Check that every planned site exists with the planned summands, before anything changes."""
     require_unguarded(model)
     graphs = {body.name: body.graph for body in find_bodies(model, plan.bodies)}
     for planned in plan.sites:
@@ -165,7 +206,7 @@ def require_applicable(model: ir.Model, plan: GuardPlan) -> None:
         summands = {value.name for value in node.inputs[:2] if value is not None}
         if summands != {name for name in (site.residual, site.branch) if name}:
             raise GuardIncomplete(
-                f"layer {site.layer_index}: {site.anchor!r} sums {sorted(map(str, summands))}, the plan says "
+                f"layer {site.layer_index}: {site.anchor!r} sums {sorted(map(str, summands))}, the plan has "
                 f"{sorted((site.residual, site.branch))}; was the plan made for this graph?"
             )
 
@@ -180,7 +221,7 @@ def _guard_site(edit: SubgraphEdit, planned: SitePlan) -> GuardedSite:
         "vlmguard.lowering": edit.plan.lowering,
     }
     builder = edit.builder(f"layer_{planned.layer_index}", properties)
-    guard = _guard_skip_norm if planned.site.kind == "skip_norm" else _guard_value
+    guard = _guard_fused if planned.site.is_fused else _guard_value
     site = guard(edit, planned, node, builder)
     edit.initializers += builder.initializers
     return site
@@ -195,10 +236,11 @@ def _guard_value(edit: SubgraphEdit, planned: SitePlan, node: ir.Node, builder: 
     readers = _redirect(edit.graph, raw, new, builder)
     builder.place_after(node)
     names = raw.name or "", new.name or "", names_of(builder)
-    return GuardedSite(planned.layer_index, planned.site.kind, *names, readers, edit.body.name)
+    handles = GuardHandles.of(written)
+    return GuardedSite(planned.layer_index, planned.site.kind, *names, readers, edit.body.name, handles)
 
 
-def _guard_skip_norm(edit: SubgraphEdit, planned: SitePlan, node: ir.Node, builder: NodeBuilder) -> GuardedSite:
+def _guard_fused(edit: SubgraphEdit, planned: SitePlan, node: ir.Node, builder: NodeBuilder) -> GuardedSite:
     """The fused node gets a corrected branch; the residual stays as it is."""
     at = next(i for i, value in enumerate(node.inputs[:2]) if value is not None and value.name == planned.site.branch)
     branch, residual = node.inputs[at], node.inputs[1 - at]
@@ -211,7 +253,7 @@ def _guard_skip_norm(edit: SubgraphEdit, planned: SitePlan, node: ir.Node, build
     node.replace_input_with(at, new)
     builder.place_before(node)
     names = branch.name or "", new.name or "", names_of(builder)
-    return GuardedSite(planned.layer_index, "skip_norm", *names, 1, edit.body.name)
+    return GuardedSite(planned.layer_index, planned.site.kind, *names, 1, edit.body.name, GuardHandles.of(written))
 
 
 def _task(edit: SubgraphEdit, planned: SitePlan, builder: NodeBuilder) -> Task:
@@ -248,8 +290,8 @@ def _redirect(graph: ir.Graph, raw: ir.Value, new: ir.Value, builder: NodeBuilde
 # Which tokens, and how much of the edit
 
 
-def _read_dials(edit: SubgraphEdit) -> None:
-    """What the guard's own inputs say to all layers, computed once before the first site."""
+def _read_runtime_controls(edit: SubgraphEdit) -> None:
+    """Nodes that read the guard's own inputs for all layers, written once before the first site."""
     knobs = edit.builder("knobs")
     if (strength := edit.given.get(STRENGTH_INPUT)) is not None:
         edit.selections |= {dtype: write_strength(knobs, strength, dtype) for dtype in _selected_dtypes(edit)}
@@ -281,6 +323,7 @@ def _find_last_token(edit: SubgraphEdit) -> None:
         edit.ends = last.pairs
     if pairs is not None:
         edit.text_ends = pairs.text_ends
+        edit.step_tokens = pairs.step_tokens.name or ""
     _share(edit, builder)
 
 

@@ -23,9 +23,9 @@ import onnx_ir as ir
 from .errors import GuardError
 from .lowerings.gate import bounded
 from .lowerings.task import Held
+from .modes import guard_mode
 from .node_builder import NodeBuilder
 from .reference import LARGEST_OFFSET, LARGEST_STRENGTH
-from .spec import MODES_WITH_GATE
 
 STRENGTH_INPUT = "vlmguard.strength"
 OFFSET_INPUT = "vlmguard.threshold_offset"
@@ -43,19 +43,20 @@ _OLDEST_IR = 4  # before it every initializer had to be an input, and so no inpu
 
 def knobs_of(mode: str) -> tuple[str, ...]:
     """The knobs that a mode has; an input that nothing reads would be a knob that does nothing."""
-    return (STRENGTH_INPUT, OFFSET_INPUT) if mode in MODES_WITH_GATE else (STRENGTH_INPUT,)
+    return (STRENGTH_INPUT, OFFSET_INPUT) if guard_mode(mode).has_threshold else (STRENGTH_INPUT,)
 
 
-def require_knobs(model: ir.Model, lowering: str, dials: bool) -> None:
+def require_knobs(model: ir.Model, lowering: str, supported: bool) -> None:
     """The graph can have inputs with defaults, and the lowering numbers that a knob can reach.
 
     Args:
-        lowering, dials: its name, and whether it can be dialled.
+        lowering: name of the lowering.
+        supported: whether it supports runtime controls.
 
     Raises:
         GuardError: one of them cannot.
     """
-    if not dials:
+    if not supported:
         raise GuardError(
             f"lowering {lowering!r} has nothing that a knob could turn; choose lowrank, or leave --knobs out"
         )
@@ -121,7 +122,7 @@ def held_at(builder: NodeBuilder, held: Held, row: int) -> Held:
 
 
 def notes_on(knobs: Collection[str], gate: str) -> list[str]:
-    """What a person should know about the dials of a plan."""
+    """Notes for the user on the runtime controls of a plan."""
     notes = []
     if knobs:
         names = ", ".join(knobs)

@@ -8,6 +8,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from .dataflow import Flow, Vertex, is_skip_norm
+from .dtypes import STREAM_DTYPES
 from .errors import AnatomyNotFound
 from .layer_count import LayerCount
 from .layering import Layer
@@ -15,7 +16,6 @@ from .mixers import QUANTIZED_SUM
 
 SiteKind = Literal["add", "skip_norm", "behind"]
 STREAM_AXES = 3  # [batch, sequence, width]
-STREAM_DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
 _QUANTIZED_STREAM = "models whose stream is quantized between layers cannot be guarded"
 # What a norm ends in, or is: its weight is as long as the stream is wide.
 _SCALES = frozenset({"Mul", "RMSNormalization", "SimplifiedLayerNormalization", "LayerNormalization"})
@@ -47,6 +47,11 @@ class ResidualSite:
     branch: str
     dtype: str
     body: str = ""
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the sum lies inside a fused `Skip*LayerNormalization` (`site_streams`)."""
+        return self.kind == "skip_norm"
 
 
 def find_node(graph: ir.Graph, anchor: str) -> ir.Node | None:
@@ -119,7 +124,7 @@ def sequence_stream(value: ir.Value) -> ir.Value | None:
 
 
 def _require_sequences(layer_index: int, total: Vertex, source: Vertex) -> None:
-    """The stream is `[batch, sequence, width]`, as far as the file says."""
+    """Check that the stream is `[batch, sequence, width]`, as far as the file declares shapes."""
     axes = stream_axes(total, source)
     if axes is None or axes == STREAM_AXES:
         return
@@ -136,7 +141,7 @@ def _require_sequences(layer_index: int, total: Vertex, source: Vertex) -> None:
 
 
 def stream_axes(total: Vertex, source: Vertex) -> int | None:
-    """How many axes a sum has; where the file does not say, as many as what enters the stream."""
+    """How many axes a sum has; where the file declares no shape, as many as the value that enters the stream."""
     node = total.node
     known = [total.value, *(node.outputs[:1] if node is not None else ())]
     if node is not None and total.value is not None and node.op_type in {"Add", "Sum"}:

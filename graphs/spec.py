@@ -1,4 +1,4 @@
-"""What is wanted: the guard as a person asks for it, before any model is looked at.
+"""`GuardSpec`: the guard that a user requests, before a model is opened.
 
 `GuardSpec` is plain data. Which layers exist, which numbers the guard computes with and where it goes in is decided by
 `plan_guard`, from a spec, the model's anatomy and a directions file.
@@ -8,45 +8,29 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from .errors import GuardError
+from .modes import MODES, POSITIONS, Mode, Positions, guard_mode, modes_where
 
-Mode = Literal["project", "steer", "supervise", "restore", "combined", "align"]
-Positions = Literal["all", "last", "prompt"]
 Target = Literal["onnxruntime", "tensorrt"]
 Decided = Literal["token", "prompt"]
 Supervisor = Literal["input", "rows"]
 
-MODES: tuple[str, ...] = get_args(Mode)
-POSITIONS: tuple[str, ...] = get_args(Positions)
 TARGETS: tuple[str, ...] = get_args(Target)
 GATES: tuple[str, ...] = get_args(Decided)
 SUPERVISORS: tuple[str, ...] = get_args(Supervisor)
 MAX_RANK = 64  # what it costs: docs/method.md, section "Lowerings"
 # A threshold beyond it is passed by every score or by none, and in float32 it could be infinite. The sentinel of a
-# listening pass (`reference.NO_SUPERVISOR`, -1e30) must stay below every threshold.
+# text-only pass (`reference.NO_SUPERVISOR`, -1e30) must stay below every threshold.
 LARGEST_TAU = 1e29
-
-# Modes whose formula has a strength, and modes whose formula has a gate (docs/method.md, section "The interventions").
-MODES_WITH_ALPHA = frozenset({"steer", "supervise"})
-MODES_WITH_GATE = frozenset({"steer", "supervise", "restore", "combined"})
-# Modes that set the level of harmful text and whose gate has a readout of its own; modes that take a text-only pass first.
-MODES_WITH_READOUT = frozenset({"restore", "combined"})
-MODES_WITH_SUPERVISOR = frozenset({"supervise", "combined", "align"})
-# Modes whose edit leads to the text-only query's own coordinates: a prompt without an image stays as it is.
-MODES_TOWARD_TEXT = frozenset({"supervise", "align"})
-# Modes that can edit the prompt's end alone, and modes that never edit anything else.
-MODES_AT_PROMPT_END = frozenset({"supervise", "align"})
-MODES_ONLY_AT_PROMPT_END = frozenset({"align"})
-# Modes that can read the text-only coordinates from another row of the batch.
-MODES_WITH_ROWS = frozenset({"align"})
 
 
 @dataclass(frozen=True)
 class GuardSpec:
-    """The wish. Every `None` means "take what the directions file says, else the mode's default".
+    """A requested guard. `None` takes the value of the directions file, else the default of the mode.
 
     Attributes:
         mode: which intervention (docs/method.md): `project`, `steer`, `supervise`, `restore`, `combined`, `align`. `None`
@@ -58,10 +42,10 @@ class GuardSpec:
         tau: gate threshold of every mode but `project` and `align`, for every guarded layer (of `combined`: the readout's).
         positions: `last` edits the last token of each call (the end of the prompt, then each new token); `all` every
             token of the call; `prompt` the end of the prompt and no token of the answer (`supervise`, and always `align`).
-        lowering: how the guard is written into the graph; `auto` lets the plan choose and say why.
+        lowering: how the guard is written into the graph; `auto` lets the plan choose; the plan has the reason.
         direction_of: use this layer's SSD in every guarded layer (`project` only); what `fold` needs, because it changes
-            the whole stream by one subspace. The layers are then all of the decoder's, unless `layers` says which.
-        target: who will run the graph; `auto` takes the lowering that is cheapest there. Any runtime runs any of them.
+            the whole stream by one subspace. All layers are then guarded, unless `layers` names some.
+        target: the runtime that will run the graph; `auto` takes the cheapest lowering there. Any runtime runs any lowering.
         knobs: strength and threshold offset become inputs with defaults, for an app to set at each call
             (`graphs.runtime_controls`).
         telemetry: one output more, the score of each guarded layer's gate at the last token.
@@ -105,11 +89,11 @@ class GuardSpec:
                 "them, and any caller could switch the guard off; leave --knobs out"
             )
         if self.mode is not None:
-            self.require_dials(self.mode)
+            self.require_runtime_controls(self.mode)
         if self.layers is not None and not self.layers:
             raise GuardError("the list of layers is empty; name at least one layer, or use auto")
         if self.direction_of is not None and self.direction_of < 0:
-            raise GuardError(f"layer {self.direction_of} was asked for its direction; layers count from 0")
+            raise GuardError(f"direction_of is {self.direction_of}; layers count from 0")
         if self.rank is not None and not 1 <= self.rank <= MAX_RANK:
             raise GuardError(f"rank {self.rank} is out of range; choose 1 to {MAX_RANK}")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha >= 0):
@@ -117,36 +101,47 @@ class GuardSpec:
         if self.tau is not None and not abs(self.tau) <= LARGEST_TAU:  # not NaN either
             raise GuardError(f"tau {self.tau} is not a finite number; a gate that never or always opens is not a guard")
 
-    def require_dials(self, mode: str) -> None:
-        """The mode has the gate that is to be shown or held, and edits the tokens that are wanted.
+    def require_runtime_controls(self, mode: str) -> None:
+        """Check that the mode has the gate that is to be output or held, and edits the requested tokens.
 
         Args:
-            mode: as asked, or as the directions decide.
+            mode: the requested one, or that of the directions.
 
         Raises:
-            GuardError: it has none, or holds it already, or edits other tokens.
+            GuardError: the mode has no such gate, or holds it already, or edits other tokens.
         """
-        if self.positions == "prompt" and mode not in MODES_AT_PROMPT_END:
+        row = guard_mode(mode)
+        if self.positions == "prompt" and "prompt" not in row.positions:
+            able = [name for name in sorted(MODES) if "prompt" in guard_mode(name).positions]
             raise GuardError(
-                f"mode {mode} cannot leave the answer's tokens out; leave --positions out, or choose align or supervise"
+                f"mode {mode} cannot leave the answer's tokens out; leave --positions out, or choose {_either(able)}"
             )
-        if self.positions == "all" and mode in MODES_ONLY_AT_PROMPT_END:
+        if self.positions == "all" and row.edits_prompt_end_only:
             raise GuardError(f"mode {mode} edits the end of the prompt and no other token; leave --positions out")
-        if self.supervisor == "rows" and mode not in MODES_WITH_ROWS:
-            raise GuardError(f"mode {mode} does not read paired rows; leave --supervisor out, or choose align")
-        if mode == "align" and self.telemetry:
-            raise GuardError("mode align has no score to show: it has no threshold; leave --telemetry out")
-        if mode == "align" and self.gate == "prompt":
-            raise GuardError("mode align has no gate to hold: it edits the end of the prompt alone; leave --gate out")
-        if self.telemetry and mode not in MODES_WITH_GATE:
-            raise GuardError(f"mode {mode} has no gate, so there is no score to output; leave --telemetry out")
-        if self.gate == "prompt" and mode not in MODES_WITH_GATE:
-            raise GuardError(f"mode {mode} has no gate to hold; leave --gate out, or choose restore, combined or steer")
-        if self.gate == "prompt" and mode == "supervise":
+        if self.supervisor == "rows" and not row.paired_rows:
+            able = modes_where(paired_rows=True)
             raise GuardError(
-                "mode supervise decides once per request already: its gate reads the text-only coordinates, which stay the "
+                f"mode {mode} does not read paired rows; leave --supervisor out, or choose {_either(able)}"
+            )
+        if self.telemetry and not row.has_threshold:
+            what = "gate" if row.gate is None else "threshold"
+            raise GuardError(f"mode {mode} has no {what}, so there is no score to output; leave --telemetry out")
+        if self.gate == "prompt" and row.edits_prompt_end_only:
+            raise GuardError(f"mode {mode} has no gate to hold: it edits the end of the prompt alone; leave --gate out")
+        if self.gate == "prompt" and row.decides_by_text:
+            raise GuardError(
+                f"mode {mode} decides once per request already: its gate reads the text-only coordinates, which stay the "
                 "same for the whole answer; leave --gate out"
             )
+        if self.gate == "prompt" and not row.has_threshold:
+            able = modes_where(has_threshold=True, decides_by_text=False)
+            raise GuardError(f"mode {mode} has no gate to hold; leave --gate out, or choose {_either(able)}")
+
+
+def _either(names: Sequence[str]) -> str:
+    """`a, b or c`"""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def parse_layers(text: str) -> tuple[int, ...] | None:

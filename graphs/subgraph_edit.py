@@ -25,12 +25,13 @@ class SubgraphEdit:
     given: dict[str, ir.Value] = field(default_factory=dict)
     ends: ir.Value | None = None
     text_ends: ir.Value | None = None
+    step_tokens: str = ""
     offset: ir.Value | None = None
     held: Held | None = None
     selections: dict[str, ir.Value] = field(default_factory=dict)
     shared: list[str] = field(default_factory=list)
     initializers: list[str] = field(default_factory=list)
-    told: dict[str, list[ir.Value]] = field(default_factory=lambda: defaultdict(list))
+    guard_outputs: dict[str, list[ir.Value]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def graph(self) -> ir.Graph:

@@ -8,13 +8,12 @@ from typing import Literal, get_args
 import onnx_ir as ir
 
 from .call_inputs import call_inputs
-from .dataflow import skip_norm_bias
-from .errors import AnatomyNotFound
 from .node_builder import NodeBuilder
 from .plan import GuardPlan
 from .positions import LastToken
 from .rewrite import GuardedSite, GuardReport
-from .sites import ResidualSite, find_node
+from .site_streams import add_up, stream_parts, unguarded_stream
+from .sites import ResidualSite
 from .subgraphs import DecoderSubgraph, find_bodies, surface
 
 STATES_OUTPUT = "vlmguard.states"
@@ -30,7 +29,7 @@ def tap_last_token(model: ir.Model, sites: Sequence[ResidualSite]) -> None:
     for body in find_bodies(model, list(dict.fromkeys(site.body for site in sites))):
         own = [site for site in sites if site.body == body.name]
         builder = NodeBuilder(body.graph, "taps", home=model.graph, path=body.path)
-        streams = [_stream(body.graph, site, builder) for site in own]
+        streams = [unguarded_stream(body.graph, site, builder) for site in own]
         last = LastToken(builder, streams[0], call_inputs(model.graph))
         tapped[body] = _rows(builder, last, "states", own, streams)
         builder.place_last()
@@ -57,7 +56,7 @@ def tap_guard_last_token(model: ir.Model, sites: Sequence[ResidualSite], report:
         own = [site for site in sites if site.body == body.name]
         for site in own:
             if (guard := done.get(site.layer_index)) is None:
-                behind.append(_stream(body.graph, site, builder))
+                behind.append(unguarded_stream(body.graph, site, builder))
                 continue
             before.append(_at_guard(body.graph, values, site, guard, "raw", builder))
             behind.append(_at_guard(body.graph, values, site, guard, "guarded", builder))
@@ -106,16 +105,11 @@ def _at_guard(
     side: _Side,
     builder: NodeBuilder,
 ) -> ir.Value:
-    """The stream before or behind a guard; at a fused skip-norm the sum with the old or the new branch."""
-    stream = values[guard.raw if side == "raw" else guard.guarded]
-    if guard.kind != "skip_norm":
-        return stream
-    node = find_node(graph, site.anchor)
-    assert node is not None
-    # what the node reads now: the residual that was planned may itself be guarded since
-    residual = next(value for value in node.inputs[:2] if value is not values[guard.guarded])
-    assert residual is not None
-    return _add_up(builder, f"layer_{guard.layer_index}_{side}", _summed(node, residual, stream))
+    """The stream before or behind a guard, as one value."""
+    guarded = values[guard.guarded]
+    parts = stream_parts(graph, site, values[guard.raw] if side == "raw" else guarded, guarded)
+    assert parts is not None
+    return add_up(builder, f"layer_{guard.layer_index}_{side}", parts)
 
 
 def _rows(
@@ -135,30 +129,3 @@ def _rows(
 def _show(model: ir.Model, rows: Mapping[DecoderSubgraph, ir.Value], name: str, sites: Sequence[ResidualSite]) -> None:
     layers = len({site.layer_index for site in sites})
     surface(model, rows, name, ir.Shape(["vlmguard_batch", layers, None]))
-
-
-def _stream(graph: ir.Graph, site: ResidualSite, builder: NodeBuilder) -> ir.Value:
-    """The sum as a value: its own name, or (inside a fused skip-norm) added up again from what the node reads."""
-    node = find_node(graph, site.anchor)
-    if node is None:
-        raise AnatomyNotFound(f"layer {site.layer_index}: no node makes {site.anchor!r}; was this graph dissected?")
-    if site.kind != "skip_norm":
-        return node.outputs[0]
-    if site.value:
-        return next(value for value in node.outputs if value.name == site.value)
-    residual, branch = node.inputs[:2]
-    assert residual is not None and branch is not None
-    return _add_up(builder, f"layer_{site.layer_index}_sum", _summed(node, residual, branch))
-
-
-def _summed(node: ir.Node, residual: ir.Value, branch: ir.Value) -> list[ir.Value]:
-    """What a skip-norm sums: `SkipLayerNormalization` may add a bias of its own."""
-    bias = skip_norm_bias(node)
-    return [residual, branch] if bias is None else [residual, branch, bias]
-
-
-def _add_up(builder: NodeBuilder, name: str, parts: list[ir.Value]) -> ir.Value:
-    total = parts[0]
-    for number, part in enumerate(parts[1:]):
-        total = builder.op(f"{name}_{number}", "Add", [total, part])
-    return total

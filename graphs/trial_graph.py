@@ -12,12 +12,14 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
+from .dtypes import IR_DTYPES
 from .lowerings.table import LOWERINGS
 from .lowerings.task import Task
-from .node_builder import IR_DTYPES, PREFIX, NodeBuilder
+from .modes import guard_mode
+from .node_builder import NodeBuilder
 from .plan import GuardPlan, SitePlan
 from .reference import LayerGuard
-from .spec import LARGEST_TAU, MODES_WITH_SUPERVISOR
+from .spec import LARGEST_TAU
 
 
 def neutral(plan: GuardPlan) -> GuardPlan:
@@ -40,11 +42,12 @@ def guard_numbers(plan: GuardPlan) -> dict[str, np.ndarray]:
     for planned in plan.sites:
         # The lowering writes into a temporary graph: only its numbers are used, not its arithmetic.
         scratch = ir.Graph([], [], nodes=[], opset_imports={"": 18})
-        builder = NodeBuilder(scratch, _scope(planned.layer_index))
+        builder = NodeBuilder(scratch, f"layer_{planned.layer_index}")
         lowering.correction(builder, ir.Value(name="h"), _task(plan, planned))
-        for name, value in scratch.initializers.items():
-            if name.startswith(f"{PREFIX}{_scope(planned.layer_index)}/") and value.const_value is not None:
-                found[name] = value.const_value.numpy()
+        for name in builder.numbers:
+            tensor = scratch.initializers[name].const_value
+            assert tensor is not None
+            found[name] = tensor.numpy()
     return found
 
 
@@ -59,10 +62,6 @@ def _neutral(guard: LayerGuard) -> LayerGuard:
     return LayerGuard(np.zeros_like(guard.ssd), zeros, zeros, np.zeros_like(guard.readout), LARGEST_TAU, 1.0)
 
 
-def _scope(layer: int) -> str:
-    return f"layer_{layer}"
-
-
 def _task(plan: GuardPlan, planned: SitePlan) -> Task:
     dtype = planned.site.dtype
     given = ir.Value(name="supervisor", type=ir.TensorType(IR_DTYPES["float32"]))
@@ -70,6 +69,6 @@ def _task(plan: GuardPlan, planned: SitePlan) -> Task:
         plan.mode,
         planned.guard,
         dtype,
-        given if plan.mode in MODES_WITH_SUPERVISOR else None,
+        given if guard_mode(plan.mode).supervisor else None,
         ir.Value(name="selected"),
     )

@@ -61,9 +61,9 @@ from integrations.tiny_vlm import (
     spec_of,
 )
 from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
+from vlmguard.graphs.modes import Mode, guard_mode
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, GuardPlan
 from vlmguard.graphs.reference import NO_SUPERVISOR
-from vlmguard.graphs.spec import MODES_WITH_GATE, Mode
 from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.images.images import ImagePreprocessor
 from vlmguard.runtime.runner_protocol import Runner
@@ -128,7 +128,7 @@ def write_cases(mode: Mode, out: Path) -> None:
         asker = Asker(vlm, plan, tensors, out)
         cases = [asker.case(prompt) for prompt in asked]
     gates = {case["gate_open"] for case in cases}
-    assert gates == ({True, False} if mode in MODES_WITH_GATE else {None}), (
+    assert gates == ({True, False} if guard_mode(mode).has_threshold else {None}), (
         f"{mode}: gates are {gates}; ask other prompts"
     )
     parts = {"decoder": package.decoder, "embed_tokens": package.embed_tokens, "vision_encoder": package.vision_encoder}
@@ -286,7 +286,7 @@ class Asker:
 
     def _gate(self, prompt: Call, told: np.ndarray | None) -> bool | None:
         """Whether any layer's gate is open at the end of the prompt, as the oracle says."""
-        if self._plan.mode not in MODES_WITH_GATE:
+        if not guard_mode(self._plan.mode).has_threshold:
             return None
         embeds = prompt.feeds["inputs_embeds"][0]
         return bool(self._oracle.run(embeds, len(embeds), told)["gates"].any())

@@ -14,8 +14,9 @@ from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import read_directions
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.manifest import read_manifest
+from vlmguard.graphs.modes import Mode, guard_mode
 from vlmguard.graphs.plan import GuardPlan
-from vlmguard.graphs.spec import MODES_WITH_ALPHA, GuardSpec, Mode
+from vlmguard.graphs.spec import GuardSpec
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "tiny_vlm"
@@ -47,7 +48,7 @@ def spec_of(mode: Mode, directions: Path) -> GuardSpec:
     layer = calibrated.layers[layers[0]]
     # `supervise` and `steer` compare what `combined` has its second threshold for: the SSD's first coordinate.
     tau = {"supervise": layer.text_threshold, "steer": layer.text_threshold, "restore": layer.threshold}.get(mode)
-    return GuardSpec(mode=mode, layers=layers, tau=tau, alpha=1.0 if mode in MODES_WITH_ALPHA else None)
+    return GuardSpec(mode=mode, layers=layers, tau=tau, alpha=1.0 if guard_mode(mode).has_alpha else None)
 
 
 def plan_of(guarded: Path, source: Path) -> GuardPlan:

@@ -107,7 +107,7 @@ class VLMGuard(Pass):
         out = Path(output_model_path).with_suffix("")
         _make_way(out)
         with _refusing():
-            export(_folder_or_file(model), out, spec=_spec(config), **_options(config), watch=_tell)
+            export(_folder_or_file(model), out, spec=_spec(config), **_options(config), report_progress=_log_progress)
         return _handler(model, out)
 
 
@@ -236,7 +236,7 @@ def _make_way(out: Path) -> None:
         out.rmdir()
 
 
-def _tell(stage: str, done: int, total: int) -> None:
+def _log_progress(stage: str, done: int, total: int) -> None:
     if done == 0:
         _log.info("%s", stage)
 

@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..exporter.pipeline import ExportResult, export
+from ..exporter.export_result import ExportResult
+from ..exporter.pipeline import export
 from ..exporter.prompts.labelled import Sources
-from ..exporter.sources import Watch
 from ..graphs.errors import ExtraMissing, GuardError
 from ..graphs.extras import install_command
 from ..graphs.graph_io import load_graph
 from ..graphs.layouts import open_package
+from ..graphs.progress import ProgressCallback, ignore_progress
 from ..graphs.spec import GuardSpec
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def guard_exported(
     anchors: Sources | None = None,
     calibration: Sources | None = None,
     force: bool = False,
-    watch: Watch | None = None,
+    report_progress: ProgressCallback = ignore_progress,
 ) -> ExportResult:
     """Guard what transformers' ONNX exporter made, prove the guard, write the guarded folder.
 
@@ -65,7 +66,7 @@ def guard_exported(
         anchors: anchor pairs to extract from; default: the built-in ones.
         calibration: labelled prompts to calibrate on; default: anchors that are kept back.
         force: replace `out`.
-        watch: called with what is going on: `(stage, done, total)`.
+        report_progress: called with `(stage, done, total)`.
 
     Raises:
         GuardError: anything wrong with the request or its files; nothing was written.
@@ -86,7 +87,7 @@ def guard_exported(
             calibration=calibration,
             proof_inputs=given,
             force=force,
-            watch=watch,
+            report_progress=report_progress,
         )
 
 

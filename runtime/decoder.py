@@ -135,37 +135,37 @@ class DecoderSession:
         return {name: np.asarray(fed) for name, fed in self._prefill_feeds(batch, supervisor, {}).items()}
 
     def _prefill_feeds(
-        self, batch: PromptBatch, supervisor: Tensor | None, dials: Mapping[str, Tensor]
+        self, batch: PromptBatch, supervisor: Tensor | None, runtime_controls: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         cache = self._empty_cache(batch.size)
         state = DecoderState(
-            batch.ids, batch.mask, batch.embeds, cache, supervisor, batch.images, batch.further, dict(dials)
+            batch.ids, batch.mask, batch.embeds, cache, supervisor, batch.images, batch.further, dict(runtime_controls)
         )
         return self._feeds(state, batch.ids, batch.embeds)
 
     def prefill(
-        self, batch: PromptBatch, supervisor: Tensor | None = None, dials: Mapping[str, Tensor] | None = None
+        self, batch: PromptBatch, supervisor: Tensor | None = None, runtime_controls: Mapping[str, Tensor] | None = None
     ) -> tuple[Mapping[str, np.ndarray], DecoderState]:
         """Run a whole prompt.
 
         Args:
             supervisor: the text-only coordinates `[batch, layers, m]` that a supervised graph wants. One that edits the
                 prompt's end alone gets them in the call with that token, and no supervisor in the calls after it.
-            dials: further inputs of the guard by name, the same in every call (`graphs.runtime_controls`). Gates that are
+            runtime_controls: further inputs of the guard by name, the same in every call. Gates that are
                 held are decided here, at the end of the prompt, unless they are among these.
 
         Returns:
             All outputs, and the state for `step`. Outputs of a runner with a device are copied when they are looked at.
         """
         if batch.given is not None:
-            outputs = self._run(self._given(batch, batch.given, supervisor) | dict(dials or {}))
+            outputs = self._run(self._given(batch, batch.given, supervisor) | dict(runtime_controls or {}))
             return outputs, DecoderState(batch.ids, batch.mask, None)
         if self.one_token:
-            return self._prefill_by_token(batch, supervisor, dials or {})
-        outputs = self._run(self._prefill_feeds(batch, supervisor, dials or {}))
+            return self._prefill_by_token(batch, supervisor, runtime_controls or {})
+        outputs = self._run(self._prefill_feeds(batch, supervisor, runtime_controls or {}))
         embeds = None if self.cache_inputs else batch.embeds
         state = DecoderState(
-            batch.ids, batch.mask, embeds, {}, supervisor, batch.images, batch.further, dict(dials or {})
+            batch.ids, batch.mask, embeds, {}, supervisor, batch.images, batch.further, dict(runtime_controls or {})
         )
         self._keep(state, outputs)
         self._end_prompt(state, outputs)
@@ -218,12 +218,12 @@ class DecoderSession:
         return all(a == b for before, after in pairs for a, b in zip(before, after, strict=False) if a is not None)
 
     def _prefill_by_token(
-        self, batch: PromptBatch, supervisor: Tensor | None, dials: Mapping[str, Tensor]
+        self, batch: PromptBatch, supervisor: Tensor | None, runtime_controls: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, np.ndarray], DecoderState]:
         """A whole prompt, a token a call; the outputs are those of its last token."""
         none = np.zeros((batch.size, 0), np.int64)
         cache = self._empty_cache(batch.size)
-        state = DecoderState(none, none, None, cache, supervisor, batch.images, batch.further, dict(dials))
+        state = DecoderState(none, none, None, cache, supervisor, batch.images, batch.further, dict(runtime_controls))
         outputs: Mapping[str, np.ndarray] = {}
         length = batch.ids.shape[1]
         for at in range(length):
@@ -308,7 +308,7 @@ class DecoderSession:
                 )
             feeds[self.supervisor_input] = float_coordinates(state.supervisor)
         further = {} if state.further is None else dict(state.further.between(*window))
-        return feeds | further | self._undecided(current.shape[0]) | state.dials | state.cache
+        return feeds | further | self._undecided(current.shape[0]) | state.runtime_controls | state.cache
 
     def _undecided(self, batch: int) -> dict[str, Tensor]:
         """What goes in for gates that the prompt is to decide, `[batch, layers]`."""
@@ -320,7 +320,7 @@ class DecoderSession:
         if self.edits_prompt_end and state.supervisor is not None:
             state.supervisor = self.no_supervisor(state.ids.shape[0])
         if PAST_GATE_INPUT in self.runner.inputs:
-            state.dials.setdefault(PAST_GATE_INPUT, where_it_is(outputs, PRESENT_GATE_OUTPUT))
+            state.runtime_controls.setdefault(PAST_GATE_INPUT, where_it_is(outputs, PRESENT_GATE_OUTPUT))
 
     def _keep(self, state: DecoderState, outputs: Mapping[str, np.ndarray]) -> None:
         state.cache = {name: where_it_is(outputs, pair.present) for name, pair in self._states.items()}

@@ -70,7 +70,7 @@ class DecoderState:
     The cache, the supervisor's coordinates and held gates stay on the runner's device, where it has one.
 
     Attributes:
-        dials: inputs of the guard that are the same in every call, by name: knobs, and gates once the prompt decided them.
+        runtime_controls: guard inputs that are the same in every call, by name: knobs, and gates once the prompt decided them.
     """
 
     ids: np.ndarray
@@ -80,7 +80,7 @@ class DecoderState:
     supervisor: Tensor | None = None
     images: PromptImages | None = None
     further: FurtherInputs | None = None
-    dials: dict[str, Tensor] = field(default_factory=dict)
+    runtime_controls: dict[str, Tensor] = field(default_factory=dict)
 
 
 def mask_for(mask: np.ndarray, tokens: int, port: Port, keeps_size: bool) -> np.ndarray:

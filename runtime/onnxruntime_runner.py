@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 
+from ..graphs.dtypes import ORT_DTYPES
 from ..graphs.errors import ExtraMissing, ModelUnreadable, RunFailed, first_line
 from ..graphs.extras import install_command
 from ..graphs.reasons import out_of_memory
@@ -23,17 +23,6 @@ from .runner_protocol import Port, Runner
 if TYPE_CHECKING:
     import onnxruntime
 
-_NUMPY = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(bfloat16)": ml_dtypes.bfloat16,
-    "tensor(double)": np.float64,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(int8)": np.int8,
-    "tensor(uint8)": np.uint8,
-    "tensor(bool)": np.bool_,
-}
 _CPU, _CUDA, _TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _PREFERRED_PROVIDERS = (_CUDA, _CPU)
 # What is asked for by name, what serves the rest of the graph, and what to install where it is missing.
@@ -260,7 +249,7 @@ def import_onnxruntime() -> Any:
 
 
 def _port(argument: onnxruntime.NodeArg) -> Port:
-    return Port(argument.name, np.dtype(_NUMPY.get(argument.type, np.float32)), tuple(map(_size, argument.shape)))
+    return Port(argument.name, ORT_DTYPES.get(argument.type, np.dtype(np.float32)), tuple(map(_size, argument.shape)))
 
 
 def _size(size: int | str | None) -> int | None:

@@ -232,14 +232,17 @@ class VisionLanguageModel:
         return self._prefill(requests, batch)[0]
 
     def _prefill(
-        self, requests: Sequence[Request], batch: PromptBatch | None, dials: Mapping[str, Tensor] | None = None
+        self,
+        requests: Sequence[Request],
+        batch: PromptBatch | None,
+        runtime_controls: Mapping[str, Tensor] | None = None,
     ) -> tuple[Mapping[str, np.ndarray], DecoderState]:
         """The prompts' call, with the text-only prompts before or beside them where the guard takes these."""
         batch = self.batch(requests) if batch is None else batch
         if not self.pairs or _is_text_alone(requests):
-            return self.decoder.prefill(batch, self.supervise(requests), dials)
+            return self.decoder.prefill(batch, self.supervise(requests), runtime_controls)
         texts = self.batch([request.text_only for request in requests])
-        outputs, state = self.decoder.prefill(interleaved(texts, batch, left=self.pads), None, dials)
+        outputs, state = self.decoder.prefill(interleaved(texts, batch, left=self.pads), None, runtime_controls)
         return SomeRows(outputs, PROMPTS), rows_of(state, PROMPTS)
 
     def supervise(self, requests: Sequence[Request]) -> Tensor | None:
@@ -362,8 +365,8 @@ class VisionLanguageModel:
         Raises:
             GuardError: a knob is to be turned that the graph does not have.
         """
-        choose, dials = choose or Chooser(sampling), knobs.feeds(self.decoder.knobs)
-        outputs, state = self._prefill(requests, batch, dials)
+        choose, runtime_controls = choose or Chooser(sampling), knobs.feeds(self.decoder.knobs)
+        outputs, state = self._prefill(requests, batch, runtime_controls)
         alive = [True] * len(requests)
         for number in range(sampling.max_new_tokens):
             chosen = choose(self.decoder.last_logits(outputs))

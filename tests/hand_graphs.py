@@ -20,13 +20,14 @@ import onnx_ir as ir
 
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.directions import Directions, LayerDirections
+from vlmguard.graphs.dtypes import IR_DTYPES, NUMPY_DTYPES
 from vlmguard.graphs.graph_io import graph_bytes
 from vlmguard.graphs.layer_count import LayerCount
-from vlmguard.graphs.node_builder import IR_DTYPES, NUMPY_DTYPES
+from vlmguard.graphs.modes import MODES, POSITIONS
 from vlmguard.graphs.plan import PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUT, GuardPlan
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.rewrite import GuardReport, rewrite
-from vlmguard.graphs.spec import MODES, POSITIONS, GuardSpec
+from vlmguard.graphs.spec import GuardSpec
 
 Kind = Literal["add", "skip_norm", "skip_norm_bias"]
 KINDS: tuple[Kind, ...] = ("add", "skip_norm", "skip_norm_bias")

@@ -17,7 +17,7 @@ from vlmguard.exporter.evaluation.metrics import Evaluation
 from vlmguard.exporter.evaluation.records import FirstToken, Record, Reply
 from vlmguard.exporter.prompts.labelled import SETTINGS, LabelledPrompt
 from vlmguard.graphs.manifest import DecoderRecord, FileRecord, Manifest
-from vlmguard.graphs.spec import MODES_WITH_ALPHA, MODES_WITH_GATE
+from vlmguard.graphs.modes import guard_mode
 
 LABELS = ("harmful", "harmless", "borderline")
 DIGEST = "80b8523799754a4574c884259089a66fc8332693a08912209df70b8fe457c709"
@@ -63,11 +63,11 @@ def report_data(
         layers=numbers,
         points=tuple(points),
         separations=tuple(apart),
-        gates=tuple(gates) if mode in MODES_WITH_GATE else (),
+        gates=tuple(gates) if guard_mode(mode).has_threshold else (),
         yardstick=evaluation.yardstick,
         rates=tuple(rates_of(evaluation)),
         mistakes=tuple(mistakes_of(evaluation)),
-        sweep=tuple(Strength(a, a == 1, refused) for a in ALPHAS) if mode in MODES_WITH_ALPHA else (),
+        sweep=tuple(Strength(a, a == 1, refused) for a in ALPHAS) if guard_mode(mode).has_alpha else (),
         cost=_cost(mode),
         anchors_auc=dict.fromkeys(guarded, 1.0),
     )
@@ -101,7 +101,7 @@ def _cost(mode: str) -> Cost:
 
 
 def _manifest(mode: str, layers: Sequence[int]) -> Manifest:
-    gated = {"tau": 0.5, "target": [2.5]} if mode in MODES_WITH_GATE else {}
+    gated = {"tau": 0.5, "target": [2.5]} if guard_mode(mode).has_threshold else {}
     sites = [{"layer": n, "kind": "add", "rank": 1, **gated} for n in layers]
     plan: dict[str, Any] = {
         "mode": mode,
@@ -123,6 +123,6 @@ def _manifest(mode: str, layers: Sequence[int]) -> Manifest:
         versions={"vlmguard": "0.1.0"},
         spec={"mode": mode, "positions": "last"},
         calibration={"mode": mode, "prompts": 306, "chosen": {"layers": list(layers)}}
-        if mode in MODES_WITH_GATE
+        if guard_mode(mode).has_threshold
         else None,
     )

@@ -28,6 +28,7 @@ from tiny_vlm_paths import ANCHORS, CHECKPOINT, DECODER, EVALUATION, PROMPTS, SO
 
 import vlmguard
 from vlmguard import cli
+from vlmguard.commands import console
 from vlmguard.exporter.checkpoints import exporters as exporters_module
 from vlmguard.exporter.checkpoints.convert import ConversionReport, GraphFile
 from vlmguard.graphs.anatomy import dissect
@@ -142,8 +143,8 @@ def test_every_option_of_export_arrives_in_the_plan(run: Callable[..., Ran], eve
     assert (plan["mode"], plan["layers"], plan["positions"]) == ("supervise", [1, 3, 4], "all")
     assert (plan["lowering"], plan["added_inputs"]) == ("lowrank", ["vlmguard.supervisor"])
     assert [(site["rank"], site["alpha"], site["tau"]) for site in plan["sites"]] == [(2, 1.5, -0.25)] * 3
-    dials = ["--mode", "restore", "--knobs", "--telemetry", "--gate", "prompt", "--dry-run", "--json"]
-    plan = run("export", SOURCE, "--directions", every_layer, *dials).json["decoders"][0]["plan"]
+    runtime_controls = ["--mode", "restore", "--knobs", "--telemetry", "--gate", "prompt", "--dry-run", "--json"]
+    plan = run("export", SOURCE, "--directions", every_layer, *runtime_controls).json["decoders"][0]["plan"]
     assert (plan["gate"], plan["telemetry"]) == ("prompt", True)
     assert plan["knobs"] == ["vlmguard.strength", "vlmguard.threshold_offset"]
     shown = run("export", SOURCE, "--directions", every_layer, "--gate", "prompt", "--mode", "steer", "--dry-run")
@@ -185,7 +186,7 @@ def test_convert_writes_graphs_that_are_not_guarded(
 
     def convert(checkpoint: str, out: Path, **options: Any) -> ConversionReport:
         asked.update(checkpoint=checkpoint, **options)
-        options["progress"]("tracing decoder")
+        options["report_progress"]("tracing decoder", 0, 1)
         (out / "decoder.onnx").write_bytes(b"graph")
         graph = GraphFile("decoder", "decoder.onnx", 1, 5, False)
         return ConversionReport(checkpoint, "llava", "fp16", 19, (graph,), (), (Check("logits", 7, 1e-6, 1e-4, True),))
@@ -225,10 +226,10 @@ def test_inspect_folds_layers_that_are_alike(run: Callable[..., Ran]) -> None:
 
 
 def inspected(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, anatomy: vlmguard.DecoderAnatomy) -> str:
-    from vlmguard.exporter import pipeline
+    from vlmguard.exporter import opened_decoder
 
-    monkeypatch.setattr(pipeline, "inspect", lambda *_, **__: anatomy)
-    monkeypatch.setattr(cli, "out", Console(width=200, emoji=False))  # COLUMNS counts only when a console is made
+    monkeypatch.setattr(opened_decoder, "inspect", lambda *_, **__: anatomy)
+    monkeypatch.setattr(console, "out", Console(width=200, emoji=False))  # COLUMNS counts only when a console is made
     return squeezed(run("inspect", SOURCE).out)
 
 
@@ -401,7 +402,7 @@ def test_a_result_that_cannot_be_written_is_told_in_one_line(arguments: tuple[An
 
 
 def test_generate_turns_knobs_and_shows_scores(run: Callable[..., Ran], guarded: Guarded) -> None:
-    out = guarded("dials")
+    out = guarded("runtime_controls")
     asked = ["-p", HARMFUL, "-i", PICTURE]
     unguarded = run("generate", SOURCE, *asked, "--unguarded").out
     assert run("generate", out, *asked, "--threshold-offset", "1e6").out == unguarded
@@ -625,14 +626,14 @@ def wrong_width(root: Path, good: Path) -> Case:
 def layer_that_is_not_there(root: Path, good: Path) -> Case:
     return (
         ["export", SOURCE, root / "out", "--directions", good, "--layers", "2,6"],
-        "layer 6 was asked for, the decoder has layers 0 to 5; layers count from 0",
+        "the decoder has no layer 6, only layers 0 to 5; layers count from 0",
     )
 
 
 def layer_that_is_not_there_to_calibrate(root: Path, good: Path) -> Case:
     return (
         ["export", SOURCE, root / "out", "--anchors", ANCHORS, "--layers", "99"],
-        "layer 99 was asked for, the decoder has layers 0 to 5; layers count from 0",
+        "the decoder has no layer 99, only layers 0 to 5; layers count from 0",
     )
 
 
@@ -648,7 +649,7 @@ def layer_without_directions(root: Path, good: Path) -> Case:
     path = write_directions(root / "d.safetensors", random_directions(128, [1, 2]))
     return (
         ["export", SOURCE, root / "out", "--directions", path, "--layers", "3"],
-        "layer 3 was asked for, the directions hold layers 1, 2; extract them for that layer too",
+        "the directions have no layer 3, only layers 1, 2; extract them for that layer too",
     )
 
 
@@ -866,7 +867,7 @@ def layer_without_directions_to_calibrate(root: Path, good: Path) -> Case:
     path = write_directions(root / "d.safetensors", random_directions(128, [1, 2]))
     return (
         ["export", SOURCE, root / "out", "--directions", path, "--anchors", ANCHORS, "--layers", "3"],
-        "layer 3 was asked for, the directions hold layers 1, 2; extract them for that layer too",
+        "the directions have no layer 3, only layers 1, 2; extract them for that layer too",
     )
 
 
@@ -972,12 +973,12 @@ def everything(folder: Path) -> dict[str, str | None]:
 
 def test_a_bug_of_ours_keeps_its_traceback(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what the user handed us is put into one line."""
-    from vlmguard.exporter import pipeline
+    from vlmguard.exporter import opened_decoder
 
     def buggy(*_: Any, **__: Any) -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(pipeline, "inspect", buggy)
+    monkeypatch.setattr(opened_decoder, "inspect", buggy)
     with pytest.raises(AssertionError, match="a bug"):
         cli._run(["inspect", str(SOURCE)])
 

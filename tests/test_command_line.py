@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from vlmguard import cli
+from vlmguard.commands import check_commands, console
 from vlmguard.exporter import usage
 from vlmguard.graphs.strict_json import to_strict_json
 
@@ -227,9 +228,9 @@ def interrupting(*notes: str) -> Callable[..., None]:
 
 
 def test_ctrl_c_reports_what_is_kept_and_how_to_go_on(run: Run, guarded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "require_guarded_folder", interrupting())
+    monkeypatch.setattr(check_commands, "require_guarded_folder", interrupting())
     assert run("verify", guarded) == (130, "interrupted: nothing was kept; run the same command again")
-    monkeypatch.setattr(cli, "require_guarded_folder", interrupting("two are kept", "go on so"))
+    monkeypatch.setattr(check_commands, "require_guarded_folder", interrupting("two are kept", "go on so"))
     assert run("verify", guarded) == (130, "interrupted: two are kept; go on so")
 
 
@@ -241,7 +242,7 @@ def test_an_interrupt_is_caught_by_no_handler_of_errors() -> None:
 
 
 def test_json_on_stdout_is_strict(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.print_json({"auc": float("nan"), "worst": float("inf")})
+    console.print_json({"auc": float("nan"), "worst": float("inf")})
     said = capsys.readouterr().out
     assert json.loads(said, parse_constant=pytest.fail) == {"auc": None, "worst": None}
     assert to_strict_json({"a": 1.0}) == '{"a": 1.0}'

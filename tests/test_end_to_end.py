@@ -266,8 +266,7 @@ import json, os, signal, sys
 from pathlib import Path
 import vlmguard
 from vlmguard.exporter.artifact import guarded_folder
-from vlmguard.exporter import resolve
-from vlmguard.exporter import pipeline
+from vlmguard.exporter import stages
 from vlmguard.graphs import staging
 
 source, directions, root = sys.argv[1:4]
@@ -290,13 +289,13 @@ def after(module, name):
     setattr(module, name, dying)
 
 MOMENTS = {
-    "before the rewrite": lambda: before(pipeline, "rewrite"),
-    "before the decoder is written": lambda: before(pipeline, "save_graph"),
-    "after the decoder is written": lambda: after(pipeline, "save_graph"),
-    "after the proof": lambda: after(pipeline, "prove"),
+    "before the rewrite": lambda: before(stages, "rewrite"),
+    "before the decoder is written": lambda: before(stages, "save_graph"),
+    "after the decoder is written": lambda: after(stages, "save_graph"),
+    "after the proof": lambda: after(stages, "prove_decoder"),
     "between companions": lambda: before(guarded_folder, "bring", calls=3),
-    "before the manifest": lambda: before(pipeline, "write_manifest"),
-    "after the manifest": lambda: after(pipeline, "write_manifest"),
+    "before the manifest": lambda: before(stages, "record_export"),
+    "after the manifest": lambda: after(stages, "record_export"),
     "before OUT gets its name": lambda: before(staging.Path, "rename"),
     "after OUT has its name": lambda: after(staging.Path, "rename"),
     "never": lambda: None,

@@ -13,10 +13,11 @@ import typer
 from shell_lines import wrong_usage
 
 from vlmguard import cli
+from vlmguard.commands import application
 from vlmguard.exporter import choices
 from vlmguard.exporter.checkpoints.exporters import EXPORTERS
 from vlmguard.exporter.extraction.estimators import ESTIMATORS, READOUTS
-from vlmguard.graphs.spec import MODES
+from vlmguard.graphs.modes import MODES
 
 GROUP: Any = typer.main.get_command(cli.app)
 COMMANDS: dict[str, Any] = GROUP.commands
@@ -87,7 +88,7 @@ def test_options_stand_in_panels(
 def test_every_option_has_a_panel(name: str) -> None:
     options = [param for param in COMMANDS[name].params if param.param_type_name == "option"]
     assert [param.name for param in options if param.name != "help" and not param.rich_help_panel] == []
-    assert COMMANDS[name].rich_help_panel in (cli.GUARD, cli.CHECK, cli.RUN, cli.SHIP)
+    assert COMMANDS[name].rich_help_panel in application.PANELS
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS], ids=lambda name: name or "vlmguard")

@@ -20,6 +20,7 @@ FOLDERS = (
     "apps/playground",
     "apps/report",
     "apps/serving",
+    "commands",
     "graphs",
     "graphs/lowerings",
     "graphs/proof",
@@ -73,10 +74,7 @@ SOURCES = [
 MOST_LINES = 400
 # Files that are still longer. The list only shrinks: a file that no longer is leaves it, and no file joins it.
 STILL_LONG = {
-    "cli.py",
     "examples/tiny_vlm/world.py",
-    "exporter/pipeline.py",
-    "exporter/resolve.py",
     "tests/apps/test_playground_page.py",
     "tests/apps/test_report.py",
     "tests/apps/test_serving.py",

@@ -30,19 +30,13 @@ from torch_hooks import HookedGuard
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import Directions
 from vlmguard.graphs.layouts import open_package
+from vlmguard.graphs.modes import MODES, POSITIONS, guard_mode
 from vlmguard.graphs.package import ModelPackage
 from vlmguard.graphs.plan import GuardPlan
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.reference import NO_SUPERVISOR, LayerGuard
 from vlmguard.graphs.rewrite import rewrite
-from vlmguard.graphs.spec import (
-    MODES,
-    MODES_WITH_GATE,
-    MODES_WITH_READOUT,
-    MODES_WITH_SUPERVISOR,
-    POSITIONS,
-    GuardSpec,
-)
+from vlmguard.graphs.spec import GuardSpec
 from vlmguard.runtime.decoder import open_decoder
 from vlmguard.runtime.decoder_inputs import PromptBatch
 from vlmguard.runtime.generation import Request
@@ -239,7 +233,7 @@ def plan_with_thresholds(subject: Subject, mode: str, positions: str) -> tuple[G
     """
     directions = random_directions(subject.width, subject.guarded_layers)
     scores: dict[int, np.ndarray] = {}
-    for number in subject.guarded_layers if mode in MODES_WITH_GATE else ():
+    for number in subject.guarded_layers if guard_mode(mode).has_threshold else ():
         below = {n: layer for n, layer in guards(_plan(subject, directions, mode, positions)).items() if n in scores}
         seen = gate_scores(subject, mode, positions, below, directions, number)
         if mode == "combined":
@@ -282,7 +276,7 @@ def gate_scores(
         return (states[number][0][:, -1] @ layer.ssd[0])[:, None]
     told = text_pass(subject, _plan(subject, directions, mode, positions), positions) if mode == "combined" else None
     _, states = run_torch(subject, subject.prompt, HookedGuard(below, mode, positions), told)
-    reads = layer.readout if mode in MODES_WITH_READOUT else layer.ssd[0]
+    reads = layer.readout if guard_mode(mode).has_readout else layer.ssd[0]
     prefill, *decode = [call @ reads for call in states[number]]
     last = np.concatenate([prefill[:, -1:], *decode], axis=1)
     if positions == "last":
@@ -314,10 +308,10 @@ def test_the_guarded_graph_equals_torch_with_hooks(
     assert plan.layers == case.guarded_layers and len(plan.layers) == 2
     require_open_and_closed(plan, scores, mode)
 
-    supervisor = text_pass(case, plan, positions) if mode in MODES_WITH_SUPERVISOR else None
+    supervisor = text_pass(case, plan, positions) if guard_mode(mode).supervisor else None
     expected, _ = run_torch(case, case.prompt, HookedGuard(guards(plan), mode, positions), supervisor)
     unguarded, _ = run_torch(case, case.prompt)
-    found, coordinates = run_onnx(case, plan, supervised=mode in MODES_WITH_SUPERVISOR)
+    found, coordinates = run_onnx(case, plan, supervised=guard_mode(mode).supervisor)
 
     limit = LIMITS[case.precision]
     if supervisor is not None:
@@ -380,7 +374,7 @@ def text_pass(case: Subject, plan: GuardPlan, positions: str) -> dict[int, torch
 
 def require_open_and_closed(plan: GuardPlan, scores: dict[int, np.ndarray], mode: str) -> None:
     """In each guarded layer one row's gate is open at the end of the prompt, and the other's closed."""
-    assert len(scores) == (2 if mode in MODES_WITH_GATE else 0)
+    assert len(scores) == (2 if guard_mode(mode).has_threshold else 0)
     for number, seen in scores.items():
         opens = seen[:, 0] > guards(plan)[number].threshold
         assert sorted(opens) == [False, True]

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from PIL import Image
 from tiny_vlm_paths import SOURCE, Guarded
 
 import vlmguard
+from vlmguard.exporter.options import ExportSettings, options_of
 from vlmguard.exporter.requests import spec_of
 from vlmguard.runtime.generation import Request
 from vlmguard.runtime.images.open_picture import open_image
@@ -74,6 +76,31 @@ def test_every_argument_of_a_long_signature_is_documented(function: Any) -> None
     if len(arguments) >= 4:
         missing = [name for name in arguments if not re.search(rf"^ +{name}: ", text, re.MULTILINE)]
         assert missing == []
+
+
+def test_export_takes_every_attribute_of_the_guard_and_of_the_options_by_name() -> None:
+    names = {field.name for kind in (vlmguard.GuardSpec, vlmguard.ExportOptions) for field in fields(kind)}
+    assert set(ExportSettings.__annotations__) == names
+    text = inspect.getdoc(vlmguard.ExportOptions) or ""
+    assert [field.name for field in fields(vlmguard.ExportOptions) if f"\n    {field.name}: " not in text] == []
+
+
+def test_an_unknown_setting_is_a_type_error_with_the_nearest_name(tmp_path: Path) -> None:
+    export: Any = vlmguard.export
+    with pytest.raises(TypeError) as caught:
+        export(tmp_path, positons="all")
+    assert str(caught.value) == "export() has no setting 'positons'; did you mean 'positions'?"
+    with pytest.raises(TypeError) as caught:
+        export(tmp_path, zzz=1)
+    assert str(caught.value) == "export() has no setting 'zzz'; help(vlmguard.ExportOptions) lists them"
+
+
+def test_settings_replace_attributes_of_the_options() -> None:
+    options = options_of(
+        vlmguard.ExportOptions(proof="local", force=True), {"mode": "steer", "layers": "2-4", "force": False}
+    )
+    assert (options.proof, options.force) == ("local", False)
+    assert options.spec == vlmguard.GuardSpec(mode="steer", layers=(2, 3, 4))
 
 
 # ------------------------------------------------------------------------------------------------- settings without a GuardSpec

@@ -16,15 +16,9 @@ from torch_hooks import HookedGuard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlmguard.graphs import reference
+from vlmguard.graphs.modes import MODES, POSITIONS, guard_mode, modes_where
 from vlmguard.graphs.reference import NO_SUPERVISOR, SUPERVISED_ABOVE, LayerGuard
-from vlmguard.graphs.spec import (
-    LARGEST_TAU,
-    MODES,
-    MODES_WITH_GATE,
-    MODES_WITH_READOUT,
-    MODES_WITH_SUPERVISOR,
-    POSITIONS,
-)
+from vlmguard.graphs.spec import LARGEST_TAU
 
 WIDTH, LAYERS = 32, 3
 GUARDED = (0, 2)
@@ -119,7 +113,7 @@ def test_hooks_equal_the_reference(model: LlamaForCausalLM, mode: str, positions
     always: dict[str, Any] = {"threshold": SUPERVISED_ABOVE} if mode == "align" else {}
     layers = {number: layer_guard(number, rank, **always) for number in GUARDED}
     # One row's supervisor opens the gates, the other's closes them.
-    text = {n: torch.tensor([[0.7] * rank, [-0.7] * rank]) for n in GUARDED} if mode in MODES_WITH_SUPERVISOR else None
+    text = {n: torch.tensor([[0.7] * rank, [-0.7] * rank]) for n in GUARDED} if guard_mode(mode).supervisor else None
     guard = HookedGuard(layers, mode, positions)
     mask, prompt = (LEFT, PROMPT) if padding == "left" else (LEFT.flip(1), PROMPT.flip(1))
     before: dict[int, list[np.ndarray]] = {}
@@ -153,13 +147,13 @@ def test_hooks_equal_the_reference(model: LlamaForCausalLM, mode: str, positions
 
 def supervisor_of(mode: str, told: dict[int, torch.Tensor] | None, number: int, rank: int) -> np.ndarray | None:
     """As the reference takes it, `[batch, 1, m]`: no supervisor is NO_SUPERVISOR."""
-    if mode not in MODES_WITH_SUPERVISOR:
+    if not guard_mode(mode).supervisor:
         return None
     return np.full((2, 1, rank), NO_SUPERVISOR, np.float32) if told is None else told[number].numpy()[:, None]
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("mode", sorted(MODES_WITH_GATE))
+@pytest.mark.parametrize("mode", modes_where(has_threshold=True))
 def test_a_closed_gate_leaves_the_logits_bit_for_bit(model: LlamaForCausalLM, mode: str, positions: str) -> None:
     plain = run(model)
     for supervisor in (None, {number: torch.full((2, 2), 5.0) for number in GUARDED}):
@@ -288,7 +282,7 @@ def test_steering_with_strength_zero_is_identity(h: np.ndarray, layer: LayerGuar
     np.testing.assert_array_equal(reference.guard("steer", with_numbers(layer, alpha=0.0), h), h)
 
 
-@given(h=hidden, layer=closed, mode=st.sampled_from(sorted(MODES_WITH_GATE)))
+@given(h=hidden, layer=closed, mode=st.sampled_from(modes_where(has_threshold=True)))
 @laws
 def test_a_closed_gate_is_identity(h: np.ndarray, layer: LayerGuard, mode: str) -> None:
     """Equal in value: adding a zero turns -0.0 into 0.0."""
@@ -297,7 +291,7 @@ def test_a_closed_gate_is_identity(h: np.ndarray, layer: LayerGuard, mode: str) 
     np.testing.assert_array_equal(reference.guard(mode, layer, h, supervisor), h)
 
 
-@pytest.mark.parametrize("mode", sorted(MODES_WITH_GATE))
+@pytest.mark.parametrize("mode", modes_where(has_threshold=True))
 def test_a_gate_at_its_threshold_is_closed(mode: str) -> None:
     ssd = np.eye(1, D, dtype=np.float32)
     layer = with_numbers(layer_guard(8, rank=1, threshold=1.0, width=D), ssd=ssd, readout=ssd[0])
@@ -307,7 +301,7 @@ def test_a_gate_at_its_threshold_is_closed(mode: str) -> None:
     assert (reference.guard(mode, layer, above * h, above * supervisor) != above * h).any()
 
 
-@pytest.mark.parametrize("mode", sorted(MODES_WITH_SUPERVISOR))
+@pytest.mark.parametrize("mode", modes_where(supervisor=True))
 @given(
     h=hidden,
     layer=guards,
@@ -375,7 +369,7 @@ def test_supervise_moves_the_coordinates_to_the_supervisors(h: np.ndarray, layer
     np.testing.assert_allclose(moved, np.broadcast_to(expected, moved.shape), atol=2e-5)
 
 
-@pytest.mark.parametrize("mode", sorted(MODES_WITH_READOUT))
+@pytest.mark.parametrize("mode", modes_where(has_readout=True))
 @given(h=hidden, layer=opened)
 @laws
 def test_the_coordinates_are_set_to_the_target(mode: str, h: np.ndarray, layer: LayerGuard) -> None:

@@ -21,8 +21,8 @@ from vlmguard.exporter.prompts.picture_paths import PICTURE_FOLDERS
 @pytest.fixture(scope="session")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
     """`guarded("restore")`: the folder that a plain `export` writes; `guarded("supervise")`: the same in that mode;
-    `guarded("combined")`: calibrated on typographic prompts too; `guarded("dials")`: the first one's directions, with every
-    dial that there is; `guarded("rows")`: the directions of `align`, and paired rows.
+    `guarded("combined")`: calibrated on typographic prompts too; `guarded("runtime_controls")`: the directions of
+    the first with every runtime control; `guarded("rows")`: the directions of `align`, and paired rows.
 
     Calibrating takes seconds, so that the workers of pytest-xdist share one folder.
     """
@@ -38,7 +38,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
         "combined": vlmguard.GuardSpec(mode="combined"),
         "align": vlmguard.GuardSpec(mode="align"),
         "rows": vlmguard.GuardSpec(mode="align", supervisor="rows"),
-        "dials": vlmguard.GuardSpec(knobs=True, telemetry=True, gate="prompt"),
+        "runtime_controls": vlmguard.GuardSpec(knobs=True, telemetry=True, gate="prompt"),
     }
 
     def get(mode: str) -> Path:
@@ -47,7 +47,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
             if not out.exists():
                 # What the example was before: a test compares it with what it is afterwards.
                 (root / f"{mode}-before.json").write_text(json.dumps(digests(EXAMPLE)))
-                of = {"dials": "restore", "rows": "align"}.get(mode)
+                of = {"runtime_controls": "restore", "rows": "align"}.get(mode)
                 directions = get(of) / "directions.safetensors" if of is not None else None
                 both = [CALIBRATION, CALIBRATION_SIGNS] if mode == "combined" else None
                 vlmguard.export(SOURCE, out, spec=wishes[mode], directions=directions, calibration=both)

@@ -12,9 +12,9 @@ from typing import Any
 
 from ...graphs.errors import GuardError
 from ...graphs.graph_io import load_graph
+from ...graphs.modes import guard_mode
 from ...graphs.plan import GuardPlan
 from ...graphs.roles import EMBEDS, MASK, POSITIONS, input_roles
-from ...graphs.spec import MODES_WITH_GATE
 from ...runtime.chat.chat import ChatTokenizer
 from ...runtime.chat.folder_configs import FolderConfigs, find_template
 from ...runtime.images.images import PROCESSORS, ImagePreprocessor, declared_processor, processor_name
@@ -84,7 +84,7 @@ def model_facts(sides: Sides, chat: ChatTokenizer, images: ImagePreprocessor) ->
 
 
 def guard_facts(plan: GuardPlan) -> dict[str, Any]:
-    gated = plan.mode in MODES_WITH_GATE
+    gated = guard_mode(plan.mode).has_threshold
     return {
         "mode": plan.mode,
         "layers": list(plan.layers),

@@ -16,17 +16,15 @@ import shutil
 import tarfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...graphs.digests import sha256_file
 from ...graphs.errors import GuardError, OutputRefused, first_line
 from ...graphs.new_files import create_file
+from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.staging import staged
-
-# what is being done, bytes done, bytes in all
-Progress = Callable[[str, int, int], None]
 
 REGISTRY = "https://registry.npmjs.org"
 _REGISTRY_NAMES = ("npm_config_registry", "NPM_CONFIG_REGISTRY")  # npm reads both
@@ -90,13 +88,15 @@ LIBRARIES = (
 
 
 def find_libraries(
-    folder: Path | None = None, progress: Progress | None = None, libraries: Sequence[Library] = LIBRARIES
+    folder: Path | None = None,
+    report_progress: ProgressCallback = ignore_progress,
+    libraries: Sequence[Library] = LIBRARIES,
 ) -> dict[tuple[str, str], Path]:
     """Every file that the page wants, by package and path in it, checked; fetched first where it is not there yet.
 
     Args:
         folder: a `node_modules` that has the packages; nothing is fetched then. `None`: the user's cache.
-        progress: told how an archive comes in.
+        report_progress: called with `(stage, done, total)`, in bytes.
 
     Raises:
         GuardError: the folder lacks a file or has another version's; or an archive cannot be fetched, or is not the one
@@ -104,7 +104,7 @@ def find_libraries(
     """
     found = {}
     for library in libraries:
-        home = folder / library.name if folder is not None else _cached(library, progress or (lambda *_: None))
+        home = folder / library.name if folder is not None else _cached(library, report_progress)
         for name, digest in library.files.items():
             path = home / name
             if not _is(
@@ -132,11 +132,11 @@ def registry() -> str:
     return named.rstrip("/")
 
 
-def _cached(library: Library, progress: Progress) -> Path:
+def _cached(library: Library, report_progress: ProgressCallback) -> Path:
     home = cache_folder() / f"{library.name.replace('/', '+')}-{library.version}"
     if _complete(home, library):
         return home
-    content = _fetch(library, progress)
+    content = _fetch(library, report_progress)
     files = _read_archive(library, content)
     shutil.rmtree(home, ignore_errors=True)  # damaged, if it is there at all
     try:
@@ -160,7 +160,7 @@ def _is(path: Path, digest: str) -> bool:
     return path.is_file() and sha256_file(path) == digest
 
 
-def _fetch(library: Library, progress: Progress) -> bytes:
+def _fetch(library: Library, report_progress: ProgressCallback) -> bytes:
     """The archive, against its integrity."""
     url = f"{registry()}/{library.archive}"
     received = io.BytesIO()
@@ -173,7 +173,7 @@ def _fetch(library: Library, progress: Progress) -> bytes:
                     raise GuardError(
                         f"{url}: has more than {_LARGEST} bytes, which {library} has not; ask another registry"
                     )
-                progress(f"fetching {library} (bytes)", received.tell(), max(total, received.tell()))
+                report_progress(f"fetching {library} (bytes)", received.tell(), max(total, received.tell()))
     except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise GuardError(

@@ -14,10 +14,10 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ...exporter.prompts.overlaps import require_held_out_of
-from ...exporter.sources import Watch, unwatched
 from ...graphs.errors import GuardError
 from ...graphs.graph_io import external_files, graph_bytes
 from ...graphs.manifest import read_manifest
+from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.roles import input_roles
 from ...graphs.strict_json import to_strict_json
 from ...runtime.chat.chat import ChatTokenizer
@@ -42,7 +42,7 @@ def playground(
     prompts: str | None = None,
     assets: Path | None = None,
     port: int = DEFAULT_PORT,
-    watch: Watch | None = None,
+    report_progress: ProgressCallback = ignore_progress,
 ) -> PlaygroundServer:
     """Make the site of a guarded folder, and a server that is bound and not running yet.
 
@@ -53,16 +53,16 @@ def playground(
         prompts: labelled prompts to pick from; default: found beside the model, else built-in ones.
         assets: a `node_modules` with the libraries; default: the user's cache, filled from the npm registry.
         port: of the loopback address; 0 takes any that is free.
-        watch: told what is going on.
+        report_progress: called with `(stage, done, total)`.
 
     Raises:
         GuardError: anything wrong with the request or its files; nothing is served.
     """
-    tell, folder = watch or unwatched, Path(guarded).absolute()
+    folder = Path(guarded).absolute()
     sides = open_sides(folder, Path(base).absolute() if base is not None else None, variant)
     require_page_model(sides)
     _require_room(sides)
-    libraries = find_libraries(assets, tell)
+    libraries = find_libraries(assets, report_progress)
     return PlaygroundServer(make_site(libraries, _model_files(sides, prompts)), port)
 
 

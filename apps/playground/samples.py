@@ -11,7 +11,8 @@ from typing import Any
 from PIL import Image
 
 from ...exporter.evaluation.evaluate import EVALUATION_FILES
-from ...exporter.prompts.labelled import BUILTIN, LABELS, SETTINGS, LabelledPrompt, find_file, read_prompts
+from ...exporter.prompts.labelled import BUILTIN, LABELS, LabelledPrompt, find_file, read_prompts
+from ...exporter.prompts.thinning import by_setting_and_label
 from ...runtime.images.open_picture import open_image
 
 _OF_EACH = 2  # prompts of each setting and label
@@ -54,8 +55,7 @@ def choose_samples(prompts: str | None, homes: Sequence[Path]) -> Samples:
     """
     found = prompts or next(filter(None, (find_file(home, EVALUATION_FILES) for home in homes)), None)
     rows = read_prompts(found if found is not None else f"{BUILTIN}:test")
-    kinds = [[row for row in rows if (row.setting, row.label) == (s, label)] for s in SETTINGS for label in LABELS]
-    chosen = [row for kind in kinds for row in kind[:: max(1, -(-len(kind) // _OF_EACH))][:_OF_EACH]]
+    chosen = by_setting_and_label(rows, _OF_EACH, LABELS)
     paths = dict.fromkeys(row.image for row in (*chosen, *rows) if row.image is not None)
     shown = list(paths)[:_MOST_PICTURES]
     return Samples(

@@ -13,9 +13,9 @@ import onnx_ir as ir
 from ...exporter.proof.both_sides import BothSides, open_both_sides
 from ...graphs.errors import GuardError
 from ...graphs.manifest import DecoderRecord, Manifest
+from ...graphs.modes import guard_mode
 from ...graphs.package import ModelPackage
 from ...graphs.plan import GuardPlan
-from ...graphs.spec import MODES_WITH_GATE
 from ...runtime.guarded import open_guarded_package, open_manifest
 
 
@@ -85,4 +85,4 @@ def _telling(both: BothSides) -> ir.Model:
     """The shipped graph, and its gates' scores."""
     if both.folded:
         return both.package.load_decoder()
-    return both.rebuilt(replace(both.plan, telemetry=both.plan.mode in MODES_WITH_GATE))[0]
+    return both.rebuilt(replace(both.plan, telemetry=guard_mode(both.plan.mode).has_threshold))[0]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...exporter.artifact.stamp import stamp
 from ...exporter.evaluation.evaluate import evaluate
-from ...exporter.sources import Watch, unwatched
+from ...graphs.clock import now
 from ...graphs.directions import Directions
 from ...graphs.errors import OutputRefused
+from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.staging import require_writable_file, write_file
 from ...graphs.whole_numbers import whole_number
 from ...runtime.defaults import MAX_NEW_TOKENS
@@ -44,7 +44,7 @@ def report(
     engine: Path | str | None = None,
     benchmark: Path | str | None = None,
     force: bool = False,
-    watch: Watch | None = None,
+    report_progress: ProgressCallback = ignore_progress,
 ) -> ReportData:
     """Measure a guarded folder and write the page.
 
@@ -60,12 +60,12 @@ def report(
         engine: TensorRT engines built from the folder, for the cost table.
         benchmark: a result file of `benchmarks/inference.py`, for the cost table.
         force: replace the output.
-        watch: told what is going on.
+        report_progress: called with `(stage, done, total)`.
 
     Raises:
         GuardError: anything wrong with the request or its files; nothing was written.
     """
-    tell, output = watch or unwatched, Path(output).absolute()
+    output = Path(output).absolute()
     require_plotly()  # before minutes of work
     when = _now()
     _require_writable(output, Path(guarded).absolute(), force)
@@ -78,17 +78,17 @@ def report(
     )
     layers = tuple(sorted({site.layer_index for site in subject.anatomy.sites}))
     drawn = both_labels(asked)
-    states = read_states(subject, drawn, batch_size, lambda done, total: tell("reading states", done, total))
+    states = read_states(subject, drawn, batch_size, lambda done, total: report_progress("reading states", done, total))
     answers = evaluate(
         subject.unguarded,
         subject.guarded,
         asked,
         max_new_tokens,
         batch_size,
-        lambda done, total: tell("asking both models", done, total),
+        lambda done, total: report_progress("asking both models", done, total),
     )
     sweep = sweep_alpha(
-        subject, asked, max_new_tokens, batch_size, lambda done, total: tell("trying strengths", done, total)
+        subject, asked, max_new_tokens, batch_size, lambda done, total: report_progress("trying strengths", done, total)
     )
     data = ReportData(
         name=subject.folder.name,
@@ -134,4 +134,4 @@ def _anchors_auc(directions: Directions) -> dict[int, float]:
 
 def _now() -> str:
     """Honours SOURCE_DATE_EPOCH, as reproducible builds want it."""
-    return stamp().created.strftime("%Y-%m-%d %H:%M UTC")
+    return now().strftime("%Y-%m-%d %H:%M UTC")

@@ -9,17 +9,11 @@ from typing import Any
 import numpy as np
 
 from ...exporter.prompts.labelled import SETTINGS, LabelledPrompt
+from ...graphs.modes import guard_mode
 from ...graphs.plan import GuardPlan
 from ...graphs.reference import LayerGuard, score
-from ...graphs.spec import MODES_WITH_GATE
 from .states import States
 
-READS = {
-    "restore": "the readout of the state before the guard",
-    "steer": "the state before the guard along row 1 of the direction",
-    "supervise": "the text-only pass along row 1 of the direction",
-    "combined": "the readout of the state before the guard, or the text-only pass on its scale, whichever is higher",
-}
 _BINS = 24
 
 
@@ -51,7 +45,7 @@ class GateScores:
 
 def gate_scores(states: States, prompts: Sequence[LabelledPrompt], plan: GuardPlan) -> list[GateScores]:
     """By layer and setting; none where the mode has no gate."""
-    if plan.mode not in MODES_WITH_GATE:
+    if not guard_mode(plan.mode).has_threshold:
         return []
     found = []
     for row, (layer, guard) in enumerate(zip(plan.layers, plan.guards, strict=True)):
@@ -80,9 +74,9 @@ def bins(gates: Sequence[GateScores]) -> np.ndarray:
 
 def _scores(states: States, row: int, mode: str, guard: LayerGuard) -> np.ndarray:
     """`[prompts]` float32, as the graph computes it."""
-    told = None if states.supervisor is None else states.supervisor[:, row]
-    if mode == "supervise":
-        assert told is not None
-        return told[:, 0]
+    supervisor = None if states.supervisor is None else states.supervisor[:, row]
+    if guard_mode(mode).decides_by_text:
+        assert supervisor is not None
+        return supervisor[:, 0]
     assert states.raw is not None
-    return score(mode, guard, states.raw[:, row], told)[:, 0]
+    return score(mode, guard, states.raw[:, row], supervisor)[:, 0]

@@ -52,17 +52,6 @@ TERMS = {
     "limit": "The largest difference that the check allows.",
 }
 
-MODES = {
-    "project": "The guard removes the direction from every state.",
-    "steer": "Where the state's first coordinate is above a threshold, the guard moves the state further along the direction.",
-    "supervise": "Where a text-only pass finds the request harmful, its coordinates along the direction replace those of the "
-    "prompt with the image.",
-    "align": "At the end of the prompt the guard copies the coordinates along the direction from a text-only pass; it has no "
-    "threshold.",
-    "restore": "Where a calibrated score finds the prompt harmful, the guard sets the state to the level of harmful text.",
-    "combined": "As restore, and the gate also opens where a text-only pass finds the request harmful.",
-}
-
 
 def explained(names: Sequence[str]) -> list[tuple[str, str]]:
     """The terms with their sentences, in this order."""

@@ -14,11 +14,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ...graphs.modes import MODES, guard_mode
 from ...graphs.strict_json import to_strict_json
 from . import report_tables
 from .data import ReportData
 from .figures import SETTING_WORDS, make_figures
-from .glossary import MODES, explained
+from .glossary import explained
 from .plotly_js import plotly_js
 
 _HERE = Path(__file__).parent
@@ -41,7 +42,7 @@ def make_page(data: ReportData, made: str) -> str:
         tables=report_tables,
         setting_words=SETTING_WORDS,
         explained=explained,
-        modes=MODES,
+        modes={name: guard_mode(name).summary for name in MODES},
         figures=figures,
         figures_json=Markup(in_script(figures)),
         library=Markup(library),

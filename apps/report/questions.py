@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from ...exporter.evaluation.evaluate import EVALUATION_FILES
-from ...exporter.prompts.labelled import LABELS, PAIRED_LABELS, SETTINGS, Label, LabelledPrompt, find_file, read_prompts
+from ...exporter.prompts.labelled import LABELS, PAIRED_LABELS, LabelledPrompt, find_file, read_prompts
 from ...exporter.prompts.overlaps import require_held_out_of
+from ...exporter.prompts.thinning import by_setting_and_label
 from ...graphs.errors import GuardError, PromptsUnusable
 from ...runtime.images.open_picture import open_image
 from .subject import Subject
@@ -43,7 +42,7 @@ def choose_prompts(
         open_image(image)  # before minutes of work
     rows = in_settings(rows, sees, image)
     require_held_out_of(subject.folder, subject.manifest, str(found), rows, "report")
-    chosen = thinned(rows, most, LABELS)
+    chosen = by_setting_and_label(rows, most, LABELS)
     for label in PAIRED_LABELS:
         if not any(row.label == label for row in chosen):
             raise PromptsUnusable(f"{found}: holds no {label} prompt that this model accepts; a report compares both")
@@ -65,14 +64,3 @@ def in_settings(rows: Sequence[LabelledPrompt], sees: bool, image: Path | None) 
     if image is not None:
         kept += [replace(row, id=f"{row.id}-image", setting="image", image=image) for row in texts]
     return kept
-
-
-def thinned(rows: Sequence[LabelledPrompt], most: int, labels: Sequence[Label] = PAIRED_LABELS) -> list[LabelledPrompt]:
-    """At most so many of each setting and label, spread over the whole list; by setting, then label."""
-    chosen = []
-    for setting in SETTINGS:
-        for label in labels:
-            kind = [row for row in rows if (row.setting, row.label) == (setting, label)]
-            places = np.linspace(0, len(kind) - 1, min(most, len(kind))).round().astype(int)
-            chosen += [kind[place] for place in places]
-    return chosen

@@ -7,9 +7,9 @@ from typing import Any
 
 from ...exporter.evaluation.intervals import Share
 from ...exporter.evaluation.yardstick import Divergence, Gap
+from ...graphs.modes import guard_mode
 from .data import ReportData
 from .figures import SETTING_SYMBOLS, SETTING_WORDS
-from .gates import READS
 from .outcomes import Rate
 from .score_separation import READOUT, SSD, TEXT
 
@@ -217,7 +217,7 @@ def proof_table(data: ReportData) -> list[Row]:
 def files_table(data: ReportData) -> list[Row]:
     """File, bytes, SHA-256."""
     return [
-        [name, f"{record.size:,}", record.sha256 or "not hashed, as asked at export"]
+        [name, f"{record.size:,}", record.sha256 or "not hashed, as requested at export"]
         for name, record in data.manifest.files.items()
     ]
 
@@ -240,7 +240,7 @@ def facts(content: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def gate_words(data: ReportData) -> str:
-    return READS.get(str(data.plan["mode"]), "")
+    return guard_mode(str(data.plan["mode"])).score
 
 
 def has_text_direction(data: ReportData) -> bool:

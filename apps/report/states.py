@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...exporter.extraction.extract import Progress, collect_states
+from ...exporter.extraction.extract import collect_states
 from ...exporter.prompts.labelled import LabelledPrompt
 from ...graphs.errors import GuardError
+from ...graphs.progress import CountCallback
 from ...graphs.taps import RAW_OUTPUT, STATES_OUTPUT
 from ...runtime.generation import Request
 from ...runtime.vlm import VisionLanguageModel
@@ -34,7 +35,7 @@ class States:
 
 
 def read_states(
-    subject: Subject, prompts: Sequence[LabelledPrompt], batch_size: int, progress: Progress | None = None
+    subject: Subject, prompts: Sequence[LabelledPrompt], batch_size: int, report_count: CountCallback | None = None
 ) -> States:
     """One pass over the prompts on each side; a supervised graph takes its text-only pass besides.
 
@@ -42,10 +43,10 @@ def read_states(
         GuardError: states that are not finite.
     """
     both = 2 * len(prompts)
-    told = (lambda done, _: progress(done, both)) if progress is not None else None
+    first = (lambda done, _: report_count(done, both)) if report_count is not None else None
     unguarded = subject.unguarded_tapped()
-    before = collect_states(unguarded, [prompt.request(unguarded) for prompt in prompts], batch_size, told)
-    later = (lambda done: progress(len(prompts) + done, both)) if progress is not None else (lambda done: None)
+    before = collect_states(unguarded, [prompt.request(unguarded) for prompt in prompts], batch_size, first)
+    later = (lambda done: report_count(len(prompts) + done, both)) if report_count is not None else (lambda done: None)
     guarded = subject.guarded_tapped()
     rows: list[dict[str, np.ndarray]] = [{} for _ in prompts]
     requests, done = [prompt.request(guarded) for prompt in prompts], 0
@@ -66,12 +67,12 @@ _SUPERVISOR = "supervisor"
 
 def _prefill(model: VisionLanguageModel, requests: Sequence[Request]) -> dict[str, np.ndarray]:
     if model.pairs:
-        told, outputs = None, model.prefill(requests)
+        supervisor, outputs = None, model.prefill(requests)
     else:
-        told = model.supervise(requests)
-        outputs, _ = model.decoder.prefill(model.batch(requests), told)
+        supervisor = model.supervise(requests)
+        outputs, _ = model.decoder.prefill(model.batch(requests), supervisor)
     found = {name: np.asarray(outputs[name]) for name in (STATES_OUTPUT, RAW_OUTPUT) if name in outputs}
-    return found if told is None else found | {_SUPERVISOR: np.asarray(told)}
+    return found if supervisor is None else found | {_SUPERVISOR: np.asarray(supervisor)}
 
 
 def _stacked(rows: Sequence[dict[str, np.ndarray]], name: str) -> np.ndarray | None:

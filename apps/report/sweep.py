@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...exporter.evaluation.evaluate import tally
-from ...exporter.extraction.extract import Progress
 from ...exporter.prompts.labelled import LabelledPrompt
-from ...graphs.spec import MODES_WITH_ALPHA
-from .questions import thinned
+from ...exporter.prompts.thinning import by_setting_and_label
+from ...graphs.modes import guard_mode
+from ...graphs.progress import CountCallback
 from .subject import Subject
 
 ALPHAS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
@@ -41,12 +41,12 @@ def sweep_alpha(
     prompts: Sequence[LabelledPrompt],
     max_new_tokens: int,
     batch_size: int,
-    progress: Progress | None = None,
+    report_count: CountCallback | None = None,
 ) -> list[Strength]:
     """Refusals at each of `ALPHAS` and at the shipped strengths; none where the mode has no strength."""
-    if subject.plan.mode not in MODES_WITH_ALPHA:
+    if not guard_mode(subject.plan.mode).has_alpha:
         return []
-    asked = thinned(prompts, _PROMPTS)
+    asked = by_setting_and_label(prompts, _PROMPTS)
     shipped = {guard.alpha for guard in subject.plan.guards}
     alphas, found = sorted({*ALPHAS, *shipped}), []
     for number, alpha in enumerate(alphas):
@@ -54,6 +54,6 @@ def sweep_alpha(
         cells = tally(model, asked, max_new_tokens, batch_size).cells
         rows = tuple((cell.setting, cell.label, cell.refused, cell.asked) for cell in cells)
         found.append(Strength(alpha, alpha in shipped, rows))
-        if progress is not None:
-            progress(number + 1, len(alphas))
+        if report_count is not None:
+            report_count(number + 1, len(alphas))
     return found

@@ -74,12 +74,12 @@ class AccessLog:
         path = scope["path"] if scope["path"] in PATHS else "other"
         seconds = time.monotonic() - began
         self._ended(path, status, seconds)
-        log.info("%s %s %s %s %.3fs%s", access.id, _method(scope), path, status, seconds, _told(access.made))
+        log.info("%s %s %s %s %.3fs%s", access.id, _method(scope), path, status, seconds, _summary(access.made))
 
 
 def _method(scope: Scope) -> str:
     return scope["method"] if scope["method"] in ("GET", "POST", "HEAD") else "other"
 
 
-def _told(made: Made | None) -> str:
+def _summary(made: Made | None) -> str:
     return "" if made is None else f" prompt={made.prompt_tokens} completion={made.tokens} finish={made.finish}"

@@ -128,11 +128,11 @@ class Answering:
     def _run(self) -> None:
         try:
             self._answer()
-            self._tell(None if self._stopped is None else _REASONS[self._stopped]())
+            self._send(None if self._stopped is None else _REASONS[self._stopped]())
         except Exception as error:
             if isinstance(error, ApiError) or (isinstance(error, GuardError) and not isinstance(error, RunFailed)):
                 self.made.finish = "rejected"
-            self._tell(error)
+            self._send(error)
         finally:
             with suppress(RuntimeError):  # the loop is closed: the process is about to end
                 self._loop.call_soon_threadsafe(self._ended, self)
@@ -151,7 +151,7 @@ class Answering:
         if left < (sampling.max_new_tokens if self._chat.asked_length else 1):
             raise too_long(self._limits.context)
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, left))
-        self._tell("")
+        self._send("")
         if self._is_stopped():
             return
         for piece in self._vlm.pieces(request, sampling, batch=batch):
@@ -160,7 +160,7 @@ class Answering:
             if piece.step.gate_scores is not None:
                 made.scores.append(np.array(piece.step.gate_scores[0]))
             made.text += piece.text
-            self._tell(piece.text)
+            self._send(piece.text)
             if piece.finish is not None:
                 made.finish, self._stopped = piece.finish, None
             elif self._is_stopped():
@@ -173,7 +173,7 @@ class Answering:
             self.made.finish = self._stopped
         return self._stopped is not None
 
-    def _tell(self, event: str | Exception | None) -> None:
+    def _send(self, event: str | Exception | None) -> None:
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 

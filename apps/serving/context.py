@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ...graphs.errors import GuardError
-from ...runtime.chat.folder_configs import FolderConfigs
 from ...runtime.guarded import GuardedVLM
 from .settings import ServeSettings
 
@@ -14,9 +13,7 @@ def context_limit(vlm: GuardedVLM, settings: ServeSettings) -> int:
     Raises:
         GuardError: neither is known.
     """
-    declared = FolderConfigs.read(vlm.chat.folder).text_model.get("max_position_embeddings")
-    known = (declared, vlm.package.longest_sequence, settings.max_context)
-    limits = [size for size in known if isinstance(size, int) and size > 0]
+    limits = [size for size in (vlm.package.longest_sequence, settings.max_context) if size is not None]
     if not limits:
         raise GuardError(
             f"{vlm.package.root}: no config gives the model's context length (max_position_embeddings of config.json, or "

@@ -65,7 +65,7 @@ def without_neutral(
             taken = ", ".join(map(repr, (*neutral[name], None))).replace("None", "null")
             raise ApiError(
                 400,
-                f"this server cannot do {name!r} as asked; leave it out (it takes {taken})",
+                f"this server cannot do {name!r} as requested; leave it out (it takes {taken})",
                 code="unsupported_parameter",
                 param=at + name,
             )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...graphs.clock import wall_clock
 from ...graphs.strict_json import to_strict_json
 from .answering import Answering, Made
 
@@ -24,7 +24,7 @@ class Reply:
     model: str
     fingerprint: str
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
-    created: int = field(default_factory=lambda: int(time.time()))
+    created: int = field(default_factory=lambda: int(wall_clock().timestamp()))
 
     def completion(self, made: Made) -> dict[str, Any]:
         """The whole answer at once."""

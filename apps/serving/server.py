@@ -50,7 +50,7 @@ def require_extra() -> None:
         )
 
 
-def serve(folder: Path, settings: ServeSettings, listening: Callable[[dict[str, Any], str], None]) -> None:
+def serve(folder: Path, settings: ServeSettings, on_ready: Callable[[dict[str, Any], str], None]) -> None:
     """Serve a guarded folder until SIGTERM or SIGINT.
 
     Args:
@@ -68,7 +68,7 @@ def serve(folder: Path, settings: ServeSettings, listening: Callable[[dict[str, 
     warm_up(vlm)
     with open_port(settings.host, settings.port) as port:
         settings = replace(settings, port=port.getsockname()[1])
-        run(vlm, settings, port, lambda: listening(vlm.manifest.plan, _address(settings)))
+        run(vlm, settings, port, lambda: on_ready(vlm.manifest.plan, _address(settings)))
 
 
 def warm_up(vlm: GuardedVLM) -> None:

@@ -83,7 +83,7 @@ def all_cells(
 
 
 def ask_cell(
-    cell: Cell, base: VisionLanguageModel, guarded: VisionLanguageModel, progress: Callable[[int], None]
+    cell: Cell, base: VisionLanguageModel, guarded: VisionLanguageModel, report_done: Callable[[int], None]
 ) -> dict[str, Any]:
     """Lists with an entry per request: refused, right (of questions), same tokens, KL of the first token, log-likelihoods.
 
@@ -123,7 +123,7 @@ def ask_cell(
             for key, value in zip(keys, values, strict=True):
                 found[key][index] = value
         done += len(indices)
-        progress(done)
+        report_done(done)
     return found
 
 

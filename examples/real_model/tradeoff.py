@@ -23,7 +23,7 @@ from stages import stage_record
 from vlmguard.exporter.calibration.align_trial import AlignTrial, Guarding, aligned_directions
 from vlmguard.exporter.extraction.extract import extract_all_layers
 from vlmguard.exporter.last_token_model import last_token_model
-from vlmguard.exporter.pipeline import dissect_decoder
+from vlmguard.exporter.opened_decoder import dissect_decoder
 from vlmguard.exporter.prompts.anchors import open_anchors
 from vlmguard.graphs.layouts import open_package
 from vlmguard.runtime.decoder_place import DecoderPlace

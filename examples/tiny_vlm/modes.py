@@ -20,7 +20,7 @@ import vlmguard
 from vlmguard.exporter.evaluation.evaluate import Tally, tally
 from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
 from vlmguard.exporter.sources import open_model
-from vlmguard.graphs.spec import MODES
+from vlmguard.graphs.modes import MODES
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "onnx-community"

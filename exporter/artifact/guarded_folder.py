@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ...graphs.anatomy import DecoderAnatomy
+from ...graphs.clock import Stamp, to_text
 from ...graphs.digests import sha256_files
 from ...graphs.graph_io import external_files
-from ...graphs.manifest import MANIFEST_NAME, SCHEMA, DecoderRecord, Manifest, may_go_unhashed, record_files
+from ...graphs.manifest import SCHEMA, DecoderRecord, Manifest, may_go_unhashed, record_files, write_manifest
 from ...graphs.new_files import Data, create_file
 from ...graphs.package import SBOM_NAME, ModelPackage
 from ...graphs.plan import GuardPlan
+from ...graphs.progress import ProgressCallback
 from ...graphs.proof.structure import Check
 from ...graphs.rewrite import GuardReport
 from ...graphs.spec import GuardSpec
@@ -24,9 +26,7 @@ from ..calibration.attempts import Choice
 from ..calibration.refusal_regression import Refusals
 from ..calibration.results import Calibration
 from ..proof.level import ProofLevel
-from ..sources import Watch
 from .sbom import bill_of_materials
-from .stamp import Stamp
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def notes_on_files(package: ModelPackage) -> Iterator[str]:
         yield f"left out, because they would be unguarded decoders: {', '.join(graphs)}"
 
 
-def write_manifest(
+def record_export(
     stage: Path,
     decoders: Sequence[GuardedDecoder],
     spec: GuardSpec,
@@ -87,7 +87,7 @@ def write_manifest(
     refusals: Refusals | None,
     proved: ProofLevel,
     digests: bool,
-    tell: Watch,
+    report_progress: ProgressCallback,
     stamped: Stamp,
     sbom: bool = False,
     parity: Sequence[Check] = (),
@@ -97,7 +97,7 @@ def write_manifest(
     files = [path for path in sorted(stage.rglob("*")) if path.is_file()]
     sources = {path for done in decoders for path in _source_files(done)}
     hashed = [path for path in (*files, *sources) if digests or not may_go_unhashed(path.name, path.stat().st_size)]
-    found = sha256_files(hashed, lambda done, total: tell("hashing (bytes)", done, total))
+    found = sha256_files(hashed, lambda done, total: report_progress("hashing (bytes)", done, total))
     names = {path.relative_to(stage).as_posix(): path for path in files}
     if sbom:
         listed = {name: found.get(path) for name, path in names.items()}
@@ -110,7 +110,7 @@ def write_manifest(
     calibrated = measured.calibration if isinstance(measured, Choice) else measured
     manifest = Manifest(
         schema_=SCHEMA,
-        created=stamped.text,
+        created=to_text(stamped.created),
         files=record_files(
             stage, names, {name: found[path] for name, path in names.items() if path in found}, stamped.keeps_times
         ),
@@ -125,7 +125,7 @@ def write_manifest(
         refusals=refusals.to_json() if refusals is not None else None,
         export_parity=[check.to_json() for check in parity] or None,
     )
-    create_file(stage / MANIFEST_NAME, manifest.to_text().encode())
+    write_manifest(stage, manifest)
 
 
 def _source_files(done: GuardedDecoder) -> list[Path]:

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from ...graphs.clock import Stamp
 from ...graphs.errors import ExtraMissing
 from ...graphs.extras import install_command
-from .stamp import Stamp
 
 _NAMESPACE = uuid.UUID("8f3c7f0e-5d0b-5c55-9c1e-2502104865aa")  # ours, for serial numbers
 

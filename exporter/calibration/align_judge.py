@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from ...graphs.directions import Directions
+from ...graphs.progress import ProgressCallback
 from ...runtime.generation import Request
 from ..evaluation.intervals import clopper_pearson, within
-from ..sources import Watch
 from .align_rows import Prompts, Reference, Room
 from .align_trial import AlignTrial, Answer, Guarding
 from .clear_refusals import Alone
@@ -195,13 +195,13 @@ class AlignJudge:
         trial: the model.
         texts: the prompts, asked alone.
         tolerance: largest relative difference of logits that is rounding.
-        tell: called with the progress.
+        report_progress: called with `(stage, done, total)`.
     """
 
     trial: AlignTrial
     texts: Alone
     tolerance: float
-    tell: Watch
+    report_progress: ProgressCallback
     _room: Room = field(default_factory=Room)
     _added: list[Setting] = field(default_factory=list)
     _prompts: dict[str, Prompts] = field(default_factory=dict)
@@ -307,7 +307,7 @@ class AlignJudge:
     def _unguarded(self, setting: Setting) -> Sequence[Reference]:
         prompts = self._prompts[setting.name] = Prompts(self.trial, setting.requests, self._room)
         label, total = f"asking the unguarded model, {setting.name}", len(setting.requests)
-        return prompts.unguarded(self.texts.tokens, lambda done: self.tell(label, done, total))
+        return prompts.unguarded(self.texts.tokens, lambda done: self.report_progress(label, done, total))
 
     def _ends(self, directions: Directions) -> np.ndarray:
         """Coordinates of every text's end along a candidate's rows, `[texts, layers, m]`."""
@@ -334,7 +334,7 @@ class AlignJudge:
                 changed = answer.tokens != reference.tokens
                 changed = changed or reference.first.differs(asked.first[row], self.tolerance)
                 found[index] = Guarded(answer, changed)
-            self.tell(f"judging mode align, {name}", len(found), len(prompts.requests))
+            self.report_progress(f"judging mode align, {name}", len(found), len(prompts.requests))
         self._guarded[name] = [found[index] for index in range(len(found))]
         return self._guarded[name]
 

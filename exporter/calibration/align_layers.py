@@ -51,7 +51,7 @@ def places_of_align(directions: Directions, count: int, spec: GuardSpec) -> Iter
     rows = min(layer.ssd.shape[0] for layer in directions.layers.values())
     rank = spec.rank or min(ALIGNED_RANK, rows)
     if spec.layers is not None:
-        yield Where(spec.layers, rank, "as asked")
+        yield Where(spec.layers, rank, "as requested")
         return
     later, which = later_layers(directions.layers, count)
     apart = tuple(number for number in later if not _at_chance(directions, number))

@@ -56,18 +56,18 @@ class Prompts:
                 self._kept[number] = begun
             yield indices, begun
 
-    def unguarded(self, tokens: int, progress: Callable[[int], None]) -> list[Reference]:
+    def unguarded(self, tokens: int, report_done: Callable[[int], None]) -> list[Reference]:
         """The unguarded model on each request, in order.
 
         Args:
             tokens: longest answer.
-            progress: called with the number of requests that are answered.
+            report_done: called with the number of requests answered so far.
         """
         found: dict[int, Reference] = {}
         for indices, begun in self.batches():
             asked = begun.answer(Guarding(self.trial.neutral), tokens)
             found |= {index: Reference.of(asked, row) for row, index in enumerate(indices)}
-            progress(len(found))
+            report_done(len(found))
         return [found[index] for index in range(len(found))]
 
 

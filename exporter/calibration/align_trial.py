@@ -154,7 +154,9 @@ class AlignTrial:
                 outputs, state = session.prefill(batch, supervisor)
             else:
                 start = begun.state
-                state = replace(start, cache=dict(start.cache), dials=dict(start.dials), supervisor=supervisor)
+                state = replace(
+                    start, cache=dict(start.cache), runtime_controls=dict(start.runtime_controls), supervisor=supervisor
+                )
                 embeds = None if batch.embeds is None else batch.embeds[:, -1:]
                 outputs = session.step(state, batch.ids[:, -1:], embeds)
             state.supervisor = nothing

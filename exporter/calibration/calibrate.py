@@ -21,11 +21,12 @@ from dataclasses import replace
 from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.directions import Directions
 from ...graphs.errors import GuardError
+from ...graphs.modes import guard_mode
+from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.spec import GuardSpec
 from ...runtime.vlm import VisionLanguageModel
 from ..extraction.estimators import READOUTS, require_known
 from ..prompts.labelled import LabelledPrompt
-from ..sources import Watch, unwatched
 from .reading import read_study
 from .results import Calibration
 from .search import Search
@@ -44,7 +45,7 @@ def calibrate(
     budget: float = DEFAULT_BUDGET,
     max_new_tokens: int = ANSWER_TOKENS,
     readout: str | None = None,
-    watch: Watch | None = None,
+    report_progress: ProgressCallback = ignore_progress,
     is_late: Callable[[], bool] = lambda: False,
 ) -> Calibration:
     """Choose what the wish leaves open.
@@ -58,7 +59,7 @@ def calibrate(
         budget: highest share of harmless prompts refused, in any setting.
         max_new_tokens: length of the answers that are judged.
         readout: what the gate of `restore` reads, a name of `estimators.READOUTS`; `None` chooses.
-        watch: called with the progress.
+        report_progress: called with `(stage, done, total)`.
         is_late: whether to stop trying, and to keep the best so far.
 
     Raises:
@@ -70,7 +71,7 @@ def calibrate(
 
     Of prompts whose harm is in the picture alone `supervise` gets the harmless ones only (`visible`).
     """
-    if spec.mode == "align":
+    if spec.mode is not None and not guard_mode(spec.mode).is_calibrated:
         raise GuardError(
             "mode align calibrates nothing: it copies the text-only coordinates; extract directions alone, and export with "
             "--mode align"
@@ -82,7 +83,7 @@ def calibrate(
     require_both_labels(prompts)
     spec = replace(spec, mode=spec.mode or "restore")
     prompts = visible(prompts, spec.mode or "restore")
-    study = read_study(model, anatomy, directions, prompts, spec, budget, max_new_tokens, watch or unwatched)
-    search = Search(study, model, anatomy, spec, readout, max_new_tokens, watch or unwatched, is_late)
+    study = read_study(model, anatomy, directions, prompts, spec, budget, max_new_tokens, report_progress)
+    search = Search(study, model, anatomy, spec, readout, max_new_tokens, report_progress, is_late)
     best = search.run()
     return search.finish(best)

@@ -1,9 +1,9 @@
 """Candidates of a calibration, and the order in which they are tried: a plain sweep, the likeliest first.
 
 1. Single layers at the lowest rank, the best separated first; then higher ranks, then neighbouring pairs.
-2. From the best of these on, one dial at a time: readout, target, origin, strength, threshold, as far as the mode has it.
+2. From the best of these on, one axis at a time: readout, target, origin, strength, threshold, as far as the mode has it.
 
-Each dial has a few values. A sampler (optuna) would have to guess at what a sweep of a dozen trials simply tries.
+Each axis has a few values. A sampler (optuna) would have to guess at what a sweep of a dozen trials simply tries.
 """
 
 from __future__ import annotations
@@ -13,36 +13,24 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from ...graphs.modes import guard_mode
 from ...graphs.spec import GuardSpec
 from ..extraction.estimators import DEFAULT_READOUT, READOUTS
 
 RANKS = (1, 2, 4, 8)
 _ENOUGH_TRIALS = 24
 
-# A gate that reads the text-only query is asked once per request: its threshold may lie close to the harmless scores, and what
-# harmful prompts score below those of the calibration are seen too. One that is asked again at every token of every answer
-# keeps its distance.
-ASKED_ONCE = "low"
 # Where scores overlap, a gate that opens for no harmless prompt opens for few harmful ones. This one opens for a tenth of the
 # harmless prompts too; whether the model then refuses them is decided by answers.
 OVERLAPPING = "tenth"
 
-# What else a mode's formula has, in the order in which it is tried; the first value is where every candidate begins.
-DIALS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    "restore": {
-        "readout": (DEFAULT_READOUT, *(name for name in READOUTS if name != DEFAULT_READOUT)),
-        "threshold": ("middle", "low", "high", "tenth", "fifth"),
-        "target": ("mean", "beyond", "double"),
-    },
-    "combined": {"threshold": ("middle", "low", "high", "tenth", "fifth"), "target": ("mean", "beyond", "double")},
-    "supervise": {
-        "threshold": (ASKED_ONCE, "middle", "high", "tenth", "fifth"),
-        "alpha": (1.0, 1.5, 2.0),
-        "origin": ("harmless", "zero"),
-    },
-    "steer": {"alpha": (1.0, 2.0, 4.0, 8.0), "threshold": ("middle", "low", "high")},
-    "project": {},
-}
+
+def search_axes(mode: str) -> Mapping[str, tuple[Any, ...]]:
+    """What calibration tries for a mode beside layers and rank: field of `Candidate` -> values, the first one to begin with."""
+    axes = dict(guard_mode(mode).search_axes or {})
+    if "readout" in axes:
+        axes["readout"] = (DEFAULT_READOUT, *(name for name in READOUTS if name != DEFAULT_READOUT))
+    return axes
 
 
 @dataclass(frozen=True)
@@ -69,9 +57,9 @@ class Candidate:
     alpha: float | None = None
 
     def to_json(self, mode: str) -> dict[str, Any]:
-        """Where, and the dials that the mode has."""
-        dials = {name: getattr(self, name) for name in DIALS[mode]}
-        return {"layers": list(self.layers), "rank": self.rank, **dials}
+        """Where, and the value on each of the mode's axes."""
+        values = {name: getattr(self, name) for name in search_axes(mode)}
+        return {"layers": list(self.layers), "rank": self.rank, **values}
 
 
 def places(
@@ -84,11 +72,12 @@ def places(
         available: rows that every layer has.
     """
     ranks = (spec.rank,) if spec.rank is not None else [rank for rank in RANKS if rank <= available]
-    first = next(iter(DIALS[mode].get("threshold", ())), Candidate.threshold)
+    thresholds = search_axes(mode).get("threshold", ())
+    first = next(iter(thresholds), Candidate.threshold)
     start = Candidate((), 0, readout or DEFAULT_READOUT, first, alpha=_first_alpha(spec, mode))
 
     def at(layers: tuple[int, ...], rank: int) -> Candidate:
-        overlaps = OVERLAPPING in DIALS[mode].get("threshold", ()) and max(margins[layer] for layer in layers) < 0
+        overlaps = OVERLAPPING in thresholds and max(margins[layer] for layer in layers) < 0
         return replace(start, layers=layers, rank=rank, threshold=OVERLAPPING if overlaps else first)
 
     if spec.layers is not None:
@@ -101,16 +90,17 @@ def places(
     yield from (at(pair, ranks[-1]) for pair in neighbours)
 
 
-def variations(best: Candidate, dial: str, values: Sequence[Any]) -> Iterator[Candidate]:
-    """Step 2: the best so far with one dial elsewhere."""
-    yield from (replace(best, **{dial: value}) for value in values if value != getattr(best, dial))
+def variations(best: Candidate, axis: str, values: Sequence[Any]) -> Iterator[Candidate]:
+    """Step 2: the best so far with another value on one axis."""
+    yield from (replace(best, **{axis: value}) for value in values if value != getattr(best, axis))
 
 
-def open_dials(spec: GuardSpec, mode: str, readout: str | None) -> Mapping[str, tuple[Any, ...]]:
-    """The dials of a mode that are still open."""
+def open_axes(spec: GuardSpec, mode: str, readout: str | None) -> Mapping[str, tuple[Any, ...]]:
+    """The search axes that the request leaves open."""
     decided = {"alpha": spec.alpha is not None, "threshold": spec.tau is not None, "readout": readout is not None}
-    return {name: values for name, values in DIALS[mode].items() if not decided.get(name)}
+    return {name: values for name, values in search_axes(mode).items() if not decided.get(name)}
 
 
 def _first_alpha(spec: GuardSpec, mode: str) -> float | None:
-    return spec.alpha if spec.alpha is not None or "alpha" not in DIALS[mode] else DIALS[mode]["alpha"][0]
+    strengths = search_axes(mode).get("alpha")
+    return spec.alpha if spec.alpha is not None or strengths is None else strengths[0]

@@ -16,19 +16,12 @@ from typing import Any
 from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.directions import Directions
 from ...graphs.errors import GuardError
-from ...graphs.spec import (
-    MODES_WITH_ALPHA,
-    MODES_WITH_GATE,
-    MODES_WITH_READOUT,
-    MODES_WITH_SUPERVISOR,
-    Decided,
-    GuardSpec,
-    Mode,
-)
+from ...graphs.modes import Mode, guard_mode, preferred_modes
+from ...graphs.progress import ProgressCallback
+from ...graphs.spec import Decided, GuardSpec
 from ...runtime.vlm import VisionLanguageModel
 from ..prompts.labelled import LabelledPrompt, fingerprint
 from ..proof.limits import TOLERANCE
-from ..sources import Watch
 from .align_judge import GOAL, AlignJudge, Distance, Figures, RandomRows, keeps_budget, keeps_refusals
 from .align_layers import Where, evidence, places_of_align
 from .align_trial import AlignTrial, aligned_directions
@@ -43,9 +36,9 @@ from .worst_setting import worst_setting
 # Of matched prompts: harmless ones that differ from harmful ones by a word or two are borderline.
 BORDERLINE = 0.04
 _MOST_SCREENED = 2  # further places for mode `align` whose answers are read, of those that are screened
-# In the order of preference. Per guarded layer: no number; threshold and origin; readout, threshold and target in one pass; the
-# same with a second threshold and a second pass.
-PREFERRED: tuple[Mode, ...] = ("align", "supervise", "restore", "combined")
+# Per guarded layer these fit: no number; threshold and origin; readout, threshold and target in one pass; the same with a
+# second threshold and a second pass.
+PREFERRED = preferred_modes()
 
 
 @dataclass(frozen=True)
@@ -82,7 +75,7 @@ def choose(
     prompts: Sequence[LabelledPrompt],
     wish: Wish,
     source: str,
-    tell: Watch,
+    report_progress: ProgressCallback,
 ) -> Choice:
     """Try the possible modes, in the order of preference.
 
@@ -93,7 +86,7 @@ def choose(
         prompts: calibration prompts, held out from the directions.
         wish: what is decided already.
         source: where the prompts are from.
-        tell: called with the progress.
+        report_progress: called with `(stage, done, total)`.
 
     Raises:
         PromptsUnusable: too few prompts, or harmful ones that the model does not refuse as text.
@@ -118,13 +111,17 @@ def choose(
             left_out[name] = f"{attempts[-1].name} reaches the goal, and calibrates fewer numbers"
         elif attempts and is_late():
             left_out[name] = f"the {wish.seconds:g} seconds of --calibration-seconds were over"
-        elif mode == "align":
-            found, layers, as_text = _try_align(model, anatomy, directions, prompts, wish, source, tell, is_late)
+        elif not guard_mode(mode).is_calibrated:
+            found, layers, as_text = _try_align(
+                model, anatomy, directions, prompts, wish, source, report_progress, is_late
+            )
             attempts += found
         else:
             tried = replace(wish, spec=replace(wish.spec, mode=mode, gate=gate))
             alone = len(possible) == 1
-            attempts.append(_try_calibrated(name, model, anatomy, directions, prompts, tried, tell, is_late, alone))
+            attempts.append(
+                _try_calibrated(name, model, anatomy, directions, prompts, tried, report_progress, is_late, alone)
+            )
     usable = [attempt for attempt in attempts if attempt.usable]
     if not usable:
         raise GuardError(_nothing_works(attempts, left_out, wish.budget))
@@ -139,7 +136,7 @@ def _order(possible: Sequence[Mode], spec: GuardSpec) -> Iterator[tuple[Mode, De
         yield mode, spec.gate
     if spec.gate == "token" and not spec.telemetry and len(possible) > 1:
         for mode in possible:
-            if mode in MODES_WITH_READOUT:
+            if guard_mode(mode).has_readout:
                 yield mode, "prompt"
 
 
@@ -157,23 +154,23 @@ def why_impossible(mode: Mode, wish: Wish, model: VisionLanguageModel, prompts: 
     if spec.direction_of is not None:
         return "--direction-of is for mode project"
     given = {
-        "--alpha": spec.alpha is not None and mode not in MODES_WITH_ALPHA,
-        "--tau": spec.tau is not None and mode not in MODES_WITH_GATE,
-        "--readout": wish.readout is not None and mode not in MODES_WITH_READOUT,
+        "--alpha": spec.alpha is not None and not guard_mode(mode).has_alpha,
+        "--tau": spec.tau is not None and not guard_mode(mode).has_threshold,
+        "--readout": wish.readout is not None and not guard_mode(mode).has_readout,
     }
     idle = next((name for name, is_idle in given.items() if is_idle), None)
     if idle is not None:
         return f"{idle} has no effect in it"
-    if mode not in MODES_WITH_SUPERVISOR:
+    if not guard_mode(mode).supervisor:
         return None
     if model.package.layout == "genai":
         return "onnxruntime-genai feeds no text-only coordinates"
     if not model.sees:
         return "no image can be given to this model here, and a text alone is its own text-only prompt"
-    if mode == "align" and not model.package.roles.states:
+    if guard_mode(mode).edits_prompt_end_only and not model.package.roles.states:
         return "the decoder has no KV cache that keeps an edit of the prompt for the answer"
     unseen = sum(prompt.label == "harmful" and not prompt.harmful_as_text for prompt in prompts)
-    if unseen and mode != "combined":
+    if unseen and guard_mode(mode).toward_text:
         return f"it cannot see the harm of {unseen} prompts, which is in their pictures alone"
     return None
 
@@ -185,7 +182,7 @@ def _try_align(
     prompts: Sequence[LabelledPrompt],
     wish: Wish,
     source: str,
-    tell: Watch,
+    report_progress: ProgressCallback,
     is_late: Callable[[], bool],
 ) -> tuple[list[Attempt], list[dict[str, Any]], str]:
     """Attempts at the first place, then at the nearest others by their first tokens, until one reaches the goal; the evidence
@@ -194,9 +191,9 @@ def _try_align(
     places = list(places_of_align(directions, anatomy.layer_count, wish.spec))
     tolerance = max(TOLERANCE[site.dtype] for site in anatomy.sites)
     trial = AlignTrial(model, anatomy, directions, max(place.rank for place in places))
-    alone = ask_alone(trial, judged, tell)
-    judge = AlignJudge(trial, alone, tolerance, tell)
-    if (worst := worst_setting(judge, tell)) is not None:
+    alone = ask_alone(trial, judged, report_progress)
+    judge = AlignJudge(trial, alone, tolerance, report_progress)
+    if (worst := worst_setting(judge, report_progress)) is not None:
         judge.add(worst)
     attempts: list[Attempt] = []
 
@@ -207,20 +204,20 @@ def _try_align(
         return attempts[-1].meets
 
     if not reaches_the_goal(places[0]):
-        for place, distances in _screened(judge, directions, places[1:], tell)[:_MOST_SCREENED]:
+        for place, distances in _screened(judge, directions, places[1:], report_progress)[:_MOST_SCREENED]:
             if is_late() or reaches_the_goal(place, distances):
                 break
     return attempts, evidence(directions, alone.judged, judge.settings, judge.states), str(alone)
 
 
 def _screened(
-    judge: AlignJudge, directions: Directions, places: Sequence[Where], tell: Watch
+    judge: AlignJudge, directions: Directions, places: Sequence[Where], report_progress: ProgressCallback
 ) -> list[tuple[Where, tuple[Distance, ...]]]:
     """The places with their distances, the nearest first; of equal ones the better supported first."""
     found = []
     for number, place in enumerate(places):
         found.append((place, judge.screen(aligned_directions(directions, place.layers, place.rank))))
-        tell("comparing first tokens", number + 1, len(places))
+        report_progress("comparing first tokens", number + 1, len(places))
     return sorted(found, key=lambda pair: round(max(one.total for one in pair[1]), 2))
 
 
@@ -264,7 +261,7 @@ def _try_calibrated(
     directions: Directions,
     prompts: Sequence[LabelledPrompt],
     wish: Wish,
-    tell: Watch,
+    report_progress: ProgressCallback,
     is_late: Callable[[], bool],
     alone: bool,
 ) -> Attempt:
@@ -273,7 +270,15 @@ def _try_calibrated(
     try:
         shown = beside_images(prompts, wish.images) if model.sees else prompts
         found = calibrate(
-            model, anatomy, directions, shown, spec, wish.budget, readout=wish.readout, watch=tell, is_late=is_late
+            model,
+            anatomy,
+            directions,
+            shown,
+            spec,
+            wish.budget,
+            readout=wish.readout,
+            report_progress=report_progress,
+            is_late=is_late,
         )
     except GuardError as error:
         if alone:

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...graphs.errors import PromptsUnusable
+from ...graphs.progress import ProgressCallback
 from ...runtime.generation import Request
-from ..sources import Watch
 from .align_rows import Prompts, Reference, Room
 from .align_trial import AlignTrial
 from .judged import JudgedPrompts
@@ -49,7 +49,7 @@ class Alone:
         )
 
 
-def ask_alone(trial: AlignTrial, judged: JudgedPrompts, tell: Watch) -> Alone:
+def ask_alone(trial: AlignTrial, judged: JudgedPrompts, report_progress: ProgressCallback) -> Alone:
     """Ask the texts alone, until enough harmful ones are clearly refused.
 
     Raises:
@@ -57,7 +57,7 @@ def ask_alone(trial: AlignTrial, judged: JudgedPrompts, tell: Watch) -> Alone:
     """
     harmful = judged.of_kind("harmful")
     for tokens in (FEW_TOKENS, MORE_TOKENS):
-        found = _ask(trial, judged, tokens, tell)
+        found = _ask(trial, judged, tokens, report_progress)
         refused = [at for at in harmful if at in found and found[at].refused]
         if refused:
             break
@@ -83,7 +83,9 @@ def _clearest(refused: Sequence[int], found: Mapping[int, Reference]) -> list[in
     return (clear if len(clear) >= _FEWEST else by_confidence[:_FEWEST])[:_ENOUGH]
 
 
-def _ask(trial: AlignTrial, judged: JudgedPrompts, tokens: int, tell: Watch) -> Mapping[int, Reference]:
+def _ask(
+    trial: AlignTrial, judged: JudgedPrompts, tokens: int, report_progress: ProgressCallback
+) -> Mapping[int, Reference]:
     """By index of the text; the harmful ones part by part."""
     harmful = judged.of_kind("harmful")
     others = [at for at in range(len(judged.texts)) if judged.texts[at].kind != "harmful"]
@@ -95,9 +97,9 @@ def _ask(trial: AlignTrial, judged: JudgedPrompts, tokens: int, tell: Watch) -> 
             break
         prompts = Prompts(trial, [Request(judged.texts[at].prompt) for at in part], Room(0))
 
-        def progress(done: int, before: int = len(found)) -> None:
-            tell("asking the unguarded model, text", before + done, len(judged.texts))
+        def report_done(done: int, before: int = len(found)) -> None:
+            report_progress("asking the unguarded model, text", before + done, len(judged.texts))
 
-        answered = prompts.unguarded(tokens, progress)
+        answered = prompts.unguarded(tokens, report_done)
         found |= dict(zip(part, answered, strict=True))
     return found

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...graphs.directions import Directions, LayerDirections
 from ...graphs.errors import GuardError, PromptsUnusable
-from ...graphs.spec import MODES_TOWARD_TEXT
+from ...graphs.modes import guard_mode
 from ..evaluation.evaluate import Tally
 from .candidates import Candidate
 from .fitting import FOLDS, Study
@@ -74,7 +74,7 @@ def controls_of(study: Study, candidate: Candidate, groups: Sequence[str]) -> It
     state of its own text whatever its label is.
     """
     yield "random directions", along_random_rows(study, candidate)
-    if study.mode not in ("project", *MODES_TOWARD_TEXT):
+    if guard_mode(study.mode).fits_labels:
         yield "shuffled labels", with_shuffled_labels(study, groups)
 
 

@@ -24,10 +24,11 @@ import numpy as np
 
 from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.errors import NoEffect
+from ...graphs.modes import guard_mode
 from ...graphs.package import ModelPackage
 from ...graphs.plan import GuardPlan
+from ...graphs.progress import ProgressCallback
 from ...graphs.separation import Separation, separation_along
-from ...graphs.spec import MODES_TOWARD_TEXT
 from ...runtime.decoder_place import DecoderPlace
 from ...runtime.generation import Request
 from ...runtime.refusals import refused
@@ -37,11 +38,10 @@ from ..evaluation.logprobs import Said, ask
 from ..evaluation.metrics import count
 from ..extraction.extract import collect_states, tapped_graph
 from ..prompts.labelled import BUILTIN, AnchorPair, LabelledPrompt, prompts_from_anchors, read_anchors
-from ..sources import Watch
+from ..prompts.thinning import spread, thinned
 from .refusal_regression import Refusals, compare_refusals, some_harmful
 
 BUILTIN_TOKENS = 8  # of each answer to a built-in prompt: enough to begin a refusal
-_MOST_BUILTIN = 10  # harmful built-in prompts of each setting: one of each intent
 _FEWEST_PAIRS = 4  # that a tokenizer can tell apart
 _MOST_TEXTS = 40  # of each label, for the AUC
 _BATCH = 16
@@ -89,8 +89,8 @@ def builtin_sample(model: VisionLanguageModel) -> Sample:
     pairs = [pair for pair in read_anchors(BUILTIN, "calibration") if _differs(pair, model)]
     if len(pairs) < _FEWEST_PAIRS:
         pairs = []
-    step = max(1, -(-len(pairs) // _MOST_BUILTIN))
-    asked = [p for p in prompts_from_anchors(pairs[::step], model.sees) if p.label == "harmful"]
+    one_each = thinned(pairs, lambda pair: pair.intent, dict.fromkeys((pair.intent for pair in pairs), 1))
+    asked = [p for p in prompts_from_anchors(one_each, model.sees) if p.label == "harmful"]
     harmful, harmless = (tuple(getattr(pair, label) for pair in pairs) for label in ("harmful", "harmless"))
     return Sample(tuple(asked), harmful, harmless, f"{BUILTIN}:calibration", BUILTIN_TOKENS)
 
@@ -103,17 +103,21 @@ def sample_of(prompts: Sequence[LabelledPrompt], source: str, sees: bool, tokens
 
 def _texts(prompts: Sequence[LabelledPrompt], label: str) -> tuple[str, ...]:
     shown = (prompt.prompt for prompt in prompts if (prompt.setting, prompt.label) == ("text", label))
-    return tuple(dict.fromkeys(shown))[:_MOST_TEXTS]
+    return tuple(spread(list(dict.fromkeys(shown)), _MOST_TEXTS))
 
 
-def ask_unguarded(model: VisionLanguageModel, sample: Sample, tell: Watch) -> Unguarded:
+def ask_unguarded(model: VisionLanguageModel, sample: Sample, report_progress: ProgressCallback) -> Unguarded:
     """The first half; the model may be closed behind it."""
     total = 2 * len(sample.prompts)
-    return Unguarded(sample, _behaviour(model, sample, lambda done: tell("asking both models", done, total)))
+    return Unguarded(sample, _behaviour(model, sample, lambda done: report_progress("asking both models", done, total)))
 
 
 def ask_guarded(
-    unguarded: Unguarded, guarded: Callable[[], VisionLanguageModel], plan: GuardPlan, tolerance: float, tell: Watch
+    unguarded: Unguarded,
+    guarded: Callable[[], VisionLanguageModel],
+    plan: GuardPlan,
+    tolerance: float,
+    report_progress: ProgressCallback,
 ) -> Refusals:
     """Ask the guarded model the same.
 
@@ -128,16 +132,18 @@ def ask_guarded(
     """
     prompts = unguarded.sample.prompts
     half = len(prompts)
-    after = _behaviour(guarded(), unguarded.sample, lambda done: tell("asking both models", half + done, 2 * half))
+    after = _behaviour(
+        guarded(), unguarded.sample, lambda done: report_progress("asking both models", half + done, 2 * half)
+    )
     before = unguarded.behaviour
     changed = {
-        prompt.setting: 0 for prompt in prompts if not (plan.mode in MODES_TOWARD_TEXT and prompt.setting == "text")
+        prompt.setting: 0 for prompt in prompts if not (guard_mode(plan.mode).toward_text and prompt.setting == "text")
     }
     for prompt, left, right in zip(prompts, before.said, after.said, strict=True):
         if prompt.setting in changed:
             changed[prompt.setting] += has_effect(left, right, tolerance)
     found = compare_refusals(before.tally, after.tally, unguarded.sample.source)
-    as_text = _refused_as_text(unguarded) if plan.mode in MODES_TOWARD_TEXT else {}
+    as_text = _refused_as_text(unguarded) if guard_mode(plan.mode).toward_text else {}
     return replace(
         found,
         settings=tuple(
@@ -218,12 +224,12 @@ def why_not_asked(package: ModelPackage, needs_embeds: bool) -> str | None:
     return None
 
 
-def _behaviour(model: VisionLanguageModel, sample: Sample, progress: Callable[[int], None]) -> Behaviour:
+def _behaviour(model: VisionLanguageModel, sample: Sample, report_done: Callable[[int], None]) -> Behaviour:
     requests = [prompt.request(model) for prompt in sample.prompts]
     said: dict[int, Said] = {}
     for indices in model.groups(requests, _BATCH):
         said |= dict(zip(indices, ask(model, [requests[index] for index in indices], sample.tokens), strict=True))
-        progress(len(said))
+        report_done(len(said))
     in_order = tuple(said[number] for number in range(len(requests)))
     answers = tuple(one.answer for one in in_order)
     refusals = tuple(map(refused, answers))

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ...graphs.directions import Directions, LayerDirections
-from ...graphs.spec import MODES_WITH_READOUT
+from ...graphs.modes import guard_mode
 from ..extraction.estimators import fit_readout
 from ..prompts.labelled import LabelledPrompt
-from .candidates import ASKED_ONCE, Candidate
+from .candidates import Candidate
 
 FOLDS = 5
 FEWEST_FOLDS = 4  # one held out, one asked, one scored, one fitted on
@@ -142,13 +142,13 @@ def fit_gate(study: Study, folds: np.ndarray, candidate: Candidate, layer: int, 
     used = ~np.isin(folds, list(without))
     readout, scores = _scores(study, folds, candidate, layer, without)
     # what is read from the text is judged by what the text says, not by what a picture beside it says
-    labels = study.harmful_text if study.mode == "supervise" else study.harmful
+    labels = study.harmful_text if guard_mode(study.mode).decides_by_text else study.harmful
     threshold, margin = threshold_between(scores[used], labels[used], study.budget, candidate.threshold, study.tau)
-    if study.mode != "combined":
+    if "text_shift" not in guard_mode(study.mode).numbers:
         return Gate(readout, threshold, margin)
     row = study.directions.layers[layer].ssd[0].astype(np.float64)
     texts = study.text_states[used, layer].astype(np.float64) @ row
-    of_text, _ = threshold_between(texts, study.harmful_text[used], study.budget, ASKED_ONCE)
+    of_text, _ = threshold_between(texts, study.harmful_text[used], study.budget, "low")
     return Gate(readout, threshold, margin, of_text)
 
 
@@ -197,9 +197,9 @@ def _scores(
 ) -> tuple[np.ndarray | None, np.ndarray]:
     """The readout, if the mode has one, and each prompt's score: the highest that the gate will compare for it."""
     row: np.ndarray = study.directions.layers[layer].ssd[0].astype(np.float64)
-    if study.mode == "supervise":  # its gate reads the text-only query once, not the tokens of the answer
+    if guard_mode(study.mode).decides_by_text:  # its gate reads the text-only query once, not the tokens of the answer
         return None, study.text_states[:, layer].astype(np.float64) @ row
-    if study.mode not in MODES_WITH_READOUT:
+    if not guard_mode(study.mode).has_readout:
         return None, _highest(study, layer, dict.fromkeys(set(folds.tolist()), row), folds)
     readouts = {
         fold: _readout(study, folds, candidate.readout, layer, without | {fold})

@@ -31,8 +31,9 @@ import numpy as np
 
 from ...graphs.directions import DIRECTIONS_FILE, Directions, LayerDirections
 from ...graphs.errors import DirectionMismatch, GuardError, first_line
+from ...graphs.modes import Number, guard_mode
 from ...graphs.places import CONFIG, expanded, require_file
-from ...graphs.spec import MODES_WITH_GATE, MODES_WITH_READOUT, GuardSpec
+from ...graphs.spec import GuardSpec
 from ...graphs.whole_numbers import whole_number
 from .results import Calibration
 from .toml_depth import require_shallow
@@ -156,13 +157,14 @@ def require_directions(path: Path | str, config: GuardConfig) -> None:
 def _shown(layer: LayerDirections, mode: str | None, rank: int | None) -> dict[str, Any]:
     """The numbers that the mode reads."""
     shown: dict[str, Any] = {}
-    if mode in MODES_WITH_GATE and layer.threshold is not None:
+    numbers = guard_mode(mode).numbers if mode is not None else frozenset[Number]()
+    if "threshold" in numbers and layer.threshold is not None:
         shown["threshold"] = layer.threshold
-    if mode == "combined" and layer.text_threshold is not None:
+    if "text_shift" in numbers and layer.text_threshold is not None:
         shown["text_threshold"] = layer.text_threshold
-    if mode in MODES_WITH_READOUT and layer.target is not None:
+    if "target" in numbers and layer.target is not None:
         shown["target"] = layer.target[:rank]
-    if mode == "supervise" and layer.origin is not None:
+    if "origin" in numbers and layer.origin is not None:
         shown["origin"] = layer.origin[:rank]
     return shown
 
@@ -190,11 +192,11 @@ def _plain(value: float) -> str:
 def _figures(calibration: Calibration) -> list[str]:
     """What was measured, in words."""
     held, chosen = calibration.held_out, calibration.chosen.candidate.to_json(calibration.mode)
-    dials = ", ".join(f"{name} {value}" for name, value in chosen.items() if name not in ("layers", "rank"))
-    told = [
+    axes = ", ".join(f"{name} {value}" for name, value in chosen.items() if name not in ("layers", "rank"))
+    lines = [
         "",
         f"Calibrated on {len(calibration.prompts)} prompts, over-refusal budget {calibration.budget:.1%}",
-        *([f"chosen: {dials}"] if dials else []),
+        *([f"chosen: {axes}"] if axes else []),
         "Refused                       harmful   harmless",
     ]
     rows = [
@@ -204,10 +206,10 @@ def _figures(calibration: Calibration) -> list[str]:
         ("held out, guarded", held.guarded),
         *((f"held out, {control.name}", control.tally) for control in held.controls),
     ]
-    told += [
+    lines += [
         f"  {name:<27} {result.worst('harmful'):>7.1%}   {result.worst('harmless'):>7.1%}" for name, result in rows
     ]
-    return [*told, "(worst setting; held out: prompts that no choice was made on)"]
+    return [*lines, "(worst setting; held out: prompts that no choice was made on)"]
 
 
 # Reading

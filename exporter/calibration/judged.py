@@ -24,9 +24,10 @@ from PIL import Image
 from ...runtime.generation import Request
 from ...runtime.images.open_picture import open_image
 from ...runtime.vlm import VisionLanguageModel
-from ..prompts.labelled import LabelledPrompt
+from ..prompts.labelled import Label, LabelledPrompt
+from ..prompts.thinning import thinned
 
-MOST = {
+MOST: dict[Label, int] = {
     "harmful": 96,
     "harmless": 12,
 }  # texts of each kind; of the harmful ones only some are refused as text, and judged
@@ -174,12 +175,7 @@ def beside_images(prompts: Sequence[LabelledPrompt], images: Sequence[Path]) -> 
 def _spread(prompts: Iterable[LabelledPrompt]) -> list[LabelledPrompt]:
     """Some of each label, each text once, from the beginning of the set to its end."""
     unique = list({_text(prompt): prompt for prompt in prompts}.values())
-    chosen = []
-    for label, most in MOST.items():
-        kind = [prompt for prompt in unique if prompt.label == label]
-        at = np.linspace(0, len(kind) - 1, min(most, len(kind))).round().astype(int)
-        chosen += [kind[number] for number in at]
-    return chosen
+    return thinned(unique, lambda prompt: prompt.label, MOST)
 
 
 def _noise(size: tuple[int, int], number: int) -> Image.Image:

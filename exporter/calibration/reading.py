@@ -8,13 +8,13 @@ import numpy as np
 
 from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.directions import Directions
+from ...graphs.progress import ProgressCallback
 from ...graphs.spec import GuardSpec
 from ...runtime.generation import Request, Sampling
 from ...runtime.vlm import VisionLanguageModel
 from ..evaluation.evaluate import Tally
 from ..extraction.extract import collect_answer_states, collect_states, tapped
 from ..prompts.labelled import LabelledPrompt
-from ..sources import Watch
 from .fitting import Study
 
 _GATED_TOKENS = 12  # of each harmless answer, for the gate: more memory, little more to learn
@@ -28,12 +28,14 @@ def read_study(
     spec: GuardSpec,
     budget: float,
     max_new_tokens: int,
-    tell: Watch,
+    report_progress: ProgressCallback,
 ) -> Study:
     tap = tapped(model, anatomy)
     requests = [prompt.request(model) for prompt in prompts]
     harmless = [index for index, prompt in enumerate(prompts) if prompt.label == "harmless"]
-    states = collect_states(tap, requests, progress=lambda done, total: tell("reading states", done, total))
+    states = collect_states(
+        tap, requests, report_count=lambda done, total: report_progress("reading states", done, total)
+    )
     # a gate that is held from the prompt on is asked at no token of an answer
     tokens = min(max_new_tokens, _GATED_TOKENS) if spec.gate == "token" else 0
     answers = collect_answer_states(tap, [requests[i] for i in harmless], tokens) if tokens else []

@@ -17,6 +17,7 @@ from ...graphs.errors import GuardWeakens
 from ..evaluation.evaluate import Tally
 from ..evaluation.intervals import within
 from ..prompts.labelled import LabelledPrompt
+from ..prompts.thinning import thinned
 
 MOST_PER_SETTING = 16  # harmful prompts that are asked; both models answer each of them
 
@@ -117,9 +118,6 @@ def require_no_fewer(found: Refusals) -> None:
 
 def some_harmful(prompts: Sequence[LabelledPrompt]) -> list[LabelledPrompt]:
     """At most `MOST_PER_SETTING` of each setting, from its beginning to its end."""
-    chosen = []
-    for setting in dict.fromkeys(prompt.setting for prompt in prompts):
-        kind = [prompt for prompt in prompts if (prompt.setting, prompt.label) == (setting, "harmful")]
-        step = max(1, -(-len(kind) // MOST_PER_SETTING))
-        chosen += kind[::step]
-    return chosen
+    harmful = [prompt for prompt in prompts if prompt.label == "harmful"]
+    settings = dict.fromkeys((prompt.setting for prompt in prompts), MOST_PER_SETTING)
+    return thinned(harmful, lambda prompt: prompt.setting, settings)

@@ -8,12 +8,12 @@ import numpy as np
 
 from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.directions import Directions
+from ...graphs.progress import ProgressCallback
 from ...graphs.spec import GuardSpec
 from ...runtime.vlm import VisionLanguageModel
 from ..evaluation.evaluate import Tally, tally
 from ..prompts.labelled import LabelledPrompt
-from ..sources import Watch
-from .candidates import Candidate, open_dials, places, variations
+from .candidates import Candidate, open_axes, places, variations
 from .controls import Control, controls_of
 from .fitting import NOTHING, Study, deal_into_folds, fit_gate, fitted_directions, groups_of
 from .ranking import gains, hopeless, is_perfect, keeps_limits, nearest_of, no_winner, ranked, require_a_gap
@@ -34,11 +34,11 @@ class Search:
         spec: GuardSpec,
         readout: str | None,
         max_new_tokens: int,
-        tell: Watch,
+        report_progress: ProgressCallback,
         is_late: Callable[[], bool],
     ) -> None:
         self.is_late = is_late
-        self.study, self.spec, self.readout, self.tell = study, spec, readout, tell
+        self.study, self.spec, self.readout, self.report_progress = study, spec, readout, report_progress
         self.mode, self.budget, self.prompts = study.mode, study.budget, study.prompts
         self.max_new_tokens = max_new_tokens
         self.folds = deal_into_folds(self.prompts)
@@ -60,13 +60,13 @@ class Search:
         """Try what there is to try; those that may win, the best first."""
         require_a_gap(self.base)
         for number, place in enumerate(self.places):
-            self.tell("calibrating", number, len(self.places))
+            self.report_progress("calibrating", number, len(self.places))
             if number and self.is_late():
                 break
             self._try(place)
             if is_perfect(self.trials) and number + 1 >= len(self.margins):
                 break
-        self.tell("calibrating", len(self.places), len(self.places))
+        self.report_progress("calibrating", len(self.places), len(self.places))
         self._vary()
         before = self.base_asked.worst("harmful")
         winners = [t for t in ranked(self.trials, self.base_asked, self.budget) if t.harmful > before]
@@ -76,11 +76,11 @@ class Search:
 
     def finish(self, winners: Sequence[Trial]) -> Calibration:
         """Fit the winner to all prompts, ask it all of them, and measure it and its controls on held-out ones."""
-        self.tell("checking the choice", 0, 2)
+        self.report_progress("checking the choice", 0, 2)
         chosen, directions, guarded = self._confirmed(winners)
-        self.tell("checking the choice", 1, 2)
+        self.report_progress("checking the choice", 1, 2)
         held_out = self._held_out(chosen.candidate)
-        self.tell("checking the choice", 2, 2)
+        self.report_progress("checking the choice", 2, 2)
         return Calibration(
             directions=directions,
             spec=self.spec,
@@ -111,18 +111,18 @@ class Search:
         raise no_winner(self.trials, self.base_asked, self.mode, self.budget)
 
     def _vary(self) -> None:
-        """From the best so far on, one dial at a time, until it is perfect or the time is up."""
-        for dial, values in open_dials(self.spec, self.mode, self.readout).items():
+        """From the best so far on, one axis at a time, until it is perfect or the time is up."""
+        for axis, values in open_axes(self.spec, self.mode, self.readout).items():
             best = (ranked(self.trials, self.base_asked, self.budget) or nearest_of(self.trials))[0]
             if is_perfect(self.trials):
                 return
-            alternatives = list(variations(best.candidate, dial, values))
+            alternatives = list(variations(best.candidate, axis, values))
             for number, candidate in enumerate(alternatives):
-                self.tell(f"varying the {dial}", number, len(alternatives))
+                self.report_progress(f"varying the {axis}", number, len(alternatives))
                 if self.is_late():
                     return
                 self._try(candidate)
-            self.tell(f"varying the {dial}", len(alternatives), len(alternatives))
+            self.report_progress(f"varying the {axis}", len(alternatives), len(alternatives))
 
     def _try(self, candidate: Candidate) -> None:
         """Ask a candidate fold by fold, until all is asked or it cannot win any more."""

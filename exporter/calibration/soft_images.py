@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from ...graphs.errors import GuardError
+from ...graphs.progress import CountCallback
 from ...runtime.generation import Request, Sampling
 from ...runtime.images.image_features import ImageFeatures
 from ...runtime.refusals import refused
 from ...runtime.vlm import VisionLanguageModel
-from ..extraction.extract import Progress
 from ..prompts.labelled import LabelledPrompt
 
 JUDGED_TOKENS = 8  # of an answer: enough to begin a refusal
@@ -103,7 +103,7 @@ def worst_images(
     calls: int = DEFAULT_CALLS,
     seed: int = 0,
     batch_size: int = 16,
-    progress: Progress | None = None,
+    report_count: CountCallback | None = None,
 ) -> SoftImageSearch:
     """Search soft images under which the model refuses the fewest of some harmful prompts.
 
@@ -115,7 +115,7 @@ def worst_images(
         calls: budget, in calls of the decoder; at most so many are made.
         seed: of the search.
         batch_size: prompts that run together.
-        progress: reports calls done and the budget.
+        report_count: called with `(calls, budget)` after each call.
 
     Raises:
         GuardError: the model takes no such images, refuses none of the prompts as text, or the budget is too small.
@@ -124,7 +124,7 @@ def worst_images(
         raise GuardError(f"{images} soft images are none; ask for 1 or more")
     if not model.sees or model.images_have_grids:
         raise GuardError(f"{model.package.root}: takes no images of one size, so there is nothing to search")
-    spent = _Calls(calls, progress)
+    spent = _Calls(calls, report_count)
     alone = [Request(text) for text in harmful]
     required = spent.of_answers(model, alone, batch_size)
     if harmless:
@@ -174,13 +174,13 @@ class _Calls:
     """Calls of the decoder, against their budget."""
 
     budget: int
-    progress: Progress | None
+    report_count: CountCallback | None
     made: int = 0
 
     def add(self, calls: int = 1) -> None:
         self.made += calls
-        if self.progress is not None:
-            self.progress(min(self.made, self.budget), self.budget)
+        if self.report_count is not None:
+            self.report_count(min(self.made, self.budget), self.budget)
 
     @staticmethod
     def of_answers(model: VisionLanguageModel, requests: Sequence[Request], batch_size: int) -> int:

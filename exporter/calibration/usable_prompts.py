@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ...graphs.directions import Directions
 from ...graphs.errors import DirectionMismatch, GuardError, PromptsUnusable
+from ...graphs.modes import guard_mode
 from ...graphs.spec import GuardSpec
 from ..prompts.labelled import LabelledPrompt
 from .fitting import FEWEST_FOLDS, groups_of
@@ -15,7 +16,7 @@ def visible(prompts: Sequence[LabelledPrompt], mode: str) -> list[LabelledPrompt
     """The prompts that a mode can learn from: the text-only pass of `supervise` cannot see harm that is in the picture
     alone, and would be asked to part prompts whose texts are the same (`combined` can). Their harmless texts stay: they have
     to pass."""
-    return [p for p in prompts if mode != "supervise" or p.label != "harmful" or p.harmful_as_text]
+    return [p for p in prompts if not guard_mode(mode).decides_by_text or p.label != "harmful" or p.harmful_as_text]
 
 
 def require_budget(budget: float) -> None:
@@ -28,7 +29,7 @@ def require_layers(spec: GuardSpec, directions: Directions) -> None:
     absent = [number for number in spec.layers or () if number not in directions.layers]
     if absent:
         raise DirectionMismatch(
-            f"layer {absent[0]} was asked for, the directions hold layers {', '.join(map(str, directions.layers))}; "
+            f"the directions have no layer {absent[0]}, only layers {', '.join(map(str, directions.layers))}; "
             "extract them for that layer too"
         )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ...graphs.errors import GuardError
+from ...graphs.progress import ProgressCallback
 from ...runtime.generation import Request
-from ..sources import Watch
 from .align_judge import FEWEST_CONTROLLED, AlignJudge
 from .judged import Setting
 from .soft_images import worst_images
@@ -14,13 +14,13 @@ _SEARCHED = 4  # harmful prompts
 _CALLS = 48  # of the decoder: about 15 images, besides what judging them takes
 
 
-def worst_setting(judge: AlignJudge, tell: Watch) -> Setting | None:
+def worst_setting(judge: AlignJudge, report_progress: ProgressCallback) -> Setting | None:
     """The judged texts beside the worst soft image; `None` where another setting loses refusals already, where the model
     takes no images of one size, or where too few texts are refused alone.
 
     Args:
         judge: which asked nothing under a guard yet.
-        tell: called with the progress of the search.
+        report_progress: called with `(stage, done, total)`.
     """
     model = judge.trial.model
     if model.images_have_grids or any(len(judge.lost(one)) >= FEWEST_CONTROLLED for one in judge.settings):
@@ -37,7 +37,7 @@ def worst_setting(judge: AlignJudge, tell: Watch) -> Setting | None:
             harmless=answered[:_SEARCHED],
             calls=_CALLS,
             batch_size=4 * _SEARCHED,
-            progress=lambda done, total: tell("searching a worst image", done, total),
+            report_count=lambda done, total: report_progress("searching a worst image", done, total),
         )
     except GuardError:  # no image of one size, or no refusal in so few tokens: one setting less
         return None

@@ -18,14 +18,15 @@ import re
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ...graphs.clock import wall_clock
 from ...graphs.errors import GuardError
+from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.proof.structure import Check
 from .convert import locate
 from .exporters import DEFAULT_EXPORTER, export_checkpoint
@@ -78,7 +79,7 @@ def exported(
     exporter: str | None = None,
     dtype: str | None = None,
     opset: int | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    report_progress: ProgressCallback = ignore_progress,
     cache: bool = True,
 ) -> Iterator[Exported]:
     """A checkpoint's export, from the cache or made now.
@@ -88,7 +89,7 @@ def exported(
         exporter: a row of `exporters.EXPORTERS`; `None` is the default one.
         dtype: precision of the graphs; `None` is the exporter's own.
         opset: ONNX opset; `None` is the exporter's own.
-        say: called with what is being done.
+        report_progress: called with `(stage, done, total)`.
         cache: whether to look into the cache and to keep the export there.
 
     Raises:
@@ -98,16 +99,18 @@ def exported(
     if exports is None:
         with tempfile.TemporaryDirectory(prefix="vlmguard-") as temporary:
             folder = Path(temporary) / "exported"
-            yield Exported(folder, export_checkpoint(checkpoint, folder, exporter, dtype, opset, say=say))
+            yield Exported(
+                folder, export_checkpoint(checkpoint, folder, exporter, dtype, opset, report_progress=report_progress)
+            )
         return
     entry = exports / key_of(locate(checkpoint), exporter, dtype, opset)
     with contextlib.ExitStack() as held:
         held.enter_context(_in_use(entry))
         parity = _parity_of(entry)
         if cached := parity is not None:
-            say(f"using the export of {checkpoint} in {exports}")
+            report_progress(f"using the export of {checkpoint} in {exports}", 0, 1)
         else:
-            parity = _export(entry, checkpoint, exporter, dtype, opset, say)
+            parity = _export(entry, checkpoint, exporter, dtype, opset, report_progress)
             held.enter_context(_in_use(entry))
             _make_room(exports, _largest_size(), keep=entry)
         with contextlib.suppress(OSError):
@@ -187,12 +190,12 @@ def _export(
     exporter: str | None,
     dtype: str | None,
     opset: int | None,
-    say: Callable[[str], None],
+    report_progress: ProgressCallback,
 ) -> tuple[Check, ...]:
     """Export into a folder beside the entry, which takes its place when it is complete."""
     new = Path(tempfile.mkdtemp(prefix=_NEW, dir=entry.parent))
     try:
-        parity = export_checkpoint(checkpoint, new / "model", exporter, dtype, opset, say=say)
+        parity = export_checkpoint(checkpoint, new / "model", exporter, dtype, opset, report_progress=report_progress)
         record = {
             "schema": _SCHEMA,
             "checkpoint": str(checkpoint),
@@ -244,7 +247,7 @@ def _in_use(entry: Path) -> Iterator[None]:
 
 def _make_room(exports: Path, limit: int, keep: Path) -> None:
     """Remove the entries that were used longest ago until the rest fits; and what killed runs left."""
-    now, entries = time.time(), []
+    now, entries = wall_clock().timestamp(), []
     for path in exports.iterdir():
         with contextlib.suppress(OSError):
             used = path.stat().st_mtime

@@ -24,7 +24,7 @@ import re
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ from ...graphs.errors import ExtraMissing, GuardError, ModelUnreadable, OutputRe
 from ...graphs.extras import install_command
 from ...graphs.json_files import LARGEST_JSON, require_small
 from ...graphs.package import COMPANIONS
+from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.proof.structure import Check
 from ...graphs.reasons import out_of_memory
 from ..families import find_family
@@ -99,7 +100,7 @@ def convert_checkpoint(
     *,
     dtype: Dtype = "fp32",
     opset: int | None = None,
-    progress: Callable[[str], None] | None = None,
+    report_progress: ProgressCallback = ignore_progress,
     verify: bool = True,
 ) -> ConversionReport:
     """Export a checkpoint to a folder, and compare it with torch.
@@ -109,14 +110,13 @@ def convert_checkpoint(
         out: the folder to write, new or empty; on an exception its content is worth nothing and the caller removes it.
         dtype: precision of the graphs.
         opset: ONNX opset of the graphs; default 18.
-        progress: called with what is being done.
+        report_progress: called with `(stage, done, total)`.
         verify: compare the graphs with torch.
 
     Raises:
         GuardError: the checkpoint cannot be read or exported.
         ProofFailed: the graphs differ from torch by more than the limit.
     """
-    say = progress or (lambda _: None)
     opset = _supported_opset(opset)
     _require_known_dtype(dtype)
     _require_empty(out)
@@ -124,8 +124,8 @@ def convert_checkpoint(
 
     folder = locate(checkpoint)
     family = find_family(read_config(folder), str(checkpoint))
-    say(f"loading {checkpoint}")
-    model = load_model(folder, family, dtype, say)
+    report_progress(f"loading {checkpoint}", 0, 1)
+    model = load_model(folder, family, dtype, report_progress)
     if dtype == "w16a32":
         round_weights(model)
 
@@ -133,7 +133,7 @@ def convert_checkpoint(
     with _quiet():
         parts = parts_of(family, model)
     for number, part in enumerate(parts, 1):
-        say(f"exporting ({number}/{len(parts)}) {part.name}")
+        report_progress(f"exporting ({number}/{len(parts)}) {part.name}", 0, 1)
         try:
             graph = trace(model, part, opset)
         except RuntimeError as failure:  # of torch.export and torch.onnx
@@ -148,12 +148,12 @@ def convert_checkpoint(
 
     parity: tuple[Check, ...] = ()
     if verify:
-        say("running the checkpoint in torch")
+        report_progress("running the checkpoint in torch", 0, 1)
         with _quiet():
             reference = answer_with_torch(family, model, prompt_texts(folder, model.config))
         config = model.config
         del model  # so that a large model is in memory once, not twice
-        say("running the exported graphs in onnxruntime")
+        report_progress("running the exported graphs in onnxruntime", 0, 1)
         try:
             parity = check_parity(out / "onnx", SUFFIXES[dtype], dtype, family, config, reference)
         except ProofFailed as failure:
@@ -198,7 +198,7 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     return config
 
 
-def load_model(folder: Path, family: Family, dtype: Dtype, say: Callable[[str], None]) -> Any:
+def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: ProgressCallback) -> Any:
     """The checkpoint as a transformers model on the CPU, every weight of it from the files."""
     import torch
     import transformers
@@ -250,7 +250,11 @@ def load_model(folder: Path, family: Family, dtype: Dtype, say: Callable[[str], 
             f"fetch the checkpoint again"
         )
     if surplus := sorted(loading["unexpected_keys"]):
-        say(f"tensors of the checkpoint that are in no part of the model: {len(surplus)}, the first is {surplus[0]}")
+        report_progress(
+            f"tensors of the checkpoint that are in no part of the model: {len(surplus)}, the first is {surplus[0]}",
+            0,
+            1,
+        )
     return model.eval()
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from ...graphs.errors import ExtraMissing, GuardError, ModelUnreadable, first_line
 from ...graphs.extras import install_command
+from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.proof.structure import Check
 from ..choices import ExporterName, Precision
 from .convert import convert_checkpoint, copy_companions, locate, read_config
@@ -41,14 +42,14 @@ class Job:
         out: where to; new or empty, and worth nothing after an exception.
         dtype: of the weights, one that the exporter has.
         opset: `None` is the exporter's own choice.
-        say: told what is going on.
+        report_progress: called with `(stage, done, total)`.
     """
 
     checkpoint: str | Path
     out: Path
     dtype: Precision
     opset: int | None
-    say: Callable[[str], None]
+    report_progress: ProgressCallback
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def export_checkpoint(
     exporter: str | None = None,
     dtype: str | None = None,
     opset: int | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    report_progress: ProgressCallback = ignore_progress,
 ) -> tuple[Check, ...]:
     """Export a checkpoint to the model folder `out`, with the exporter of that name.
 
@@ -94,7 +95,7 @@ def export_checkpoint(
         raise GuardError(f"{name} does not write dtype {dtype!r}, only {_choice(row.dtypes)}; {able} writes {dtype}")
     if opset is not None and row.chooses_opset:
         raise GuardError(f"{name} chooses its own opset, {opset} has no effect; leave --opset out")
-    return row.export(Job(checkpoint, out, wanted, opset, say))
+    return row.export(Job(checkpoint, out, wanted, opset, report_progress))
 
 
 def _choice(names: Sequence[str]) -> str:
@@ -105,7 +106,9 @@ def _choice(names: Sequence[str]) -> str:
 
 def _with_transformers(job: Job) -> tuple[Check, ...]:
     assert job.dtype != "int4"
-    done = convert_checkpoint(job.checkpoint, job.out, dtype=job.dtype, opset=job.opset, progress=job.say)
+    done = convert_checkpoint(
+        job.checkpoint, job.out, dtype=job.dtype, opset=job.opset, report_progress=job.report_progress
+    )
     return done.parity
 
 
@@ -118,7 +121,7 @@ def _with_genai(job: Job) -> tuple[Check, ...]:
             )
     folder = locate(job.checkpoint)
     read_config(folder)
-    job.say(f"building {job.checkpoint} with onnxruntime-genai")
+    job.report_progress(f"building {job.checkpoint} with onnxruntime-genai", 0, 1)
     # Its half precision is for CUDA and named so; a CPU runs the same graph.
     provider = "cuda" if job.dtype == "fp16" else "cpu"
     with tempfile.TemporaryDirectory(prefix="vlmguard-genai-") as cache:
@@ -139,7 +142,7 @@ def _with_optimum(job: Job) -> tuple[Check, ...]:
     main_export = _import_optimum()
     folder = locate(job.checkpoint)
     read_config(folder)
-    job.say(f"exporting {job.checkpoint} with optimum")
+    job.report_progress(f"exporting {job.checkpoint} with optimum", 0, 1)
     try:
         with redirect_stdout(sys.stderr):  # stdout belongs to results
             main_export(

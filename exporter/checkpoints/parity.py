@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...graphs.decoder_state import COMMUNITY_PAST, COMMUNITY_PRESENT
+from ...graphs.dtypes import ORT_DTYPES
 from ...graphs.errors import ExtraMissing, ProofFailed
 from ...graphs.extras import install_command
 from ...graphs.proof.structure import Check
@@ -170,7 +171,7 @@ def answer_with_onnxruntime(
         embed = open_graph(EMBED_TOKENS)
     decoder = open_graph(DECODER if embed is not None else TEXT_DECODER)
 
-    types = {port.name: _NUMPY_TYPES[port.type] for port in decoder.get_inputs()}
+    types = {port.name: ORT_DTYPES[port.type] for port in decoder.get_inputs()}
     states, logits = empty_cache(decoder, batch=len(prompt.input_ids)), []
     for turn in turns(prompt, seen, tokens):
         ids = turn.ids[:, -turn.length :]
@@ -191,7 +192,7 @@ def empty_cache(decoder: onnxruntime.InferenceSession, batch: int) -> Arrays:
     """A `present` of length 0, in the decoder's own types and shapes."""
     return {
         given.name.replace(COMMUNITY_PAST, COMMUNITY_PRESENT, 1): np.zeros(
-            (batch, given.shape[1], 0, given.shape[3]), _NUMPY_TYPES[given.type]
+            (batch, given.shape[1], 0, given.shape[3]), ORT_DTYPES[given.type]
         )
         for given in decoder.get_inputs()
         if given.name.startswith(f"{COMMUNITY_PAST}.")
@@ -284,9 +285,3 @@ def _run(session: onnxruntime.InferenceSession, inputs: Arrays) -> Arrays:
 
 
 _ADVICE = "try another opset, or other versions of torch and transformers"
-_NUMPY_TYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(bool)": np.bool_,
-}

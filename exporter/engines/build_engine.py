@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,11 @@ import onnx_ir as ir
 
 from ...graphs.errors import GuardError, GuardIncomplete
 from ...graphs.graph_io import in_memory
+from ...graphs.progress import ProgressCallback
 from ...graphs.staging import write_file
 from ...runtime.tensorrt.backend import Backend, Message, why
 from .layers import EngineLayers, layers_from_inspector, layers_from_log
 from .profile import Shapes
-
-# (phase, step, steps): what the builder is at.
-Steps = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def build_engine(
     path: Path,
     profiles: Sequence[Mapping[str, Shapes]],
     options: BuildOptions,
-    steps: Steps,
+    report_progress: ProgressCallback,
 ) -> Engine:
     """Parse a graph and compile it.
 
@@ -65,13 +63,13 @@ def build_engine(
         model: the graph as it lies in `path`, its sizes settled (`settle_sizes`).
         path: where it lies, for its external data and for the sentences.
         profiles: shapes of every input, one mapping per optimisation profile.
-        steps: told what the builder is at.
+        report_progress: called with `(phase, done, total)` in steps of the builder's outermost phases.
 
     Raises:
         GuardError: TensorRT cannot parse or compile it, or drops something of it; the sentence says what it said.
     """
     trt = backend.module
-    with backend.log.listening() as messages:
+    with backend.log.recording() as messages:
         builder = trt.Builder(backend.log.logger)
         network = builder.create_network(_network_flags(backend))
         _parse(backend, network, model, path, messages)
@@ -81,7 +79,7 @@ def build_engine(
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         _add_profiles(builder, config, network, profiles, path)
         _apply(backend, config, options)
-        config.progress_monitor = monitor = _monitor(trt, steps)
+        config.progress_monitor = monitor = _monitor(trt, report_progress)
         plan = builder.build_serialized_network(network, config)
         del monitor
         if plan is None:
@@ -110,9 +108,9 @@ def _parse(backend: Backend, network: Any, model: ir.Model, path: Path, messages
     if not parser.num_errors:
         raise GuardError(f"{path}: {backend.name} {backend.version} cannot parse it ({why(messages)})")
     error = parser.get_error(0)
-    told = " ".join(error.desc().split())[:200]
+    reason = " ".join(error.desc().split())[:200]
     raise GuardError(
-        f"{path}: {backend.name} {backend.version} cannot parse node {error.node_name()!r} ({error.node_operator()}): {told}"
+        f"{path}: {backend.name} {backend.version} cannot parse node {error.node_name()!r} ({error.node_operator()}): {reason}"
     )
 
 
@@ -227,7 +225,7 @@ def _inspected(backend: Backend, plan: bytes) -> EngineLayers:
     )
 
 
-def _monitor(trt: Any, steps: Steps) -> Any:
+def _monitor(trt: Any, report_progress: ProgressCallback) -> Any:
     """The builder's own phases as progress; phases nest, the outermost is shown."""
 
     class Monitor(trt.IProgressMonitor):
@@ -238,15 +236,15 @@ def _monitor(trt: Any, steps: Steps) -> Any:
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             if not parent_phase:
                 self._sizes[phase_name] = max(num_steps, 1)
-                steps(phase_name, 0, max(num_steps, 1))
+                report_progress(phase_name, 0, max(num_steps, 1))
 
         def phase_finish(self, phase_name: str) -> None:
             if phase_name in self._sizes:
-                steps(phase_name, self._sizes[phase_name], self._sizes.pop(phase_name))
+                report_progress(phase_name, self._sizes[phase_name], self._sizes.pop(phase_name))
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name in self._sizes:
-                steps(phase_name, step, self._sizes[phase_name])
+                report_progress(phase_name, step, self._sizes[phase_name])
             return True
 
     return Monitor()

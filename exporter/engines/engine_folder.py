@@ -10,27 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
 
-from ...graphs.digests import sha256_file, sha256_files
+from ...graphs.clock import now, to_text
+from ...graphs.digests import sha256_file
 from ...graphs.errors import GuardError, ManifestMismatch
 from ...graphs.graph_io import external_files, load_graph
 from ...graphs.manifest import (
-    MANIFEST_NAME,
     EngineRecord,
     Manifest,
+    hash_files,
     read_manifest,
-    record_files,
     require_intact,
+    write_manifest,
 )
 from ...graphs.new_files import create_file
 from ...graphs.node_builder import PREFIX
 from ...graphs.package import ModelPackage
 from ...graphs.pairs import reads_pairs
+from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.roles import input_roles
 from ...graphs.staging import bring, require_writable, staged
 from ...graphs.tensorrt import require_readable, settle_sizes
@@ -38,7 +39,7 @@ from ...runtime.decoder_inputs import can_pad
 from ...runtime.guarded import open_guarded_package
 from ...runtime.tensorrt.backend import Backend, find_backend
 from ..artifact.guarded_folder import versions
-from ..sources import Watch, require_apart, unwatched
+from ..sources import require_apart
 from .build_engine import BuildOptions, Engine, build_engine, require_capabilities
 from .layers import require_guard
 from .profile import (
@@ -111,7 +112,7 @@ def build_engines(
     shapes: Sequence[str] = (),
     options: BuildOptions | None = None,
     force: bool = False,
-    watch: Watch | None = None,
+    report_progress: ProgressCallback = ignore_progress,
 ) -> EngineResult:
     """Build the engines of a guarded folder.
 
@@ -123,12 +124,12 @@ def build_engines(
         shapes: shapes of single inputs (`parse_shapes`), where no profile tells them.
         options: how to build.
         force: replace OUT.
-        watch: told what is going on: `(stage, done, total)`.
+        report_progress: called with `(stage, done, total)`.
 
     Raises:
         GuardError: anything wrong with the request or its files, or TensorRT refuses; nothing was written.
     """
-    tell, options = watch or unwatched, options or BuildOptions()
+    options = options or BuildOptions()
     folder = Path(guarded).absolute()
     chosen = find_backend(backend)
     require_capabilities(chosen, options.capabilities)
@@ -137,11 +138,12 @@ def build_engines(
     require_apart(target, folder, package)
     require_writable(target, force)
     parts = plan_parts(package, profiles, parse_shapes(shapes))
+    created = to_text(now())
     with staged(target, force) as stage:
-        engines = [_build(chosen, part, options, stage, tell) for part in parts]
+        engines = [_build(chosen, part, options, stage, report_progress) for part in parts]
         _bring_companions(package, parts, stage)
         records = [_record(chosen, part, engine, options) for part, engine in zip(parts, engines, strict=True)]
-        written = _write_manifest(stage, manifest, records, chosen)
+        written = _record_folder(stage, manifest, records, chosen, created)
     warnings = {part.relative: engine.warnings for part, engine in zip(parts, engines, strict=True) if engine.warnings}
     return EngineResult(target, written, warnings)
 
@@ -243,22 +245,24 @@ def _must_show(node: ir.Node) -> bool:
     return not (node.op_type == "Mul" and any(bool((constant == 1).all()) for constant in constants))
 
 
-def _build(backend: Backend, part: Part, options: BuildOptions, stage: Path, tell: Watch) -> Engine:
+def _build(
+    backend: Backend, part: Part, options: BuildOptions, stage: Path, report_progress: ProgressCallback
+) -> Engine:
     label = f"building {part.relative}"
 
-    def steps(phase: str, done: int, total: int) -> None:
-        tell(f"{label}: {phase}", done, total)
+    def report_phase(phase: str, done: int, total: int) -> None:
+        report_progress(f"{label}: {phase}", done, total)
 
-    tell(label, 0, 1)
+    report_progress(label, 0, 1)
     model = load_graph(part.path, trust_links=True)
     settle_sizes(model)
-    engine = build_engine(backend, model, part.path, [shapes for _, shapes in part.profiles], options, steps)
+    engine = build_engine(backend, model, part.path, [shapes for _, shapes in part.profiles], options, report_phase)
     if part.role == "decoder":
         require_guard(engine.layers, part.guard, len(part.profiles), str(part.path))
     destination = stage / part.relative
     destination.parent.mkdir(parents=True, exist_ok=True)
     create_file(destination, engine.plan)
-    tell(label, 1, 1)
+    report_progress(label, 1, 1)
     return engine
 
 
@@ -285,15 +289,15 @@ def _record(backend: Backend, part: Part, engine: Engine, options: BuildOptions)
     )
 
 
-def _write_manifest(stage: Path, source: Manifest, engines: list[EngineRecord], backend: Backend) -> Manifest:
+def _record_folder(
+    stage: Path, source: Manifest, engines: list[EngineRecord], backend: Backend, created: str
+) -> Manifest:
     """The guarded folder's manifest, with the engines instead of the graphs. What was proved is the graph; the engine is
     proved once it has run."""
-    files = sorted(path for path in stage.rglob("*") if path.is_file())
-    digests = {path.relative_to(stage).as_posix(): digest for path, digest in sha256_files(files).items()}
     manifest = source.model_copy(
         update={
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "files": record_files(stage, digests, digests),
+            "created": created,
+            "files": hash_files(stage),
             "decoders": source.decoders[:1],
             "proved": "structure",
             "proved_because": "the engines have not been run yet",
@@ -301,5 +305,5 @@ def _write_manifest(stage: Path, source: Manifest, engines: list[EngineRecord], 
             "engines": engines,
         }
     )
-    create_file(stage / MANIFEST_NAME, manifest.to_text().encode())
+    write_manifest(stage, manifest)
     return manifest

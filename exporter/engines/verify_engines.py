@@ -18,18 +18,18 @@ from ...graphs.graph_content import is_graph
 from ...graphs.inventory import is_read
 from ...graphs.manifest import EngineRecord, Manifest, read_manifest
 from ...graphs.package import ModelPackage
+from ...graphs.progress import ProgressCallback
 from ...graphs.proof.strip import strip_guard
 from ...graphs.proof.structure import Check, exact
-from ...graphs.spec import GuardSpec
 from ...runtime.decoder import DecoderSession, open_decoder
 from ...runtime.guarded import GuardedVLM, open_guarded_package
-from ..calibration.calibrate import DEFAULT_BUDGET
 from ..proof.compare import Comparison, relative
 from ..proof.inputs import ProofInputs
 from ..proof.limits import TOLERANCE
+from ..proof.make_inputs import make_proof_inputs
 from ..proof.prove_closed import roll
-from ..resolve import Guide
-from ..sources import Source, Watch
+from ..session import Session
+from ..sources import Source
 
 # Prefill, and as many decode steps.
 STEPS = 16
@@ -87,7 +87,7 @@ def _is_text(path: Path) -> bool:
     return not is_graph(path) and path.suffix != ".safetensors"
 
 
-def check_by_running(folder: Path, manifest: Manifest, guarded: Path, tell: Watch) -> list[Check]:
+def check_by_running(folder: Path, manifest: Manifest, guarded: Path, report_progress: ProgressCallback) -> list[Check]:
     """The engine gives what ONNX Runtime gives for its graph on the CPU: prefill and decode, on the same inputs.
 
     Args:
@@ -100,7 +100,7 @@ def check_by_running(folder: Path, manifest: Manifest, guarded: Path, tell: Watc
     record = next(engine for engine in manifest.engines if engine.role == "decoder")
     package = open_guarded_package(guarded, read_manifest(guarded))
     anatomy = dissect(package.load_decoder(), package.declared_layers)
-    inputs = _inputs(package, anatomy, _rows(record), tell)
+    inputs = _inputs(package, anatomy, _rows(record), report_progress)
     found = rolled(GuardedVLM.open_unproved(folder).decoder, inputs)
     expected = rolled(open_decoder(package, runtime="onnxruntime-cpu"), inputs)
     stripped = package.load_decoder()
@@ -115,9 +115,11 @@ def _rows(record: EngineRecord) -> int:
     return max(1, min(batches, default=1))
 
 
-def _inputs(package: ModelPackage, anatomy: DecoderAnatomy, rows: int, tell: Watch) -> ProofInputs:
+def _inputs(
+    package: ModelPackage, anatomy: DecoderAnatomy, rows: int, report_progress: ProgressCallback
+) -> ProofInputs:
     source = Source(package, package.name, package.root.parent, package.root)
-    return Guide(source, anatomy, GuardSpec(), DEFAULT_BUDGET, False, tell).proof_inputs(package, rows)
+    return make_proof_inputs(Session(source, anatomy, report_progress), package, rows=rows)
 
 
 Rolled = list[dict[str, np.ndarray]]
@@ -129,8 +131,8 @@ def rolled(session: DecoderSession, inputs: ProofInputs) -> Rolled:
     for batch, text in zip(inputs.batches, inputs.texts, strict=True):
         supervisor = None
         if session.supervised:
-            heard, _ = session.prefill(text, session.no_supervisor(text.size))
-            supervisor = session.coordinates(heard)
+            outputs, _ = session.prefill(text, session.no_supervisor(text.size))
+            supervisor = session.coordinates(outputs)
         outputs = roll(session, batch, supervisor, steps=STEPS)
         found += [{name: np.asarray(call[name]) for name in call} for call in outputs]
     return found

@@ -50,7 +50,7 @@ def open_gates(vlm: GuardedVLM) -> tuple[Gates | None, str | None]:
     if vlm.manifest.engines:
         return None, "engines do not show their gates"
     graph = vlm.package.load_decoder()
-    outputs = tap_gates(graph, vlm.manifest.plan["layers"])
+    outputs = tap_gates(graph, vlm.manifest.decoders[0].report)
     if not outputs:
         return None, f"mode {vlm.manifest.plan['mode']} has no gate"
     return Gates(vlm.with_decoder(graph), outputs), None
@@ -77,12 +77,12 @@ class Made:
     Attributes:
         records: one per prompt.
         answers: per prompt, of the unguarded and of the guarded model.
-        told: prompts that progress has heard of while they were asked.
+        reported: number of prompts already counted as progress while the batch ran.
     """
 
     records: list[Record]
     answers: list[tuple[str, str]]
-    told: int = 0
+    reported: int = 0
 
 
 @dataclass(frozen=True)
@@ -222,17 +222,17 @@ def _with_drift(
 ) -> list[Record]:
     """Drift of the harmless texts of a batch."""
     texts = [row for row, record in enumerate(records) if (record.setting, record.label) == ("text", "harmless")]
-    told = {row: after[row].log_likelihood for row in texts}
+    guarded_likelihoods = {row: after[row].log_likelihood for row in texts}
     changed = [row for row in texts if before[row].tokens != after[row].tokens]  # the same words are just as likely
     if changed:
         requests, answers = [asked[row] for row in changed], [before[row].tokens for row in changed]
-        told |= dict(zip(changed, log_likelihoods(guarded, requests, answers), strict=True))
+        guarded_likelihoods |= dict(zip(changed, log_likelihoods(guarded, requests, answers), strict=True))
     drifts = {
         row: Drift(
             first_token_kl=kl_divergence(before[row].first, after[row].first),
             tokens=len(before[row].tokens),
             base_log_likelihood=before[row].log_likelihood,
-            guarded_log_likelihood=told[row],
+            guarded_log_likelihood=guarded_likelihoods[row],
         )
         for row in texts
     }

@@ -18,6 +18,7 @@ from ...graphs.digests import sha256_file
 from ...graphs.errors import PromptsUnusable
 from ...graphs.graph_io import external_files
 from ...graphs.manifest import MANIFEST_NAME
+from ...graphs.progress import CountCallback, ProgressCallback, ignore_progress
 from ...runtime.defaults import MAX_NEW_TOKENS
 from ...runtime.generation import Sampling
 from ...runtime.guarded import GuardedVLM
@@ -25,10 +26,9 @@ from ...runtime.refusals import refused
 from ...runtime.vlm import VisionLanguageModel
 from ..cluster import open_executors
 from ..executors import Executor, in_turn
-from ..extraction.extract import Progress
 from ..prompts.labelled import BUILTIN, LabelledPrompt, Sources, find_file, fingerprint, listed
 from ..prompts.overlaps import require_held_out_of
-from ..sources import Watch, open_model, require_unmarked, unwatched
+from ..sources import open_model, require_unmarked
 from .batch_runner import AskBoth, Asking, Gates, compares_first_tokens, open_gates, shard_of
 from .judge_model import GuardModel
 from .metrics import KEYWORDS, Cell, Evaluation, Tally, count
@@ -46,7 +46,7 @@ def compare(
     prompts: Sources | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 32,
-    watch: Watch | None = None,
+    report_progress: ProgressCallback = ignore_progress,
     *,
     images: Sequence[Path | str] = (),
     judge_model: Path | str | None = None,
@@ -65,7 +65,7 @@ def compare(
         prompts: sources of labelled prompts; default: found beside the base, else the built-in held-out ones.
         max_new_tokens: of each answer.
         batch_size: prompts that run together.
-        watch: told what is going on.
+        report_progress: called with `(stage, done, total)`.
         images: pictures that matter, to show with prompts whose source names none.
         judge_model: a checkpoint folder of a LlamaGuard-style model, as a second judge.
         out: a file of JSON lines, one per prompt; a run that was killed goes on with it.
@@ -79,7 +79,6 @@ def compare(
         GuardError: a model, the judge or the prompts cannot be opened; prompts that were extracted from or calibrated on;
             `out` is another evaluation's.
     """
-    tell = watch or unwatched
     require_unmarked(base)
     unguarded, vlm = open_model(base), GuardedVLM.open(guarded)
     beside = find_file(unguarded.package.root, EVALUATION_FILES) if prompts is None else None
@@ -118,7 +117,7 @@ def compare(
             rows,
             max_new_tokens,
             batch_size,
-            lambda done, total: tell("asking both models", done, total),
+            lambda done, total: report_progress("asking both models", done, total),
             gates=gates,
             gates_unread=unread,
             judge=judge,
@@ -136,7 +135,7 @@ def tally(
     prompts: Sequence[LabelledPrompt],
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 32,
-    progress: Progress | None = None,
+    report_count: CountCallback | None = None,
 ) -> Tally:
     """Ask one model every prompt (greedy) and count refusals."""
     requests = [prompt.request(model) for prompt in prompts]
@@ -147,8 +146,8 @@ def tally(
         for index, said in zip(indices, replies, strict=True):
             answers[index] = said
         done += len(indices)
-        if progress is not None:
-            progress(done, len(requests))
+        if report_count is not None:
+            report_count(done, len(requests))
     refusals = tuple(refused(answer) for answer in answers)
     return Tally(count(prompts, refusals), tuple(answers), refusals)
 
@@ -159,7 +158,7 @@ def evaluate(
     prompts: Sequence[LabelledPrompt],
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 32,
-    progress: Progress | None = None,
+    report_count: CountCallback | None = None,
     *,
     gates: Gates | None = None,
     gates_unread: str | None = None,
@@ -189,22 +188,22 @@ def evaluate(
     ]
     both, done = 2 * len(prompts), 0
 
-    def tell(count: int) -> None:
+    def add_done(count: int) -> None:
         nonlocal done
         done += count
-        if progress is not None:
-            progress(done, both)
+        if report_count is not None:
+            report_count(done, both)
 
     if len(missing) < len(batches):
-        tell(2 * (len(prompts) - sum(map(len, missing))))
-    work = Asking(base, guarded, max_new_tokens, gates, judge, keep_answers, halfway=tell)
+        add_done(2 * (len(prompts) - sum(map(len, missing))))
+    work = Asking(base, guarded, max_new_tokens, gates, judge, keep_answers, halfway=add_done)
     shards = (shard_of(indices, prompts, requests, text_only) for indices in missing)
     for indices, made in zip(missing, executor(work, shards), strict=True):
         if file is not None:
             file.add(made.records)
         records |= {record.number: record for record in made.records}
         answers |= dict(zip(indices, made.answers, strict=True))
-        tell(2 * len(indices) - made.told)
+        add_done(2 * len(indices) - made.reported)
     return Evaluation(
         tuple(prompts),
         tuple(_recalled(records[index], answers.get(index)) for index in range(len(prompts))),

@@ -22,6 +22,7 @@ from ...graphs.directions import Directions, LayerDirections
 from ...graphs.errors import GuardError
 from ...graphs.last_logits import keep_last_logits
 from ...graphs.package import ModelPackage
+from ...graphs.progress import CountCallback
 from ...graphs.taps import STATES_OUTPUT, tap_last_token
 from ...runtime.generation import Request, Sampling
 from ...runtime.vlm import VisionLanguageModel
@@ -32,9 +33,6 @@ from .estimators import DEFAULT_ESTIMATOR, ESTIMATORS, require_known
 from .kept_states import KeptStates, model_files
 from .loud_channels import held_out_auc, quiet_rows
 
-# (done, of how many)
-Progress = Callable[[int, int], None]
-
 
 def extract_all_layers(
     model: VisionLanguageModel,
@@ -42,7 +40,7 @@ def extract_all_layers(
     pairs: Sequence[AnchorPair],
     rank: int = 4,
     batch_size: int = 16,
-    progress: Progress | None = None,
+    report_count: CountCallback | None = None,
     estimator: str = DEFAULT_ESTIMATOR,
     kept: KeptStates | None = None,
     executors: ExecutorFactory = local_executors,
@@ -55,14 +53,14 @@ def extract_all_layers(
         pairs: anchors.
         rank: rows to keep per layer, 1..64; never more than there are pairs.
         batch_size: prompts per pass.
-        progress: told after each batch.
+        report_count: called with `(done, total)` after each batch.
         estimator: of row 1, a name of `estimators.ESTIMATORS`.
         kept: where states are kept until all are there.
         executors: who reads the batches; others than this process open the model that `model.package` names.
     """
     require_known("estimator", estimator, ESTIMATORS)
     over = executors(LastStates(model.package, anatomy, model.runtime))
-    states = collect_states(tapped(model, anatomy), anchor_requests(pairs), batch_size, progress, kept, over)
+    states = collect_states(tapped(model, anatomy), anchor_requests(pairs), batch_size, report_count, kept, over)
     layers = [site.layer_index for site in anatomy.sites]
     return directions_from_states(states, layers, rank, estimator, sha256_file(model.package.decoder))
 
@@ -126,7 +124,7 @@ def collect_states(
     model: VisionLanguageModel,
     requests: Sequence[Request],
     batch_size: int = 16,
-    progress: Progress | None = None,
+    report_count: CountCallback | None = None,
     kept: KeptStates | None = None,
     executor: Executor = in_turn,
 ) -> np.ndarray:
@@ -135,7 +133,7 @@ def collect_states(
     `model` is tapped.
     """
     batches = model.groups(requests, batch_size)
-    return read_batches(states_reader(model), requests, batches, progress, kept, executor)
+    return read_batches(states_reader(model), requests, batches, report_count, kept, executor)
 
 
 def states_reader(model: VisionLanguageModel) -> Callable[[list[Request]], np.ndarray]:
@@ -147,7 +145,7 @@ def read_batches(
     read: Callable[[list[Request]], np.ndarray],
     requests: Sequence[Request],
     batches: Iterable[list[int]],
-    progress: Progress | None = None,
+    report_count: CountCallback | None = None,
     kept: KeptStates | None = None,
     executor: Executor = in_turn,
 ) -> np.ndarray:
@@ -164,8 +162,8 @@ def read_batches(
         for row, index in enumerate(indices):
             states[index] = found[row]
         done += len(indices)
-        if progress is not None:
-            progress(done, len(requests))
+        if report_count is not None:
+            report_count(done, len(requests))
 
     missing: list[tuple[list[int], list[Request]]] = []
     for indices in batches:

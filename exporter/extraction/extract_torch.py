@@ -18,6 +18,7 @@ import numpy as np
 from ...graphs.directions import Directions
 from ...graphs.errors import AnatomyNotFound, ExtraMissing
 from ...graphs.extras import install_command
+from ...graphs.progress import CountCallback, ignore_progress
 from ...runtime.chat.chat import ChatTokenizer
 from ...runtime.generation import Request
 from ..checkpoints.convert import load_model, locate, read_config
@@ -26,7 +27,7 @@ from ..executors import ExecutorFactory, local_executors, when_needed
 from ..families import find_family
 from ..prompts.labelled import AnchorPair
 from .estimators import DEFAULT_ESTIMATOR, ESTIMATORS, require_known
-from .extract import Progress, anchor_requests, directions_from_states, read_batches
+from .extract import anchor_requests, directions_from_states, read_batches
 from .kept_states import digest_of, kept_beside
 
 
@@ -36,7 +37,7 @@ def extract_from_checkpoint(
     work: Path,
     rank: int = 4,
     batch_size: int = 16,
-    progress: Progress | None = None,
+    report_count: CountCallback | None = None,
     estimator: str = DEFAULT_ESTIMATOR,
     executors: ExecutorFactory = local_executors,
 ) -> Directions:
@@ -46,7 +47,7 @@ def extract_from_checkpoint(
         checkpoint: a folder, or a hub id.
         pairs: anchors.
         work: the output; states are kept in a hidden folder beside it until they are all there.
-        rank, batch_size, progress, estimator, executors: as for `extract_all_layers`.
+        rank, batch_size, report_count, estimator, executors: as for `extract_all_layers`.
 
     Returns:
         Directions without a decoder's digest: there is no decoder file yet.
@@ -64,7 +65,7 @@ def extract_from_checkpoint(
     requests = anchor_requests(pairs)
     with kept_beside(work, f"torch {digest_of(worker_spec.files())}") as kept:
         batches = _of_one_length([len(chat.encode(request.prompt)) for request in requests], batch_size)
-        states = read_batches(when_needed(worker_spec), requests, batches, progress, kept, executors(worker_spec))
+        states = read_batches(when_needed(worker_spec), requests, batches, report_count, kept, executors(worker_spec))
     return directions_from_states(states, range(states.shape[1]), rank, estimator, None)
 
 
@@ -89,7 +90,7 @@ class TorchStates:
 
         torch.set_num_threads(self.threads)
         family = find_family(read_config(self.folder), str(self.folder))
-        decoder = load_model(self.folder, family, "fp32", lambda _: None).get_decoder()
+        decoder = load_model(self.folder, family, "fp32", ignore_progress).get_decoder()
         layers = decoder_layers(decoder, decoder.config.num_hidden_layers)
         if layers is None:
             raise AnatomyNotFound(

@@ -13,8 +13,8 @@ from ...graphs.graph_io import load_graph
 from ...graphs.manifest import Manifest
 from ...graphs.new_files import Data
 from ...graphs.package import ModelPackage
+from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.roles import EMBEDS
-from ..sources import Watch
 from .genai_config import FED, GRAPH, RUNTIME, config_bytes
 from .known_inputs import require_known
 from .repackage import FolderLayout, Packaged, loose_files, repackage, require_other_layout, with_data
@@ -26,14 +26,14 @@ def package_genai(
     *,
     data: Data = "link",
     force: bool = False,
-    watch: Watch | None = None,
+    report_progress: ProgressCallback = ignore_progress,
 ) -> Packaged:
     """Write the genai layout; arguments and errors as for `repackage`.
 
     Raises:
         GuardError: onnxruntime-genai would not feed the decoder, or no config says what it has to know.
     """
-    return repackage(guarded, out, arrange, data=data, force=force, watch=watch)
+    return repackage(guarded, out, arrange, data=data, force=force, report_progress=report_progress)
 
 
 def arrange(manifest: Manifest, package: ModelPackage) -> FolderLayout:

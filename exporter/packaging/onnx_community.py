@@ -16,8 +16,8 @@ from ...graphs.graph_io import external_files, graph_bytes, load_graph, relocate
 from ...graphs.manifest import Manifest
 from ...graphs.new_files import Data
 from ...graphs.package import ModelPackage
+from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.roles import EMBEDS, MASK, POSITIONS, TOKENS, input_roles
-from ..sources import Watch
 from .community_config import GENAI, RUNTIME, config_bytes, configs
 from .known_inputs import require_known
 from .repackage import FolderLayout, Packaged, loose_files, repackage, require_other_layout
@@ -31,14 +31,14 @@ def package_onnx_community(
     *,
     data: Data = "link",
     force: bool = False,
-    watch: Watch | None = None,
+    report_progress: ProgressCallback = ignore_progress,
 ) -> Packaged:
     """Write the onnx-community layout; arguments and errors as for `repackage`.
 
     Raises:
         GuardError: transformers.js would not feed the decoder, or there is no config to go by.
     """
-    return repackage(guarded, out, arrange, data=data, force=force, watch=watch)
+    return repackage(guarded, out, arrange, data=data, force=force, report_progress=report_progress)
 
 
 def arrange(manifest: Manifest, package: ModelPackage) -> FolderLayout:

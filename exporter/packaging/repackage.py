@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...graphs.digests import sha256_files
 from ...graphs.errors import GuardError, ManifestMismatch, ProofFailed
 from ...graphs.graph_io import external_files
-from ...graphs.manifest import MANIFEST_NAME, Manifest, PackagedRecord, record_files
+from ...graphs.manifest import Manifest, PackagedRecord, hash_files, write_manifest
 from ...graphs.new_files import Data, create_file
 from ...graphs.package import SBOM_NAME, SIGNATURE_NAME, Layout, ModelPackage
+from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.staging import bring, require_writable, staged
 from ...runtime.guarded import package_of
 from ..proof.verify import Verification, verify
-from ..sources import Watch, require_apart, unwatched
+from ..sources import require_apart
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def repackage(
     *,
     data: Data = "link",
     force: bool = False,
-    watch: Watch | None = None,
+    report_progress: ProgressCallback = ignore_progress,
 ) -> Packaged:
     """Write a guarded folder in another layout.
 
@@ -95,42 +95,42 @@ def repackage(
         arrange: which layout.
         data: how big files get there.
         force: replace OUT.
-        watch: told what is going on.
+        report_progress: called with `(stage, done, total)`.
 
     Raises:
         ManifestMismatch: the folder is not guarded, not intact, not proved, or its proof does not hold.
         ProofFailed: the new folder does not hold what it should; nothing was written.
         GuardError: the layout does not take this model, or OUT cannot be written.
     """
-    tell, folder, target = watch or unwatched, Path(guarded).absolute(), Path(out).absolute()
+    folder, target = Path(guarded).absolute(), Path(out).absolute()
     require_writable(target, force)
-    manifest = require_guarded(folder, tell)
+    manifest = require_guarded(folder, report_progress)
     package = package_of(folder, manifest)
     require_apart(target, folder, package)
     planned = arrange(manifest, package)
     with staged(target, force) as stage:
-        tell("writing", 0, 1)
+        report_progress("writing", 0, 1)
         for here, there in planned.brought.items():
             bring(folder / there, stage / here, data)
         for here, content in planned.written.items():
             (stage / here).parent.mkdir(parents=True, exist_ok=True)
             create_file(stage / here, content)
-        written = _write_manifest(stage, manifest, planned)
-        tell("writing", 1, 1)
-        proof = verify(stage, watch=tell)
+        written = _record_folder(stage, manifest, planned)
+        report_progress("writing", 1, 1)
+        proof = verify(stage, report_progress=report_progress)
         broken = next((check for check in proof.checks if not check.ok), None)
         if broken is not None:
             raise ProofFailed(f"{target}: {broken.name} does not hold in the new layout; nothing was written")
     return Packaged(target, written, proof, tuple(_notes(folder, written)))
 
 
-def require_guarded(folder: Path, tell: Watch) -> Manifest:
+def require_guarded(folder: Path, report_progress: ProgressCallback) -> Manifest:
     """The manifest of a folder whose proof holds, redone from its files.
 
     Raises:
         ManifestMismatch: it does not, or was never completed by a run.
     """
-    found = verify(folder, watch=tell)
+    found = verify(folder, report_progress=report_progress)
     broken = next((check for check in found.checks if not check.ok), None)
     if broken is not None:
         raise ManifestMismatch(f"{folder}: {broken.name} does not hold; export it again before you package it")
@@ -180,15 +180,13 @@ def with_data(graph: Path, root: Path, here: str) -> dict[str, str]:
     return found
 
 
-def _write_manifest(stage: Path, source: Manifest, planned: FolderLayout) -> Manifest:
-    files = sorted(path for path in stage.rglob("*") if path.is_file())
-    digests = {path.relative_to(stage).as_posix(): digest for path, digest in sha256_files(files).items()}
+def _record_folder(stage: Path, source: Manifest, planned: FolderLayout) -> Manifest:
     by_path = {record.path: record for record in source.decoders}
     came = {here: there for there, here in planned.decoders.items()}  # with their data named otherwise, perhaps
     known = {*planned.brought.values(), *planned.decoders}
     manifest = source.model_copy(
         update={
-            "files": record_files(stage, digests, digests),
+            "files": hash_files(stage),
             "decoders": [by_path[there].model_copy(update={"path": here}) for there, here in planned.decoders.items()],
             "layout": planned.layout,
             "packaged": PackagedRecord(
@@ -200,7 +198,7 @@ def _write_manifest(stage: Path, source: Manifest, planned: FolderLayout) -> Man
             ),
         }
     )
-    create_file(stage / MANIFEST_NAME, manifest.to_text().encode())
+    write_manifest(stage, manifest)
     return manifest
 
 

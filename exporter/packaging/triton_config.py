@@ -105,7 +105,7 @@ def _port(part: str, value: ir.Value) -> Port:
     return Port(str(value.name), np.dtype(dtype), tuple(sizes))
 
 
-def graph_config(part: Part, options: TritonOptions, told: Mapping[str, str]) -> str:
+def graph_config(part: Part, options: TritonOptions, parameters: Mapping[str, str]) -> str:
     """The config of a graph.
 
     Args:
@@ -124,7 +124,7 @@ def graph_config(part: Part, options: TritonOptions, told: Mapping[str, str]) ->
     }
     if batched:
         config["dynamic_batching"] = {}
-    return to_prototext(config | _parameters(told))
+    return to_prototext(config | _parameters(parameters))
 
 
 def _tensor(port: Port, batched: bool) -> Message:
@@ -133,7 +133,7 @@ def _tensor(port: Port, batched: bool) -> Message:
     return tensor if dims else tensor | {"reshape": {"shape": []}}  # Triton has no tensors without dimensions
 
 
-def front_config(options: TritonOptions, told: Mapping[str, str]) -> str:
+def front_config(options: TritonOptions, parameters: Mapping[str, str]) -> str:
     """The config of the model that clients ask."""
 
     def tensor(name: str, kind: str, size: int = 1, optional: bool = False) -> Message:
@@ -162,10 +162,10 @@ def front_config(options: TritonOptions, told: Mapping[str, str]) -> str:
         ],
         "instance_group": [{"count": options.requests, "kind": Word("KIND_CPU")}],
     }
-    return to_prototext(config | _parameters({**told, "max_tokens": str(_LONGEST_ANSWER)}))
+    return to_prototext(config | _parameters({**parameters, "max_tokens": str(_LONGEST_ANSWER)}))
 
 
-def _parameters(told: Mapping[str, str]) -> dict[str, Any]:
-    if not told:
+def _parameters(parameters: Mapping[str, str]) -> dict[str, Any]:
+    if not parameters:
         return {}
-    return {"parameters": [{"key": key, "value": {"string_value": value}} for key, value in told.items()]}
+    return {"parameters": [{"key": key, "value": {"string_value": value}} for key, value in parameters.items()]}

@@ -14,7 +14,7 @@ from ...graphs.errors import GuardError
 from ...graphs.manifest import Manifest
 from ...graphs.new_files import Data
 from ...graphs.package import ModelPackage
-from ..sources import Watch
+from ...graphs.progress import ProgressCallback, ignore_progress
 from .repackage import FolderLayout, Packaged, loose_files, repackage, with_data
 from .triton_config import TritonOptions
 from .triton_files import graphs_of, written_files
@@ -27,7 +27,7 @@ def package_triton(
     *,
     data: Data = "link",
     force: bool = False,
-    watch: Watch | None = None,
+    report_progress: ProgressCallback = ignore_progress,
 ) -> Packaged:
     """Write a Triton model repository.
 
@@ -35,14 +35,19 @@ def package_triton(
         guarded: a folder that `vlmguard-export` wrote.
         out: the repository to write.
         options: how Triton runs it.
-        data, force, watch: as for `repackage`.
+        data, force, report_progress: as for `repackage`.
 
     Raises:
         GuardError: as for `repackage`; or a graph cannot be run by Triton.
     """
     chosen = options or TritonOptions()
     return repackage(
-        guarded, out, lambda manifest, package: arrange(manifest, package, chosen), data=data, force=force, watch=watch
+        guarded,
+        out,
+        lambda manifest, package: arrange(manifest, package, chosen),
+        data=data,
+        force=force,
+        report_progress=report_progress,
     )
 
 

@@ -89,8 +89,8 @@ def show_prompts(out: Console, report: PromptReport) -> None:
     out.print(table)
     for shared in report.overlaps:
         labels = f", {shared.conflicting} of them harmful in one alone" if shared.conflicting else ""
-        told = f"{shared.first} and {shared.second} share {shared.shared} prompts{labels}: {shared.example[:60]!r}"
-        out.print(f"  - {escape(told)}", highlight=False)
+        line = f"{shared.first} and {shared.second} share {shared.shared} prompts{labels}: {shared.example[:60]!r}"
+        out.print(f"  - {escape(line)}", highlight=False)
     if len(report.sets) > 1 and not report.overlaps:
         out.print("no prompt is in two of them", highlight=False)
 

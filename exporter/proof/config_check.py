@@ -12,9 +12,9 @@ import onnx_ir as ir
 from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.directions import DIRECTIONS_FILE, read_directions
 from ...graphs.errors import GuardError, ManifestMismatch
+from ...graphs.modes import guard_mode
 from ...graphs.plan import GuardPlan
 from ...graphs.planner import plan_guard
-from ...graphs.spec import MODES_WITH_ALPHA, MODES_WITH_GATE, MODES_WITH_READOUT
 from ..calibration.guard_config import read_config
 
 
@@ -68,16 +68,16 @@ def values_of(plan: GuardPlan) -> dict[str, Any]:
     for layer, guard in zip(plan.layers, plan.guards, strict=True):
         table = f"layers.{layer}"
         values["guard.rank"] = guard.rank
-        if plan.mode in MODES_WITH_ALPHA:
+        if guard_mode(plan.mode).has_alpha:
             values["guard.alpha"] = guard.alpha
-        if plan.mode in MODES_WITH_GATE:
+        if guard_mode(plan.mode).has_threshold:
             values[f"{table}.threshold"] = guard.threshold
-        if plan.mode == "combined":
+        if "text_shift" in guard_mode(plan.mode).numbers:
             values[f"{table}.text_threshold"] = float(np.float32(guard.threshold) - np.float32(guard.text_shift))
-        if plan.mode in MODES_WITH_READOUT:
+        if guard_mode(plan.mode).has_readout:
             values[f"{table}.target"] = guard.target.tolist()
             values[f"{table}.readout"] = guard.readout.tolist()
-        if plan.mode == "supervise":
+        if "origin" in guard_mode(plan.mode).numbers:
             values[f"{table}.origin"] = guard.origin.tolist()
         values[f"the direction of layer {layer}"] = guard.ssd.tolist()
     return values

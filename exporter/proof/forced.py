@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
-from ...graphs.node_builder import PREFIX
-from ...graphs.pairs import STEP_TOKENS
+from ...graphs.modes import guard_mode
 from ...graphs.plan import GuardPlan
 from ...graphs.reference import SUPERVISED_ABOVE
+from ...graphs.rewrite import GuardReport
 
 # A threshold that no score passes, and one that all do; finite, so that nothing becomes NaN.
 NEVER, ALWAYS = 3.0e38, -3.0e38
@@ -21,23 +23,30 @@ def forced_threshold(plan: GuardPlan, is_open: bool) -> float:
     return SUPERVISED_ABOVE if plan.edits_prompt_end else ALWAYS
 
 
-def force_gates(model: ir.Model, plan: GuardPlan, is_open: bool) -> None:
-    """Set a guarded graph's gates open or closed for good; `project` has no gate, so closed means zero strength. Paired rows
-    have none either: closed means that no call is long enough to be a prompt."""
-    for name, value in model.graph.initializers.items():
-        part = name.rpartition("/")[2]
-        if plan.paired and part == STEP_TOKENS and not is_open and value.const_value is not None:
-            _replace(value, np.array(np.iinfo(np.int64).max))
-        if not name.startswith(f"{PREFIX}layer_") or value.const_value is None:
-            continue
-        array = value.const_value.numpy()
-        if part == "tau":
-            _replace(value, np.full_like(array, forced_threshold(plan, is_open)))
-        elif plan.mode == "project" and not is_open and part.startswith(("ssd", "projection_minus_identity")):
-            _replace(value, np.zeros_like(array))
-        elif plan.mode == "project" and not is_open and part == "projection":
-            _replace(value, np.eye(array.shape[0]).astype(array.dtype))
+def force_gates(model: ir.Model, plan: GuardPlan, report: GuardReport, is_open: bool) -> None:
+    """Set the gates of a guarded graph, or of a part cut out of it, open or closed for good.
+
+    A mode without a gate is closed by numbers that edit nothing; paired rows are closed where no call is long enough to be a
+    prompt's.
+
+    Args:
+        model: the graph; changed in place.
+        plan, report: of the guard.
+        is_open: how the gates shall be.
+    """
+    if plan.paired and not is_open:
+        _replace(model, report.step_tokens, lambda array: np.full_like(array, np.iinfo(np.int64).max))
+    has_gate = guard_mode(plan.mode).gate is not None
+    for handles in (site.handles for site in report.sites):
+        _replace(model, handles.threshold, lambda array: np.full_like(array, forced_threshold(plan, is_open)))
+        if not has_gate and not is_open:
+            _replace(model, handles.matrix, lambda array: np.eye(len(array), dtype=array.dtype))
+            for name in handles.weights:
+                _replace(model, name, np.zeros_like)
 
 
-def _replace(value: ir.Value, array: np.ndarray) -> None:
-    value.const_value = ir.Tensor(array, name=value.name)
+def _replace(model: ir.Model, name: str, numbers: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Other numbers for an initializer; one that is not in the graph is left alone."""
+    value = model.graph.initializers.get(name)
+    if value is not None and value.const_value is not None:
+        value.const_value = ir.Tensor(numbers(value.const_value.numpy()), name=name)

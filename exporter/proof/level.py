@@ -67,7 +67,7 @@ def choose_level(wanted: WantedProof, decoders: Sequence[tuple[ModelPackage, ir.
     if wanted == "local" and lowering == FOLD:
         raise GuardError("a folded guard has no nodes to cut out; choose --proof full or structure")
     if wanted != "auto":
-        return ProofLevel(wanted, "as asked")
+        return ProofLevel(wanted, "as requested")
     needed, free = max(needed_bytes(package, graph) for package, graph in decoders), free_bytes()
     if free is None:
         return ProofLevel("full", "how much memory is free is not known here")

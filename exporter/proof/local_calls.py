@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ...graphs.call_inputs import GrowingCache
-from ...graphs.node_builder import NUMPY_DTYPES
+from ...graphs.dtypes import NUMPY_DTYPES
+from ...graphs.modes import guard_mode
 from ...graphs.plan import SUPERVISOR_INPUTS, GuardPlan
 from ...graphs.proof.cut_out import Cut
 from ...graphs.reference import (
@@ -21,7 +22,7 @@ from ...graphs.runtime_controls import (
     STRENGTH_INPUT,
 )
 from .limits import TOLERANCE
-from .site_states import KINDS, Aim, Masked, listening, masks, paired_masks, site_states, supervisor_of
+from .site_states import KINDS, Aim, Masked, masks, no_supervisor_row, paired_masks, site_states, supervisor_of
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,20 @@ class LocalCall:
 def local_calls(plan: GuardPlan, layers: Sequence[int]) -> Iterator[LocalCall]:
     """Every call of the proof; the graph as it ships first, then with its gates forced."""
     guards = dict(zip(plan.layers, plan.guards, strict=True))
-    supervised, gated = plan.takes_supervisor, plan.mode != "project"
+    supervised, gated = plan.takes_supervisor, guard_mode(plan.mode).gate is not None
 
-    def told(turned: int) -> dict[int, np.ndarray]:
+    def supervisors(turned: int) -> dict[int, np.ndarray]:
         chosen = plan.layers if supervised else ()
         return {number: supervisor_of(number, plan.mode, guards[number], turned) for number in chosen}
 
-    silent = {number: listening(guards[number].rank) for number in plan.layers if supervised}
+    silent = {number: no_supervisor_row(guards[number].rank) for number in plan.layers if supervised}
     whole, *others = masks() if plan.mask else masks()[:1]
     others += paired_masks() if plan.paired else []
     undecided = np.full((KINDS, len(plan.layers)), -1, np.float32) if plan.gate == "prompt" else None
-    plain = LocalCall(whole, told(0), held=undecided)
+    plain = LocalCall(whole, supervisors(0), held=undecided)
     yield plain
     for number, mask in enumerate((*others, whole) if supervised else others, start=1):
-        yield replace(plain, mask=mask, supervisors=told(number))
+        yield replace(plain, mask=mask, supervisors=supervisors(number))
     if supervised:
         yield replace(plain, supervisors=silent)
     if plan.knobs:
@@ -74,7 +75,7 @@ def local_calls(plan: GuardPlan, layers: Sequence[int]) -> Iterator[LocalCall]:
         turns = np.arange(KINDS)[:, None] + np.arange(len(plan.layers))
         yield from (replace(plain, held=states[(turns + turned) % len(states)]) for turned in range(3))
     if gated:
-        yield from (replace(plain, forced=forced, supervisors=told(0)) for forced in (True, False))
+        yield from (replace(plain, forced=forced, supervisors=supervisors(0)) for forced in (True, False))
 
 
 def guard_streams(cut: Cut, plan: GuardPlan) -> dict[str, np.ndarray]:

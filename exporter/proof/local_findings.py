@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ...graphs.lowerings.gate import LARGEST_HALF_EDIT
+from ...graphs.modes import guard_mode
 from ...graphs.plan import COORDINATES_OUTPUT, GuardPlan
 from ...graphs.proof.cut_out import Cut, CutSite
 from ...graphs.proof.structure import Check, exact
 from ...graphs.reference import (
-    Dials,
     LayerGuard,
+    RuntimeControls,
     gate,
     last_index,
     last_token,
@@ -27,7 +28,6 @@ from ...graphs.runtime_controls import (
     PRESENT_GATE_OUTPUT,
     SCORES_OUTPUT,
 )
-from ...graphs.spec import MODES_TOWARD_TEXT
 from .forced import forced_threshold
 from .limits import TOLERANCE
 from .local_calls import LocalCall, call_positions
@@ -37,7 +37,7 @@ from .site_states import TOKENS, Masked
 READS = "each guard reads its stream and the guard's inputs, nothing else"
 STATES = "each guard, cut out, equals the numpy reference"
 BITS = "each guard, cut out, gives the stream's bits back where it is closed"
-TOLD = "what each guard, cut out, outputs of itself equals the numpy reference"
+GUARD_OUTPUTS = "what each guard, cut out, outputs of itself equals the numpy reference"
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,12 @@ class LocalFindings:
     undecided: int = 0
     beyond: int = 0
     bits: int = 0
-    told: int = 0
-    told_worst: float = 0.0
+    outputs_compared: int = 0
+    outputs_worst: float = 0.0
     evaluated: bool = False
     wrong: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
-    mistold: list[str] = field(default_factory=list)
+    wrong_outputs: list[str] = field(default_factory=list)
 
     @property
     def limit(self) -> float:
@@ -119,11 +119,11 @@ class LocalFindings:
         base = states[site.stream]
         total = base if not site.residual else states[site.residual] + base
         total = (total + states[site.bias] if site.bias else total).astype(np.float64)
-        told = call.supervisors.get(number)
-        a = None if told is None else told[:, None].astype(np.float64)
+        supervisor = call.supervisors.get(number)
+        a = None if supervisor is None else supervisor[:, None].astype(np.float64)
         held = None if call.held is None else call.held[:, row][:, None, None]
         strength = 1.0 if call.strength is None else call.strength
-        dials = Dials(strength, 0.0 if call.offset is None else call.offset, held)
+        runtime_controls = RuntimeControls(strength, 0.0 if call.offset is None else call.offset, held)
         places = TokenPlaces.of(cut, call.mask)
         ends = places.last
         selected = ends if self.plan.edits_last else np.ones_like(ends)
@@ -132,7 +132,7 @@ class LocalFindings:
             a = text_coordinates(layer, total, places.read)
             selected = np.zeros_like(ends) if call.forced is False else ends * places.paired
             copied = total[text_rows(len(total)), places.read[text_rows(len(total))]]
-        delta = weights(mode, layer, total, a, dials) @ layer.ssd.astype(np.float64)
+        delta = weights(mode, layer, total, a, runtime_controls) @ layer.ssd.astype(np.float64)
         if site.planned.site.dtype == "float16":
             delta = np.clip(delta, -LARGEST_HALF_EDIT, LARGEST_HALF_EDIT)
         delta = np.where(selected > 0, delta, 0.0)
@@ -140,9 +140,9 @@ class LocalFindings:
         if found.shape != expected.shape:
             self.wrong.append(f"layer {number}: shape {list(found.shape)}, expected {list(expected.shape)}")
             return
-        opened = np.ones(ends.shape) if mode == "project" else gate(mode, layer, total, a, dials)
+        opened = np.ones(ends.shape) if guard_mode(mode).gate is None else gate(mode, layer, total, a, runtime_controls)
         opened = np.broadcast_to(opened, ends.shape)[..., 0] * selected[..., 0] > 0
-        unsure = self._unsure(mode, layer, total, a, dials, limit, call, held)
+        unsure = self._unsure(mode, layer, total, a, runtime_controls, limit, call, held)
         edits = opened & (strength > 0)
         self._compare_bits(number, base.astype(np.float64), found, ~edits & ~(unsure & (selected[..., 0] > 0)))
         sure = ~unsure | (selected[..., 0] == 0)
@@ -152,7 +152,9 @@ class LocalFindings:
         self.undecided += int((~sure).sum())
         if self.plan.added_outputs:
             at = np.arange(TOKENS)[None, :] == places.read[:, None]
-            self._compare_told(cut, row, layer, total[at], None if a is None else a[:, 0], dials, outputs, unsure[at])
+            self._compare_outputs(
+                cut, row, layer, total[at], None if a is None else a[:, 0], runtime_controls, outputs, unsure[at]
+            )
 
     @staticmethod
     def _unsure(
@@ -160,17 +162,20 @@ class LocalFindings:
         layer: LayerGuard,
         total: np.ndarray,
         a: np.ndarray | None,
-        dials: Dials,
+        runtime_controls: RuntimeControls,
         limit: float,
         call: LocalCall,
         held: np.ndarray | None,
     ) -> np.ndarray:
         """`[KINDS, TOKENS]` bool: scores within rounding of the threshold, where the score decides."""
-        if mode == "project" or mode in MODES_TOWARD_TEXT or call.forced is not None:
+        row = guard_mode(mode).score_row(layer)
+        if row is None or call.forced is not None:
             return np.zeros(total.shape[:2], bool)
-        row = (layer.ssd[0] if mode == "steer" else layer.readout).astype(np.float64)
         rounding = limit * np.linalg.norm(total * row, axis=-1)
-        close = np.abs(score(mode, layer, total, a)[..., 0] - layer.threshold - dials.threshold_offset) < rounding
+        close = (
+            np.abs(score(mode, layer, total, a)[..., 0] - layer.threshold - runtime_controls.threshold_offset)
+            < rounding
+        )
         return close if held is None else close & ~(held[..., 0] >= 0)
 
     def _compare_bits(self, number: int, base: np.ndarray, found: np.ndarray, closed: np.ndarray) -> None:
@@ -212,14 +217,14 @@ class LocalFindings:
             self.wrong.append(f"{place}: off by {worst:.1e} of its largest number{what}")
         self.worst = max(self.worst, worst)
 
-    def _compare_told(
+    def _compare_outputs(
         self,
         cut: Cut,
         row: int,
         layer: LayerGuard,
         last: np.ndarray,
         a: np.ndarray | None,
-        dials: Dials,
+        runtime_controls: RuntimeControls,
         outputs: Mapping[str, np.ndarray],
         unsure: np.ndarray,
     ) -> None:
@@ -228,15 +233,19 @@ class LocalFindings:
 
         def compare(name: str, off: np.ndarray) -> None:
             worst = float(np.where(np.isnan(off), np.inf, off).max(initial=0.0))
-            self.told, self.told_worst = self.told + off.size, max(self.told_worst, worst)
+            self.outputs_compared, self.outputs_worst = self.outputs_compared + off.size, max(self.outputs_worst, worst)
             if worst > self.limit:
-                self.mistold.append(f"layer {number}: {name} off by {worst:.1e}")
+                self.wrong_outputs.append(f"layer {number}: {name} off by {worst:.1e}")
 
-        at = dials if dials.held is None else replace(dials, held=dials.held[:, 0])
+        at = (
+            runtime_controls
+            if runtime_controls.held is None
+            else replace(runtime_controls, held=runtime_controls.held[:, 0])
+        )
         for name, here in cut.outputs.items():
             found = outputs[here].astype(np.float64)
             if found.shape[1:2] != (len(self.plan.layers),):
-                self.mistold.append(f"{name} has shape {list(found.shape)}")
+                self.wrong_outputs.append(f"{name} has shape {list(found.shape)}")
             elif name == COORDINATES_OUTPUT:
                 own = last @ layer.ssd.T.astype(np.float64)
                 length = np.maximum(np.linalg.norm(last, axis=-1, keepdims=True), 1e-6)
@@ -259,7 +268,7 @@ class LocalFindings:
         made = [
             exact(READS, self.reads, wrong, f"{self.sites} guards in {bodies} {'bodies' if bodies > 1 else 'body'}")
         ]
-        gated = plan.mode != "project"
+        gated = guard_mode(plan.mode).gate is not None
         note = f"{self.states} states of {self.sites} guards in {self.calls} calls, {self.opened} edited"
         note += f", {self.closed} with a closed gate" if gated else ""
         note += f"; {self.undecided} too close to the threshold to call" if self.undecided else ""
@@ -273,8 +282,8 @@ class LocalFindings:
         if gated or plan.edits_last or plan.knobs:  # else nothing is ever closed
             made.append(exact(BITS, self.bits, [*dict.fromkeys(self.changed)], f"{self.calls} calls"))
         if plan.added_outputs:
-            wrong = [*dict.fromkeys(self.mistold)]
-            ok = self.told > 0 and not wrong
+            wrong = [*dict.fromkeys(self.wrong_outputs)]
+            ok = self.outputs_compared > 0 and not wrong
             said = "; ".join(wrong[:3]) or f"{', '.join(plan.added_outputs)} at the last token, {self.calls} calls"
-            made.append(Check(TOLD, self.told, self.told_worst, self.limit, ok, said))
+            made.append(Check(GUARD_OUTPUTS, self.outputs_compared, self.outputs_worst, self.limit, ok, said))
         return tuple(made)

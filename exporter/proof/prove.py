@@ -23,12 +23,13 @@ import numpy as np
 
 from ...graphs.errors import RunFailed
 from ...graphs.graph_io import load_graph
+from ...graphs.modes import guard_mode
 from ...graphs.package import ModelPackage
 from ...graphs.plan import COORDINATES_OUTPUT, GuardPlan
 from ...graphs.proof.structure import Check, exact
 from ...graphs.reference import (
-    Dials,
     LayerGuard,
+    RuntimeControls,
     guard,
     last_index,
     last_token,
@@ -38,7 +39,6 @@ from ...graphs.reference import (
 )
 from ...graphs.rewrite import GuardReport
 from ...graphs.runtime_controls import OFFSET_INPUT, PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, STRENGTH_INPUT
-from ...graphs.spec import MODES_TOWARD_TEXT
 from ...graphs.taps import tap_guard
 from ...runtime.decoder import DecoderSession, open_decoder
 from ...runtime.decoder_inputs import can_pad
@@ -51,13 +51,13 @@ from .limits import TOLERANCE
 from .prove_closed import (
     DECODE_STEPS,
     closed_equals_source,
-    listen,
     mask_at,
     no_strength_equals_source,
+    no_supervisor,
     roll,
     unedited_equals_source,
 )
-from .prove_gate import GatesTold
+from .prove_gate import GateOutputs
 
 # A threshold offset that opens every gate, and is cut nowhere.
 _LOWERED = -1.0e9
@@ -85,8 +85,8 @@ def prove_by_running(
         inputs = paired_inputs(inputs, can_pad(package.load_decoder().graph))
     try:
         return (
-            closed_equals_source(package, staged, plan, inputs, place),
-            *([no_strength_equals_source(package, staged, plan, inputs, place)] if plan.knobs else ()),
+            closed_equals_source(package, staged, plan, report, inputs, place),
+            *([no_strength_equals_source(package, staged, plan, report, inputs, place)] if plan.knobs else ()),
             *([unedited_equals_source(package, staged, plan, inputs, place)] if plan.edits_prompt_end else ()),
             *_states_equal_reference(package, staged, plan, report, inputs, place),
         )
@@ -107,15 +107,15 @@ def _states_equal_reference(
     """Raw states through the numpy reference against the graph's guarded states, prefill and decode."""
     checks = []
     supervisors = _supervisors(package, staged, plan, inputs, place)
-    headroom, told = Headroom(), GatesTold(plan, max(TOLERANCE[site.site.dtype] for site in plan.sites))
+    headroom, gate_outputs = Headroom(), GateOutputs(plan, max(TOLERANCE[site.site.dtype] for site in plan.sites))
     for setting in _settings(plan):
         graph = load_graph(staged, trust_links=True)
         if setting.forced is not None:
-            force_gates(graph, plan, is_open=setting.forced)
+            force_gates(graph, plan, report, is_open=setting.forced)
         names = tap_guard(graph, plan, report)
         session = place.open(partial(open_decoder, package, graph, folder=staged.parent, given=inputs.given))
-        checks.append(_against_reference(session, plan, names, inputs, supervisors, setting, headroom, told))
-    checks += told.checks()
+        checks.append(_against_reference(session, plan, names, inputs, supervisors, setting, headroom, gate_outputs))
+    checks += gate_outputs.checks()
     if headroom.layers:
         checks.append(headroom.check())
     checks += _unedited_tokens(package, staged, plan, report, inputs, supervisors, place)
@@ -124,15 +124,15 @@ def _states_equal_reference(
 
 @dataclass(frozen=True)
 class _Setting:
-    """Gates and dials of one run.
+    """Gates and runtime controls of one run.
 
     Attributes:
         name: for the check's; "" for the graph as it ships, called as an app calls it.
         what: in words.
         forced: every gate open, or closed, by its threshold.
         moves: whether some state must be edited; `None`: as the inputs have it.
-        strength, offset, held: dials that are set, `held` for every gate.
-        listens: without a supervisor, as in the text-only pass; nothing may be edited then.
+        strength, offset, held: values of the runtime controls; `held` applies to every gate.
+        without_supervisor: no supervisor is given, as in the text-only pass; nothing may be edited.
     """
 
     name: str
@@ -142,7 +142,7 @@ class _Setting:
     strength: float | None = None
     offset: float | None = None
     held: float | None = None
-    listens: bool = False
+    without_supervisor: bool = False
 
     def feeds(self, plan: GuardPlan, batch: int) -> dict[str, np.ndarray]:
         knobs = {STRENGTH_INPUT: self.strength, OFFSET_INPUT: self.offset}
@@ -154,22 +154,23 @@ class _Setting:
         """The layer's numbers, as the graph has them now."""
         return layer if self.forced is None else replace(layer, threshold=forced_threshold(plan, self.forced))
 
-    def dials(self, held: np.ndarray | None) -> Dials:
+    def runtime_controls(self, held: np.ndarray | None) -> RuntimeControls:
         strength = 1.0 if self.strength is None else self.strength
-        return Dials(strength, 0.0 if self.offset is None else self.offset, held)
+        return RuntimeControls(strength, 0.0 if self.offset is None else self.offset, held)
 
 
 def _settings(plan: GuardPlan) -> list[_Setting]:
     """Every run of the proof."""
-    gated = plan.mode != "project"
-    if plan.mode == "align":
+    row = guard_mode(plan.mode)
+    gated = row.gate is not None
+    if row.gate == "any text":
         found = [_Setting("", "the text-only coordinates at the prompt's end", moves=True)]
     else:
         found = [_Setting("", "gates as the inputs set them", moves=None if gated else True)]
-    if gated and plan.mode != "align":
+    if row.gate not in (None, "any text"):
         found.append(_Setting(" (gates forced open)", "every gate forced open", True, True))
     if plan.takes_supervisor:
-        found.append(_Setting(" (listening)", "no supervisor", moves=False, listens=True))
+        found.append(_Setting(" (listening)", "no supervisor", moves=False, without_supervisor=True))
     if OFFSET_INPUT in plan.knobs:
         what = f"strength 0.5, every threshold lowered by {-_LOWERED:g}"
         found.append(_Setting(" (knobs turned)", what, None, True, 0.5, _LOWERED))
@@ -199,17 +200,17 @@ def _against_reference(
     supervisors: Sequence[np.ndarray | None],
     setting: _Setting,
     headroom: Headroom,
-    told: GatesTold,
+    gate_outputs: GateOutputs,
 ) -> Check:
     halves = {site.layer_index for site in plan.sites if site.site.dtype == "float16"}
     limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
     compared, moved, states, undecided, worst = 0, 0, 0, 0, 0.0
     odd: list[str] = []
-    for which, (batch, told_by_text) in enumerate(zip(inputs.batches, supervisors, strict=True)):
-        prompts = listen(plan, batch.size) if setting.listens else told_by_text
+    for which, (batch, text_supervisor) in enumerate(zip(inputs.batches, supervisors, strict=True)):
+        prompts = no_supervisor(plan, batch.size) if setting.without_supervisor else text_supervisor
         rolled = roll(session, batch, prompts, setting.feeds(plan, batch.size))
         for number, outputs in enumerate(rolled):
-            supervisor = prompts if number == 0 or not plan.edits_prompt_end else listen(plan, batch.size)
+            supervisor = prompts if number == 0 or not plan.edits_prompt_end else no_supervisor(plan, batch.size)
             # a cached decode step is one token long; without a cache the whole sequence comes again
             mask = mask_at(batch, number * (session.call_length or 1))[:, -_length(outputs, names) :]
             ends = last_token(mask)
@@ -224,11 +225,16 @@ def _against_reference(
                 if plan.paired:
                     a = text_coordinates(layer, raw, last_index(mask))
                 held = None if all_held is None else all_held[:, row : row + 1]
-                dials = setting.dials(None if held is None else held[:, None])
-                expected = guard(plan.mode, layer, raw, a, selected, dials)
+                runtime_controls = setting.runtime_controls(None if held is None else held[:, None])
+                expected = guard(plan.mode, layer, raw, a, selected, runtime_controls)
                 last = raw[ends[..., 0] == 1]
-                told.see(
-                    row, layer, last, None if supervisor is None or a is None else a[:, 0], setting.dials(held), outputs
+                gate_outputs.see(
+                    row,
+                    layer,
+                    last,
+                    None if supervisor is None or a is None else a[:, 0],
+                    setting.runtime_controls(held),
+                    outputs,
                 )
                 real = mask.astype(bool)
                 if plan.layers[row] in halves:
@@ -266,9 +272,9 @@ def _close_calls(
 
     Each state by its own summands: one outlier channel of one token, which real models have, must not excuse the others.
     """
-    if mode == "project" or mode in MODES_TOWARD_TEXT:  # no gate, or one that compares numbers that it was given
+    row = guard_mode(mode).score_row(layer)
+    if row is None:  # no gate, or one that compares numbers that it was given
         return np.zeros(raw.shape[:2], bool)
-    row = (layer.ssd[0] if mode == "steer" else layer.readout).astype(np.float64)
     rounding = limit * np.linalg.norm(raw * row, axis=-1)
     return np.abs(score(mode, layer, raw, supervisor)[..., 0] - layer.threshold) <= rounding
 
@@ -293,7 +299,7 @@ def _unedited_tokens(
     if not plan.edits_last:
         return []
     graph = load_graph(staged, trust_links=True)
-    force_gates(graph, plan, is_open=True)
+    force_gates(graph, plan, report, is_open=True)
     names = tap_guard(graph, plan, report)
     session = place.open(lambda: open_decoder(package, graph, optimize=False, folder=staged.parent, given=inputs.given))
     if session.one_token:
@@ -318,13 +324,13 @@ def _unedited_tokens(
 def _supervisors(
     package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace
 ) -> list[np.ndarray | None]:
-    """The text-only pass of each batch, through the graph as it ships: with its gates forced, it would not listen."""
+    """The text-only pass of each batch, through the graph as it ships: because a graph with forced gates would edit it."""
     if not plan.takes_supervisor:
         return [None for _ in inputs.batches]
     graph = load_graph(staged, trust_links=True)
     session = place.open(lambda: open_decoder(package, graph, folder=staged.parent, given=inputs.given))
     found: list[np.ndarray | None] = []
     for text in inputs.texts:
-        outputs, _ = session.prefill(text, listen(plan, text.size))
+        outputs, _ = session.prefill(text, no_supervisor(plan, text.size))
         found.append(outputs[COORDINATES_OUTPUT])
     return found

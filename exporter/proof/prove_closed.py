@@ -17,6 +17,7 @@ from ...graphs.proof.structure import Check, exact
 from ...graphs.reference import (
     NO_SUPERVISOR,
 )
+from ...graphs.rewrite import GuardReport
 from ...graphs.runtime_controls import STRENGTH_INPUT
 from ...runtime.decoder import DecoderSession, open_decoder
 from ...runtime.decoder_inputs import PromptBatch
@@ -34,22 +35,32 @@ _OFF = (0.0, -1.0)
 
 
 def closed_equals_source(
-    package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace | None = None
+    package: ModelPackage,
+    staged: Path,
+    plan: GuardPlan,
+    report: GuardReport,
+    inputs: ProofInputs,
+    place: DecoderPlace | None = None,
 ) -> Check:
     """Bit for bit as apps run it; where the runtime's own rounding moves, exact without its optimiser, and bounded."""
     closed = load_graph(staged, trust_links=True)
-    force_gates(closed, plan, is_open=False)
+    force_gates(closed, plan, report, is_open=False)
     return _equals_source(
         "closed gate equals the original bit for bit", package, closed, staged.parent, plan, inputs, place
     )
 
 
 def no_strength_equals_source(
-    package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace | None = None
+    package: ModelPackage,
+    staged: Path,
+    plan: GuardPlan,
+    report: GuardReport,
+    inputs: ProofInputs,
+    place: DecoderPlace | None = None,
 ) -> Check:
     """With every gate open, so that it is the knob that does it."""
     graph = load_graph(staged, trust_links=True)
-    force_gates(graph, plan, is_open=True)
+    force_gates(graph, plan, report, is_open=True)
     turned = [{STRENGTH_INPUT: np.array(strength, np.float32)} for strength in _OFF]
     name = "strength 0, and below, equals the original bit for bit"
     return _equals_source(name, package, graph, staged.parent, plan, inputs, place, turned)
@@ -111,7 +122,7 @@ def _compare_runs(
     rows: slice,
     optimize: bool,
 ) -> tuple[Comparison, str]:
-    """Every output of prefill and decode, for every setting of dials; and how many calls that took, in words.
+    """Every output of prefill and decode for every setting of the runtime controls, and the number of calls as text.
 
     One model after the other: two of them may not fit into memory together.
     """
@@ -120,13 +131,15 @@ def _compare_runs(
     unguarded_calls = session.calls
     session = place.open(lambda: open_decoder(package, guarded, optimize=optimize, folder=folder, given=inputs.given))
     found = Comparison()
-    for (number, (batch, expected)), dials in product(enumerate(zip(inputs.batches, left, strict=True)), turned):
-        supervisor = listen(plan, batch.size)
+    for (number, (batch, expected)), runtime_controls in product(
+        enumerate(zip(inputs.batches, left, strict=True)), turned
+    ):
+        supervisor = no_supervisor(plan, batch.size)
         if (
-            supervisor is not None and plan.edits_prompt_end and dials
+            supervisor is not None and plan.edits_prompt_end and runtime_controls
         ):  # else it would not be the knob that edits nothing
             supervisor = np.zeros_like(supervisor)
-        right = roll(session, batch, supervisor, dials)
+        right = roll(session, batch, supervisor, runtime_controls)
         for call, (before, after) in enumerate(zip(expected, right, strict=True)):
             mask = mask_at(batch, call)[rows]
             if rows != slice(None):
@@ -144,14 +157,14 @@ def roll(
     session: DecoderSession,
     batch: PromptBatch,
     supervisor: Tensor | None,
-    dials: Mapping[str, np.ndarray] | None = None,
+    runtime_controls: Mapping[str, np.ndarray] | None = None,
     steps: int = DECODE_STEPS,
 ) -> list[Mapping[str, np.ndarray]]:
     """Outputs of prefill and a few decode steps on fixed tokens: rows of the prompt again, so that runs stay alike.
 
     Inputs that were given by name are one call.
     """
-    outputs, state = session.prefill(batch, supervisor, dials)
+    outputs, state = session.prefill(batch, supervisor, runtime_controls)
     rolled = [outputs]
     if batch.given is not None or not session.can_step:
         return rolled
@@ -164,7 +177,7 @@ def roll(
     return rolled
 
 
-def listen(plan: GuardPlan, batch: int) -> np.ndarray | None:
+def no_supervisor(plan: GuardPlan, batch: int) -> np.ndarray | None:
     """Supervisor coordinates of a text-only pass; `None` for modes that take none."""
     if not plan.takes_supervisor:
         return None

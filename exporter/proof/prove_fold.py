@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...graphs.anatomy import dissect
+from ...graphs.dtypes import STREAM_DTYPES
 from ...graphs.graph_io import load_graph
 from ...graphs.lowerings.fold import subspace
 from ...graphs.package import ModelPackage
@@ -20,7 +21,6 @@ from ...graphs.plan import GuardPlan
 from ...graphs.proof.fold_proof import project_explicitly
 from ...graphs.proof.structure import Check
 from ...graphs.rewrite import GuardReport
-from ...graphs.sites import STREAM_DTYPES
 from ...graphs.taps import STATES_OUTPUT, tap_last_token
 from ...runtime.decoder import open_decoder
 from ...runtime.decoder_place import DecoderPlace

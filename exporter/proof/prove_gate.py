@@ -10,18 +10,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ...graphs.modes import guard_mode
 from ...graphs.plan import GuardPlan
 from ...graphs.proof.structure import Check, exact
-from ...graphs.reference import Dials, LayerGuard, gate, score
+from ...graphs.reference import LayerGuard, RuntimeControls, gate, score
 from ...graphs.runtime_controls import PRESENT_GATE_OUTPUT, SCORES_OUTPUT
-from ...graphs.spec import MODES_TOWARD_TEXT
 
 SCORES = "gate scores equal the numpy reference"
 DECIDED = "gate decisions equal the numpy reference's"
 
 
 @dataclass
-class GatesTold:
+class GateOutputs:
     """Scores and decisions of every call that was seen.
 
     Attributes:
@@ -44,7 +44,7 @@ class GatesTold:
         layer: LayerGuard,
         state: np.ndarray,
         supervisor: np.ndarray | None,
-        dials: Dials,
+        runtime_controls: RuntimeControls,
         outputs: Mapping[str, np.ndarray],
     ) -> None:
         """One layer in one call.
@@ -54,28 +54,35 @@ class GatesTold:
             layer: its numbers, as the graph that was run has them.
             state: raw states at the last token, `[batch, d]` float64.
             supervisor: the text-only coordinates, `[batch, m]` (modes with a supervisor).
-            dials: what was set in the call, `held` `[batch, 1]`.
+            runtime_controls: their values in the call; `held` is `[batch, 1]`.
             outputs: of the call.
         """
         if not self.plan.added_outputs:
             return
         mode = self.plan.mode
         length = summed(mode, layer, state, supervisor)
-        expected = score(mode, layer, state, supervisor) if self.plan.telemetry or dials.held is None else None
+        expected = (
+            score(mode, layer, state, supervisor) if self.plan.telemetry or runtime_controls.held is None else None
+        )
         if self.plan.telemetry:
             assert expected is not None
             off = np.abs(outputs[SCORES_OUTPUT][:, row : row + 1] - expected) / length
             self.worst = max(self.worst, float(off.max(initial=0.0)) if np.isfinite(off).all() else float("inf"))
             self.compared += off.size
         if self.plan.gate == "prompt":
-            wanted, told = gate(mode, layer, state, supervisor, dials), outputs[PRESENT_GATE_OUTPUT][:, row : row + 1]
-            sure = np.ones(told.shape, bool)
-            if dials.held is None and expected is not None:  # by rounding alone such a gate may open here and not there
-                sure = np.abs(expected - (layer.threshold + dials.threshold_offset)) > self.limit * length
+            wanted, actual = (
+                gate(mode, layer, state, supervisor, runtime_controls),
+                outputs[PRESENT_GATE_OUTPUT][:, row : row + 1],
+            )
+            sure = np.ones(actual.shape, bool)
+            if (
+                runtime_controls.held is None and expected is not None
+            ):  # by rounding alone such a gate may open here and not there
+                sure = np.abs(expected - (layer.threshold + runtime_controls.threshold_offset)) > self.limit * length
             self.undecided += int((~sure).sum())
             self.decided += int(sure.sum())
-            self.opened += int((told[sure] > 0).sum())
-            if not np.array_equal(told[sure], wanted[sure]):
+            self.opened += int((actual[sure] > 0).sum())
+            if not np.array_equal(actual[sure], wanted[sure]):
                 self.wrong.append(f"layer {self.plan.layers[row]}")
 
     def checks(self) -> tuple[Check, ...]:
@@ -93,12 +100,12 @@ class GatesTold:
 
 def summed(mode: str, layer: LayerGuard, state: np.ndarray, supervisor: np.ndarray | None) -> np.ndarray:
     """What rounding is relative to, `[batch, 1]`: the length of the summands, row by row."""
-    if mode in MODES_TOWARD_TEXT:
+    row = guard_mode(mode).score_row(layer)
+    if row is None:
         assert supervisor is not None
         return np.maximum(np.abs(supervisor[:, :1]), 1e-6)
-    row = (layer.ssd[0] if mode == "steer" else layer.readout).astype(np.float64)
     length = np.maximum(np.linalg.norm(state * row, axis=-1, keepdims=True), 1e-6)
-    if mode != "combined":
+    if not guard_mode(mode).supervisor:
         return length
     assert supervisor is not None
     return np.maximum(length, np.abs(supervisor[:, :1]) + abs(layer.text_shift))

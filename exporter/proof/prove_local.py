@@ -76,7 +76,7 @@ def _prove_part(
         if forced is not None:
             cut = cut_out(graph, plan, report, body, layers, outputs=bool(plan.added_outputs))
             assert cut.model is not None
-            force_gates(cut.model, plan, is_open=forced)
+            force_gates(cut.model, plan, report, is_open=forced)
         for optimize in (True, False):  # as apps run it, and exactly as it is written
             try:
                 run = _CutRunner(cut, optimize)

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from itertools import islice, product
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 from ...graphs.decoder_state import size
+from ...graphs.dtypes import PORT_DTYPES
 from ...graphs.errors import GuardError
 from ...graphs.package import ModelPackage
 from ...graphs.roles import InputRoles, input_roles
@@ -27,17 +27,6 @@ from ...runtime.decoder_inputs import PromptBatch, needs_more
 BATCH, LENGTH, STEPS_KEPT = 2, 12, 4
 _TRIED = (3, 1, 2, 4, LENGTH, 8, 16)  # sizes of axes that nothing tells; M-RoPE's three axes first
 _MOST_TRIES = 60
-_NUMPY = {
-    ir.DataType.FLOAT: np.float32,
-    ir.DataType.FLOAT16: np.float16,
-    ir.DataType.BFLOAT16: ml_dtypes.bfloat16,
-    ir.DataType.DOUBLE: np.float64,
-    ir.DataType.INT64: np.int64,
-    ir.DataType.INT32: np.int32,
-    ir.DataType.INT8: np.int8,
-    ir.DataType.UINT8: np.uint8,
-    ir.DataType.BOOL: np.bool_,
-}
 
 
 class InputsUnknown(GuardError):
@@ -106,7 +95,7 @@ class SeededInputs:
         return {str(value.name): self._array(value, start, stop) for value in self.values}
 
     def _array(self, value: ir.Value, start: int, stop: int) -> np.ndarray:
-        name, dtype = str(value.name), _NUMPY[value.dtype or ir.DataType.FLOAT]
+        name, dtype = str(value.name), PORT_DTYPES[value.dtype or ir.DataType.FLOAT]
         dims = [size(dim) for dim in value.shape or ()]
         shape = tuple(self._size(dim, start, stop) for dim in dims)
         kind = np.dtype(dtype).kind

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...graphs.node_builder import NUMPY_DTYPES
+from ...graphs.dtypes import NUMPY_DTYPES
+from ...graphs.modes import guard_mode
 from ...graphs.reference import NO_SUPERVISOR, LayerGuard
 
 TOKENS = 4
@@ -40,8 +41,7 @@ class Aim:
 
     @classmethod
     def of(cls, mode: str, layer: LayerGuard, limit: float) -> Aim:
-        row = {"steer": layer.ssd[0], "restore": layer.readout, "combined": layer.readout}.get(mode)
-        return cls(None if row is None else row.astype(np.float64), layer.threshold, limit)
+        return cls(guard_mode(mode).score_row(layer), layer.threshold, limit)
 
     def hit(self, state: np.ndarray, side: float, largest: float) -> np.ndarray:
         """`state` moved until its score lies just above (`side` 1) or below (-1) the threshold, if `largest` allows it."""
@@ -148,24 +148,25 @@ def supervisor_of(seed: int, mode: str, layer: LayerGuard, turned: int) -> np.nd
     """One layer's text-only coordinates `[KINDS, m]` float32: the first on both sides of the threshold and, in `supervise`,
     at it and one step above."""
     random = np.random.default_rng([seed, 7, turned])
-    told = random.normal(size=(KINDS, layer.rank)).astype(np.float32)
-    edge = np.float32(layer.threshold - (layer.text_shift if mode == "combined" else 0.0))
+    coordinates = random.normal(size=(KINDS, layer.rank)).astype(np.float32)
+    edge = np.float32(layer.threshold - layer.text_shift)
     size = 1.0 + abs(layer.threshold) + abs(layer.text_shift)
     far, near = np.float32(size), np.float32(1e-4 * size)  # float32 adds the shift, so nearer would be rounding
     sides = [edge - far, edge + far, edge - near, edge + near]
-    if mode == "supervise":
+    if guard_mode(mode).decides_by_text:
         sides += [edge, np.nextafter(edge, np.float32(np.inf))]
-    if mode == "align":  # most rows have a supervisor, some none; and both sides of the constant between the two
-        sides = [told[row, 0] for row in range(KINDS)]
+    if guard_mode(mode).gate == "any text":
+        # most rows have a supervisor, some none; and both sides of the constant between the two
+        sides = [coordinates[row, 0] for row in range(KINDS)]
         for row, value in ((2, NO_SUPERVISOR), (5, edge), (7, np.nextafter(edge, np.float32(0)))):
             sides[(row + turned) % KINDS] = np.float32(value)
-        told[:, 0] = sides
-        told[told[:, 0] == np.float32(NO_SUPERVISOR)] = NO_SUPERVISOR
-        return told
-    told[:, 0] = [sides[(row + turned) % len(sides)] for row in range(KINDS)]
-    return told
+        coordinates[:, 0] = sides
+        coordinates[coordinates[:, 0] == np.float32(NO_SUPERVISOR)] = NO_SUPERVISOR
+        return coordinates
+    coordinates[:, 0] = [sides[(row + turned) % len(sides)] for row in range(KINDS)]
+    return coordinates
 
 
-def listening(rank: int) -> np.ndarray:
+def no_supervisor_row(rank: int) -> np.ndarray:
     """The coordinates of a text-only pass, `[KINDS, rank]`."""
     return np.full((KINDS, rank), NO_SUPERVISOR, np.float32)

@@ -19,9 +19,10 @@ import onnx_ir as ir
 from ...graphs.anatomy import DecoderAnatomy, dissect
 from ...graphs.errors import GuardError, ManifestMismatch
 from ...graphs.lowerings.fold import FOLD
-from ...graphs.manifest import MANIFEST_NAME, DecoderRecord, Manifest, read_manifest, require_intact
+from ...graphs.manifest import DecoderRecord, Manifest, read_manifest, require_intact, write_manifest
 from ...graphs.package import ModelPackage
 from ...graphs.plan import GuardPlan
+from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.proof.fold_proof import prove_fold, refolded, writers_orthogonal
 from ...graphs.proof.strip import names_left, strip_guard
 from ...graphs.proof.structure import (
@@ -34,23 +35,21 @@ from ...graphs.proof.structure import (
     sites_guarded_once,
 )
 from ...graphs.rewrite import rewrite
-from ...graphs.spec import GuardSpec
-from ...graphs.staging import write_file
 from ...runtime.guarded import open_guarded_package
 from ..artifact.signing import check_signature
-from ..calibration.calibrate import DEFAULT_BUDGET
 from ..calibration.guard_config import CONFIG_NAME
 from ..calibration.refusal_regression import Refusals
 from ..engines.verify_engines import check_around_engines, check_by_running, check_records, check_sources
 from ..packaging.regenerate import check_packaged
 from ..packaging.triton_files import check_repository, own_code
-from ..resolve import Guide
-from ..sources import Source, Watch, unwatched
+from ..session import Session
+from ..sources import Source
 from .accounting import check_engine_files, check_graphs, check_layout, require_kind, text_inputs
 from .beside_source import Contents, check_around, check_external_data
 from .config_check import require_config_of_graph
 from .inputs import ProofInputs
 from .level import ENGINES_RUN, ProofLevel, choose_level, is_more
+from .make_inputs import make_proof_inputs
 from .npz import read_npz
 from .prove import prove_by_running
 from .prove_fold import prove_fold_by_running
@@ -114,7 +113,7 @@ def verify(
     source: Path | str | None = None,
     run: bool = False,
     proof_inputs: Sequence[Path | str] = (),
-    watch: Watch | None = None,
+    report_progress: ProgressCallback = ignore_progress,
     *,
     public_key: Path | str | None = None,
 ) -> Verification:
@@ -126,7 +125,7 @@ def verify(
         run: run the guarded graphs against the source's too. A model that does not fit into the free memory is
             not run; each of its guards is, by itself. Where all holds, the manifest records what was proved.
         proof_inputs: what to run them on, as for `export`.
-        watch: called with what is going on: `(stage, done, total)`.
+        report_progress: called with `(stage, done, total)`.
         public_key: PEM of who must have signed the folder (`signing`).
 
     Raises:
@@ -139,19 +138,20 @@ def verify(
     for path in proof_inputs:
         read_npz(Path(path))  # damaged files are refused before minutes of work
     folder = Path(folder).absolute()
-    tell = watch or unwatched
     signed = [check_signature(folder, public_key)] if public_key is not None else []
     manifest = read_manifest(folder)
-    files = require_intact(folder, manifest, progress=lambda done, total: tell("hashing (bytes)", done, total))
+    files = require_intact(
+        folder, manifest, report_count=lambda done, total: report_progress("hashing (bytes)", done, total)
+    )
     unhashed = [name for name, record in manifest.files.items() if record.sha256 is None]
-    note = f"by size alone, as asked at export: {', '.join(unhashed)}" if unhashed else ""
+    note = f"by size alone, as requested at export: {', '.join(unhashed)}" if unhashed else ""
     checks = [*signed, exact("every file has the manifest's SHA-256", files - len(unhashed), [], note)]
     checks += _no_fewer_refused(manifest)
     require_kind(folder, manifest)
     if manifest.engines:
         if proof_inputs:
             raise GuardError(f"{folder}: holds engines, which are run on prompts; leave --proof-inputs out")
-        checks += _verify_engines(folder, manifest, source, run, tell)
+        checks += _verify_engines(folder, manifest, source, run, report_progress)
         missing = "" if source is not None and run else _RUN_THE_ENGINES
         return replace(_finished(folder, manifest, checks, ENGINES_RUN if run else None), missing=missing)
     guarded = open_guarded_package(folder, manifest)
@@ -161,14 +161,14 @@ def verify(
     level = _level(manifest, originals) if run else None
     is_run, locally = (level is not None and level.level == name for name in ("full", "local"))
     contents = Contents(folder, manifest)
-    inputs = partial(_inputs, given=tuple(map(Path, proof_inputs)), tell=tell) if is_run else None
+    inputs = partial(_inputs, given=tuple(map(Path, proof_inputs)), report_progress=report_progress) if is_run else None
     for record in manifest.decoders:
         path = folder / record.path
         if path not in views:
             raise ManifestMismatch(f"{path}: is in the manifest, but is no decoder of this folder; export again")
-        tell(f"verifying {path.name}", 0, 1)
+        report_progress(f"verifying {path.name}", 0, 1)
         made = _verify_decoder(views[path], manifest, record, originals.get(record.path), inputs, locally, contents)
-        tell(f"verifying {path.name}", 1, 1)
+        report_progress(f"verifying {path.name}", 1, 1)
         several = len(manifest.decoders) > 1
         checks += [replace(check, name=f"{path.name}: {check.name}") if several else check for check in made]
     checks += _verify_folder(folder, manifest, guarded, originals, contents)
@@ -214,7 +214,7 @@ def _finished(folder: Path, manifest: Manifest, checks: Sequence[Check], level: 
     found = Verification(manifest, tuple(checks))
     if level is not None and found.ok and is_more(level.level, manifest.proved):
         manifest = manifest.model_copy(update={"proved": level.level, "proved_because": f"by verify: {level.why}"})
-        write_file(folder / MANIFEST_NAME, manifest.to_text().encode())
+        write_manifest(folder, manifest, replace=True)
     return replace(found, manifest=manifest)
 
 
@@ -238,15 +238,20 @@ def _no_fewer_refused(manifest: Manifest) -> list[Check]:
     return checks
 
 
-def _verify_engines(folder: Path, manifest: Manifest, source: Path | str | None, run: bool, tell: Watch) -> list[Check]:
+def _verify_engines(
+    folder: Path, manifest: Manifest, source: Path | str | None, run: bool, report_progress: ProgressCallback
+) -> list[Check]:
     checks = [*check_engine_files(folder, manifest), *check_records(manifest)]
     if source is None or not all(check.ok for check in checks):
         return checks
     guarded = Path(source).absolute()
-    checks += [replace(check, name=f"guarded graph: {check.name}") for check in verify(guarded, watch=tell).checks]
+    checks += [
+        replace(check, name=f"guarded graph: {check.name}")
+        for check in verify(guarded, report_progress=report_progress).checks
+    ]
     checks += [*check_sources(manifest, guarded), check_around_engines(manifest, guarded)]
     if run and all(check.ok for check in checks):
-        checks += check_by_running(folder, manifest, guarded, tell)
+        checks += check_by_running(folder, manifest, guarded, report_progress)
     return checks
 
 
@@ -344,7 +349,9 @@ def _verify_fold(
     return checks
 
 
-def _inputs(original: ModelPackage, anatomy: DecoderAnatomy, given: tuple[Path, ...], tell: Watch) -> ProofInputs:
+def _inputs(
+    original: ModelPackage, anatomy: DecoderAnatomy, given: tuple[Path, ...], report_progress: ProgressCallback
+) -> ProofInputs:
     """What to run the unguarded and the guarded decoder on."""
     source = Source(original, original.name, original.root.parent, original.root)
-    return Guide(source, anatomy, GuardSpec(), DEFAULT_BUDGET, False, tell, given).proof_inputs(original)
+    return make_proof_inputs(Session(source, anatomy, report_progress), original, given)

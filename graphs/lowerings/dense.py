@@ -12,15 +12,15 @@ import onnx_ir as ir
 from ..node_builder import NodeBuilder
 from ..reference import LayerGuard
 from .gate import bounded
-from .task import Task, Written
+from .task import Task, Written, WrittenWhole
 
 
-def whole(builder: NodeBuilder, h: ir.Value, task: Task) -> ir.Value | None:
+def whole(builder: NodeBuilder, h: ir.Value, task: Task) -> WrittenWhole | None:
     """`h' = h P`, or `None` where that is not possible: in float16, and where tokens are selected."""
     if task.dtype == "float16" or task.selected is not None:
         return None
     matrix = builder.constant("projection", np.eye(task.layer.ssd.shape[1]) - _outer(task.layer), task.dtype)
-    return builder.op("guarded", "MatMul", [h, matrix], like=h)
+    return WrittenWhole(builder.op("guarded", "MatMul", [h, matrix], like=h), matrix)
 
 
 def correction(builder: NodeBuilder, h: ir.Value, task: Task) -> Written:
@@ -33,7 +33,7 @@ def correction(builder: NodeBuilder, h: ir.Value, task: Task) -> Written:
     if task.selected is not None:
         delta = builder.op("product_selected", "Mul", [delta, task.selected])
     delta.type, delta.shape = h.type, h.shape
-    return Written(delta)
+    return Written(delta, weights=(matrix,))
 
 
 def selects(mode: str, dtype: str) -> str:

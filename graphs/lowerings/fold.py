@@ -18,9 +18,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ..dataflow import CONTRIB_DOMAIN, Flow, is_skip_norm, skip_norm_bias
+from ..dtypes import STREAM_DTYPES
 from ..errors import GuardError
 from ..node_builder import PREFIX
-from ..sites import STREAM_DTYPES, ResidualSite, find_node
+from ..sites import ResidualSite, find_node
 from ..subgraphs import find_bodies
 
 FOLD = "fold"

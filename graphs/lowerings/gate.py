@@ -24,35 +24,37 @@ def gate(builder: NodeBuilder, score: ir.Value, task: Task, unit: float = 1.0) -
     Args:
         score: `[..., 1]` float32, times `unit`.
     """
-    tau = builder.constant("tau", np.array(task.layer.threshold * unit), "float32")
+    threshold = tau = builder.constant("tau", np.array(task.layer.threshold * unit), "float32")
     if task.offset is not None:
         tau = builder.op("threshold", "Add", [tau, _in_unit(builder, task.offset, unit)])
     opened = builder.cast("gate", builder.op("opens", "Greater", [score, tau]), "float32")
     if task.held is not None:
         opened = builder.op("gate_now", "Mul", [opened, task.held.deciding])
         opened = builder.op("gate_held", "Add", [opened, task.held.is_open])
-    return Gate(score, opened, unit)
+    return Gate(score, opened, threshold, unit)
 
 
-def first_told(builder: NodeBuilder, task: Task) -> ir.Value:
+def first_coordinate(builder: NodeBuilder, task: Task) -> ir.Value:
     """`a_1`, the text-only query's coordinate along row 1, `[batch, 1, 1]`."""
     assert task.supervisor is not None
     return columns(builder, "first", task.supervisor, 0, 1) if task.layer.rank > 1 else task.supervisor
 
 
 def combined_score(builder: NodeBuilder, read: ir.Value, task: Task, unit: float = 1.0) -> ir.Value:
-    """`max(s, a_1 + shift)`, and nothing while listening (`reference.SCORE_CAP`).
+    """`max(s, a_1 + shift)`, and no score without a supervisor (`reference.SCORE_CAP`).
 
     Args:
         read: the readout's score `s`, `[batch, sequence, 1]` float32, times `unit`.
     """
-    told = first_told(builder, task)
+    supervised = first_coordinate(builder, task)
     if unit != 1.0:
-        told = builder.op("first_scaled", "Mul", [told, builder.constant("first_unit", np.array(unit), "float32")])
+        supervised = builder.op(
+            "first_scaled", "Mul", [supervised, builder.constant("first_unit", np.array(unit), "float32")]
+        )
     shift = builder.constant("text_shift", np.array(task.layer.text_shift * unit), "float32")
-    heard = builder.op("either", "Max", [read, builder.op("first_shifted", "Add", [told, shift])])
-    hearing = builder.constant("hearing", np.array(SCORE_CAP * unit), "float32")
-    return builder.op("score", "Min", [heard, builder.op("first_hearing", "Add", [told, hearing])])
+    either = builder.op("either", "Max", [read, builder.op("first_shifted", "Add", [supervised, shift])])
+    cap = builder.constant("score_cap", np.array(SCORE_CAP * unit), "float32")
+    return builder.op("score", "Min", [either, builder.op("first_capped", "Add", [supervised, cap])])
 
 
 def _in_unit(builder: NodeBuilder, offset: ir.Value, unit: float) -> ir.Value:

@@ -1,6 +1,6 @@
 """`lowrank`: read MatMul, a few scalars of gate arithmetic, write MatMul. Every mode; the cheapest on ONNX Runtime.
 
-The read has the stream's dtype; what a gate decides on is float32 (`lowerings.gate`), and so is what it lets through.
+The read has the stream's dtype; the gate and everything behind it are float32 (`lowerings.gate`).
 
 float16 ends at 65504, and real models have channels beyond 3e4. So a float16 read gives `s c`, with a power of two
 `s < d^(-1/2)`: `|s c| <= s |h|_2` is finite for every finite `h`, its partial sums included, and a power of two rounds
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from ..modes import guard_mode
 from ..node_builder import NodeBuilder
 from ..reference import LayerGuard
-from ..spec import MODES_WITH_READOUT
-from .gate import bounded, columns, combined_score, first_told, gate
+from .gate import bounded, columns, combined_score, first_coordinate, gate
 from .task import Gate, Task, Written
 
 
@@ -37,14 +37,15 @@ def correction(builder: NodeBuilder, h: ir.Value, task: Task) -> Written:
     units = _half_units(layer) if dtype == "float16" else _Units()
     read = builder.op("read", "MatMul", [h, builder.constant("rows", _rows(mode, layer, units).T, dtype)])
     if mode == "project":
-        return Written(_write(builder, h, _at(builder, read, task.selected), layer, units, dtype, dtype))
+        delta, rows = _write(builder, h, _at(builder, read, task.selected), layer, units, dtype, dtype)
+        return Written(delta, weights=(rows,))
     if dtype != "float32":
         read = builder.cast("read_float32", read, "float32")
-    c = columns(builder, "coordinates", read, 0, layer.rank) if mode in MODES_WITH_READOUT else read
+    c = columns(builder, "coordinates", read, 0, layer.rank) if guard_mode(mode).has_readout else read
     weights, opened = _WEIGHTS[mode](builder, read, c, task, units)
-    coordinates = _told(builder, c, units) if task.supervisor is not None else None
-    delta = _write(builder, h, _at(builder, weights, task.selected), layer, units, "float32", dtype)
-    return Written(delta, coordinates, opened)
+    coordinates = _unscaled(builder, c, units) if task.supervisor is not None else None
+    delta, rows = _write(builder, h, _at(builder, weights, task.selected), layer, units, "float32", dtype)
+    return Written(delta, coordinates, opened, (rows,))
 
 
 def selects(mode: str, dtype: str) -> str:
@@ -59,8 +60,8 @@ def _at(builder: NodeBuilder, w: ir.Value, selected: ir.Value | None) -> ir.Valu
 
 def _write(
     builder: NodeBuilder, h: ir.Value, w: ir.Value, layer: LayerGuard, units: _Units, dtype: str, stream: str
-) -> ir.Value:
-    """`w V` in the dtype of `w`, then in the stream's."""
+) -> tuple[ir.Value, ir.Value]:
+    """`w V` in the dtype of `w`, then in the stream's; and the initializer that holds `V`."""
     rows = builder.constant("ssd", layer.ssd.astype(np.float64) / units.c, dtype)
     bounded_after, cast_after = stream == "float16", dtype != stream
     delta = builder.op("product" if bounded_after or cast_after else "delta", "MatMul", [w, rows])
@@ -69,7 +70,7 @@ def _write(
     if cast_after:
         delta = builder.cast("delta", delta, stream)
     delta.type, delta.shape = h.type, h.shape
-    return delta
+    return delta, rows
 
 
 def _half_units(layer: LayerGuard) -> _Units:
@@ -84,16 +85,16 @@ def _rows(mode: str, layer: LayerGuard, units: _Units) -> np.ndarray:
     rows = layer.ssd.astype(np.float64) * units.c
     if mode == "project":
         return -rows
-    if mode in MODES_WITH_READOUT:
+    if guard_mode(mode).has_readout:
         return np.vstack([rows, layer.readout[None, :].astype(np.float64) * units.score])
     return rows
 
 
-def _told(builder: NodeBuilder, c: ir.Value, units: _Units) -> ir.Value:
-    """`c` as others know it, out of the unit that it was read in."""
+def _unscaled(builder: NodeBuilder, c: ir.Value, units: _Units) -> ir.Value:
+    """`c` in its own unit, not in the power of two that it was read in."""
     if units.c == 1.0:
         return c
-    return builder.op("coordinates_told", "Mul", [c, builder.constant("unit", np.array(1 / units.c), "float32")])
+    return builder.op("coordinates_unscaled", "Mul", [c, builder.constant("unit", np.array(1 / units.c), "float32")])
 
 
 def _steer(builder: NodeBuilder, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
@@ -109,7 +110,7 @@ def _supervise(builder: NodeBuilder, read: ir.Value, c: ir.Value, task: Task, un
     """`g(a) (alpha (a - o) - (c - o))`; `a` comes unscaled."""
     layer, supervisor = task.layer, task.supervisor
     assert supervisor is not None
-    made = gate(builder, first_told(builder, task), task)
+    made = gate(builder, first_coordinate(builder, task), task)
     origin = builder.constant("origin", layer.origin, "float32")
     wanted = builder.op("supervisor_centred", "Sub", [supervisor, origin])
     wanted = builder.op(
@@ -130,7 +131,7 @@ def _align(
         return builder.op("difference", "Sub", [text, c]), None
     wanted = task.supervisor
     assert wanted is not None
-    made = gate(builder, first_told(builder, task), task)
+    made = gate(builder, first_coordinate(builder, task), task)
     if units.c != 1.0:
         wanted = builder.op("wanted", "Mul", [wanted, builder.constant("wanted_unit", np.array(units.c), "float32")])
     return builder.op("weights", "Mul", [made.opened, builder.op("difference", "Sub", [wanted, c])]), made

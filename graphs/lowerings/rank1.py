@@ -14,10 +14,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from ..modes import guard_mode
 from ..node_builder import NodeBuilder
 from ..reference import LayerGuard
-from ..spec import MODES_TOWARD_TEXT, MODES_WITH_READOUT
-from .gate import bounded, columns, combined_score, first_told, gate
+from .gate import bounded, columns, combined_score, first_coordinate, gate
 from .task import Gate, Task, Written
 
 
@@ -41,7 +41,7 @@ def correction(builder: NodeBuilder, h: ir.Value, task: Task) -> Written:
     if dtype != "float32":
         delta = builder.cast("delta", delta, dtype)
     delta.type, delta.shape = h.type, h.shape
-    return Written(delta, _coordinates(builder, task, c), made)
+    return Written(delta, _coordinates(builder, task, c), made, tuple(rows))
 
 
 def _read(builder: NodeBuilder, name: str, h: ir.Value, row: ir.Value) -> ir.Value:
@@ -54,8 +54,8 @@ def _gate(builder: NodeBuilder, h: ir.Value, c: list[ir.Value], task: Task) -> G
     """`None` for `project` and for paired rows, which have none."""
     if task.mode == "project" or task.text_ends is not None:
         return None
-    if task.mode in MODES_TOWARD_TEXT:
-        return gate(builder, first_told(builder, task), task)
+    if guard_mode(task.mode).toward_text:
+        return gate(builder, first_coordinate(builder, task), task)
     if task.mode == "steer":
         return gate(builder, c[0], task)
     readout = builder.constant("readout", task.layer.readout, "float32")
@@ -69,7 +69,7 @@ def _weights(builder: NodeBuilder, task: Task, c: list[ir.Value], opened: ir.Val
     mode, layer, supervisor = task.mode, task.layer, task.supervisor
     if mode == "project":
         wanted = [builder.op(f"minus_c_{number}", "Neg", [value]) for number, value in enumerate(c)]
-    elif mode in MODES_WITH_READOUT:
+    elif guard_mode(mode).has_readout:
         wanted = _to_the_target(builder, layer, c)
     elif mode == "align":
         wanted = _to_the_text(builder, task, c)
@@ -105,12 +105,12 @@ def _to_the_supervisor(
     """`alpha (a - o) - (c - o)`"""
     wanted = []
     for number, value in enumerate(c):
-        a = _told(builder, layer, supervisor, number)
+        a = _text_coordinate(builder, layer, supervisor, number)
         origin = builder.constant(f"origin_{number}", layer.origin[number], "float32")
-        told = builder.op(f"a_{number}_centred", "Sub", [a, origin])
-        told = builder.op(f"a_{number}_strength", "Mul", [told, alpha])
+        aim = builder.op(f"a_{number}_centred", "Sub", [a, origin])
+        aim = builder.op(f"a_{number}_strength", "Mul", [aim, alpha])
         present = builder.op(f"present_{number}", "Sub", [value, origin])
-        wanted.append(builder.op(f"wanted_{number}", "Sub", [told, present]))
+        wanted.append(builder.op(f"wanted_{number}", "Sub", [aim, present]))
     return wanted
 
 
@@ -120,11 +120,11 @@ def _to_the_text(builder: NodeBuilder, task: Task, c: list[ir.Value]) -> list[ir
         text = [builder.op(f"text_{number}", "GatherND", [value, task.text_ends]) for number, value in enumerate(c)]
     else:
         assert task.supervisor is not None
-        text = [_told(builder, task.layer, task.supervisor, number) for number in range(len(c))]
+        text = [_text_coordinate(builder, task.layer, task.supervisor, number) for number in range(len(c))]
     return [builder.op(f"wanted_{number}", "Sub", both) for number, both in enumerate(zip(text, c, strict=True))]
 
 
-def _told(builder: NodeBuilder, layer: LayerGuard, supervisor: ir.Value, number: int) -> ir.Value:
+def _text_coordinate(builder: NodeBuilder, layer: LayerGuard, supervisor: ir.Value, number: int) -> ir.Value:
     """The text-only coordinate along one row, `[batch, 1, 1]`."""
     return columns(builder, f"a_{number}", supervisor, number, number + 1) if layer.rank > 1 else supervisor
 

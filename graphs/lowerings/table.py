@@ -13,11 +13,12 @@ from typing import NoReturn
 import onnx_ir as ir
 
 from ..errors import GuardError
+from ..modes import MODES
 from ..node_builder import NodeBuilder
-from ..spec import MAX_RANK, MODES, Target
+from ..spec import MAX_RANK, Target
 from . import dense, lowrank, rank1
 from .fold import FOLD
-from .task import Task, Written
+from .task import Task, Written, WrittenWhole
 
 
 def _never_whole(builder: NodeBuilder, h: ir.Value, task: Task) -> None:
@@ -37,7 +38,7 @@ class Lowering:
         target: the runtime that it was made for.
         most_rank: the largest rank that it is chosen for by itself.
         whole: `h'` in one step, for a lowering that can sometimes do without a correction, else `None`.
-        dials: whether its arithmetic can be dialled at each call (`graphs.runtime_controls`).
+        supports_runtime_controls: whether each call can change strength and threshold (`graphs.runtime_controls`).
     """
 
     name: str
@@ -47,14 +48,14 @@ class Lowering:
     why: str
     target: Target = "onnxruntime"
     most_rank: int = MAX_RANK
-    whole: Callable[[NodeBuilder, ir.Value, Task], ir.Value | None] = _never_whole
-    dials: bool = True
+    whole: Callable[[NodeBuilder, ir.Value, Task], WrittenWhole | None] = _never_whole
+    supports_runtime_controls: bool = True
 
-    def guarded(self, builder: NodeBuilder, h: ir.Value, task: Task) -> tuple[ir.Value, Written | None]:
-        """`h'`, and what was written for it; `None` where that was `h'` itself."""
+    def guarded(self, builder: NodeBuilder, h: ir.Value, task: Task) -> tuple[ir.Value, Written | WrittenWhole]:
+        """`h'`, and what was written for it."""
         done = self.whole(builder, h, task)
         if done is not None:
-            return done, None
+            return done.guarded, done
         written = self.correction(builder, h, task)
         return builder.op("guarded", "Add", [h, written.delta], like=h), written
 
@@ -89,7 +90,7 @@ LOWERINGS: tuple[Lowering, ...] = (
         dense.selects,
         "the literal h @ (I - V^T V), one d x d MatMul per layer (to compare with; the others cost less)",
         whole=dense.whole,
-        dials=False,
+        supports_runtime_controls=False,
     ),
 )
 
@@ -104,7 +105,7 @@ FOLDED = Lowering(
     _no_node,
     _no_node,
     "the projection is in the weights that write the stream, no node and no cost, the same in every layer and at every token",
-    dials=False,
+    supports_runtime_controls=False,
 )
 
 
@@ -127,4 +128,4 @@ def choose_lowering(name: str, mode: str, target: Target = "onnxruntime", rank: 
     if mode not in by_name[name].modes:
         able = [lowering.name for lowering in LOWERINGS if mode in lowering.modes]
         raise GuardError(f"lowering {name!r} cannot write mode {mode!r}; choose {' or '.join(able)}")
-    return by_name[name], f"as asked: {by_name[name].why}"
+    return by_name[name], f"as requested: {by_name[name].why}"

@@ -1,4 +1,4 @@
-"""What a lowering is asked to write at one site, and what it wrote."""
+"""The input of a lowering at one site, and its result."""
 
 from __future__ import annotations
 
@@ -56,11 +56,13 @@ class Gate:
     Attributes:
         score: what it compares, `[batch, sequence, 1]` float32 (`supervise`: `[batch, 1, 1]`), times `unit`.
         opened: 1 where it is open, else 0, of the same shape.
+        threshold: the initializer that the score is compared with, float32, times `unit`.
         unit: the power of two that the score is read in.
     """
 
     score: ir.Value
     opened: ir.Value
+    threshold: ir.Value
     unit: float = 1.0
 
 
@@ -72,8 +74,23 @@ class Written:
         delta: of `h' = h + delta`, in the stream's dtype.
         coordinates: `c`, `[batch, sequence, m]` float32; `None` if they are not needed.
         gate: `None` where every selected token is edited: `project`, and paired rows.
+        weights: the initializers that the edit is linear in: with zeros in their place nothing is edited.
     """
 
     delta: ir.Value
     coordinates: ir.Value | None = None
     gate: Gate | None = None
+    weights: tuple[ir.Value, ...] = ()
+
+
+@dataclass(frozen=True)
+class WrittenWhole:
+    """What a lowering wrote that computes the guarded state in one step.
+
+    Attributes:
+        guarded: `h'`, in the stream's dtype.
+        matrix: the initializer that `h` is multiplied with, `[d, d]`: with the identity in its place nothing is edited.
+    """
+
+    guarded: ir.Value
+    matrix: ir.Value

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from ..call_inputs import CallInputs, call_inputs
-from ..dataflow import skip_norm_bias
-from ..node_builder import IR_DTYPES, PREFIX
+from ..dtypes import IR_DTYPES
+from ..node_builder import PREFIX
 from ..plan import GuardPlan, SitePlan
 from ..rewrite import GuardedSite, GuardReport
+from ..site_streams import stream_parts
 from ..sites import find_node
 from ..subgraphs import DecoderSubgraph, find_bodies
 
@@ -124,18 +125,12 @@ class _Shears:
             return None
         self.stops[raw] = dtype
         self.wanted.append((guarded, IR_DTYPES[dtype]))
-        if done.kind != "skip_norm":
-            return CutSite(planned, done, raw.name or "", guarded.name or "")
-        residual = next((v for v in node.inputs[:2] if v is not None and v is not guarded), None)
-        if residual is None or guarded not in node.inputs[:2]:
+        parts = stream_parts(self.body.graph, planned.site, raw, guarded)
+        if parts is None:
             self.foreign.append(f"layer {layer}: the fused sum does not read the guarded branch")
             return None
-        self.stops[residual] = dtype
-        bias = skip_norm_bias(node)
-        if bias is not None:
-            self.stops[bias] = dtype
-        names = [value.name or "" if value is not None else "" for value in (raw, guarded, residual, bias)]
-        return CutSite(planned, done, *names)
+        self.stops |= dict.fromkeys(parts, dtype)
+        return CutSite(planned, done, raw.name or "", guarded.name or "", *(part.name or "" for part in parts[1:]))
 
     def own_output(self, name: str) -> None:
         """An output of the guard, as a branch computes it where the body is one."""

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from ..anatomy import DecoderAnatomy
 from ..dataflow import is_skip_norm
+from ..dtypes import STREAM_DTYPES
 from ..errors import GuardError
 from ..lowerings.fold import SCOPE, find_writers, left_over, original_name, projected, subspace
 from ..lowerings.table import choose_lowering
@@ -18,7 +19,6 @@ from ..node_builder import NodeBuilder
 from ..plan import GuardPlan
 from ..planner import last_sites
 from ..rewrite import GuardReport
-from ..sites import STREAM_DTYPES
 from .structure import Check, attribute_bits, exact, same_graph, same_tensor, signature_unchanged
 
 

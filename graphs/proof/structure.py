@@ -14,15 +14,17 @@ import onnx_ir as ir
 
 from ..anatomy import DecoderAnatomy, ResidualStream, find_sink
 from ..avoidance import Barrier, Surroundings
-from ..dataflow import Flow, Vertex, is_skip_norm
+from ..dataflow import Flow
 from ..inline_weights import InFile
 from ..node_builder import PREFIX
-from ..plan import GuardPlan, SitePlan
+from ..plan import GuardPlan
 from ..rewrite import GuardedSite, GuardReport
 from ..roles import input_roles
 from ..runtime_controls import is_default
-from ..side_paths import Judge, described, without
+from ..side_paths import described
+from ..site_streams import stream_parts, values_behind, vertex_behind
 from ..subgraphs import DecoderSubgraph, find_bodies
+from .carried import carrying, without_side_paths
 from .leaks import leaking_outputs
 
 # What runtimes read the answer from, by these names.
@@ -142,8 +144,7 @@ def _avoiding(
     source, sink = flow.vertex(values.get(stream.source)), flow.vertex(values.get(stream.sink))
     if source is None or sink is None:
         return [f"{stream.source!r} or {stream.sink!r} is no longer in the graph"]
-    edges = [(flow.vertex(values.get(path.value)), flow.vertex(values.get(path.into))) for path in stream.side_paths]
-    flow = without(flow, [(a.index, b.index) for a, b in edges if a is not None and b is not None])
+    flow = without_side_paths(flow, values, stream.side_paths)
     on_chain = {vertex.index for vertex in flow.dominator_chain(source, sink)}
     wrong: list[str] = []
     for planned, site in zip(plan.sites, report.sites, strict=True):
@@ -156,7 +157,7 @@ def _avoiding(
         own = set(site.nodes) | set(report.shared_nodes)
         if any(node.name not in own for node in raw.consumers()) or raw.is_graph_output():
             wrong.append(f"layer {site.layer_index}: {site.raw!r} is read past the guard")
-        guard = _behind(flow, site, new, planned.site.anchor)
+        guard = vertex_behind(flow, planned.site, new)
         if guard is None or guard.index not in on_chain:
             wrong.append(f"layer {site.layer_index}: a path avoids the guard")
     return wrong
@@ -174,17 +175,20 @@ def _around(
     """What gets around the guards of the whole graph, in words; every guard is known to be in its place."""
     values = {name: body.values() for name, body in bodies.items()}
     behind: dict[int, list[ir.Value]] = {}
-    raw_sums: dict[int, list[list[ir.Value]]] = {}
+    raw_sums: dict[int, list[Sequence[ir.Value]]] = {}
     for planned, site in zip(plan.sites, report.sites, strict=True):
         raw, new = _before_and_after(values[site.body], site)
         assert raw is not None and new is not None
-        behind.setdefault(site.layer_index, []).extend(_guarded_values(site, new, planned.site.anchor))
-        raw_sums.setdefault(site.layer_index, []).append(_summed(values[site.body], planned, raw))
+        behind.setdefault(site.layer_index, []).extend(values_behind(planned.site, new))
+        parts = stream_parts(bodies[site.body].graph, planned.site, raw, new)
+        assert parts is not None
+        raw_sums.setdefault(site.layer_index, []).append(parts)
     barriers = [Barrier(layer, tuple(found)) for layer, found in sorted(behind.items())]
     sources = [values[stream.body][stream.source] for stream in anatomy.streams]
     wrong: list[str] = []
     for stream in anatomy.streams:
-        wrong += _carrying(graph, flows[stream.body], values[stream.body], stream, plan, report, text)
+        surroundings = Surroundings(graph, [], [values[stream.body][stream.source]], plan.width, text)
+        wrong += carrying(bodies[stream.body], flows[stream.body], stream, report, surroundings)
     if wrong:
         return wrong
     excepted = [
@@ -198,66 +202,8 @@ def _around(
     return wrong + [f"layer {layer}: output {name!r} shows the state from before the guard" for layer, name in leaks]
 
 
-def _carrying(
-    graph: ir.Graph,
-    flow: Flow,
-    values: Mapping[str, ir.Value],
-    stream: ResidualStream,
-    plan: GuardPlan,
-    report: GuardReport,
-    text: Collection[str],
-) -> list[str]:
-    """Which of a body's side paths may carry what a guard edits, in words: judged in the guarded graph, with its states."""
-    if not stream.side_paths:
-        return []
-    guarded = {site.layer_index: site.guarded for site in report.sites if site.body == stream.body}
-    states = {values[stream.source]: 0}
-    for site in stream.sites:
-        fused = site.kind == "skip_norm"
-        names = [site.anchor, site.value] if fused else [guarded.get(site.layer_index, site.value)]
-        states |= {values[name]: site.layer_index + 1 for name in names if name in values}
-    around = Surroundings(graph, [], [values[stream.source]], plan.width, text)
-    edges = [(flow.vertex(values.get(path.value)), flow.vertex(values.get(path.into))) for path in stream.side_paths]
-    known = [(a, b) for a, b in edges if a is not None and b is not None]
-    if len(known) < len(edges):
-        return ["a side path is no longer in the graph"]
-    source, sink = flow.vertex(values[stream.source]), flow.vertex(values[stream.sink])
-    assert source is not None and sink is not None
-    reduced = without(flow, [(a.index, b.index) for a, b in known])
-    judge = Judge(flow, around, states, {vertex.index for vertex in reduced.dominator_chain(source, sink)})
-    wrong = []
-    for path, (value, first) in zip(stream.side_paths, known, strict=True):
-        found = judge.judge(value, first, path.layer)
-        if found != path:
-            said = found if isinstance(found, str) else f"it is {found.carries}"
-            wrong.append(f"{path.value!r} enters layer {path.layer} past the guards, and {said}")
-    return wrong
-
-
 def _before_and_after(values: Mapping[str, ir.Value], site: GuardedSite) -> tuple[ir.Value | None, ir.Value | None]:
     return values.get(site.raw) or values.get(f"{site.raw}/unguarded"), values.get(site.guarded)
-
-
-def _behind(flow: Flow, site: GuardedSite, new: ir.Value, anchor: str) -> Vertex | None:
-    """Where the guarded state is: at a skip-norm the sum of the fused node, which must have the guarded branch as a summand."""
-    if site.kind != "skip_norm":
-        return flow.vertex(new)
-    readers = [node for node in new.consumers() if is_skip_norm(node) and node.outputs[0].name == anchor]
-    one = len(readers) == 1 and new in readers[0].inputs[:2]
-    return flow.sum_vertex(readers[0]) if one else None
-
-
-def _guarded_values(site: GuardedSite, new: ir.Value, anchor: str) -> Sequence[ir.Value]:
-    """The values that the guard has changed; of a fused norm all that it makes of the sum."""
-    if site.kind != "skip_norm":
-        return [new]
-    return [value for node in new.consumers() if node.outputs[0].name == anchor for value in node.outputs]
-
-
-def _summed(values: Mapping[str, ir.Value], planned: SitePlan, raw: ir.Value) -> list[ir.Value]:
-    """The unguarded sum, or at a skip-norm its two summands."""
-    found = [values.get(planned.site.residual), raw] if planned.site.kind == "skip_norm" else [raw]
-    return [value for value in found if value is not None]
 
 
 def initializers_untouched(source: ir.Model, guarded: ir.Model) -> Check:

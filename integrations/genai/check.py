@@ -73,7 +73,7 @@ def build(out: Path) -> None:
         text.save_pretrained(scratch)
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copyfile(CHECKPOINT / name, Path(scratch) / name)
-        export_checkpoint(scratch, out, "genai", "fp32", None, say=lambda _stage: None)
+        export_checkpoint(scratch, out, "genai", "fp32", None, report_progress=lambda *_: None)
 
 
 def compare(out: Path, unguarded: Path, prompts: list[str]) -> Agreement:

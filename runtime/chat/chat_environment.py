@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +19,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ...graphs.clock import wall_clock
 
 MOST_TURNS = 100_000
 MOST_REPEATED = 1_000_000  # characters or items of a product
@@ -76,7 +77,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = _tojson
         self.filters[_BOUNDED] = _bounded
         self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+        self.globals["strftime_now"] = lambda pattern: wall_clock().astimezone().strftime(pattern)
 
     def bounded(self, tree: nodes.Template) -> Template:
         """The template of a syntax tree, whose loops are changed to be counted."""

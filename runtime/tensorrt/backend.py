@@ -64,35 +64,35 @@ class Message:
 
 
 class Log:
-    """Collects TensorRT's messages inside `with log.listening()`, and drops them otherwise.
+    """Collects TensorRT's messages inside `with log.recording()`, and drops them otherwise.
 
     Attributes:
         logger: the `ILogger` to hand to TensorRT.
     """
 
     def __init__(self, module: Any) -> None:
-        self._listeners: list[list[Message]] = []
-        listeners = self._listeners
+        self._recordings: list[list[Message]] = []
+        recordings = self._recordings
 
         class Collector(module.ILogger):
             def __init__(self) -> None:
                 module.ILogger.__init__(self)
 
             def log(self, severity: Any, msg: str) -> None:
-                for messages in listeners:
+                for messages in recordings:
                     messages.append(Message(severity.name, msg))
 
         self.logger = Collector()
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[list[Message]]:
+    def recording(self) -> Iterator[list[Message]]:
         """The messages of the block, in order."""
         messages: list[Message] = []
-        self._listeners.append(messages)
+        self._recordings.append(messages)
         try:
             yield messages
         finally:
-            self._listeners.remove(messages)
+            self._recordings.remove(messages)
 
 
 def find_backend(name: str | None = None) -> Backend:

@@ -66,7 +66,7 @@ class TensorRTRunner:
         runtime_cache: Path | None = None,
     ) -> None:
         where = "the engine" if isinstance(engine, bytes) else str(engine)
-        content = _vouched_for(engine, where, sha256)
+        content = _verified_content(engine, where, sha256)
         self._cuda = Cuda() if cuda is None else cuda
         try:
             runtime, loaded = _deserialise(content, where, backend)
@@ -143,9 +143,9 @@ class TensorRTRunner:
                     f"input {name!r} has shape {shape}, the engine was built for {ranges}; send less, or build it with a "
                     "wider profile"
                 )
-        told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        shown = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise RunFailed(
-            f"no one profile of the engine takes these together: {told[:300]}; build it with a wider profile"
+            f"no one profile of the engine takes these together: {shown[:300]}; build it with a wider profile"
         )
 
     def _placed(self, fed: Tensor) -> CudaTensor:
@@ -203,7 +203,7 @@ def _close(contexts: Contexts, pool: Pool, loaded: list[Any]) -> None:
     pool.close()
 
 
-def _vouched_for(engine: Path | bytes, where: str, sha256: str) -> bytes:
+def _verified_content(engine: Path | bytes, where: str, sha256: str) -> bytes:
     try:
         content = engine if isinstance(engine, bytes) else engine.read_bytes()
     except OSError as error:
@@ -223,7 +223,7 @@ def _deserialise(content: bytes, where: str, backend: Backend) -> tuple[Any, Any
     """TensorRT's runtime, which has to outlive the engine, and the engine."""
     runtime = engine = None
     with (
-        backend.log.listening() as messages,
+        backend.log.recording() as messages,
         contextlib.suppress(RuntimeError, TypeError),
     ):  # a null pointer is a TypeError
         runtime = backend.module.Runtime(backend.log.logger)

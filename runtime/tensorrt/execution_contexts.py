@@ -128,7 +128,7 @@ class Contexts:
             self._cuda.synchronize()  # before the context goes
 
     def _create(self, profile: int) -> _Context:
-        with self._backend.log.listening() as messages:
+        with self._backend.log.recording() as messages:
             given = () if self._config is None else (self._config,)
             context = self._engine.create_execution_context(*given)
             if context is None or not context.set_optimization_profile_async(profile, self._cuda.stream):
@@ -152,7 +152,7 @@ class _Context:
         if shapes == self._shapes and not values:
             return self._given
         self._shapes = {}
-        with self._backend.log.listening() as messages:
+        with self._backend.log.recording() as messages:
             for name, shape in shapes.items():
                 if not self._context.set_input_shape(name, shape):
                     raise self._refusal(f"takes no {name!r} of shape {shape}", messages)
@@ -174,7 +174,7 @@ class _Context:
         return self._given
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:
-        with self._backend.log.listening() as messages:
+        with self._backend.log.recording() as messages:
             for name, address in addresses.items():
                 if not self._context.set_tensor_address(name, address):
                     raise self._refusal(f"takes no address for {name!r}", messages)

@@ -172,7 +172,7 @@ def test_the_site_of_a_guarded_folder(guarded: Guarded, libraries: None) -> None
     assert Image.open(io.BytesIO(site["/model/blank.png"].content)).size == (16, 16)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("mode", ["restore", "dials"])
+@pytest.mark.parametrize("mode", ["restore", "runtime_controls"])
 def test_both_decoders_are_the_ones_they_are_called(guarded: Guarded, mode: str) -> None:
     """The base is the source, the guarded one says what the shipped one says, and its gates' scores."""
     sides = open_sides(guarded(mode))
@@ -187,7 +187,7 @@ def test_both_decoders_are_the_ones_they_are_called(guarded: Guarded, mode: str)
     for ours, theirs in zip(told.steps(request), shipped.steps(request), strict=True):
         np.testing.assert_array_equal(ours.outputs["logits"], theirs.outputs["logits"])
         assert ours.gate_scores is not None
-        if mode == "dials":  # exported with telemetry
+        if mode == "runtime_controls":  # exported with telemetry
             np.testing.assert_array_equal(ours.gate_scores, theirs.gate_scores)
 
 

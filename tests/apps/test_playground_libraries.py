@@ -93,7 +93,7 @@ def refused(call: Callable[[], object]) -> str:
 
 def test_a_library_is_fetched_once_and_kept(registry: Registry, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    found = find_libraries(progress=lambda *now: told.append(now), libraries=[library(GOOD)])
+    found = find_libraries(report_progress=lambda *now: told.append(now), libraries=[library(GOOD)])
     path = tmp_path / "cache" / "vlmguard" / "playground" / "@us+made-1.2.3" / FILE
     assert found == {(NAME, FILE): path} and path.read_bytes() == CONTENT
     assert registry.asked == ["/@us/made/-/made-1.2.3.tgz"]

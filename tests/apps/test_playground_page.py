@@ -24,7 +24,7 @@ from vlmguard.apps.playground.sides import Sides, open_sides
 from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.layouts import open_package
-from vlmguard.graphs.spec import MODES_WITH_GATE
+from vlmguard.graphs.modes import guard_mode
 from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.images.images import CLIP_MEAN, CLIP_STD, ImagePreprocessor
@@ -105,7 +105,7 @@ def in_mode(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> Guard
 # ----------------------------------------------------------------------------------------------------- what it computes
 
 
-@pytest.mark.parametrize("mode", ["project", "steer", "supervise", "restore", "combined", "align", "dials"])
+@pytest.mark.parametrize("mode", ["project", "steer", "supervise", "restore", "combined", "align", "runtime_controls"])
 def test_both_sides_compute_what_python_computes(
     browser: Browser, serve: Callable[..., str], in_mode: Guarded, mode: str
 ) -> None:
@@ -135,7 +135,7 @@ def test_both_sides_compute_what_python_computes(
                 logits = model.decoder.last_logits(theirs.outputs)[0]
                 assert np.abs(np.array(ours["logits"]) - logits).max() <= LIMIT
                 assert ours["token"] == logits.argmax() and ours["ended"] == (theirs.tokens == [None])
-                if side == "guarded" and sides.plan.mode in MODES_WITH_GATE:
+                if side == "guarded" and guard_mode(sides.plan.mode).has_threshold:
                     assert theirs.gate_scores is not None
                     np.testing.assert_allclose(ours["scores"], theirs.gate_scores[0], atol=LIMIT)
                 else:
@@ -146,7 +146,7 @@ def test_both_sides_compute_what_python_computes(
             answers[setting, sample["label"], side] = found[-1]["text"]
     assert compared > 100
     assert browser.said == []
-    if mode in ("restore", "supervise", "combined", "align", "dials"):
+    if mode in ("restore", "supervise", "combined", "align", "runtime_controls"):
         for setting in ("blank", "image"):
             assert "cannot help" in answers[setting, "harmful", "guarded"]
             assert "cannot help" not in answers[setting, "harmful", "base"]

@@ -29,7 +29,7 @@ from vlmguard.apps.report.data import ReportData
 from vlmguard.apps.report.gates import GateScores, bins
 from vlmguard.apps.report.outcomes import mistakes_of, rates_of
 from vlmguard.apps.report.plane import fit_plane
-from vlmguard.apps.report.questions import in_settings, thinned
+from vlmguard.apps.report.questions import in_settings
 from vlmguard.apps.report.score_separation import auc, d_prime, separations
 from vlmguard.apps.report.states import States, read_states
 from vlmguard.apps.report.subject import Subject, open_subject
@@ -206,14 +206,6 @@ def test_settings_are_added_where_the_file_has_none(tmp_path: Path) -> None:
     assert {p.image for p in shown if p.setting == "image"} == {tmp_path / "given.png"}
     assert len([p for p in shown if p.setting == "image"]) == 4
     assert in_settings(own, False, None) == texts
-
-
-def test_thinning_is_even_and_by_kind() -> None:
-    rows = prompts_of(*BOTH, texts=9)
-    assert [p.id for p in thinned(rows, 3)] == [
-        f"text-{label}-{n}" for label in ("harmful", "harmless") for n in (0, 4, 8)
-    ]
-    assert thinned(rows, 99) == rows
 
 
 # ----------------------------------------------------------------------------------------------------- the tiny VLM's states

@@ -15,10 +15,10 @@ from report_data import report_data
 
 from vlmguard.apps.report.data import ReportData
 from vlmguard.apps.report.figures import SETTING_WORDS, make_figures
-from vlmguard.apps.report.glossary import MODES, TERMS
+from vlmguard.apps.report.glossary import TERMS
 from vlmguard.apps.report.page import make_page
 from vlmguard.exporter.prompts.formats import SETTINGS
-from vlmguard.graphs import spec
+from vlmguard.graphs.modes import MODES, guard_mode, modes_where
 
 pytest.importorskip("plotly")
 
@@ -105,7 +105,7 @@ def test_the_result_is_at_the_top(mode: str) -> None:
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
     assert text.count("95% interval: 54.1% to 100.0%") == 2  # the setting typographic has no text-only counterpart
-    assert "<table" not in top and f"Mode {mode}, decoder layers 3, 4 of 6" in text and MODES[mode] in text
+    assert "<table" not in top and f"Mode {mode}, decoder layers 3, 4 of 6" in text and guard_mode(mode).summary in text
 
 
 def test_without_a_gap_no_share_of_it_is_closed() -> None:
@@ -125,12 +125,12 @@ def test_texts_alone_have_no_gap() -> None:
 # ------------------------------------------------------------------------------------------------------------ its sections
 
 
-@pytest.mark.parametrize("mode", spec.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_sections_without_data_are_left_out(mode: str) -> None:
     found = outline(report_data(mode))
     expected = ["summary", "states", "separation", "gates", "refusals", "strength", "cost", "guard"]
-    expected = [name for name in expected if name != "gates" or mode in spec.MODES_WITH_GATE]
-    expected = [name for name in expected if name != "strength" or mode in spec.MODES_WITH_ALPHA]
+    expected = [name for name in expected if name != "gates" or mode in modes_where(has_threshold=True)]
+    expected = [name for name in expected if name != "strength" or mode in modes_where(has_alpha=True)]
     assert list(found.sections)[1:] == expected
     links = re.findall(r'<li><a href="#(\w+)">', make_page(report_data(mode), "some day"))
     assert links == expected
@@ -188,7 +188,7 @@ def test_the_plan_and_long_tables_are_folded() -> None:
 def test_terms_are_explained_where_they_appear() -> None:
     """Each in one short sentence or two, in the section that uses it."""
     explained: set[str] = set()
-    for mode in spec.MODES:
+    for mode in MODES:
         found = outline(report_data(mode))
         where = {
             "": ["gap closed", "text-only model", "95% interval"],
@@ -207,8 +207,8 @@ def test_terms_are_explained_where_they_appear() -> None:
         explained |= {name for names in found.terms.values() for name in names}
     explained |= {*outline(report_data("align", PLAIN, text_refuses=False)).terms[""]}
     assert explained | {"readout"} >= {*TERMS}
-    assert all(len(sentence) <= 180 and sentence.endswith(".") for sentence in [*TERMS.values(), *MODES.values()])
-    assert {*MODES} == {*spec.MODES}
+    sentences = [*TERMS.values(), *(guard_mode(mode).summary for mode in MODES)]
+    assert all(len(sentence) <= 180 and sentence.endswith(".") for sentence in sentences)
 
 
 def test_legends_are_short_and_hover_texts_have_the_rest() -> None:

@@ -64,8 +64,8 @@ def asking(prompt: str, image: str | None = None, **more: Any) -> dict[str, Any]
 
 @pytest.fixture(scope="module")
 def vlm(guarded: Guarded) -> GuardedVLM:
-    """With every dial that there is: knobs that a request could turn, and scores for the metrics."""
-    return GuardedVLM.open(guarded("dials"))
+    """With every runtime control: knobs that a request could set, and scores for the metrics."""
+    return GuardedVLM.open(guarded("runtime_controls"))
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ REFUSED: dict[str, tuple[Any, int, str | None, str | None, str]] = {
     "no messages": ({"model": NAME}, 400, "messages", None, "messages: Field required"),
     "another model": ({**asking("x"), "model": "gpt-4"}, 404, "model", "model_not_found", "'gpt-4' does not exist"),
     "a field that is unknown": (asking("x", best_of=2), 400, "best_of", None, "unknown argument 'best_of'"),
-    "two answers": (asking("x", n=2), 400, "n", "unsupported_parameter", "cannot do 'n' as asked"),
+    "two answers": (asking("x", n=2), 400, "n", "unsupported_parameter", "cannot do 'n' as requested"),
     "n is true": (asking("x", n=True), 400, "n", "unsupported_parameter", "it takes 1, null"),
     "tools": (asking("x", tools=[{"type": "function"}]), 400, "tools", "unsupported_parameter", "'tools'"),
     "logprobs": (asking("x", logprobs=True), 400, "logprobs", "unsupported_parameter", "'logprobs'"),
@@ -384,7 +384,19 @@ def test_a_web_page_cannot_ask_a_server_without_a_key(vlm: GuardedVLM) -> None:
 # ------------------------------------------------------------------------------------------ the guard stays as it is
 
 SWITCHES = [
-    *("guard", "guarded", "safety", "knobs", "strength", "threshold_offset", "mode", "layers", "alpha", "tau", "dials"),
+    *(
+        "guard",
+        "guarded",
+        "safety",
+        "knobs",
+        "strength",
+        "threshold_offset",
+        "mode",
+        "layers",
+        "alpha",
+        "tau",
+        "runtime_controls",
+    ),
     *(STRENGTH_INPUT, OFFSET_INPUT, "vlmguard.past_gate", "vlmguard.supervisor_coordinates", "inputs_embeds"),
     *("past_key_values", "prompt", "image", "history", "runtime", "batch", "extra_body", "add_generation_prompt"),
 ]
@@ -464,7 +476,7 @@ def test_what_is_not_guarded_is_not_served(guarded: Guarded, tmp_path: Path) -> 
         return str(caught.value)
 
     assert "has no guard.json" in refusal(SOURCE)
-    damaged = shutil.copytree(guarded("dials"), tmp_path / "damaged")
+    damaged = shutil.copytree(guarded("runtime_controls"), tmp_path / "damaged")
     graph = bytearray((damaged / DECODER).read_bytes())
     graph[len(graph) // 2] ^= 1
     (damaged / DECODER).write_bytes(graph)
@@ -650,7 +662,7 @@ cli._run(["serve", *sys.argv[1:]])
 
 
 def test_sigterm_lets_the_running_answer_finish_and_refuses_new_ones(guarded: Guarded, vlm: GuardedVLM) -> None:
-    command = [sys.executable, "-c", SLOW_SERVER, str(guarded("dials")), "--port", "0", "--model-name", NAME]
+    command = [sys.executable, "-c", SLOW_SERVER, str(guarded("runtime_controls")), "--port", "0", "--model-name", NAME]
     environment = {**os.environ, KEY_VARIABLE: KEY}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

@@ -18,9 +18,7 @@ from vlmguard.graphs.package import ModelPackage
 def limit(folder: Path, asked: int | None = None, **configs: Any) -> int:
     for name, content in configs.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
-    vlm: Any = SimpleNamespace(
-        package=ModelPackage(folder, folder / "model.onnx", "genai"), chat=SimpleNamespace(folder=folder)
-    )
+    vlm: Any = SimpleNamespace(package=ModelPackage(folder, folder / "model.onnx", "genai"))
     return context_limit(vlm, ServeSettings("m", max_context=asked))
 
 
@@ -37,6 +35,8 @@ GENAI = {"model": {"context_length": 300, "decoder": {}}, "search": {"max_length
         ({"genai_config": {"search": GENAI["search"]}}, 200),
         ({"genai_config": {"model": {"context_length": True}, "search": {"max_length": 200}}}, 200),
         ({"config": {"max_position_embeddings": 100}, "genai_config": GENAI}, 100),
+        ({"config": {"max_position_embeddings": True}, "genai_config": GENAI}, 300),
+        ({"config": {"max_position_embeddings": -1}, "genai_config": GENAI}, 300),
     ],
     ids=str,
 )

@@ -19,7 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 from random_directions import write_directions
 from tiny_vlm_paths import SOURCE
 
-from vlmguard import cli
+from vlmguard.commands import application
+from vlmguard.commands.application import _budget
 from vlmguard.exporter import budget
 from vlmguard.exporter.budget import DEFAULT_SECONDS, LEAST, LEAST_DEFAULT, free_memory, memory_of
 from vlmguard.graphs.errors import GuardError
@@ -111,17 +112,20 @@ def test_a_limit_that_is_none_is_wrong_usage(option: tuple[str, str]) -> None:
 
 
 def test_commands_that_open_untrusted_models_have_a_budget_unless_it_is_lifted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "free_memory", lambda: 5 << 30)
-    assert {name: cli._budget(name, None, None) for name in DEFAULT_SECONDS} == {
+    monkeypatch.setattr(application, "free_memory", lambda: 5 << 30)
+    assert {name: _budget(name, None, None) for name in DEFAULT_SECONDS} == {
         "inspect": (600, 5 << 30),
         "verify": (14400, 5 << 30),
         "export": (86400, 5 << 30),
     }
-    assert cli._budget("serve", None, None) == (None, None)
-    assert cli._budget("export", 0, "0") == (None, None)
-    assert cli._budget("export", 7, None) == (7, 5 << 30) and cli._budget("export", None, "1G") == (86400, 1 << 30)
-    monkeypatch.setattr(cli, "free_memory", lambda: None)
-    assert cli._budget("verify", None, None) == (14400, None)
+    assert _budget("serve", None, None) == (None, None)
+    assert _budget("export", 0, "0") == (None, None)
+    assert _budget("export", 7, None) == (7, 5 << 30) and _budget("export", None, "1G") == (
+        86400,
+        1 << 30,
+    )
+    monkeypatch.setattr(application, "free_memory", lambda: None)
+    assert _budget("verify", None, None) == (14400, None)
 
 
 def test_the_default_budget_is_no_more_than_the_machine_has() -> None:

@@ -33,7 +33,14 @@ def exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Exports:
     """What was really exported, into a cache below `tmp_path`."""
     made: Exports = []
 
-    def export(checkpoint: Path, out: Path, exporter: str | None, dtype: str | None, opset: int | None, say: Callable):
+    def export(
+        checkpoint: Path,
+        out: Path,
+        exporter: str | None,
+        dtype: str | None,
+        opset: int | None,
+        report_progress: Callable,
+    ):
         made.append((Path(checkpoint).name, dtype))
         out.mkdir(parents=True)
         (out / "decoder.onnx").write_bytes(b"graph " * 100)
@@ -46,9 +53,9 @@ def exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Exports:
 
 def test_the_second_command_uses_the_export_of_the_first(checkpoint: Path, exports: Exports) -> None:
     said: list[str] = []
-    with exported(checkpoint, say=said.append) as first:
+    with exported(checkpoint, report_progress=lambda stage, done, total: said.append(stage)) as first:
         assert (first.parity, first.cached) == (PARITY, False)
-    with exported(checkpoint, say=said.append) as second:
+    with exported(checkpoint, report_progress=lambda stage, done, total: said.append(stage)) as second:
         assert (second.parity, second.cached) == (PARITY, True)
         assert (second.folder / "decoder.onnx").read_bytes() == b"graph " * 100
     assert len(exports) == 1

@@ -212,7 +212,7 @@ def test_those_who_watch_are_told(
 ) -> None:
     told: list[tuple[str, int, int]] = []
     spec = GuardSpec(layers=(2,), rank=1)
-    calibrate(model, anatomy, directions, prompts, spec, watch=lambda *event: told.append(event))
+    calibrate(model, anatomy, directions, prompts, spec, report_progress=lambda *event: told.append(event))
     assert ("reading states", len(prompts), len(prompts)) in told
     assert [event for event in told if event[0] == "calibrating"] == [("calibrating", 0, 1), ("calibrating", 1, 1)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vlmguard.exporter.calibration.candidates import DIALS, OVERLAPPING, Candidate, places
+from vlmguard.exporter.calibration.candidates import OVERLAPPING, Candidate, places, search_axes
 from vlmguard.exporter.calibration.controls import ENOUGH_HELD_OUT, Control
 from vlmguard.exporter.calibration.deadline import Deadline
 from vlmguard.exporter.calibration.fitting import _target, threshold_between
@@ -28,7 +28,7 @@ def test_a_gate_that_answers_judge_opens_for_a_share_of_the_harmless_prompts(whe
 
 def test_targets_lie_further_and_further_from_harmless_text() -> None:
     harmful, origin = np.array([[2.0, 1.0], [4.0, 1.0]]), np.array([1.0, 0.0])
-    found = {where: _target(harmful, origin, where).tolist() for where in DIALS["restore"]["target"]}
+    found = {where: _target(harmful, origin, where).tolist() for where in search_axes("restore")["target"]}
     assert found == {"mean": [3.0, 1.0], "beyond": [4.0, 1.5], "double": [5.0, 2.0]}
 
 

@@ -29,12 +29,12 @@ from vlmguard.exporter.evaluation.evaluate import compare
 from vlmguard.exporter.evaluation.intervals import within
 from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.exporter.proof.verify import verify
-from vlmguard.exporter.sources import unwatched
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import Directions, LayerDirections, read_directions
 from vlmguard.graphs.errors import GuardError, PromptsUnusable
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.manifest import read_manifest
+from vlmguard.graphs.progress import ignore_progress
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.guarded import GuardedVLM
@@ -183,7 +183,7 @@ def attempt(name: str, kept: float, usable: bool = True) -> Attempt:
 def chosen(wish: Wish | None = None) -> Any:
     anything: Any = None
     wish = wish or Wish(GuardSpec(), 0.01)
-    return choose(model_that(), anything, anything, read_prompts(CALIBRATION), wish, "set", unwatched)
+    return choose(model_that(), anything, anything, read_prompts(CALIBRATION), wish, "set", ignore_progress)
 
 
 def test_the_first_mode_that_reaches_the_goal_is_taken_and_the_rest_is_not_asked(tried: dict[str, Attempt]) -> None:
@@ -229,7 +229,7 @@ def test_when_the_time_is_over_the_best_so_far_is_taken(tried: dict[str, Attempt
 def test_options_that_no_mode_has_are_an_error() -> None:
     anything: Any = None
     with pytest.raises(GuardError, match="--mode auto finds no mode for these options") as refusal:
-        choose(model_that(), anything, anything, [], Wish(GuardSpec(direction_of=1), 0.01), "set", unwatched)
+        choose(model_that(), anything, anything, [], Wish(GuardSpec(direction_of=1), 0.01), "set", ignore_progress)
     assert "restore: --direction-of is for mode project" in str(refusal.value)
 
 
@@ -315,7 +315,7 @@ def test_evidence_against_all_layers_changes_nothing() -> None:
 
 def test_what_was_asked_is_tried_alone() -> None:
     assert list(places_of_align(with_evidence([0.5] * 6), 6, GuardSpec(layers=(1,), rank=2))) == [
-        Where((1,), 2, "as asked")
+        Where((1,), 2, "as requested")
     ]
     assert next(places_of_align(with_evidence([0.9] * 6, rows=3), 6, GuardSpec())).rank == 3
 
@@ -466,10 +466,10 @@ def test_a_worst_image_is_searched_only_where_no_other_setting_has_a_gap(
     trial: AlignTrial, candidate: Directions
 ) -> None:
     judge = blank_judge(trial)
-    assert worst_setting(judge, unwatched) is None
+    assert worst_setting(judge, ignore_progress) is None
     for setting in judge.settings:
         judge._references[setting.name] = [replace(row, refused=True) for row in judge.references(setting)]
-    found = worst_setting(judge, unwatched)
+    found = worst_setting(judge, ignore_progress)
     assert found is not None and found.name == "worst soft image"
     assert found.texts == judge.judged.settings[0].texts and len({id(one.image) for one in found.requests}) == 1
     judge.add(found)
@@ -479,8 +479,8 @@ def test_a_worst_image_is_searched_only_where_no_other_setting_has_a_gap(
 
 def blank_judge(trial: AlignTrial) -> AlignJudge:
     prompts = [prompt for prompt in read_prompts(CALIBRATION) if prompt.setting in ("text", "blank")]
-    alone = ask_alone(trial, judged_prompts(prompts, trial.model, (), "set"), unwatched)
-    return AlignJudge(trial, alone, 1e-4, unwatched)
+    alone = ask_alone(trial, judged_prompts(prompts, trial.model, (), "set"), ignore_progress)
+    return AlignJudge(trial, alone, 1e-4, ignore_progress)
 
 
 def test_the_distance_of_two_first_tokens_is_their_total_variation() -> None:
@@ -525,7 +525,7 @@ def test_a_model_that_refuses_nothing_as_text_has_nothing_to_bring_back(
     monkeypatch.setattr(AlignTrial, "answer", counted)
     prompts = [prompt for prompt in read_prompts(CALIBRATION) if prompt.setting == "text"]
     with pytest.raises(PromptsUnusable) as refusal:
-        ask_alone(trial, judged_prompts(prompts, trial.model, (), "set"), unwatched)
+        ask_alone(trial, judged_prompts(prompts, trial.model, (), "set"), ignore_progress)
     assert set(lengths) == {8, 32}  # late refusals were looked for
     assert str(refusal.value) == (
         "set: the unguarded model refuses none of 48 harmful prompts as text, so there are no refusals that a guard could "
@@ -559,7 +559,7 @@ def test_the_clearest_refusals_are_judged(
         yield list(range(len(rows))), SimpleNamespace(answer=lambda guard, tokens: done)
 
     monkeypatch.setattr(Prompts, "batches", answered)
-    alone = ask_alone(trial, found, unwatched)
+    alone = ask_alone(trial, found, ignore_progress)
     own = alone.judged.of_kind("harmful")
     assert (len(own), alone.asked, len(alone.references)) == (judged, asked, len(alone.judged.texts))
     kept = [alone.references[at] for at in own]

@@ -25,7 +25,7 @@ from vlmguard.exporter.cluster import cluster, open_executors
 from vlmguard.exporter.evaluation import evaluate as evaluate_module
 from vlmguard.exporter.evaluation.evaluate import compare
 from vlmguard.exporter.executors import ExecutorFactory, PinnedSpec, local_executors, versions, when_needed
-from vlmguard.exporter.pipeline import extract_directions
+from vlmguard.exporter.extract_directions import extract_directions
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ModelUnreadable, PromptsUnusable
 from vlmguard.graphs.extras import install_command
 
@@ -189,7 +189,9 @@ def test_work_that_fails_ends_the_run(
 @pytest.mark.usefixtures("two_workers")
 def test_states_are_the_same_to_the_bit(tmp_path: Path, raw_directions: Path) -> None:
     output, told = tmp_path / "d.safetensors", []
-    extract_directions(SOURCE, output, anchors=ANCHORS, ray="auto", ray_workers=2, watch=lambda *e: told.append(e))
+    extract_directions(
+        SOURCE, output, anchors=ANCHORS, ray="auto", ray_workers=2, report_progress=lambda *e: told.append(e)
+    )
     assert output.read_bytes() == raw_directions.read_bytes()
     assert told == [("extracting directions", done, 192) for done in range(16, 193, 16)]
     assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
@@ -232,7 +234,7 @@ def test_a_killed_workers_batch_is_redone(guarded: Guarded, tmp_path: Path, monk
         keep_answers=True,
         ray="auto",
         ray_workers=2,
-        watch=lambda *event: told.append(event),
+        report_progress=lambda *event: told.append(event),
     )
     killer.join(60)
     assert killed and killed[0] != os.getpid()

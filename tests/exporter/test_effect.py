@@ -15,12 +15,15 @@ from tiny_vlm_paths import PROMPTS, SOURCE, Guarded
 
 from vlmguard.exporter.calibration.effect import BUILTIN_TOKENS, builtin_sample, has_effect, require_effect, sample_of
 from vlmguard.exporter.calibration.refusal_regression import Refusals, Setting
+from vlmguard.exporter.effect_check import EffectBaseline, ask_before
 from vlmguard.exporter.evaluation.logprobs import Said
-from vlmguard.exporter.pipeline import ExportResult, dissect_decoder, export
+from vlmguard.exporter.export_result import ExportResult
+from vlmguard.exporter.opened_decoder import dissect_decoder
+from vlmguard.exporter.pipeline import export
 from vlmguard.exporter.prompts.labelled import LabelledPrompt
 from vlmguard.exporter.proof.verify import verify
-from vlmguard.exporter.resolve import Guide
-from vlmguard.exporter.sources import Source, unwatched
+from vlmguard.exporter.session import Session
+from vlmguard.exporter.sources import Source
 from vlmguard.graphs.directions import Directions, read_directions
 from vlmguard.graphs.errors import GuardWeakens, NoEffect
 from vlmguard.graphs.layouts import open_package
@@ -224,13 +227,13 @@ def test_prompts_beside_the_model_come_first(calibrated: Path, tmp_path: Path) -
 
 
 @pytest.fixture
-def guide(calibrated: Path, tmp_path: Path) -> Callable[..., Guide]:
-    def make(change: Callable[[Path], Any] = lambda folder: None) -> Guide:
+def session(calibrated: Path, tmp_path: Path) -> Callable[..., Session]:
+    def make(change: Callable[[Path], Any] = lambda folder: None) -> Session:
         folder = shutil.copytree(SOURCE, tmp_path / "tiny")
         change(folder)
         package = open_package(folder)
         source = Source(package, folder.name, folder.parent, folder)
-        return Guide(source, dissect_decoder(package, package.load_decoder()), GuardSpec(), 0.01, False, unwatched)
+        return Session(source, dissect_decoder(package, package.load_decoder()))
 
     return make
 
@@ -238,21 +241,21 @@ def guide(calibrated: Path, tmp_path: Path) -> Callable[..., Guide]:
 NOTHING = "no harmful prompts were asked without and with the guard: "
 
 
-def test_what_could_not_be_asked_is_noted_with_the_reason(guide: Callable[..., Guide]) -> None:
-    made = guide(lambda folder: (folder / "tokenizer.json").write_text("{}"))
-    assert made.unguarded("restore", runs=True) is None
-    assert made.not_asked is not None and made.not_asked.startswith(
-        f"{NOTHING}{made.package.root / 'tokenizer.json'}: is not"
-    )
-    assert made.unguarded("restore", runs=False) is None
-    assert made.not_asked == f"{NOTHING}nothing is run without the full proof"
+def test_what_could_not_be_asked_is_noted_with_the_reason(session: Callable[..., Session]) -> None:
+    opened = session(lambda folder: (folder / "tokenizer.json").write_text("{}"))
+    baseline = ask_before(opened, "restore", runs=True)
+    assert baseline.unguarded is None
+    assert baseline.note.startswith(f"{NOTHING}{opened.package.root / 'tokenizer.json'}: is not")
+    baseline = ask_before(opened, "restore", runs=False)
+    assert baseline == EffectBaseline(None, f"{NOTHING}nothing is run without the full proof")
 
 
-def test_a_supervisor_without_images_is_not_judged(guide: Callable[..., Guide]) -> None:
-    made = guide(lambda folder: (folder / "onnx" / "vision_encoder.onnx").unlink())
-    found = made.unguarded("supervise", runs=True)
-    assert found is not None and {prompt.setting for prompt in found.sample.prompts} == {"text"}
-    assert made.not_asked == (
+def test_a_supervisor_without_images_is_not_judged(session: Callable[..., Session]) -> None:
+    opened = session(lambda folder: (folder / "onnx" / "vision_encoder.onnx").unlink())
+    baseline = ask_before(opened, "supervise", runs=True)
+    assert baseline.unguarded is not None
+    assert {prompt.setting for prompt in baseline.unguarded.sample.prompts} == {"text"}
+    assert baseline.note == (
         "the guard's effect was not counted: without an image, mode supervise compares each prompt with itself"
     )
-    assert made.model is None  # closed
+    assert opened._model is None  # closed

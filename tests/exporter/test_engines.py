@@ -36,11 +36,12 @@ from vlmguard.graphs.errors import GuardError, GuardIncomplete, ManifestMismatch
 from vlmguard.graphs.graph_io import load_graph
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.manifest import read_manifest
+from vlmguard.graphs.modes import Mode, Positions, guard_mode
 from vlmguard.graphs.plan import COORDINATES_OUTPUT
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.rewrite import rewrite
-from vlmguard.graphs.spec import MODES_WITH_SUPERVISOR, GuardSpec, Mode, Positions
+from vlmguard.graphs.spec import GuardSpec
 from vlmguard.graphs.tensorrt import require_readable, settle_sizes, unreadable_nodes
 from vlmguard.runtime.decoder import open_decoder
 from vlmguard.runtime.generation import Request
@@ -116,7 +117,7 @@ def test_rank1_adds_a_layer_where_a_computed_tensor_comes_in(
     engine, names = build(path, GuardSpec(mode=mode, lowering="rank1", positions=positions))
     require_guard(engine.layers, names, len(PROFILES), mode)
     # Three find the last token (each row's last attended column, the furthest of all rows, the place), one gives coordinates.
-    shared = 4 if mode in MODES_WITH_SUPERVISOR else 3
+    shared = 4 if guard_mode(mode).supervisor else 3
     for profile in range(len(PROFILES)):
         added = engine.layers.of_profile(profile).kernels - bare[profile]
         assert added == zoo("llava-transformers-fp16").layers + shared, profile
@@ -252,7 +253,9 @@ def test_our_verdict_is_the_parsers(zoo: Callable[[str], ZooModel]) -> None:
 @pytest.fixture(scope="module")
 def engines(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("engines") / "restore-engine"
-    build_engines(guarded("restore"), out, backend="tensorrt_rtx")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+        build_engines(guarded("restore"), out, backend="tensorrt_rtx")
     return out
 
 
@@ -264,6 +267,7 @@ def test_the_folder_of_engines(guarded: Guarded, engines: Path) -> None:
     for shown in decoder.layers["profiles"]:
         assert list(shown["guard_nodes"]) == [str(layer) for layer in manifest.plan["layers"]]
     assert (decoder.backend, decoder.pads, manifest.proved) == ("tensorrt_rtx", True, "structure")
+    assert manifest.created == "2023-11-14T22:13:20+00:00"
     assert not list(engines.rglob("*.onnx")) and (engines / "tokenizer.json").is_file()
     found = verify(engines, guarded("restore"))
     assert (found.ok, found.state) == (False, "not verified") and all(check.ok for check in found.checks)

@@ -69,7 +69,7 @@ def refusal(*arguments: Any, **options: Any) -> str:
 def test_a_tally_counts_refusals_per_setting_and_label(base: VisionLanguageModel, file: Path) -> None:
     prompts = read_prompts(file)
     progress: list[tuple[int, int]] = []
-    found = tally(base, prompts, 40, batch_size=4, progress=lambda done, total: progress.append((done, total)))
+    found = tally(base, prompts, 40, batch_size=4, report_count=lambda done, total: progress.append((done, total)))
     answers = [base.answer([prompt.request(base)], Sampling(40))[0] for prompt in prompts]
     assert found.answers == tuple(answers)
     assert found.refusals == tuple(map(refused, answers))
@@ -142,7 +142,7 @@ def test_an_evaluation_says_what_changed() -> None:
     before = Parrot(lambda prompt: f"sure, {prompt}")
     after = Parrot({"steal it": "I cannot help with that.", "wash it": "Sure, wash it", "mend it": "sure, mend it"}.get)
     progress: list[tuple[int, int]] = []
-    result = evaluate(before, after, prompts, progress=lambda done, total: progress.append((done, total)))  # type: ignore[arg-type]
+    result = evaluate(before, after, prompts, report_count=lambda done, total: progress.append((done, total)))  # type: ignore[arg-type]
     one, two = clopper_pearson(1, 1), clopper_pearson(0, 2)
     none = [pytest.approx(1 - one[1]), pytest.approx(1 - one[0])]
     told = result.to_json()
@@ -288,7 +288,7 @@ def test_borderline_prompts_are_counted_apart() -> None:
 
 def test_two_models_are_compared_on_a_file_of_prompts(guarded: Guarded, file: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    result = compare(SOURCE, guarded("restore"), file, 40, watch=lambda *event: told.append(event))
+    result = compare(SOURCE, guarded("restore"), file, 40, report_progress=lambda *event: told.append(event))
     assert len(result.prompts) == 29 and told[-1] == ("asking both models", 58, 58)
     assert result.base == tally(VisionLanguageModel(open_package(SOURCE)), read_prompts(file), 40)
     assert result.guarded == tally(GuardedVLM.open(guarded("restore")), read_prompts(file), 40)

@@ -23,11 +23,12 @@ from vlmguard.exporter.checkpoints import exporters
 from vlmguard.exporter.checkpoints.exporters import EXPORTERS, ExporterName, export_checkpoint
 from vlmguard.exporter.checkpoints.genai_builder import flatten_rope
 from vlmguard.exporter.pipeline import export
-from vlmguard.exporter.sources import opened, unwatched
+from vlmguard.exporter.sources import opened
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ModelUnreadable
 from vlmguard.graphs.extras import install_command
 from vlmguard.graphs.layouts import open_package
+from vlmguard.graphs.progress import ignore_progress
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.runtime.generation import Request
@@ -92,7 +93,9 @@ def test_optimum_is_asked_for_the_text_decoder_with_its_cache(
 ) -> None:
     said: list[str] = []
     out = tmp_path / "out"
-    export_checkpoint(llama, out, "optimum", dtype="fp16", opset=17, say=said.append)
+    export_checkpoint(
+        llama, out, "optimum", dtype="fp16", opset=17, report_progress=lambda stage, done, total: said.append(stage)
+    )
     assert (optimum["name"], optimum["task"]) == (str(llama), "text-generation-with-past")
     assert (optimum["dtype"], optimum["opset"], optimum["trust_remote_code"]) == ("fp16", 17, False)
     assert said == [f"exporting {llama} with optimum"]
@@ -104,7 +107,7 @@ def test_optimum_is_asked_for_the_text_decoder_with_its_cache(
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["int4", "fp32"])
 def test_genai_builds_a_folder_that_opens_like_any_other(llama: Path, dtype: Any) -> None:
-    with opened(llama, None, unwatched, dtype, exporter="genai") as source:
+    with opened(llama, None, ignore_progress, dtype, exporter="genai") as source:
         assert (source.name, source.package.layout, source.home) == (llama.name, "genai", llama)
         graph = onnx.load(source.package.decoder, load_external_data=False).graph
         kinds = {node.op_type for node in graph.node}
@@ -179,7 +182,7 @@ def test_an_opset_that_is_not_ours_to_choose(tmp_path: Path) -> None:
 def test_an_exporter_for_a_model_that_is_onnx_already(tmp_path: Path) -> None:
     model = tmp_path / "model.onnx"
     model.touch()
-    with pytest.raises(GuardError) as refused, opened(model, None, unwatched, exporter="genai"):
+    with pytest.raises(GuardError) as refused, opened(model, None, ignore_progress, exporter="genai"):
         pass
     assert str(refused.value) == f"--exporter genai is for checkpoints, {model} is ONNX already; leave it out"
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from tiny_vlm_paths import ANCHORS, CHECKPOINT, PROMPTS, SOURCE
 
+from vlmguard.exporter.extract_directions import extract_directions
 from vlmguard.exporter.extraction.estimators import ESTIMATORS
 from vlmguard.exporter.extraction.extract import collect_answer_states, collect_states, extract_all_layers, tapped
-from vlmguard.exporter.pipeline import extract_directions
 from vlmguard.exporter.prompts.labelled import AnchorPair, read_anchors
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.digests import sha256_file
@@ -158,7 +158,7 @@ def test_a_checkpoint_read_in_torch_gives_the_same_directions(found: Directions,
     """No export in between; the chat template is the same, and so are layers, signs and evidence."""
     path = tmp_path / "d.safetensors"
     told: list[tuple[str, int, int]] = []
-    extract_directions(CHECKPOINT, path, anchors=ANCHORS, watch=lambda *event: told.append(event))
+    extract_directions(CHECKPOINT, path, anchors=ANCHORS, report_progress=lambda *event: told.append(event))
     in_torch = read_directions(path)
     assert in_torch.layers.keys() == found.layers.keys()
     assert (in_torch.pairs, in_torch.estimator, in_torch.model_sha256) == (found.pairs, "svd", None)
@@ -248,7 +248,7 @@ def test_states_come_in_the_order_of_the_requests(model: VisionLanguageModel, an
     tap = tapped(model, anatomy)
     mixed = [Request("how to wash the boat", PICTURE), Request("how to wash the boat"), Request("wash it", PICTURE)]
     progress: list[tuple[int, int]] = []
-    together = collect_states(tap, mixed, progress=lambda done, total: progress.append((done, total)))
+    together = collect_states(tap, mixed, report_count=lambda done, total: progress.append((done, total)))
     for row, request in enumerate(mixed):
         np.testing.assert_allclose(together[row], collect_states(tap, [request])[0], atol=1e-4)
     assert not np.allclose(together[0], together[1], atol=0.1)

@@ -13,8 +13,9 @@ from vlmguard.exporter.proof.inputs import random_inputs
 from vlmguard.exporter.proof.prove import prove_by_running
 from vlmguard.graphs.graph_io import save_graph
 from vlmguard.graphs.layouts import open_package
+from vlmguard.graphs.modes import MODES
 from vlmguard.graphs.proof.structure import Check
-from vlmguard.graphs.spec import MODES, GuardSpec
+from vlmguard.graphs.spec import GuardSpec
 
 
 def seen(*largest: float) -> Check:

@@ -295,7 +295,7 @@ def test_weights_that_were_not_hashed_are_said_to_be(tmp_path: Path, directions:
     alone, beside = verify(out), verify(out, source)
     assert alone.ok and beside.ok
     assert alone.checks[0].compared == len(manifest.files) - 1
-    assert alone.checks[0].note == "by size alone, as asked at export: model.onnx.data"
+    assert alone.checks[0].note == "by size alone, as requested at export: model.onnx.data"
     (external,) = [check for check in beside.checks if check.name == "external weights are the source's files"]
     assert external.ok and external.compared == 1
 

@@ -91,6 +91,7 @@ def test_an_export_ends_with_its_proof_the_folder_and_the_next_command(
 ) -> None:
     """The command around an export that is not made: `test_cli.py` makes one."""
     from vlmguard import cli
+    from vlmguard.commands import console
     from vlmguard.exporter import pipeline
 
     model, out = tmp_path / "m.onnx", tmp_path / "out"
@@ -105,9 +106,9 @@ def test_an_export_ends_with_its_proof_the_folder_and_the_next_command(
         decoders=(decoder,),
         parity=parity,
     )
-    monkeypatch.setattr(pipeline, "export", lambda *_, **options: asked.update(options) or result)
+    monkeypatch.setattr(pipeline, "export", lambda model, out, options, **_: asked.update(vars(options)) or result)
     monkeypatch.setattr(render, "show_plan", lambda *_: None)
-    monkeypatch.setattr(cli, "out", Console(width=400))
+    monkeypatch.setattr(console, "out", Console(width=400))
     with pytest.raises(SystemExit) as ended:
         cli._run(["export", str(model), str(out), "--mode", "steer", "--positions", "all", "--no-cache"])
     assert ended.value.code == 0

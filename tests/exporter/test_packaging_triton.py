@@ -206,7 +206,7 @@ def test_what_triton_would_run_besides_is_found(repository: Path, name: str) -> 
 # The front model
 
 
-@pytest.mark.parametrize("mode", ["restore", "supervise", "align", "rows", "dials"])
+@pytest.mark.parametrize("mode", ["restore", "supervise", "align", "rows", "runtime_controls"])
 def test_front_model_answers_as_guarded_vlm(repositories: Callable[[str], Path], guarded: Guarded, mode: str) -> None:
     repository, vlm = Repository(repositories(mode)), GuardedVLM.open(guarded(mode))
     for prompt, picture in ((HARMFUL, None), (HARMFUL, PICTURE), (HARMLESS, PICTURE)):
@@ -229,7 +229,7 @@ def test_front_model_answers_as_guarded_vlm(repositories: Callable[[str], Path],
 def test_no_request_can_leave_the_guard_out(repositories: Callable[[str], Path]) -> None:
     """Knobs of the graph are no inputs of any model, the supervisor is none of the front model's."""
     supervised = (("supervise", ("vlmguard.supervisor",)), ("align", ("vlmguard.prompt_supervisor",)))
-    for mode, inside in (("dials", ()), ("rows", ()), *supervised):
+    for mode, inside in (("runtime_controls", ()), ("rows", ()), *supervised):
         for name in MODELS:
             config = read_config(repositories(mode) / name / "config.pbtxt")
             found = [one.name for one in config.input if one.name.startswith("vlmguard.")]

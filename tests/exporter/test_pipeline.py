@@ -17,12 +17,15 @@ from random_directions import random_directions, write_directions
 from tiny_vlm_paths import ANCHORS, CALIBRATION, DECODER, PROMPTS, SOURCE, Guarded, digests
 
 import vlmguard
-from vlmguard.exporter import pipeline
+from vlmguard.exporter import opened_decoder, stages
 from vlmguard.exporter import resolve as resolve_module
 from vlmguard.exporter.calibration.choice import Wish
-from vlmguard.exporter.pipeline import export, extract_directions, inspect
+from vlmguard.exporter.extract_directions import extract_directions
+from vlmguard.exporter.opened_decoder import inspect
+from vlmguard.exporter.pipeline import export
 from vlmguard.exporter.prompts.labelled import read_anchors
-from vlmguard.exporter.resolve import Guide
+from vlmguard.exporter.resolve import DirectionsRequest, open_anchor_pairs
+from vlmguard.exporter.session import Session
 from vlmguard.graphs import staging
 from vlmguard.graphs.digests import sha256_file
 from vlmguard.graphs.directions import read_directions
@@ -126,10 +129,10 @@ def test_directions_of_another_model_one_folder_up_are_not_taken(
     shutil.copy(directions, source.parent / "directions.safetensors")
     shutil.copytree(PROMPTS, source.parent / "prompts")
 
-    def reached(guide: Guide, anchors: None, calibration: None) -> None:
-        raise LookupError(guide.found, guide.anchors(anchors).name)
+    def reached(session: Session, request: DirectionsRequest) -> None:
+        raise LookupError(session.found, open_anchor_pairs(session, request.anchors).name)
 
-    monkeypatch.setattr(Guide, "chosen", reached)
+    monkeypatch.setattr(resolve_module, "choose_mode", reached)
     with pytest.raises(LookupError) as nothing_found:
         export(source, dry_run=True)
     assert nothing_found.value.args == ({}, "builtin")
@@ -152,7 +155,7 @@ def test_an_existing_out_is_refused_before_any_work(
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("keep")
-    monkeypatch.setattr(pipeline, "dissect", lambda *_: pytest.fail("worked before looking"))
+    monkeypatch.setattr(opened_decoder, "dissect", lambda *_: pytest.fail("worked before looking"))
     assert refusal(OutputRefused, export, source, out, directions=directions) == (
         f"{out}: exists already; choose another OUT, or replace it with --force"
     )
@@ -188,8 +191,8 @@ def test_a_failed_proof_leaves_nothing(source: Path, directions: Path, monkeypat
         value.const_value = vlmguard_tensor(-value.const_value.numpy(), name)
         save(model, path, own_data)
 
-    save = pipeline.save_graph
-    monkeypatch.setattr(pipeline, "save_graph", save_tampered)
+    save = stages.save_graph
+    monkeypatch.setattr(stages, "save_graph", save_tampered)
     sentence = refusal(ProofFailed, export, source, directions=directions)
     assert sentence.startswith("the proof failed at 'guarded states equal the numpy reference'")
     assert list(source.parent.iterdir()) == [source]
@@ -224,7 +227,7 @@ def test_a_variant_is_guarded_under_its_own_name(source: Path, directions: Path)
     result = export(source, variant="q4", directions=directions)
     assert [p.name for p in (result.out / "onnx").glob("decoder*")] == ["decoder_model_merged_q4.onnx"]
     sentence = refusal(GuardError, export, source, source.parent / "x", variant="int8", directions=directions)
-    assert sentence == (f"{source / 'onnx'}: variant 'int8' of the decoder was asked for, found 'fp16', 'q4'; name one")
+    assert sentence == (f"{source / 'onnx'}: the decoder has no variant 'int8', only 'fp16', 'q4'; name one")
 
 
 def test_a_bare_decoder_without_a_tokenizer_is_guarded(zoo: Callable[[str], Any], tmp_path: Path) -> None:
@@ -255,7 +258,7 @@ def test_a_genai_folder_keeps_its_files_and_its_weights(zoo: Callable[[str], Any
 
 def test_those_who_watch_are_told_each_stage(source: Path, directions: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    export(source, directions=directions, watch=lambda *event: told.append(event))
+    export(source, directions=directions, report_progress=lambda *event: told.append(event))
     hashed = [(done, total) for stage, done, total in told if stage == "hashing (bytes)"]
     assert hashed == sorted(hashed) and hashed[-1][0] == hashed[-1][1]
     name, asked = f"proving {Path(DECODER).name}", "asking both models"
@@ -319,7 +322,7 @@ def reach_calibrator(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
         raise Reached(prompts, spec, budget, directions)
 
     def stop_choosing(
-        model: Any, anatomy: Any, directions: Any, prompts: Any, wish: Wish, source: str, tell: Any
+        model: Any, anatomy: Any, directions: Any, prompts: Any, wish: Wish, source: str, report_progress: Any
     ) -> Any:
         raise Reached(prompts, wish.spec, wish.budget, directions)
 

@@ -72,7 +72,7 @@ def test_a_model_that_fits_is_run_and_one_that_does_not_is_not(model: Path, free
 @pytest.mark.parametrize("wanted", ["full", "local", "structure"])
 def test_what_is_asked_for_is_done_whatever_is_free(model: Path, free: Callable, wanted: str) -> None:
     free(0)
-    assert chosen(model, wanted) == (wanted, "as asked")
+    assert chosen(model, wanted) == (wanted, "as requested")
 
 
 def test_what_cannot_be_done_is_refused(model: Path) -> None:
@@ -193,6 +193,6 @@ def test_a_folder_from_before_says_no_reason(model: Path) -> None:
     out = export(model, proof="structure").out
     path = out / "guard.json"
     content = json.loads(path.read_text(encoding="utf-8"))
-    assert content.pop("proved_because") == "as asked"
+    assert content.pop("proved_because") == "as requested"
     path.write_text(json.dumps(content), encoding="utf-8")
     assert read_manifest(out).proved_because == ""

@@ -18,25 +18,26 @@ from random_directions import random_directions
 from tiny_vlm_paths import CALIBRATION, DECODER, SOURCE
 
 from vlmguard.exporter.artifact.guarded_folder import GuardedDecoder
-from vlmguard.exporter.pipeline import prove
 from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.exporter.proof import prove as module
 from vlmguard.exporter.proof import prove_closed
 from vlmguard.exporter.proof.compare import Comparison
 from vlmguard.exporter.proof.inputs import ProofInputs, proof_inputs, random_inputs
 from vlmguard.exporter.proof.prove import prove_by_running
-from vlmguard.exporter.sources import unwatched
+from vlmguard.exporter.proof.prove_decoder import prove_decoder
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.errors import ProofFailed
 from vlmguard.graphs.graph_io import save_graph
 from vlmguard.graphs.layouts import open_package
+from vlmguard.graphs.modes import MODES, POSITIONS, guard_mode
 from vlmguard.graphs.package import ModelPackage
 from vlmguard.graphs.plan import GuardPlan
 from vlmguard.graphs.planner import plan_guard
+from vlmguard.graphs.progress import ignore_progress
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.reference import NO_SUPERVISOR, LayerGuard
 from vlmguard.graphs.rewrite import GuardReport, rewrite
-from vlmguard.graphs.spec import MODES, MODES_WITH_SUPERVISOR, POSITIONS, GuardSpec
+from vlmguard.graphs.spec import GuardSpec
 from vlmguard.runtime.decoder import open_decoder
 from vlmguard.runtime.vlm import VisionLanguageModel
 
@@ -72,7 +73,7 @@ class Staged:
 
     def whole(self) -> tuple[Check, ...]:
         decoder = GuardedDecoder(self.package, self.anatomy, self.plan)
-        return prove(decoder, self.report, self.folder, self.inputs, unwatched)
+        return prove_decoder(decoder, self.report, self.folder, self.inputs, ignore_progress)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def failing(checks: dict[str, Check]) -> set[str]:
 def test_an_untouched_file_is_proved(stage: Callable[..., Staged], mode: str, positions: str) -> None:
     staged = stage(mode, positions)
     checks = staged.run()
-    listening = [LISTENING] if mode in MODES_WITH_SUPERVISOR else []
+    listening = [LISTENING] if guard_mode(mode).supervisor else []
     others = [UNEDITED] if positions != "all" else []
     unsupervised, forced = ([UNSUPERVISED], []) if mode == "align" else ([], [FORCED] if mode != "project" else [])
     expected = [CLOSED, *unsupervised, REFERENCE, *forced, *listening, *others]
@@ -135,7 +136,7 @@ def test_an_untouched_file_is_proved(stage: Callable[..., Staged], mode: str, po
     assert checks[CLOSED].worst == 0.0 and checks[REFERENCE].worst < 1e-5
     real = sum(int(batch.mask.sum()) + module.DECODE_STEPS * batch.size for batch in staged.inputs.batches)
     told = (
-        0 if mode not in MODES_WITH_SUPERVISOR else 2 * 2 * (module.DECODE_STEPS + 1) * 8
+        0 if not guard_mode(mode).supervisor else 2 * 2 * (module.DECODE_STEPS + 1) * 8
     )  # coordinates, rank 2 on 2 layers
     assert checks[REFERENCE].compared == 2 * staged.plan.width * real + told
     if mode != "project":  # thresholds at 0: some states are edited, and some are not
@@ -252,7 +253,7 @@ TAMPERINGS = {
     "text that opens every gate": ("combined", numbers("layer_4/text_shift", lambda a: a + 1e6), {REFERENCE}),
     "a gate that hears while listening": (
         "combined",
-        numbers("layer_2/hearing", lambda a: 1e38 + a),
+        numbers("layer_2/score_cap", lambda a: 1e38 + a),
         {LISTENING},
     ),
     "coordinates": ("supervise", quiet_coordinates, BOTH | {LISTENING}),
@@ -350,7 +351,7 @@ def test_the_runtimes_own_rounding_is_told_apart_from_the_guards(
     results = {True: optimized, False: plain}
     monkeypatch.setattr(prove_closed, "_compare_runs", lambda *_, optimize: comparison(*results[optimize]))
     staged = stage("restore")
-    check = prove_closed.closed_equals_source(staged.package, staged.decoder, staged.plan, staged.inputs)
+    check = prove_closed.closed_equals_source(staged.package, staged.decoder, staged.plan, staged.report, staged.inputs)
     assert check.ok == ok and words in check.note and check.compared == 100
 
 

@@ -13,15 +13,16 @@ import pytest
 from hand_graphs import WIDTH, copy_of, decoder, directions, guard_model, merged
 from onnx import helper, numpy_helper
 
-from vlmguard.exporter.proof.local_findings import BITS, READS, STATES, TOLD
+from vlmguard.exporter.proof.local_findings import BITS, GUARD_OUTPUTS, READS, STATES
 from vlmguard.exporter.proof.prove_local import prove_locally
 from vlmguard.graphs.graph_io import save_graph
+from vlmguard.graphs.modes import MODES, guard_mode
 from vlmguard.graphs.proof.structure import Check
-from vlmguard.graphs.spec import MODES, MODES_WITH_SUPERVISOR, GuardSpec
+from vlmguard.graphs.spec import GuardSpec
 
 pytest.importorskip("onnxruntime")
 
-ALL_DIALS = {"knobs": True, "telemetry": True, "gate": "prompt"}
+ALL_CONTROLS = {"knobs": True, "telemetry": True, "gate": "prompt"}
 Tamper = Callable[[onnx.ModelProto], None]
 
 
@@ -53,8 +54,8 @@ def wishes() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     yield from ((mode, "last", "lowrank", {"knobs": True}) for mode in ("project", "align"))
     yield "supervise", "prompt", "lowrank", {}
     yield "supervise", "last", "rank1", {"knobs": True, "telemetry": True}
-    yield from ((mode, "last", "lowrank", ALL_DIALS) for mode in ("steer", "restore", "combined"))
-    yield "combined", "all", "rank1", ALL_DIALS
+    yield from ((mode, "last", "lowrank", ALL_CONTROLS) for mode in ("steer", "restore", "combined"))
+    yield "combined", "all", "rank1", ALL_CONTROLS
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -64,7 +65,7 @@ def test_an_untouched_guard_is_proved(tmp_path: Path, wish: tuple, dtype: str) -
     checks = prove(tmp_path, GuardSpec(mode, positions=positions, lowering=lowering, **more), dtype=dtype)
     assert not failing(checks), {name: check.note for name, check in checks.items() if not check.ok}
     bits = [] if (mode, positions, more) == ("project", "all", {}) else [BITS]
-    told = [TOLD] if mode in MODES_WITH_SUPERVISOR or "telemetry" in more else []
+    told = [GUARD_OUTPUTS] if guard_mode(mode).supervisor or "telemetry" in more else []
     assert list(checks) == [READS, STATES, *bits, *told]
     assert checks[STATES].note.startswith(f"{checks[STATES].compared // WIDTH} states of 2 guards in ")
 
@@ -138,11 +139,19 @@ DAMAGES: dict[str, tuple[str, Tamper, set[str]]] = {
     "V with the other sign": ("restore", numbers("layer_0/ssd", np.negative), {STATES}),
     "V off by a hundredth": ("restore", numbers("layer_0/ssd", lambda a: 1.01 * a), {STATES}),
     "V of the projection": ("project", numbers("layer_1/ssd", lambda a: 0.99 * a), {STATES}),
-    "the rows that are read": ("restore", numbers("layer_0/rows", lambda a: np.roll(a, 1, axis=0)), {STATES, TOLD}),
+    "the rows that are read": (
+        "restore",
+        numbers("layer_0/rows", lambda a: np.roll(a, 1, axis=0)),
+        {STATES, GUARD_OUTPUTS},
+    ),
     "target": ("restore", numbers("layer_1/target", lambda a: a + 0.1), {STATES}),
-    "tau raised by a hundredth": ("restore", numbers("layer_1/tau", lambda a: a + 0.01), {STATES, TOLD}),
-    "tau lowered by a hundredth": ("restore", numbers("layer_1/tau", lambda a: a - 0.01), {STATES, BITS, TOLD}),
-    "tau of steer": ("steer", numbers("layer_0/tau", lambda a: a - 0.01), {STATES, BITS, TOLD}),
+    "tau raised by a hundredth": ("restore", numbers("layer_1/tau", lambda a: a + 0.01), {STATES, GUARD_OUTPUTS}),
+    "tau lowered by a hundredth": (
+        "restore",
+        numbers("layer_1/tau", lambda a: a - 0.01),
+        {STATES, BITS, GUARD_OUTPUTS},
+    ),
+    "tau of steer": ("steer", numbers("layer_0/tau", lambda a: a - 0.01), {STATES, BITS, GUARD_OUTPUTS}),
     "tau of supervise, one step": (
         "supervise",
         numbers("layer_0/tau", lambda a: np.nextafter(a, np.float32(1))),
@@ -151,16 +160,24 @@ DAMAGES: dict[str, tuple[str, Tamper, set[str]]] = {
     "alpha of steer": ("steer", numbers("layer_0/alpha", lambda a: 0.99 * a), {STATES}),
     "alpha of supervise": ("supervise", numbers("layer_0/alpha", lambda a: 0.99 * a), {STATES}),
     "origin": ("supervise", numbers("layer_0/origin", lambda a: a + 0.1), {STATES}),
-    "text that opens no gate": ("combined", numbers("layer_0/text_shift", lambda a: a - 1e6), {STATES, TOLD}),
-    "text that opens every gate": ("combined", numbers("layer_1/text_shift", lambda a: a + 1e6), {STATES, BITS, TOLD}),
+    "text that opens no gate": ("combined", numbers("layer_0/text_shift", lambda a: a - 1e6), {STATES, GUARD_OUTPUTS}),
+    "text that opens every gate": (
+        "combined",
+        numbers("layer_1/text_shift", lambda a: a + 1e6),
+        {STATES, BITS, GUARD_OUTPUTS},
+    ),
     "a gate that opens in a listening pass": (
         "combined",
-        numbers("layer_1/hearing", lambda a: 1e38 + a),
-        {STATES, BITS, TOLD},
+        numbers("layer_1/score_cap", lambda a: 1e38 + a),
+        {STATES, BITS, GUARD_OUTPUTS},
     ),
-    "a gate turned round": ("restore", operator("layer_0/opens", "Less"), {STATES, BITS, TOLD}),
+    "a gate turned round": ("restore", operator("layer_0/opens", "Less"), {STATES, BITS, GUARD_OUTPUTS}),
     "a gate that is not strict": ("supervise", operator("layer_0/opens", "GreaterOrEqual"), {STATES, BITS}),
-    "another token": ("restore", reads("positions/last", 1, "vlmguard/positions/here_int"), {STATES, BITS, TOLD}),
+    "another token": (
+        "restore",
+        reads("positions/last", 1, "vlmguard/positions/here_int"),
+        {STATES, BITS, GUARD_OUTPUTS},
+    ),
     "every token": ("restore", operator("positions/is_last", "LessOrEqual"), {STATES, BITS}),
     "a missing edit": ("restore", reads("layer_1/guarded", 1, "vlmguard/layer_0/delta"), {STATES, BITS}),
     "an edit of the wrong sign": ("steer", operator("layer_0/guarded", "Sub"), {STATES}),
@@ -177,16 +194,16 @@ DAMAGES: dict[str, tuple[str, Tamper, set[str]]] = {
         {STATES, BITS},
     ),
     "a strength that may be 3": ("restore", numbers("knobs/strength_highest", lambda a: a + 1), {STATES}),
-    "an offset turned round": ("restore", operator("layer_0/threshold", "Sub"), {STATES, BITS, TOLD}),
+    "an offset turned round": ("restore", operator("layer_0/threshold", "Sub"), {STATES, BITS, GUARD_OUTPUTS}),
     "a held gate that is decided again": (
         "restore",
         reads("layer_1/gate_now", 1, "vlmguard/knobs/strength"),
-        {STATES, BITS, TOLD},
+        {STATES, BITS, GUARD_OUTPUTS},
     ),
     "a held gate that is not kept open": (
         "restore",
         reads("layer_1/gate_held", 1, "vlmguard/gate/zero"),
-        {STATES, TOLD},
+        {STATES, GUARD_OUTPUTS},
     ),
 }
 
@@ -205,7 +222,7 @@ def test_a_damaged_guard_is_not_proved(tmp_path: Path, what: str) -> None:
 
 
 def test_every_check_can_fail() -> None:
-    assert set.union(*(expected for _, _, expected in DAMAGES.values())) == {READS, STATES, BITS, TOLD}
+    assert set.union(*(expected for _, _, expected in DAMAGES.values())) == {READS, STATES, BITS, GUARD_OUTPUTS}
 
 
 def every_part(model: onnx.ModelProto) -> Iterator[tuple[str, Tamper]]:
@@ -213,8 +230,8 @@ def every_part(model: onnx.ModelProto) -> Iterator[tuple[str, Tamper]]:
     for tensor in model.graph.initializer:
         if tensor.name.startswith("vlmguard/layer_"):
             name = tensor.name.removeprefix("vlmguard/")
-            # `hearing` is a limit far beyond every score: half as much again is still one
-            changed = (lambda array: array * 0) if name.endswith("/hearing") else (lambda array: array * 1.5 + 0.25)
+            # `score_cap` is a limit far beyond every score: half as much again is still one
+            changed = (lambda array: array * 0) if name.endswith("/score_cap") else (lambda array: array * 1.5 + 0.25)
             yield name, numbers(name, changed)
 
 

@@ -23,7 +23,8 @@ from vlmguard.exporter.calibration.refusal_regression import (
     some_harmful,
 )
 from vlmguard.exporter.evaluation.evaluate import Cell, Tally
-from vlmguard.exporter.pipeline import export, extract_directions
+from vlmguard.exporter.extract_directions import extract_directions
+from vlmguard.exporter.pipeline import export
 from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.directions import Directions, read_directions
@@ -161,7 +162,7 @@ def test_the_figures_of_a_calibration_are_in_the_manifest_and_in_verify(guarded:
 def test_found_prompts_are_asked_of_both_models(source: Path, guarded: Guarded, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     directions = guarded("restore") / "directions.safetensors"
-    result = export(source, tmp_path / "out", directions=directions, watch=lambda *event: told.append(event))
+    result = export(source, tmp_path / "out", directions=directions, report_progress=lambda *event: told.append(event))
     assert result.calibration is None and result.refusals is not None
     text, blank, image = result.refusals.settings
     assert (text.setting, blank.setting, image.setting) == ("text", "blank", "image")

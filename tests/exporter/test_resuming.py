@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from tiny_vlm_paths import ANCHORS, SOURCE
 
+from vlmguard.exporter.extract_directions import extract_directions
 from vlmguard.exporter.extraction import extract
 from vlmguard.exporter.extraction.kept_states import KeptStates, kept_beside
-from vlmguard.exporter.pipeline import extract_directions
 from vlmguard.graphs.errors import GuardError
 from vlmguard.runtime.generation import Request
 from vlmguard.runtime.vlm import VisionLanguageModel
@@ -24,7 +24,7 @@ pytest_plugins = ("tiny_vlm_fixtures",)
 KILLED = """
 import os, signal, sys
 from vlmguard.exporter.extraction.kept_states import KeptStates
-from vlmguard.exporter.pipeline import extract_directions
+from vlmguard.exporter.extract_directions import extract_directions
 
 keep, left = KeptStates.keep, [3]
 def dying(self, batch, states):

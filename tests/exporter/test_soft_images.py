@@ -54,7 +54,7 @@ def test_the_known_gap_is_found_within_the_budget(model: VisionLanguageModel, ca
     """Under a picture the tiny VLM answers what it refuses as text; the search counts each call that it makes."""
     progress: list[tuple[int, int]] = []
     found = worst_images(
-        model, HARMFUL, 2, harmless=HARMLESS, calls=60, progress=lambda done, all_: progress.append((done, all_))
+        model, HARMFUL, 2, harmless=HARMLESS, calls=60, report_count=lambda done, all_: progress.append((done, all_))
     )
     assert found.prompts == tuple(HARMFUL) and found.blank_refused == 0
     assert [image.refused for image in found.images] == [0, 0]

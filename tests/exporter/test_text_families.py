@@ -23,8 +23,8 @@ from vlmguard.exporter.checkpoints.convert import ConversionReport, convert_chec
 from vlmguard.exporter.checkpoints.float16_range import Peak, decoder_layers, why_not_float16
 from vlmguard.exporter.checkpoints.narrow import narrow_weights
 from vlmguard.exporter.checkpoints.prompt_text import prompt_texts
+from vlmguard.exporter.extract_directions import extract_directions
 from vlmguard.exporter.families import find_family
-from vlmguard.exporter.pipeline import extract_directions
 from vlmguard.exporter.proof.headroom import WAY_OUT
 from vlmguard.graphs.errors import GuardError, ModelUnreadable, ProofFailed
 from vlmguard.graphs.graph_io import load_graph

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from vlmguard.graphs.directions import SCHEMA, Directions, LayerDirections, directions_bytes, read_directions
 from vlmguard.graphs.errors import DirectionMismatch, OutputRefused
-from vlmguard.graphs.spec import MODES
+from vlmguard.graphs.modes import MODES
 
 WIDTH = 16
 

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmguard.graphs import reference
+from vlmguard.graphs.dtypes import NUMPY_DTYPES
 from vlmguard.graphs.lowerings.gate import LARGEST_HALF_EDIT
 from vlmguard.graphs.lowerings.table import LOWERINGS
-from vlmguard.graphs.node_builder import NUMPY_DTYPES
+from vlmguard.graphs.modes import MODES, POSITIONS, guard_mode
 from vlmguard.graphs.reference import LayerGuard
-from vlmguard.graphs.spec import MODES, MODES_WITH_SUPERVISOR, POSITIONS, GuardSpec
+from vlmguard.graphs.spec import GuardSpec
 
 HALF = float(np.finfo(np.float16).max)
 PAIRS = [(lowering.name, mode) for lowering in LOWERINGS for mode in MODES if mode in lowering.modes]
@@ -81,7 +82,7 @@ def evaluate(model: ir.Model, inputs: dict[str, np.ndarray]) -> dict[str, np.nda
 
 def told(mode: str, rank: int) -> np.ndarray | None:
     """Coordinates of a text-only query, gate open."""
-    return np.full((BATCH, 1, rank), 2.0, np.float32) if mode in MODES_WITH_SUPERVISOR else None
+    return np.full((BATCH, 1, rank), 2.0, np.float32) if guard_mode(mode).supervisor else None
 
 
 def selected(positions: str) -> np.ndarray | None:
@@ -185,7 +186,7 @@ def test_no_state_up_to_half_the_range_makes_anything_overflow(lowering: str, mo
     spec = GuardSpec(mode=mode, positions=positions, lowering=lowering)  # type: ignore[arg-type]
     model = guard_model(stream(), found, spec).model
     a = data.draw(st.sampled_from([reference.NO_SUPERVISOR, 0.0, 1e30]))
-    extra = {supervisor_input(mode): np.full((BATCH, 1, rank), a, np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
+    extra = {supervisor_input(mode): np.full((BATCH, 1, rank), a, np.float32)} if guard_mode(mode).supervisor else {}
     outputs = evaluate(model, feeds(x) | extra)
     for array in outputs.values():
         assert np.isfinite(array).all()

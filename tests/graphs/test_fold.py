@@ -14,6 +14,7 @@ from hand_graphs import WIDTH, copy_of, directions, orthonormal, run, text_model
 from text_decoder import EMBED, IDS, decoder
 
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
+from vlmguard.graphs.dtypes import NUMPY_DTYPES
 from vlmguard.graphs.errors import DirectionMismatch, GuardError
 from vlmguard.graphs.lowerings.fold import (
     SCOPE,
@@ -24,7 +25,6 @@ from vlmguard.graphs.lowerings.fold import (
     projected,
     subspace,
 )
-from vlmguard.graphs.node_builder import NUMPY_DTYPES
 from vlmguard.graphs.plan import GuardPlan
 from vlmguard.graphs.planner import last_sites, plan_guard
 from vlmguard.graphs.proof.fold_proof import (
@@ -290,7 +290,7 @@ def test_embeddings_from_outside_are_refused() -> None:
         ),
         (
             {"layers": (1,)},
-            "fold changes the whole stream, layer 0 is not among the layers asked for; guard all of them with one direction "
+            "fold changes the whole stream, layer 0 is not among the requested layers; guard all of them with one direction "
             "(--direction-of N), or choose --lowering lowrank",
         ),
         (
@@ -319,12 +319,12 @@ def test_one_layers_direction_serves_all_layers() -> None:
     assert plan.layers == (0, 1)
     for site in plan.sites:
         np.testing.assert_array_equal(site.guard.ssd, orthonormal(2, seed=1))
-    assert "the direction of layer 1 in every guarded layer, as asked" in plan.notes
+    assert "the direction of layer 1 in every guarded layer, as requested" in plan.notes
 
 
 def test_a_direction_that_is_not_there_is_refused() -> None:
     model = decoder()
-    with pytest.raises(DirectionMismatch, match="the direction of layer 1 was asked for, the directions hold layers 0"):
+    with pytest.raises(DirectionMismatch, match="the direction of the directions have no layer 1, only layers 0"):
         plan_guard(model, dissect(model), directions((0,)), GuardSpec(mode="project", direction_of=1))
     with pytest.raises(GuardError, match="--direction-of is for mode project, restore reads each layer's own"):
         plan_guard(model, dissect(model), directions((0,)), GuardSpec(mode="restore", direction_of=0))

@@ -32,21 +32,15 @@ from hand_graphs import (
 from vlmguard.graphs import reference
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import Directions
+from vlmguard.graphs.dtypes import NUMPY_DTYPES
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.lowerings.table import LOWERINGS, choose_lowering
-from vlmguard.graphs.node_builder import NUMPY_DTYPES
+from vlmguard.graphs.modes import MODES, POSITIONS, guard_mode, modes_where
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.reference import NO_SUPERVISOR, LayerGuard
 from vlmguard.graphs.rewrite import rewrite
-from vlmguard.graphs.spec import (
-    MODES,
-    MODES_WITH_GATE,
-    MODES_WITH_READOUT,
-    MODES_WITH_SUPERVISOR,
-    POSITIONS,
-    GuardSpec,
-)
+from vlmguard.graphs.spec import GuardSpec
 
 pytest.importorskip("onnxruntime")
 
@@ -54,7 +48,7 @@ PAIRS = [(lowering.name, mode) for lowering in LOWERINGS for mode in MODES if mo
 every_pair = pytest.mark.parametrize(("lowering", "mode"), PAIRS)
 # Those that can leave a state as it is, bit for bit: `align` does without a supervisor.
 every_gated_pair = pytest.mark.parametrize(
-    ("lowering", "mode"), [pair for pair in PAIRS if pair[1] in MODES_WITH_GATE | {"align"}]
+    ("lowering", "mode"), [pair for pair in PAIRS if guard_mode(pair[1]).gate is not None]
 )
 # Relative to the largest number compared. Seen at most, over all ranks: 5e-7, 1.4e-3, 9e-3.
 TOLERANCE = {"float32": 2e-6, "float16": 5e-3, "bfloat16": 3e-2}
@@ -105,7 +99,7 @@ class Case:
     def supervisor(self) -> np.ndarray | None:
         """Text-only coordinates, `[batch, layers, rank]`: two rows open the gate, two do not (`combined`: only TOLD does); in
         `align` two rows have some."""
-        if self.mode not in MODES_WITH_SUPERVISOR:
+        if not guard_mode(self.mode).supervisor:
             return None
         coordinates = np.random.default_rng(self.rank).normal(size=(BATCH, 1, self.rank)).astype(np.float32)
         coordinates[:, 0, 0] = (-0.9, 0.7, 1.5, -0.2)
@@ -131,7 +125,7 @@ def with_split_gates(case: Case, raw: np.ndarray) -> Directions:
         return directions(rank=case.rank)
     if case.mode == "supervise":
         return directions(rank=case.rank, alpha=0.75)
-    scores = raw @ (layer.readout if case.mode in MODES_WITH_READOUT else layer.ssd[0])
+    scores = raw @ (layer.readout if guard_mode(case.mode).has_readout else layer.ssd[0])
     edits = np.ones((BATCH, SEQUENCE), bool) if case.selected is None else case.selected[..., 0] == 1
     if case.mode == "combined":  # there the text opens all gates; the readout is to split the others
         edits = edits & (np.arange(BATCH) != TOLD)[:, None]
@@ -294,7 +288,7 @@ def test_a_closed_gate_is_the_identity_bit_for_bit(
     feeds = Case(kind, mode, lowering, positions, dtype, 2, "left").feeds()
     expected = run(decoder(kind, dtype=dtype), feeds, optimize)
     listening = np.full((BATCH, 1, 2), NO_SUPERVISOR, np.float32)
-    extra = {supervisor_input(mode): listening} if mode in MODES_WITH_SUPERVISOR else {}
+    extra = {supervisor_input(mode): listening} if guard_mode(mode).supervisor else {}
     # above every score that is possible here; a listening pass needs no such threshold, and in `combined` must not: it is
     # closed where the readout alone would open it
     guarded = guarded_with(
@@ -344,7 +338,7 @@ def test_a_coordinate_beyond_float16_leaves_a_closed_gate_closed(lowering: str, 
     guarded = guard_model(model(), found, spec).model
     assert np.abs(feeds["x"].astype(np.float64) @ ssd[0]).min() > np.finfo(np.float16).max
     extra = (
-        {supervisor_input(mode): np.full((2, 1, 1), NO_SUPERVISOR, np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
+        {supervisor_input(mode): np.full((2, 1, 1), NO_SUPERVISOR, np.float32)} if guard_mode(mode).supervisor else {}
     )
     with np.errstate(over="ignore"):
         found_outputs = evaluate(guarded, feeds | extra)
@@ -354,7 +348,7 @@ def test_a_coordinate_beyond_float16_leaves_a_closed_gate_closed(lowering: str, 
 
 
 def _opening(mode: str) -> dict[str, np.ndarray]:
-    return {supervisor_input(mode): np.ones((BATCH, 1, 2), np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
+    return {supervisor_input(mode): np.ones((BATCH, 1, 2), np.float32)} if guard_mode(mode).supervisor else {}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -485,7 +479,7 @@ def test_each_layer_gets_its_own_row_of_the_supervisor(kind: Kind, positions: st
     assert (swapped[:2] != found[:2]).any()
 
 
-@pytest.mark.parametrize("mode", sorted(MODES_WITH_SUPERVISOR))
+@pytest.mark.parametrize("mode", modes_where(supervisor=True))
 def test_the_supervised_graph_tells_each_layers_coordinates(mode: str) -> None:
     tau = None if mode == "align" else 0.0
     guarded = guard_model(decoder(layers=2), directions((0, 1)), GuardSpec(mode=mode, tau=tau, layers=(0, 1)))  # type: ignore[arg-type]
@@ -510,7 +504,7 @@ def lowrank_nodes(mode: str, rank: int, dtype: str) -> int:
     project: read, delta, guarded
     steer: read, opens, gate, strength, weights, delta, guarded
     restore: read, coordinates, score, difference, opens, gate, weights, delta, guarded
-    combined: those of restore; supervisor, first_shifted, either, first_hearing and score, own_last, own
+    combined: those of restore; supervisor, first_shifted, either, first_capped and score, own_last, own
     supervise: read, supervisor, opens, gate, centred, wanted, present, difference, weights, delta, guarded, own_last, own
     align: read, supervisor, opens, gate, difference, weights, delta, guarded, own_last, own
     From rank 2 on the gate's coordinate is cut out; `restore` cuts out its readout anyway. In a float16 graph the edit is
@@ -533,7 +527,7 @@ def rank1_nodes(mode: str, rank: int, dtype: str) -> int:
 
     steer and restore have wanted, and supervise a_centred, a_strength, present and wanted per row; a gate has opens and
     gate, that of restore reads products and score. supervise and combined have supervisor, own_last and own; combined has
-    the gate of restore, and first_shifted, either, first_hearing and score. From rank 2 on supervise cuts out each row,
+    the gate of restore, and first_shifted, either, first_capped and score. From rank 2 on supervise cuts out each row,
     and both the gate's; their coordinates are put together. In a float16 graph: two Casts, and the edit is clipped.
     """
     rows = {"project": 4, "steer": 5, "restore": 5, "supervise": 8, "combined": 5, "align": 5}[mode] * rank + rank
@@ -581,8 +575,8 @@ def test_the_nodes_of_a_site_are_counted(lowering: str, mode: str, kind: Kind, d
         spec = GuardSpec(mode=mode, positions=positions, lowering=lowering, layers=(0, 1))  # type: ignore[arg-type]
         report = guard_model(model, directions((0, 1), rank), spec).report
         assert [len(site.nodes) for site in report.sites] == [expected] * 2
-        shared = LAST_WITH_MASK if positions == "last" or mode in MODES_WITH_SUPERVISOR else 0
-        shared += SELECTION * (positions == "last") + PAIRS_AND_COORDINATES * (mode in MODES_WITH_SUPERVISOR)
+        shared = LAST_WITH_MASK if positions == "last" or guard_mode(mode).supervisor else 0
+        shared += SELECTION * (positions == "last") + PAIRS_AND_COORDINATES * (guard_mode(mode).supervisor)
         assert len(report.shared_nodes) == shared
         assert len(model.graph) - before == report.node_count == shared + 2 * expected
 
@@ -697,7 +691,7 @@ def test_a_lowering_may_be_named() -> None:
     chosen, reason = choose_lowering("dense", "project")
     assert chosen.name == "dense"
     assert reason == (
-        "as asked: the literal h @ (I - V^T V), one d x d MatMul per layer (to compare with; the others cost less)"
+        "as requested: the literal h @ (I - V^T V), one d x d MatMul per layer (to compare with; the others cost less)"
     )
 
 

@@ -280,9 +280,9 @@ def test_opening_reads_no_big_file_that_nobody_touched(folder: Path) -> None:
     big_weights(folder)
     read: list[int] = []
     manifest = read_manifest(folder)
-    assert require_intact(folder, manifest, again=False, progress=lambda done, total: read.append(total)) == 3
+    assert require_intact(folder, manifest, again=False, report_count=lambda done, total: read.append(total)) == 3
     assert set(read) == {len(b"{}") + len(b"graph")}
-    assert require_intact(folder, manifest, progress=lambda done, total: read.append(total)) == 3
+    assert require_intact(folder, manifest, report_count=lambda done, total: read.append(total)) == 3
     assert read[-1] == len(b"{}") + len(b"graph") + BIG
 
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 from hand_graphs import decoder, text_model
 
-from vlmguard.exporter.pipeline import inspect
+from vlmguard.exporter.opened_decoder import inspect
 from vlmguard.graphs.errors import AnatomyNotFound
 from vlmguard.graphs.graph_io import graph_bytes
 from vlmguard.graphs.operators import hidden_decoder, operator_of, uncertain_layers, unknown_operators

@@ -219,12 +219,12 @@ def test_an_encoder_of_any_variant_is_better_than_none(community: Path) -> None:
 
 def test_a_variant_that_is_not_there_is_refused(community: Path) -> None:
     assert refusal(lambda: open_package(community, variant="fp16")) == (
-        f"{community / 'onnx'}: variant 'fp16' of the decoder was asked for, found '', 'q4'; name one"
+        f"{community / 'onnx'}: the decoder has no variant 'fp16', only '', 'q4'; name one"
     )
     plain = community / "onnx" / "decoder_model_merged.onnx"
     plain.rename(plain.with_name("decoder_model_merged_fp16.onnx"))
     assert refusal(lambda: open_package(community, variant="")) == (
-        f"{community / 'onnx'}: variant '' of the decoder was asked for, found 'fp16', 'q4'; name one"
+        f"{community / 'onnx'}: the decoder has no variant '', only 'fp16', 'q4'; name one"
     )
     package = open_package(community)  # none is the plain one: the first runs
     assert [path.name for path in (package.decoder, *package.others)] == [
@@ -669,7 +669,7 @@ def test_both_decoders_of_a_transformers_export(tmp_path: Path) -> None:
         )
     assert open_package(root / "lm_head.onnx").layout == "bare"
     assert refusal(lambda: open_package(root, variant="fp16")) == (
-        f"{root}: variant 'fp16' was asked for, only onnx-community folders have variants"
+        f"{root}: variant 'fp16' needs an onnx-community folder, other layouts have no variants; leave --variant out"
     )
 
 

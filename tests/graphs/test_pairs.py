@@ -13,13 +13,14 @@ from hypothesis.extra.numpy import arrays
 
 from vlmguard.graphs import reference
 from vlmguard.graphs.anatomy import dissect
+from vlmguard.graphs.dtypes import NUMPY_DTYPES
 from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.node_builder import NUMPY_DTYPES
+from vlmguard.graphs.modes import MODES
 from vlmguard.graphs.pairs import reads_pairs
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.reference import LayerGuard
-from vlmguard.graphs.spec import MODES, GuardSpec
+from vlmguard.graphs.spec import GuardSpec
 
 SPEC = GuardSpec(mode="align", supervisor="rows")
 # Two pairs and a row without a partner: padded on the left, on the right, and not at all.

@@ -16,9 +16,10 @@ from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import Directions, LayerDirections
 from vlmguard.graphs.errors import DirectionMismatch, GuardError
 from vlmguard.graphs.layouts import open_package
+from vlmguard.graphs.modes import MODES, guard_mode, modes_where
 from vlmguard.graphs.plan import GuardPlan
 from vlmguard.graphs.planner import plan_guard, require_unguarded
-from vlmguard.graphs.spec import MODES, MODES_WITH_READOUT, MODES_WITH_SUPERVISOR, GuardSpec
+from vlmguard.graphs.spec import GuardSpec
 
 LAYERS = 3
 BARE_NOTE = (
@@ -71,11 +72,11 @@ def test_the_mode_of_the_calibration_comes_first(mode: str) -> None:
 def test_a_mode_may_be_asked_for(mode: str) -> None:
     made = plan(directions(), mode=mode)
     assert made.mode == mode
-    assert made.notes[0] == f"mode {mode} as asked"
+    assert made.notes[0] == f"mode {mode} as requested"
 
 
 def test_a_projection_that_nobody_calibrated_carries_its_warning() -> None:
-    note = "mode project as asked: an uncalibrated projection may over-refuse or do nothing; evaluate it"
+    note = "mode project as requested: an uncalibrated projection may over-refuse or do nothing; evaluate it"
     assert plan(uncalibrated(), mode="project").notes[0] == note
 
 
@@ -97,7 +98,7 @@ def test_thresholds_of_another_mode_are_refused() -> None:
 def test_asked_layers_are_taken_in_order() -> None:
     made = plan(directions((0, 1, 2)), layers=(2, 0))
     assert made.layers == (0, 2)
-    assert made.notes[1] == "layers 2, 0 as asked"
+    assert made.notes[1] == "layers 2, 0 as requested"
 
 
 def test_recommended_layers_come_before_all_layers() -> None:
@@ -130,7 +131,7 @@ def test_modes_with_a_readout_take_only_the_layers_that_are_calibrated() -> None
 
 def test_a_layer_that_the_decoder_has_not_is_refused() -> None:
     assert refusal(GuardError, directions((0,)), layers=(0, 3)) == (
-        "layer 3 was asked for, the decoder has layers 0 to 2; layers count from 0"
+        "the decoder has no layer 3, only layers 0 to 2; layers count from 0"
     )
 
 
@@ -142,7 +143,7 @@ def test_directions_of_a_deeper_model_are_refused() -> None:
 
 def test_a_layer_without_directions_is_refused() -> None:
     assert refusal(DirectionMismatch, directions((0, 2)), layers=(1, 2)) == (
-        "layer 1 was asked for, the directions hold layers 0, 2; extract them for that layer too"
+        "the directions have no layer 1, only layers 0, 2; extract them for that layer too"
     )
 
 
@@ -168,7 +169,7 @@ def test_a_lower_rank_takes_the_first_rows() -> None:
 
 def test_a_rank_that_the_directions_have_not_is_refused() -> None:
     assert refusal(DirectionMismatch, directions((0, 1)), rank=3) == (
-        "rank 3 was asked for, the directions of layer 0 have 2 rows; extract them with a higher --rank"
+        "rank 3 is more than the 2 rows of the directions of layer 0; extract them with a higher --rank"
     )
 
 
@@ -215,7 +216,7 @@ def test_a_threshold_is_what_the_graph_compares_with() -> None:
     assert plan(found).sites[0].guard.threshold == float(np.float32(0.1)) != 0.1
 
 
-@pytest.mark.parametrize("mode", sorted(MODES_WITH_READOUT))
+@pytest.mark.parametrize("mode", modes_where(has_readout=True))
 def test_a_mode_with_a_readout_needs_a_target_and_a_threshold(mode: str) -> None:
     no_target, no_threshold = directions(parts={"target": None}), directions(parts={"threshold": None})
     assert refusal(DirectionMismatch, no_target, mode=mode) == (
@@ -256,7 +257,7 @@ def test_without_a_threshold_the_papers_zero_is_taken_and_said(mode: str) -> Non
     made = plan(uncalibrated((0, 1)), mode=mode)
     assert [site.guard.threshold for site in made.sites] == [0.0, 0.0]
     assert made.notes == (
-        f"mode {mode} as asked",
+        f"mode {mode} as requested",
         "layers 0, 1: those of the directions file",
         "tau = 0, as in the paper: the directions carry no threshold, and coordinates are not centred on 0",
     )
@@ -267,7 +268,7 @@ def test_supervise_without_an_origin_starts_at_zero() -> None:
     np.testing.assert_array_equal(made.sites[0].guard.origin, np.zeros(2, np.float32))
 
 
-@pytest.mark.parametrize("mode", sorted(MODES_WITH_SUPERVISOR))
+@pytest.mark.parametrize("mode", modes_where(supervisor=True))
 def test_a_supervisor_needs_one_rank_in_all_layers(mode: str) -> None:
     mixed = Directions(16, {0: layer_directions(3), 1: layer_directions(2)})
     assert refusal(GuardError, mixed, mode=mode, layers=(0, 1)) == (
@@ -326,7 +327,7 @@ def test_only_a_supervised_graph_gets_another_signature() -> None:
     for mode in MODES:
         made = plan(directions(), mode=mode)
         name = "vlmguard.prompt_supervisor" if mode == "align" else "vlmguard.supervisor"
-        expected = ((name,), ("vlmguard.coordinates",)) if mode in MODES_WITH_SUPERVISOR else ((), ())
+        expected = ((name,), ("vlmguard.coordinates",)) if guard_mode(mode).supervisor else ((), ())
         assert (made.added_inputs, made.added_outputs) == expected
 
 
@@ -334,7 +335,7 @@ def test_the_lowering_is_decided_with_its_reason() -> None:
     made = plan(directions(), mode="project", lowering="dense")
     assert (made.lowering, made.lowering_reason) == (
         "dense",
-        "as asked: the literal h @ (I - V^T V), one d x d MatMul per layer (to compare with; the others cost less)",
+        "as requested: the literal h @ (I - V^T V), one d x d MatMul per layer (to compare with; the others cost less)",
     )
     assert refusal(GuardError, directions(), mode="restore", lowering="dense") == (
         "lowering 'dense' cannot write mode 'restore'; choose lowrank or rank1"

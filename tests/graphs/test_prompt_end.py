@@ -153,7 +153,7 @@ def test_every_layer_has_the_constant_for_a_threshold_and_no_other_number() -> N
         ),
         (
             {"mode": "align", "telemetry": True},
-            "mode align has no score to show: it has no threshold; leave --telemetry out",
+            "mode align has no threshold, so there is no score to output; leave --telemetry out",
         ),
         (
             {"mode": "align", "gate": "prompt"},

@@ -37,13 +37,14 @@ from vlmguard.graphs.directions import Directions, LayerDirections
 from vlmguard.graphs.errors import GuardError, GuardIncomplete
 from vlmguard.graphs.graph_io import external_files, graph_bytes, load_graph, save_graph
 from vlmguard.graphs.layouts import open_package
+from vlmguard.graphs.modes import POSITIONS, guard_mode
 from vlmguard.graphs.package import ModelPackage
 from vlmguard.graphs.plan import SUPERVISOR_INPUT, GuardPlan
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.proof.structure import guard_dominates, prove_structure, same_graph
 from vlmguard.graphs.rewrite import rewrite
-from vlmguard.graphs.spec import MODES_WITH_GATE, MODES_WITH_READOUT, MODES_WITH_SUPERVISOR, POSITIONS, GuardSpec
+from vlmguard.graphs.spec import GuardSpec
 
 pytest.importorskip("onnxruntime")
 
@@ -163,14 +164,14 @@ def assert_proved(
     # tokens outside the positions, where there are such; forced gates, where there are gates; the text-only pass, likewise
     assert (
         len(checks)
-        == 6 + (row.positions == "last") + (row.mode != "project") + (row.mode in MODES_WITH_SUPERVISOR) + half
+        == 6 + (row.positions == "last") + (row.mode != "project") + (guard_mode(row.mode).supervisor) + half
     )
 
 
 def directions_for(row: Row, model: ZooModel) -> Directions:
     """Thresholds in the middle of what the layers' gates read here, so that some open and some do not."""
     layers = {number: layer_directions(2, model.width, number, threshold=0.0) for number in (MIDDLE, LAST)}
-    if row.mode in MODES_WITH_GATE - {"supervise"}:
+    if guard_mode(row.mode).has_threshold and not guard_mode(row.mode).toward_text:
         for number in layers:
             threshold = widest_gap(gate_scores(row, model, layers, number))
             layers[number] = layer_directions(2, model.width, number, threshold=threshold)
@@ -189,7 +190,7 @@ def gate_scores(row: Row, model: ZooModel, layers: dict[int, LayerDirections], n
     ):
         model.run_torch(feeds)
     layer = layers[number]
-    scores = states[number] @ (layer.readout if row.mode in MODES_WITH_READOUT else layer.ssd[0])
+    scores = states[number] @ (layer.readout if guard_mode(row.mode).has_readout else layer.ssd[0])
     return scores[edited_tokens(row, model, feeds)]
 
 
@@ -229,7 +230,7 @@ def hooked(model: ZooModel, layers: dict, row: Row, feeds: Feeds, supervisor: np
 
 def supervisor_for(row: Row, layers: int = 2) -> np.ndarray | None:
     """`[batch, layers, rank]`: every pair of open and closed gates, of the first so many layers."""
-    if row.mode not in MODES_WITH_SUPERVISOR:
+    if not guard_mode(row.mode).supervisor:
         return None
     coordinates = np.random.default_rng(0).normal(size=(4, 2, 2)).astype(np.float32)
     coordinates[:, :, 0] = [(1, -1), (-1, 1), (-1, -1), (1, 1)]
@@ -390,7 +391,7 @@ def test_the_guard_is_valid_in_every_operator_set(opset: int) -> None:
         onnx.checker.check_model(ir.to_proto(model), full_check=True)
         extra = (
             {supervisor_input(str(spec.mode)): np.ones((2, 1, 2), np.float32)}
-            if spec.mode in MODES_WITH_SUPERVISOR
+            if guard_mode(spec.mode).supervisor
             else {}
         )
         seen.append(run(model, feeds | extra)["hidden"])
@@ -433,7 +434,7 @@ def test_a_plan_for_another_graph_is_refused() -> None:
     plan = plan_guard(other, dissect(other), directions((0, 1)), GuardSpec())
     model = decoder(layers=3)
     assert unchanged_after(model, lambda: rewrite(model, plan), GuardIncomplete) == (
-        "layer 1: 'hidden' sums ['layer_2_attention_sum', 'layer_2_branch'], the plan says "
+        "layer 1: 'hidden' sums ['layer_2_attention_sum', 'layer_2_branch'], the plan has "
         "['layer_1_attention_sum', 'layer_1_branch']; was the plan made for this graph?"
     )
     model = decoder(layers=2, hidden=False)

@@ -1,4 +1,4 @@
-"""Dials: knobs, telemetry and held gates say what the numpy reference says, and are nothing where nobody turns them."""
+"""Knobs, telemetry and held gates equal the numpy reference, and change nothing at their defaults."""
 
 from __future__ import annotations
 
@@ -30,14 +30,22 @@ from hand_graphs import (
 
 from vlmguard.graphs import reference
 from vlmguard.graphs.anatomy import dissect
+from vlmguard.graphs.dtypes import NUMPY_DTYPES
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.graph_io import graph_bytes
-from vlmguard.graphs.node_builder import NUMPY_DTYPES
+from vlmguard.graphs.modes import MODES, POSITIONS, guard_mode, modes_where
 from vlmguard.graphs.plan import COORDINATES_OUTPUT
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.proof.structure import initializers_untouched, prove_structure, same_graph, signature_unchanged
-from vlmguard.graphs.reference import AS_CALIBRATED, LARGEST_STRENGTH, NO_SUPERVISOR, UNDECIDED, Dials, LayerGuard
+from vlmguard.graphs.reference import (
+    AS_CALIBRATED,
+    LARGEST_STRENGTH,
+    NO_SUPERVISOR,
+    UNDECIDED,
+    LayerGuard,
+    RuntimeControls,
+)
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.runtime_controls import (
     OFFSET_INPUT,
@@ -46,19 +54,12 @@ from vlmguard.graphs.runtime_controls import (
     SCORES_OUTPUT,
     STRENGTH_INPUT,
 )
-from vlmguard.graphs.spec import (
-    LARGEST_TAU,
-    MODES,
-    MODES_WITH_GATE,
-    MODES_WITH_SUPERVISOR,
-    POSITIONS,
-    GuardSpec,
-)
+from vlmguard.graphs.spec import LARGEST_TAU, GuardSpec
 from vlmguard.graphs.taps import tap_guard
 
 pytest.importorskip("onnxruntime")
 
-DIALLED = ("lowrank", "rank1")
+CONTROLLED = ("lowrank", "rank1")
 HELD = ("steer", "restore", "combined")  # supervise decides once per request already
 LAYERS = (0, 1)
 MASK = np.array([[0, 1, 1, 1, 1], [0, 0, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
@@ -67,7 +68,7 @@ BATCH, SEQUENCE = MASK.shape
 TOLERANCE = {"float32": 2e-6, "float16": 5e-3}
 
 every_mode = pytest.mark.parametrize("mode", MODES)
-every_lowering = pytest.mark.parametrize("lowering", DIALLED)
+every_lowering = pytest.mark.parametrize("lowering", CONTROLLED)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -77,7 +78,7 @@ def _place(mode: str, turn: int) -> str:
 
 def cases(modes: Iterable[str]) -> pytest.MarkDecorator:
     """Every mode, lowering and kind of sum, with positions and dtypes in turn, so that each meets each."""
-    numbered = product(enumerate(sorted(modes)), enumerate(DIALLED), enumerate(KINDS))
+    numbered = product(enumerate(sorted(modes)), enumerate(CONTROLLED), enumerate(KINDS))
     found = [
         (mode, lowering, _place(mode, m + at + k), kind, list(TOLERANCE)[(m // 2 + at + k) % 2])
         for (m, mode), (at, lowering), (k, kind) in numbered
@@ -90,7 +91,7 @@ def feeds(mode: str, dtype: str = "float32", rank: int = 2) -> dict[str, np.ndar
     random = np.random.default_rng(3)
     given = {"inputs_embeds": random.normal(size=(BATCH, SEQUENCE, WIDTH)).astype(NUMPY_DTYPES[dtype])}
     given["attention_mask"] = MASK
-    if mode in MODES_WITH_SUPERVISOR:
+    if guard_mode(mode).supervisor:
         coordinates = random.normal(size=(BATCH, len(LAYERS), rank)).astype(np.float32)
         coordinates[:, :, 0] = np.array([-0.9, 0.7, 1.5, -0.2])[:, None]
         given[supervisor_input(mode)] = coordinates
@@ -113,11 +114,11 @@ def unguarded(kind: Kind, dtype: str, given: dict[str, np.ndarray]) -> dict[str,
     return run(decoder(kind, 2, dtype), {name: given[name] for name in ("inputs_embeds", "attention_mask")})
 
 
-def dials_of(mode: str) -> dict[str, Any]:
-    """All dials that a mode has."""
+def controls_of(mode: str) -> dict[str, Any]:
+    """All runtime controls that a mode has."""
     return {
         "knobs": True,
-        "telemetry": mode in MODES_WITH_GATE,
+        "telemetry": guard_mode(mode).has_threshold,
         "gate": "prompt" if mode in HELD else "token",
     }
 
@@ -147,37 +148,42 @@ def test_strength_scales_the_edit_and_zero_or_less_is_the_identity(layer: LayerG
     whole = reference.guard(mode, layer, h, a) - h
     assert np.abs(whole).max() > 0.1
     for strength in (0.25, 1.0, LARGEST_STRENGTH):
-        found = reference.guard(mode, layer, h, a, dials=Dials(strength)) - h
+        found = reference.guard(mode, layer, h, a, runtime_controls=RuntimeControls(strength)) - h
         np.testing.assert_allclose(found, strength * whole, atol=1e-12)
     for strength in (0.0, -1.0, -np.inf):
-        np.testing.assert_array_equal(reference.guard(mode, layer, h, a, dials=Dials(strength)), h)
+        np.testing.assert_array_equal(reference.guard(mode, layer, h, a, runtime_controls=RuntimeControls(strength)), h)
     np.testing.assert_array_equal(
-        reference.guard(mode, layer, h, a, dials=Dials(9.0)),
-        reference.guard(mode, layer, h, a, dials=Dials(LARGEST_STRENGTH)),
+        reference.guard(mode, layer, h, a, runtime_controls=RuntimeControls(9.0)),
+        reference.guard(mode, layer, h, a, runtime_controls=RuntimeControls(LARGEST_STRENGTH)),
     )
 
 
-@pytest.mark.parametrize("mode", sorted(MODES_WITH_GATE))
+@pytest.mark.parametrize("mode", modes_where(has_threshold=True))
 def test_an_offset_moves_the_threshold(layer: LayerGuard, mode: str) -> None:
     h, a = states()
     moved = reference.guard(mode, replace(layer, threshold=0.625), h, a)
-    np.testing.assert_array_equal(reference.guard(mode, layer, h, a, dials=Dials(threshold_offset=0.5)), moved)
+    np.testing.assert_array_equal(
+        reference.guard(mode, layer, h, a, runtime_controls=RuntimeControls(threshold_offset=0.5)), moved
+    )
     assert (moved != reference.guard(mode, layer, h, a)).any()
-    opened = [reference.gate(mode, layer, h, a, Dials(threshold_offset=x)).sum() for x in (-1e9, -0.5, 0.0, 0.5, 1e9)]
+    opened = [
+        reference.gate(mode, layer, h, a, RuntimeControls(threshold_offset=x)).sum()
+        for x in (-1e9, -0.5, 0.0, 0.5, 1e9)
+    ]
     assert opened == sorted(opened, reverse=True) and opened[0] > 0 == opened[-1]
 
 
-@pytest.mark.parametrize("mode", sorted(MODES_WITH_SUPERVISOR))
+@pytest.mark.parametrize("mode", modes_where(supervisor=True))
 @pytest.mark.parametrize("threshold", [-LARGEST_TAU, 0.125, LARGEST_TAU])
 def test_no_offset_opens_a_gate_to_a_pass_that_listens(layer: LayerGuard, mode: str, threshold: float) -> None:
     """In `combined` whatever the readout says, and however far the text was moved to its scale."""
     h, a = states()
     listening = np.full((BATCH, 1, 2), NO_SUPERVISOR)
-    dials = Dials(threshold_offset=-np.inf)
+    runtime_controls = RuntimeControls(threshold_offset=-np.inf)
     for shift in (-2 * LARGEST_TAU, 0.0, 2 * LARGEST_TAU):
         deaf = replace(layer, threshold=threshold, text_shift=shift)
-        np.testing.assert_array_equal(reference.guard(mode, deaf, h, listening, dials=dials), h)
-        assert (reference.guard(mode, deaf, h, a, dials=dials) != h).any()
+        np.testing.assert_array_equal(reference.guard(mode, deaf, h, listening, runtime_controls=runtime_controls), h)
+        assert (reference.guard(mode, deaf, h, a, runtime_controls=runtime_controls) != h).any()
 
 
 def test_combined_is_restore_where_the_text_is_below_and_opens_all_where_it_is_above(layer: LayerGuard) -> None:
@@ -198,34 +204,36 @@ def test_a_held_gate_is_what_was_decided_and_an_undecided_one_decides(layer: Lay
     now = reference.gate(mode, layer, h, a)
     assert 0 < now.mean() < 1
     for held, expected in ((1.0, np.ones_like(now)), (0.0, np.zeros_like(now)), (UNDECIDED, now), (np.nan, now)):
-        dials = Dials(held=np.full((BATCH, 1, 1), held))
-        np.testing.assert_array_equal(reference.gate(mode, layer, h, a, dials), expected)
-    np.testing.assert_array_equal(reference.guard(mode, layer, h, a, dials=Dials(held=np.zeros((BATCH, 1, 1)))), h)
+        runtime_controls = RuntimeControls(held=np.full((BATCH, 1, 1), held))
+        np.testing.assert_array_equal(reference.gate(mode, layer, h, a, runtime_controls), expected)
+    np.testing.assert_array_equal(
+        reference.guard(mode, layer, h, a, runtime_controls=RuntimeControls(held=np.zeros((BATCH, 1, 1)))), h
+    )
 
 
-# ------------------------------------------------------------------------------------------- dials that nobody turns
+# ------------------------------------------------------------------------------------------- runtime controls at their defaults
 
 
 @cases(MODES)
-def test_untouched_dials_are_the_plain_guard_bit_for_bit(
+def test_untouched_controls_are_the_plain_guard_bit_for_bit(
     mode: str, lowering: str, positions: str, kind: Kind, dtype: str
 ) -> None:
     given = feeds(mode, dtype)
     wish = {"lowering": lowering, "positions": positions}
     plain = run(guarded(mode, kind, dtype, **wish).model, given)
-    dialled = guarded(mode, kind, dtype, **wish, **dials_of(mode))
+    controlled = guarded(mode, kind, dtype, **wish, **controls_of(mode))
     extra = undecided() if mode in HELD else {}
-    for turned in ({}, knobs(1.0), knobs(1.0, 0.0) if mode in MODES_WITH_GATE else knobs(1.0)):
-        found = run(dialled.model, given | extra | turned)
+    for turned in ({}, knobs(1.0), knobs(1.0, 0.0) if guard_mode(mode).has_threshold else knobs(1.0)):
+        found = run(controlled.model, given | extra | turned)
         for name, array in plain.items():
             assert found[name].tobytes() == array.tobytes(), name
     assert (plain["hidden"] != unguarded(kind, dtype, given)["hidden"]).any()
 
 
 @every_mode
-def test_without_dials_the_contract_of_the_graph_is_what_it_was(mode: str) -> None:
+def test_without_runtime_controls_the_inputs_and_outputs_are_unchanged(mode: str) -> None:
     plain = guarded(mode)
-    supervised = mode in MODES_WITH_SUPERVISOR
+    supervised = guard_mode(mode).supervisor
     names = [value.name for value in plain.model.graph.inputs], [value.name for value in plain.model.graph.outputs]
     assert names == (
         ["inputs_embeds", "attention_mask", *([supervisor_input(mode)] if supervised else [])],
@@ -246,7 +254,7 @@ def test_strength_zero_is_the_source_bit_for_bit(
     given = feeds(mode, dtype)
     expected = unguarded(kind, dtype, given)
     model = guarded(mode, kind, dtype, lowering=lowering, positions=positions, knobs=True).model
-    lowered = knobs(offset=-1e9) if mode in MODES_WITH_GATE else {}
+    lowered = knobs(offset=-1e9) if guard_mode(mode).has_threshold else {}
     for strength in (0.0, -1.0):
         found = run(model, given | knobs(strength) | lowered)
         for name in ("logits", "hidden"):
@@ -273,7 +281,7 @@ def test_turned_knobs_equal_the_reference(mode: str, lowering: str, positions: s
     source, found = decoder(kind, 1, dtype), directions(rank=3, parts=parts, alpha=3.0 if mode == "steer" else None)
     given = {**feeds("project", dtype)}
     raw = run(source, given)["hidden"].astype(np.float64)
-    supervisor = feeds(mode, rank=3)[supervisor_input(mode)][:, :1] if mode in MODES_WITH_SUPERVISOR else None
+    supervisor = feeds(mode, rank=3)[supervisor_input(mode)][:, :1] if guard_mode(mode).supervisor else None
     extra = {} if supervisor is None else {supervisor_input(mode): supervisor}
     spec = GuardSpec(mode=mode, lowering=lowering, positions=positions, knobs=True)  # type: ignore[arg-type]
     made = guard_model(decoder(kind, 1, dtype), found, spec)
@@ -281,14 +289,14 @@ def test_turned_knobs_equal_the_reference(mode: str, lowering: str, positions: s
     selected = None if positions == "all" else reference.last_token(MASK)
     seen = set()
     for turned in TURNED:
-        offset = turned.offset if mode in MODES_WITH_GATE else None
+        offset = turned.offset if guard_mode(mode).has_threshold else None
         outputs = run(made.model, given | extra | knobs(turned.strength, offset))
-        dials = Dials(turned.strength, turned.offset)
-        expected = reference.guard(mode, layer, raw, supervisor, selected, dials)
+        runtime_controls = RuntimeControls(turned.strength, turned.offset)
+        expected = reference.guard(mode, layer, raw, supervisor, selected, runtime_controls)
         assert np.abs(outputs["hidden"] - expected).max() < TOLERANCE[dtype] * np.abs(expected).max()
         seen.add(outputs["hidden"].tobytes())
     assert len(seen) == len(TURNED) - (
-        mode not in MODES_WITH_GATE
+        not guard_mode(mode).has_threshold
     )  # 7 is 2, but with every gate open, where there are gates
 
 
@@ -320,21 +328,21 @@ def at_the_end(array: np.ndarray) -> np.ndarray:
     return array[reference.last_token(MASK)[..., 0] == 1]
 
 
-@cases(MODES_WITH_GATE)
+@cases(modes_where(has_threshold=True))
 def test_scores_told_equal_the_reference(mode: str, lowering: str, positions: str, kind: Kind, dtype: str) -> None:
     made = guarded(mode, kind, dtype, lowering=lowering, positions=positions, telemetry=True)
     given = feeds(mode, dtype)
     told = run(made.model, given)[SCORES_OUTPUT]
     assert (told.dtype, told.shape) == (np.float32, (BATCH, len(LAYERS)))
     for row, raw in enumerate(raw_states(made, given)):
-        a = given[supervisor_input(mode)][:, row] if mode in MODES_WITH_SUPERVISOR else None
+        a = given[supervisor_input(mode)][:, row] if guard_mode(mode).supervisor else None
         expected = reference.score(mode, made.plan.guards[row], at_the_end(raw), a)[:, 0]
         np.testing.assert_allclose(told[:, row], expected, atol=4 * TOLERANCE[dtype] * np.abs(raw).max())
     assert 0 < (told > 0.125).mean() < 1
 
 
 def test_telemetry_changes_no_other_output() -> None:
-    for mode in sorted(MODES_WITH_GATE):
+    for mode in modes_where(has_threshold=True):
         given = feeds(mode)
         plain, told = (run(guarded(mode, telemetry=asked).model, given) for asked in (False, True))
         assert told.keys() - plain.keys() == {SCORES_OUTPUT}
@@ -358,12 +366,12 @@ def test_held_gates_equal_the_reference(mode: str, lowering: str, positions: str
     selected = reference.last_token(MASK) if positions == "last" else None
     for row, raw in enumerate(states):
         layer, held = made.plan.guards[row], PAST[:, row : row + 1].astype(np.float64)
-        a = given[supervisor_input(mode)][:, row] if mode in MODES_WITH_SUPERVISOR else None
-        wanted = reference.gate(mode, layer, at_the_end(raw), a, Dials(held=held))
+        a = given[supervisor_input(mode)][:, row] if guard_mode(mode).supervisor else None
+        wanted = reference.gate(mode, layer, at_the_end(raw), a, RuntimeControls(held=held))
         np.testing.assert_array_equal(present[:, row : row + 1], wanted)
         np.testing.assert_array_equal(wanted[held >= 0], held[held >= 0] > 0)
     expected = reference.guard(
-        mode, layer, states[-1], None if a is None else a[:, None], selected, Dials(held=held[:, None])
+        mode, layer, states[-1], None if a is None else a[:, None], selected, RuntimeControls(held=held[:, None])
     )
     assert np.abs(outputs["hidden"] - expected).max() < TOLERANCE[dtype] * np.abs(expected).max()
     np.testing.assert_array_equal(expected[0], states[-1][0])  # held closed at the last layer
@@ -384,7 +392,7 @@ def test_a_gate_held_closed_is_the_source_bit_for_bit_whatever_the_scores(mode: 
 
 def test_offset_and_held_gate_work_together() -> None:
     """The offset moves what is decided now, and nothing that was decided."""
-    model = guarded("restore", **dials_of("restore")).model
+    model = guarded("restore", **controls_of("restore")).model
     given = feeds("restore")
     for offset, fresh in ((-1e9, 1.0), (1e9, 0.0)):
         for held, expected in ((UNDECIDED, fresh), (0.0, 0.0), (1.0, 1.0)):
@@ -398,11 +406,13 @@ def test_offset_and_held_gate_work_together() -> None:
 
 @every_kind
 @every_mode
-def test_both_branches_of_a_merged_decoder_are_dialled(mode: str, kind: Kind) -> None:
-    found, wish = directions(LAYERS), {"mode": mode, **dials_of(mode)}
+def test_both_branches_of_a_merged_decoder_have_the_controls(mode: str, kind: Kind) -> None:
+    found, wish = directions(LAYERS), {"mode": mode, **controls_of(mode)}
     together = guard_model(merged(kind, 2), found, GuardSpec(**wish)).model
     alone = guard_model(decoder(kind, 2), found, GuardSpec(**wish)).model
-    extra = knobs(0.5, -0.25 if mode in MODES_WITH_GATE else None) | ({PAST_GATE_INPUT: PAST} if mode in HELD else {})
+    extra = knobs(0.5, -0.25 if guard_mode(mode).has_threshold else None) | (
+        {PAST_GATE_INPUT: PAST} if mode in HELD else {}
+    )
     expected = run(alone, feeds(mode) | extra)
     for branch in (True, False):
         said = run(together, feeds(mode) | extra | {"use_cache_branch": np.array([branch])})
@@ -413,14 +423,14 @@ def test_both_branches_of_a_merged_decoder_are_dialled(mode: str, kind: Kind) ->
 
 def added_operators(wish: dict[str, Any]) -> Counter[str]:
     """What a wish writes more than the plain guard."""
-    plain, dialled = guarded("restore"), guarded("restore", **wish)
-    operators = [Counter(node.op_type for node in made.model.graph) for made in (plain, dialled)]
+    plain, controlled = guarded("restore"), guarded("restore", **wish)
+    operators = [Counter(node.op_type for node in made.model.graph) for made in (plain, controlled)]
     assert not operators[0] - operators[1]
-    assert dialled.report.node_count - plain.report.node_count == (operators[1] - operators[0]).total()
+    assert controlled.report.node_count - plain.report.node_count == (operators[1] - operators[0]).total()
     return operators[1] - operators[0]
 
 
-def test_dials_cost_exactly_these_nodes() -> None:
+def test_runtime_controls_cost_exactly_these_nodes() -> None:
     """On two layers, positions last, float32: the strength goes in with the selection, at no node per layer."""
     pairs = {"Gather": 1, "Range": 1, "Unsqueeze": 1, "Concat": 1}  # where the last tokens are
     assert added_operators({"knobs": True}) == {"Clip": 2, "Mul": 1, "Add": 2}
@@ -432,9 +442,9 @@ def test_dials_cost_exactly_these_nodes() -> None:
 
 @every_kind
 @every_mode
-def test_a_dialled_graph_is_proved_and_stripped_to_the_source(mode: str, kind: Kind) -> None:
-    for model, lowering in zip((decoder, merged), DIALLED, strict=True):
-        found, spec = directions(LAYERS), GuardSpec(mode=mode, lowering=lowering, **dials_of(mode))  # type: ignore[arg-type]
+def test_a_graph_with_runtime_controls_is_proved_and_stripped_to_the_source(mode: str, kind: Kind) -> None:
+    for model, lowering in zip((decoder, merged), CONTROLLED, strict=True):
+        found, spec = directions(LAYERS), GuardSpec(mode=mode, lowering=lowering, **controls_of(mode))  # type: ignore[arg-type]
         made = guard_model(model(kind, 2), found, spec)
         checks = prove_structure(model(kind, 2), made.model, made.anatomy, made.plan, made.report)
         assert [check.note for check in checks if not check.ok] == []
@@ -507,7 +517,7 @@ def refusal(model: ir.Model | None = None, **wish: Any) -> str:
 
 
 NO_SCORE = "mode project has no gate, so there is no score to output; leave --telemetry out"
-NO_GATE = "mode project has no gate to hold; leave --gate out, or choose restore, combined or steer"
+NO_GATE = "mode project has no gate to hold; leave --gate out, or choose steer, restore or combined"
 
 
 def test_a_mode_without_a_gate_has_nothing_to_tell_or_to_hold() -> None:
@@ -551,7 +561,7 @@ def test_an_unknown_gate_is_refused() -> None:
 
 
 def test_the_plan_says_who_can_switch_the_guard_off() -> None:
-    plan = guarded("restore", **dials_of("restore")).plan
+    plan = guarded("restore", **controls_of("restore")).plan
     assert plan.notes[-2:] == (
         "knobs vlmguard.strength, vlmguard.threshold_offset: inputs with defaults; callers can switch the "
         "guard off with them, so for untrusted callers leave --knobs out",
@@ -562,11 +572,11 @@ def test_the_plan_says_who_can_switch_the_guard_off() -> None:
     assert (told["gate"], told["knobs"], told["telemetry"]) == ("prompt", [STRENGTH_INPUT, OFFSET_INPUT], True)
     assert told["added_inputs"] == [PAST_GATE_INPUT, STRENGTH_INPUT, OFFSET_INPUT]
     assert told["added_outputs"] == [SCORES_OUTPUT, PRESENT_GATE_OUTPUT]
-    assert Dials() == AS_CALIBRATED
+    assert RuntimeControls() == AS_CALIBRATED
 
 
-def test_the_plan_of_all_dials_is_pinned(golden: Callable[[str, Any], None]) -> None:
-    golden("plan_hand_dials.json", guarded("restore", **dials_of("restore")).plan.to_json())
+def test_the_plan_of_all_runtime_controls_is_pinned(golden: Callable[[str, Any], None]) -> None:
+    golden("plan_hand_runtime_controls.json", guarded("restore", **controls_of("restore")).plan.to_json())
 
 
 # ------------------------------------------------------------------------------------------------------------ other runtimes
@@ -594,7 +604,7 @@ def test_onnxs_own_evaluator_takes_the_defaults() -> None:
         np.testing.assert_allclose(found, run(model, given | turned)["hidden"], atol=1e-5)
 
 
-def test_rewriting_twice_is_refused_with_dials_too() -> None:
+def test_rewriting_twice_is_refused_with_runtime_controls_too() -> None:
     made = guarded("restore", knobs=True)
     with pytest.raises(GuardError, match="already carries a guard"):
         rewrite(made.model, made.plan)

@@ -11,17 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmguard.graphs.errors import GuardError
+from vlmguard.graphs.modes import MODES, modes_where
 from vlmguard.graphs.reference import NO_SUPERVISOR
-from vlmguard.graphs.spec import (
-    LARGEST_TAU,
-    MODES,
-    MODES_WITH_ALPHA,
-    MODES_WITH_GATE,
-    MODES_WITH_READOUT,
-    MODES_WITH_SUPERVISOR,
-    GuardSpec,
-    parse_layers,
-)
+from vlmguard.graphs.spec import LARGEST_TAU, GuardSpec, parse_layers
 
 # ------------------------------------------------------------------------------------------------------------------ layers
 
@@ -112,10 +104,10 @@ def test_without_a_word_everything_is_left_to_the_directions() -> None:
 
 def test_the_modes_with_a_strength_and_with_a_gate() -> None:
     assert MODES == ("project", "steer", "supervise", "restore", "combined", "align")
-    assert {"steer", "supervise"} == MODES_WITH_ALPHA
-    assert set(MODES) - MODES_WITH_GATE == {"project", "align"}
-    assert {"restore", "combined"} == MODES_WITH_READOUT
-    assert {"supervise", "combined", "align"} == MODES_WITH_SUPERVISOR
+    assert modes_where(has_alpha=True) == ("steer", "supervise")
+    assert modes_where(has_threshold=False) == ("project", "align")
+    assert modes_where(has_readout=True) == ("restore", "combined")
+    assert modes_where(supervisor=True) == ("supervise", "combined", "align")
 
 
 def test_what_is_wanted_does_not_change_later() -> None:

@@ -14,6 +14,7 @@ from hand_graphs import KINDS, Kind, copy_of, decoder, directions, guard_model, 
 
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.graph_io import load_graph
+from vlmguard.graphs.modes import MODES, POSITIONS
 from vlmguard.graphs.node_builder import NodeBuilder
 from vlmguard.graphs.plan import GuardPlan
 from vlmguard.graphs.proof.structure import (
@@ -27,7 +28,7 @@ from vlmguard.graphs.proof.structure import (
     sites_guarded_once,
 )
 from vlmguard.graphs.rewrite import GuardReport
-from vlmguard.graphs.spec import MODES, POSITIONS, GuardSpec
+from vlmguard.graphs.spec import GuardSpec
 
 SIGNATURE = "inputs and outputs unchanged"
 ONCE = "every planned site guarded exactly once"
@@ -322,8 +323,8 @@ def test_an_output_that_is_not_the_sources_is_noticed() -> None:
 
 def test_an_input_too_many_is_noticed() -> None:
     tampered = case()
-    tampered.graph.inputs.append(ir.Value(name="dial", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1])))
-    assert tampered.failures() == {SIGNATURE: "added inputs are ('dial',), planned ()"}
+    tampered.graph.inputs.append(ir.Value(name="extra", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1])))
+    assert tampered.failures() == {SIGNATURE: "added inputs are ('extra',), planned ()"}
 
 
 def test_planned_inputs_and_outputs_must_be_there() -> None:

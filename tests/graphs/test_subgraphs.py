@@ -27,13 +27,14 @@ from hand_graphs import (
 from vlmguard.graphs.anatomy import dissect, guarded_layers
 from vlmguard.graphs.errors import AnatomyNotFound, GuardError, GuardIncomplete
 from vlmguard.graphs.graph_io import graph_bytes
+from vlmguard.graphs.modes import guard_mode, modes_where
 from vlmguard.graphs.plan import COORDINATES_OUTPUT
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.proof.structure import guard_dominates, prove_structure, same_graph, sites_guarded_once
 from vlmguard.graphs.reference import NO_SUPERVISOR
 from vlmguard.graphs.rewrite import rewrite
-from vlmguard.graphs.spec import MODES_WITH_GATE, MODES_WITH_SUPERVISOR, GuardSpec
+from vlmguard.graphs.spec import GuardSpec
 from vlmguard.graphs.subgraphs import DecoderSubgraph, branches, branching, find_bodies, surface, unsurface
 from vlmguard.graphs.taps import STATES_OUTPUT, tap_guard, tap_last_token
 
@@ -188,11 +189,11 @@ def test_each_branch_says_what_the_decoder_alone_says(kind: Kind) -> None:
         together, alone = guard_model(merged(kind, 3), found, spec), guard_model(decoder(kind, 3), found, spec)
         extra = (
             {supervisor_input(str(spec.mode)): np.ones((2, 2, 2), np.float32)}
-            if spec.mode in MODES_WITH_SUPERVISOR
+            if guard_mode(spec.mode).supervisor
             else {}
         )
         expected = run(alone.model, feeds | extra)
-        assert (COORDINATES_OUTPUT in expected) == (spec.mode in MODES_WITH_SUPERVISOR)
+        assert (COORDINATES_OUTPUT in expected) == (guard_mode(spec.mode).supervisor)
         assert not np.array_equal(expected["hidden"], run(decoder(kind, 3), feeds)["hidden"])
         for said in both(together.model, feeds | extra).values():
             assert said.keys() == expected.keys()
@@ -218,7 +219,7 @@ def test_the_branches_share_one_set_of_numbers() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", sorted(MODES_WITH_GATE))
+@pytest.mark.parametrize("mode", modes_where(has_threshold=True))
 def test_a_closed_gate_is_exact_in_both_branches(kind: Kind, mode: str, dtype: str) -> None:
     source = merged(kind, 2, dtype=dtype)
     feeds = inputs(source, np.dtype(dtype).type)
@@ -229,7 +230,7 @@ def test_a_closed_gate_is_exact_in_both_branches(kind: Kind, mode: str, dtype: s
         GuardSpec(mode=mode),  # type: ignore[arg-type]
     )
     extra = (
-        {supervisor_input(mode): np.full((2, 2, 2), NO_SUPERVISOR, np.float32)} if mode in MODES_WITH_SUPERVISOR else {}
+        {supervisor_input(mode): np.full((2, 2, 2), NO_SUPERVISOR, np.float32)} if guard_mode(mode).supervisor else {}
     )
     expected, found = both(source, feeds), both(closed.model, feeds | extra)
     for name in BOTH:

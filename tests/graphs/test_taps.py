@@ -19,10 +19,11 @@ from hand_graphs import (
 
 from vlmguard.graphs import reference
 from vlmguard.graphs.anatomy import dissect
+from vlmguard.graphs.dtypes import NUMPY_DTYPES
 from vlmguard.graphs.errors import AnatomyNotFound
-from vlmguard.graphs.node_builder import NUMPY_DTYPES
+from vlmguard.graphs.modes import POSITIONS
 from vlmguard.graphs.proof.structure import prove_structure
-from vlmguard.graphs.spec import POSITIONS, GuardSpec
+from vlmguard.graphs.spec import GuardSpec
 from vlmguard.graphs.taps import RAW_OUTPUT, STATES_OUTPUT, tap_guard, tap_guard_last_token, tap_last_token
 
 pytest.importorskip("onnxruntime")

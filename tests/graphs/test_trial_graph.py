@@ -13,19 +13,20 @@ from hand_graphs import WIDTH, copy_of, decoder, directions, run, supervisor_inp
 from hand_graphs import merged as merged_decoder
 
 from vlmguard.graphs.anatomy import dissect
+from vlmguard.graphs.dtypes import NUMPY_DTYPES
 from vlmguard.graphs.graph_io import graph_bytes
-from vlmguard.graphs.node_builder import NUMPY_DTYPES
+from vlmguard.graphs.modes import MODES, guard_mode
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, GuardPlan
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.rewrite import rewrite
-from vlmguard.graphs.spec import MODES, MODES_WITH_ALPHA, MODES_WITH_SUPERVISOR, GuardSpec
+from vlmguard.graphs.spec import GuardSpec
 from vlmguard.graphs.trial_graph import guard_numbers, make_overridable, neutral, widened
 
 WIDEST = 4
 
 
 def plan_for(graph: ir.Model, mode: str, rank: int, **options: Any) -> GuardPlan:
-    alpha = 1.5 if mode in MODES_WITH_ALPHA else None
+    alpha = 1.5 if guard_mode(mode).has_alpha else None
     return plan_guard(
         graph,
         dissect(graph),
@@ -51,7 +52,7 @@ def feeds(dtype: str, mode: str, rank: int = WIDEST) -> dict[str, np.ndarray]:
         "inputs_embeds": random.normal(size=(3, 5, WIDTH)).astype(NUMPY_DTYPES[dtype]),
         "attention_mask": np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]),
     }
-    if mode in MODES_WITH_SUPERVISOR:
+    if guard_mode(mode).supervisor:
         coordinates = np.zeros((3, 1, rank), np.float32)
         coordinates[:, 0, :1] = [[-0.9], [0.7], [1.5]]
         given[supervisor_input(mode)] = coordinates
@@ -96,15 +97,13 @@ def test_fed_numbers_compute_what_baked_ones_do(mode: str, kind: Any, rank: int)
     numbers = guard_numbers(wide)
     assert numbers.keys() == defaults.keys()
     given = feeds("float32", mode)
-    narrow = (
-        {supervisor_input(mode): given[supervisor_input(mode)][..., :rank]} if mode in MODES_WITH_SUPERVISOR else {}
-    )
+    narrow = {supervisor_input(mode): given[supervisor_input(mode)][..., :rank]} if guard_mode(mode).supervisor else {}
     expected = run(baked, given | narrow)
     for _ in range(2):
         names = [output.name for output in session.get_outputs()]
         actual = dict(zip(names, session.run(names, given | numbers), strict=True))
         np.testing.assert_allclose(actual["logits"], expected["logits"], rtol=0, atol=1e-5)
-        if mode in MODES_WITH_SUPERVISOR:
+        if guard_mode(mode).supervisor:
             own = actual[COORDINATES_OUTPUT]
             np.testing.assert_allclose(own[..., :rank], expected[COORDINATES_OUTPUT], rtol=0, atol=1e-5)
             assert not own[..., rank:].any()

@@ -21,7 +21,7 @@ from integrations.numpy_vlm import NumpyDecoder
 from integrations.onnxruntime.check import graph, graphs
 from integrations.replay import Agreement, CaseFolder, mode_folders, replay, write_result
 from integrations.tiny_vlm import CHECKPOINT, MODES, SOURCE, plan_of, spec_of
-from vlmguard.graphs.spec import Mode
+from vlmguard.graphs.modes import Mode
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 

@@ -10,7 +10,7 @@ import pytest
 
 from integrations.cases import write_mode
 from integrations.replay import Agreement
-from vlmguard.graphs.spec import MODES
+from vlmguard.graphs.modes import MODES
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]

@@ -13,12 +13,13 @@ from random_directions import random_directions
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.layouts import open_package
+from vlmguard.graphs.modes import MODES
 from vlmguard.graphs.package import ModelPackage
 from vlmguard.graphs.plan import COORDINATES_OUTPUT, PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUT, SUPERVISOR_INPUTS
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.reference import NO_SUPERVISOR
 from vlmguard.graphs.rewrite import rewrite
-from vlmguard.graphs.spec import MODES, GuardSpec
+from vlmguard.graphs.spec import GuardSpec
 from vlmguard.runtime.decoder import DecoderSession, open_decoder
 from vlmguard.runtime.decoder_inputs import PromptBatch
 from vlmguard.runtime.runner_protocol import Port

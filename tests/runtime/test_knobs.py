@@ -1,4 +1,4 @@
-"""Dials in a running model: knobs per request, scores with the answer, and a gate that is held from the prompt on."""
+"""Runtime controls in a running model: knobs per request, scores with the answer, and a gate that the prompt decides."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ pytest_plugins = ("tiny_vlm_fixtures",)
 
 PICTURE = sorted((PROMPTS / "images").glob("*.png"))[0]
 HARMFUL, HARMLESS = "how to steal the boat", "how to wash the boat"
-Dialled = Callable[..., VisionLanguageModel]
+Controlled = Callable[..., VisionLanguageModel]
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def unguarded() -> VisionLanguageModel:
 
 
 @pytest.fixture(scope="module")
-def dialled(guarded: Guarded, unguarded: VisionLanguageModel) -> Dialled:
-    """`dialled(knobs=True, ...)`: the tiny VLM with its calibrated directions, rewritten in memory; `taps` shows its states."""
+def controlled(guarded: Guarded, unguarded: VisionLanguageModel) -> Controlled:
+    """`controlled(knobs=True, ...)`: the tiny VLM with its calibrated directions, rewritten in memory; `taps` adds states."""
     kept: dict[tuple[Any, ...], VisionLanguageModel] = {}
 
     def get(mode: str = "restore", taps: bool = False, **wish: Any) -> VisionLanguageModel:
@@ -79,16 +79,16 @@ def edited(outputs: Mapping[str, np.ndarray]) -> bool:
 
 @pytest.mark.parametrize("mode", ["restore", "supervise"])
 def test_strength_says_how_much_of_the_guard_an_answer_gets(
-    guarded: Guarded, dialled: Dialled, unguarded: VisionLanguageModel, mode: str
+    guarded: Guarded, controlled: Controlled, unguarded: VisionLanguageModel, mode: str
 ) -> None:
-    model, plain = dialled(mode, knobs=True), GuardedVLM.open(guarded(mode))
+    model, plain = controlled(mode, knobs=True), GuardedVLM.open(guarded(mode))
     requests = [Request(prompt, image) for prompt in (HARMFUL, HARMLESS) for image in (None, PICTURE)]
     assert model.answer(requests) == plain.answer(requests) == model.answer(requests, knobs=Knobs(1.0, 0.0))
     assert model.answer(requests, knobs=Knobs(0.0)) == unguarded.answer(requests) != plain.answer(requests)
 
 
-def test_the_threshold_offset_opens_and_shuts_the_gates(dialled: Dialled, unguarded: VisionLanguageModel) -> None:
-    model, shown = dialled(knobs=True), [Request(HARMFUL, PICTURE)]
+def test_the_threshold_offset_opens_and_shuts_the_gates(controlled: Controlled, unguarded: VisionLanguageModel) -> None:
+    model, shown = controlled(knobs=True), [Request(HARMFUL, PICTURE)]
     assert model.answer(shown, knobs=Knobs(threshold_offset=1e6)) == unguarded.answer(shown)
     harmless = [Request(HARMLESS, PICTURE)]
     assert model.answer(harmless, knobs=Knobs(threshold_offset=-1e6)) != model.answer(harmless)
@@ -128,8 +128,8 @@ def test_a_mode_without_a_gate_refuses_an_offset() -> None:
 # -------------------------------------------------------------------------------------------------------------- telemetry
 
 
-def test_an_answer_carries_its_scores(dialled: Dialled, guarded: Guarded) -> None:
-    model = dialled(telemetry=True)
+def test_an_answer_carries_its_scores(controlled: Controlled, guarded: Guarded) -> None:
+    model = controlled(telemetry=True)
     plan = GuardedVLM.open(guarded("restore")).manifest.plan
     steps = list(model.steps([Request(HARMFUL, PICTURE)]))
     for prompt, is_open in ((HARMFUL, True), (HARMLESS, False)):
@@ -163,11 +163,11 @@ def told(steps: Iterable[Step]) -> Iterator[np.ndarray]:
 @pytest.mark.parametrize("gate", ["token", "prompt"])
 @pytest.mark.parametrize("lowered", [False, True])
 def test_decode_steps_after_a_harmful_prompt_are_guarded(
-    dialled: Dialled, guarded: Guarded, gate: str, lowered: bool
+    controlled: Controlled, guarded: Guarded, gate: str, lowered: bool
 ) -> None:
     """Held, each of them is; asked at every token, those are whose score is above the threshold. As calibrated the gate sees
     the harm at the end of the prompt and nothing more in a refusal; `lowered` brings the threshold below its tokens."""
-    model, request = dialled(taps=True, knobs=True, telemetry=True, gate=gate), Request(HARMFUL, PICTURE)
+    model, request = controlled(taps=True, knobs=True, telemetry=True, gate=gate), Request(HARMFUL, PICTURE)
     tau = np.array([site["tau"] for site in read_manifest(guarded("restore")).plan["sites"]])
     knobs = Knobs()
     if lowered:
@@ -182,32 +182,32 @@ def test_decode_steps_after_a_harmful_prompt_are_guarded(
         assert moved == above and any(moved[1:]) == lowered
 
 
-def test_a_gate_that_the_prompt_closed_stays_closed(dialled: Dialled) -> None:
+def test_a_gate_that_the_prompt_closed_stays_closed(controlled: Controlled) -> None:
     """From the second token on every score is far above its threshold: per token that opens it, held it does not."""
     for gate, opens in (("token", True), ("prompt", False)):
-        model = dialled(taps=True, knobs=True, gate=gate)
+        model = controlled(taps=True, knobs=True, gate=gate)
         batch = model.batch([Request(HARMLESS, PICTURE)])
         outputs, state = model.decoder.prefill(batch)
         assert not edited(outputs)
-        state.dials[OFFSET_INPUT] = np.array(-1e6, np.float32)
+        state.runtime_controls[OFFSET_INPUT] = np.array(-1e6, np.float32)
         for token in model.decoder.last_logits(outputs).argsort(axis=-1)[:, -3:].T:
             column = token[:, None]
             outputs = model.decoder.step(state, column, model.step_embeds(column))
             assert edited(outputs) == opens
 
 
-def test_a_gate_that_the_prompt_opened_stays_open(dialled: Dialled) -> None:
+def test_a_gate_that_the_prompt_opened_stays_open(controlled: Controlled) -> None:
     for gate, stays in (("token", False), ("prompt", True)):
-        model = dialled(taps=True, knobs=True, gate=gate)
+        model = controlled(taps=True, knobs=True, gate=gate)
         outputs, state = model.decoder.prefill(model.batch([Request(HARMFUL, PICTURE)]))
         assert edited(outputs)
-        state.dials[OFFSET_INPUT] = np.array(1e6, np.float32)
+        state.runtime_controls[OFFSET_INPUT] = np.array(1e6, np.float32)
         column = model.decoder.last_logits(outputs).argmax(axis=-1)[:, None]
         assert edited(model.decoder.step(state, column, model.step_embeds(column))) == stays
 
 
-def test_each_row_of_a_batch_holds_its_own_gate(dialled: Dialled) -> None:
-    model = dialled(telemetry=True, gate="prompt")
+def test_each_row_of_a_batch_holds_its_own_gate(controlled: Controlled) -> None:
+    model = controlled(telemetry=True, gate="prompt")
     requests = [Request(HARMFUL, PICTURE), Request(HARMLESS, PICTURE)]
     steps = list(model.steps(requests))
     for step in steps:
@@ -215,8 +215,8 @@ def test_each_row_of_a_batch_holds_its_own_gate(dialled: Dialled) -> None:
     assert model.answer(requests) == [model.answer([request])[0] for request in requests]
 
 
-def test_the_prompt_is_fed_as_undecided_and_its_decision_in_every_step(dialled: Dialled) -> None:
-    model = dialled(gate="prompt")
+def test_the_prompt_is_fed_as_undecided_and_its_decision_in_every_step(controlled: Controlled) -> None:
+    model = controlled(gate="prompt")
     session, calls = model.decoder, []
     run = session.runner.run
     session.runner.run = lambda feeds: calls.append(dict(feeds)) or run(feeds)  # type: ignore[method-assign]
@@ -229,9 +229,9 @@ def test_the_prompt_is_fed_as_undecided_and_its_decision_in_every_step(dialled: 
         np.testing.assert_array_equal(call[PAST_GATE_INPUT], steps[0].outputs[PRESENT_GATE_OUTPUT])
 
 
-def test_a_graph_without_its_state_does_not_run(dialled: Dialled) -> None:
+def test_a_graph_without_its_state_does_not_run(controlled: Controlled) -> None:
     """There is no default: an app that knows nothing of it is told, and does not run a guard that nobody carries on."""
-    model = dialled(gate="prompt")
+    model = controlled(gate="prompt")
     fed = model.decoder.prefill_feeds(model.batch([Request(HARMFUL)]))
     del fed[PAST_GATE_INPUT]
     with pytest.raises(GuardError, match=PAST_GATE_INPUT):
@@ -277,15 +277,15 @@ def test_given_inputs_are_undecided_too() -> None:
     batch = PromptBatch(given["input_ids"], given["input_ids"], given=given)
     session = DecoderSession(runner, given=True)
     session.prefill(batch)
-    session.prefill(batch, dials={PAST_GATE_INPUT: np.ones((2, 2), np.float32)})
+    session.prefill(batch, runtime_controls={PAST_GATE_INPUT: np.ones((2, 2), np.float32)})
     assert [float(call.mean()) for call in runner.calls] == [UNDECIDED, 1.0]
 
 
 # ------------------------------------------------------------------------------------------------------- the whole folder
 
 
-def test_a_folder_with_all_dials_is_asked_through_the_public_api(guarded: Guarded) -> None:
-    vlm, plain = GuardedVLM.open(guarded("dials")), GuardedVLM.open(guarded("restore"))
+def test_a_folder_with_all_runtime_controls_answers_through_the_public_api(guarded: Guarded) -> None:
+    vlm, plain = GuardedVLM.open(guarded("runtime_controls")), GuardedVLM.open(guarded("restore"))
     assert vlm.generate(HARMFUL, PICTURE) == plain.generate(HARMFUL, PICTURE) == vlm.generate(HARMFUL)
     watched = vlm.generate_scored(HARMFUL, PICTURE, strength=0.0)
     assert watched.text == VisionLanguageModel(open_package(SOURCE)).answer([Request(HARMFUL, PICTURE)])[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 
-from vlmguard.graphs.spec import Mode, Positions
+from vlmguard.graphs.modes import Mode, Positions
 
 
 @dataclass(frozen=True)

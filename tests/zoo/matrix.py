@@ -30,7 +30,8 @@ from random_directions import random_layer, write_directions
 from zoo.cases import Case
 from zoo.model import TOLERANCES, ZooModel
 
-from vlmguard.exporter.pipeline import ExportResult, export
+from vlmguard.exporter.export_result import ExportResult
+from vlmguard.exporter.pipeline import export
 from vlmguard.exporter.proof.prove import TOLERANCE, force_gates
 from vlmguard.graphs import reference
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
@@ -390,7 +391,7 @@ class Subject:
         That exception, and its bound, is what the product's own proof allows (`vlmguard.exporter.proof.prove`).
         """
         closed = guarded.graph.clone()
-        force_gates(closed, guarded.plan, is_open=False)
+        force_gates(closed, guarded.plan, guarded.report, is_open=False)
         compared, differing, worst = _bitwise(self.unguarded, self.roll(self.open(closed)))
         if not differing:
             return Check("closed", compared, 0.0, 0.0, compared > 0, "")

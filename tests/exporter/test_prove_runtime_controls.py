@@ -1,4 +1,4 @@
-"""The proof of a graph with dials: every check passes on the file that was made, and FAILS on one that was tampered with.
+"""The proof of a graph with runtime controls: each check passes on the written file and FAILS on a tampered one.
 
 On a decoder of two layers written by hand, so that a whole proof takes a moment; the trained tiny VLM's folder at the end.
 """
@@ -24,10 +24,10 @@ from vlmguard.exporter.proof.inputs import ProofInputs
 from vlmguard.exporter.proof.prove import prove_by_running
 from vlmguard.exporter.proof.prove_gate import DECIDED, SCORES
 from vlmguard.graphs.anatomy import dissect
+from vlmguard.graphs.dtypes import NUMPY_DTYPES
 from vlmguard.graphs.errors import ManifestMismatch
 from vlmguard.graphs.graph_io import save_graph
 from vlmguard.graphs.layouts import open_package
-from vlmguard.graphs.node_builder import NUMPY_DTYPES
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.structure import Check
 from vlmguard.graphs.rewrite import rewrite
@@ -46,7 +46,7 @@ LISTENING = f"{REFERENCE} (listening)"
 HELD_CLOSED, HELD_OPEN = f"{REFERENCE} (held closed)", f"{REFERENCE} (held open)"
 UNEDITED = "tokens outside the positions are untouched bit for bit"
 HEADROOM = "float16 headroom: the largest state against 65504"
-ALL_DIALS = {"knobs": True, "telemetry": True, "gate": "prompt"}
+ALL_CONTROLS = {"knobs": True, "telemetry": True, "gate": "prompt"}
 EVERY_CHECK = [CLOSED, OFF, REFERENCE, FORCED, TURNED, HELD_CLOSED, HELD_OPEN, SCORES, DECIDED, UNEDITED]
 Prove = Callable[..., dict[str, Check]]
 
@@ -103,8 +103,8 @@ def failing(checks: dict[str, Check]) -> set[str]:
             [CLOSED, OFF, REFERENCE, FORCED, LISTENING, TURNED, SCORES, UNEDITED],
         ),
         ("steer", {"gate": "prompt"}, [CLOSED, REFERENCE, FORCED, HELD_CLOSED, HELD_OPEN, DECIDED, UNEDITED]),
-        ("restore", ALL_DIALS, EVERY_CHECK),
-        ("combined", ALL_DIALS, [*EVERY_CHECK[:4], LISTENING, *EVERY_CHECK[4:]]),
+        ("restore", ALL_CONTROLS, EVERY_CHECK),
+        ("combined", ALL_CONTROLS, [*EVERY_CHECK[:4], LISTENING, *EVERY_CHECK[4:]]),
     ],
 )
 def test_an_untouched_file_is_proved(
@@ -189,10 +189,10 @@ TAMPERINGS = {
 @pytest.mark.parametrize("what", TAMPERINGS)
 def test_a_tampered_file_is_not_proved(prove: Prove, what: str) -> None:
     tamper, expected = TAMPERINGS[what]
-    assert failing(prove(GuardSpec("restore", **ALL_DIALS), tamper)) == expected
+    assert failing(prove(GuardSpec("restore", **ALL_CONTROLS), tamper)) == expected
 
 
-def test_every_check_of_the_dials_can_fail() -> None:
+def test_every_check_of_the_runtime_controls_can_fail() -> None:
     failed = set.union(*(expected for _, expected in TAMPERINGS.values()))
     assert {OFF, TURNED, HELD_CLOSED, HELD_OPEN, SCORES, DECIDED} <= failed
 
@@ -200,18 +200,18 @@ def test_every_check_of_the_dials_can_fail() -> None:
 # ------------------------------------------------------------------------------------------------------- the whole folder
 
 
-def test_a_folder_with_dials_is_verified_from_its_files_and_against_its_source(guarded: Guarded) -> None:
+def test_a_folder_with_runtime_controls_is_verified_from_its_files_and_against_its_source(guarded: Guarded) -> None:
     for source in (None, SOURCE):
-        result = vlmguard.verify(guarded("dials"), source)
+        result = vlmguard.verify(guarded("runtime_controls"), source)
         assert result.ok and all(check.compared > 0 for check in result.checks)
-    assert result.manifest.spec | ALL_DIALS == result.manifest.spec
+    assert result.manifest.spec | ALL_CONTROLS == result.manifest.spec
     assert {OFF, TURNED, SCORES, DECIDED} <= {check["name"] for check in result.manifest.decoders[0].proof}
 
 
 @pytest.fixture
 def copy(guarded: Guarded, tmp_path: Path) -> Path:
     """The folder, to be tampered with."""
-    return shutil.copytree(guarded("dials"), tmp_path / "copy")
+    return shutil.copytree(guarded("runtime_controls"), tmp_path / "copy")
 
 
 def make_it_fit(folder: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_plan_that_hides_its_knobs_is_refused(copy: Path) -> None:
 
 
 def test_no_engine_is_built_of_a_graph_with_knobs(guarded: Guarded) -> None:
-    folder = guarded("dials")
+    folder = guarded("runtime_controls")
     with pytest.raises(ManifestMismatch) as caught:
         open_buildable(folder)
     assert str(caught.value) == (

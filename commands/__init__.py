@@ -1,0 +1,1 @@
+"""The commands of `vlmguard`, by what they do. `cli.py` collects and runs them."""
