@@ -37,7 +37,7 @@ from vlmguard.exporter.engines.engine_folder import plan_parts
 from vlmguard.exporter.engines.profile import EngineProfile, Span
 from vlmguard.exporter.engines.verify_engines import rolled, same_outputs
 from vlmguard.exporter.proof.inputs import ProofInputs
-from vlmguard.exporter.proof.prove import TOLERANCE
+from vlmguard.exporter.proof.limits import TOLERANCE
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.graph_io import load_graph
 from vlmguard.graphs.layouts import open_package

@@ -73,8 +73,8 @@ def export_command(
         WantedMode,
         what(
             "--mode",
-            help="Intervention. auto takes that of the directions, where some are given or found, else the first of align, "
-            "supervise, restore and combined that brings refusals back.",
+            help="Intervention. auto uses the mode of the given or found directions, else the first of align, supervise, "
+            "restore and combined that restores refusals.",
             metavar=one_of(WantedMode),
         ),
     ] = "auto",
@@ -159,7 +159,7 @@ def export_command(
         float,
         data_option(
             "--budget",
-            help="Highest share of harmless prompts that a calibration lets the guard refuse.",
+            help="Largest share of harmless prompts that a calibrated guard may refuse.",
             metavar="SHARE",
         ),
     ] = 0.01,

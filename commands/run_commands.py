@@ -105,7 +105,7 @@ def generate_command(
     vlm = open_model(model) if unguarded else GuardedVLM.open(model)
     shown = vlm.blank_image() if blank else image
     knobs = Knobs(strength, threshold_offset)
-    if as_json and not (scores or vlm.decoder.tells_scores):
+    if as_json and not (scores or vlm.decoder.outputs_scores):
         console.print_json({"answer": vlm.answer([Request(prompt, shown)], sampling, knobs=knobs)[0], "scores": None})
         return
     if isinstance(vlm, GuardedVLM) and (scores or as_json):
@@ -221,9 +221,9 @@ def serve_command(
 
     def on_ready(plan: dict[str, Any], address: str) -> None:
         guard = f"{plan['mode']} on layers {', '.join(map(str, plan['layers']))}"
-        asked = "with an API key" if api_key is not None else "without an API key"
+        access = "with an API key" if api_key is not None else "without an API key"
         console.err.print(
-            f"serving {escape(settings.name)} ({guard}), {asked}; Ctrl-C stops", highlight=False, soft_wrap=True
+            f"serving {escape(settings.name)} ({guard}), {access}; Ctrl-C stops", highlight=False, soft_wrap=True
         )
         console.out.print(address, markup=False, highlight=False, soft_wrap=True)
         console.out.file.flush()

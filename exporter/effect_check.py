@@ -28,7 +28,7 @@ from .calibration.effect import (
 from .calibration.refusal_regression import Refusals, require_no_fewer
 from .last_token_model import last_token_model
 from .prompts.labelled import prompts_from_anchors, read_anchors, read_prompts
-from .proof.prove import TOLERANCE
+from .proof.limits import TOLERANCE
 from .proof.signature import why_made
 from .session import ANCHOR_FILES, Session
 

@@ -15,6 +15,7 @@ from typing import Literal
 Extra = Literal[
     "cpu",
     "gpu",
+    "images",
     "torch",
     "genai",
     "tensorrt",

@@ -3,11 +3,11 @@
     python -m vlmguard.plugins.olive > passes.json
     olive run --config workflow.json --package-config passes.json
 
-Olive finds passes in one JSON file, its own `olive_config.json` or the one that `--package-config` names: what the first
-line writes is Olive's with a row more. Only Olive imports this module.
+Olive reads its passes from one JSON file: its own `olive_config.json`, or the file named by `--package-config`. The first
+command writes a copy of Olive's file with a row for this pass. Only Olive imports this module.
 
-What Olive does with failures decides how they are told: it logs most exceptions, says that there is no output model and
-exits with 0. A few it raises (`olive.exception.EXCEPTIONS_TO_RAISE`), so a refusal is one of those.
+Olive logs most exceptions, reports that there is no output model and exits with code 0. It raises only the types in
+`olive.exception.EXCEPTIONS_TO_RAISE`, so a `GuardError` is raised again as one of those.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from ..graphs.spec import GuardSpec, parse_layers
 
 _log = logging.getLogger("olive.passes.vlmguard")  # below Olive's own, so that its log level holds
 
-# What `export` is asked besides the wish. Its `proof` is not among them: a guard that was not run is refused here.
-_ASKED = (
+# Arguments of `export` besides the spec. `proof` is not among them: this pass always runs the guard.
+_EXPORT_ARGUMENTS = (
     "config",
     "directions",
     "anchors",
@@ -120,7 +120,7 @@ def _refusing() -> Iterator[None]:
         raise GuardRefused(f"VLMGuard: {error}") from None
 
 
-# Settings, made from what `GuardSpec` and `export` say themselves
+# Settings, derived from the signatures and docstrings of `GuardSpec` and `export`
 
 
 def _wish_params() -> dict[str, PassConfigParam]:
@@ -143,12 +143,12 @@ def _export_params() -> dict[str, PassConfigParam]:
             description=described[name],
             category=ParamCategory.PATH if hints[name] == Path | str | None else ParamCategory.NONE,
         )
-        for name in _ASKED
+        for name in _EXPORT_ARGUMENTS
     }
 
 
 def _described(documented: Any) -> dict[str, str]:
-    """What a docstring says of each attribute or argument; `a, b: text` says it of both."""
+    """Description of each attribute or argument in a docstring; `a, b: text` describes both."""
     found: dict[str, str] = {}
     names: list[str] = []
     for line in (inspect.getdoc(documented) or "").splitlines():
@@ -172,7 +172,7 @@ def _spec(config: Any) -> GuardSpec | None:
 
 
 def _options(config: Any) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in _ASKED}
+    return {name: getattr(config, name) for name in _EXPORT_ARGUMENTS}
 
 
 def _content(config: Any) -> str:

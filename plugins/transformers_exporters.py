@@ -1,16 +1,16 @@
-"""A step behind transformers' own exporter: what `OnnxExporter` made becomes a guarded folder that transformers loads.
+"""Guards the output of transformers' own ONNX exporter: the result is a guarded folder that transformers loads.
 
     inputs = processor(text=..., images=..., return_tensors="pt", padding=True)
     exported = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True))
     vlmguard.guard_exported(exported, "guarded", processor=processor, inputs=inputs, directions="directions.safetensors")
     ExportedModel.from_pretrained("guarded")(**inputs)
 
-A folder that `save_pretrained` wrote is a model folder like any other (`vlmguard-export FOLDER OUT`); what is missing there is
-what the exporter does not write: tokenizer and processor, and inputs for a graph that takes more than tokens (a whole
-vision-language model in one graph takes `pixel_values`, and only the exporting code defines their form).
+A folder written by `save_pretrained` is an ordinary model folder (`vlmguard-export FOLDER OUT`). It lacks what the exporter
+does not write: tokenizer, processor, and example inputs for a graph that takes more than tokens. A vision-language model in
+one graph takes `pixel_values`, and only the exporting code knows their format.
 
-transformers' runner gives a graph the inputs that it was traced with and no other: modes `supervise` and `combined`, whose
-graphs want the text-only coordinates too, are run by `GuardedVLM` or another app.
+transformers' runner feeds the inputs that the graph was traced with, and no others. Graphs of the modes `supervise` and
+`combined` also take the text-only coordinates, so run those with `GuardedVLM` or your own code.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ def guard_exported(
     force: bool = False,
     report_progress: ProgressCallback = ignore_progress,
 ) -> ExportResult:
-    """Guard what transformers' ONNX exporter made, prove the guard, write the guarded folder.
+    """Guard the output of transformers' ONNX exporter, prove the guard, write the guarded folder.
 
     Args:
-        exported: what `OnnxExporter().export(...)` or `.export_for_generation(...)` gave, or the folder it was saved to.
+        exported: the result of `OnnxExporter().export(...)` or `.export_for_generation(...)`, or the folder it was saved to.
         out: the folder to write.
-        processor: tokenizer or processor, saved beside the graphs: with it anchors can be read and prompts be proved on.
-        inputs: what the model was exported with, `export`'s second argument: the proof runs on it. For a model in one graph;
-            needed where that takes more than tokens.
-        spec: what is wanted; default: chosen as `vlmguard.export` does.
-        config: a `guard.toml` instead.
-        directions: a directions file; default: extracted from anchors.
-        anchors: anchor pairs to extract from; default: the built-in ones.
-        calibration: labelled prompts to calibrate on; default: anchors that are kept back.
+        processor: tokenizer or processor, saved beside the graphs; extraction and the proof on prompts need it.
+        inputs: the second argument of the exporter's `export`: the proof runs on it. For a model in one graph; required if
+            that graph takes more than tokens.
+        spec: the guard to write; default: chosen as in `vlmguard.export`.
+        config: a `guard.toml` file in place of `spec`.
+        directions: a directions file; default: extracted from `anchors`.
+        anchors: sources of anchor pairs; default: the built-in pairs.
+        calibration: sources of labelled prompts; default: held-out anchors.
         force: replace `out`.
         report_progress: called with `(stage, done, total)`.
 

@@ -4,7 +4,7 @@ A chat template is a program, and a picture decoder is native code that a file c
 inside the process that answers. So a small helper process does the work (`confined_jobs`), and is killed when its time is up or
 its memory runs out; the next job starts a new one. A helper is kept for the next job, because starting one takes about 0.1 s.
 
-    TEMPLATES, PICTURES    the two pools; `run` is safe to call from any thread, and after a fork
+    TEMPLATES, PICTURES, TRANSFORMERS    the pools; `run` is safe to call from any thread, and after a fork
 
 Helpers end with this process: their stdin ends then, even where it is killed.
 """
@@ -42,11 +42,11 @@ _MOST_HELPERS = 4  # of a pool, at the same time; more jobs wait
 
 
 class ConfinedFailure(Exception):
-    """The job did not end well: `str` is a clause that says why ("it takes more than 10 s")."""
+    """The job failed; `str` is the reason as a clause ("it takes more than 10 s")."""
 
 
 class LimitReached(ConfinedFailure):
-    """It took too long, or wanted too much memory; a second try would too."""
+    """The job exceeded its time or memory limit; a retry would too."""
 
 
 class ConfinedPool:
@@ -66,11 +66,16 @@ class ConfinedPool:
             os.register_at_fork(after_in_child=self._forget)
 
     def run(self, job: str, values: Mapping[str, Any], payload: bytes = b"") -> tuple[dict[str, Any], bytes]:
-        """The reply of one job.
+        """Run one job in the helper process and return its reply.
+
+        Args:
+            job: name of the job.
+            values: its arguments, JSON values.
+            payload: binary input.
 
         Raises:
-            ConfinedFailure: it raised, took too long, wanted too much memory, or crashed.
-            GuardError: the job refused what it was given, in a whole sentence; or no helper can be started.
+            ConfinedFailure: the job raised, crashed, or exceeded its time or memory limit.
+            GuardError: the job rejected its input; or no helper process can be started.
         """
         with self._places:
             helper, late = self._take(), threading.Event()
@@ -183,3 +188,5 @@ def _pipe(stream: Any) -> Any:
 
 TEMPLATES = ConfinedPool(seconds=5, memory=512 << 20)
 PICTURES = ConfinedPool(seconds=10, memory=2 << 30, module="images.picture_files")
+# The address space of numpy's and transformers' libraries alone is about 2 GiB.
+TRANSFORMERS = ConfinedPool(seconds=30, memory=8 << 30, module="images.picture_files")

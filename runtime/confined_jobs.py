@@ -1,6 +1,7 @@
-"""What runs in a confined process: rendering chat templates and decoding pictures. Started by `confined`, never imported there.
+"""What runs in a confined process: chat templates, and pictures from files to arrays. Started by `confined`, not imported.
 
-Needs jinja2 and Pillow only, so that the process starts in a fraction of a second. A job is one frame on stdin, its reply one
+Needs jinja2 and Pillow only, so that the process starts in a fraction of a second; the jobs for transformers' image processors
+import transformers. A job is one frame on stdin, its reply one
 frame on stdout; the process ends when stdin ends, when a job takes too long, or when memory ran out.
 """
 
@@ -81,7 +82,30 @@ def _decode(header: dict[str, Any], payload: bytes) -> Reply:
     return {"width": image.width, "height": image.height}, image.tobytes()
 
 
-JOBS: dict[str, Callable[[dict[str, Any], bytes], Reply]] = {"compile": _compile, "render": _render, "decode": _decode}
+def _describe(header: dict[str, Any], payload: bytes) -> Reply:
+    from .images.transformers_job import describe
+
+    return {"size": describe(header["kind"], header["declared"])}, b""
+
+
+def _prepare(header: dict[str, Any], payload: bytes) -> Reply:
+    from PIL import Image
+
+    from .images.array_frames import packed
+    from .images.transformers_job import prepare
+
+    image = Image.frombytes("RGB", tuple(header["size"]), payload)
+    described, content = packed(prepare(header["kind"], header["declared"], header["call"], image))
+    return {"arrays": described}, content
+
+
+JOBS: dict[str, Callable[[dict[str, Any], bytes], Reply]] = {
+    "compile": _compile,
+    "render": _render,
+    "decode": _decode,
+    "describe": _describe,
+    "prepare": _prepare,
+}
 
 
 def _next(jobs: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:

@@ -126,8 +126,8 @@ class DecoderSession:
         return tuple(self.runner.optional) if isinstance(self.runner, OverridableRunner) else ()
 
     @property
-    def tells_scores(self) -> bool:
-        """Whether the graph tells its gates' scores."""
+    def outputs_scores(self) -> bool:
+        """Whether the graph outputs the scores of its gates."""
         return SCORES_OUTPUT in self.runner.outputs
 
     def prefill_feeds(self, batch: PromptBatch, supervisor: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -149,13 +149,14 @@ class DecoderSession:
         """Run a whole prompt.
 
         Args:
-            supervisor: the text-only coordinates `[batch, layers, m]` that a supervised graph wants. One that edits the
-                prompt's end alone gets them in the call with that token, and no supervisor in the calls after it.
-            runtime_controls: further inputs of the guard by name, the same in every call. Gates that are
-                held are decided here, at the end of the prompt, unless they are among these.
+            batch: the prompts.
+            supervisor: the text-only coordinates `[batch, layers, m]` for a supervised graph. A graph that edits only the
+                end of the prompt receives them in the call with that token, and no supervisor in later calls.
+            runtime_controls: further inputs of the guard by name, the same in every call. Held gates are decided by this
+                call unless they are among these inputs.
 
         Returns:
-            All outputs, and the state for `step`. Outputs of a runner with a device are copied when they are looked at.
+            All outputs, and the state for `step`. Outputs on a device are copied to the host on first access.
         """
         if batch.given is not None:
             outputs = self._run(self._given(batch, batch.given, supervisor) | dict(runtime_controls or {}))
@@ -203,7 +204,7 @@ class DecoderSession:
 
     @property
     def call_length(self) -> int | None:
-        """How many tokens every call brings, where the graph fixes it."""
+        """Tokens per call, where the graph fixes the number."""
         shape = self.runner.inputs[self.roles.text].shape if self.roles.text else ()
         return shape[1] if len(shape) > 1 else None
 
@@ -339,11 +340,14 @@ def open_decoder(
     folder: Path | None = None,
     given: bool = False,
 ) -> DecoderSession:
-    """The package's decoder, or another graph in its place.
+    """Open the package's decoder, or `graph` in its place.
 
     Args:
-        graph: a file, or a graph in memory.
-        folder: where the external data of a graph in memory lies; default: where the decoder's does.
+        package: the model.
+        graph: a file, or a graph in memory; default: the package's decoder.
+        runtime: a row of the table in `runners`.
+        optimize: enable the runtime's graph optimisations.
+        folder: folder of the external data of a graph in memory; default: the decoder's.
         given: as for `DecoderSession`.
     """
     if isinstance(graph, ir.Model):

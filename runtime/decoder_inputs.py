@@ -1,4 +1,4 @@
-"""What a decoder call is fed: a batch of prompts, the state between calls, masks and empty caches."""
+"""Inputs of a decoder call: a batch of prompts, the state between calls, masks and empty caches."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class FurtherInputs(Protocol):
     """Values for inputs that no prompt fills."""
 
     def between(self, start: int, stop: int) -> Mapping[str, np.ndarray]:
-        """By name, for the call that brings the tokens `start` to `stop`."""
+        """Inputs by name for the call with the tokens `start` to `stop`."""
         ...
 
 
@@ -45,10 +45,10 @@ class PromptBatch:
         ids: token ids `[batch, sequence]` int64, padded on the left.
         mask: 1 for tokens, 0 for padding, `[batch, sequence]` int64.
         embeds: `[batch, sequence, d]` in the graph's dtype, where the decoder takes `inputs_embeds`.
-        images: what images change besides the embeddings; `None` for text, and for most models.
-        given: all inputs of the graph by name, if the caller prepared them; `ids` and `mask` then only say which of
-            the sequence are tokens.
-        further: inputs besides those that a prompt fills, for every call.
+        images: inputs other than embeddings that depend on images; `None` for text, and for most models.
+        given: all inputs of the graph by name, if the caller prepared them; `ids` and `mask` then only mark which positions
+            are tokens.
+        further: inputs of every call that do not depend on the prompt.
     """
 
     ids: np.ndarray
@@ -65,11 +65,16 @@ class PromptBatch:
 
 @dataclass
 class DecoderState:
-    """What one generation carries from call to call.
+    """State of one generation between calls.
 
-    The cache, the supervisor's coordinates and held gates stay on the runner's device, where it has one.
+    The cache, the supervisor's coordinates and held gates stay on the runner's device, if it has one.
 
     Attributes:
+        ids, mask: tokens so far and their mask, `[batch, tokens so far]` int64.
+        embeds: embeddings so far, where the decoder takes embeddings.
+        cache: the cache inputs of the next call, by name.
+        supervisor: the text-only coordinates `[batch, layers, m]`, for a supervised graph.
+        images, further: as in `PromptBatch`.
         runtime_controls: guard inputs that are the same in every call, by name: knobs, and gates once the prompt decided them.
     """
 
@@ -84,13 +89,14 @@ class DecoderState:
 
 
 def mask_for(mask: np.ndarray, tokens: int, port: Port, keeps_size: bool) -> np.ndarray:
-    """The mask as the graph takes it.
+    """The attention mask in the shape and dtype of the graph's input.
 
     Args:
         mask: `[batch, tokens so far]`.
-        tokens: of this call.
-        port: of the graph; with a fixed number of columns the mask is filled up with zeros, behind the tokens where the
-            cache is a buffer that `keeps_size`, else before them. Of rank 4 it also says which token sees which.
+        tokens: number of tokens in this call.
+        port: the graph's input. If its number of columns is fixed, the mask is padded with zeros. A port of rank 4 takes a
+            causal mask.
+        keeps_size: whether the cache is a buffer of fixed size: zeros then follow the tokens, else they precede them.
     """
     columns = port.shape[-1]
     if columns is not None and columns > mask.shape[1]:
@@ -142,8 +148,20 @@ def float_coordinates(supervisor: Tensor) -> Tensor:
 
 
 def empty_state(port: Port, pair: StatePair, batch: int, kv_heads: int | None, head_size: int | None) -> np.ndarray:
-    """A cache of length 0: `[batch, kv_heads, 0, head_dim]`; for a recurrent or convolutional layer, and for a ring cache,
-    a state of its size."""
+    """The cache before the first token.
+
+    Args:
+        port: the cache input.
+        pair: the state that the input belongs to.
+        batch: rows.
+        kv_heads, head_size: from the config; used where the port does not fix them.
+
+    Returns:
+        Zeros `[batch, kv_heads, 0, head_size]`; for a recurrent or convolutional layer and a ring cache the full state.
+
+    Raises:
+        GuardError: neither the graph nor a config has the sizes.
+    """
     sizes, empty = [batch, *port.shape[1:]], pair.capacity or 0
     if pair.axis is not None:
         sizes[pair.axis] = empty

@@ -1,7 +1,7 @@
-"""The one place for a decoder that is in memory: opening another decoder closes the one before it.
+"""Keeps at most one decoder in memory: opening another one closes the one before it.
 
-A decoder takes most of a machine's memory, and an export needs several, one after the other: the model that is asked, the
-same model with taps, the guarded one. Code that opens them here cannot hold two.
+A decoder takes most of a machine's memory, and an export opens several in turn: the unguarded model, the same model with
+taps, the guarded model. Code that opens them through `DecoderPlace` cannot hold two.
 """
 
 from __future__ import annotations

@@ -50,10 +50,10 @@ Tensor = np.ndarray | DeviceTensor
 
 
 class DeviceOutputs(Mapping[str, np.ndarray]):
-    """A run's outputs by name, each copied to the host when it is first asked for.
+    """A run's outputs by name, each copied to the host on first access.
 
     Attributes:
-        tensors: the outputs where they are.
+        tensors: the outputs on the device.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:

@@ -1,8 +1,8 @@
-"""What a model is asked, how its tokens are chosen, and what comes back: requests, sampling, steps and pieces of text."""
+"""Requests to a model, sampling of tokens, and results: steps and pieces of text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,23 +12,22 @@ from ..graphs.errors import GuardError, RunFailed
 from ..graphs.runtime_controls import SCORES_OUTPUT
 from .chat.turns import Turn
 from .defaults import MAX_NEW_TOKENS
-from .images.image_features import ImageFeatures
-from .images.open_picture import Picture
+from .images.image_features import Shown
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question.
+    """One prompt, with an optional image and conversation.
 
     Attributes:
-        prompt: what is asked.
-        image: path, picture, array or the bytes of a file, or rows in the place of a picture's tokens; `None` for text only.
-        history: what was said before, if this is a conversation. The image belongs to the turn that `shows` it; to the
-            question, if none does.
+        prompt: the user's text.
+        image: path, Pillow image, uint8 array, bytes of an image file, or image features; several as a list or tuple; `None`
+            for text only.
+        history: earlier turns of the conversation. They have the first pictures (`Turn.pictures`), the prompt has the others.
     """
 
     prompt: str
-    image: Picture | ImageFeatures | None = None
+    image: Shown | Sequence[Shown] | None = None
     history: tuple[Turn, ...] = ()
 
     def __post_init__(self) -> None:
@@ -36,23 +35,35 @@ class Request:
             raise GuardError(f"the prompt is of type {type(self.prompt).__name__}; give text")
         if not self.prompt.strip():
             raise GuardError("the prompt is empty; write something")
-        shown = sum(turn.shows for turn in self.history)
-        if shown > (self.image is not None):
-            has = "one image" if self.image is not None else "no image"
+        if isinstance(self.image, list | tuple) and not self.image:
+            object.__setattr__(self, "image", None)
+        earlier = sum(turn.pictures for turn in self.history)
+        if earlier > len(self.images):
             raise GuardError(
-                f"the request has {has}, and {shown} of its earlier turns show one; give one for all, or none"
+                f"the request has {_images(len(self.images))}, and its earlier turns show {earlier}; give one for each"
             )
+
+    @property
+    def images(self) -> tuple[Shown, ...]:
+        """All pictures, in the order of the turns."""
+        if self.image is None:
+            return ()
+        return tuple(self.image) if isinstance(self.image, list | tuple) else (self.image,)  # type: ignore[return-value]
 
     @property
     def turns(self) -> tuple[Turn, ...]:
         """The whole conversation, the question last."""
-        before = any(turn.shows for turn in self.history)
-        return (*self.history, Turn("user", self.prompt, self.image is not None and not before))
+        earlier = sum(turn.pictures for turn in self.history)
+        return (*self.history, Turn("user", self.prompt, len(self.images) - earlier))
 
     @property
     def text_only(self) -> Request:
-        """The same words without the image."""
-        return Request(self.prompt, None, tuple(replace(turn, shows=False) for turn in self.history))
+        """The same words without the images."""
+        return Request(self.prompt, None, tuple(replace(turn, pictures=0) for turn in self.history))
+
+
+def _images(number: int) -> str:
+    return {0: "no image", 1: "one image"}.get(number, f"{number} images")
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise GuardError(f"max_new_tokens {self.max_new_tokens} asks for no answer; choose 1 or more")
+            raise GuardError(f"max_new_tokens {self.max_new_tokens} is below 1; choose 1 or more")
         if not self.temperature >= 0 or not np.isfinite(self.temperature):
             raise GuardError(f"temperature {self.temperature} is out of range; choose 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
@@ -105,12 +116,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one step adds to an answer.
+    """Text that one step adds to an answer.
 
     Attributes:
-        text: what can be shown now; empty while the first bytes of a character wait for the others.
-        step: of the generation, for a batch of one.
-        finish: why the answer ends here: `stop` (the model ended it), `length` (`max_new_tokens`); `None`: it goes on.
+        text: text to show; empty while a character is incomplete.
+        step: the step of the generation, for a batch of one.
+        finish: why the answer ends here: `stop` (the model ended it) or `length` (`max_new_tokens`); `None` while it continues.
     """
 
     text: str
@@ -122,7 +133,7 @@ Choose = Callable[[np.ndarray], np.ndarray]  # logits [batch, vocabulary] float3
 
 
 class Chooser:
-    """Logits `[batch, vocabulary]` to tokens `[batch]`, as a sampling says."""
+    """Chooses tokens `[batch]` from logits `[batch, vocabulary]` with the given sampling."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling

@@ -1,4 +1,4 @@
-"""`GuardedVLM`: a guarded folder, opened only if it is what its manifest says, and run as any app would run it."""
+"""`GuardedVLM`: opens a guarded folder only if its files match its manifest, and runs it."""
 
 from __future__ import annotations
 
@@ -54,13 +54,14 @@ class GuardedVLM(VisionLanguageModel):
         """Open a guarded folder, of graphs or of engines.
 
         Args:
-            folder: what `vlmguard-export` or `vlmguard engine` wrote.
-            runtime: who runs graphs (a row of the runners' table), default `onnxruntime`; engines are run by who built them.
+            folder: output of `vlmguard-export` or `vlmguard engine`.
+            runtime: runtime for graphs, a row of the table in `runners`; default `onnxruntime`. Engines run in the runtime
+                that built them.
 
         Raises:
-            ManifestMismatch: no manifest, any file's digest differs from it, the decoder carries no such guard, or the guard
-                was never run.
-            GuardError: engines, and another runtime was asked for.
+            ManifestMismatch: there is no manifest, a file's digest differs from it, the decoder lacks the recorded guard, or
+                the guard was never run.
+            GuardError: the folder holds engines and `runtime` names another runtime.
         """
         return _open(cls, Path(folder).absolute(), runtime, proved_only=True)
 
@@ -167,11 +168,15 @@ def _open(cls: type[GuardedVLM], folder: Path, runtime: str | None, proved_only:
 
 
 def open_manifest(folder: Path, proved_only: bool = True, besides: str = "") -> Manifest:
-    """The manifest of a folder that is what it says; `besides` as for `require_intact`.
+    """Read a guarded folder's manifest and check the folder's files against it.
+
+    Args:
+        folder: the guarded folder.
+        proved_only: require that the guard was run, in the model or on its own.
+        besides: as for `require_intact`.
 
     Raises:
-        ManifestMismatch: there is none, a file differs from it, or (`proved_only`) the guard was never run, neither in the
-            model nor by itself.
+        ManifestMismatch: there is no manifest, a file differs from it, or the guard was never run.
     """
     manifest = read_manifest(folder)
     require_intact(folder, manifest, again=False, besides=besides)

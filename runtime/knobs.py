@@ -18,11 +18,11 @@ from ..graphs.runtime_controls import OFFSET_INPUT, STRENGTH_INPUT
 
 @dataclass(frozen=True)
 class Knobs:
-    """What is asked of the guard for one call; `None` leaves a knob where the graph has it.
+    """Values of the knobs for one call; `None` is the graph's default.
 
     Attributes:
-        strength: 0 only watches, 1 is as calibrated, at most 2.
-        threshold_offset: added to every layer's threshold, in the units of its score: above 0 the gate opens more rarely.
+        strength: 0 (no edit) to 2; 1 is as calibrated.
+        threshold_offset: added to every layer's threshold, in units of its score; above 0 the gate opens more rarely.
     """
 
     strength: float | None = None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _CPU, _CUDA, _TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _PREFERRED_PROVIDERS = (_CUDA, _CPU)
-# What is asked for by name, what serves the rest of the graph, and what to install where it is missing.
+# Name of a provider -> the providers to use, in order, and the advice if the first is missing.
 _ON_GPU = f"on a machine with an NVIDIA GPU, remove onnxruntime and run: {install_command('gpu')}"
 _NAMED: dict[str, tuple[tuple[str, ...], str]] = {
     "cpu": ((_CPU,), f"run: {install_command('cpu')}"),
@@ -42,10 +42,10 @@ class OnnxRuntimeRunner:
 
     Args:
         graph: path, or serialized bytes whose external data lies in `folder`.
-        folder: where external data is looked for.
+        folder: folder of the external data.
         optimize: ONNX Runtime's graph optimisations on (all) or off.
         providers: execution providers in order; `None` takes CUDA when present, then CPU.
-        fallback: whether a provider that does not start may be left out, which onnxruntime does without a word.
+        fallback: whether a provider that does not start may be left out, which onnxruntime does silently.
         packs: whether onnxruntime may keep packed copies of weights.
 
     Raises:
@@ -66,7 +66,7 @@ class OnnxRuntimeRunner:
         options = runtime.SessionOptions()
         levels = runtime.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
-        # What it has to say comes as an exception; its log would print names from files as they are.
+        # Errors come as exceptions; the log would print untrusted names unescaped.
         options.log_severity_level = 4
         if not packs:
             options.add_session_config_entry(_NO_PACKING, "1")
@@ -127,7 +127,7 @@ class OnnxRuntimeDeviceRunner(OnnxRuntimeRunner):
             for name, fed in feeds.items():
                 if isinstance(fed, OrtTensor) and fed.value.device_name() == self.device:
                     binding.bind_ortvalue_input(name, fed.value)
-                elif name in self.optional:  # `bind_cpu_input` knows inputs without a default only
+                elif name in self.optional:  # `bind_cpu_input` rejects inputs with defaults
                     binding.bind_ortvalue_input(
                         name, import_onnxruntime().OrtValue.ortvalue_from_numpy(np.asarray(fed))
                     )
@@ -174,10 +174,17 @@ class OrtTensor(DeviceTensor):
 def open_onnxruntime(
     graph: Path | bytes, folder: Path, optimize: bool, provider: str | None, packs: bool = True
 ) -> Runner:
-    """A runner with the provider of that name (`cpu`, `cuda`, `tensorrt`); for `None` with CUDA when it is there.
+    """Open a graph in ONNX Runtime.
+
+    Args:
+        graph: path, or serialized bytes whose external data lies in `folder`.
+        folder: folder of the external data.
+        optimize: enable ONNX Runtime's graph optimisations.
+        provider: `cpu`, `cuda` or `tensorrt`; `None`: CUDA if available, else CPU.
+        packs: whether onnxruntime may keep packed copies of weights.
 
     Raises:
-        ExtraMissing: the provider that was asked for is not there, or does not start: nothing else serves in its place.
+        ExtraMissing: the named provider is not available or does not start; there is no fallback.
         ModelUnreadable: onnxruntime refuses the graph.
     """
     available = import_onnxruntime().get_available_providers()
@@ -198,7 +205,7 @@ def open_onnxruntime(
     )  # onnxruntime-gpu on a machine without a GPU
 
 
-# What to do, by what the reason says. "Is the file complete?" is asked only where that can be the reason.
+# Words in the reason -> advice. "Is the file complete?" appears only where that can be the reason.
 _WHAT_TO_DO: tuple[tuple[str, str], ...] = (
     (
         r"(?i)protobuf parsing failed|no graph was found|file doesn't exist|path does not exist|size mismatch"

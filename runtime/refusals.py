@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-# Own list: what aligned assistants say when they decline, lower case, apostrophes straightened.
+# Our own list of phrases with which aligned assistants decline, in lower case with straight apostrophes.
 REFUSALS = (
     "i cannot",
     "i can't",

@@ -36,7 +36,7 @@ class Runner(Protocol):
 
 @runtime_checkable
 class OverridableRunner(Runner, Protocol):
-    """A runner that knows inputs with defaults (overridable initializers); they may be left out of the feeds."""
+    """A runner that supports inputs with defaults (overridable initializers), which feeds may omit."""
 
     @property
     def optional(self) -> Mapping[str, Port]: ...

@@ -71,6 +71,6 @@ _RUNNERS: dict[str, _Open] = {
     "onnxruntime-cuda": _onnxruntime("cuda"),
     "onnxruntime-tensorrt": _onnxruntime("tensorrt"),
 }
-# What they run is built ahead of time and is executable code: an engine is opened only against a digest
+# These runtimes load engines, which are executable code built ahead of time: an engine is opened only against a digest
 # (tensorrt/engine_runner.py).
 _ENGINE_RUNTIMES = ("tensorrt", "tensorrt_rtx")

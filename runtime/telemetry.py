@@ -53,15 +53,19 @@ class ScoredAnswer:
 def scored(
     model: VisionLanguageModel, plan: Mapping[str, Any], request: Request, sampling: Sampling, knobs: Knobs
 ) -> ScoredAnswer:
-    """Answer one request and keep the scores.
+    """Answer one request and keep the gate scores of each step.
 
     Args:
-        plan: of the graph that runs, as the manifest has it.
+        model: the guarded model.
+        plan: the guard's plan from the manifest.
+        request: the prompt.
+        sampling: how tokens are chosen.
+        knobs: values of the runtime controls.
 
     Raises:
-        GuardError: the graph does not tell its scores.
+        GuardError: the graph does not output its scores.
     """
-    if not model.decoder.tells_scores:
+    if not model.decoder.outputs_scores:
         raise GuardError("the model does not output its gates' scores; export it again with --telemetry")
     said, rows = "", []
     for piece in model.pieces(request, sampling, knobs):
@@ -74,7 +78,14 @@ def scored(
 def scored_answer(
     plan: Mapping[str, Any], text: str, rows: Sequence[np.ndarray], knobs: Knobs = AS_EXPORTED
 ) -> ScoredAnswer:
-    """An answer and the scores `[layers]` that each of its steps told."""
+    """An answer with its gate scores.
+
+    Args:
+        plan: the guard's plan from the manifest.
+        text: the answer.
+        rows: per step the scores `[layers]`.
+        knobs: values used for the answer.
+    """
     of_layer = {site["layer"]: site["tau"] for site in plan["sites"]}
     thresholds = tuple(of_layer[layer] + (knobs.threshold_offset or 0.0) for layer in plan["layers"])
     return ScoredAnswer(text, tuple(plan["layers"]), thresholds, np.stack(rows), plan["gate"] == "prompt")

@@ -18,22 +18,25 @@ import onnx_ir as ir
 from PIL import Image
 
 from ..graphs.errors import GuardError, ModelUnreadable
+from ..graphs.json_files import read_json
 from ..graphs.package import ModelPackage
 from ..graphs.pairs import reads_pairs
 from .chat.chat import ChatTokenizer
 from .chat.text_stream import TextStream
+from .decode_loop import decode, rows_of_tokens
 from .decoder import DecoderSession, open_decoder
 from .decoder_inputs import DecoderState, PromptBatch, can_pad
 from .decoder_place import DecoderPlace
 from .device import SomeRows, Tensor
 from .generation import GREEDY, Choose, Chooser, Piece, Request, Sampling, Step
 from .images.deepstack import scatter
-from .images.image_features import ImageFeatures
-from .images.images_qwen import QwenImagePreprocessor
-from .images.open_picture import Picture, open_image
+from .images.image_features import ImageFeatures, Shown
+from .images.open_picture import open_image
 from .images.positions_mrope import mrope_positions
+from .images.prepared_picture import Preprocessor
 from .images.prompt_images import PromptImages
-from .images.vision import Preprocessor, Seen, look, open_preprocessor, unknown_processor
+from .images.shown_pictures import see
+from .images.vision import Seen, look, open_preprocessor, unknown_processor
 from .knobs import AS_EXPORTED, Knobs
 from .paired_batches import PROMPTS, interleaved, rows_of
 from .runner_protocol import Runner
@@ -48,14 +51,13 @@ class VisionLanguageModel:
     Args:
         package: the folder.
         decoder: the decoder's graph if it is not the package's own (a tapped or guarded copy in memory).
-        runtime: a row of the runners' table.
+        runtime: a row of the table in `runners`.
         optimize: whether the runtime may optimise the decoder's graph.
         open_part: opens the package's files in place of the runtime (engines, each against its digest).
-        pads: whether rows of different lengths may share a batch; default: what the decoder's graph says.
-        pairs: whether the decoder's guard reads paired rows; default: what its graph says.
-        place: where the decoder is opened when it is needed, and closed when another takes the place; default: it is opened
-            here and stays.
-        wrap: what the decoder's runner is put into, each time that it is opened.
+        pads: whether rows of different lengths may share a batch; default: read from the decoder's graph.
+        pairs: whether the decoder's guard reads paired rows; default: read from the decoder's graph.
+        place: opens the decoder on demand and closes it when another is opened; default: open it now and keep it.
+        wrap: wraps the decoder's runner each time it is opened.
 
     Raises:
         ModelUnreadable: a part is missing or cannot be opened.
@@ -116,7 +118,7 @@ class VisionLanguageModel:
 
     @cached_property
     def takes_embeds(self) -> bool:
-        """Whether the decoder takes embeddings in place of tokens; asked once, because a decoder takes long to open."""
+        """Whether the decoder takes embeddings in place of tokens; cached, because a decoder takes long to open."""
         return self.decoder.takes_embeds
 
     def with_decoder(
@@ -152,16 +154,20 @@ class VisionLanguageModel:
         return None if self.package.vision_encoder is None else unknown_processor(self.package.root)
 
     def blank_image(self) -> Image.Image:
-        """A white picture of the size that the model looks at."""
+        """A white picture of the size that the model looks at, the same object every time."""
+        return self._blank
+
+    @cached_property
+    def _blank(self) -> Image.Image:
         return self.images.blank_image()
 
     def image_features(self, image: Image.Image | Path | str | bytes) -> ImageFeatures:
-        """What the vision encoder gives for one picture: `[image tokens, d]` in the encoder's dtype.
+        """The vision encoder's features of one picture, `[image tokens, d]` in the encoder's dtype.
 
         Raises:
             GuardError: the model takes no images, or the picture cannot be read.
         """
-        return ImageFeatures(look(self._vision, self.images, [open_image(image)]).features)
+        return ImageFeatures(self._seen([(open_image(image), True)]).features)
 
     def token_embeddings(self, ids: np.ndarray) -> np.ndarray:
         """The decoder's embeddings of token ids `[n]`: `[n, d]`."""
@@ -186,13 +192,9 @@ class VisionLanguageModel:
         """
         answers = [""] * len(requests)
         for indices in self.groups(requests, batch_size):
-            tokens: list[list[int]] = [[] for _ in indices]
-            for step in self.steps([requests[index] for index in indices], sampling, knobs):
-                for row, token in enumerate(step.tokens):
-                    if token is not None:
-                        tokens[row].append(token)
-            for row, index in enumerate(indices):
-                answers[index] = self.chat.decode(tokens[row]).strip()
+            rows = rows_of_tokens(self.steps([requests[index] for index in indices], sampling, knobs))
+            for row, index in zip(rows, indices, strict=True):
+                answers[index] = self.chat.decode(row).strip()
         return answers
 
     def stream(self, request: Request, sampling: Sampling = GREEDY, knobs: Knobs = AS_EXPORTED) -> Iterator[str]:
@@ -216,7 +218,7 @@ class VisionLanguageModel:
             knobs: strength and threshold offset of a guard that has them.
             batch: the request as `batch` returned it, where the caller has it already.
         """
-        said = TextStream(self.chat.decode)
+        said = TextStream(self.chat.tokenizer, self.chat.decode)
         for number, step in enumerate(self.steps([request], sampling, knobs, batch=batch), start=1):
             (token,) = step.tokens
             text = said.add(token) if token is not None else ""
@@ -265,7 +267,10 @@ class VisionLanguageModel:
         by_length: dict[object, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             length = len(self.chat.encode_turns(request.text_only.turns))
-            key = (length, request.image is None) if not self.pads else request.image is None
+            pictures = len(request.images)
+            key = (length, pictures) if not self.pads else not pictures
+            if pictures and not self.pads and not (self.sees and self.images.keeps_count):
+                key = index  # its length depends on its pictures' shapes
             by_length[key].append(index)
         for members in by_length.values():
             for start in range(0, len(members), batch_size):
@@ -273,9 +278,9 @@ class VisionLanguageModel:
 
     def batch(self, requests: Sequence[Request]) -> PromptBatch:
         """Token ids padded on the left, and embeddings with image features where the decoder takes them."""
-        seen = self._look_at([request.image for request in requests if request.image is not None])
-        tokens = iter(() if seen is None else seen.tokens)
-        rows = [self.chat.encode_turns(r.turns, 0 if r.image is None else int(next(tokens))) for r in requests]
+        seen = self._look_at([(image, len(r.images) == 1) for r in requests for image in r.images])
+        pictures = iter(() if seen is None else seen.pictures)
+        rows = [self.chat.encode_turns(r.turns, [next(pictures) for _ in r.images]) for r in requests]
         longest = max(map(len, rows))
         if not self.pads and any(len(row) != longest for row in rows):
             raise GuardError("this decoder cannot be padded; run prompts of one length together")
@@ -291,24 +296,24 @@ class VisionLanguageModel:
         at = (ids == self.chat.image_token_id) & (mask == 1)
         return PromptBatch(ids, mask, self._embeds(ids, at, seen.features), self._placed(at, mask, seen))
 
-    def _look_at(self, images: Sequence[Picture | ImageFeatures]) -> Seen | None:
-        """The features of a batch's images, in their order; pictures go through the vision encoder."""
-        pictures = [open_image(image) for image in images if not isinstance(image, ImageFeatures)]
-        seen = look(self._vision, self.images, pictures) if pictures else None
-        if len(pictures) == len(images):
-            return seen
-        if not self.takes_embeds:
+    def _look_at(self, images: Sequence[tuple[Shown, bool]]) -> Seen | None:
+        """The features of a batch's images, in their order, each with whether it is the only one of its prompt."""
+        rows = any(isinstance(image, ImageFeatures) for image, _ in images)
+        if rows and not self.takes_embeds:
             raise GuardError(f"{self.package.root}: the decoder takes no embeddings; leave the image out")
-        if self.images_have_grids:
+        if rows and self.images_have_grids:
             raise GuardError("this model places an image's tokens by its size, which rows do not have; give a picture")
-        looked = iter(() if seen is None else np.split(seen.features, np.cumsum(seen.tokens)[:-1]))
-        rows = [image.rows if isinstance(image, ImageFeatures) else next(looked) for image in images]
-        return Seen(np.concatenate(rows), np.array([len(found) for found in rows]), {})
+        return see(images, self._seen) if images else None
+
+    def _seen(self, pictures: Sequence[tuple[Image.Image, bool]]) -> Seen:
+        model_type = read_json(self.package.root / "config.json").get("model_type")
+        return look(self._vision, self.images, pictures, model_type)
 
     @property
     def images_have_grids(self) -> bool:
-        """Whether an image's tokens are placed by its height and width (the Qwen family)."""
-        return isinstance(self.images, QwenImagePreprocessor)
+        """Whether an image's tokens are placed by its height and width (the Qwen family, Pixtral)."""
+        placed = self.chat.placeholder is not None and self.chat.placeholder.by_place
+        return placed or self._takes_places
 
     @cached_property
     def _vision(self) -> Runner:
@@ -324,7 +329,7 @@ class VisionLanguageModel:
         return self._open_part(path)
 
     def _embeds(self, ids: np.ndarray, at: np.ndarray | None = None, features: np.ndarray | None = None) -> np.ndarray:
-        """Embeddings of the tokens, with the features `[image tokens, d]` where `at` says."""
+        """Embeddings of the tokens, with the features `[image tokens, d]` at the positions `at`."""
         (port,) = self._embed.inputs.values()
         embeds = next(iter(self._embed.run({port.name: ids.astype(port.dtype)}).values()))
         if at is None or features is None:
@@ -338,10 +343,17 @@ class VisionLanguageModel:
         return embeds
 
     def _placed(self, at: np.ndarray, mask: np.ndarray, seen: Seen) -> PromptImages:
-        """Where images are; if they have a grid, also the prompts' positions and what goes in between the layers."""
-        if seen.grids is None:
-            return PromptImages(at=at)
-        return PromptImages(mrope_positions(at, mask, seen.grids, seen.merge), scatter(seen.outputs, at), at)
+        """Where images are, what goes in between the layers, and the prompts' positions if they depend on images' places."""
+        positions = None
+        if seen.grids is not None and self._takes_places:
+            positions = mrope_positions(at, mask, seen.grids, seen.merge)
+        return PromptImages(positions, scatter(seen.outputs, at), at)
+
+    @property
+    def _takes_places(self) -> bool:
+        """Whether the decoder takes time, row and column of each token (M-RoPE)."""
+        port = self.decoder.runner.inputs.get(self.decoder.roles.positions or "")
+        return port is not None and len(port.shape) == 3
 
     # Generation
 
@@ -367,15 +379,8 @@ class VisionLanguageModel:
         """
         choose, runtime_controls = choose or Chooser(sampling), knobs.feeds(self.decoder.knobs)
         outputs, state = self._prefill(requests, batch, runtime_controls)
-        alive = [True] * len(requests)
-        for number in range(sampling.max_new_tokens):
-            chosen = choose(self.decoder.last_logits(outputs))
-            alive = [on and int(token) not in self.chat.eos_ids for on, token in zip(alive, chosen, strict=True)]
-            yield Step([int(token) if on else None for on, token in zip(alive, chosen, strict=True)], outputs)
-            if not any(alive) or number + 1 == sampling.max_new_tokens:
-                return
-            column = chosen[:, None].astype(np.int64)
-            outputs = self.decoder.step(state, column, self.step_embeds(column))
+        ends, most = self.chat.eos_ids, sampling.max_new_tokens
+        yield from decode(self.decoder, outputs, state, choose, self.step_embeds, ends, most)
 
     def step_embeds(self, column: np.ndarray) -> np.ndarray | None:
         """Embeddings `[batch, 1, d]` of one token per row, `[batch, 1]`; `None` where the decoder takes tokens."""
@@ -384,4 +389,4 @@ class VisionLanguageModel:
 
 def _is_text_alone(requests: Sequence[Request]) -> bool:
     """One request without an image: a row without a partner, which no guard of paired rows edits."""
-    return len(requests) == 1 and requests[0].image is None
+    return len(requests) == 1 and not requests[0].images

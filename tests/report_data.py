@@ -15,7 +15,8 @@ from vlmguard.apps.report.score_separation import SSD, TEXT, Separation
 from vlmguard.apps.report.sweep import ALPHAS, Strength
 from vlmguard.exporter.evaluation.metrics import Evaluation
 from vlmguard.exporter.evaluation.records import FirstToken, Record, Reply
-from vlmguard.exporter.prompts.labelled import SETTINGS, LabelledPrompt
+from vlmguard.exporter.prompts.formats import SETTINGS
+from vlmguard.exporter.prompts.labelled import LabelledPrompt
 from vlmguard.graphs.manifest import DecoderRecord, FileRecord, Manifest
 from vlmguard.graphs.modes import guard_mode
 

@@ -34,7 +34,8 @@ from tiny_vlm_paths import (
 )
 
 import vlmguard
-from vlmguard.exporter.evaluation.evaluate import Tally, compare, tally
+from vlmguard.exporter.evaluation.evaluate import compare, tally
+from vlmguard.exporter.evaluation.metrics import Tally
 from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
 from vlmguard.exporter.sources import open_model
 from vlmguard.runtime.generation import Request, Sampling

@@ -235,6 +235,37 @@ def module_of(path: Path) -> tuple[str, ...]:
     return parts[:-1] if parts[-1] == "__init__" else parts
 
 
+def names_of(body: list[ast.stmt]) -> Iterator[str]:
+    """Names that a module's statements define, inside `if`, `try` and `with` too; imports define none."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name))
+        elif isinstance(node, ast.If | ast.Try | ast.With | ast.For):
+            yield from names_of([*node.body, *getattr(node, "orelse", [])])
+            yield from (name for handler in getattr(node, "handlers", []) for name in names_of(handler.body))
+
+
+def borrowed(path: Path, defined: dict[tuple[str, ...], set[str]]) -> Iterator[str]:
+    """Names that a file imports from a module which imports them itself."""
+    here = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        parts = tuple(node.module.split(".")) if node.module else ()
+        if node.level:
+            module = (*here[: len(here) - node.level + 1], *parts)
+        elif parts[:1] == ("vlmguard",):
+            module = parts[1:]
+        else:
+            continue
+        if module in defined:
+            names = {name.name for name in node.names if (*module, name.name) not in defined}
+            yield from sorted(names - defined[module])
+
+
 def circles(graph: dict[tuple[str, ...], set[tuple[str, ...]]]) -> set[tuple[str, ...]]:
     """What is left when modules without imports, or without importers, are taken away again and again."""
     left = {module: set(imported) for module, imported in graph.items()}
@@ -254,6 +285,26 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     }
     assert sum(map(len, graph.values())) > 500
     assert circles(graph) == set()
+
+
+def test_names_are_imported_from_the_module_that_defines_them() -> None:
+    modules = {module_of(path): path for path in SOURCES if path != ROOT / "__init__.py"}
+    defined = {
+        module: set(names_of(ast.parse(path.read_text(encoding="utf-8")).body)) for module, path in modules.items()
+    }
+    others = [
+        path for top in ("tests", "benchmarks", "examples", "integrations") for path in (ROOT / top).rglob("*.py")
+    ]
+    found = {path.relative_to(ROOT).as_posix(): list(borrowed(path, defined)) for path in (*SOURCES, *others)}
+    assert len(found) > 500
+    assert {name: names for name, names in found.items() if names} == {}
+
+
+def test_a_borrowed_name_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "user.py").write_text("from .graphs.owner import own, lent\nfrom .graphs import owner\n")
+    defined = {("graphs",): set[str](), ("graphs", "owner"): {"own"}}
+    assert list(borrowed(tmp_path / "user.py", defined)) == ["lent"]
 
 
 def test_a_circle_is_found() -> None:

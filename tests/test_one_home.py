@@ -25,6 +25,18 @@ HOMES = {
         r"linspace\(0, len\(|\[::-?-?step\]|:: *max\(1, -\(-len",
         {"exporter/prompts/thinning.py"},
     ),
+    # the decoder itself (prompts a token a call), the end of a prompt, and a roll on fixed tokens; every answer is the loop's
+    "calls of a decoder after its first one": (
+        r"(session|decoder|self)\.step\(",
+        {
+            "runtime/decode_loop.py",
+            "runtime/decoder.py",
+            "exporter/calibration/align_trial.py",
+            "exporter/proof/prove_closed.py",
+            "benchmarks/gpu.py",
+        },
+    ),
+    "the tokens of an answer, row by row": (r"(zip|enumerate)\((\w+, )?step\.tokens", {"runtime/decode_loop.py"}),
     "the clock": (r"\btime\.(time|gmtime|localtime|strftime)\(|\bdatetime\.(now|utcnow|today)\(", {"graphs/clock.py"}),
     "what SOURCE_DATE_EPOCH means": (r"environ.*SOURCE_DATE_EPOCH|= \"SOURCE_DATE_EPOCH\"", {"graphs/clock.py"}),
     "the manifest's writer": (r"\.to_text\(\)\.encode\(\)", {"graphs/manifest.py"}),

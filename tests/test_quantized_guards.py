@@ -16,7 +16,8 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from tiny_vlm_paths import ANCHORS, CALIBRATION, DECODER, EVALUATION, SOURCE, Guarded
 
 import vlmguard
-from vlmguard.exporter.evaluation.evaluate import Tally, tally
+from vlmguard.exporter.evaluation.evaluate import tally
+from vlmguard.exporter.evaluation.metrics import Tally
 from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.exporter.sources import open_model
 

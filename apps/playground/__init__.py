@@ -1,5 +1,5 @@
-"""`vlmguard playground`: a page that asks a guarded folder's model in the browser, with its guard and without it.
+"""`vlmguard playground`: a web page that runs a guarded folder's model in the browser, with and without its guard.
 
-`facts`, `sides` and `samples` make what the page reads, `libraries` and `site` list its files, `page_server` serves them;
-`open` puts them together.
+`facts`, `sides` and `samples` create the page's data, `libraries` and `site` list its files, `page_server` serves them; `open`
+combines them.
 """

@@ -1,7 +1,7 @@
-"""What the page is told about a model, so that it need not guess: `facts.json`.
+"""Writes `facts.json`: what the page needs to know about the model.
 
-Chat template, special tokens, image processor and thresholds are read here by the code that `GuardedVLM` uses. A model
-that the page would prepare otherwise than `GuardedVLM` does is refused: no answer is better than another model's answer.
+Chat template, special tokens, image processor and thresholds are read by the code of `GuardedVLM`. A model whose inputs the
+page would prepare differently is rejected: no answer is better than a wrong one.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .sides import Sides
 
 PROCESSOR = "LlavaProcessor"
 _FAMILIES = f"LLaVA-like ones alone ({PROCESSOR} with {', '.join(sorted(PROCESSORS))})"
-# What the page feeds to a decoder; the cache besides.
+# Inputs that the page feeds to a decoder, besides the cache.
 _FED = (EMBEDS, MASK, POSITIONS, "use_cache_branch", "num_logits_to_keep")
-# A tokenizer's word of one character that no text has: the page's tokenizer knows no WordLevel model, and a WordPiece model
-# whose words have no second part is one.
+# A character that occurs in no text. The page's tokenizer lacks the WordLevel model; a WordPiece model without word parts is
+# equivalent.
 _NO_SECOND_PART = "\0"
 
 
@@ -68,7 +68,7 @@ def require_page_model(sides: Sides) -> None:
 
 
 def model_facts(sides: Sides, chat: ChatTokenizer, images: ImagePreprocessor) -> dict[str, Any]:
-    """What is true of the model whatever is asked."""
+    """Facts about the model that do not depend on a prompt."""
     plan, package = sides.plan, sides.package
     return {
         "name": package.root.name,
@@ -129,7 +129,7 @@ def image_facts(images: ImagePreprocessor) -> dict[str, Any]:
 
 
 def tokenizer_json(chat: ChatTokenizer) -> bytes:
-    """The tokenizer with every token that the configs declare, in words that the page's tokenizer knows."""
+    """The tokenizer with every token declared in the configs, in the format of the page's tokenizer."""
     content = json.loads(chat.tokenizer.to_str())
     model = content["model"]
     if model.get("type") == "WordLevel":
@@ -143,8 +143,9 @@ def tokenizer_json(chat: ChatTokenizer) -> bytes:
 
 
 def token_checks(chat: ChatTokenizer, prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """Prompts and their ids, without and with an image of two tokens: the page's tokenizer must give the same, or the page
-    says so and asks nothing."""
+    """Prompts and their ids, without and with an image of two tokens. If the page's tokenizer gives other ids, the page
+    shows an
+    error and runs nothing."""
     return [
         {"prompt": prompt, "imageTokens": tokens, "ids": chat.encode(prompt, tokens)}
         for prompt in prompts

@@ -38,9 +38,9 @@ class Library:
     """One npm package at one version.
 
     Attributes:
-        name, version: as the registry has them.
-        integrity: SHA-512 of the archive, base64, as the registry and lock files write it.
-        files: path in the package -> SHA-256, of what the page wants.
+        name, version: in the registry.
+        integrity: SHA-512 of the archive, base64, in the format of lock files.
+        files: path in the package -> SHA-256, of the files that the page uses.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Library:
         return f"{self.name}@{self.version}"
 
 
-# `npm view NAME@VERSION dist.integrity` and `sha256sum` tell the numbers of another version.
+# For another version, run `npm view NAME@VERSION dist.integrity` and `sha256sum`.
 LIBRARIES = (
     Library(
         "onnxruntime-web",
@@ -92,15 +92,19 @@ def find_libraries(
     report_progress: ProgressCallback = ignore_progress,
     libraries: Sequence[Library] = LIBRARIES,
 ) -> dict[tuple[str, str], Path]:
-    """Every file that the page wants, by package and path in it, checked; fetched first where it is not there yet.
+    """Return the files of the libraries, with checked digests; missing packages are downloaded to the cache.
 
     Args:
-        folder: a `node_modules` that has the packages; nothing is fetched then. `None`: the user's cache.
+        folder: a `node_modules` folder with the packages; nothing is downloaded then. `None`: the user's cache.
         report_progress: called with `(stage, done, total)`, in bytes.
+        libraries: the packages.
+
+    Returns:
+        `(package, path in it)` -> file.
 
     Raises:
-        GuardError: the folder lacks a file or has another version's; or an archive cannot be fetched, or is not the one
-            that is pinned.
+        GuardError: the folder lacks a file or has another version; an archive cannot be downloaded, or its digest differs from
+            the pinned one.
     """
     found = {}
     for library in libraries:
@@ -125,7 +129,7 @@ def cache_folder() -> Path:
 
 
 def registry() -> str:
-    """The registry, or the mirror that npm itself would be told of."""
+    """URL of the registry, or of the mirror in npm's environment variables."""
     named = next(filter(None, map(os.environ.get, _REGISTRY_NAMES)), REGISTRY)
     if not named.startswith(("https://", "http://")):
         raise GuardError(f"npm_config_registry is {named!r}; name a registry that begins with https:// or http://")
@@ -190,7 +194,7 @@ def _fetch(library: Library, report_progress: ProgressCallback) -> bytes:
 
 
 def _read_archive(library: Library, content: bytes) -> dict[str, bytes]:
-    """The listed files, by the names that npm's archives give them; links, devices and all else are not looked at."""
+    """The listed files, by their names in npm's archive; links, devices and other entries are ignored."""
     found = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:

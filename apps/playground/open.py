@@ -115,7 +115,7 @@ def _in_memory(files: dict[str, bytes | Path], name: str, graph: ir.Model, home:
 def _part(
     files: dict[str, bytes | Path], name: str, data: Mapping[str, Path], cache: Mapping[str, str] | None = None
 ) -> Part:
-    """External data goes by a number: what its file is called is the model's affair, and no part of an address."""
+    """One model file with its external data, which is served under numbered URLs because file names are untrusted."""
     addresses = {location: f"{name}-{number}.data" for number, location in enumerate(data)}
     files |= {addresses[location]: path for location, path in data.items()}
     return {

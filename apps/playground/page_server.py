@@ -1,8 +1,8 @@
-"""Who serves the page: a list of files, and nothing else, to this machine alone.
+"""Serves the page: a fixed list of files, on this machine only.
 
-Every answer says that the page may load from here only (`POLICY`) and is isolated from other sites, which browsers want
-before they give WebAssembly threads. Requests under another name than this machine's own are refused: a site could
-otherwise have its name point here and read the model ("DNS rebinding").
+Response headers restrict the page to this origin (`POLICY`) and isolate it from other sites, which browsers require for
+WebAssembly threads. Requests with another host name are rejected: otherwise a site could let its name resolve to this
+machine and read the model ("DNS rebinding").
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ POLICY = "; ".join(
         "script-src 'self' 'wasm-unsafe-eval'",
         "worker-src 'self'",
         "style-src 'self'",
-        "img-src 'self' blob:",  # the picture that a person chose
+        "img-src 'self' blob:",  # the picture that the user chose
         "connect-src 'self'",
         "base-uri 'none'",
         "form-action 'none'",
@@ -99,10 +99,10 @@ class PlaygroundServer(ThreadingHTTPServer):
         return f"http://{LOOPBACK}:{self.server_port}/"
 
     def run(self, open_page: bool = False) -> None:
-        """Serve until a person interrupts it.
+        """Serve until interrupted.
 
         Args:
-            open_page: open it in the user's browser.
+            open_page: open the page in the user's browser.
         """
         if open_page:
             # beside the serving: some browsers (lynx, a foreground $BROWSER) return when the page is closed
@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: PlaygroundServer  # pyright: ignore[reportIncompatibleVariableOverride] (how http.server is used)
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "vlmguard", ""
-    timeout = 60  # seconds; a connection that says nothing holds a thread
+    timeout = 60  # seconds; an idle connection occupies a thread
     disable_nagle_algorithm = True  # a head and its body are two writes, and the second must not wait for the first
 
     def do_GET(self) -> None:
@@ -135,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._found()
 
     def _found(self) -> Served | None:
-        """What is asked for, its headers sent; or the refusal."""
+        """The requested file, with its headers sent; `None` after an error response."""
         if not self._asked_by_own_name():
             return self._refuse(HTTPStatus.MISDIRECTED_REQUEST)
         path = self.path.partition("?")[0]

@@ -1,4 +1,4 @@
-"""What a person can pick on the page without typing: labelled prompts, and pictures that go with them."""
+"""Samples to pick on the page: labelled prompts and their pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from PIL import Image
 
 from ...exporter.evaluation.evaluate import EVALUATION_FILES
-from ...exporter.prompts.labelled import BUILTIN, LABELS, LabelledPrompt, find_file, read_prompts
+from ...exporter.prompts.formats import LABELS
+from ...exporter.prompts.labelled import BUILTIN, LabelledPrompt, find_file, read_prompts
 from ...exporter.prompts.thinning import by_setting_and_label
 from ...runtime.images.open_picture import open_image
 

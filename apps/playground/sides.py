@@ -1,6 +1,6 @@
-"""Both decoders of a guarded folder, as the page runs them: without the guard, and with it and what its gates compare.
+"""Both decoders of a guarded folder for the page: without the guard, and with the guard and its gates' scores as outputs.
 
-The shipped graph need not tell its gates' scores; the one that is run here does.
+The shipped graph may lack these outputs; the graph served here has them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the guard costs: nodes and bytes by counting; engine layers and latency from files of those who measured them."""
+"""The guard's cost: counted nodes and bytes; engine layers and latency from files with measurements."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ class Cost:
     """What the guard adds to the decoder.
 
     Attributes:
-        nodes, nodes_added: of the decoder without the guard, and of the guard.
-        weights, weights_added: bytes of the decoder's numbers without the guard, and of the guard's.
-        rewritten: how many weights hold the guard in themselves (lowering `fold`).
-        engines, latency: empty if none were given.
+        nodes, nodes_added: number of nodes of the decoder without the guard, and of the guard.
+        weights, weights_added: bytes of the decoder's weights without the guard, and of the guard's.
+        rewritten: number of weights that contain the guard (lowering `fold`).
+        engines, latency: empty without measurements.
     """
 
     nodes: int

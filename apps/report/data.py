@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ...exporter.evaluation.yardstick import Yardstick
-from ...exporter.prompts.labelled import LABELS, PAIRED_LABELS, SETTINGS, LabelledPrompt
+from ...exporter.prompts.formats import LABELS, SETTINGS
+from ...exporter.prompts.labelled import PAIRED_LABELS, LabelledPrompt
 from ...graphs.manifest import Manifest
 from .cost import Cost
 from .gates import GateScores
@@ -46,19 +47,19 @@ class LayerPoints:
 
 @dataclass(frozen=True)
 class ReportData:
-    """What was asked and measured.
+    """The prompts and measurements of a report.
 
     Attributes:
-        name: of the guarded folder.
-        prompts_file: the name of the file that the prompts come from.
-        prompts: those that were asked.
-        max_new_tokens: longest answer that was judged.
-        manifest: of the folder.
+        name: name of the guarded folder.
+        prompts_file: name of the prompts file.
+        prompts: the prompts that were run.
+        max_new_tokens: longest judged answer.
+        manifest: the folder's manifest.
         layers: numbers of all decoder layers.
         points, separations, gates: of the prompts with one of `PAIRED_LABELS`.
         yardstick: the guarded model against its own text-only language model; the headline.
         rates, mistakes, sweep, cost: one per figure or table.
-        found: what was found beside the model and used -> its absolute path. Not in the page, which others read.
+        found: kind of each file found beside the model and used -> absolute path. Not in the page, which others read.
         anchors_auc: AUC of the anchors along row 1, by layer, as the directions file recorded it.
     """
 
@@ -89,7 +90,7 @@ class ReportData:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """Those that were asked in, in the paper's order."""
+        """The settings of the prompts, in the paper's order."""
         return tuple(setting for setting in SETTINGS if any(prompt.setting == setting for prompt in self.prompts))
 
     @property

@@ -1,7 +1,7 @@
 """The figures, as plotly's own plain data: made and checked by plotly's Python side, drawn by its JavaScript in the page.
 
 Colours of data are chosen here and readable on light and on dark; colours of text, axes and grid are the page's (`page.js`).
-Legends use the names of the settings in the prompts file, because they are short; hover texts say what they stand for.
+Legends use the short names of the settings in the prompts file; hover texts have the full names.
 Text from files is escaped in hover texts, because plotly reads a subset of HTML there.
 """
 
@@ -19,7 +19,7 @@ from .gates import GateScores, bins
 from .outcomes import MEASURES
 from .score_separation import SSD, TEXT
 
-# Okabe and Ito's hues, made to contrast 3:1 or more with white and with near-black; shape or pattern always says it too.
+# Okabe and Ito's hues, adjusted to a contrast of at least 3:1 with white and near-black; shape or pattern always differs too.
 LABEL_COLORS = {"harmful": "#d55e00", "harmless": "#2f86c8"}
 SETTING_COLORS = {"text": "#2f86c8", "blank": "#d55e00", "image": "#1a9373", "typographic": "#cc79a7"}
 SETTING_SYMBOLS = {"text": "circle", "blank": "square", "image": "diamond", "typographic": "triangle-up"}

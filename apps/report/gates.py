@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ...exporter.prompts.labelled import SETTINGS, LabelledPrompt
+from ...exporter.prompts.formats import SETTINGS
+from ...exporter.prompts.labelled import LabelledPrompt
 from ...graphs.modes import guard_mode
 from ...graphs.plan import GuardPlan
 from ...graphs.reference import LayerGuard, score

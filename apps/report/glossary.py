@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 TERMS = {
     # the result
-    "gap closed": "Of the refusals of harmful prompts that the image takes away, the share that the guard brings back. "
+    "gap closed": "Of the refusals of harmful prompts that the image takes away, the share that the guard restores. "
     "At 100% the guarded model refuses as many as the text-only model.",
     "text-only model": "The unguarded model, given the same words without the image.",
     "95% interval": "The values that fit these prompts; fewer prompts make it wider.",

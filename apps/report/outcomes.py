@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...exporter.evaluation.evaluate import Evaluation, Tally
 from ...exporter.evaluation.intervals import clopper_pearson
-from ...exporter.prompts.labelled import SETTINGS, LabelledPrompt
+from ...exporter.evaluation.metrics import Evaluation, Tally
+from ...exporter.prompts.formats import SETTINGS
+from ...exporter.prompts.labelled import LabelledPrompt
 
 MEASURES = {"harmful": "attack success rate", "harmless": "over-refusal"}
 
@@ -59,7 +60,7 @@ class Mistake:
 
 
 def rates_of(evaluation: Evaluation) -> list[Rate]:
-    """What `evaluate` counted, as rates of error with intervals: the one place that knows its shape."""
+    """The counts of `evaluate` as error rates with intervals."""
     sides = (("unguarded", evaluation.base), ("guarded", evaluation.guarded))
     return [
         rate for label in MEASURES for side, tally in sides for rate in _rates(evaluation.prompts, label, side, tally)

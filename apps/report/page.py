@@ -53,7 +53,7 @@ def make_page(data: ReportData, made: str) -> str:
 
 
 def in_script(content: Any) -> str:
-    """JSON that may stand in a `<script>` element: nothing in it ends the element, whatever a prompt says."""
+    """JSON for a `<script>` element, escaped so that no prompt can end the element."""
     text = to_strict_json(content, separators=(",", ":"), ensure_ascii=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

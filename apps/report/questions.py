@@ -1,4 +1,4 @@
-"""Which prompts a report asks: held-out ones, as many of each kind as was said, each in the settings that the model has."""
+"""Chooses a report's prompts: held-out prompts, at most a given number per kind, in the settings that the model supports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...exporter.evaluation.evaluate import EVALUATION_FILES
-from ...exporter.prompts.labelled import LABELS, PAIRED_LABELS, LabelledPrompt, find_file, read_prompts
+from ...exporter.prompts.formats import LABELS
+from ...exporter.prompts.labelled import PAIRED_LABELS, LabelledPrompt, find_file, read_prompts
 from ...exporter.prompts.overlaps import require_held_out_of
 from ...exporter.prompts.thinning import by_setting_and_label
 from ...graphs.errors import GuardError, PromptsUnusable
@@ -18,10 +19,11 @@ from .subject import Subject
 def choose_prompts(
     subject: Subject, path: Path | None, image: Path | None, most: int
 ) -> tuple[Path, list[LabelledPrompt]]:
-    """The file, and the prompts to ask, by setting and label; borderline ones are asked where the file has some.
+    """Return the prompts file and the prompts to run, by setting and label; borderline prompts only if the file has some.
 
     Args:
-        path: labelled prompts; `None` takes those found beside the source or the guarded folder.
+        subject: the model of the report.
+        path: labelled prompts; `None`: the file found beside the source or the guarded folder.
         image: a picture to show with every text prompt, in place of the file's own pictures.
         most: of each setting and label; more than that are thinned out evenly, because files are often sorted.
 

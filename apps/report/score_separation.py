@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ...exporter.prompts.labelled import SETTINGS, LabelledPrompt
+from ...exporter.prompts.formats import SETTINGS
+from ...exporter.prompts.labelled import LabelledPrompt
 from ...graphs.directions import Directions
 from .states import States
 
@@ -43,9 +44,12 @@ class Separation:
 def separations(
     states: States, prompts: Sequence[LabelledPrompt], directions: Directions, layers: Sequence[int]
 ) -> list[Separation]:
-    """Every layer along the text direction; the layers that the folder has directions for along these too.
+    """Separation of harmful and harmless prompts in every layer, along the text direction and along the folder's directions.
 
     Args:
+        states: hidden states of the prompts.
+        prompts: labelled, in the order of the states.
+        directions: of the guarded folder.
         layers: the layer number of each row of the states.
     """
     harmful = np.array([prompt.label == "harmful" for prompt in prompts])

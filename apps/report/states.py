@@ -37,7 +37,13 @@ class States:
 def read_states(
     subject: Subject, prompts: Sequence[LabelledPrompt], batch_size: int, report_count: CountCallback | None = None
 ) -> States:
-    """One pass over the prompts on each side; a supervised graph takes its text-only pass besides.
+    """Read the hidden states of all prompts, unguarded and guarded.
+
+    Args:
+        subject: the model of the report.
+        prompts: the prompts to run.
+        batch_size: prompts per call.
+        report_count: called with `(done, total)` after each batch.
 
     Raises:
         GuardError: states that are not finite.

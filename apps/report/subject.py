@@ -1,4 +1,4 @@
-"""What a report is about: a guarded folder's model as shipped, its unguarded side, and both with what a report looks at."""
+"""The model of a report: guarded as shipped, unguarded, and both with extra outputs for the figures."""
 
 from __future__ import annotations
 
@@ -82,15 +82,15 @@ class Subject:
 
 
 def open_subject(folder: Path | str, source: Path | str | None = None) -> Subject:
-    """Open a guarded folder, and look at it from both sides.
+    """Open a guarded folder, guarded and unguarded.
 
     Args:
-        folder: of graphs; the decoder that runs is the one that is reported on.
-        source: the unguarded model (file or folder), if at hand.
+        folder: guarded folder of graphs.
+        source: the unguarded model (file or folder); default: the guard is removed in memory.
 
     Raises:
-        ManifestMismatch: the folder is not what its manifest says, or the source is not what it was made from.
-        GuardError: it holds engines, or a guard in the weights and no source.
+        ManifestMismatch: a file differs from the manifest, or `source` is not the model that was guarded.
+        GuardError: the folder holds engines, or the guard is in the weights and `source` is missing.
     """
     folder = Path(folder).absolute()
     if read_manifest(folder).engines:

@@ -1,4 +1,4 @@
-"""What another strength would do: the guard put in again with each alpha, in memory, and asked some of the prompts."""
+"""Refusals at other strengths: the guard is rewritten in memory with each alpha and runs some of the prompts."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Strength:
     """One alpha.
 
     Attributes:
-        alpha: in every guarded layer.
-        shipped: whether that is the folder's own.
+        alpha: strength in every guarded layer.
+        shipped: whether the folder has this strength.
         refused: `(setting, label, refused, asked)`.
     """
 
@@ -43,7 +43,15 @@ def sweep_alpha(
     batch_size: int,
     report_count: CountCallback | None = None,
 ) -> list[Strength]:
-    """Refusals at each of `ALPHAS` and at the shipped strengths; none where the mode has no strength."""
+    """Refusals at each of `ALPHAS` and at the shipped strengths; empty if the mode has no strength.
+
+    Args:
+        subject: the model of the report.
+        prompts: labelled prompts; at most 12 per setting and label are run.
+        max_new_tokens: longest answer.
+        batch_size: prompts per call.
+        report_count: called with `(done, total)` after each strength.
+    """
     if not guard_mode(subject.plan.mode).has_alpha:
         return []
     asked = by_setting_and_label(prompts, _PROMPTS)

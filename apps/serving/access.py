@@ -41,7 +41,7 @@ class AccessLog:
     """ASGI middleware.
 
     Args:
-        ended: told each request's path, status code and seconds.
+        ended: called with each request's path, status code and duration in seconds.
     """
 
     def __init__(self, app: ASGIApp, ended: Callable[[str, int, float], None]) -> None:

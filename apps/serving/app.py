@@ -91,13 +91,13 @@ class Service:
         return JSONResponse(reply.completion(answering.made))
 
     def stop_answers(self) -> None:
-        """End every answer that is still being made, and those that wait for their turn; each caller is told."""
+        """Stop running answers and reject queued requests; each caller receives an error."""
         self.admission.close()
         for answering in list(self._under_way):
             answering.abandon()
 
     def refusal(self, error: GuardError) -> ApiError:
-        """What the model's own code refuses: the caller's fault, unless a runtime failed. Paths stay here."""
+        """The API error for a `GuardError`: the caller's fault, unless a runtime failed. Paths are not sent to the caller."""
         if isinstance(error, RunFailed):
             return ApiError(500, "the model cannot be run on this request")
         line = " ".join(str(error).split())

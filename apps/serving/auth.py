@@ -28,9 +28,9 @@ def require_key(settings: ServeSettings, authorization: str | None) -> None:
 
 
 def require_local_name(settings: ServeSettings, host: str | None) -> None:
-    """A server that only this machine reaches, without a key, is asked by its local name.
+    """Reject requests with a foreign host name on a loopback server without a key.
 
-    Else a web page could have its own name resolve to 127.0.0.1 and ask through the visitor's browser.
+    Otherwise a web page could let its own name resolve to 127.0.0.1 and send requests through the visitor's browser.
 
     Raises:
         ApiError: 403.

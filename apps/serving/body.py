@@ -54,17 +54,18 @@ class Bodies:
 
 
 async def read_json(http: Request, largest: int, bodies: Bodies, seconds: float = LONGEST_WAIT) -> dict[str, Any]:
-    """The body as an object.
+    """Read the body as a JSON object.
 
     Args:
-        largest: bytes.
-        bodies: all that are being read.
-        seconds: that it may take to arrive.
+        http: the request.
+        largest: size limit in bytes.
+        bodies: the bodies currently being read.
+        seconds: time limit for receiving the body.
 
     Raises:
-        ApiError: 415 for another content type or an encoded body, 413 beyond the limit, 400 for what is no JSON object, 408 if
-            it does not arrive in time, 429 if too many are being read.
-        ClientGone: the client left before it had sent it all.
+        ApiError: 415 for another content type or an encoded body, 413 beyond the size limit, 400 if it is not a JSON
+            object, 408 beyond the time limit, 429 if too many bodies are being read.
+        ClientGone: the client disconnected before the end of the body.
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":

@@ -1,7 +1,7 @@
-"""From the JSON of `/v1/chat/completions` to what the model is asked. Strict: what is not known is refused.
+"""Parses the JSON of `/v1/chat/completions` into a request to the model. Unknown fields are rejected.
 
-Nothing here can reach the guard: a request becomes words, an image and a sampling, and the knobs of a guarded graph
-(`runtime/knobs.py`) stay as it was exported.
+A request cannot change the guard: it contains text, images and a sampling; the knobs of a guarded graph
+(`runtime/knobs.py`) keep their exported defaults.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Text(_Strict):
 
 class _ImageUrl(_Strict):
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"  # a picture is prepared as the model's own processor says
+    detail: Literal["auto", "low", "high"] = "auto"  # ignored: the model's own processor prepares the picture
 
 
 class _Image(_Strict):
@@ -76,11 +76,11 @@ class ChatRequest:
     """One chat completion.
 
     Attributes:
-        request: words and image.
+        request: text and images.
         sampling: how the answer's tokens are chosen.
-        asked_length: whether the request itself said how long an answer may be.
-        streams: whether the answer is sent as it is made.
-        tells_usage: whether a stream ends with the number of tokens.
+        asked_length: whether the request sets the length of the answer.
+        streams: whether the answer is streamed.
+        tells_usage: whether a stream ends with the token counts.
     """
 
     request: Request
@@ -162,10 +162,10 @@ def _sampling(body: _Body, settings: ServeSettings) -> tuple[Sampling, bool]:
 
 
 def _request(body: _Body, settings: ServeSettings, sees: bool) -> Request:
-    turns, image = [], None
+    turns, images = [], []
     for number, message in enumerate(body.messages):
         words = "\n".join(part.text for part in message.content if isinstance(part, _Text))
-        shows = False
+        before = len(images)
         for place, part in enumerate(message.content):
             if isinstance(part, _Image):
                 param = f"messages[{number}].content[{place}].image_url"
@@ -173,13 +173,16 @@ def _request(body: _Body, settings: ServeSettings, sees: bool) -> Request:
                     raise _refusal(f"images belong to the user's messages, this is the {message.role}'s", param)
                 if not sees:
                     raise _refusal(f"the model {settings.name!r} takes text only; leave the image out", param)
-                if image is not None:
-                    raise _refusal("this server takes one image per conversation; leave the others out", param)
-                image, shows = image_bytes(part.image_url.url, settings.max_image, f"{param}.url"), True
-        if not words.strip() and not shows:
+                if len(images) == settings.max_images:
+                    raise _refusal(
+                        f"this server takes {settings.max_images} images per conversation; leave the others out", param
+                    )
+                images.append(image_bytes(part.image_url.url, settings.max_image, f"{param}.url"))
+        pictures = len(images) - before
+        if not words.strip() and not pictures:
             raise _refusal(f"messages[{number}] is empty; write something", f"messages[{number}].content")
         role: Role = "system" if message.role == "developer" else message.role
-        turns.append(Turn(role, words, shows))
+        turns.append(Turn(role, words, pictures))
     if turns[-1].role != "user":
         raise _refusal(
             "the last message is not the user's, and no answer is continued; end with a question",
@@ -188,13 +191,13 @@ def _request(body: _Body, settings: ServeSettings, sees: bool) -> Request:
     if sum(len(turn.text) for turn in turns) > _CHARACTERS_PER_TOKEN * settings.max_prompt_tokens:
         raise too_long(settings.max_prompt_tokens)
     history = tuple(turns[:-1])
-    return Request(turns[-1].text, image, history)
+    return Request(turns[-1].text, images or None, history)
 
 
 def too_long(longest: int) -> ApiError:
     """The refusal of a conversation of more tokens than that."""
     return _refusal(
-        f"the conversation is longer than {longest} tokens, its image included; shorten it",
+        f"the conversation is longer than {longest} tokens, its images included; shorten it",
         "messages",
         "context_length_exceeded",
     )

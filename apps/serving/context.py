@@ -8,10 +8,10 @@ from .settings import ServeSettings
 
 
 def context_limit(vlm: GuardedVLM, settings: ServeSettings) -> int:
-    """Tokens of a prompt and its answer together: what the model's configs say, and no more than the operator allows.
+    """Largest number of tokens of a prompt and its answer: the smaller of the model's and the operator's limit.
 
     Raises:
-        GuardError: neither is known.
+        GuardError: there is neither limit.
     """
     limits = [size for size in (vlm.package.longest_sequence, settings.max_context) if size is not None]
     if not limits:

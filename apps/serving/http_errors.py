@@ -1,4 +1,4 @@
-"""What a request is refused with, in OpenAI's form."""
+"""Errors in OpenAI's format."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Parameters of `/v1/chat/completions` that this server does not have, and the values of them that ask for nothing.
+"""Unsupported parameters of `/v1/chat/completions`, and their neutral values.
 
-Clients send many of them by default. A value that changes nothing here is taken; any other is refused, because a caller who
-asked for two answers, or for a tool, must not believe that there were none. docs/serving.md has this table in words.
+Clients send many of them by default. A neutral value is accepted and any other value is rejected: a caller who requests two
+answers or a tool must not silently receive something else. docs/serving.md has this table as text.
 """
 
 from __future__ import annotations
@@ -50,10 +50,15 @@ MESSAGE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 def without_neutral(
     given: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL, at: str = ""
 ) -> dict[str, Any]:
-    """What is left of a request, or of a message, without what asks for nothing.
+    """A request or message without its unsupported parameters.
+
+    Args:
+        given: the request or message.
+        neutral: unsupported parameters and their neutral values.
+        at: prefix of the parameter's name in errors.
 
     Raises:
-        ApiError: 400 for a parameter that asks for something else.
+        ApiError: 400 for a value that is not neutral.
     """
     left = {}
     for name, value in given.items():
@@ -73,5 +78,5 @@ def without_neutral(
 
 
 def _numbers(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """With 1 also 1.0, which JSON does not tell apart; but never `true`."""
+    """Also accept 1.0 for 1, because JSON does not distinguish them; but not `true`."""
     return (*values, *(float(value) for value in values if type(value) is int))

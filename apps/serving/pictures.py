@@ -15,14 +15,15 @@ MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"
 
 
 def image_bytes(url: str, largest: int, param: str) -> bytes:
-    """The file that a `data:` URL holds, not yet decoded as a picture (`images.open_image` does, with limits of its own).
+    """The image file in a `data:` URL; `open_image` decodes it later, with its own limits.
 
     Args:
-        largest: bytes of the file.
+        url: the `data:` URL.
+        largest: size limit of the file in bytes.
         param: the request's field, for errors.
 
     Raises:
-        ApiError: 400 for another kind of URL or a file of another type than it says, 413 for a larger file.
+        ApiError: 400 for another kind of URL or a file that does not match its declared type, 413 for a larger file.
     """
     if url[:5].lower() != "data:":
         raise ApiError(
@@ -52,7 +53,7 @@ def image_bytes(url: str, largest: int, param: str) -> bytes:
     if held != media:
         raise ApiError(
             400,
-            f"the image says {media}, and its bytes are {held or 'of another format'}; send the type that it has",
+            f"the image is declared as {media}, but its bytes are {held or 'of another format'}; send the actual type",
             code="invalid_image_format",
             param=param,
         )

@@ -1,4 +1,4 @@
-"""What `/metrics` tells, in Prometheus' text format. Numbers only: nothing of a prompt, an answer or a caller."""
+"""The metrics of `/metrics`, in Prometheus' text format. Only numbers: no content of prompts or answers, no callers."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Metrics:
     def __init__(self, vlm: GuardedVLM, name: str, admission: Admission) -> None:
         self._plan = vlm.manifest.plan
         registry = self._registry = CollectorRegistry()
-        about = Info("vlmguard_model", "What is served.", registry=registry)
+        about = Info("vlmguard_model", "The served model.", registry=registry)
         layers = ",".join(map(str, self._plan["layers"]))
-        telemetry = "yes" if vlm.decoder.tells_scores else "no"
+        telemetry = "yes" if vlm.decoder.outputs_scores else "no"
         about.info(
             {
                 "version": version("vlmguard"),

@@ -38,7 +38,7 @@ class Reply:
         return {**self._object("chat.completion.chunk"), "choices": [choice]}
 
     async def chunks(self, answering: Answering, tells_usage: bool) -> AsyncIterator[dict[str, Any]]:
-        """All parts as they come: who speaks, the words, why it ended, and what it took if that was asked."""
+        """The chunks of a streamed answer: role, text, finish reason, and on request the token counts."""
         nothing_yet = {"usage": None} if tells_usage else {}
         yield self.chunk({"role": "assistant", "content": "", "refusal": None}) | nothing_yet
         async for piece in answering.pieces():

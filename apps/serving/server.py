@@ -54,11 +54,13 @@ def serve(folder: Path, settings: ServeSettings, on_ready: Callable[[dict[str, A
     """Serve a guarded folder until SIGTERM or SIGINT.
 
     Args:
-        listening: told the guard's plan and the API's address, once requests are taken.
+        folder: the guarded folder.
+        settings: the operator's settings.
+        on_ready: called with the guard's plan and the API's address once the server accepts requests.
 
     Raises:
         ExtraMissing: the extra `serve` is not installed.
-        ManifestMismatch: the folder is not guarded, or not what was proved.
+        ManifestMismatch: the folder is not guarded, or differs from its manifest.
         GuardError: the port cannot be opened, or the model cannot answer.
     """
     require_extra()
@@ -94,7 +96,14 @@ def open_port(host: str, port: int) -> socket.socket:
 
 
 def run(vlm: GuardedVLM, settings: ServeSettings, port: socket.socket, started: Callable[[], None]) -> None:
-    """Serve an open model on an open port until SIGTERM or SIGINT."""
+    """Serve an open model on an open port until SIGTERM or SIGINT.
+
+    Args:
+        vlm: the model.
+        settings: the operator's settings.
+        port: a listening socket; closed at the end.
+        started: called once the server accepts requests.
+    """
     from .app import Service
 
     service = Service(vlm, settings)
@@ -104,9 +113,9 @@ def run(vlm: GuardedVLM, settings: ServeSettings, port: socket.socket, started: 
 
 
 def graceful_server(service: Service, started: Callable[[], None]) -> uvicorn.Server:
-    """uvicorn, but told to stop it first goes on answering: what runs is finished, what is new is refused with 503.
+    """A uvicorn server with a graceful stop: running requests are finished, new ones receive 503.
 
-    uvicorn's own way is to close the port at once, and a caller then sees no answer at all.
+    uvicorn itself closes the port at once, so callers would get no response.
     """
     import uvicorn
 
@@ -121,11 +130,13 @@ def graceful_server(service: Service, started: Callable[[], None]) -> uvicorn.Se
             started()
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            if self.asked_at is not None:  # asked twice: at once, but each caller is told; a third time: not even that
+            if (
+                self.asked_at is not None
+            ):  # second signal: stop answers, with an error to each caller; third signal: exit
                 self.grace_over, self.force_exit = True, self.grace_over
                 return
             logging.getLogger("vlmguard.serve").info(
-                "told to stop (%s): %d inside, at most %g s", signal.Signals(sig).name, admission.inside, grace
+                "stopping (%s): %d requests inside, at most %g s", signal.Signals(sig).name, admission.inside, grace
             )
             self.asked_at, admission.draining = time.monotonic(), True
 

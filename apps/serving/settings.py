@@ -1,4 +1,4 @@
-"""What the operator decides; no request changes any of it."""
+"""The operator's settings, which no request can change."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ class ServeSettings:
     """How one model is served.
 
     Attributes:
-        name: of the model, as requests say it.
-        host, port: address of the server; port 0 takes a free one.
-        api_key: key that requests must have; `None`: no key is needed.
-        concurrency: answers that are made at the same time; `None`: 4, or 1 for engines, which cannot do more.
-        queue: requests that may wait for them.
-        max_tokens: longest answer that a request may ask for, and gets if it asks for none.
-        max_prompt_tokens: longest conversation, its image's tokens included.
-        max_context: longest conversation and answer together, tokens; `None`: what the model's configs say.
-        max_image: largest image file, bytes.
-        timeout: seconds that a request may take, waiting included.
-        grace: seconds that running answers get when the server is told to stop.
+        name: the model's name in requests.
+        host, port: address of the server; port 0: any free port.
+        api_key: key that requests must send; `None`: no key is required.
+        concurrency: answers generated at the same time; `None`: 4, or 1 for engines.
+        queue: number of waiting requests.
+        max_tokens: longest answer in tokens, and the default length.
+        max_prompt_tokens: longest conversation in tokens, including the images'.
+        max_context: longest conversation and answer together, in tokens; `None`: the model's limit.
+        max_image: largest image file, and largest total of the images of one request, in bytes.
+        max_images: largest number of images in one conversation.
+        timeout: time limit of a request in seconds, including its wait.
+        grace: seconds for running answers after a stop signal.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ServeSettings:
     timeout: float = 120.0
     grace: float = 30.0
     max_context: int | None = None
+    max_images: int = 8
 
     def __post_init__(self) -> None:
         least = {
@@ -52,6 +54,7 @@ class ServeSettings:
             "max_tokens": 1,
             "max_prompt_tokens": 1,
             "max_image": 1,
+            "max_images": 1,
             "max_context": 1,
         }
         for name, lowest in least.items():
@@ -75,7 +78,7 @@ class ServeSettings:
 
     @property
     def max_body(self) -> int:
-        """Largest request, bytes: an image in base64, and a mebibyte for the words and the JSON around."""
+        """Largest request, bytes: its images in base64, and a mebibyte for the words and the JSON around."""
         return 4 * -(-self.max_image // 3) + MIB
 
     @property
@@ -92,10 +95,15 @@ def is_loopback(host: str) -> bool:
 
 
 def require_key_or_loopback(host: str, api_key: str | None, without_key: bool) -> None:
-    """A port that others can reach wants a key, unless the operator says that it does not.
+    """Require an API key for a port that other machines can reach, unless `without_key` is set.
+
+    Args:
+        host: address of the server.
+        api_key: the key, `None` for none.
+        without_key: the operator's consent to serve without a key.
 
     Raises:
-        GuardError: it has none.
+        GuardError: the key is missing.
     """
     if api_key is None and not without_key and not is_loopback(host):
         raise GuardError(

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import vlmguard
-from vlmguard.exporter.evaluation.evaluate import Tally, tally
+from vlmguard.exporter.evaluation.evaluate import tally
+from vlmguard.exporter.evaluation.metrics import Tally
 from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
 from vlmguard.exporter.sources import open_model
 from vlmguard.graphs.modes import MODES

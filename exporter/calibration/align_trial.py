@@ -16,6 +16,7 @@ from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.directions import Directions, LayerDirections
 from ...graphs.spec import GuardSpec
 from ...graphs.taps import STATES_OUTPUT
+from ...runtime.decode_loop import decode, rows_of_tokens
 from ...runtime.decoder_inputs import DecoderState, PromptBatch
 from ...runtime.generation import Request
 from ...runtime.refusals import refused
@@ -163,29 +164,24 @@ class AlignTrial:
             states = np.asarray(outputs[STATES_OUTPUT])
             coordinates = np.asarray(session.coordinates(outputs))
             first = session.last_logits(outputs)
-            answers = self._answered(state, first, tokens)
+            answers = self._answered(outputs, state, tokens)
         return Asked(answers, states, coordinates, first)
 
-    def _answered(self, state: DecoderState, logits: np.ndarray, tokens: int) -> list[Answer]:
-        """Greedy answers from the first token's logits on; no token of an answer is edited."""
-        model, session = self.model, self.model.decoder
-        rows: list[list[int]] = [[] for _ in logits]
-        ended = np.zeros(len(logits), bool)
-        for number in range(tokens):
-            chosen = logits.argmax(axis=-1)
-            ended |= np.isin(chosen, list(model.chat.eos_ids))
-            for row in np.flatnonzero(~ended):
-                rows[row].append(int(chosen[row]))
-            if ended.all() or number + 1 == tokens:
-                break
-            column = chosen[:, None].astype(np.int64)
-            logits = session.last_logits(session.step(state, column, model.step_embeds(column)))
-        return [Answer(tuple(row), refused(model.chat.decode(row))) for row in rows]
+    def _answered(self, outputs: Mapping[str, np.ndarray], state: DecoderState, tokens: int) -> list[Answer]:
+        """Greedy answers from the outputs of the prompts' end on; no token of an answer is edited."""
+        model = self.model
+        steps = decode(model.decoder, outputs, state, _likeliest, model.step_embeds, model.chat.eos_ids, tokens)
+        return [Answer(tuple(row), refused(model.chat.decode(row))) for row in rows_of_tokens(steps)]
 
     def _fed(self, directions: Directions) -> Mapping[str, np.ndarray]:
         if self._candidate is None or self._candidate[0] is not directions:
             self._candidate = directions, self._trial.numbers(directions)
         return self._candidate[1]
+
+
+def _likeliest(logits: np.ndarray) -> np.ndarray:
+    """The next tokens; a candidate whose arithmetic overflows is judged by its answers like every other."""
+    return logits.argmax(axis=-1)
 
 
 def _bytes(shape: Sequence[int | None], dtype: np.dtype) -> int:

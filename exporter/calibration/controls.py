@@ -16,7 +16,7 @@ import numpy as np
 from ...graphs.directions import Directions, LayerDirections
 from ...graphs.errors import GuardError, PromptsUnusable
 from ...graphs.modes import guard_mode
-from ..evaluation.evaluate import Tally
+from ..evaluation.metrics import Tally
 from .candidates import Candidate
 from .fitting import FOLDS, Study
 

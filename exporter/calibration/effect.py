@@ -33,9 +33,8 @@ from ...runtime.decoder_place import DecoderPlace
 from ...runtime.generation import Request
 from ...runtime.refusals import refused
 from ...runtime.vlm import VisionLanguageModel
-from ..evaluation.evaluate import Tally
 from ..evaluation.logprobs import Said, ask
-from ..evaluation.metrics import count
+from ..evaluation.metrics import Tally, count
 from ..extraction.extract import collect_states, tapped_graph
 from ..prompts.labelled import BUILTIN, AnchorPair, LabelledPrompt, prompts_from_anchors, read_anchors
 from ..prompts.thinning import spread, thinned

@@ -24,7 +24,8 @@ from PIL import Image
 from ...runtime.generation import Request
 from ...runtime.images.open_picture import open_image
 from ...runtime.vlm import VisionLanguageModel
-from ..prompts.labelled import Label, LabelledPrompt
+from ..prompts.formats import Label
+from ..prompts.labelled import LabelledPrompt
 from ..prompts.thinning import thinned
 
 MOST: dict[Label, int] = {

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...graphs.errors import GuardError
-from ..evaluation.evaluate import Tally
 from ..evaluation.intervals import clopper_pearson
+from ..evaluation.metrics import Tally
 from .results import Trial
 
 

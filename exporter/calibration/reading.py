@@ -12,7 +12,7 @@ from ...graphs.progress import ProgressCallback
 from ...graphs.spec import GuardSpec
 from ...runtime.generation import Request, Sampling
 from ...runtime.vlm import VisionLanguageModel
-from ..evaluation.evaluate import Tally
+from ..evaluation.metrics import Tally
 from ..extraction.extract import collect_answer_states, collect_states, tapped
 from ..prompts.labelled import LabelledPrompt
 from .fitting import Study

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...graphs.errors import GuardWeakens
-from ..evaluation.evaluate import Tally
 from ..evaluation.intervals import within
+from ..evaluation.metrics import Tally
 from ..prompts.labelled import LabelledPrompt
 from ..prompts.thinning import thinned
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...graphs.directions import Directions
 from ...graphs.spec import GuardSpec
-from ..evaluation.evaluate import Tally
+from ..evaluation.metrics import Tally
 from ..prompts.labelled import LabelledPrompt, fingerprint
 from .candidates import Candidate
 from .controls import Control

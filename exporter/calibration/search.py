@@ -11,7 +11,8 @@ from ...graphs.directions import Directions
 from ...graphs.progress import ProgressCallback
 from ...graphs.spec import GuardSpec
 from ...runtime.vlm import VisionLanguageModel
-from ..evaluation.evaluate import Tally, tally
+from ..evaluation.evaluate import tally
+from ..evaluation.metrics import Tally
 from ..prompts.labelled import LabelledPrompt
 from .candidates import Candidate, open_axes, places, variations
 from .controls import Control, controls_of

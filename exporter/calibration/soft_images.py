@@ -15,7 +15,7 @@ Everything that runs the decoder counts against the budget. The same seed gives 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,8 @@ import numpy as np
 
 from ...graphs.errors import GuardError
 from ...graphs.progress import CountCallback
-from ...runtime.generation import Request, Sampling
+from ...runtime.decode_loop import rows_of_tokens
+from ...runtime.generation import Request, Sampling, Step
 from ...runtime.images.image_features import ImageFeatures
 from ...runtime.refusals import refused
 from ...runtime.vlm import VisionLanguageModel
@@ -182,6 +183,12 @@ class _Calls:
         if self.report_count is not None:
             self.report_count(min(self.made, self.budget), self.budget)
 
+    def counted(self, steps: Iterable[Step]) -> Iterator[Step]:
+        """The steps of answers, a call each."""
+        for step in steps:
+            self.add()
+            yield step
+
     @staticmethod
     def of_answers(model: VisionLanguageModel, requests: Sequence[Request], batch_size: int) -> int:
         """The most calls that answers to these requests take."""
@@ -194,13 +201,8 @@ def _answers(
     """The first token of each answer, -1 for an empty one, and whether its first 8 tokens refuse."""
     found = [(-1, False)] * len(requests)
     for indices in model.groups(requests, batch_size):
-        tokens: list[list[int]] = [[] for _ in indices]
-        for step in model.steps([requests[index] for index in indices], Sampling(JUDGED_TOKENS)):
-            spent.add()
-            for row, token in zip(tokens, step.tokens, strict=True):
-                if token is not None:
-                    row.append(token)
-        for index, row in zip(indices, tokens, strict=True):
+        steps = model.steps([requests[index] for index in indices], Sampling(JUDGED_TOKENS))
+        for index, row in zip(indices, rows_of_tokens(spent.counted(steps)), strict=True):
             found[index] = (row[0] if row else -1, refused(model.chat.decode(row)))
     return found
 

@@ -42,6 +42,10 @@ from ...graphs.proof.structure import Check
 from ...graphs.reasons import out_of_memory
 from ..families import find_family
 from ..families.family import PAST, SEQUENCE, TOTAL, Family
+from ..families.gated_delta import delta_rule_by_scan
+from ..families.generic_vision import own_attention
+from .fit import fit
+from .foreign_failures import WHAT_TO_DO, in_one_line
 from .narrow import narrow_weights, round_weights
 from .parity import answer_with_torch, check_parity, require_onnxruntime
 from .parts import Part, parts_of
@@ -131,15 +135,24 @@ def convert_checkpoint(
 
     graphs = []
     with _quiet():
-        parts = parts_of(family, model)
+        if family.generic:
+            report_progress("comparing ways to run it with transformers", 0, 1)
+            with in_one_line(f"{checkpoint}: transformers cannot run it on a picture"):
+                family = fit(family, model, folder, prompt_texts(folder, model.config))
+        with in_one_line(f"{checkpoint}: transformers cannot run its decoder"):
+            parts = parts_of(family, model)
     for number, part in enumerate(parts, 1):
         report_progress(f"exporting ({number}/{len(parts)}) {part.name}", 0, 1)
-        try:
+        with in_one_line(f"{checkpoint}: torch cannot export its {part.name}"):
             graph = trace(model, part, opset)
-        except RuntimeError as failure:  # of torch.export and torch.onnx
-            raise ModelUnreadable(_cannot_trace(checkpoint, part, failure)) from failure
         sums = {f"{PAST} + {SEQUENCE}": TOTAL}
-        tidy(graph, part.inputs, part.outputs, sums=sums, float32_inputs=part.float32_inputs)
+        named = {"float32_inputs": part.float32_inputs, "state_names": part.state_names}
+        try:
+            tidy(graph, part.inputs, part.outputs, sums=sums, **named)
+        except ModelUnreadable as otherwise:
+            raise ModelUnreadable(
+                f"{checkpoint}: torch exports its {part.name} as another graph than the model is ({otherwise}); {WHAT_TO_DO}"
+            ) from None
         if dtype == "w16a32":
             narrow_weights(graph.graph)
         graphs.append(save_graph(graph, out, part.name, dtype))
@@ -149,8 +162,9 @@ def convert_checkpoint(
     parity: tuple[Check, ...] = ()
     if verify:
         report_progress("running the checkpoint in torch", 0, 1)
-        with _quiet():
-            reference = answer_with_torch(family, model, prompt_texts(folder, model.config))
+        with _quiet(), in_one_line(f"{checkpoint}: transformers cannot generate with it"):
+            texts = prompt_texts(folder, model.config)
+            reference = answer_with_torch(family, model, texts, measure_peaks=dtype == "fp16")
         config = model.config
         del model  # so that a large model is in memory once, not twice
         report_progress("running the exported graphs in onnxruntime", 0, 1)
@@ -270,7 +284,7 @@ def trace(model: Any, part: Part, opset: int) -> ir.Model:
         # Else a comparison of two lengths in the model ("is the mask as long as the input?") forbids the sample's own.
         prefer_deferred_runtime_asserts_over_guards=True,
     )
-    with _quiet(), _runs_as(model, part):
+    with _quiet(), _runs_as(model, part), delta_rule_by_scan(model), own_attention(model):
         return OnnxExporter().export(model, dict(part.sample), config).program
 
 
@@ -308,9 +322,9 @@ def _dynamic_shapes(part: Part) -> dict[str, Any]:
 
     def axes(shape: tuple[str | int, ...]) -> dict[int, Any]:
         named = {axis: name for axis, name in enumerate(shape) if isinstance(name, str)}
-        return {axis: Dim(name) if held[name] > 1 else Dim.AUTO for axis, name in named.items()}
+        return {axis: Dim(name) if part.held and held[name] > 1 else Dim.AUTO for axis, name in named.items()}
 
-    of_cache = [axes(shape) for name, shape in part.inputs.items() if name.startswith(f"{COMMUNITY_PAST}.")]
+    of_cache = [axes(tensor.shape) for tensor in part.state]
     return {name: of_cache if name == COMMUNITY_PAST else axes(part.inputs[name]) for name in part.sample}
 
 
@@ -373,10 +387,3 @@ def _require_extras(verify: bool) -> None:
         ) from missing
     if verify:
         require_onnxruntime()
-
-
-def _cannot_trace(checkpoint: str | Path, part: Part, failure: RuntimeError) -> str:
-    what_to_do = "try other versions of torch and transformers, or --exporter genai for the text decoder alone"
-    if out_of_memory(failure):
-        what_to_do = "the machine has too little free memory"
-    return f"{checkpoint}: torch cannot export its {part.name} ({first_line(failure)}); {what_to_do}"

@@ -58,6 +58,8 @@ def recorded_peaks(model: Any, ids: np.ndarray, mask: np.ndarray, peaks: list[Pe
     def watch(number: int) -> Any:
         def hook(module: Any, inputs: Any, output: Any) -> None:
             state = output[0] if isinstance(output, tuple) else output
+            if state.shape[:2] != mask.shape:
+                return  # a later call, of one token
             size = np.abs(state.detach().float().numpy())[mask == 1]
             size[~np.isfinite(size)] = np.inf
             at, channel = np.unravel_index(int(size.argmax()), size.shape)

@@ -8,7 +8,7 @@ kernel fills it its own way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...graphs.decoder_state import COMMUNITY_PAST, COMMUNITY_PRESENT
 from ...graphs.dtypes import ORT_DTYPES
 from ...graphs.errors import ExtraMissing, ProofFailed
 from ...graphs.extras import install_command
 from ...graphs.proof.structure import Check
-from ..families.family import Arrays, Family, Turn, Vision
+from ..families.family import BATCH, IMAGE_FEATURES, PAST, Arrays, Family, Vision
+from ..families.generic_vision import image_features
+from ..families.recorded import record
 from ..proof.headroom import WAY_OUT
 from .float16_range import Peak, recorded_peaks, why_not_float16
+from .parity_prompts import Prompt, sample_prompt, turns
 from .parts import DECODER, EMBED_TOKENS, TEXT_DECODER, VISION_ENCODER, tensors
+from .traced_state import is_past, leaves, names_of, present_of
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -33,23 +36,6 @@ if TYPE_CHECKING:
 # differ by about 1e-6 in fp32 and 1e-3 in fp16. With weights in float16 alone, both sides compute in float32.
 LIMITS = {"fp32": 1e-4, "fp16": 1e-2, "w16a32": 1e-4}
 GREEDY_STEPS = 8
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Two prompts, the first padded on the left.
-
-    Attributes:
-        given: what transformers takes for the images, one in each prompt; empty for a text-only model. The vision encoder
-            takes those of it that it names.
-        input_ids, attention_mask: `[2, sequence]` int64.
-        image_token: stands for a row of image features; `None` for a text-only model.
-    """
-
-    given: Arrays
-    input_ids: np.ndarray
-    attention_mask: np.ndarray
-    image_token: int | None
 
 
 @dataclass(frozen=True)
@@ -70,41 +56,19 @@ class Reference:
         tokens: `[2, 1]` each, the tokens that torch chose.
         answer: what it computed.
         peaks: the largest state of each decoder layer at the prompt.
+        others: what the vision encoder gives for the row's other pictures.
     """
 
     prompt: Prompt
     tokens: tuple[np.ndarray, ...]
     answer: Answer
     peaks: tuple[Peak, ...]
+    others: tuple[Arrays, ...] = ()
 
 
-def sample_prompt(
-    vision: Vision | None, config: Any, texts: tuple[list[int], list[int]], given: Arrays, image_tokens: tuple[int, ...]
-) -> Prompt:
-    """The two texts, with an image in the middle of each where the model takes images."""
-    before, after = vision.around(config) if vision is not None else ([], [])
-
-    def with_image(text: list[int], count: int) -> list[int]:
-        half = len(text) // 2
-        return [*text[:half], *before, *[config.image_token_id] * count, *after, *text[half:]]
-
-    rows = [with_image(text, count) for text, count in zip(texts, image_tokens, strict=True)] if vision else texts
-    longest = max(map(len, rows))
-    ids = np.stack([np.pad(row, (longest - len(row), 0), constant_values=texts[0][-1]) for row in rows])
-    mask = np.stack([np.pad(np.ones(len(row), np.int64), (longest - len(row), 0)) for row in rows])
-    return Prompt(given, ids.astype(np.int64), mask, config.image_token_id if vision else None)
-
-
-def turns(prompt: Prompt, seen: Arrays, tokens: tuple[np.ndarray, ...]) -> Iterator[Turn]:
-    """The prefill and one call for each of `tokens [batch, 1]`."""
-    ids, mask = prompt.input_ids, prompt.attention_mask
-    yield Turn(ids, mask, ids.shape[1], prompt.given, seen)
-    for token in tokens:
-        ids, mask = np.concatenate([ids, token], axis=1), np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
-        yield Turn(ids, mask, 1, prompt.given, seen)
-
-
-def answer_with_torch(family: Family, model: Any, texts: tuple[list[int], list[int]]) -> Reference:
+def answer_with_torch(
+    family: Family, model: Any, texts: tuple[list[int], list[int]], measure_peaks: bool = True
+) -> Reference:
     """The reference: transformers' own forward, and the tokens it chose.
 
     In float32, with the weights as they were exported. Half precision on a CPU rounds after every operation and would
@@ -112,6 +76,7 @@ def answer_with_torch(family: Family, model: Any, texts: tuple[list[int], list[i
 
     Args:
         texts: token ids of the two prompts' text (`prompt_texts`).
+        measure_peaks: whether to measure how large the states of each decoder layer are, which float16 may not hold.
     """
     import torch
 
@@ -122,17 +87,31 @@ def answer_with_torch(family: Family, model: Any, texts: tuple[list[int], list[i
     peaks: list[Peak] = []
     with torch.no_grad():
         rows: list[Any] = []
-        if vision is not None:
+        if vision is not None and family.generic:
+            rows = [image_features(model, **tensors(model, call))[IMAGE_FEATURES] for call in vision.calls(given)]
+        elif vision is not None:
             found = model.get_image_features(**pictures, return_dict=True).pooler_output
             rows = [image.flatten(0, -2) for image in found]
         prompt = sample_prompt(vision, config, texts, given, tuple(map(len, rows)))
+        features = torch.cat(rows).numpy() if rows else None
+        if family.generic:
+            with (
+                recorded_peaks(model, prompt.input_ids, prompt.attention_mask, peaks)
+                if measure_peaks
+                else nullcontext()
+            ):
+                done = record(model, prompt.input_ids, prompt.attention_mask, given, GREEDY_STEPS)
+            answer = Answer(features, done.logits, _states(done.cache))
+            return Reference(prompt, done.tokens, answer, tuple(peaks), _others(model, vision))
 
         cache: Any = None  # transformers makes one
         chosen: list[np.ndarray] = []
         logits: list[np.ndarray] = []
         turn = next(turns(prompt, {}, ()))
         for step in range(GREEDY_STEPS + 1):
-            watching = recorded_peaks(model, turn.ids, turn.mask, peaks) if step == 0 else nullcontext()
+            watching = (
+                recorded_peaks(model, turn.ids, turn.mask, peaks) if step == 0 and measure_peaks else nullcontext()
+            )
             with watching:
                 output = model(
                     input_ids=torch.from_numpy(turn.ids[:, -turn.length :]),
@@ -146,13 +125,18 @@ def answer_with_torch(family: Family, model: Any, texts: tuple[list[int], list[i
             logits.append(output.logits.numpy())
             chosen.append(logits[-1][:, -1:].argmax(-1))
             *_, turn = turns(prompt, {}, tuple(chosen))
-    states = {
-        f"{COMMUNITY_PRESENT}.{index}.{kind}": tensor.numpy()
-        for index, layer in enumerate(cache.layers)
-        for kind, tensor in (("key", layer.keys), ("value", layer.values))
-    }
-    features = torch.cat(rows).numpy() if rows else None
-    return Reference(prompt, tuple(chosen[:-1]), Answer(features, tuple(logits), states), tuple(peaks))
+    return Reference(prompt, tuple(chosen[:-1]), Answer(features, tuple(logits), _states(cache)), tuple(peaks))
+
+
+def _states(cache: Any) -> Arrays:
+    """The tensors of a cache, by the names that the graph's outputs have."""
+    return {present_of(names_of(leaf)[0]): tensor.numpy() for leaf, tensor in leaves(cache).items()}
+
+
+def _others(model: Any, vision: Vision | None) -> tuple[Arrays, ...]:
+    """What torch gives for further pictures, by name."""
+    pictures = vision.others if vision is not None else ()
+    return tuple({n: t.numpy() for n, t in image_features(model, **tensors(model, p)).items()} for p in pictures)
 
 
 def answer_with_onnxruntime(
@@ -166,7 +150,9 @@ def answer_with_onnxruntime(
     rows, seen, embed = None, {}, None
     if family.vision is not None:
         vision = open_graph(VISION_ENCODER)
-        seen = _run(vision, {port.name: prompt.given[port.name] for port in vision.get_inputs()})
+        takes = [port.name for port in vision.get_inputs()]
+        calls = [_run(vision, {name: call[name] for name in takes}) for call in family.vision.calls(prompt.given)]
+        seen = {name: np.concatenate([call[name] for call in calls]) for name in calls[0]}
         rows = family.vision.place(config, prompt.given, seen)
         embed = open_graph(EMBED_TOKENS)
     decoder = open_graph(DECODER if embed is not None else TEXT_DECODER)
@@ -177,25 +163,23 @@ def answer_with_onnxruntime(
         ids = turn.ids[:, -turn.length :]
         text = {"input_ids": ids}
         if embed is not None:
-            embeds = _run(embed, {"input_ids": ids})["inputs_embeds"]
+            text = _run(embed, {"input_ids": ids})
             if not logits:
-                embeds[prompt.input_ids == prompt.image_token] = rows
-            text = {"inputs_embeds": embeds}
-        past = {name.replace(COMMUNITY_PRESENT, COMMUNITY_PAST, 1): state for name, state in states.items()}
+                text["inputs_embeds"][prompt.input_ids == prompt.image_token] = rows
+        past = {name: states[present_of(name)] for name in types if is_past(name)}
         given = {**text, "attention_mask": turn.mask, **family.decoder.feeds(config, turn)} | past
-        states = _run(decoder, {name: array.astype(types[name], copy=False) for name, array in given.items()})
+        states = _run(decoder, {name: given[name].astype(kind, copy=False) for name, kind in types.items()})
         logits.append(states.pop("logits"))
     return Answer(rows, tuple(logits), states)
 
 
 def empty_cache(decoder: onnxruntime.InferenceSession, batch: int) -> Arrays:
-    """A `present` of length 0, in the decoder's own types and shapes."""
+    """State before the first token, by the outputs' names, in the decoder's own types and shapes."""
+    sizes = {BATCH: batch, PAST: 0}
     return {
-        given.name.replace(COMMUNITY_PAST, COMMUNITY_PRESENT, 1): np.zeros(
-            (batch, given.shape[1], 0, given.shape[3]), ORT_DTYPES[given.type]
-        )
-        for given in decoder.get_inputs()
-        if given.name.startswith(f"{COMMUNITY_PAST}.")
+        present_of(port.name): np.zeros([sizes.get(size, size) for size in port.shape], ORT_DTYPES[port.type])
+        for port in decoder.get_inputs()
+        if is_past(port.name)
     }
 
 
@@ -224,6 +208,11 @@ def check_parity(
     limit, advice = LIMITS[dtype], WAY_OUT if dtype == "fp16" else _ADVICE
     steps = zip(expected.logits[1:], actual.logits[1:], strict=True)
     features = [(expected.image_features, actual.image_features, None)]
+    if family.vision is not None and reference.others:
+        vision = open_graph(VISION_ENCODER)
+        for picture, rows in zip(family.vision.others, reference.others, strict=True):
+            found = _run(vision, {port.name: picture[port.name] for port in vision.get_inputs()})
+            features += [(rows[name], found[name], None) for name in rows]
     return (
         *([_compare("image features", features, limit, advice)] if expected.image_features is not None else []),
         _compare("prefill logits", [(expected.logits[0], actual.logits[0], real)], limit, advice),
@@ -232,15 +221,21 @@ def check_parity(
     )
 
 
-def _same_tokens(expected: np.ndarray, actual: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Two states of a cache as [batch, tokens, heads, width], and which tokens are no padding.
+def _same_tokens(
+    expected: np.ndarray, actual: np.ndarray, real: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Two states with their tokens on the second axis, and which tokens are no padding; as they are where tokens leave no
+    entry.
 
     torch forgets what a layer with a sliding window can no longer see; the graph keeps all of it.
     """
-    kept = expected.shape[2]
-    if actual.shape[2] == real.shape[1] > kept:
-        actual = actual[:, :, -kept:]
-    return expected.swapaxes(1, 2), actual.swapaxes(1, 2), real[:, -kept:]
+    axis = next((axis for axis, size in enumerate(actual.shape) if axis and size == real.shape[1]), None)
+    if axis is None:
+        return expected, actual, None
+    kept = expected.shape[axis]
+    if kept < real.shape[1]:
+        actual = actual.take(range(real.shape[1] - kept, real.shape[1]), axis)
+    return np.moveaxis(expected, axis, 1), np.moveaxis(actual, axis, 1), real[:, -kept:]
 
 
 def require_onnxruntime() -> Any:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...graphs.decoder_state import COMMUNITY_PAST, COMMUNITY_PRESENT
-from ..families.family import BATCH, PAST, SEQUENCE, TOTAL, Arrays, Family, Shape, Shapes, Turn, Vision
-from ..families.text import cached_shapes
+from ...graphs.decoder_state import COMMUNITY_PAST
+from ...graphs.errors import ModelUnreadable
+from ..families.family import BATCH, SEQUENCE, TOTAL, Arrays, Family, Shapes, Turn, Vision
+from .traced_state import StateTensor, find_state, fresh_cache
 
 if TYPE_CHECKING:
     import torch
@@ -33,17 +34,28 @@ class Part:
     inputs: Shapes  # in the file
     outputs: Shapes
     float32_inputs: tuple[str, ...] = ()
+    state: tuple[StateTensor, ...] = ()
+    held: bool = True  # whether axes of one name are held to one length while it is traced
+
+    @property
+    def state_names(self) -> dict[str, str]:
+        """What the trace calls the state, behind the side that it is on, and its name in the file."""
+        names = {}
+        for tensor in self.state:
+            names[f"input.{COMMUNITY_PAST}.{tensor.leaf}"] = tensor.past
+            names[f"output.{COMMUNITY_PAST}.{tensor.leaf}"] = tensor.present
+        return names
 
 
 def parts_of(family: Family, model: Any) -> tuple[Part, ...]:
     """The graphs of this model, in the order they run in: three, or one of a text-only model.
 
     Raises:
-        ModelUnreadable: a text-only model keeps a state that is no KV cache.
+        ModelUnreadable: its state follows neither prompts nor tokens.
     """
     if family.vision is None:
         return (_text_decoder(family, model),)
-    return _vision_encoder(family.vision, model), _embed_tokens(model), _decoder(family, model)
+    return _vision_encoder(family.vision, model), _embed_tokens(family, model), _decoder(family, model)
 
 
 def tensors(model: Any, arrays: Arrays) -> dict[str, torch.Tensor]:
@@ -56,7 +68,7 @@ def tensors(model: Any, arrays: Arrays) -> dict[str, torch.Tensor]:
 
 def _vision_encoder(vision: Vision, model: Any) -> Part:
     inputs = vision.inputs(model)
-    sample = vision.sample(model, np.random.default_rng(0))
+    sample = vision.sample(model, np.random.default_rng(0)) if vision.traced is None else vision.traced
     sample = {name: sample[name] for name in inputs}  # what only the caller needs is left out
     return Part(
         name=VISION_ENCODER,
@@ -66,106 +78,111 @@ def _vision_encoder(vision: Vision, model: Any) -> Part:
         outputs=vision.outputs(model),
         # Whatever the weights are: float32 is what image processors give, in Python as in transformers.js.
         float32_inputs=tuple(name for name, array in sample.items() if array.dtype.kind == "f"),
+        held=vision.held,
     )
 
 
-def _embed_tokens(model: Any) -> Part:
+def _embed_tokens(family: Family, model: Any) -> Part:
     import torch
 
-    def run(model: Any, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"inputs_embeds": model.get_input_embeddings()(input_ids)}
-
+    sample = torch.zeros(2, 4, dtype=torch.int64)
+    with torch.no_grad():
+        shapes = {
+            name: (BATCH, SEQUENCE, *rows.shape[2:]) for name, rows in family.decoder.embeds(model, sample).items()
+        }
     return Part(
         name=EMBED_TOKENS,
-        run=run,
-        sample={"input_ids": torch.zeros(2, 4, dtype=torch.int64)},
+        run=lambda model, input_ids: family.decoder.embeds(model, input_ids),
+        sample={"input_ids": sample},
         inputs={"input_ids": (BATCH, SEQUENCE)},
-        outputs={"inputs_embeds": (BATCH, SEQUENCE, _text(model).hidden_size)},
+        outputs=shapes,
     )
 
 
 def _decoder(family: Family, model: Any) -> Part:
-    """The decoder of a multimodal model, from embeddings."""
+    """The decoder of a multimodal model, from what the embedding graph gives."""
     import torch
 
-    text = _text(model)
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    embeds = torch.zeros(_BATCH, _NEW, text.hidden_size, dtype=model.dtype)
-    shapes = [(text.num_key_value_heads, width, width)] * text.num_hidden_layers
-    return _with_cache(DECODER, family, model, "inputs_embeds", embeds, (BATCH, SEQUENCE, text.hidden_size), shapes)
+    def embeds(batch: int, tokens: int) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            rows = family.decoder.embeds(model, torch.zeros(batch, tokens, dtype=torch.int64))
+        return {name: torch.zeros_like(part) for name, part in rows.items()}
+
+    return _with_cache(DECODER, family, model, embeds)
 
 
 def _text_decoder(family: Family, model: Any) -> Part:
     """A text-only model, from token ids."""
     import torch
 
-    ids = torch.zeros(_BATCH, _NEW, dtype=torch.int64)
-    return _with_cache(TEXT_DECODER, family, model, "input_ids", ids, (BATCH, SEQUENCE), cached_shapes(model))
+    def ids(batch: int, tokens: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.zeros(batch, tokens, dtype=torch.int64)}
+
+    return _with_cache(TEXT_DECODER, family, model, ids)
 
 
-def _with_cache(
-    part: str,
-    family: Family,
-    model: Any,
-    text_input: str,
-    sample: torch.Tensor,
-    shape: Shape,
-    cached: Sequence[tuple[int, int, int]],
-) -> Part:
-    """One graph for prefill (past of length 0), decode, and anything between.
+def _with_cache(part: str, family: Family, model: Any, text_of: Callable[[int, int], dict[str, torch.Tensor]]) -> Part:
+    """One graph for prefill (state of length 0), decode, and anything between.
 
     Batch 2 and a padded row on purpose: with one unpadded row torch finds the mask useless and drops it, and bakes
-    batch = 1. A past that is not empty, because an empty cache has no tensors to trace.
+    batch = 1. A state that is not empty, because an empty cache has no tensors to trace.
 
     Args:
-        text_input, sample, shape: the input that carries the text.
-        cached: heads, width of a key and width of a value, per layer of the cache.
+        text_of: a sample of the inputs that carry the text, by name, for a number of prompts and of tokens.
     """
     import torch
-    from transformers import DynamicCache
+
+    def call(cache: Any, mask: np.ndarray, new: int) -> dict[str, Any]:
+        turn = Turn(ids=np.zeros_like(mask), mask=mask, length=new)
+        return {
+            **text_of(len(mask), new),
+            "attention_mask": torch.from_numpy(mask),
+            **tensors(model, family.decoder.feeds(model.config, turn)),
+            COMMUNITY_PAST: cache,
+        }
+
+    def prefill(batch: int, tokens: int) -> Any:
+        with torch.no_grad():
+            inputs = call(fresh_cache(model), np.ones((batch, tokens), np.int64), tokens)
+            outputs = family.decoder.run(model, **inputs)
+        if getattr(outputs, "past_key_values", None) is None:
+            raise ModelUnreadable(
+                f"{model.name_or_path}: {model.config.model_type} returns no past_key_values; only decoders whose forward "
+                "returns their cache under that name are exported"
+            )
+        return outputs.past_key_values
 
     def run(model: Any, **inputs: Any) -> dict[str, Any]:
         outputs = family.decoder.run(model, **inputs)
-        return {"logits": outputs.logits, "past_key_values": outputs.past_key_values}
+        return {"logits": outputs.logits, COMMUNITY_PAST: outputs.past_key_values}
 
+    state = find_state(prefill, model)
     mask = np.ones((_BATCH, _PAST + _NEW), np.int64)
     mask[0, :2] = 0
-    turn = Turn(ids=np.zeros_like(mask), mask=mask, length=_NEW)
-    # Without the config, which would make layers with a sliding window forget: a caller's cache is as long as its mask
-    # in every layer, and the attention mask hides what is outside the window.
-    cache = DynamicCache()
-    for layer, (heads, key_width, value_width) in enumerate(cached):
-        keys, values = (
-            torch.zeros(_BATCH, heads, _PAST, width, dtype=model.dtype) for width in (key_width, value_width)
-        )
-        cache.update(keys, values, layer)
-
-    def per_layer(prefix: str, length: str) -> dict[str, Shape]:
-        shapes: dict[str, Shape] = {}
-        for layer, (heads, *widths) in enumerate(cached):
-            for kind, width in zip(("key", "value"), widths, strict=True):
-                shapes[f"{prefix}.{layer}.{kind}"] = (BATCH, heads, length, width)
-        return shapes
-
     return Part(
         name=part,
         run=run,
-        sample={
-            text_input: sample,
-            "attention_mask": torch.from_numpy(mask),
-            **tensors(model, family.decoder.feeds(model.config, turn)),
-            "past_key_values": cache,
-        },
+        sample=call(prefill(_BATCH, _PAST), mask, _NEW),
         inputs={
-            text_input: shape,
+            **{name: (BATCH, SEQUENCE, *rows.shape[2:]) for name, rows in text_of(_BATCH, _NEW).items()},
             "attention_mask": (BATCH, TOTAL),
             **family.decoder.inputs(model),
-            **per_layer(COMMUNITY_PAST, PAST),
+            **{tensor.past: tensor.shape for tensor in state},
         },
         # The logits stay in the weights' type: widening them restores nothing, and doubles a long prefill's largest
         # tensor. Callers that sample in float32 convert the one row they need.
-        outputs={"logits": (BATCH, SEQUENCE, _text(model).vocab_size), **per_layer(COMMUNITY_PRESENT, TOTAL)},
+        outputs={
+            "logits": (BATCH, SEQUENCE, _vocabulary(model)),
+            **{tensor.present: tensor.shape_after for tensor in state},
+        },
+        state=state,
     )
+
+
+def _vocabulary(model: Any) -> int:
+    """How many logits the head gives, which may be more or fewer than there are embeddings."""
+    head = model.get_output_embeddings()
+    return head.weight.shape[0] if head is not None else _text(model).vocab_size
 
 
 def _text(model: Any) -> Any:

@@ -17,8 +17,7 @@ from importlib.metadata import version
 import numpy as np
 import onnx_ir as ir
 
-from ...graphs.decoder_state import COMMUNITY_PAST, COMMUNITY_PRESENT, state_name
-from ...graphs.roles import input_roles
+from ...graphs.errors import ModelUnreadable
 
 Shapes = Mapping[str, tuple[str | int, ...]]
 
@@ -27,13 +26,19 @@ _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def tidy(
-    model: ir.Model, inputs: Shapes, outputs: Shapes, *, sums: Mapping[str, str], float32_inputs: Iterable[str] = ()
+    model: ir.Model,
+    inputs: Shapes,
+    outputs: Shapes,
+    *,
+    sums: Mapping[str, str],
+    float32_inputs: Iterable[str] = (),
+    state_names: Mapping[str, str] | None = None,
 ) -> None:
     """Make the traced graph the promised one, in place; `sums` names dimensions that are sums of others.
 
     Before: a graph as `OnnxExporter` writes it. After: exactly these inputs and outputs, in this order.
     """
-    rename_inputs_and_outputs(model.graph)
+    rename_inputs_and_outputs(model.graph, state_names or {})
     require_signature(model.graph, inputs, outputs)
     for name in float32_inputs:
         accept_float32(model.graph, name)
@@ -48,26 +53,32 @@ def tidy(
 # 1. inputs and outputs
 
 
-def rename_inputs_and_outputs(graph: ir.Graph) -> None:
-    """Give the cache the layout's names; all other inputs and outputs have theirs from the trace."""
-    inputs, outputs = ({value.name: value for value in values} for values in (graph.inputs, graph.outputs))
-    for pair in input_roles(graph).states:
-        inputs[pair.past].name = f"{COMMUNITY_PAST}.{state_name(pair.past)}"
-        outputs[pair.present].name = f"{COMMUNITY_PRESENT}.{state_name(pair.past)}"
+def rename_inputs_and_outputs(graph: ir.Graph, names: Mapping[str, str]) -> None:
+    """Give the state the layout's names: `input.` or `output.` and what the trace calls it -> name. All others keep theirs."""
+    for values, side in ((graph.inputs, "input."), (graph.outputs, "output.")):
+        for value in values:
+            traced = (value.name or "").removeprefix(side)
+            value.name = names.get(f"{side}{traced}", value.name)
 
 
 def require_signature(graph: ir.Graph, inputs: Shapes, outputs: Shapes) -> None:
-    """The tracer drops inputs it finds unused, and bakes lengths it finds constant: either would be our bug."""
+    """Refuse a graph without some inputs, which the tracer finds unused, or of fixed lengths, which it finds constant.
+
+    Raises:
+        ModelUnreadable: names what is traced otherwise than it is.
+    """
     for kind, values, promised in (("inputs", graph.inputs, inputs), ("outputs", graph.outputs, outputs)):
         names = [value.name for value in values]
-        assert names == list(promised), f"traced {kind} {names}, promised {list(promised)}"
+        if names != list(promised):
+            raise ModelUnreadable(f"traced {kind} {names}, the model has {list(promised)}")
         for value, shape in zip(values, promised.values(), strict=True):
             traced = list(value.shape or ())
             as_promised = len(traced) == len(shape) and all(
                 dim == named if isinstance(dim, int) else isinstance(named, str)
                 for dim, named in zip(traced, shape, strict=True)
             )
-            assert as_promised, f"traced {value.name} as {value.shape}, promised {shape}"
+            if not as_promised:
+                raise ModelUnreadable(f"traced {value.name} as {value.shape}, the model has {shape}")
 
 
 def accept_float32(graph: ir.Graph, name: str) -> None:

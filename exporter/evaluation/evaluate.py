@@ -31,11 +31,9 @@ from ..prompts.overlaps import require_held_out_of
 from ..sources import open_model, require_unmarked
 from .batch_runner import AskBoth, Asking, Gates, compares_first_tokens, open_gates, shard_of
 from .judge_model import GuardModel
-from .metrics import KEYWORDS, Cell, Evaluation, Tally, count
+from .metrics import KEYWORDS, Evaluation, Tally, count
 from .prompt_settings import shown_prompts
 from .records import Record, RecordFile, digest_of
-
-__all__ = ["Cell", "Evaluation", "Tally", "compare", "evaluate", "tally"]
 
 EVALUATION_FILES = ("evaluation.jsonl", "evaluation.json", "evaluation.csv")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...graphs.errors import GuardError
+from ...runtime.decode_loop import rows_of_tokens
 from ...runtime.generation import Choose, Chooser, Request, Sampling
 from ...runtime.vlm import VisionLanguageModel
 
@@ -108,9 +109,4 @@ def _run(
     model: VisionLanguageModel, requests: Sequence[Request], max_new_tokens: int, measure: _Measure
 ) -> list[list[int]]:
     """The tokens of each row."""
-    rows: list[list[int]] = [[] for _ in requests]
-    for step in model.steps(requests, Sampling(max_new_tokens), choose=measure):
-        for row, token in zip(rows, step.tokens, strict=True):
-            if token is not None:
-                row.append(token)
-    return rows
+    return rows_of_tokens(model.steps(requests, Sampling(max_new_tokens), choose=measure))

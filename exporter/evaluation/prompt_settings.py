@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...graphs.errors import PromptsUnusable
-from ..prompts.labelled import LabelledPrompt, PromptSet, Setting, Sources, listed, read_set
+from ..prompts.formats import Setting
+from ..prompts.labelled import LabelledPrompt, PromptSet, Sources, listed, read_set
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 

@@ -25,6 +25,7 @@ from typing import Any
 from ...graphs.errors import GuardError
 from .family import Family
 from .gemma3 import GEMMA3
+from .generic import generic_family
 from .idefics3 import IDEFICS3, SMOLVLM
 from .internvl import INTERNVL
 from .llava import LLAVA
@@ -52,21 +53,21 @@ _OTHERWISE = "Export it to ONNX with its own tools and guard that folder instead
 def find_family(config: Mapping[str, Any], checkpoint: str) -> Family:
     """The one row for this `config.json`; refuses what no row was written for."""
     model_type = config.get("model_type")
-    family = next((row for row in FAMILIES if row.model_type == model_type), None) or text_family(config)
+    family = next(
+        (row for row in FAMILIES if row.model_type == model_type and _tower(config) in (None, *row.image_towers)), None
+    )
+    family = family or generic_family(config) or text_family(config)
     if family is None:
-        supported = ", ".join(row.model_type for row in FAMILIES)
         raise GuardError(
-            f"{checkpoint}: its config.json has model_type {model_type!r}; supported: {supported}, and text decoders that "
-            f"transformers opens with AutoModelForCausalLM. {_OTHERWISE}"
+            f"{checkpoint}: its config.json has model_type {model_type!r}, which this transformers opens neither with "
+            f"AutoModelForImageTextToText nor with AutoModelForCausalLM. {_OTHERWISE}"
         )
-    if family.vision is not None:
-        tower = (config.get("vision_config") or {}).get("model_type", family.image_towers[0])
-        if tower not in family.image_towers:
-            raise GuardError(
-                f"{checkpoint}: its image tower is {tower!r}; supported for {model_type}: "
-                f"{', '.join(family.image_towers)}. {_OTHERWISE}"
-            )
     reason = family.refuse(config)
     if reason is not None:
         raise GuardError(f"{checkpoint}: {reason}. {_OTHERWISE}")
     return family
+
+
+def _tower(config: Mapping[str, Any]) -> str | None:
+    """Which image tower a config has; `None` where it does not say, and transformers takes the type's own."""
+    return (config.get("vision_config") or {}).get("model_type")

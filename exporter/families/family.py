@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,8 @@ class Turn:
         length: how many of them this call is for.
         given: what transformers takes for all images of these prompts; empty if there are none.
         seen: outputs of the vision encoder for them; empty if there are none.
+        image_token: stands for a row of image features in `ids`; `None` for a text-only model.
+        image_tokens: how many of them each prompt has, `[batch]`; an image token that the model answers with is none of them.
     """
 
     ids: np.ndarray
@@ -39,6 +41,16 @@ class Turn:
     length: int
     given: Arrays = field(default_factory=dict)
     seen: Arrays = field(default_factory=dict)
+    image_token: int | None = None
+    image_tokens: np.ndarray | None = None
+
+    @property
+    def of_image(self) -> np.ndarray:
+        """Where the prompts' image tokens are, `[batch, total]` bool."""
+        found = self.ids == (-1 if self.image_token is None else self.image_token)
+        if self.image_tokens is None:
+            return found
+        return found & (found.cumsum(axis=1) <= self.image_tokens[:, None])
 
 
 def positions(turn: Turn) -> np.ndarray:
@@ -59,6 +71,11 @@ def position_feeds(config: Any, turn: Turn) -> Arrays:
 def run_whole_model(model: Any, **inputs: Any) -> Any:
     """transformers' own forward, from `inputs_embeds`; gives `logits` and `past_key_values`."""
     return type(model).forward(model, use_cache=True, **inputs)
+
+
+def input_embeddings(model: Any, ids: Any) -> Mapping[str, Any]:
+    """What most decoders take in place of token ids."""
+    return {"inputs_embeds": model.get_input_embeddings()(ids)}
 
 
 def no_tokens(config: Any) -> tuple[list[int], list[int]]:
@@ -85,6 +102,10 @@ class Vision:
         place: `place(config, given, seen)`, the rows `[image tokens, width]` that a caller puts at the image tokens of
             its prompts, in order. All that an app has to do between the graphs, in numpy.
         around: `around(config)`, token ids that stand before and after an image's tokens in every prompt.
+        calls: `calls(given)`, what the graph is run on for these images, one call after the other; default: once, on all.
+        traced: what the graph is traced on; default: the sample.
+        others: what else the graph is compared with torch on, one call each.
+        held: whether the axes are held to their names while the graph is traced, so that one name is one length.
     """
 
     inputs: Callable[[Any], Shapes]
@@ -93,6 +114,10 @@ class Vision:
     sample: Callable[[Any, np.random.Generator], Arrays]
     place: Callable[[Any, Arrays, Arrays], np.ndarray] = in_reading_order
     around: Callable[[Any], tuple[list[int], list[int]]] = no_tokens
+    calls: Callable[[Arrays], Sequence[Arrays]] = lambda given: [given]
+    traced: Arrays | None = None
+    others: Sequence[Arrays] = ()
+    held: bool = True
 
 
 @dataclass(frozen=True)
@@ -106,12 +131,15 @@ class Decoder:
         run: `run(model, **inputs)`, an object with `logits` and `past_key_values`. Traced.
         reference: `reference(config, turn)`, what transformers' own forward takes besides `input_ids`,
             `attention_mask`, `past_key_values` and, at the first call, the vision inputs. `None` stands for `feeds`.
+        embeds: `embeds(model, ids)`, what the embedding graph gives by name, `inputs_embeds` first; the decoder takes all of
+            it.
     """
 
     inputs: Callable[[Any], Shapes] = position_inputs
     feeds: Callable[[Any, Turn], Arrays] = position_feeds
     run: Callable[..., Any] = run_whole_model
     reference: Callable[[Any, Turn], Arrays] | None = None
+    embeds: Callable[[Any, Any], Mapping[str, Any]] = input_embeddings
 
 
 @dataclass(frozen=True)
@@ -124,6 +152,7 @@ class Family:
         image_towers: `vision_config.model_type` of the towers this was tried with; the first is transformers' default.
         vision, decoder: what differs in the graphs. Without `vision` the model is text only, and one graph from `input_ids`.
         refuse: `refuse(config)` with the parsed `config.json`: why this one checkpoint cannot be exported, or `None`.
+        generic: whether `vision` and `decoder` are chosen with the model loaded (`checkpoints.fit`).
     """
 
     model_type: str
@@ -132,3 +161,4 @@ class Family:
     vision: Vision | None
     decoder: Decoder = Decoder()
     refuse: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+    generic: bool = False

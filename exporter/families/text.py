@@ -4,7 +4,7 @@
 
 That is the signature of onnx-community's text models. No table says which decoders can be exported: transformers lists
 them, torch traces them or says why not, and `dissect` finds the residual stream or says why not. What is refused here is what
-no tracing can change: encoders, encoder-decoders, models that take images or sound, and states that are no KV cache.
+no tracing can change: encoders, encoder-decoders, and models that take images or sound.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from ...graphs.errors import ModelUnreadable
 from .family import Decoder, Family
 
-# Layer types of transformers' configs whose state is a KV cache; all others are recurrences or convolutions.
-_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")
 _OTHER_TOWERS = ("vision_config", "audio_config", "speech_config")
 
 
@@ -43,7 +40,7 @@ def text_family(config: Mapping[str, Any]) -> Family | None:
 
 
 def why_no_text_decoder(config: Mapping[str, Any]) -> str | None:
-    """Why this causal language model is no text-only decoder with a KV cache; `None` where it is one."""
+    """Why this causal language model is no text-only decoder; `None` where it is one."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -59,42 +56,4 @@ def why_no_text_decoder(config: Mapping[str, Any]) -> str | None:
         return (
             f"{model_type} is multimodal (its config.json has a {tower}), and this multimodal family is not supported"
         )
-    types = config.get("layer_types") or config.get("layers_block_type") or ()
-    other = next((kind for kind in types if kind not in _ATTENTION), None)
-    if other is not None:
-        return (
-            f"its config.json has {other} layers, whose state is no KV cache; only decoders with attention in every layer are "
-            "exported"
-        )
     return None
-
-
-def cached_shapes(model: Any) -> list[tuple[int, int, int]]:
-    """Heads, width of a key and width of a value, for every layer of the KV cache: read from a run of three tokens.
-
-    Configs have many words for them, and with latent attention keys and values differ.
-
-    Raises:
-        ModelUnreadable: a layer's state is no KV cache.
-    """
-    import torch
-    from transformers import DynamicCache
-
-    with torch.no_grad():
-        outputs = model(input_ids=torch.zeros(1, 3, dtype=torch.int64), use_cache=True)
-    cache = getattr(outputs, "past_key_values", None)
-    layers = cache.layers if isinstance(cache, DynamicCache) else ()
-    shapes: list[tuple[int, int, int]] = []
-    for layer in layers:
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None or values is None or keys.ndim != 4 or keys.shape[2] != 3:
-            shapes.clear()
-            break
-        shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
-    if not shapes:
-        kind = model.config.model_type
-        raise ModelUnreadable(
-            f"{model.name_or_path}: {kind} keeps a state that is no KV cache (recurrent, as Mamba's); only decoders with "
-            "attention in every layer are exported"
-        )
-    return shapes

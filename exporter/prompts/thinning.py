@@ -8,7 +8,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from .labelled import PAIRED_LABELS, SETTINGS, Label, LabelledPrompt
+from .formats import SETTINGS, Label
+from .labelled import PAIRED_LABELS, LabelledPrompt
 
 Row = TypeVar("Row")
 Kind = TypeVar("Kind", bound=Hashable)

@@ -170,7 +170,7 @@ def _settings(plan: GuardPlan) -> list[_Setting]:
     if row.gate not in (None, "any text"):
         found.append(_Setting(" (gates forced open)", "every gate forced open", True, True))
     if plan.takes_supervisor:
-        found.append(_Setting(" (listening)", "no supervisor", moves=False, without_supervisor=True))
+        found.append(_Setting(" (no supervisor)", "no supervisor", moves=False, without_supervisor=True))
     if OFFSET_INPUT in plan.knobs:
         what = f"strength 0.5, every threshold lowered by {-_LOWERED:g}"
         found.append(_Setting(" (knobs turned)", what, None, True, 0.5, _LOWERED))

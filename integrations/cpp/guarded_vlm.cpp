@@ -29,7 +29,7 @@ const std::string kSupervisor = "vlmguard.supervisor";    // input of the modes 
 const std::string kPromptSupervisor = "vlmguard.prompt_supervisor";
 const std::string kCoordinates = "vlmguard.coordinates";  // what a text-only pass gave as this output
 const std::string kPast = "past_key_values.", kPresent = "present.";
-constexpr float kListen = -1e30F;  // the supervisor of that first pass: no gate opens
+constexpr float kNoSupervisor = -1e30F;  // the supervisor of the text-only pass: no gate opens
 constexpr std::size_t kLongest = 64;
 
 // One graph, compiled for the CPU in float32: in bfloat16 a gate near its threshold may decide otherwise.
@@ -90,7 +90,7 @@ Tensors EmptyState(const ov::CompiledModel& decoder) {
     } else if (name == kSupervisor || name == kPromptSupervisor) {  // [batch, guarded layers, rank]
       const ov::Shape one{1, static_cast<std::size_t>(shape[1].get_length()), static_cast<std::size_t>(shape[2].get_length())};
       state[name] = ov::Tensor(ov::element::f32, one);
-      std::fill_n(state[name].data<float>(), state[name].get_size(), kListen);
+      std::fill_n(state[name].data<float>(), state[name].get_size(), kNoSupervisor);
     }
   }
   return state;
@@ -111,8 +111,8 @@ class GuardedVlm {
     const ov::Tensor silence = state.count(kPromptSupervisor) != 0 ? state[kPromptSupervisor] : ov::Tensor();
     for (const auto& guard : {kSupervisor, kPromptSupervisor}) {  // first the text alone, then the prompt with its picture
       if (state.count(guard) == 0) continue;
-      Tensors listening = state;
-      state[guard] = Run(text_ids, {}, listening).at(kCoordinates);
+      Tensors text_state = state;
+      state[guard] = Run(text_ids, {}, text_state).at(kCoordinates);
     }
     const std::vector<float> features = pixels.empty() ? std::vector<float>{} : Look(pixels);
     std::vector<std::int64_t> tokens;

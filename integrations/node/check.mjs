@@ -62,18 +62,18 @@ class Agreement {
   }
 }
 
-/** Every question of a mode, to whoever answers; the logits of the decoder's calls are heard at the session. */
+/** Ask `answer` every question of a mode and compare; the decoder's logits are recorded at its session. */
 async function compared(cases, sessionOf, answer) {
   const agreement = new Agreement();
   for (const question of cases.content.cases) {
-    const heard = [];
-    const tokens = await listening(sessionOf, heard, () => answer(question));
-    agreement.take(cases.expected(question), heard, question, tokens);
+    const recorded = [];
+    const tokens = await recording(sessionOf, recorded, () => answer(question));
+    agreement.take(cases.expected(question), recorded, question, tokens);
   }
   return agreement;
 }
 
-async function listening([holder, name], heard, ask) {
+async function recording([holder, name], recorded, ask) {
   const session = holder[name];
   holder[name] = new Proxy(session, {
     get(target, key) {
@@ -81,7 +81,7 @@ async function listening([holder, name], heard, ask) {
       if (key !== "run") return typeof value === "function" ? value.bind(target) : value;
       return async (...given) => {
         const outputs = await target.run(...given);
-        heard.push({ data: outputs.logits.data.slice() });
+        recorded.push({ data: outputs.logits.data.slice() });
         return outputs;
       };
     },

@@ -19,14 +19,14 @@ import {
 
 const SUPERVISORS = ["vlmguard.supervisor", "vlmguard.prompt_supervisor"]; // supervise and combined; align
 const COORDINATES = "vlmguard.coordinates";
-const NO_SUPERVISOR = -1e30; // no gate opens at this: what the text-only pass says is the model's own
+const NO_SUPERVISOR = -1e30; // no gate opens, so the text-only pass is the unguarded model's
 
 export async function openGuarded(parent, name) {
   env.allowRemoteModels = false;
   env.localModelPath = parent;
   const processor = await openProcessor(parent, name);
   const model = await LlavaForConditionalGeneration.from_pretrained(name, { device: "cpu", dtype: "fp32" });
-  const listen = supervise(model);
+  const readText = supervise(model);
 
   const inputsOf = async (prompt, image) => {
     const content = [...(image ? [{ type: "image" }] : []), { type: "text", text: prompt }];
@@ -36,7 +36,7 @@ export async function openGuarded(parent, name) {
   };
 
   const answer = async (prompt, image = null) => {
-    if (listen) await listen(await inputsOf(prompt, null));
+    if (readText) await readText(await inputsOf(prompt, null));
     const inputs = await inputsOf(prompt, image);
     const sequences = await model.generate({ ...inputs, max_new_tokens: 24, do_sample: false });
     const tokens = sequences.tolist()[0].slice(inputs.input_ids.dims[1]).map(Number);
@@ -46,9 +46,9 @@ export async function openGuarded(parent, name) {
 }
 
 /**
- * Give the decoder its supervisor: from now on `model.generate()` works, and takes what the last `listen(inputs)` said.
+ * Feed the decoder's supervisor input: `model.generate()` then uses the coordinates of the last `readText(inputs)`.
  *
- * @returns listen: runs the text-only prompt; null for a guard that has no supervisor
+ * @returns readText: runs the text-only prompt and keeps its coordinates; null for a guard without a supervisor
  */
 export function supervise(model) {
   const session = model.sessions.decoder_model_merged;
@@ -63,7 +63,7 @@ export function supervise(model) {
       if (key === "inputNames") return target.inputNames.filter((name) => name !== guard);
       if (key === "run") {
         return (feeds, ...rest) => {
-          if (coordinates === null) throw new Error("the guard listens to the text alone first: call listen(inputs)");
+          if (coordinates === null) throw new Error("the guard needs the text-only prompt first: call readText(inputs)");
           const fed = { ...feeds, [guard]: coordinates.ort_tensor };
           if (guard === SUPERVISORS[1]) coordinates = silence; // align: the prompt's call alone
           return target.run(fed, ...rest);

@@ -5,7 +5,7 @@ Needs `tokenizers` and `jinja2` only, and gives the ids that transformers 5 give
 1. `ChatTokenizer.open`    tokenizer, special tokens, chat template and image token of a folder (Hugging Face,
                            onnx-community or onnxruntime-genai layout)
 2. `ChatTokenizer.render_turns`  turns -> text, as `apply_chat_template(..., add_generation_prompt=True)`
-3. `ChatTokenizer.encode_turns`  turns -> ids, the image placeholder expanded as `LlavaProcessor` does
+3. `ChatTokenizer.encode_turns`  turns -> ids, each picture's placeholder replaced by its text (`picture_markers`)
 
 `render` and `encode` are the same for one question.
 
@@ -31,6 +31,8 @@ from tokenizers import Tokenizer
 from ...graphs.errors import GuardError, PromptsUnusable
 from .chat_template import ChatTemplate, content_of, turn_markers
 from .folder_configs import FolderConfigs, find_template, open_tokenizer
+from .picture_layouts import PictureTokens
+from .picture_markers import Placeholder
 from .special_tokens import (
     add_declared_tokens,
     boundary_ids,
@@ -41,7 +43,7 @@ from .special_tokens import (
 )
 from .tokenizer_calls import tokenizer_calls
 from .turn_markers import TurnMarkers
-from .turns import Content, Placeholder, Turn, in_front, message, parts
+from .turns import Content, Turn, in_front, message, parts
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,10 @@ class ChatTokenizer:
     """The tokenizer of a model folder, ready for single-turn prompts. Made by `open`.
 
     Attributes:
-        folder: where it came from; error messages begin with it.
+        folder: its folder; error messages start with it.
         tokenizer: without truncation and padding, with every special token that the configs declare.
         template: compiled chat template, `None` for base models.
-        content: what the template wants in a message.
+        content: the form in which the template takes a message.
         special_tokens: `bos_token`, `eos_token`, ... to their text.
         control_tokens: token id to text; a prompt must contain none of them.
         markers: plain text that the template writes between turns; a prompt must contain none of it.
@@ -101,7 +103,8 @@ class ChatTokenizer:
             content = content_of(folder, template, ("parts", "string") if configs.multimodal else ("string", "parts"))
         image_token = find_image_token(tokenizer, configs)
         image_token_id = None if image_token is None else tokenizer.token_to_id(image_token)
-        control = control_tokens(tokenizer, special_tokens, template, image_token)
+        placeholder = None if image_token is None else find_placeholder(configs, image_token)
+        control = control_tokens(tokenizer, special_tokens, template, placeholder)
         bos_id, eos_ids, pad_id = boundary_ids(tokenizer, configs, special_tokens)
         return cls(
             folder=folder,
@@ -117,18 +120,18 @@ class ChatTokenizer:
             eos_ids=eos_ids,
             image_token=image_token,
             image_token_id=image_token_id,
-            placeholder=None if image_token is None else find_placeholder(configs, image_token),
+            placeholder=placeholder,
             image_refusal=image_refusal(configs, image_token, image_token_id),
         )
 
-    def render(self, prompt: str, with_image: bool = False) -> str:
+    def render(self, prompt: str, pictures: int = 0) -> str:
         """The text of one question; see `render_turns`."""
-        return self.render_turns([Turn("user", prompt, with_image)])
+        return self.render_turns([Turn("user", prompt, pictures)])
 
     def render_turns(self, turns: Sequence[Turn]) -> str:
-        """The text of a conversation, up to where the model answers; image placeholders once each, not yet expanded.
+        """The text of a conversation, up to where the model answers; a placeholder for each picture, not yet replaced.
 
-        Without a chat template a question itself is the text, and an image goes in front of it, as LLaVA was trained:
+        Without a chat template a question itself is the text, and pictures go in front of it, as LLaVA was trained:
         `<image>`, a newline, the prompt. The same where a template of a vision-language model takes strings only.
 
         Raises:
@@ -136,71 +139,95 @@ class ChatTokenizer:
                 conversation.
             GuardError: the folder cannot do images, or its template fails or writes another number of images.
         """
-        images = sum(turn.shows for turn in turns)
+        pictures = sum(turn.pictures for turn in turns)
         for turn in turns:
             self._refuse_control_tokens(turn.text)
-        if images and self.image_refusal is not None:
+        if pictures and self.image_refusal is not None:
             raise GuardError(f"{self.folder}: {self.image_refusal}")
         written = self.placeholder.written if self.placeholder is not None else None
-        if self.template is None:
-            if len(turns) != 1:
-                raise PromptsUnusable(f"{self.folder}: has no chat template, so it takes one question; ask one")
-            return in_front(turns[0], written)
-        if self.content == "parts":
-            text = self.template.render([message(turn.role, parts(turn.text, turn.shows)) for turn in turns])
-        else:
-            text = self.template.render([message(turn.role, in_front(turn, written)) for turn in turns])
+        text = self._written(turns, written)
         times = text.count(written) if written else 0
-        if times != images:
+        if times != pictures:
             raise GuardError(
                 f"{self.folder}: its chat template writes the image token {written!r} {times} times for "
-                f"{images} images; use the chat template that belongs to this model"
+                f"{pictures} images; use the chat template that belongs to this model"
             )
         if len(turns) > 1:
             self._require_said(turns, text)
         return text
 
-    def encode(self, prompt: str, image_tokens: int = 0) -> list[int]:
-        """Token ids of one question; see `encode_turns`."""
-        return self.encode_turns([Turn("user", prompt, image_tokens > 0)], image_tokens)
+    def _written(self, turns: Sequence[Turn], written: str | None) -> str:
+        """What the template, or the rule for folders without one, makes of a conversation."""
+        if self.template is None and len(turns) != 1:
+            raise PromptsUnusable(f"{self.folder}: has no chat template, so it takes one question; ask one")
+        if self.template is None and self._pictures_first:
+            return self._behind_pictures((written or "") * turns[0].pictures, turns[0].text)
+        if self.template is None:
+            return in_front(turns[0], written)
+        if self.content == "parts":
+            text = self.template.render([message(turn.role, parts(turn.text, turn.pictures)) for turn in turns])
+        else:
+            text = self.template.render([message(turn.role, in_front(turn, written)) for turn in turns])
+        if not self._pictures_first:
+            return text
+        pictures, last, words = text.rpartition(written or "\0")
+        return self._behind_pictures(pictures + last, words)
 
-    def encode_turns(self, turns: Sequence[Turn], image_tokens: int = 0) -> list[int]:
+    @property
+    def _pictures_first(self) -> bool:
+        """Whether the prompt is the pictures, `bos_token`, the words and a line break (PaliGemma)."""
+        return self.placeholder is not None and self.placeholder.layout.before_text
+
+    def _behind_pictures(self, pictures: str, words: str) -> str:
+        return f"{pictures}{self.special_tokens.get('bos_token', '')}{words}\n"
+
+    def encode(self, prompt: str, image_tokens: int = 0) -> list[int]:
+        """Token ids of one question, with one picture of so many image tokens, or none; see `encode_turns`."""
+        pictures = [PictureTokens(image_tokens)] if image_tokens else []
+        return self.encode_turns([Turn("user", prompt, len(pictures))], pictures)
+
+    def encode_turns(self, turns: Sequence[Turn], pictures: Sequence[PictureTokens] = ()) -> list[int]:
         """Token ids of a conversation.
 
         Args:
-            turns: what was said; the last of them is answered. One of them shows the image, if there is one.
-            image_tokens: how many tokens the image takes (`images.image_token_count`); 0 is a text-only prompt.
+            turns: the conversation; the model answers the last turn.
+            pictures: the image tokens of each picture, in the order of the turns; at least one each.
 
         Raises:
             PromptsUnusable: as `render_turns`; or they give no tokens, or are not text that UTF-8 can hold.
             GuardError: as `render_turns`.
         """
-        assert image_tokens >= 0 and sum(turn.shows for turn in turns) == (image_tokens > 0), image_tokens
+        assert sum(turn.pictures for turn in turns) == len(pictures), (turns, pictures)
+        assert all(picture.count > 0 for picture in pictures), pictures
         text = self.render_turns(turns)
         add_special_tokens = self._adds_special_tokens(text)
-        if image_tokens:
-            assert self.image_token is not None and self.placeholder is not None  # render refused otherwise
-            image = self.placeholder.before + self.image_token * image_tokens + self.placeholder.after
-            text = text.replace(self.placeholder.written, image)
+        if pictures:
+            assert self.placeholder is not None  # render refused otherwise
+            text = self.placeholder.filled(text, list(pictures))
         with tokenizer_calls(self.folder):
             ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         if not ids:
             raise PromptsUnusable(f"{self.folder}: the prompt {turns[-1].text!r} gives no tokens; write a prompt")
-        found = sum(number == self.image_token_id for number in ids)
-        if found != image_tokens:
+        found, expected = (
+            sum(number == self.image_token_id for number in ids),
+            sum(picture.count for picture in pictures),
+        )
+        if found != expected:
             raise GuardError(
-                f"{self.folder}: {image_tokens} image tokens {self.image_token!r} became {found} after tokenization; "
+                f"{self.folder}: {expected} image tokens {self.image_token!r} became {found} after tokenization; "
                 "use the tokenizer that belongs to this model"
             )
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of token ids; special tokens (`</s>`, ...) are left out unless asked for."""
+        """Text of token ids; `skip_special` omits special tokens such as `</s>`."""
         with tokenizer_calls(self.folder):
             return self.tokenizer.decode([int(number) for number in ids], skip_special_tokens=skip_special)
 
     def _adds_special_tokens(self, text: str) -> bool:
         """Whether tokenizer.json's own special tokens come on top; the rule is in the module's docstring."""
+        if self._pictures_first:
+            return False
         if self.template is None:
             return True
         bos = self.special_tokens.get("bos_token")
@@ -212,7 +239,7 @@ class ChatTokenizer:
             if turn.text.strip() not in text:
                 raise PromptsUnusable(
                     f"{self.folder}: its chat template leaves the {turn.role} message {_shortened(turn.text)!r} out; "
-                    "leave it out, or say it in the question"
+                    "remove it, or move its text into the question"
                 )
 
     def _refuse_control_tokens(self, prompt: str) -> None:

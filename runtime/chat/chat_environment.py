@@ -120,7 +120,7 @@ def _bounded(context: Context, items: Iterable[Any]) -> Iterator[Any] | list[Any
 def _counted(work: Work, items: Iterable[Any]) -> Iterator[Any] | list[Any]:
     if not isinstance(items, Sized):
         return _turns(work, items)
-    work.turn(len(items))  # at once: `loop.length` and `loop.last` want to know the end
+    work.turn(len(items))  # all at once: `loop.length` and `loop.last` need the length
     return list(items)
 
 

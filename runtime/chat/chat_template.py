@@ -73,7 +73,15 @@ class ChatTemplate:
 def turn_markers(
     folder: Path, tokenizer: Tokenizer, template: ChatTemplate | None, content: Content, control: Iterable[str]
 ) -> TurnMarkers:
-    """The plain text that a template writes between turns, from conversations of digits."""
+    """The plain text that a template writes between turns, found by rendering conversations of digits.
+
+    Args:
+        folder: the model, for error messages.
+        tokenizer: compares spellings of a marker.
+        template: the chat template; `None` for none.
+        content: the form in which it takes messages.
+        control: special tokens, which are rejected elsewhere.
+    """
 
     def same(one: str, other: str) -> bool:
         with tokenizer_calls(folder):
@@ -83,30 +91,30 @@ def turn_markers(
     for roles in CONVERSATIONS if template is not None else ():
         assert template is not None
         contents = sentinels(len(roles))
-        texts = [parts(text, False) if content == "parts" else text for text in contents]
+        texts = [parts(text) if content == "parts" else text for text in contents]
         try:
             rendered = template.render([message(role, text) for role, text in zip(roles, texts, strict=True)])
         except TemplateTooCostly:
             raise
-        except ModelUnreadable:  # a role or an order that it does not know
+        except ModelUnreadable:  # an unsupported role or order
             continue
         written += between(rendered, contents)
     return TurnMarkers.of(written, control, same)
 
 
 def content_of(folder: Path, template: ChatTemplate, order: tuple[Content, ...]) -> Content:
-    """What the template wants in a message: the first of `order` that it prints as text.
+    """The form in which the template takes a message: the first of `order` whose text it renders.
 
-    Tried, not guessed from the source: a probe must come out, and a canary beside it (an extra key of the part) must
-    not, because a template that prints `[{'type': 'text', ...}]` has taken the list for a string.
+    The template is rendered with each form. The output must contain a probe text and must not contain a canary (an extra key
+    of the part): a template that prints `[{'type': 'text', ...}]` treats the list as a string.
 
     Raises:
-        ModelUnreadable: it prints neither.
+        ModelUnreadable: it renders neither form.
     """
     reason = "it leaves the prompt out"
     for content in order:
         try:
-            probe = parts(_PROBE, False, canary=_CANARY) if content == "parts" else _PROBE
+            probe = parts(_PROBE, canary=_CANARY) if content == "parts" else _PROBE
             text = template.render([message("user", probe)])
         except TemplateTooCostly:
             raise

@@ -63,7 +63,7 @@ class FolderConfigs:
 
     @property
     def image_token_id(self) -> int | None:
-        """What the model replaces by image features, by number; `image_token_index` is the older name."""
+        """Id of the token that the model replaces with image features; `image_token_index` is the older key."""
         names = ("image_token_id", "image_token_index")
         found = (table.get(name) for table in (self.model, self.genai) for name in names)
         return next((number for number in found if isinstance(number, int)), None)

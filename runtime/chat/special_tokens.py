@@ -11,17 +11,11 @@ from tokenizers import AddedToken, Tokenizer
 from ...graphs.errors import ModelUnreadable, first_line
 from .chat_template import ChatTemplate
 from .folder_configs import FolderConfigs, section
-from .turns import Placeholder
+from .picture_layouts import PictureLayout
+from .picture_markers import LAYOUTS, Placeholder
 
 # The names that templates may use, as transformers' `special_tokens_map` has them.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-# Processors whose image placeholder becomes plain copies of one token. Others write rows, tiles or markers around them
-# (Idefics3, Gemma3, Pixtral, ...), and plain copies would be a prompt that the model never saw.
-PLAIN_PLACEHOLDER_PROCESSORS = ("LlavaProcessor", "Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
-# Processors whose templates write one marker for an image, which becomes the image tokens between two markers and white
-# space: the names of both markers in tokenizer_config.json, and the white space.
-MARKED_PLACEHOLDER_PROCESSORS = {"Gemma3Processor": ("boi_token", "eoi_token", "\n\n")}
 
 
 def add_declared_tokens(folder: Path, tokenizer: Tokenizer, configs: FolderConfigs) -> dict[str, str]:
@@ -81,11 +75,12 @@ def _content(token: Any) -> str | None:
 
 
 def find_image_token(tokenizer: Tokenizer, configs: FolderConfigs) -> str | None:
-    """The text of the image placeholder, in the order in which `LlavaProcessor` looks, then by the model's number."""
-    extra = section(configs.tokenizer, "extra_special_tokens")
-    named = (configs.tokenizer.get("image_token"), extra.get("image_token"), configs.processor.get("image_token"))
-    found = next(filter(None, map(_content, named)), None)
-    if found is not None:
+    """The text of the image token, in the order in which `LlavaProcessor` looks, then by the model's number."""
+    layout = LAYOUTS.get(configs.processor_class or "")
+    if layout is not None and layout.image is not None:
+        return _named(configs, *layout.image) or None
+    found = _named(configs, "image_token")
+    if found:
         return found
     added = {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items()}
     if configs.image_token_id in added:  # an ordinary word at that number is no placeholder
@@ -94,14 +89,18 @@ def find_image_token(tokenizer: Tokenizer, configs: FolderConfigs) -> str | None
 
 
 def find_placeholder(configs: FolderConfigs, image_token: str) -> Placeholder:
-    """The image token itself, or the markers of `MARKED_PLACEHOLDER_PROCESSORS`, as far as the folder names them."""
-    marked = MARKED_PLACEHOLDER_PROCESSORS.get(configs.processor_class or "")
-    if marked is None:
-        return Placeholder(image_token)
-    start, end, space = marked
+    """What stands for a picture: the row of `LAYOUTS` for the folder's processor, with the markers that its configs name."""
+    layout = LAYOUTS.get(configs.processor_class or "", PictureLayout())
+    markers = {marker: _named(configs, *named) for marker, named in layout.markers.items()}
+    written = image_token if layout.written is None else _named(configs, *layout.written)
+    return Placeholder(written, image_token, layout, markers)
+
+
+def _named(configs: FolderConfigs, name: str, otherwise: str = "") -> str:
+    """The text of a token that the configs name, else `otherwise`."""
     extra = section(configs.tokenizer, "extra_special_tokens")
-    before, after = (_content(configs.tokenizer.get(name) or extra.get(name)) or "" for name in (start, end))
-    return Placeholder(before, space + before, after + space)
+    named = (configs.tokenizer.get(name), extra.get(name), configs.processor.get(name))
+    return next(filter(None, map(_content, named)), otherwise)
 
 
 def image_refusal(configs: FolderConfigs, image_token: str | None, image_token_id: int | None) -> str | None:
@@ -115,35 +114,46 @@ def image_refusal(configs: FolderConfigs, image_token: str | None, image_token_i
             f"the image token {image_token!r} is {image_token_id} in the tokenizer and {configs.image_token_id} in the "
             "model's config; copy the tokenizer of the model again"
         )
-    known = (*PLAIN_PLACEHOLDER_PROCESSORS, *MARKED_PLACEHOLDER_PROCESSORS)
-    if configs.processor_class not in (None, *known):
+    if configs.processor_class not in (None, *LAYOUTS):
         return (
-            f"image prompts of {configs.processor_class} are not supported, only of {', '.join(known)}; "
-            "use text-only prompts"
+            f"the text that {configs.processor_class} writes for a picture is not known; use text-only prompts, or prepare the "
+            "prompt's inputs elsewhere"
         )
-    if not find_placeholder(configs, image_token).written:
-        return "its tokenizer_config.json names no boi_token; copy the tokenizer of the model again"
+    placeholder = find_placeholder(configs, image_token)
+    names = {marker: name for marker, (name, _) in placeholder.layout.markers.items()}
+    nameless = [names[marker] for marker, text in placeholder.markers.items() if not text]
+    if nameless:
+        return f"its tokenizer_config.json names no {nameless[0]}; copy the tokenizer of the model again"
     return None
 
 
 def control_tokens(
-    tokenizer: Tokenizer, special_tokens: Mapping[str, str], template: ChatTemplate | None, image_token: str | None
+    tokenizer: Tokenizer,
+    special_tokens: Mapping[str, str],
+    template: ChatTemplate | None,
+    placeholder: Placeholder | None,
 ) -> dict[int, str]:
-    """Ids and texts that only the template may write: special tokens, and added tokens that the template contains.
+    """Ids and texts that only the template and the pictures may write: special tokens, and added tokens that these contain.
 
-    The second kind is there because some models (DeepSeek's turn markers) do not flag theirs as special. White space is
-    ordinary text. `unk_token` is what any unknown word becomes, so it controls nothing, unless it is also another one.
+    Added tokens are included because some models (DeepSeek's turn markers) do not flag theirs as special. White space is
+    ordinary text. `unk_token` stands for unknown words, so it is excluded unless it also has another role.
+
+    Args:
+        tokenizer: its table of added tokens is read.
+        special_tokens: `bos_token`, `eos_token`, ... to their text.
+        template: the chat template, `None` for none.
+        image_token: the image placeholder's text, `None` for none.
     """
     literals = "" if template is None else template.literals
+    if placeholder is not None:
+        literals += "\0" + placeholder.every_marker()
     unknown = {special_tokens.get("unk_token")} - {
         content for name, content in special_tokens.items() if name != "unk_token"
     }
     return {
         number: token.content
         for number, token in tokenizer.get_added_tokens_decoder().items()
-        if (token.special or token.content == image_token or token.content in literals)
-        and token.content.strip()
-        and token.content not in unknown
+        if (token.special or token.content in literals) and token.content.strip() and token.content not in unknown
     }
 
 

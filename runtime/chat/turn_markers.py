@@ -1,10 +1,10 @@
-"""What a chat template writes between turns as plain text ("USER:", "[/INST]"): text of a caller must not contain it.
+"""Plain text that a chat template writes between turns ("USER:", "[/INST]"): a caller's text must not contain it.
 
-Special tokens are refused by the tokenizer's own table (`ChatTokenizer`). But many templates mark turns with ordinary text, and
-there a prompt that contains " ASSISTANT: sure, here is" ends the user's turn and begins the model's answer, as far as the model
-can see. The markers are found by rendering the template around digits: what stands between the digits is the template's own.
+`ChatTokenizer` rejects special tokens by the tokenizer's own table. But many templates mark turns with ordinary text. There
+a prompt that contains " ASSISTANT: sure, here is" ends the user's turn and starts the model's answer, as the model reads
+it. The markers are found by rendering the template around digits: the text between the digits is the template's own.
 
-A marker is found in a text wherever the model could read it as one:
+A marker is found in a text wherever the model could read it as a marker:
 
 - with any white space in it, and with invisible characters or full-width letters in it (NFKC);
 - in its own spelling, in capitals and in title case. In other cases only where the tokenizer does not see the difference: a
@@ -18,13 +18,13 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-# Roles of the conversations that are rendered; a template that does not know a role, or an order, is left out.
+# Roles of the conversations to render; a conversation that the template does not support is skipped.
 CONVERSATIONS: tuple[tuple[str, ...], ...] = (
     ("system", "user", "assistant", "user"),
     ("user", "assistant", "user"),
     ("user",),
 )
-_LONGEST = 40  # characters; what is longer is an instruction that the template brings along, and no marker
+_LONGEST = 40  # characters; longer text is an instruction in the template, not a marker
 _SHORT = 4  # letters; "Q:" counts at the beginning of a word only
 
 
@@ -44,12 +44,12 @@ class TurnMarkers:
     def of(
         cls, between: Iterable[str], control: Iterable[str], same: Callable[[str, str], bool] = lambda a, b: False
     ) -> TurnMarkers:
-        """The markers in what a template writes.
+        """The markers in a template's output.
 
         Args:
-            between: the texts before, between and behind the contents of messages.
-            control: special tokens, which are refused elsewhere; the text between two of them is looked at.
-            same: whether two spellings are the same to the tokenizer.
+            between: the texts before, between and after the contents of messages.
+            control: special tokens, which are rejected elsewhere; only text between them is examined.
+            same: whether two spellings give the same tokens.
         """
         tokens = sorted(filter(None, control), key=len, reverse=True)
         split = re.compile("|".join(map(re.escape, tokens))) if tokens else None
@@ -74,7 +74,7 @@ def sentinels(count: int) -> list[str]:
 
 
 def between(text: str, contents: Sequence[str]) -> list[str]:
-    """What a rendered text has around the contents."""
+    """The parts of a rendered text around the contents."""
     return re.split("|".join(map(re.escape, contents)), text)
 
 

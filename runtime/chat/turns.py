@@ -9,26 +9,23 @@ from typing import Any, Literal
 Content = Literal["parts", "string"]
 
 
-# Who speaks in a conversation. Not every template knows a system message.
+# Roles in a conversation. Not every template supports a system message.
 Role = Literal["system", "user", "assistant"]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a conversation; `shows` says whether the image belongs to it."""
+    """One message of a conversation.
+
+    Attributes:
+        role: author of the message.
+        text: the message.
+        pictures: number of pictures in front of the text.
+    """
 
     role: Role
     text: str
-    shows: bool = False
-
-
-@dataclass(frozen=True)
-class Placeholder:
-    """What stands for an image: `written` in the text of a template; for the tokenizer `before`, image tokens, `after`."""
-
-    written: str
-    before: str = ""
-    after: str = ""
+    pictures: int = 0
 
 
 def message(role: str, content: str | list[dict[str, str]]) -> dict[str, Any]:
@@ -37,10 +34,10 @@ def message(role: str, content: str | list[dict[str, str]]) -> dict[str, Any]:
 
 
 def in_front(turn: Turn, written: str | None) -> str:
-    """A turn as one string, the image's placeholder in front."""
-    return f"{written}\n{turn.text}" if turn.shows else turn.text
+    """A turn as one string, a placeholder for each of its pictures in front, each on a line."""
+    return f"{written}\n" * turn.pictures + turn.text
 
 
-def parts(prompt: str, with_image: bool, **more: str) -> list[dict[str, str]]:
-    """A message's content as vision-language templates read it: the image first, then the text."""
-    return [*([{"type": "image"}] if with_image else []), {"type": "text", "text": prompt, **more}]
+def parts(prompt: str, pictures: int = 0, **more: str) -> list[dict[str, str]]:
+    """A message's content as vision-language templates read it: the pictures first, then the text."""
+    return [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": prompt, **more}]

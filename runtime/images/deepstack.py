@@ -15,18 +15,23 @@ _FEATURES, _EMBEDS = "deepstack_features_", "deepstack_embeds_"
 
 
 def features_name(number: int) -> str:
-    """What the vision encoder calls its features for layer `number` of the decoder."""
+    """Name of the vision encoder's output with the features for the decoder's layer `number`."""
     return f"{_FEATURES}{number}"
 
 
 def embeds_name(number: int) -> str:
-    """What the decoder calls what it adds after its layer `number`."""
+    """Name of the decoder's input that is added after its layer `number`."""
     return f"{_EMBEDS}{number}"
 
 
 def is_embeds(name: str) -> bool:
     """Whether an input of a decoder is one that DeepStack fills."""
     return name.startswith(_EMBEDS)
+
+
+def is_features(name: str) -> bool:
+    """Whether an output of a vision encoder is for DeepStack."""
+    return name.startswith(_FEATURES)
 
 
 def scatter(seen: Mapping[str, np.ndarray], is_image: np.ndarray) -> dict[str, np.ndarray]:
@@ -41,7 +46,7 @@ def scatter(seen: Mapping[str, np.ndarray], is_image: np.ndarray) -> dict[str, n
     """
     dense = {}
     for name, rows in seen.items():
-        if name.startswith(_FEATURES):
+        if is_features(name):
             spread = dense[_EMBEDS + name.removeprefix(_FEATURES)] = np.zeros(
                 (*is_image.shape, rows.shape[-1]), rows.dtype
             )

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...graphs.errors import GuardError
+from .open_picture import Picture
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFeatures:
-    """What a vision encoder would give for one picture.
+    """Image features of one picture, in place of the vision encoder's output.
 
     Attributes:
         rows: `[image tokens, d]`, finite; `d` is the width of the decoder's embeddings.
@@ -28,3 +29,6 @@ class ImageFeatures:
     def content(self) -> bytes:
         """The rows as bytes, for digests."""
         return np.ascontiguousarray(self.rows, np.float32).tobytes()
+
+
+Shown = Picture | ImageFeatures  # what a request shows

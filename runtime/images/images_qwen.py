@@ -1,4 +1,4 @@
-"""Pictures to patches, as Qwen2-VL, Qwen2.5-VL and Qwen3-VL take them: any size, cut into a list of patches.
+"""Pictures to patches, as Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and GLM-4V take them: any size, cut into a list of patches.
 
 1. `fitting_size`            the multiple of a token's edge nearest to the picture's own size, within limits on its pixels
 2. `QwenImagePreprocessor`   resize to it, rescale, normalise, cut into patches
@@ -7,7 +7,7 @@ A picture gives `height / patch * width / patch` patches; a square of `merge` x 
 come square by square, so that a token's patches lie side by side. Each patch holds the picture `temporal` times, because
 the tower was made for videos and takes that many frames at once.
 
-The arithmetic, its order and its dtypes are those of transformers' `Qwen2VLImageProcessorPil`.
+The arithmetic, its order and its dtypes are those of transformers' `Qwen2VLImageProcessorPil` and `Glm4vImageProcessorPil`.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...graphs.errors import GuardError, ModelUnreadable, first_line
-from .images import CLIP_MEAN, CLIP_STD, declared_processor, normalised
+from ...graphs.errors import GuardError
 from .open_picture import open_image
-from .picture_files import refuse_huge
+from .pixel_steps import STEPS, PixelSteps, count_option, declared_processor, opened, processor_name
+from .prepared_picture import PreparedPicture
 
-KIND = "Qwen2VLImageProcessor"
-
-# What transformers' processor does where a config is silent. `size` counts pixels, in spite of its keys' names.
-_DEFAULTS: Mapping[str, Any] = {
-    "do_resize": True,
+# What transformers' processors do where a config is silent. `size` counts pixels, in spite of its keys' names.
+_QWEN: Mapping[str, Any] = {
+    **STEPS,
     "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
-    "resample": 3,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": CLIP_MEAN,
-    "image_std": CLIP_STD,
     "patch_size": 14,
     "temporal_patch_size": 2,
     "merge_size": 2,
 }
+_GLM: Mapping[str, Any] = _QWEN | {"size": {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 15000}}
+QWEN_PROCESSORS: Mapping[str, Mapping[str, Any]] = {
+    "Qwen2VLImageProcessor": _QWEN,
+    "Glm4vImageProcessor": _GLM,
+    "Glm46VImageProcessor": _GLM,
+}
+# GLM counts the pixels of every frame against the limits, and scales a picture up that is narrower than a token.
+_COUNTS_FRAMES = frozenset({"Glm4vImageProcessor", "Glm46VImageProcessor"})
 # A longer or narrower picture has sides that no multiple of a token's edge comes near.
 _MAX_ASPECT = 200
 
@@ -68,40 +68,33 @@ class Patches:
 
 @dataclass(frozen=True)
 class QwenImagePreprocessor:
-    """What a folder's image processor does to a picture. Made by `open`.
+    """The steps of a folder's image processor, in this order. Created by `open`.
 
     Attributes:
-        patch, temporal, merge: edge of a patch in pixels; how many frames it holds; patches per side of a token.
-        pixels: the least and the most pixels of a resized picture; `None` keeps the size.
-        resample: Pillow's filter.
-        rescale_factor: then multiply, usually by 1/255; `None` does not.
-        mean, std: then `(x - mean) / std` per channel; `None` does not.
+        kind: the processor's name, a key of `QWEN_PROCESSORS`.
+        patch, temporal, merge: edge of a patch in pixels; frames per patch; patches per side of a token.
+        pixels: smallest and largest number of pixels of a resized picture; `None`: keep the size.
+        steps: filter of the resizing, then scale and normalisation of the pixels.
     """
 
+    kind: str
     patch: int
     temporal: int
     merge: int
     pixels: tuple[int, int] | None
-    resample: Image.Resampling
-    rescale_factor: float | None
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
+    steps: PixelSteps
+
+    keeps_count = False
 
     @classmethod
     def open(cls, folder: Path | str) -> QwenImagePreprocessor:
-        """Read the folder's image processor.
+        """Read the folder's image processor, one of `QWEN_PROCESSORS`.
 
         Raises:
             ModelUnreadable: it declares none, or options that cannot be followed.
         """
-        declared = declared_processor(Path(folder))
-        given = {key: value for key, value in declared.items() if value is not None}
-        try:
-            return _from_options({**_DEFAULTS, **given})
-        except (GuardError, TypeError, ValueError, KeyError) as error:
-            raise ModelUnreadable(
-                f"{folder}: the options of {KIND} cannot be followed ({first_line(error)}); copy the processor's config again"
-            ) from None
+        kind = processor_name(declared_processor(Path(folder)))
+        return opened(folder, kind, QWEN_PROCESSORS[kind], lambda options: _from_options(kind, options))
 
     @property
     def edge(self) -> int:
@@ -116,28 +109,36 @@ class QwenImagePreprocessor:
         """
         if not images:
             raise GuardError("no images to prepare; give at least one")
-        rows = [self._prepare(open_image(image)) for image in images]
+        rows = [self._prepared(open_image(image)) for image in images]
         grids = [(1, pixels.shape[1] // self.patch, pixels.shape[2] // self.patch) for pixels in rows]
         values = np.concatenate([self._patchify(pixels) for pixels in rows])
         return Patches(values, np.array(grids, np.int64), self.merge)
 
+    def prepare(self, image: Image.Image, alone: bool = True) -> PreparedPicture:
+        """`pixel_values [patches, numbers]` and `image_grid_thw [1, 3]`."""
+        found = self.patches([image])
+        arrays = {"pixel_values": found.pixel_values, "image_grid_thw": found.image_grid_thw}
+        return PreparedPicture(arrays, tokens=int(found.tokens[0]))
+
     def blank_image(self) -> Image.Image:
         """A white square of the smallest size that is not resized."""
-        tokens = 1 if self.pixels is None else math.ceil(math.sqrt(self.pixels[0]) / self.edge)
+        least = 1 if self.pixels is None else self.pixels[0] / (self.temporal if self.kind in _COUNTS_FRAMES else 1)
+        tokens = max(1, math.ceil(math.sqrt(least) / self.edge))
         return Image.new("RGB", (tokens * self.edge, tokens * self.edge), "white")
 
-    def _prepare(self, image: Image.Image) -> np.ndarray:
+    def _prepared(self, image: Image.Image) -> np.ndarray:
         """`[3, height, width]` float32 of an RGB picture."""
         if self.pixels is not None:
-            height, width = fitting_size(image.height, image.width, self.edge, *self.pixels)
-            refuse_huge(width, height, "resized as the model asks, the image")
-            image = image.resize((width, height), resample=self.resample)
+            sides = image.height, image.width, self.edge, *self.pixels
+            by_frames = self.kind in _COUNTS_FRAMES
+            height, width = fitting_size_of_frames(*sides, self.temporal) if by_frames else fitting_size(*sides)
+            image = self.steps.resized(image, height, width)
         elif image.width % self.edge or image.height % self.edge:
             raise GuardError(
                 f"the image has {image.width} x {image.height} pixels and the model does not resize; "
                 f"send sides that are multiples of {self.edge}"
             )
-        return normalised(np.asarray(image), self.rescale_factor, self.mean, self.std)
+        return self.steps.values(image)
 
     def _patchify(self, pixels: np.ndarray) -> np.ndarray:
         """`[3, height, width]` -> `[patches, 3 * temporal * patch * patch]`, the patches of a token side by side."""
@@ -150,52 +151,60 @@ class QwenImagePreprocessor:
 
 
 def fitting_size(height: int, width: int, edge: int, least: int, most: int) -> tuple[int, int]:
-    """`smart_resize` of transformers: `(height, width)` as multiples of `edge`, with `least` to `most` pixels in all.
+    """`smart_resize` of Qwen2-VL: `(height, width)` as multiples of `edge`, with `least` to `most` pixels in all.
 
     Raises:
         GuardError: one side is more than 200 times the other.
     """
+    return _fitting(height, width, edge, least, most, frames=1)
+
+
+def fitting_size_of_frames(height: int, width: int, edge: int, least: int, most: int, frames: int) -> tuple[int, int]:
+    """`smart_resize` of GLM-4V: the limits are for the pixels of all `frames`, and no side is shorter than `edge`.
+
+    Raises:
+        GuardError: one side is more than 200 times the other.
+    """
+    if height < edge or width < edge:
+        scale = max(edge / height, edge / width)
+        height, width = int(height * scale), int(width * scale)
+    return _fitting(height, width, edge, least, most, frames)
+
+
+def _fitting(height: int, width: int, edge: int, least: int, most: int, frames: int) -> tuple[int, int]:
     if max(height, width) > _MAX_ASPECT * min(height, width):
         raise GuardError(
             f"the image has {width} x {height} pixels, one side more than {_MAX_ASPECT} times the other; crop it first"
         )
     fitting = round(height / edge) * edge, round(width / edge) * edge
-    if fitting[0] * fitting[1] > most:
-        shrink = math.sqrt(height * width / most)
+    if frames * fitting[0] * fitting[1] > most:
+        shrink = math.sqrt(frames * height * width / most)
         return (
             max(edge, math.floor(height / shrink / edge) * edge),
             max(edge, math.floor(width / shrink / edge) * edge),
         )
-    if fitting[0] * fitting[1] < least:
-        grow = math.sqrt(least / (height * width))
+    if frames * fitting[0] * fitting[1] < least:
+        grow = math.sqrt(least / (frames * height * width))
         return math.ceil(height * grow / edge) * edge, math.ceil(width * grow / edge) * edge
     return fitting
 
 
-def _from_options(options: Mapping[str, Any]) -> QwenImagePreprocessor:
+def _from_options(kind: str, options: Mapping[str, Any]) -> QwenImagePreprocessor:
     """Options with every key present, checked; raises what a malformed one raises."""
     size = dict(options["size"])
     # Older files name the limits for what they are.
-    least = _count("min_pixels", options.get("min_pixels", size.get("shortest_edge")))
-    most = _count("max_pixels", options.get("max_pixels", size.get("longest_edge")))
+    least = count_option("min_pixels", options.get("min_pixels", size.get("shortest_edge")))
+    most = count_option("max_pixels", options.get("max_pixels", size.get("longest_edge")))
     if least > most:
         raise GuardError(f"the least number of pixels {least} is above the most {most}")
     mean, std = (tuple(float(number) for number in options[key]) for key in ("image_mean", "image_std"))
     if len(mean) != 3 or len(std) != 3 or not np.isfinite((*mean, *std)).all() or not all(std):
         raise GuardError(f"image_mean {mean} and image_std {std} are not three numbers each, with no deviation of 0")
     return QwenImagePreprocessor(
-        patch=_count("patch_size", options["patch_size"]),
-        temporal=_count("temporal_patch_size", options["temporal_patch_size"]),
-        merge=_count("merge_size", options["merge_size"]),
+        kind=kind,
+        patch=count_option("patch_size", options["patch_size"]),
+        temporal=count_option("temporal_patch_size", options["temporal_patch_size"]),
+        merge=count_option("merge_size", options["merge_size"]),
         pixels=(least, most) if options["do_resize"] else None,
-        resample=Image.Resampling(options["resample"]),
-        rescale_factor=float(options["rescale_factor"]) if options["do_rescale"] else None,
-        mean=mean if options["do_normalize"] else None,
-        std=std if options["do_normalize"] else None,
+        steps=PixelSteps.of(options),
     )
-
-
-def _count(name: str, number: Any) -> int:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise GuardError(f"{name} {number!r} is not a positive whole number")
-    return number

@@ -19,20 +19,20 @@ LARGEST_FILE = 256 << 20  # bytes; an uncompressed picture of `MAX_PIXELS` has 2
 
 
 def open_image(source: Picture) -> Image.Image:
-    """An RGB picture, upright, transparency on white.
+    """Open a picture as RGB, upright, with transparency on white.
 
-    A file is turned as its EXIF orientation says, and of an animation the first frame counts. transformers does the
-    same, except that it drops the transparency of a file, where it puts that of a Pillow image on white.
+    Files are rotated by their EXIF orientation; an animation gives its first frame. transformers does the same, except that it
+    drops the transparency of files.
 
-    A file is decoded in a confined process (`confined`). A Pillow image was opened by the caller, and is decoded here.
+    Files are decoded in a confined process (`confined`). A Pillow image was opened by the caller and is decoded here.
 
     Args:
-        source: a picture, the path of a file, a file's content, or an array `[height, width]` or
-            `[height, width, 3 or 4]` of uint8.
+        source: a Pillow image, the path or the content of an image file, or a uint8 array `[height, width]` or
+            `[height, width, 3 or 4]`.
 
     Raises:
-        GuardError: nothing that can be a picture, no such file, not one of `FORMATS`, damaged, empty, more than `MAX_PIXELS`,
-            or a file that takes too long or too much memory to decode.
+        GuardError: `source` is not a picture, the file is missing, damaged, empty, not one of `FORMATS`, larger than
+            `MAX_PIXELS`, or takes too long or too much memory to decode.
     """
     if isinstance(source, Image.Image):
         refuse_huge(source.width, source.height, "the image")

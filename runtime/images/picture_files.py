@@ -13,7 +13,7 @@ from ...graphs.errors import GuardError, first_line
 # Above it a picture is refused before it is decoded: 50 million RGB pixels are 150 MB, and more helps no vision tower.
 MAX_PIXELS = 50_000_000
 
-# The formats that people send. Pillow knows 40 more, and some of them start other programs (EPS runs Ghostscript).
+# Common formats. Pillow supports 40 more, and some of them start other programs (EPS runs Ghostscript).
 FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 # A progressive JPEG goes over the whole picture once per scan. Encoders write about 10; a file of a megabyte can have 100,000.
@@ -53,7 +53,7 @@ def decode(content: bytes, what: str, damaged: str) -> Image.Image:
 
 
 def media_type(content: bytes) -> str | None:
-    """What a file's first bytes say that it is; `None` for none of `FORMATS` that browsers know."""
+    """Media type by a file's first bytes; `None` for a format that browsers do not support."""
     if content[:4] == b"RIFF":
         return "image/webp" if content[8:12] == b"WEBP" else None
     return next((media for start, media in _STARTS.items() if content.startswith(start)), None)

@@ -1,10 +1,10 @@
 """Positions for multimodal rotary embeddings (M-RoPE), as Qwen2-VL, Qwen2.5-VL and Qwen3-VL take them.
 
-Every token has three positions: time, row and column. For text all three are the same number. An image's tokens have
-the number where the image begins, plus their own place in its grid; the text after it goes on behind the largest of
-them. An image so takes up fewer numbers than it has tokens, and every later position is lower than a count of tokens.
+Every token has three positions: time, row and column. Text tokens have the same number three times. Image tokens have the
+position where the image starts, plus their place in its grid; the text after the image continues after the largest of them.
+So an image takes fewer positions than tokens, and later positions are lower than the number of tokens.
 
-The same numbers as `get_rope_index` of those models in transformers gives, for images (videos are not supported).
+The numbers equal those of `get_rope_index` of these models in transformers, for images (videos are not supported).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class PromptImages:
     at: np.ndarray | None = None
 
     def positions_between(self, first: int, last: int) -> np.ndarray | None:
-        """Positions `[3, batch, last - first]` of tokens `first` to `last`; those after the prompt go on by ones."""
+        """Positions `[3, batch, last - first]` of tokens `first` to `last`; after the prompt they increase by one."""
         if self.positions is None:
             return None
         length = self.positions.shape[-1]

@@ -1,44 +1,66 @@
-"""Pictures through the vision encoder: what a prompt gets for each of its images.
+"""Runs pictures through the vision encoder and returns the features of each.
 
-Two kinds of encoders. Those with one input take pictures of one size, and give as many features for each. Those of the
-Qwen family take patches of pictures of any size, and a table of how many patches each has; what they give is told apart
-by that table.
+A picture is prepared as the folder's image processor declares, and runs through the encoder by itself. The arrays are fed to
+the graph's inputs by name; the rows of the output are the picture's image tokens (`placing` has the exceptions).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ...graphs.errors import GuardError
+from ...graphs.errors import GuardError, ModelUnreadable
 from ...graphs.json_files import read_json
 from ..chat.folder_configs import FolderConfigs
-from ..chat.special_tokens import MARKED_PLACEHOLDER_PROCESSORS, PLAIN_PLACEHOLDER_PROCESSORS
-from ..runner_protocol import Runner
-from .images import ELSEWHERE, PROCESSORS, ImagePreprocessor, declared_processor, processor_name
-from .images_qwen import KIND, QwenImagePreprocessor
+from ..chat.picture_layouts import PictureTokens, token_grid
+from ..chat.picture_markers import LAYOUTS
+from ..runner_protocol import Port, Runner
+from .deepstack import is_features
+from .images import PROCESSORS, ImagePreprocessor
+from .images_anyres import ANYRES_PROCESSORS, AnyresImagePreprocessor
+from .images_gemma4 import GEMMA4_PROCESSOR, Gemma4ImagePreprocessor
+from .images_idefics3 import IDEFICS3_PROCESSORS, Idefics3ImagePreprocessor
+from .images_lfm2 import LFM2_PROCESSOR, Lfm2ImagePreprocessor
+from .images_pixtral import PIXTRAL_PROCESSOR, PixtralImagePreprocessor
+from .images_qwen import QWEN_PROCESSORS, QwenImagePreprocessor
+from .images_tiled import TILED_PROCESSORS, TiledImagePreprocessor
+from .pixel_steps import declared_processor, processor_name
+from .placing import PLACES, in_order
+from .prepared_picture import PreparedPicture, Preprocessor
+from .transformers_pictures import TransformersPreprocessor
 
-Preprocessor = ImagePreprocessor | QwenImagePreprocessor
+# Image processors in numpy, by transformers' name. All others are transformers' own, where that is installed.
+OWN: Mapping[str, Callable[[Path], Preprocessor]] = {
+    **dict.fromkeys(PROCESSORS, ImagePreprocessor.open),
+    **dict.fromkeys(QWEN_PROCESSORS, QwenImagePreprocessor.open),
+    **dict.fromkeys(IDEFICS3_PROCESSORS, Idefics3ImagePreprocessor.open),
+    **dict.fromkeys(TILED_PROCESSORS, TiledImagePreprocessor.open),
+    **dict.fromkeys(ANYRES_PROCESSORS, AnyresImagePreprocessor.open),
+    LFM2_PROCESSOR: Lfm2ImagePreprocessor.open,
+    GEMMA4_PROCESSOR: Gemma4ImagePreprocessor.open,
+    PIXTRAL_PROCESSOR: PixtralImagePreprocessor.open,
+}
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the vision encoder gives for some pictures.
+    """Output of the vision encoder for some pictures.
 
     Attributes:
-        features: `[image tokens, d]`, all pictures in a row.
-        tokens: how many of them each picture has, `[images]`.
-        outputs: everything it gives, by name.
-        grids: patches over time, height and width of each picture, `[images, 3]` int64; `None` where size is fixed.
+        features: `[image tokens, d]`, pictures concatenated.
+        pictures: the image tokens of each picture.
+        outputs: rows added between the decoder's layers (`deepstack`), pictures concatenated, by the encoder's names.
+        grids: patches over time, height and width of each picture, `[images, 3]` int64; `None` where sizes are fixed.
         merge: patches per side that become one token.
     """
 
     features: np.ndarray
-    tokens: np.ndarray
+    pictures: tuple[PictureTokens, ...]
     outputs: Mapping[str, np.ndarray]
     grids: np.ndarray | None = None
     merge: int = 1
@@ -48,57 +70,114 @@ def open_preprocessor(folder: Path) -> Preprocessor:
     """The image processor that a folder declares.
 
     Raises:
-        ModelUnreadable: it declares none, one that is not supported, or options that cannot be followed.
+        ModelUnreadable: it declares none, one that cannot be run here, or options that cannot be followed.
     """
     kind = processor_name(declared_processor(folder))
-    return QwenImagePreprocessor.open(folder) if kind == KIND else ImagePreprocessor.open(folder)
+    return OWN.get(kind, TransformersPreprocessor.open)(folder)
 
 
 def unknown_processor(folder: Path) -> str | None:
-    """The folder's processor, if it prepares images in an unsupported way (tiles, other markers); else `None`."""
+    """The folder's processor, if it prepares images in a way that cannot be followed here; else `None`."""
     kind = FolderConfigs.read(folder).processor_class
-    if kind not in (None, *PLAIN_PLACEHOLDER_PROCESSORS, *MARKED_PLACEHOLDER_PROCESSORS):
+    if kind not in (None, *LAYOUTS):
         return kind
     nested = read_json(folder / "processor_config.json").get("image_processor")
     declared = nested if isinstance(nested, dict) else read_json(folder / "preprocessor_config.json")
     name = processor_name(declared)
-    return name if "image_processor_type" in declared and name not in {*PROCESSORS, *ELSEWHERE} else None
+    if "image_processor_type" not in declared or name in OWN:
+        return None
+    try:
+        open_preprocessor(folder)
+    except ModelUnreadable:
+        return name
+    return None
 
 
-def look(encoder: Runner, preprocessor: Preprocessor, pictures: Sequence[Image.Image]) -> Seen:
-    """Run the vision encoder.
+def look(
+    encoder: Runner, preprocessor: Preprocessor, pictures: Sequence[tuple[Image.Image, bool]], model_type: str | None
+) -> Seen:
+    """Run the vision encoder, once for each picture.
+
+    Args:
+        encoder: the graph.
+        preprocessor: the folder's image processor.
+        pictures: each RGB, with whether it is the only one of its prompt. One that comes again is looked at once.
+        model_type: of config.json, for the rules of `placing`.
 
     Raises:
         GuardError: a picture cannot be prepared, or encoder and image processor do not belong together.
     """
-    if isinstance(preprocessor, QwenImagePreprocessor):
-        return _look_at_patches(encoder, preprocessor, pictures)
-    if len(encoder.inputs) != 1:
-        raise GuardError(
-            f"the vision encoder takes {', '.join(encoder.inputs)}, the folder's image processor gives pixel_values; "
-            "copy the image processor's config that belongs to this model"
-        )
-    (port,) = encoder.inputs.values()
-    outputs = encoder.run({port.name: preprocessor.pixel_values(pictures).astype(port.dtype)})
-    features = next(iter(outputs.values()))
-    features = features.reshape(len(pictures), -1, features.shape[-1])
-    tokens = np.full(len(pictures), features.shape[1])
-    return Seen(features.reshape(-1, features.shape[-1]), tokens, outputs)
+    place = PLACES.get(model_type or "", in_order)
+    known: dict[tuple[int, bool], _One] = {}
+    for image, alone in pictures:
+        if (id(image), alone) not in known:
+            prepared = preprocessor.prepare(image, alone)
+            outputs = encoder.run(fed(encoder.inputs, prepared.arrays))
+            known[id(image), alone] = _One.of(prepared, place(prepared, outputs), outputs)
+    ones = [known[id(image), alone] for image, alone in pictures]
+    grids = [one.grid for one in ones if one.grid is not None]
+    deep = list(ones[0].deep)
+    return Seen(
+        features=np.concatenate([one.rows for one in ones]),
+        pictures=tuple(one.tokens for one in ones),
+        outputs={name: np.concatenate([one.deep[name] for one in ones]) for name in deep},
+        grids=np.concatenate(grids) if grids else None,
+        merge=ones[0].merge,
+    )
 
 
-def _look_at_patches(encoder: Runner, preprocessor: QwenImagePreprocessor, pictures: Sequence[Image.Image]) -> Seen:
-    patches = preprocessor.patches(pictures)
-    given = {"pixel_values": patches.pixel_values, "image_grid_thw": patches.image_grid_thw}
-    if set(encoder.inputs) != set(given):
-        raise GuardError(
-            f"the vision encoder takes {', '.join(encoder.inputs)}, the folder's image processor gives "
-            f"{', '.join(given)}; copy the image processor's config that belongs to this model"
+@dataclass(frozen=True, eq=False)
+class _One:
+    """What the vision encoder gives for one picture; attributes as those of `Seen`."""
+
+    rows: np.ndarray
+    tokens: PictureTokens
+    deep: Mapping[str, np.ndarray]
+    grid: np.ndarray | None
+    merge: int
+
+    @classmethod
+    def of(cls, prepared: PreparedPicture, rows: np.ndarray, outputs: Mapping[str, np.ndarray]) -> _One:
+        count = len(rows)
+        if not count or prepared.tokens not in (None, count):
+            raise GuardError(
+                f"the vision encoder gives {count} features for {prepared.tokens or 'the'} image tokens; "
+                "the image processor's config is not this model's, copy the one that belongs to it"
+            )
+        grid = prepared.grid
+        if grid is None and prepared.seen_size is not None:
+            grid = token_grid(prepared.seen_size, count)
+        patches = prepared.arrays.get("image_grid_thw")
+        return cls(
+            rows=rows,
+            tokens=PictureTokens(count, grid, prepared.sizes if grid is not None else ()),
+            deep={name: values for name, values in outputs.items() if is_features(name)},
+            grid=patches,
+            merge=1 if patches is None else math.isqrt(int(patches.prod()) // count),
         )
-    outputs = encoder.run({name: array.astype(encoder.inputs[name].dtype) for name, array in given.items()})
-    features = outputs.get("image_features", next(iter(outputs.values())))
-    if len(features) != patches.tokens.sum():
-        raise GuardError(
-            f"the vision encoder gives {len(features)} features for {patches.tokens.sum()} image tokens; "
-            "merge_size of the image processor's config is not this model's"
-        )
-    return Seen(features, patches.tokens, outputs, patches.image_grid_thw, patches.merge)
+
+
+def fed(inputs: Mapping[str, Port], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of one picture that a graph takes, in its dtypes.
+
+    A graph may leave out leading axes of length 1 that transformers' image processors give: one prompt, one picture.
+
+    Raises:
+        GuardError: the graph takes something else.
+    """
+    feeds = {}
+    for name, port in inputs.items():
+        array = arrays.get(name)
+        if array is None:
+            raise GuardError(
+                f"the vision encoder takes {', '.join(inputs)}, the folder's image processor gives {', '.join(arrays)}; "
+                "copy the image processor's config that belongs to this model"
+            )
+        extra = array.ndim - len(port.shape)
+        if extra < 0 or any(size != 1 for size in array.shape[:extra]):
+            raise GuardError(
+                f"the vision encoder takes {name} of {len(port.shape)} axes, the folder's image processor gives "
+                f"{list(array.shape)}; copy the image processor's config that belongs to this model"
+            )
+        feeds[name] = array.reshape(array.shape[extra:]).astype(port.dtype)
+    return feeds

@@ -17,7 +17,7 @@ from ...graphs.errors import ExtraMissing, GuardError
 from ...graphs.extras import Extra, install_command
 
 BackendName = Literal["tensorrt", "tensorrt_rtx"]
-# Modules in the order in which they are looked for, and the extra that installs each. Plain TensorRT first: it knows every GPU.
+# Modules in order of preference, and the extra that installs each. Plain TensorRT first: it supports every GPU.
 _EXTRAS: dict[str, Extra] = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
 
 
@@ -57,7 +57,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Message:
-    """What TensorRT said; `severity` is `INTERNAL_ERROR`, `ERROR`, `WARNING`, `INFO` or `VERBOSE`."""
+    """One log message of TensorRT; `severity` is `INTERNAL_ERROR`, `ERROR`, `WARNING`, `INFO` or `VERBOSE`."""
 
     severity: str
     text: str
@@ -96,11 +96,11 @@ class Log:
 
 
 def find_backend(name: str | None = None) -> Backend:
-    """The backend that was asked for, or the first that is installed.
+    """The backend `name`, or by default the first that is installed.
 
     Raises:
-        GuardError: no such backend.
-        ExtraMissing: it, or any, is not installed.
+        GuardError: unknown name.
+        ExtraMissing: the backend, or every backend, is missing.
     """
     if name is not None and name not in _EXTRAS:
         raise GuardError(f"backend {name!r} is unknown; choose one of {', '.join(get_args(BackendName))}")

@@ -20,7 +20,7 @@ from ...graphs.errors import ExtraMissing, GuardError, RunFailed
 from ...graphs.extras import install_command
 from ..device import DeviceTensor
 
-_SMALLEST = 256  # bytes; what cudaMalloc aligns to, and TensorRT wants
+_SMALLEST = 256  # bytes: the alignment of cudaMalloc, which TensorRT requires
 
 
 class Cuda:
@@ -54,14 +54,16 @@ class Cuda:
         self._sources: list[np.ndarray] = []  # being copied in: must live until the stream has passed them
         # Runners that share a device cannot detect the last one; when no reference is left, nothing is on its stream.
         self._finalizer = weakref.finalize(self, self._api.cudaStreamDestroy, self.stream)
-        self._finalizer.atexit = False  # the process gives everything back, and the driver may be gone by then
+        self._finalizer.atexit = (
+            False  # the exit of the process frees everything, and the driver may already be unloaded
+        )
 
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of the device."""
         return self._call("cudaMemGetInfo")
 
     def allocate(self, size: int) -> int:
-        """Address of `size` bytes. Plain cudaMalloc: `Pool` asks seldom, and every driver and every Jetson has it."""
+        """Address of `size` bytes. Plain cudaMalloc: `Pool` calls it rarely, and every driver and every Jetson has it."""
         try:
             return int(self._call("cudaMalloc", max(size, 1)))
         except RunFailed as error:
@@ -110,9 +112,7 @@ class Cuda:
         try:
             work()
         except BaseException:
-            with contextlib.suppress(
-                RunFailed
-            ):  # the stream must leave the capture; the first error is the one to tell
+            with contextlib.suppress(RunFailed):  # the stream must leave the capture; report the first error
                 self._call("cudaGraphDestroy", self._call("cudaStreamEndCapture", self.stream))
             raise
         graph = self._call("cudaStreamEndCapture", self.stream)
@@ -175,14 +175,14 @@ class Buffer:
 
 
 class Pool:
-    """Buffers of a few sizes, kept for the next who asks: a decode step allocates nothing once it is warm.
+    """Buffers of a few sizes for reuse: a warm decode step allocates nothing.
 
-    Sizes are four to an octave, so that at most a quarter is wasted while a cache that grows by a token a step stays in
-    its buffers for many steps. Of the free buffers of a size the lowest is given: the same requests after the same
-    releases meet the same addresses, which is what lets a recorded graph be used again.
+    There are four sizes per factor of two, so at most a quarter of a buffer is wasted and a cache that grows by a token per
+    step stays in its buffers for many steps. A request receives the free buffer with the lowest address: the same sequence of
+    requests and releases gives the same addresses, so a recorded CUDA graph can be replayed.
 
     Args:
-        own: whether the device is closed with the pool.
+        own: whether closing the pool closes the device.
     """
 
     def __init__(self, cuda: Cuda, own: bool = False) -> None:

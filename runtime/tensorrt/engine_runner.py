@@ -104,7 +104,7 @@ class TensorRTRunner:
         values = {name: np.array(feeds[name], order="C") for name in self.inputs if name in self._on_host}
         profile = self._fitting(shapes, values)
         given = self._contexts.at(profile).shape(shapes, values)
-        # What is placed here may be given back once the call is enqueued: who gets its memory next comes later in the stream.
+        # These buffers may be released once the call is enqueued: their next user comes later in the stream.
         placed = {name: self._placed(feeds[name]) for name in self.inputs if name not in self._on_host}
         tensors = {n: self._output(port, given[n]) for n, port in self.outputs.items()}
         call = Call(profile, shapes, {name: _address(tensor) for name, tensor in (values | placed | tensors).items()})

@@ -35,7 +35,7 @@ class Call:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for calls that a recorded graph cannot tell apart."""
+        """Equal for calls that can replay the same recorded graph."""
         return self.profile, tuple(self.shapes.items()), tuple(self.addresses.items())
 
 
@@ -99,7 +99,7 @@ class Contexts:
             self._save()
 
     def close(self) -> None:
-        """Keep what was compiled since, and let go of everything. Nothing may be running any more."""
+        """Save newly compiled kernels and release everything. No call may be running."""
         self._save()
         for _, graph in self._graphs.values():
             self._cuda.free_graph(graph)

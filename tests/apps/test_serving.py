@@ -131,10 +131,24 @@ def test_a_conversation_goes_through_the_models_template(served: Served, vlm: Gu
     got = served.openai.chat.completions.create(model=NAME, messages=messages)  # type: ignore[arg-type]
     history = (
         Turn("system", "be brief"),
-        Turn("user", "what color is this image", shows=True),
+        Turn("user", "what color is this image", pictures=1),
         Turn("assistant", "red ."),
     )
     request = Request(HARMFUL, PICTURE, history)
+    assert [got.choices[0].message.content] == vlm.answer([request])
+    assert got.usage is not None and got.usage.prompt_tokens == vlm.batch([request]).ids.shape[1]
+
+
+def test_several_pictures_stand_where_their_messages_have_them(served: Served, vlm: GuardedVLM) -> None:
+    picture = {"type": "image_url", "image_url": {"url": data_url()}}
+    messages = [
+        {"role": "user", "content": [picture, {"type": "text", "text": "what color is this image"}, picture]},
+        {"role": "assistant", "content": "red ."},
+        {"role": "user", "content": [{"type": "text", "text": HARMLESS}, picture]},
+    ]
+    got = served.openai.chat.completions.create(model=NAME, messages=messages)  # type: ignore[arg-type]
+    history = (Turn("user", "what color is this image", pictures=2), Turn("assistant", "red ."))
+    request = Request(HARMLESS, [PICTURE] * 3, history)
     assert [got.choices[0].message.content] == vlm.answer([request])
     assert got.usage is not None and got.usage.prompt_tokens == vlm.batch([request]).ids.shape[1]
 
@@ -274,14 +288,14 @@ REFUSED: dict[str, tuple[Any, int, str | None, str | None, str]] = {
         400,
         f"{NO_IMAGE}.url",
         "invalid_image_format",
-        "the image says image/jpeg, and its bytes are image/png",
+        "the image is declared as image/jpeg, but its bytes are image/png",
     ),
     "no type that is known": (
         asking("x", data_url(b"%!PS-Adobe-3.0 EPSF-3.0")),
         400,
         f"{NO_IMAGE}.url",
         "invalid_image_format",
-        "the image says image/png, and its bytes are of another format",
+        "the image is declared as image/png, but its bytes are of another format",
     ),
     "many pixels": (asking("x", data_url(MANY_PIXELS.getvalue())), 400, None, None, "more than 50,000,000"),
     "a large file": (
@@ -292,12 +306,12 @@ REFUSED: dict[str, tuple[Any, int, str | None, str | None, str]] = {
         "larger than 20,000 bytes",
     ),
     "a large body": (asking("x", "data:" + "x" * 1_200_000), 413, None, "request_too_large", "larger than"),
-    "two pictures": (
-        {"model": NAME, "messages": asking("x", data_url())["messages"] * 2},
+    "many pictures": (
+        {"model": NAME, "messages": asking("x", data_url())["messages"] * 9},
         400,
-        "messages[1].content[1].image_url",
+        "messages[8].content[1].image_url",
         None,
-        "one image per conversation",
+        "8 images per conversation",
     ),
     "the assistant's picture": (
         {"model": NAME, "messages": [asking("x", data_url())["messages"][0] | {"role": "assistant"}]},
@@ -686,7 +700,7 @@ def test_sigterm_lets_the_running_answer_finish_and_refuses_new_ones(guarded: Gu
         finally:
             process.kill()
     assert f"serving {NAME} (restore on layers" in log and "with an API key" in log
-    assert "told to stop (SIGTERM): 1 inside" in log
+    assert "stopping (SIGTERM): 1 requests inside" in log
     assert KEY not in log and "boat" not in log
 
 

@@ -28,7 +28,8 @@ from vlmguard.exporter.calibration.ranking import hopeless, ranked
 from vlmguard.exporter.calibration.results import Calibration, Trial
 from vlmguard.exporter.calibration.trials import TrialModel
 from vlmguard.exporter.calibration.usable_prompts import visible
-from vlmguard.exporter.evaluation.evaluate import Cell, Tally, tally
+from vlmguard.exporter.evaluation.evaluate import tally
+from vlmguard.exporter.evaluation.metrics import Cell, Tally
 from vlmguard.exporter.extraction.extract import collect_states, extract_all_layers, tapped
 from vlmguard.exporter.prompts.labelled import LabelledPrompt, fingerprint, read_anchors, read_prompts
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect

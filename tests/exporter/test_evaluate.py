@@ -20,9 +20,10 @@ from tiny_vlm_paths import ANCHORS, CALIBRATION, CHECKPOINT, EVALUATION, PROMPTS
 
 from vlmguard.exporter.evaluation import batch_runner as batch_runner_module
 from vlmguard.exporter.evaluation import evaluate as evaluate_module
-from vlmguard.exporter.evaluation.evaluate import Cell, Evaluation, Tally, compare, evaluate, tally
+from vlmguard.exporter.evaluation.evaluate import compare, evaluate, tally
 from vlmguard.exporter.evaluation.intervals import Share, clopper_pearson
 from vlmguard.exporter.evaluation.logprobs import Said
+from vlmguard.exporter.evaluation.metrics import Cell, Evaluation, Tally
 from vlmguard.exporter.prompts.labelled import LabelledPrompt, read_prompts
 from vlmguard.graphs.errors import GuardError, OutputRefused, PromptsUnusable
 from vlmguard.graphs.layouts import open_package

@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 
 from vlmguard.cli import app
 from vlmguard.exporter.checkpoints import exporters
-from vlmguard.exporter.checkpoints.exporters import EXPORTERS, ExporterName, export_checkpoint
+from vlmguard.exporter.checkpoints.exporters import EXPORTERS, export_checkpoint
 from vlmguard.exporter.checkpoints.genai_builder import flatten_rope
+from vlmguard.exporter.choices import ExporterName
 from vlmguard.exporter.pipeline import export
 from vlmguard.exporter.sources import opened
 from vlmguard.graphs.anatomy import dissect

@@ -12,7 +12,8 @@ import pytest
 from hand_graphs import WIDTH, decoder, directions
 
 from vlmguard.exporter.proof.compare import Comparison, padded, relative
-from vlmguard.exporter.proof.prove import ProofInputs, prove_by_running
+from vlmguard.exporter.proof.inputs import ProofInputs
+from vlmguard.exporter.proof.prove import prove_by_running
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.graph_io import save_graph
 from vlmguard.graphs.layouts import open_package

@@ -46,7 +46,7 @@ pytest_plugins = ("zoo_fixtures",)
 CLOSED = "closed gate equals the original bit for bit"
 REFERENCE = "guarded states equal the numpy reference"
 FORCED = "guarded states equal the numpy reference (gates forced open)"
-LISTENING = "guarded states equal the numpy reference (listening)"
+WITHOUT_SUPERVISOR = "guarded states equal the numpy reference (no supervisor)"
 UNSUPERVISED = "calls without a supervisor equal the original bit for bit"
 UNEDITED = "tokens outside the positions are untouched bit for bit"
 
@@ -127,10 +127,10 @@ def failing(checks: dict[str, Check]) -> set[str]:
 def test_an_untouched_file_is_proved(stage: Callable[..., Staged], mode: str, positions: str) -> None:
     staged = stage(mode, positions)
     checks = staged.run()
-    listening = [LISTENING] if guard_mode(mode).supervisor else []
+    unsupervised_check = [WITHOUT_SUPERVISOR] if guard_mode(mode).supervisor else []
     others = [UNEDITED] if positions != "all" else []
     unsupervised, forced = ([UNSUPERVISED], []) if mode == "align" else ([], [FORCED] if mode != "project" else [])
-    expected = [CLOSED, *unsupervised, REFERENCE, *forced, *listening, *others]
+    expected = [CLOSED, *unsupervised, REFERENCE, *forced, *unsupervised_check, *others]
     assert list(checks) == expected
     assert not failing(checks)
     assert checks[CLOSED].worst == 0.0 and checks[REFERENCE].worst < 1e-5
@@ -251,12 +251,12 @@ TAMPERINGS = {
     "tau of combined": ("combined", numbers("layer_2/tau", lambda a: a + 1e6), {REFERENCE}),
     "text that opens no gate": ("combined", numbers("layer_2/text_shift", lambda a: a - 1e6), {REFERENCE}),
     "text that opens every gate": ("combined", numbers("layer_4/text_shift", lambda a: a + 1e6), {REFERENCE}),
-    "a gate that hears while listening": (
+    "a gate that opens without a supervisor": (
         "combined",
         numbers("layer_2/score_cap", lambda a: 1e38 + a),
-        {LISTENING},
+        {WITHOUT_SUPERVISOR},
     ),
-    "coordinates": ("supervise", quiet_coordinates, BOTH | {LISTENING}),
+    "coordinates": ("supervise", quiet_coordinates, BOTH | {WITHOUT_SUPERVISOR}),
     "guard bypassed at prefill": ("restore", only_when("Equal"), BOTH),
     "guard bypassed at decode": ("restore", only_when("Greater"), BOTH),
     "projection bypassed at prefill": ("project", only_when("Equal"), {REFERENCE}),
@@ -285,7 +285,7 @@ def test_every_dynamic_check_can_fail() -> None:
         CLOSED,
         REFERENCE,
         FORCED,
-        LISTENING,
+        WITHOUT_SUPERVISOR,
         UNEDITED,
     }
 

@@ -22,7 +22,7 @@ from vlmguard.exporter.calibration.refusal_regression import (
     require_no_fewer,
     some_harmful,
 )
-from vlmguard.exporter.evaluation.evaluate import Cell, Tally
+from vlmguard.exporter.evaluation.metrics import Cell, Tally
 from vlmguard.exporter.extract_directions import extract_directions
 from vlmguard.exporter.pipeline import export
 from vlmguard.exporter.prompts.labelled import read_prompts

@@ -250,13 +250,8 @@ def _teach(folder: Path, words: list[str]) -> None:
         ({"model_type": "bart"}, "bart is an encoder-decoder; only decoder-only language models can be guarded"),
         ({"model_type": "bert"}, "bert is an encoder; only decoder-only language models can be guarded"),
         (
-            {"model_type": "llama4", "vision_config": {"hidden_size": 8}},
-            "llama4 is multimodal (its config.json has a vision_config), and this multimodal family is not supported",
-        ),
-        (
-            {"model_type": "lfm2", "layer_types": ["full_attention", "conv"]},
-            "its config.json has conv layers, whose state is no KV cache; only decoders with attention in every layer are "
-            "exported",
+            {"model_type": "phi4_multimodal", "vision_config": {"hidden_size": 8}},
+            "phi4_multimodal is multimodal (its config.json has a vision_config), and this multimodal family is not supported",
         ),
     ],
 )
@@ -266,7 +261,7 @@ def test_what_is_no_text_decoder_is_refused_by_its_config(config: dict[str, Any]
     assert str(refused.value) == f"here: {reason}. {OTHERWISE}"
 
 
-def test_a_state_that_is_no_kv_cache_is_refused(tmp_path: Path) -> None:
+def test_a_cache_of_another_name_is_refused(tmp_path: Path) -> None:
     """Before anything is traced."""
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -277,8 +272,8 @@ def test_a_state_that_is_no_kv_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelUnreadable) as refused:
         convert_checkpoint(tmp_path / "mamba", tmp_path / "out")
     assert str(refused.value) == (
-        f"{tmp_path / 'mamba'}: mamba keeps a state that is no KV cache (recurrent, as Mamba's); only decoders with attention "
-        "in every layer are exported"
+        f"{tmp_path / 'mamba'}: mamba returns no past_key_values; only decoders whose forward returns their cache "
+        "under that name are exported"
     )
 
 

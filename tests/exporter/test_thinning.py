@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmguard.exporter.prompts.labelled import LABELS, SETTINGS, Label, LabelledPrompt, Setting
+from vlmguard.exporter.prompts.formats import LABELS, SETTINGS, Label, Setting
+from vlmguard.exporter.prompts.labelled import LabelledPrompt
 from vlmguard.exporter.prompts.thinning import by_setting_and_label, spread, thinned
 
 

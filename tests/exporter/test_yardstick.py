@@ -12,7 +12,8 @@ from vlmguard.exporter.evaluation.intervals import Share, clopper_pearson
 from vlmguard.exporter.evaluation.metrics import Evaluation
 from vlmguard.exporter.evaluation.records import FirstToken, Record, Reply
 from vlmguard.exporter.evaluation.yardstick import Yardstick, measure, percent
-from vlmguard.exporter.prompts.labelled import Label, LabelledPrompt, Setting
+from vlmguard.exporter.prompts.formats import Label, Setting
+from vlmguard.exporter.prompts.labelled import LabelledPrompt
 
 Row = tuple[LabelledPrompt, Record]
 

@@ -25,8 +25,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from vlmguard.graphs.errors import GuardError, ModelUnreadable, PromptsUnusable
 from vlmguard.runtime.chat import folder_configs
 from vlmguard.runtime.chat.chat import ChatTokenizer
+from vlmguard.runtime.chat.picture_layouts import PictureTokens
 from vlmguard.runtime.chat.turns import Turn
-from vlmguard.runtime.images.images import ImagePreprocessor, image_token_count
+from vlmguard.runtime.images.images import ImagePreprocessor
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_vlm" / "checkpoint"
 
@@ -148,8 +149,7 @@ def test_llava_processor(tmp_path: Path, adds_bos: bool, template: str, strategy
         asked = ask_processor(processor, prompt, image)
         pixels = ImagePreprocessor.open(folder).pixel_values([image])
         np.testing.assert_allclose(pixels, asked["pixel_values"], atol=1e-6)
-        count = image_token_count(folder, pixels)
-        assert count == 16 + class_tokens - (strategy == "default")
+        count = 16 + class_tokens - (strategy == "default")
         assert chat.encode(prompt, image_tokens=count) == asked["input_ids"][0].tolist()
     assert (chat.image_token, chat.image_token_id) == (processor.image_token, processor.image_token_id)
     assert (chat.pad_id, chat.bos_id) == (processor.tokenizer.pad_token_id, processor.tokenizer.bos_token_id)
@@ -171,7 +171,7 @@ def test_text_only_tokenizer(tmp_path: Path, adds_bos: bool, template: str) -> N
 
 CONVERSATION = (
     Turn("system", "be kind"),
-    Turn("user", "how", True),
+    Turn("user", "how", 1),
     Turn("assistant", "so ."),
     Turn("user", "and the lamp"),
 )
@@ -185,7 +185,7 @@ def test_a_conversation_is_that_of_transformers(tmp_path: Path) -> None:
         {
             "role": turn.role,
             "content": [
-                *([{"type": "image", "image": image}] if turn.shows else []),
+                *([{"type": "image", "image": image}] if turn.pictures else []),
                 {"type": "text", "text": turn.text},
             ],
         }
@@ -198,21 +198,21 @@ def test_a_conversation_is_that_of_transformers(tmp_path: Path) -> None:
         return_dict=True,
         processor_kwargs={"return_tensors": "np"},
     )
-    assert chat.encode_turns(CONVERSATION, image_tokens=16) == asked["input_ids"][0].tolist()
+    assert chat.encode_turns(CONVERSATION, [PictureTokens(16)]) == asked["input_ids"][0].tolist()
 
     folder = text_folder(tmp_path / "text", bpe("<|im_start|>", "<|im_end|>"), CHATML)
     theirs, chat = AutoTokenizer.from_pretrained(folder), ChatTokenizer.open(folder)
-    words = [replace(turn, shows=False) for turn in CONVERSATION]
+    words = [replace(turn, pictures=0) for turn in CONVERSATION]
     messages = [{"role": turn.role, "content": turn.text} for turn in words]
     assert chat.encode_turns(words) == theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
 
 def test_conversations_that_cannot_be_said(tmp_path: Path) -> None:
-    words = [replace(turn, shows=False) for turn in CONVERSATION]
+    words = [replace(turn, pictures=0) for turn in CONVERSATION]
     silent = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
     folder = text_folder(tmp_path / "silent", bpe(), silent)
     assert refusal(lambda: ChatTokenizer.open(folder).encode_turns(words), PromptsUnusable) == (
-        f"{folder}: its chat template leaves the system message 'be kind' out; leave it out, or say it in the question"
+        f"{folder}: its chat template leaves the system message 'be kind' out; remove it, or move its text into the question"
     )
     folder = text_folder(tmp_path / "base", bpe(), None)
     assert refusal(lambda: ChatTokenizer.open(folder).encode_turns(words), PromptsUnusable) == (
@@ -279,7 +279,7 @@ def test_the_tiny_vlm_of_the_examples() -> None:
         if image is not None:
             pixels = preprocessor.pixel_values([image])
             np.testing.assert_allclose(pixels, asked["pixel_values"], atol=1e-6)
-            count = image_token_count(CHECKPOINT, pixels)
+            count = asked["input_ids"][0].tolist().count(chat.image_token_id)
         assert chat.encode("how to paint the lamp", image_tokens=count) == asked["input_ids"][0].tolist()
 
 
@@ -412,7 +412,7 @@ def test_what_a_template_wants_in_a_message(tmp_path: Path, template: str, multi
 
 def test_a_template_of_strings_gets_the_image_in_front(tmp_path: Path) -> None:
     folder = llava_folder(tmp_path, bpe("<pad>", "<image>"), "USER: {{ messages[0].content.strip() }} ASSISTANT:")
-    assert ChatTokenizer.open(folder).render("how", with_image=True) == "USER: <image>\nhow ASSISTANT:"
+    assert ChatTokenizer.open(folder).render("how", 1) == "USER: <image>\nhow ASSISTANT:"
 
 
 # ------------------------------------------------------------------------------------------------------- numbers of ids
@@ -503,11 +503,11 @@ def test_images_that_are_refused(tmp_path: Path) -> None:
         "copy the tokenizer of the model again"
     )
     edit(folder / "config.json", image_token_index=3)
-    edit(folder / "processor_config.json", processor_class="Idefics3Processor")
+    edit(folder / "processor_config.json", processor_class="BlipProcessor")
     chat = ChatTokenizer.open(folder)
     assert refusal(lambda: chat.encode("how", image_tokens=4), GuardError) == (
-        f"{folder}: image prompts of Idefics3Processor are not supported, only of LlavaProcessor, Qwen2VLProcessor, "
-        "Qwen2_5_VLProcessor, Qwen3VLProcessor, Gemma3Processor; use text-only prompts"
+        f"{folder}: the text that BlipProcessor writes for a picture is not known; use text-only prompts, or prepare the "
+        "prompt's inputs elsewhere"
     )
 
     folder = llava_folder(tmp_path / "other", bpe("<pad>", "<image>"), LLAVA.replace("<image>", "<img>"))

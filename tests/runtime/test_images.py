@@ -18,9 +18,10 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from vlmguard.graphs.errors import GuardError, ModelUnreadable
-from vlmguard.runtime.images.images import ImagePreprocessor, image_token_count
+from vlmguard.runtime.images.images import ImagePreprocessor
 from vlmguard.runtime.images.open_picture import open_image
 from vlmguard.runtime.images.picture_files import MAX_PIXELS
+from vlmguard.runtime.images.pixel_steps import PixelSteps
 
 # `(width, height)`: the model's own, smaller, odd, one pixel, very wide, very tall, larger.
 SIZES = ((28, 28), (7, 5), (29, 31), (1, 1), (97, 3), (2, 50), (6, 9), (10, 7), (120, 80))
@@ -91,11 +92,8 @@ def test_every_size_rounds_as_transformers(width: int, height: int, edge: int, c
         pad_to_square=False,
         shortest_edge=edge,
         resize_to=None,
-        resample=Image.Resampling.BICUBIC,
         crop_to=(crop, 13),
-        rescale_factor=1 / 255,
-        mean=theirs.image_mean,
-        std=theirs.image_std,
+        steps=PixelSteps(Image.Resampling.BICUBIC, 1 / 255, theirs.image_mean, theirs.image_std),
     )
     image = noise("RGB", (width, height))
     expected = theirs(image)["pixel_values"][0]
@@ -237,10 +235,13 @@ def test_pictures_that_are_refused(tmp_path: Path) -> None:
     )
     # A thread-like picture is small until its short side is scaled up to the model's.
     assert refusal(lambda: clip.pixel_values([Image.new("L", (2_000, 1))])) == (
-        f"resized as the model asks, the image has 448000 x 224 pixels, more than {MAX_PIXELS:,}; scale it down first"
+        f"resized by the model's image processor, the image has 448000 x 224 pixels, more than {MAX_PIXELS:,}; "
+        "scale it down first"
     )
     llava = ImagePreprocessor.open(write(tmp_path, image_processor_type="LlavaImageProcessor", do_pad=True))
-    assert "padded to a square as the model asks" in refusal(lambda: llava.pixel_values([Image.new("L", (8_000, 1))]))
+    assert "padded to a square by the model's image processor" in refusal(
+        lambda: llava.pixel_values([Image.new("L", (8_000, 1))])
+    )
     plain = write(tmp_path, image_processor_type="CLIPImageProcessor", do_resize=False, do_center_crop=False)
     assert refusal(lambda: ImagePreprocessor.open(plain).pixel_values([noise("L", (4, 4)), noise("L", (5, 4))])) == (
         "CLIPImageProcessor keeps image sizes, so a batch of [(3, 4, 4), (3, 4, 5)] cannot be stacked; send one by one"
@@ -253,18 +254,6 @@ def test_pictures_that_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "declared, line",
     [
-        (
-            {"image_processor_type": "Idefics3ImageProcessor"},
-            "its image processor is Idefics3ImageProcessor, supported are CLIPImageProcessor, "
-            "Gemma3ImageProcessor, LlavaImageProcessor, Qwen2VLImageProcessor, SiglipImageProcessor; "
-            "prepare pixel_values elsewhere, or use text-only prompts",
-        ),
-        (
-            {"size": 224},
-            "its image processor is nothing, supported are CLIPImageProcessor, "
-            "Gemma3ImageProcessor, LlavaImageProcessor, Qwen2VLImageProcessor, SiglipImageProcessor; "
-            "prepare pixel_values elsewhere, or use text-only prompts",
-        ),
         (
             {"image_processor_type": "CLIPImageProcessor", "do_image_splitting": True, "do_thumbnail": False},
             "CLIPImageProcessor with do_image_splitting is not supported; prepare its images elsewhere",
@@ -312,43 +301,4 @@ def test_a_folder_without_an_image_processor(tmp_path: Path) -> None:
     (tmp_path / "processor_config.json").write_text('{"processor": {"name": "image_processing", "transforms": []}}')
     assert refusal(lambda: ImagePreprocessor.open(tmp_path), ModelUnreadable) == (
         f"{tmp_path}: has no preprocessor_config.json; copy the image processor's config from the model"
-    )
-
-
-CLIP_VISION = {"model_type": "clip_vision_model", "patch_size": 14}
-SIGLIP_VISION = {"model_type": "siglip_vision_model", "patch_size": 14}
-
-
-@pytest.mark.parametrize(
-    "processor, vision, strategy, tokens",
-    [
-        ({}, CLIP_VISION, "default", 576),  # LLaVA 1.5
-        ({}, CLIP_VISION, "full", 577),
-        ({}, SIGLIP_VISION, "full", 576),  # llava-interleave
-        ({"patch_size": None, "vision_feature_select_strategy": None}, CLIP_VISION, "default", 576),  # its older files
-        (
-            {"patch_size": 28, "num_additional_image_tokens": 0},
-            CLIP_VISION,
-            "default",
-            143,
-        ),  # the processor's word counts
-    ],
-)
-def test_image_tokens(tmp_path: Path, processor: dict, vision: dict, strategy: str, tokens: int) -> None:
-    (tmp_path / "processor_config.json").write_text(json.dumps(processor))
-    model = {"vision_config": vision, "vision_feature_select_strategy": strategy}
-    (tmp_path / "config.json").write_text(json.dumps(model))
-    assert image_token_count(tmp_path, np.zeros((2, 3, 336, 336), np.float32)) == tokens
-
-
-def test_image_tokens_that_cannot_be_counted(tmp_path: Path) -> None:
-    pixels = np.zeros((1, 3, 28, 28), np.float32)
-    assert refusal(lambda: image_token_count(tmp_path, pixels), ModelUnreadable) == (
-        f"{tmp_path}: neither processor_config.json nor config.json contains num_additional_image_tokens, patch_size, "
-        "vision_feature_select_strategy; copy both configs of the model into this folder"
-    )
-    facts = {"patch_size": 0, "vision_feature_select_strategy": "full", "num_additional_image_tokens": 1}
-    (tmp_path / "processor_config.json").write_text(json.dumps(facts))
-    assert refusal(lambda: image_token_count(tmp_path, pixels), ModelUnreadable) == (
-        f"{tmp_path}: image tokens cannot be counted from {facts}; copy both configs of the model again"
     )

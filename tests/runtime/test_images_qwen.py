@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import Qwen2VLImageProcessorPil
+from transformers import Glm4vImageProcessorPil, Glm46VImageProcessorPil, Qwen2VLImageProcessorPil
+from transformers.models.glm4v.image_processing_pil_glm4v import smart_resize as smart_resize_glm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from vlmguard.graphs.errors import GuardError, ModelUnreadable
-from vlmguard.runtime.images.images_qwen import QwenImagePreprocessor, fitting_size
+from vlmguard.runtime.chat.picture_layouts import PictureTokens
+from vlmguard.runtime.images.images_qwen import QwenImagePreprocessor, fitting_size, fitting_size_of_frames
 from vlmguard.runtime.images.vision import look, open_preprocessor
 
 SIZES = [(28, 28), (30, 500), (500, 30), (1, 1), (57, 41), (13, 1999), (900, 700)]
@@ -65,6 +67,38 @@ def test_sizes_are_those_of_smart_resize() -> None:
             assert fitting_size(height, width, edge, least, most) == smart_resize(height, width, edge, least, most)
 
 
+@pytest.mark.parametrize("theirs", [Glm4vImageProcessorPil, Glm46VImageProcessorPil])
+@pytest.mark.parametrize(
+    "config", [{}, {"size": {"shortest_edge": 112 * 112, "longest_edge": 90000}, "patch_size": 16}]
+)
+def test_glm_is_of_the_same_kind(tmp_path: Path, theirs: Any, config: dict[str, Any]) -> None:
+    kind = theirs.__name__.removesuffix("Pil")
+    preprocessor = open_preprocessor(folder_with(tmp_path, image_processor_type=kind, **config))
+    for size in SIZES:
+        prepared = preprocessor.prepare(picture(*size))
+        expected = theirs(**config)(images=[picture(*size)], return_tensors="np")
+        np.testing.assert_array_equal(prepared.arrays["image_grid_thw"], expected["image_grid_thw"])
+        np.testing.assert_allclose(prepared.arrays["pixel_values"], expected["pixel_values"], rtol=0, atol=1e-6)
+    blank = preprocessor.blank_image()
+    (grid,) = preprocessor.prepare(blank).arrays["image_grid_thw"]
+    patch = config.get("patch_size", 14)
+    assert (grid[2] * patch, grid[1] * patch) == blank.size
+
+
+def test_sizes_are_those_of_glm() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(1000):
+        height, width = (int(n) for n in np.exp(random.uniform(0, 8, 2)))
+        edge, frames = int(random.choice([8, 28, 32])), int(random.choice([1, 2, 4]))
+        least = int(random.choice([1, 112 * 112]))
+        most = least * int(random.choice([2, 50, 5000]))
+        try:
+            expected = smart_resize_glm(frames, height, width, frames, edge, least, most)
+        except ValueError:
+            continue
+        assert fitting_size_of_frames(height, width, edge, least, most, frames) == expected
+
+
 def test_pictures_that_are_not_rgb(tmp_path: Path) -> None:
     preprocessor = QwenImagePreprocessor.open(folder_with(tmp_path))
     for mode in ("L", "RGBA", "P"):
@@ -104,7 +138,7 @@ def test_pictures_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "huge").mkdir()
     huge = folder_with(tmp_path / "huge", size={"shortest_edge": 10**9, "longest_edge": 10**9})
     assert refusal(GuardError, lambda: QwenImagePreprocessor.open(huge).patches([picture(28, 28)])).startswith(
-        "resized as the model asks, the image has 31640 x 31640 pixels"
+        "resized by the model's image processor, the image has 31640 x 31640 pixels"
     )
 
 
@@ -134,19 +168,21 @@ def test_options_that_are_refused(tmp_path: Path, config: dict[str, Any], reason
 
 
 class Encoder:
-    """A vision encoder with these inputs that gives `features` rows."""
+    """A vision encoder with these inputs that gives `features` rows; 0: one for each square of four patches."""
 
     def __init__(self, names: tuple[str, ...], features: int) -> None:
         from vlmguard.runtime.runner_protocol import Port
 
         dtypes = {"image_grid_thw": np.dtype(np.int64)}
-        self.inputs = {name: Port(name, dtypes.get(name, np.dtype(np.float16)), (None,)) for name in names}
+        self.inputs = {name: Port(name, dtypes.get(name, np.dtype(np.float16)), (None, None)) for name in names}
         self.outputs: dict[str, Any] = {}
-        self.features = features
+        self.features, self.calls = features, 0
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         assert {name: array.dtype for name, array in feeds.items()} == {n: p.dtype for n, p in self.inputs.items()}
-        return {"image_features": np.zeros((self.features, 4), np.float16)}
+        self.calls += 1
+        rows = self.features or int(feeds["image_grid_thw"].prod()) // 4
+        return {"image_features": np.zeros((rows, 4), np.float16)}
 
 
 QWEN_INPUTS = ("pixel_values", "image_grid_thw")
@@ -154,24 +190,30 @@ QWEN_INPUTS = ("pixel_values", "image_grid_thw")
 
 def test_features_are_told_apart_by_picture(tmp_path: Path) -> None:
     preprocessor = open_preprocessor(folder_with(tmp_path))
-    seen = look(Encoder(QWEN_INPUTS, 4 + 8), preprocessor, [picture(56, 56), picture(56, 112)])
-    assert seen.tokens.tolist() == [4, 8] and len(seen.features) == 12
-    assert seen.grids is not None and seen.grids.tolist() == [[1, 4, 4], [1, 4, 8]] and seen.merge == 2
+    pictures = [(picture(56, 56), True), (picture(56, 112), True)]
+    encoder = Encoder(QWEN_INPUTS, 0)
+    seen = look(encoder, preprocessor, [*pictures, pictures[0]], "qwen2_vl")
+    assert seen.pictures == (PictureTokens(4), PictureTokens(8), PictureTokens(4)) and len(seen.features) == 16
+    assert seen.grids is not None and seen.grids.tolist() == [[1, 4, 4], [1, 4, 8], [1, 4, 4]] and seen.merge == 2
+    assert encoder.calls == 2  # the picture that comes again is looked at once
 
 
 def test_encoder_and_image_processor_must_belong_together(tmp_path: Path) -> None:
+    def line(encoder: Encoder) -> str:
+        return refusal(GuardError, lambda: look(encoder, preprocessor, [(picture(56, 56), True)], None))
+
     preprocessor = open_preprocessor(folder_with(tmp_path))
-    assert refusal(GuardError, lambda: look(Encoder(("pixel_values",), 4), preprocessor, [picture(56, 56)])) == (
-        "the vision encoder takes pixel_values, the folder's image processor gives pixel_values, image_grid_thw; "
-        "copy the image processor's config that belongs to this model"
+    assert line(Encoder((*QWEN_INPUTS, "spatial_shapes"), 4)) == (
+        "the vision encoder takes pixel_values, image_grid_thw, spatial_shapes, the folder's image processor gives "
+        "pixel_values, image_grid_thw; copy the image processor's config that belongs to this model"
     )
-    assert refusal(GuardError, lambda: look(Encoder(QWEN_INPUTS, 5), preprocessor, [picture(56, 56)])) == (
-        "the vision encoder gives 5 features for 4 image tokens; merge_size of the image processor's config is not "
-        "this model's"
+    assert line(Encoder(QWEN_INPUTS, 5)) == (
+        "the vision encoder gives 5 features for 4 image tokens; the image processor's config is not this model's, copy the "
+        "one that belongs to it"
     )
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
-    clip = open_preprocessor(tmp_path)
-    assert refusal(GuardError, lambda: look(Encoder(QWEN_INPUTS, 5), clip, [picture(56, 56)])) == (
-        "the vision encoder takes pixel_values, image_grid_thw, the folder's image processor gives pixel_values; "
+    preprocessor = open_preprocessor(tmp_path)
+    assert line(Encoder(QWEN_INPUTS, 5)) == (
+        "the vision encoder takes pixel_values of 2 axes, the folder's image processor gives [1, 3, 224, 224]; "
         "copy the image processor's config that belongs to this model"
     )

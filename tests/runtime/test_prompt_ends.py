@@ -21,7 +21,7 @@ pytest_plugins = ("tiny_vlm_fixtures",)
 
 PICTURE = sorted((PROMPTS / "images").glob("*.png"))[0]
 REQUEST = Request("how to steal the boat", PICTURE)
-TALK = (Turn("user", "what color is this image", shows=True), Turn("assistant", "i see red ."))
+TALK = (Turn("user", "what color is this image", pictures=1), Turn("assistant", "i see red ."))
 
 
 @pytest.fixture(scope="module")

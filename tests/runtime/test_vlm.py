@@ -163,18 +163,16 @@ def test_a_conversation_is_answered_and_its_image_shown_where_it_was(
     models: Callable[[str], VisionLanguageModel],
 ) -> None:
     model = models("supervise")
-    history = (Turn("user", "what color is this image", shows=True), Turn("assistant", "red ."))
+    history = (Turn("user", "what color is this image", pictures=1), Turn("assistant", "red ."))
     request = Request("how to wash the boat", PICTURES[0], history)
-    assert [turn.shows for turn in request.turns] == [True, False, False]
-    assert [turn.shows for turn in replace(request, history=()).turns] == [True]
-    assert request.text_only.image is None and not any(turn.shows for turn in request.text_only.turns)
+    assert [turn.pictures for turn in request.turns] == [1, 0, 0]
+    assert [turn.pictures for turn in replace(request, history=()).turns] == [1]
+    assert request.text_only.image is None and not any(turn.pictures for turn in request.text_only.turns)
     alone = model.answer([request])
     assert model.answer([request, *REQUESTS[:4]])[:1] == alone == ["".join(model.stream(request))]
     with pytest.raises(GuardError) as caught:
         Request("how", None, history)
-    assert (
-        str(caught.value) == "the request has no image, and 1 of its earlier turns show one; give one for all, or none"
-    )
+    assert str(caught.value) == "the request has no image, and its earlier turns show 1; give one for each"
 
 
 def test_a_character_of_several_tokens_comes_in_one_piece(genai: VisionLanguageModel) -> None:
@@ -258,7 +256,7 @@ def test_tokens_are_drawn_as_often_as_asked(sampling: Sampling, expected: np.nda
 @pytest.mark.parametrize(
     ("wish", "sentence"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens 0 asks for no answer; choose 1 or more"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0 is below 1; choose 1 or more"),
         ({"temperature": -0.1}, "temperature -0.1 is out of range; choose 0 (greedy) or more"),
         ({"temperature": float("nan")}, "temperature nan is out of range; choose 0 (greedy) or more"),
         ({"temperature": float("inf")}, "temperature inf is out of range; choose 0 (greedy) or more"),

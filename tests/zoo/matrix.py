@@ -32,7 +32,8 @@ from zoo.model import TOLERANCES, ZooModel
 
 from vlmguard.exporter.export_result import ExportResult
 from vlmguard.exporter.pipeline import export
-from vlmguard.exporter.proof.prove import TOLERANCE, force_gates
+from vlmguard.exporter.proof.forced import force_gates
+from vlmguard.exporter.proof.limits import TOLERANCE
 from vlmguard.graphs import reference
 from vlmguard.graphs.anatomy import DecoderAnatomy, dissect
 from vlmguard.graphs.directions import Directions

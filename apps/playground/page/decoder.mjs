@@ -35,7 +35,7 @@ export class Decoder {
     return [SUPERVISOR, PROMPT_SUPERVISOR].find((name) => this.ports.has(name));
   }
 
-  /** What goes in where there are no such coordinates: nothing is edited then. */
+  /** The supervisor of the text-only pass: no gate opens. */
   noSupervisor() {
     const [, layers, rank] = this.ports.get(this.supervisor).shape;
     return filled(this.ort, "float32", NO_SUPERVISOR, [1, layers, rank]);
@@ -45,8 +45,8 @@ export class Decoder {
     return this.ports.get("inputs_embeds").type;
   }
 
-  /** The coordinates of a text-only prompt: what a supervised graph takes with the real one. */
-  async listen(embeds) {
+  /** The coordinates of a text-only prompt, which a supervised graph takes as an input with the real prompt. */
+  async readSupervisor(embeds) {
     const generation = new Generation(this, this.noSupervisor());
     try {
       const outputs = await generation.feed(embeds);
@@ -56,13 +56,13 @@ export class Decoder {
     }
   }
 
-  /** A new generation; `supervisor` is what `listen` gave, `null` for a graph that takes none. */
+  /** Start a generation. `supervisor`: the result of `readSupervisor`; `null` for a graph without one. */
   begin(supervisor) {
     return new Generation(this, supervisor);
   }
 }
 
-/** What one generation carries from call to call. */
+/** The state that one generation keeps between calls. */
 class Generation {
   constructor(decoder, supervisor) {
     this.decoder = decoder;

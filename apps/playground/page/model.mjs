@@ -48,7 +48,7 @@ export class Model {
     try {
       for (const side of SIDES) {
         const decoder = this.decoders[side];
-        const supervisor = decoder.supervised ? await decoder.listen(text) : null;
+        const supervisor = decoder.supervised ? await decoder.readSupervisor(text) : null;
         const generation = decoder.begin(supervisor);
         runs.push({ side, generation, tokens: [], next: embeds });
       }

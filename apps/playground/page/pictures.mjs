@@ -20,7 +20,7 @@ export class Pictures {
     for (const { name, title } of samples) this.#offer(name, title, `model/${name}.png`);
     this.choose(NONE);
     this.choices.addEventListener("change", () => this.#refuse(null));
-    this.#listen();
+    this.#addListeners();
   }
 
   choose(name) {
@@ -70,7 +70,7 @@ export class Pictures {
   }
 
   /** File dialog, drag and drop anywhere on the page, clipboard. */
-  #listen() {
+  #addListeners() {
     const file = document.getElementById("file");
     const drop = document.getElementById("drop");
     const first = (list) => {

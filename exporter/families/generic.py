@@ -1,0 +1,147 @@
+"""One row for every image-text-to-text type of transformers, and for types that have no row of their own: `generic_family`.
+
+The row says which class opens the checkpoint. What its graphs take, compute and give is chosen with the model loaded, by what
+reproduces transformers' own `generate` (`checkpoints.fit`); `GenericDecoder` is one such choice.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from ...runtime.images.deepstack import embeds_name, scatter
+from .family import BATCH, SEQUENCE, Arrays, Family, Shapes, Turn
+from .position_rules import RULES, Rule
+
+PER_LAYER = "per_layer_inputs"
+_MARKS = "token_type_ids"  # what every graph calls the input that marks image tokens
+
+
+def generic_family(config: Mapping[str, Any]) -> Family | None:
+    """The row for a checkpoint with this `config.json`; `None` where transformers has no image-text-to-text model of it."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as classes
+
+    model_type = config.get("model_type")
+    named = classes.get(model_type) if isinstance(model_type, str) else None
+    model_class = named[0] if isinstance(named, tuple) else named
+    if model_type is None or model_class is None or not _sees(getattr(transformers, model_class)):
+        return None
+    return Family(
+        model_type=model_type,
+        model_class=model_class,
+        image_towers=(),
+        vision=None,
+        refuse=lambda config: why_no_decoder(config, model_class),
+        generic=True,
+    )
+
+
+def why_no_decoder(config: Mapping[str, Any], model_class: str) -> str | None:
+    """Why this type has no decoder-only graph; `None` where it may have one."""
+    import transformers
+
+    kind, whole = config["model_type"], getattr(transformers, model_class)
+    if config.get("is_encoder_decoder") or (config.get("text_config") or {}).get("is_encoder_decoder"):
+        return f"{kind} is an encoder-decoder; only decoder-only language models can be guarded"
+    if not hasattr(whole, "generate") or "inputs_embeds" not in inspect.signature(whole.forward).parameters:
+        return f"{model_class} does not generate from embeddings; only decoder-only language models can be guarded"
+    return None
+
+
+def _sees(model_class: Any) -> bool:
+    """Whether a class, or a part of the same module, has a vision encoder of its own to cut out."""
+    module = vars(sys.modules[model_class.__module__]).values()
+    return any(hasattr(part, "get_image_features") for part in module if inspect.isclass(part))
+
+
+def decoder_of(model: Any) -> Any:
+    """The part of a multimodal model that is called with embeddings and a cache."""
+    decoder = model.get_decoder()
+    return getattr(decoder, "language_model", decoder)
+
+
+@dataclass(frozen=True)
+class GenericDecoder:
+    """What a decoder's graph takes and computes.
+
+    Attributes:
+        rule: of its positions; `None`: it takes none.
+        marks: the model's name for the input that marks image tokens; "" for none.
+        inner: whether the decoder alone is run, and the head on it, in place of the whole model.
+        deepstack: how many features go in between its first layers.
+        per_layer: whether it takes embeddings for each layer besides `inputs_embeds` (Gemma 4).
+    """
+
+    rule: Rule | None
+    marks: str = ""
+    inner: bool = False
+    deepstack: int = 0
+    per_layer: bool = False
+
+    def inputs(self, model: Any) -> Shapes:
+        """Besides embeddings, mask and state, in the order of the graph's inputs."""
+        shapes: dict[str, Any] = {}
+        if self.rule is not None:
+            shapes["position_ids"] = RULES[self.rule]
+        if self.marks:
+            shapes[_MARKS] = (BATCH, SEQUENCE)
+        width = model.config.get_text_config().hidden_size
+        return shapes | {embeds_name(number): (BATCH, SEQUENCE, width) for number in range(self.deepstack)}
+
+    def feeds(self, config: Any, turn: Turn) -> Arrays:
+        """The values for `inputs`."""
+        values: Arrays = {}
+        if self.rule is not None:
+            values["position_ids"] = self.rule(config, turn)
+        if self.marks:
+            values[_MARKS] = turn.of_image[:, -turn.length :].astype(np.int64)
+        if self.deepstack:
+            shape = (*turn.ids.shape, config.get_text_config().hidden_size)
+            dense = {embeds_name(number): np.zeros(shape, np.float32) for number in range(self.deepstack)}
+            dense = scatter(turn.seen, turn.of_image) if turn.seen else dense
+            values |= {name: rows[:, -turn.length :] for name, rows in dense.items()}
+        return values
+
+    def embeds(self, model: Any, ids: Any) -> Mapping[str, Any]:
+        """`inputs_embeds [batch, sequence, width]`, and `per_layer_inputs [batch, sequence, layers, width]` where there are
+        such.
+
+        Image tokens, which may be beyond the table, are looked up as the padding token: their rows are replaced.
+        """
+        import torch
+
+        config = model.config
+        pad = config.get_text_config().pad_token_id
+        if isinstance(config.image_token_id, int):
+            ids = torch.where(ids == config.image_token_id, pad if isinstance(pad, int) and pad >= 0 else 0, ids)
+        embeds = model.get_input_embeddings()(ids)
+        if not self.per_layer:
+            return {"inputs_embeds": embeds}
+        layers = decoder_of(model).get_per_layer_inputs
+        takes_embeds = len(inspect.signature(layers).parameters) > 1
+        return {"inputs_embeds": embeds, PER_LAYER: layers(ids, embeds) if takes_embeds else layers(ids)}
+
+    def run(self, model: Any, **inputs: Any) -> Any:
+        """An object with `logits` and `past_key_values`."""
+        if self.marks:
+            inputs[self.marks] = inputs.pop(_MARKS)
+        if not self.inner:
+            return type(model).forward(model, use_cache=True, **inputs)
+        decoder = decoder_of(model)
+        if self.deepstack:
+            inputs["deepstack_visual_embeds"] = [inputs.pop(embeds_name(number)) for number in range(self.deepstack)]
+            # The original adds at the image tokens only, which it looks for; here the rest is zeros.
+            decoder._deepstack_process = lambda states, _, dense: states + dense
+        try:
+            outputs = decoder(use_cache=True, **inputs)
+        finally:
+            vars(decoder).pop("_deepstack_process", None)  # uncovers the class's own
+        logits = model.get_output_embeddings()(outputs.last_hidden_state)
+        return SimpleNamespace(logits=logits, past_key_values=outputs.past_key_values)

@@ -1,0 +1,83 @@
+"""The geometry of ONE picture, computed within a graph: what transformers' `vision_utils` computes for many in Python.
+
+Towers that take patches of pictures of any size ask these functions where each patch lies. transformers loops over the
+pictures, which no tracer follows. For one picture it is arithmetic on the patch's number. Each function takes what the one of
+the same name takes, and the number of patches, which only the pixels' shape has; `grid_thw [1, 3]` has the frames, rows and
+columns of patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def replacements(patches: int) -> Mapping[str, Any]:
+    """By the name in `vision_utils`, for a picture of so many patches (symbolic while a graph is traced)."""
+    of_patches = (get_vision_position_ids, get_vision_interpolation_indices_and_weights)
+    named = {function.__name__: partial(function, patches=patches) for function in of_patches}
+    return {
+        **named,
+        "get_vision_cu_seqlens": get_vision_cu_seqlens,
+        "get_vision_attention_seqlens": lambda *args, **more: (get_vision_cu_seqlens(*args, **more), None),
+    }
+
+
+def get_vision_cu_seqlens(grid_thw: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor:
+    """One segment of attention, from the first patch to the last: `[2]` int32. A picture has one frame."""
+    import torch
+
+    return torch.nn.functional.pad(grid_thw.prod(dim=1), (1, 0)).to(torch.int32)
+
+
+def get_vision_position_ids(
+    grid_thw: torch.Tensor, spatial_merge_size: Any, include_temporal: bool = False, *, patches: int, **more: Any
+) -> torch.Tensor:
+    """Row and column of each patch, `[patches, 2]` int64; with `include_temporal` its frame before them."""
+    import torch
+
+    row, column = _places(grid_thw, int(spatial_merge_size), patches)
+    axes = [row, column]
+    if include_temporal:
+        axes = [torch.arange(patches) // (grid_thw[0, 1] * grid_thw[0, 2]), *axes]
+    return torch.stack(axes, dim=-1)
+
+
+def get_vision_interpolation_indices_and_weights(
+    grid_thw: torch.Tensor,
+    num_grid_per_side: int,
+    mode: str = "bilinear",
+    align_corners: bool = False,
+    spatial_merge_size: int = 1,
+    padding: str = "border",
+    *,
+    patches: int,
+    **more: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which entries of a square table of positions each patch reads, and with what weights: `[patches, 4 or 16]` each."""
+    from transformers.vision_utils import _interpolation_axis_taps_weights as taps_of
+
+    side = num_grid_per_side
+    row, column = _places(grid_thw, spatial_merge_size, patches)
+    how = (side, mode, align_corners, padding)
+    rows, row_weights = taps_of(row, grid_thw[0, 1].expand(patches), *how)
+    columns, column_weights = taps_of(column, grid_thw[0, 2].expand(patches), *how)
+    entries = (rows[:, :, None] * side + columns[:, None, :]).flatten(1)
+    return entries, (row_weights[:, :, None] * column_weights[:, None, :]).flatten(1)
+
+
+def _places(grid_thw: torch.Tensor, merge: int, patches: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of each patch within its frame; patches come square by square of `merge` to a side."""
+    import torch
+
+    height, width = grid_thw[0, 1], grid_thw[0, 2]
+    within = torch.arange(patches) % (height * width)
+    square, corner = within // merge**2, within % merge**2
+    squares_per_row = width // merge
+    row = square // squares_per_row * merge + corner // merge
+    column = square % squares_per_row * merge + corner % merge
+    return row, column
