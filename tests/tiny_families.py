@@ -36,29 +36,78 @@ def save_tiny(family: str, folder: Path, seed: int = 0) -> Path:
 
     _save_random(getattr(transformers, _CLASSES[family]), TINY[family](), folder, seed)
     save_tokenizer(folder)
-    if family == "gemma3":
-        _save_gemma3_processor(folder)
-    elif family in _PROCESSORS:
-        _edit(folder / "processor_config.json", processor_class=_PROCESSORS[family])
+    _PROCESSORS[family](folder)
     return folder
 
 
-def _save_gemma3_processor(folder: Path) -> None:
+_SQUARE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+_TILES = [[rows * IMAGE_SIZE, columns * IMAGE_SIZE] for rows in (1, 2, 4) for columns in (1, 2, 4)]
+
+
+def _gemma3_processor(folder: Path) -> None:
     """A template writes `<start_of_image>`, the processor makes that marker, the image tokens and another marker of it."""
+    start, end = "<start_of_image>", "<end_of_image>"
+    _add_tokens(folder, start, end)
+    extra = {"boi_token": start, "eoi_token": end, "image_token": "<image>"}
+    _edit(folder / "tokenizer_config.json", extra_special_tokens=extra, **extra)
+    _write(folder / "preprocessor_config.json", {"image_processor_type": "Gemma3ImageProcessor", "size": _SQUARE})
+    _write(folder / "processor_config.json", {"processor_class": "Gemma3Processor", "image_seq_length": 4})
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("<image>", start), encoding="utf-8")
+
+
+def _idefics3_processor(folder: Path, kind: str = "Idefics3") -> None:
+    """Tiles of the tower's size, up to 2 x 2 of them, and a small copy."""
+    tiles = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    _add_tokens(folder, "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *tiles)
+    processor = {
+        "image_processor_type": f"{kind}ImageProcessor",
+        "size": {"longest_edge": 2 * IMAGE_SIZE},
+        "max_image_size": {"longest_edge": IMAGE_SIZE},
+    }
+    _write(folder / "preprocessor_config.json", processor)
+    _write(folder / "processor_config.json", {"processor_class": f"{kind}Processor", "image_seq_len": 4})
+
+
+def _smolvlm_processor(folder: Path) -> None:
+    _idefics3_processor(folder, "SmolVLM")
+
+
+def _internvl_processor(folder: Path) -> None:
+    extra = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<image>"}
+    _add_tokens(folder, "<img>", "</img>")
+    _edit(folder / "tokenizer_config.json", extra_special_tokens=extra)
+    processor = {"image_processor_type": "GotOcr2ImageProcessor", "size": _SQUARE, "max_patches": 4}
+    _write(folder / "preprocessor_config.json", processor)
+    _write(folder / "processor_config.json", {"processor_class": "InternVLProcessor", "image_seq_length": 4})
+
+
+def _onevision_processor(folder: Path) -> None:
+    processor = {
+        "image_processor_type": "LlavaOnevisionImageProcessor",
+        "size": _SQUARE,
+        "image_grid_pinpoints": _TILES,
+    }
+    _write(folder / "preprocessor_config.json", processor)
+    counts = {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}
+    _write(folder / "processor_config.json", {"processor_class": "LlavaOnevisionProcessor", **counts})
+
+
+def _paligemma_processor(folder: Path) -> None:
+    """No chat template: the pictures, `<s>`, the words and a line break."""
+    (folder / "chat_template.jinja").unlink()
+    processor = {"image_processor_type": "SiglipImageProcessor", "size": _SQUARE, "image_seq_length": 16}
+    _write(folder / "preprocessor_config.json", processor)
+    _write(folder / "processor_config.json", {"processor_class": "PaliGemmaProcessor"})
+
+
+def _add_tokens(folder: Path, *tokens: str) -> None:
+    """Make special tokens of these."""
     from tokenizers import AddedToken, Tokenizer
 
     path = str(folder / "tokenizer.json")
     tokenizer = Tokenizer.from_file(path)
-    markers = ("<start_of_image>", "<end_of_image>")
-    tokenizer.add_special_tokens([AddedToken(marker, special=True, normalized=False) for marker in markers])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
     tokenizer.save(path)
-    start, end = markers
-    extra = {"boi_token": start, "eoi_token": end, "image_token": "<image>"}
-    _edit(folder / "tokenizer_config.json", extra_special_tokens=extra, **extra)
-    square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    _write(folder / "preprocessor_config.json", {"image_processor_type": "Gemma3ImageProcessor", "size": square})
-    _write(folder / "processor_config.json", {"processor_class": "Gemma3Processor", "image_seq_length": 4})
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("<image>", start), encoding="utf-8")
 
 
 def _edit(path: Path, **changes: Any) -> None:
@@ -155,12 +204,11 @@ def tower(**more: Any) -> dict[str, Any]:
 def llava_onevision() -> Any:
     from transformers import LlavaOnevisionConfig
 
-    tiles = [[rows * IMAGE_SIZE, columns * IMAGE_SIZE] for rows in (1, 2, 4) for columns in (1, 2, 4)]
     return LlavaOnevisionConfig(
         text_config={"model_type": "qwen2", **text()},
         vision_config={"model_type": "siglip_vision_model", **tower()},
         image_token_id=IMAGE_TOKEN_ID,
-        image_grid_pinpoints=tiles,
+        image_grid_pinpoints=_TILES,
         video_token_id=VOCABULARY_SIZE - 1,
     )
 
@@ -269,11 +317,12 @@ _CLASSES = {
     "paligemma": "PaliGemmaForConditionalGeneration",
     "paligemma2": "PaliGemmaForConditionalGeneration",
 }
-_PROCESSORS = {
-    "llava_onevision": "LlavaOnevisionProcessor",
-    "idefics3": "Idefics3Processor",
-    "smolvlm": "SmolVLMProcessor",
-    "internvl": "InternVLProcessor",
-    "paligemma": "PaliGemmaProcessor",
-    "paligemma2": "PaliGemmaProcessor",
+_PROCESSORS: dict[str, Callable[[Path], None]] = {
+    "llava_onevision": _onevision_processor,
+    "idefics3": _idefics3_processor,
+    "smolvlm": _smolvlm_processor,
+    "internvl": _internvl_processor,
+    "gemma3": _gemma3_processor,
+    "paligemma": _paligemma_processor,
+    "paligemma2": _paligemma_processor,
 }

@@ -120,11 +120,11 @@ def image_facts(images: ImagePreprocessor) -> dict[str, Any]:
         "padToSquare": images.pad_to_square,
         "shortestEdge": images.shortest_edge,
         "resizeTo": images.resize_to,
-        "resample": images.resample.name.lower(),
+        "resample": images.steps.resample.name.lower(),
         "cropTo": images.crop_to,
-        "rescaleFactor": images.rescale_factor,
-        "mean": images.mean,
-        "std": images.std,
+        "rescaleFactor": images.steps.rescale_factor,
+        "mean": images.steps.mean,
+        "std": images.steps.std,
     }
 
 

@@ -1,9 +1,9 @@
-"""Hidden states that were read already, so that a killed extraction goes on where it was.
+"""Stores hidden states on disk, so that a killed extraction can resume.
 
-One file per batch in a hidden work folder beside the output, named by the digest of everything that its numbers depend
-on: the model's files, and the batch's prompts and images in their order. Another model, another prompt or another batch
-size has other names, so nothing stale is ever read. The folder is gone once the output is there, or refused; only a killed or
-interrupted run leaves it behind.
+There is one file per batch in a hidden work folder beside the output, named by the digest of everything the states depend
+on: the model's files, and the batch's prompts and images in order. Another model, prompt or batch size gives other names,
+so stale states are never read. The folder is removed when the output is written or rejected; only a killed or interrupted
+run leaves it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...graphs.graph_io import external_files
 from ...graphs.package import ModelPackage
 from ...graphs.staging import write_file
 from ...runtime.generation import Request
-from ...runtime.images.image_features import ImageFeatures
+from ...runtime.images.image_features import ImageFeatures, Shown
 from ...runtime.images.open_picture import picture_bytes
 
 
@@ -73,7 +73,7 @@ def kept_beside(output: Path, model: str) -> Iterator[KeptStates]:
         batches = len(list(kept.folder.glob("*.npy")))
         if batches:
             stop.add_note(
-                f"hidden states are kept in {kept.folder} (batches: {batches}); run the same command again to go on, or "
+                f"hidden states are kept in {kept.folder} (batches: {batches}); run the same command again to resume, or "
                 "remove that folder"
             )
         raise
@@ -104,14 +104,20 @@ def digest_of(files: Iterable[Path]) -> str:
 
 
 def _image(request: Request) -> bytes:
-    if request.image is None:
-        return b""
-    if isinstance(request.image, bytes):
-        return request.image
-    if isinstance(request.image, ImageFeatures):
-        return request.image.content()
-    if isinstance(request.image, (str, Path)):
-        return picture_bytes(Path(request.image))
-    if isinstance(request.image, np.ndarray):
-        return f"{request.image.dtype} {request.image.shape} ".encode() + np.ascontiguousarray(request.image).tobytes()
-    return f"{request.image.mode} {request.image.size} ".encode() + request.image.tobytes()
+    """The content of a request's pictures; of several with the length of each, so that no two lists look alike."""
+    contents = [_content(image) for image in request.images]
+    if len(contents) <= 1:
+        return b"".join(contents)
+    return b"".join(len(content).to_bytes(8, "big") + content for content in contents)
+
+
+def _content(image: Shown) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, ImageFeatures):
+        return image.content()
+    if isinstance(image, (str, Path)):
+        return picture_bytes(Path(image))
+    if isinstance(image, np.ndarray):
+        return f"{image.dtype} {image.shape} ".encode() + np.ascontiguousarray(image).tobytes()
+    return f"{image.mode} {image.size} ".encode() + image.tobytes()
