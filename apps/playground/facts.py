@@ -17,7 +17,8 @@ from ...graphs.plan import GuardPlan
 from ...graphs.roles import EMBEDS, MASK, POSITIONS, input_roles
 from ...runtime.chat.chat import ChatTokenizer
 from ...runtime.chat.folder_configs import FolderConfigs, find_template
-from ...runtime.images.images import PROCESSORS, ImagePreprocessor, declared_processor, processor_name
+from ...runtime.images.images import PROCESSORS, ImagePreprocessor
+from ...runtime.images.pixel_steps import declared_processor, processor_name
 from .sides import Sides
 
 PROCESSOR = "LlavaProcessor"
