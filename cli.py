@@ -15,16 +15,20 @@ import warnings
 from typing import IO, NoReturn
 
 from rich.markup import escape
+from typer.main import get_command
 
 from .commands import check_commands, console, export_command, model_commands, run_commands, ship_commands
 from .commands.application import PANELS, app
 from .exporter.budget import kept
-from .exporter.usage import Interrupted, end_quietly
+from .exporter.usage import EXPORT_PROGRAM, Interrupted, end_quietly
 from .graphs.errors import GuardError
 
 # Importing a module registers its commands.
 COMMANDS = (export_command, model_commands, check_commands, run_commands, ship_commands)
 app.registered_commands.sort(key=lambda command: PANELS.index(command.rich_help_panel))
+
+# Shell completion, which typer makes for a program by its name.
+INSTALL, SHOW, COMPLETES_EXPORT = "--install-completion", "--show-completion", "_VLMGUARD_EXPORT_COMPLETE"
 
 # Errors of stdout itself, a file on a full disk.
 _NOWHERE_TO_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -35,12 +39,31 @@ _OUT_OF_REACH = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, err
 
 def main() -> NoReturn:
     """`vlmguard ...`"""
+    if sys.argv[1:2] == [INSTALL]:
+        _install_completion(sys.argv[1:])
     _run(sys.argv[1:])
 
 
 def main_export() -> NoReturn:
     """`vlmguard-export ...`, which is `vlmguard export ...`."""
+    if sys.argv[1:2] == [INSTALL]:
+        _install_completion(sys.argv[1:])
+    if sys.argv[1:2] == [SHOW]:
+        app(sys.argv[1:], prog_name=EXPORT_PROGRAM)
+    if COMPLETES_EXPORT in os.environ:  # the shell asks what may follow, and starts the program without arguments
+        get_command(app).commands["export"].main([], prog_name=EXPORT_PROGRAM)  # type: ignore[attr-defined]
     _run(["export", *sys.argv[1:]])
+
+
+def _install_completion(arguments: list[str]) -> NoReturn:
+    """For both programs, whichever was asked."""
+    for program in ("vlmguard", EXPORT_PROGRAM):
+        try:
+            app(arguments, prog_name=program)
+        except SystemExit as done:
+            if done.code:
+                raise
+    sys.exit(0)
 
 
 def _run(arguments: list[str]) -> NoReturn:

@@ -75,6 +75,7 @@ def convert_command(
             metavar=one_of(ExporterName),
         ),
     ] = "transformers",
+    no_cache: NoCache = False,
     force: Annotated[bool, output_option("--force", help="Replace OUT.")] = False,
 ) -> None:
     """Export a checkpoint WITHOUT a guard, as the base to compare with.
@@ -82,20 +83,13 @@ def convert_command(
     The folder has the onnx-community layout, or that of --exporter.
     """
     from ..exporter import render
-    from ..exporter.checkpoints.exporters import export_checkpoint
+    from ..exporter.checkpoints.cache import export_to
     from ..graphs.new_files import create_file
     from ..graphs.replaceable import WRITTEN_NAME, foreign_file, written_record
     from ..graphs.staging import staged
 
     with render.bars(console.err) as report_progress, staged(out_folder, force) as stage:
-        parity = export_checkpoint(
-            checkpoint,
-            stage,
-            exporter,
-            dtype,
-            opset,
-            report_progress=report_progress,
-        )
+        parity = export_to(stage, checkpoint, exporter, dtype, opset, report_progress, cache=not no_cache)
         graphs = len(list(stage.rglob("*.onnx")))
         if foreign_file(stage) is not None:
             # files that no layout has: recorded, or --force would not replace the folder
@@ -179,7 +173,7 @@ def directions_command(
     if calibrated_for is None:
         require_effect(context, ("calibration", "readout"), "without --calibrate")
         if is_checkpoint(model):
-            require_effect(context, ("variant",), "on a checkpoint, which is read in torch")
+            require_effect(context, ("variant", "no_cache"), "on a checkpoint, which is read in torch")
     require_model(model)
     from ..exporter import render
     from ..exporter.extract_directions import extract_directions

@@ -23,16 +23,16 @@ from ..graphs.errors import GuardError
 from ..graphs.stage_locks import abandon
 
 MOST_MEMORY, MOST_SECONDS = "VLMGUARD_MAX_MEMORY", "VLMGUARD_MAX_SECONDS"
-# Seconds that a command may take unless the user says otherwise. Proving a model of 13 GB takes minutes, calibrating it hours.
+# Default time limits in seconds. Proving a model of 13 GB takes minutes, calibrating it hours.
 DEFAULT_SECONDS = {"inspect": 600.0, "verify": 4 * 3600.0, "export": 24 * 3600.0}
 LEAST_DEFAULT = 4 << 30  # bytes; a machine with less free memory swaps, which is no reason to refuse
-LEAST = 512 << 20  # bytes; Python, numpy and a runtime want about half of it before they do anything
+LEAST = 512 << 20  # bytes; Python, numpy and a runtime take about half of it at start
 _STOP = getattr(signal, "SIGALRM", signal.SIGTERM)  # Windows has no other
 _INSIDE = "VLMGUARD_WITHIN_BUDGET"  # seconds that the process has, or nothing
 _PARENT = "VLMGUARD_BUDGET_PARENT"  # its process id
 _GRACE = 3.0  # seconds to clean up in, once time is up
-_WANTED_MORE, _TIME_IS_UP, _INTERRUPTED = 71, 72, 130  # exit codes of the process
-# Sent by a person or a supervisor; what runs out of memory ends by others (SIGKILL, SIGABRT, SIGSEGV, ...).
+_OUT_OF_MEMORY, _TIME_IS_UP, _INTERRUPTED = 71, 72, 130  # exit codes of the process
+# Signals sent by a user or a process supervisor; out of memory ends with others (SIGKILL, SIGABRT, SIGSEGV, ...).
 _SENT = {getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)}
 MOST = 1 << 50
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -62,10 +62,10 @@ def memory_of(text: str) -> int:
 
 
 def free_memory() -> int | None:
-    """Bytes that processes can still take here, swap included; `None` where the system does not say (Linux does).
+    """Memory available to new processes in bytes, including swap; `None` on systems other than Linux.
 
-    In a container, what its limit leaves. A quarter is added for memory that is reserved and never touched: the limit counts
-    what is reserved. Where the system runs out first, it ends the command, and the parent reports that in the same way.
+    A container's limit is respected. A quarter is added, because the limit counts reserved memory that is never used. If the
+    system runs out first, it kills the command, and the parent reports that in the same way.
     """
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -79,7 +79,7 @@ def free_memory() -> int | None:
 
 
 def _left_in_container() -> int | None:
-    """What the control group of this process may still take; files that are only cached do not count."""
+    """Bytes left in this process's control group; the page cache does not count."""
     group = Path("/sys/fs/cgroup")
     try:
         most = (group / "memory.max").read_text(encoding="ascii").strip()
@@ -98,15 +98,15 @@ def inside() -> bool:
 
 
 def run_within(arguments: Sequence[str], seconds: float | None, memory: int | None) -> int:
-    """`vlmguard ARGUMENTS` in a process of its own; its exit code.
+    """Run `vlmguard ARGUMENTS` in a separate process and return its exit code.
 
     Args:
-        seconds: of wall-clock time; `None` for no limit. The command is asked to clean up then, and gets some seconds for it.
-        memory: bytes that it may allocate; `None` for no limit. Model files that are mapped, not read, do not count; the
-            stacks of its threads do.
+        arguments: of the command line.
+        seconds: limit of wall-clock time; `None` for no limit. At the limit the command has a few seconds to clean up.
+        memory: limit of allocated bytes; `None` for no limit. Memory-mapped model files do not count; thread stacks do.
 
     Raises:
-        GuardError: time was up, or it wanted more memory; what it wrote is gone, or is swept up by the next run.
+        GuardError: a limit was reached. The partial output is removed, now or by the next run.
     """
     # By this process's own search path: `python -c` would put the folder first that the user happens to be in, and a model's
     # folder may hold a `typer.py`.
@@ -121,16 +121,16 @@ def run_within(arguments: Sequence[str], seconds: float | None, memory: int | No
         code = _awaited(child, None if seconds is None else seconds + 3 * _GRACE)
     if code == _TIME_IS_UP:
         raise GuardError(f"time is up: it took more than the {seconds:g} s of --max-seconds; allow more")
-    if code == _WANTED_MORE or (code < 0 and memory is not None and -code not in _SENT):
-        how = "" if code == _WANTED_MORE else f" (ended by {signal.Signals(-code).name})"
+    if code == _OUT_OF_MEMORY or (code < 0 and memory is not None and -code not in _SENT):
+        how = "" if code == _OUT_OF_MEMORY else f" (ended by {signal.Signals(-code).name})"
         allowed = f"the {memory / (1 << 30):.1f}G of --max-memory" if memory is not None else "there is"
-        raise GuardError(f"it wanted more memory than {allowed}{how}; allow more")
+        raise GuardError(f"the command needs more memory than {allowed}{how}; allow more")
     return code if code >= 0 else 128 - code
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """In the process that is waited for: how time and memory that run out become an exit code. The parent says it."""
+    """In the child process: exit with a code of its own at the time or memory limit, which the parent reports."""
     if not inside():
         yield
         return
@@ -144,7 +144,7 @@ def kept() -> Iterator[None]:
     except TimeIsUp:
         sys.exit(_TIME_IS_UP)
     except MemoryError:
-        sys.exit(_WANTED_MORE)
+        sys.exit(_OUT_OF_MEMORY)
 
 
 def _watch(seconds: float) -> None:
@@ -183,7 +183,7 @@ def _awaited(child: subprocess.Popen[bytes], seconds: float | None) -> int:
     while True:
         try:
             return child.wait(0 if interrupted and seconds is None else seconds)
-        except KeyboardInterrupt:  # the terminal told the child as well, and it cleans up; asked twice, it is killed
+        except KeyboardInterrupt:  # the terminal interrupts the child too, which cleans up; a second interrupt kills it
             seconds, interrupted = (None if interrupted else 3 * _GRACE), True
         except subprocess.TimeoutExpired:
             child.kill()

@@ -1,4 +1,4 @@
-"""Options with a fixed set of values. Imports nothing heavy: the command line reads these before it knows what it will run.
+"""Options with a fixed set of values. Imports nothing heavy: the command line reads these before it runs a command.
 
 `graphs/spec.py` has the choices of a `GuardSpec`, `graphs/new_files.py` those of `--data`.
 """

@@ -1,7 +1,7 @@
-"""A Ray cluster does the shards of a run: workers open the models themselves, and a lost worker's shard is redone.
+"""Runs shards on a Ray cluster: workers open the models themselves, and a lost worker's shard runs again on another.
 
-Ray is asked for processes that live on and may die (actors without restarts), and nothing else: which shard is whose, and
-what becomes of it when its worker is lost, is decided in one loop here (`_Run`).
+Ray provides only long-lived worker processes (actors without restarts). One loop here (`_Run`) assigns the shards and
+reassigns those of lost workers.
 """
 
 from __future__ import annotations

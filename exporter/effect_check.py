@@ -1,6 +1,7 @@
-"""The effect of a guard, counted during an export: the unguarded model is asked before it is written, the guarded one after.
+"""Counts the effect of a guard during an export: the unguarded model answers before the guard is written, the guarded one
+after.
 
-`calibration.effect` defines what an effect is and asks; here is which prompts are asked, and what to do where none can be.
+`calibration.effect` defines and measures the effect; this module chooses the prompts and handles models that cannot be run.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .proof.signature import why_made
 from .session import ANCHOR_FILES, Session
 
 NOT_COUNTED = "the guard's effect was not counted: without an image, mode {} compares each prompt with itself"
-NOT_ASKED = "no harmful prompts were asked without and with the guard"
+NOT_ASKED = "the guard's effect on harmful prompts was not measured"
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class EffectBaseline:
     """The unguarded model's answers to harmful prompts.
 
     Attributes:
-        unguarded: the answers; `None` where the model cannot be asked.
-        note: for the plan: what could not be asked or counted, and why; "" if all was.
+        unguarded: the answers; `None` if the model cannot be run.
+        note: for the plan: what could not be measured, and why; "" if everything was.
     """
 
     unguarded: Unguarded | None
@@ -73,7 +74,7 @@ def ask_before(session: Session, mode: str, runs: bool) -> EffectBaseline:
             return EffectBaseline(None, f"{NOT_ASKED}: {reason}")
         unguarded = ask_unguarded(model, sample, session.report_progress)
     except GuardError as error:
-        if path is not None:  # prompts that were put there to be asked
+        if path is not None:  # the user's own prompts
             raise
         return EffectBaseline(None, f"{NOT_ASKED}: {str(error).split('; ')[0]}")
     without_images = all(prompt.setting == "text" for prompt in sample.prompts)
@@ -109,7 +110,7 @@ def ask_after(
 
 
 def with_separation(session: Session, plan: GuardPlan, unguarded: Unguarded | None) -> GuardPlan:
-    """The plan with the AUC of each guarded layer: as the extraction recorded it, else measured on the prompts asked."""
+    """The plan with the AUC of each guarded layer: recorded by the extraction, else measured on these prompts."""
     if unguarded is None or {one.layer for one in plan.separation} == set(plan.layers):
         return plan
     measured = measure_separation(session.package, session.anatomy, plan, unguarded.sample, session.place)
@@ -119,7 +120,7 @@ def with_separation(session: Session, plan: GuardPlan, unguarded: Unguarded | No
 def _sample(model: VisionLanguageModel, path: Path | None) -> tuple[Sample, str]:
     """The prompts to ask, and why there may be none."""
     if path is None:
-        return builtin_sample(model), "its tokenizer does not know the words of the built-in prompts"
+        return builtin_sample(model), "its tokenizer lacks the words of the built-in prompts"
     of_anchors = path.name in ANCHOR_FILES
     prompts = prompts_from_anchors(read_anchors(path), model.sees) if of_anchors else read_prompts(path)
     sample = sample_of(prompts, path.name, model.sees, ANSWER_TOKENS)

@@ -1,8 +1,8 @@
 """Executors run one function over the batches of a job, in this process or on a cluster, with the same results in order.
 
 A shard is one batch of the local run, never a part of one: rows of a batch are padded together, and another batch has other
-padding and other roundings. What does not fit into a pickle (open models) is not sent; a `WorkerSpec` says how another process
-opens the same, and the digests of its files are compared before anything is run there (`cluster.py`).
+padding and so other rounding. Open models cannot be pickled and are not sent; a `WorkerSpec` opens the same models in
+another process, after a comparison of the files' digests (`cluster.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class WorkerSpec(Protocol):
         ...
 
     def open(self) -> Callable[[Any], Any]:
-        """What is done to a shard, with everything that it needs open."""
+        """Open the models and return the function that runs a shard."""
         ...
 
 

@@ -162,7 +162,7 @@ def _folded(text: str, width: int) -> list[str]:
 
 
 def _example(example: str, width: int) -> Iterable[Text]:
-    """A command line that can be pasted: a shell goes on behind a backslash."""
+    """A command line to paste, with backslashes at line ends."""
     lines = textwrap.wrap(example, max(width - _INDENT - 4, 20), break_long_words=False, break_on_hyphens=False)
     for number, line in enumerate(lines):
         more = " \\" if number < len(lines) - 1 else ""

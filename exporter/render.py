@@ -1,6 +1,6 @@
-"""What a person sees in the terminal: tables of plans and checks, and progress bars.
+"""Terminal output: tables of plans and checks, and progress bars.
 
-Everything that comes from a file (names, paths, notes) is escaped: it may have been chosen to look like markup.
+Text from files (names, paths, notes) is escaped, because untrusted text can look like markup.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ from .terminal import show_found
 
 
 def show_anatomy(out: Console, anatomy: DecoderAnatomy, model: str, full: bool = False) -> None:
-    """The residual stream in one sentence, then layer by layer, then what to do with it.
+    """Print the residual stream as a sentence, a table of layers, and the next command.
 
     Args:
-        model: as it was named, for the title and the command to go on with.
-        full: a row for every layer; otherwise a long run of layers that are alike is folded.
+        out: the console.
+        anatomy: the decoder.
+        model: the user's name of the model, for the title and the next command.
+        full: print a row for every layer; otherwise runs of similar layers are folded.
     """
     out.print(escape(anatomy_in_words(anatomy)), highlight=False)
     branches = len(anatomy.streams) > 1
@@ -72,7 +74,7 @@ def anatomy_in_words(anatomy: DecoderAnatomy) -> str:
     where = ""
     if len(anatomy.streams) > 1:
         where = f", the same in {len(anatomy.streams)} branches of an If ({', '.join(anatomy.bodies)})"
-    sure = {"confirmed": "confirmed: the config says so too", "structural": "no config was at hand to confirm it"}
+    sure = {"confirmed": "confirmed by the config", "structural": "not confirmed: there is no config"}
     return (
         f"{anatomy.layer_count} layers, width {anatomy.width}, {'/'.join(anatomy.dtypes)}, {sums}{where}; "
         f"{sure[anatomy.certainty]}"
@@ -141,10 +143,13 @@ def show_checks(out: Console, checks: Sequence[Check], title: str) -> None:
 
 
 def show_proof(out: Console, checks: Sequence[Check], what: str, verbose: bool) -> None:
-    """`PROVED 9/9` in one line; the checks themselves with `verbose`, and where one of them does not hold.
+    """Print `PROVED 9/9` on one line, and with `verbose` or after a failure a table of the checks.
 
     Args:
-        what: the graph or folder that was proved.
+        out: the console.
+        checks: the checks of one graph or folder.
+        what: name of the graph or folder.
+        verbose: print the table in any case.
     """
     held = sum(check.ok for check in checks)
     whole = held == len(checks) > 0
@@ -168,7 +173,7 @@ def show_parity(out: Console, parity: Sequence[Check]) -> None:
 
 
 def show_next(out: Console, command: str) -> None:
-    """The command to go on with, on one line however long it is: it can be pasted into a shell."""
+    """Print the next command on one line, to paste into a shell."""
     out.print(f"next: {escape(command)}", highlight=False, soft_wrap=True)
 
 
@@ -262,9 +267,11 @@ def _show_held_out(out: Console, held: HeldOut) -> None:
 
 
 def show_engines(out: Console, result: EngineResult, guarded: Path) -> None:
-    """What was built, layer counts, and where the guard is in it.
+    """Print the engines, their layer counts, and the layers of the guard.
 
     Args:
+        out: the console.
+        result: the built engines.
         guarded: the folder that the engines were built from.
     """
     table = Table(title=f"engines by {result.manifest.engines[0].backend} {result.manifest.engines[0].version}")
@@ -286,7 +293,7 @@ def show_engines(out: Console, result: EngineResult, guarded: Path) -> None:
 
 
 def show_packaged(out: Console, result: Packaged, verbose: bool = False) -> None:
-    """What was laid out, its proof, and what to do next."""
+    """Print the packaged folder, its proof, and the next command."""
     what = f"{result.out}: {result.manifest.plan['mode']}, layout {result.manifest.layout}"
     show_proof(out, result.proof.checks, what, verbose)
     out.print(f"[bold]guarded[/bold]: {escape(str(result.out))}", highlight=False, soft_wrap=True)
@@ -295,7 +302,7 @@ def show_packaged(out: Console, result: Packaged, verbose: bool = False) -> None
 
 
 def show_scores(out: Console, answer: ScoredAnswer) -> None:
-    """What the gates compared while an answer was made, layer by layer."""
+    """Print the gates' scores during an answer, layer by layer."""
     calls = len(answer.scores)
     table = Table(title="gates, held from the prompt" if answer.held else "gates, decided at every token")
     for column in ("layer", "threshold", "score at the prompt", "highest in the answer", f"open at {calls} tokens"):

@@ -1,4 +1,4 @@
-"""What a Python caller asks for, checked: wrong types become one-line errors, and a guard needs no `GuardSpec` to be named."""
+"""Checks the arguments of the Python API: wrong types are one-line errors, and keywords replace a `GuardSpec`."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def require_path(value: Any, name: str) -> None:
 
 
 def spec_of(spec: GuardSpec | None, layers: Layers | None = None, **settings: Any) -> GuardSpec | None:
-    """The guard that is asked for: `spec`, or settings by name, or `None` where neither is given.
+    """The requested guard: `spec`, or a spec of the settings, or `None` without either.
 
     Args:
-        spec: a whole specification.
+        spec: a complete specification.
         layers: layer numbers from 0, or text such as `"2-4"` or `"auto"`.
         settings: attributes of `GuardSpec`; `None` leaves the default.
 

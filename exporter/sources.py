@@ -29,11 +29,11 @@ class Source:
     """An opened model.
 
     Attributes:
-        package: its graphs; those of a checkpoint lie in a temporary folder.
-        name: what the default OUT is named after.
-        beside: the folder that OUT goes into by default.
-        home: the folder that its user knows it by; prompts and directions are looked for there (`find_file`).
-        parity: the comparison of a checkpoint's export with torch, where one was made.
+        package: its graphs; a checkpoint's are in a temporary folder or the cache.
+        name: base of the default OUT name.
+        beside: parent of the default OUT.
+        home: the user's model folder, which is searched for prompts and directions (`find_file`).
+        parity: the comparison of a checkpoint's export with torch, if it was made.
     """
 
     package: ModelPackage
@@ -73,12 +73,14 @@ def opened(
             raise GuardError(f"--variant {variant} is for onnx-community folders, {model} is a checkpoint; use --dtype")
         with exported(model, exporter, dtype, opset, report_progress, cache) as done:
             beside = path.absolute().parent if path.is_dir() else Path.cwd()
-            # of a hub id no folder is here: nothing is looked for
+            # a hub id has no local folder to search
             home = path.absolute() if path.is_dir() else done.folder
             yield Source(open_package(done.folder), path.absolute().name, beside, home, done.parity)
         return
     if dtype is not None or opset is not None:
         raise GuardError(f"--dtype and --opset are for checkpoints, {model} is ONNX already; leave them out")
+    if not cache:
+        raise GuardError(f"--no-cache is for checkpoints, {model} is ONNX already; leave it out")
     if exporter is not None:
         raise GuardError(f"--exporter {exporter} is for checkpoints, {model} is ONNX already; leave it out")
     package = open_package(path, variant)

@@ -1,7 +1,7 @@
-"""A terminal that files cannot talk to: what is printed are characters that one sees.
+"""A console that prints only visible characters, so that untrusted text cannot control the terminal.
 
-Names, paths and answers come from untrusted files. An escape sequence among them could clear the screen, rewrite what was
-said before or rename the window; a bidirectional override turns a name round. `rich.markup.escape` knows only markup.
+Names, paths and answers come from untrusted files. Escape sequences in them could clear the screen, rewrite earlier output
+or rename the window; a bidirectional override reverses a name. `rich.markup.escape` handles only markup.
 """
 
 from __future__ import annotations

@@ -12,13 +12,13 @@ from .anatomy import DecoderAnatomy
 from .call_inputs import hides_later_padding, mask_input, readable_mask
 from .directions import Directions, LayerDirections
 from .errors import DirectionMismatch, GuardError
+from .layer_numbers import layer_guard
 from .lowerings.fold import find_writers
 from .lowerings.table import FOLDED, choose_lowering
-from .modes import guard_mode, modes_where
+from .modes import guard_mode
 from .node_builder import PREFIX
 from .pairs import require_pairs
 from .plan import GuardPlan, SitePlan
-from .reference import SUPERVISED_ABOVE, LayerGuard
 from .runtime_controls import knobs_of, notes_on, require_knobs
 from .separation import Separation, recorded_separations, warnings_of
 from .sites import ResidualSite, find_node
@@ -26,7 +26,6 @@ from .spec import MAX_RANK, GuardSpec
 from .subgraphs import find_bodies
 
 OLDEST_OPSET = 13  # Unsqueeze and Squeeze take their axes as inputs from here on
-LARGEST_ALPHA = 1000.0  # alpha times the NO_SUPERVISOR sentinel must stay finite in float32
 
 
 def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions, spec: GuardSpec) -> GuardPlan:
@@ -56,7 +55,7 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
         require_knobs(model, lowering.name, lowering.supports_runtime_controls)
     directions = _one_direction(spec, directions, layers, mode, notes)
     guards = {  # whatever order, and how often, the directions name them
-        number: _layer_guard(number, directions, spec, mode, notes) for number in sorted(set(layers))
+        number: layer_guard(number, directions, spec, mode, notes) for number in sorted(set(layers))
     }
     sites = tuple(SitePlan(s, guards[s.layer_index]) for s in anatomy.sites if s.layer_index in guards)
     separation = () if spec.direction_of is not None else _recorded(directions, tuple(guards))
@@ -307,87 +306,6 @@ def later_layers(numbers: Iterable[int], count: int, last: bool = False) -> tupl
 def _later_layers(directions: Directions, count: int) -> tuple[tuple[int, ...], list[str]]:
     chosen, which = later_layers(directions.layers, count)
     return chosen, [f"layers {_spell(chosen)}: {which}; nothing is calibrated in mode align"]
-
-
-def _layer_guard(number: int, directions: Directions, spec: GuardSpec, mode: str, notes: list[str]) -> LayerGuard:
-    layer = directions.layers[number]
-    rank = spec.rank or layer.ssd.shape[0]
-    if rank > layer.ssd.shape[0]:
-        raise DirectionMismatch(
-            f"rank {rank} is more than the {layer.ssd.shape[0]} rows of the directions of layer {number}; "
-            "extract them with a higher --rank"
-        )
-    if guard_mode(mode).has_alpha:
-        alpha = spec.alpha if spec.alpha is not None else directions.alpha if directions.alpha is not None else 1.0
-        if alpha > LARGEST_ALPHA:
-            raise GuardError(f"alpha {alpha:g} is beyond {LARGEST_ALPHA:g}; no hidden state survives that")
-    elif spec.alpha is not None:
-        able = " or ".join(modes_where(has_alpha=True))
-        raise GuardError(f"mode {mode} has no strength alpha; leave --alpha out, or choose {able}")
-    else:
-        alpha = 1.0
-    if spec.tau is not None and not guard_mode(mode).has_threshold:
-        what = "gate" if guard_mode(mode).gate is None else "threshold"
-        raise GuardError(f"mode {mode} has no {what}; leave --tau out, or choose a mode with one")
-    zeros = np.zeros(rank, np.float32)
-    threshold = _threshold(number, layer, spec, mode, notes)
-    return LayerGuard(
-        ssd=layer.ssd[:rank],
-        origin=layer.origin[:rank] if layer.origin is not None else zeros,
-        target=_target(number, layer, rank, mode),
-        readout=_readout(number, layer, mode, notes),
-        threshold=threshold,
-        alpha=float(np.float32(alpha)),
-        text_shift=_text_shift(number, layer, mode, threshold),
-    )
-
-
-def _target(number: int, layer: LayerDirections, rank: int, mode: str) -> np.ndarray:
-    if not guard_mode(mode).has_readout:
-        return np.zeros(rank, np.float32)
-    if layer.target is None:
-        raise DirectionMismatch(
-            f"mode {mode} needs a target level, layer {number} of the directions has none; calibrate with --anchors"
-        )
-    return layer.target[:rank]
-
-
-def _readout(number: int, layer: LayerDirections, mode: str, notes: list[str]) -> np.ndarray:
-    if layer.readout is not None:
-        return layer.readout
-    if guard_mode(mode).has_readout:
-        notes.append(f"layer {number} has no readout of its own: its gate reads the first row of the SSD")
-    return layer.ssd[0]
-
-
-def _threshold(number: int, layer: LayerDirections, spec: GuardSpec, mode: str, notes: list[str]) -> float:
-    if guard_mode(mode).gate == "any text":
-        return -np.inf if spec.supervisor == "rows" else float(np.float32(SUPERVISED_ABOVE))
-    if not guard_mode(mode).has_threshold:
-        return 0.0
-    if spec.tau is not None:
-        return float(np.float32(spec.tau))
-    if layer.threshold is not None:
-        return float(np.float32(layer.threshold))  # what the graph compares with, and what a directions file holds
-    if guard_mode(mode).has_readout:
-        raise DirectionMismatch(
-            f"mode {mode} needs a threshold, layer {number} of the directions has none; give --tau, or calibrate "
-            "with --anchors"
-        )
-    notes.append("tau = 0, as in the paper: the directions carry no threshold, and coordinates are not centred on 0")
-    return 0.0
-
-
-def _text_shift(number: int, layer: LayerDirections, mode: str, threshold: float) -> float:
-    """One threshold for the readout and for the text, each on its own scale."""
-    if "text_shift" not in guard_mode(mode).numbers:
-        return 0.0
-    if layer.text_threshold is None:
-        raise DirectionMismatch(
-            f"mode {mode} needs a threshold for the text too, layer {number} of the directions has none; calibrate with "
-            "--anchors"
-        )
-    return float(np.float32(threshold - layer.text_threshold))
 
 
 def _require_expressible(model: ir.Model, sites: tuple[SitePlan, ...], mode: str) -> None:

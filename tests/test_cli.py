@@ -208,9 +208,7 @@ def test_inspect_says_in_words_what_was_found(run: Callable[..., Ran], guarded: 
     ran = run("inspect", SOURCE)
     assert (ran.code, ran.err) == (0, "")
     first, *_, last = ran.out.splitlines()
-    assert squeezed(ran.out).startswith(
-        "6 layers, width 128, float32, plain sums (Add); confirmed: the config says so too"
-    )
+    assert squeezed(ran.out).startswith("6 layers, width 128, float32, plain sums (Add); confirmed by the config")
     assert first.startswith("6 layers") and "carries a guard" not in ran.out
     assert last == f"next: vlmguard-export {SOURCE}"
     after = run("inspect", guarded("restore")).out
@@ -238,7 +236,7 @@ def test_inspect_shows_where_a_fused_sum_hides(run: Callable[..., Ran], monkeypa
     said = inspected(run, monkeypatch, dissect(decoder("skip_norm", layers=8, dtype="float16", hidden=False)))
     assert said.startswith(
         "8 layers, width 16, float16, sums fused with their norms (ONNX Runtime's skip-norm); "
-        "no config was at hand to confirm it"
+        "not confirmed: there is no config"
     )
     assert "0 a fused skip-norm layer_0_sum float16 1 to 5 as above as above as above 6 a fused skip-norm" in said
     assert "7 a fused skip-norm inside the fused node that makes layer_7_norm float16" in said
@@ -856,6 +854,17 @@ def precision_of_a_graph_that_is_there(root: Path, good: Path) -> Case:
     )
 
 
+def cache_of_a_graph_that_is_there(root: Path, good: Path) -> Case:
+    return (
+        ["export", SOURCE, root / "out", "--directions", good, "--no-cache"],
+        f"--no-cache is for checkpoints, {SOURCE} is ONNX already; leave it out",
+    )
+
+
+def inspected_without_the_cache(root: Path, good: Path) -> Case:
+    return ["inspect", SOURCE, "--no-cache"], f"--no-cache is for checkpoints, {SOURCE} is ONNX already; leave it out"
+
+
 def variant_of_a_checkpoint(root: Path, good: Path) -> Case:
     return (
         ["export", CHECKPOINT, root / "out", "--directions", good, "--variant", "q4"],
@@ -944,6 +953,8 @@ CASES = (
     unknown_lowering,
     layer_without_directions_to_calibrate,
     precision_of_a_graph_that_is_there,
+    cache_of_a_graph_that_is_there,
+    inspected_without_the_cache,
     variant_of_a_checkpoint,
     no_image,
     no_batch,

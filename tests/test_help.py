@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -28,11 +29,16 @@ PANELS = {
 }
 
 
-def vlmguard(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    code = "import sys; sys.argv[0] = 'vlmguard'; from vlmguard.cli import main; main()"
+def program(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    main = "main_export" if name == "vlmguard-export" else "main"
+    code = f"import sys; sys.argv[0] = {name!r}; from vlmguard.cli import {main}; {main}()"
     env = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env | environment)
+
+
+def vlmguard(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return program("vlmguard", *arguments, **environment)
 
 
 def page(name: str, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
@@ -189,12 +195,31 @@ def test_a_closed_pipe_ends_quietly(arguments: list[str]) -> None:
 
 def test_a_shell_completes_commands_options_and_their_values() -> None:
     def completed(line: str) -> list[str]:
-        number = str(len(line.split(" ")) - 1)
-        return vlmguard(_VLMGUARD_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=number).stdout.split()
+        words = line.split(" ")
+        asked = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+        asked[f"_{words[0].replace('-', '_').upper()}_COMPLETE"] = "complete_bash"
+        return program(words[0], **asked).stdout.split()
 
     assert completed("vlmguard ev") == ["evaluate"]
     assert completed("vlmguard export --mode re") == ["restore"]
     assert "--telemetry" in completed("vlmguard export --tel")
+    assert completed("vlmguard-export --mode re") == ["restore"]
+    assert completed("vlmguard-export --tel") == ["--telemetry"]
+
+
+@pytest.mark.parametrize("name", ["vlmguard", "vlmguard-export"])
+def test_completion_is_installed_for_both_programs(name: str, tmp_path: Path) -> None:
+    named = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1", "HOME": str(tmp_path)}  # the shell is given
+    done = program(name, "--install-completion", "bash", **named)
+    assert (done.returncode, done.stderr) == (0, "")
+    scripts = sorted((tmp_path / ".bash_completions").iterdir())
+    assert [path.name for path in scripts] == ["vlmguard-export.sh", "vlmguard.sh"]
+    sourced = (tmp_path / ".bashrc").read_text()
+    for path, variable in zip(scripts, ("_VLMGUARD_EXPORT_COMPLETE", "_VLMGUARD_COMPLETE"), strict=True):
+        assert f"{variable}=complete_bash" in path.read_text() and str(path) in sourced
+    shown = program(name, "--show-completion", "bash", **named)
+    assert (shown.returncode, shown.stdout) == (0, (tmp_path / ".bash_completions" / f"{name}.sh").read_text() + "\n")
+    assert program(name, "--install-completion", "csh", **named).returncode == 2
 
 
 def test_help_imports_nothing_heavy() -> None:

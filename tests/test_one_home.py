@@ -37,6 +37,7 @@ HOMES = {
         },
     ),
     "the tokens of an answer, row by row": (r"(zip|enumerate)\((\w+, )?step\.tokens", {"runtime/decode_loop.py"}),
+    "the user's cache folder": (r"XDG_CACHE_HOME", {"graphs/user_cache.py"}),
     "the clock": (r"\btime\.(time|gmtime|localtime|strftime)\(|\bdatetime\.(now|utcnow|today)\(", {"graphs/clock.py"}),
     "what SOURCE_DATE_EPOCH means": (r"environ.*SOURCE_DATE_EPOCH|= \"SOURCE_DATE_EPOCH\"", {"graphs/clock.py"}),
     "the manifest's writer": (r"\.to_text\(\)\.encode\(\)", {"graphs/manifest.py"}),

@@ -7,6 +7,7 @@ registry's own SHA-512 of its archive, and each file that is served by its SHA-2
 
 from __future__ import annotations
 
+import atexit
 import base64
 import hashlib
 import http.client
@@ -14,10 +15,12 @@ import io
 import os
 import shutil
 import tarfile
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from ...graphs.digests import sha256_file
@@ -25,6 +28,7 @@ from ...graphs.errors import GuardError, OutputRefused, first_line
 from ...graphs.new_files import create_file
 from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.staging import staged
+from ...graphs.user_cache import cache_folder
 
 REGISTRY = "https://registry.npmjs.org"
 _REGISTRY_NAMES = ("npm_config_registry", "NPM_CONFIG_REGISTRY")  # npm reads both
@@ -123,9 +127,18 @@ def find_libraries(
     return found
 
 
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/vlmguard/playground`"""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmguard" / "playground"
+@cache
+def _for_this_process() -> Path:
+    """A folder that goes when the process ends."""
+    made = Path(tempfile.mkdtemp(prefix="vlmguard-"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
+
+
+def libraries_folder() -> Path:
+    """Where fetched libraries are kept: `playground` in the user's cache; without a cache, as long as the process runs."""
+    folder = cache_folder()
+    return _for_this_process() if folder is None else folder / "playground"
 
 
 def registry() -> str:
@@ -137,7 +150,7 @@ def registry() -> str:
 
 
 def _cached(library: Library, report_progress: ProgressCallback) -> Path:
-    home = cache_folder() / f"{library.name.replace('/', '+')}-{library.version}"
+    home = libraries_folder() / f"{library.name.replace('/', '+')}-{library.version}"
     if _complete(home, library):
         return home
     content = _fetch(library, report_progress)
@@ -151,7 +164,7 @@ def _cached(library: Library, report_progress: ProgressCallback) -> Path:
     except OutputRefused as error:
         if not _complete(home, library):  # another process may have written it meanwhile
             raise GuardError(
-                f"{home}: cannot be written ({first_line(error)}); set XDG_CACHE_HOME, or name a node_modules with --assets"
+                f"{home}: cannot be written ({first_line(error)}); set VLMGUARD_CACHE, or name a node_modules with --assets"
             ) from None
     return home
 

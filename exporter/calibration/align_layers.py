@@ -82,12 +82,12 @@ def places_of_align(directions: Directions, count: int, spec: GuardSpec) -> Iter
 def evidence(
     directions: Directions, judged: JudgedPrompts, asked: Sequence[Setting], states: Mapping[str, np.ndarray]
 ) -> list[dict[str, Any]]:
-    """Per layer: how well row 1 separates held-out anchors, and the judged prompts alone and beside images.
+    """Per layer: how well row 1 separates held-out anchors, and the judged prompts alone and with images.
 
     Args:
         directions: of every layer.
         judged: the prompts.
-        asked: the settings as they were asked.
+        asked: the settings that were run.
         states: of the unguarded model by setting, `[prompts, layers, d]`.
     """
     texts = {"text": tuple(range(len(judged.texts)))} | {one.name: one.texts for one in asked}

@@ -1,8 +1,7 @@
-"""Prompts that many guards are asked: computed up to their last token once, as far as memory allows.
+"""Prompts for many guards: prefilled up to their last token once, as far as memory allows.
 
-Mode `align` edits the prompt's last token alone, so every candidate continues from the same key/value cache. What is compared
-of the first token is its distribution over the likeliest tokens of the reference, because a whole row of logits of a large
-vocabulary is a megabyte.
+Mode `align` edits only the last token of the prompt, so every candidate continues from the same KV cache. First tokens are
+compared by their distribution over the likeliest tokens of the reference, because a full row of logits can take a megabyte.
 """
 
 from __future__ import annotations
@@ -117,10 +116,10 @@ class FirstToken:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the unguarded model answers to one prompt.
+    """The unguarded model's answer to one prompt.
 
     Attributes:
-        tokens: of the answer.
+        tokens: token ids of the answer.
         refused: whether it declines.
         first: distribution of its first token.
         states: at the prompt's end, `[layers, d]` float32.
@@ -137,6 +136,6 @@ class Reference:
 
     @classmethod
     def of(cls, asked: Asked, row: int) -> Reference:
-        """One row of what was asked without a guard."""
+        """One row of an unguarded batch."""
         answer = asked.answers[row]
         return cls(answer.tokens, answer.refused, FirstToken.of(asked.first[row]), asked.states[row])

@@ -30,7 +30,7 @@ _FEWEST, _MOST = 2, 24  # prompts
 
 @dataclass(frozen=True)
 class Answer:
-    """One greedy answer, as far as it was asked for.
+    """One greedy answer, up to the requested length.
 
     Attributes:
         tokens: its token ids, without the one that ends it.
@@ -60,7 +60,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Guarding:
-    """What a batch is asked under.
+    """The guard of one batch.
 
     Attributes:
         directions: of a candidate.
@@ -118,7 +118,7 @@ class AlignTrial:
     def __init__(self, model: VisionLanguageModel, anatomy: DecoderAnatomy, directions: Directions, rank: int) -> None:
         spec, layers = GuardSpec(mode="align"), tuple(sorted(directions.layers))
         self._trial = TrialModel(model, anatomy, directions, spec, layers, rank, tapped=True)
-        self.neutral = aligned_directions(directions, layers[:1], 1)  # any candidate: it is asked without a supervisor
+        self.neutral = aligned_directions(directions, layers[:1], 1)  # any candidate: it runs without a supervisor
         self._candidate: tuple[Directions, Mapping[str, np.ndarray]] | None = None  # the last one's numbers
         self.model = self._trial.model
 

@@ -15,20 +15,20 @@ from .results import Calibration
 
 @dataclass(frozen=True)
 class Attempt:
-    """One mode that was tried, on one choice of layers.
+    """One mode that was tried with one choice of layers.
 
     Attributes:
-        name: of the mode, with what it was tried with besides.
-        layers, rank: of the guard; no layers where none could be chosen.
+        name: the mode and its variant.
+        layers, rank: of the guard; no layers if none could be chosen.
         kept: lowest share of the text-only refusals that a setting keeps.
         meets: whether it reaches the goal.
-        usable: whether it may be exported: within the budget, and refusals grow.
-        said: what it did, in words.
-        why_layers: why these layers, in words.
+        usable: whether it may be exported: within the budget, and with more refusals.
+        said: its results as text.
+        why_layers: the reason for these layers as text.
         figures, distances, control: of `align`: answers and first tokens by setting, and with random directions.
-        calibration: of a mode that is calibrated.
+        calibration: of a calibrated mode.
         directions: of the guard; their mode is the guard's.
-        gate: when its gate is decided, as in `GuardSpec`.
+        gate: when the gate is decided, as in `GuardSpec`.
     """
 
     name: str

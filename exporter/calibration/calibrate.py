@@ -1,16 +1,16 @@
-"""The calibrator: layers, rank, readout, threshold, target, origin and strength, from labelled prompts, under a budget.
+"""The calibrator: chooses layers, rank, readout, threshold, target, origin and strength from labelled prompts, under a budget.
 
-1. One tapped pass over the calibration prompts (and their text-only versions) gives every layer's states; so do the
-   tokens of the unguarded model's answers to the harmless ones, because the gate is asked again at each of them.
-2. The numbers of a candidate are fitted to these (`fitting.py`), always without the prompts that they are asked next.
-3. Candidates, the likeliest first (`candidates.py`), are asked in one graph whose numbers are inputs (`trials.py`). The
-   winner keeps over-refusal within the budget in every setting, refuses no fewer harmful prompts than the unguarded model in
-   any, refuses the most in its worst one, has the fewest layers, and gives back most often, word for word, what the
-   unguarded model says to the same prompt as text.
-4. The winner is fitted to all prompts and asked all of them again; and, fitted without the held-out ones, it is asked
-   those, and two controls with it (`controls.py`): neither may reach what it reaches.
+1. One tapped pass over the calibration prompts (and their text-only versions) reads every layer's states. The tokens of the
+   unguarded model's answers to harmless prompts are read too, because the gate decides at each of them.
+2. A candidate's numbers are fitted to these states (`fitting.py`), always without the prompts that test it.
+3. Candidates run in order of promise (`candidates.py`) in one graph whose numbers are inputs (`trials.py`). The winner keeps
+   over-refusal within the budget in every setting and refuses no fewer harmful prompts than the unguarded model in any. Among
+   these it refuses the most in its worst setting, then has the fewest layers, then most often repeats word for word what the
+   unguarded model answers to the same prompt as text.
+4. The winner is fitted to all prompts and runs all of them. Fitted without the held-out prompts, it runs those, together with
+   two controls (`controls.py`) that must not reach its result.
 
-The unguarded model is asked first: a guard that refuses no more than it does is not a guard, and is an error.
+The unguarded model runs first: a guard that refuses no more than it does is an error.
 """
 
 from __future__ import annotations
@@ -48,28 +48,27 @@ def calibrate(
     report_progress: ProgressCallback = ignore_progress,
     is_late: Callable[[], bool] = lambda: False,
 ) -> Calibration:
-    """Choose what the wish leaves open.
+    """Choose everything that `spec` leaves open.
 
     Args:
-        model: unguarded.
+        model: the unguarded model.
         anatomy: of its decoder.
         directions: an SSD for each layer that may be chosen.
-        prompts: calibration prompts, both labels in every setting.
-        spec: what is already decided (mode, layers, rank, alpha, tau, positions); the rest is chosen here.
-        budget: highest share of harmless prompts refused, in any setting.
-        max_new_tokens: length of the answers that are judged.
-        readout: what the gate of `restore` reads, a name of `estimators.READOUTS`; `None` chooses.
+        prompts: calibration prompts, both labels in every setting. `supervise` uses only the harmless ones of the prompts
+            whose harm is in the picture alone (`visible`).
+        spec: fixed settings (mode, layers, rank, alpha, tau, positions); the others are chosen.
+        budget: largest share of harmless prompts refused, in any setting.
+        max_new_tokens: length of the judged answers.
+        readout: readout of the gate of `restore`, a name of `estimators.READOUTS`; `None`: choose.
         report_progress: called with `(stage, done, total)`.
-        is_late: whether to stop trying, and to keep the best so far.
+        is_late: whether to stop and keep the best candidate so far.
 
     Raises:
-        DirectionMismatch: the directions lack a layer that was asked for.
+        DirectionMismatch: the directions lack a requested layer.
         PromptsUnusable: too few prompts, or a setting with one label only.
         GuardError: no candidate refuses more harmful prompts than the unguarded model within the budget, or a control does
             as well as the winner.
         GuardWeakens: fewer harmful prompts are refused than without the guard.
-
-    Of prompts whose harm is in the picture alone `supervise` gets the harmless ones only (`visible`).
     """
     if spec.mode is not None and not guard_mode(spec.mode).is_calibrated:
         raise GuardError(

@@ -65,11 +65,14 @@ class Candidate:
 def places(
     margins: Mapping[int, float], available: int, spec: GuardSpec, mode: str, readout: str | None
 ) -> Iterator[Candidate]:
-    """Step 1: only what the wish leaves open.
+    """Step 1: candidates for the layers and ranks that the spec leaves open.
 
     Args:
         margins: how well each layer's gate separates.
-        available: rows that every layer has.
+        available: number of rows of every layer.
+        spec: fixed layers and rank.
+        mode: its search axes give the first values.
+        readout: a fixed readout, or `None`.
     """
     ranks = (spec.rank,) if spec.rank is not None else [rank for rank in RANKS if rank <= available]
     thresholds = search_axes(mode).get("threshold", ())

@@ -1,9 +1,9 @@
-"""`--mode auto`: which intervention a model gets, decided by answers.
+"""`--mode auto`: chooses the mode by the model's answers.
 
-The modes are tried in the order of preference: those that calibrate fewer numbers first, then those that run the decoder fewer
-times. The first one that reaches the goal is taken, and the rest are not asked. The goal, in every setting with an image:
-97% of the harmful prompts that the text-only model refuses are refused, and of the harmless ones no more than the budget allows
-are refused that the text-only model does not refuse. If no mode reaches it, the best one within the budget is taken.
+The modes are tried in order of preference: first those with fewer calibrated numbers, then those with fewer decoder runs. The
+first mode that reaches the goal is chosen, and the others are not run. The goal, in every setting with an image: the guard
+refuses 97% of the harmful prompts that the text-only model refuses, and its extra refusals of harmless prompts stay within the
+budget. If no mode reaches it, the best one within the budget is chosen.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ PREFERRED = preferred_modes()
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user decided already.
+    """The user's choices.
 
     Attributes:
         spec: mode `None`; the other options.
         budget, readout: as for `calibrate`.
         images: the user's pictures.
-        seconds: allowed for everything, as far as something was found by then; `None` for no limit.
+        seconds: time limit for the choice, once a mode was found; `None` for no limit.
         matched: whether the prompts are anchor pairs, whose harmless halves differ from the harmful ones by a word or two.
-        further: more prompts that a mode may be judged on; none is calibrated on them.
+        further: more prompts for judging; none is used for calibration.
     """
 
     spec: GuardSpec
@@ -145,7 +145,14 @@ def _named(mode: Mode, gate: Decided, spec: GuardSpec) -> str:
 
 
 def why_impossible(mode: Mode, wish: Wish, model: VisionLanguageModel, prompts: Sequence[LabelledPrompt]) -> str | None:
-    """Why a mode is not tried; `None` if it can be."""
+    """Why a mode is not tried; `None` if it can be tried.
+
+    Args:
+        mode: the mode.
+        wish: the user's choices.
+        model: the unguarded model.
+        prompts: calibration prompts.
+    """
     spec = wish.spec
     try:
         replace(spec, mode=mode)

@@ -50,7 +50,7 @@ class Control:
             if fewest < ENOUGH_HELD_OUT:
                 raise PromptsUnusable(
                     f"the control with {self.name} refuses as much as the chosen guard, on {fewest} held-out harmful prompts: "
-                    f"too few to tell them apart; calibrate on at least {FOLDS * (ENOUGH_HELD_OUT - fewest)} more harmful "
+                    f"too few to distinguish them; calibrate on at least {FOLDS * (ENOUGH_HELD_OUT - fewest)} more harmful "
                     "prompts in each setting"
                 )
             raise GuardError(

@@ -1,18 +1,17 @@
-"""Does a guard do anything? The same harmful prompts to the unguarded model, then to the guarded one.
+"""Measures the effect of a guard: the unguarded and the guarded model run the same harmful prompts.
 
-A guard has an **effect** on a prompt if the guarded model differs from the unguarded one in one of two things:
+A guard has an **effect** on a prompt if the guarded model differs from the unguarded one in one of these:
 
-- the log-probabilities of the first token of the answer: their largest difference, relative to their largest magnitude, is
-  above the tolerance of the proof for the dtype of the residual stream (float32: 1e-4);
-- the greedy answer, token by token, up to the length that is asked.
+- the log-probabilities of the answer's first token: their largest difference, relative to their largest magnitude, is above the
+  proof's tolerance for the dtype of the residual stream (float32: 1e-4);
+- the greedy answer, token by token, up to the given length.
 
-A guard has **no effect** if it has an effect on none of the harmful prompts, in none of the settings that count. All settings
-count but one: in `text`, modes `supervise` and `align` compare a prompt with itself and change nothing by design at strength 1.
-Refusals are not part of the definition: a model that refuses all of them already can be changed, and `project` and `steer` may
-change answers without changing refusals. That refusals do not become fewer is checked besides (`refusal_regression`).
+A guard has **no effect** if it has an effect on no harmful prompt in any setting that counts. All settings count except `text`
+in the modes `supervise` and `align`, which change nothing there by design at strength 1. Refusals are not part of the
+definition: a model that already refuses everything can be changed, and `project` and `steer` may change answers without
+changing refusals. `refusal_regression` checks that refusals do not decrease.
 
-The prompts are those that come with the model, else a sample of the built-in anchors that are kept back from extraction. One
-decoder session is open at a time.
+The prompts are the model's own, else a sample of the built-in held-out anchors. One decoder session is open at a time.
 """
 
 from __future__ import annotations
@@ -40,20 +39,20 @@ from ..prompts.labelled import BUILTIN, AnchorPair, LabelledPrompt, prompts_from
 from ..prompts.thinning import spread, thinned
 from .refusal_regression import Refusals, compare_refusals, some_harmful
 
-BUILTIN_TOKENS = 8  # of each answer to a built-in prompt: enough to begin a refusal
-_FEWEST_PAIRS = 4  # that a tokenizer can tell apart
+BUILTIN_TOKENS = 8  # of each answer to a built-in prompt: enough to start a refusal
+_FEWEST_PAIRS = 4  # pairs whose halves have different tokens
 _MOST_TEXTS = 40  # of each label, for the AUC
 _BATCH = 16
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What is asked.
+    """The prompts of the measurement.
 
     Attributes:
-        prompts: harmful ones, in every setting that the model takes; both models answer them.
-        harmful, harmless: texts that the AUC of the directions is measured on; either may be empty.
-        source: where all of them come from, for messages and the record.
+        prompts: harmful prompts in every setting of the model; both models answer them.
+        harmful, harmless: texts for the AUC of the directions; either may be empty.
+        source: their source, for messages and the record.
         tokens: longest answer.
     """
 
@@ -66,7 +65,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What one model did: its refusals, and per prompt the answer with its first token's log-probabilities."""
+    """Results of one model: its refusals, and per prompt the answer with its first token's log-probabilities."""
 
     tally: Tally
     said: tuple[Said, ...]
@@ -74,16 +73,16 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class Unguarded:
-    """The unguarded model's side, kept until the guarded model has been asked."""
+    """The unguarded model's results."""
 
     sample: Sample
     behaviour: Behaviour
 
 
 def builtin_sample(model: VisionLanguageModel) -> Sample:
-    """Built-in pairs that are kept back from extraction; without prompts where the tokenizer does not know their words.
+    """Held-out built-in pairs; without prompts if the tokenizer lacks their words.
 
-    A pair counts if its halves are different tokens: a tokenizer with a small vocabulary makes the same of both.
+    A pair counts if its halves have different tokens, which a small vocabulary may not have.
     """
     pairs = [pair for pair in read_anchors(BUILTIN, "calibration") if _differs(pair, model)]
     if len(pairs) < _FEWEST_PAIRS:
@@ -95,7 +94,14 @@ def builtin_sample(model: VisionLanguageModel) -> Sample:
 
 
 def sample_of(prompts: Sequence[LabelledPrompt], source: str, sees: bool, tokens: int) -> Sample:
-    """Some of the prompts that come with a model."""
+    """Some of the prompts that come with a model.
+
+    Args:
+        prompts: labelled prompts.
+        source: their name.
+        sees: whether the model takes images.
+        tokens: longest answer.
+    """
     usable = [prompt for prompt in prompts if sees or prompt.setting == "text"]
     return Sample(tuple(some_harmful(usable)), _texts(usable, "harmful"), _texts(usable, "harmless"), source, tokens)
 
@@ -118,13 +124,14 @@ def ask_guarded(
     tolerance: float,
     report_progress: ProgressCallback,
 ) -> Refusals:
-    """Ask the guarded model the same.
+    """Run the guarded model on the same prompts.
 
     Args:
-        unguarded: the other side.
-        guarded: opens the guarded model, once the unguarded one is closed.
-        plan: of the guard.
-        tolerance: the largest relative difference of log-probabilities that is rounding.
+        unguarded: results of the unguarded model.
+        guarded: opens the guarded model, after the unguarded one is closed.
+        plan: the guard's plan.
+        tolerance: largest relative difference of log-probabilities that counts as rounding.
+        report_progress: called with `(stage, done, total)`.
 
     Returns:
         Refusals of both, and per setting the number of prompts on which the guard has an effect.
@@ -152,8 +159,8 @@ def ask_guarded(
 
 
 def _refused_as_text(unguarded: Unguarded) -> dict[str, int]:
-    """Per setting: how many of its texts the unguarded model refuses alone. Settings with a text that was not asked alone
-    are left out."""
+    """Per setting: number of its texts that the unguarded model refuses alone. Settings with a text that did not run alone
+    are omitted."""
     asked = list(zip(unguarded.sample.prompts, unguarded.behaviour.tally.refusals, strict=True))
     alone = {prompt.prompt: declined for prompt, declined in asked if prompt.setting == "text"}
     texts: dict[str, list[str]] = {}
@@ -200,7 +207,18 @@ def require_effect(found: Refusals, allowed: bool) -> Refusals:
 def measure_separation(
     package: ModelPackage, anatomy: DecoderAnatomy, plan: GuardPlan, sample: Sample, place: DecoderPlace | None = None
 ) -> tuple[Separation, ...]:
-    """The AUC of every guarded layer on the sample's texts, by the unguarded model; empty without both labels."""
+    """The AUC of every guarded layer on the sample's texts, in the unguarded model.
+
+    Args:
+        package: the unguarded model.
+        anatomy: of its decoder.
+        plan: the guard's plan, with its directions.
+        sample: texts of both labels.
+        place: opens the decoder.
+
+    Returns:
+        One value per guarded layer; empty without both labels.
+    """
     harmful, harmless = sample.harmful, sample.harmless
     if not harmful or not harmless:
         return ()
@@ -215,7 +233,7 @@ def measure_separation(
 
 
 def why_not_asked(package: ModelPackage, needs_embeds: bool) -> str | None:
-    """Why a model cannot be asked at all, from its files; `None` if it can."""
+    """Why a model cannot be run, from its files; `None` if it can."""
     if package.companion("tokenizer.json") is None:
         return "the model has no tokenizer.json"
     if needs_embeds and package.embed_tokens is None:

@@ -1,14 +1,13 @@
-"""What a calibration studies, and the numbers that it fits: origin, target, readout and threshold of a layer.
+"""The data of a calibration and the numbers fitted to it: origin, target, readout and threshold of a layer.
 
-Splits are nested. The prompts are dealt into folds by their text, so that one text never lies in two of them (but for
-texts that are harmful with one image and harmless with another: there it is the image that counts):
+Splits are nested. Prompts are split into folds by their text, so that a text is in one fold only (except texts that are harmful
+with one image and harmless with another: there the image decides):
 
-1. outside: one fold is held out from every choice; what is reported as held out is asked there.
-2. between: a candidate is asked the prompts of a fold with numbers that were fitted without it.
-3. inside: a threshold is set on scores of prompts that the readout was not fitted on: its own would look better than
-   those of any new prompt.
+1. outer: one fold is held out from every choice; held-out results are measured on it.
+2. middle: a candidate runs the prompts of a fold with numbers fitted without it.
+3. inner: a threshold is fitted to scores of prompts that the readout was not fitted on; its own would be too good.
 
-So every number here is fitted `without` some folds, and asking for it says which.
+So every number here is fitted `without` some folds.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from ..prompts.labelled import LabelledPrompt
 from .candidates import Candidate
 
 FOLDS = 5
-FEWEST_FOLDS = 4  # one held out, one asked, one scored, one fitted on
+FEWEST_FOLDS = 4  # one held out, one run, one scored, one fitted on
 NOTHING: frozenset[int] = frozenset()
 
 # Where between the harmless scores and the harmful ones the gate opens, where they part.
@@ -126,7 +125,14 @@ def deal_into_folds(prompts: Sequence[LabelledPrompt], count: int = FOLDS) -> np
 
 
 def fitted_directions(study: Study, folds: np.ndarray, candidate: Candidate, without: frozenset[int]) -> Directions:
-    """The candidate's layers with their numbers, fitted without some folds."""
+    """The candidate's layers with their fitted numbers.
+
+    Args:
+        study: the data.
+        folds: fold of each prompt.
+        candidate: layers, rank and axis values.
+        without: folds to exclude from the fit.
+    """
     made = {layer: _layer_numbers(study, folds, candidate, layer, without) for layer in candidate.layers}
     return replace(
         study.directions,
@@ -138,10 +144,18 @@ def fitted_directions(study: Study, folds: np.ndarray, candidate: Candidate, wit
 
 
 def fit_gate(study: Study, folds: np.ndarray, candidate: Candidate, layer: int, without: frozenset[int]) -> Gate:
-    """Readout, threshold and margin of one layer."""
+    """Fit readout, threshold and margin of one layer.
+
+    Args:
+        study: the data.
+        folds: fold of each prompt.
+        candidate: its readout and threshold rule.
+        layer: number of the layer.
+        without: folds to exclude from the fit.
+    """
     used = ~np.isin(folds, list(without))
     readout, scores = _scores(study, folds, candidate, layer, without)
-    # what is read from the text is judged by what the text says, not by what a picture beside it says
+    # a gate that reads the text is fitted to the label of the text, not of its picture
     labels = study.harmful_text if guard_mode(study.mode).decides_by_text else study.harmful
     threshold, margin = threshold_between(scores[used], labels[used], study.budget, candidate.threshold, study.tau)
     if "text_shift" not in guard_mode(study.mode).numbers:
@@ -155,9 +169,18 @@ def fit_gate(study: Study, folds: np.ndarray, candidate: Candidate, layer: int, 
 def threshold_between(
     scores: np.ndarray, harmful: np.ndarray, budget: float, where: str = "middle", tau: float | None = None
 ) -> tuple[float, float]:
-    """Where the gate opens: above all but `budget` of the harmless scores, and between them and the harmful ones if they
-    part; and the margin, below 0 if they overlap. `tenth` and `fifth` open for that share of the harmless scores. `tau` is a
-    threshold that was decided already."""
+    """Fit a gate's threshold.
+
+    Args:
+        scores: `[prompts]`.
+        harmful: `[prompts]` bool.
+        budget: largest share of harmless scores above the threshold.
+        where: place between harmless and harmful scores; `tenth` and `fifth` open the gate for that share of harmless scores.
+        tau: a fixed threshold, or `None`.
+
+    Returns:
+        The threshold, and the margin between both kinds of scores in standard deviations; below 0 if they overlap.
+    """
     ceiling = float(np.quantile(scores[~harmful], 1 - budget))
     floor = float(np.quantile(scores[harmful], budget))
     if where in _LET_THROUGH:

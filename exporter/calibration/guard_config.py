@@ -1,4 +1,4 @@
-"""`guard.toml`: a guard as a person reads and edits it, and `vlmguard-export --config guard.toml` takes it.
+"""`guard.toml`: a guard in a file to read and edit, for `vlmguard-export --config guard.toml`.
 
     schema = "vlmguard.config/1"
     directions = "directions.safetensors"   # beside this file: the long vectors (SSD, readout)
@@ -9,14 +9,14 @@
     rank = 1
     positions = "last"
 
-    [layers.3]                              # the numbers of a layer; they win over those of the directions file
+    [layers.3]                              # the numbers of a layer; they override those of the directions file
     threshold = -1.25
     target = [0.71]                         # `restore`, `combined`: one number per row, `rank` of them
     text_threshold = 0.4                    # `combined`
     origin = [-5.0]                         # `supervise`
 
-Calibration writes it. Nothing in it is ignored: a key that is not known is refused, because a typo in a threshold is a
-hole. What was measured stands in comments.
+Calibration writes it. An unknown key is an error, because a misspelt threshold would weaken the guard. Measurements are in
+comments.
 """
 
 from __future__ import annotations
@@ -94,7 +94,14 @@ def config_of(calibration: Calibration, directions: str) -> str:
 
 
 def to_toml(spec: GuardSpec, directions: str, found: Directions, comments: Iterable[str] = ()) -> str:
-    """The text for a decided guard."""
+    """The `guard.toml` of a calibrated guard.
+
+    Args:
+        spec: its settings.
+        directions: name of the directions file beside it.
+        found: the directions with the layers' numbers.
+        comments: lines for the head of the file.
+    """
     lines = [
         "# A guard, to be read and edited. Export it again with",
         "#     vlmguard-export MODEL --config guard.toml",
@@ -121,7 +128,7 @@ def read_config(path: Path | str) -> GuardConfig:
     """Read and check a `guard.toml`.
 
     Raises:
-        GuardError: it cannot be read, or says something that is not known.
+        GuardError: it cannot be read, or has an unknown key or value.
     """
     path = Path(path)
     content = _content(path)
@@ -190,7 +197,7 @@ def _plain(value: float) -> str:
 
 
 def _figures(calibration: Calibration) -> list[str]:
-    """What was measured, in words."""
+    """The measurements as text lines."""
     held, chosen = calibration.held_out, calibration.chosen.candidate.to_json(calibration.mode)
     axes = ", ".join(f"{name} {value}" for name, value in chosen.items() if name not in ("layers", "rank"))
     lines = [

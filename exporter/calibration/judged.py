@@ -1,14 +1,14 @@
-"""The prompts that a guard is judged by: some harmful and harmless texts, each alone and beside images.
+"""The prompts for judging a guard: some harmful and harmless texts, each alone and with images.
 
-The yardstick is the model's own language model: with an image the guarded model should refuse what the text-only model
-refuses, and nothing else. So every text is asked alone, and again in each setting:
+The yardstick is the model's own language model: with an image, the guarded model should refuse what the text-only model
+refuses, and nothing else. So every text runs alone, and again in each setting:
 
 - `blank` and `noise`: a white picture, and random pixels;
 - `image`: the picture that a calibration prompt names;
-- `calibration image`: the user's pictures (`--calibration-image`), dealt out among the texts.
+- `calibration image`: the user's pictures (`--calibration-image`), distributed over the texts.
 
-Beside each of these pictures a few questions about the picture are asked too. Their answers are compared with those of the
-unguarded model beside the same picture: the text-only model cannot know them.
+Each of these pictures also gets a few questions about the picture. Their answers are compared with the unguarded model's
+answers with the same picture, because the text-only model cannot know them.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class JudgedPrompts:
-    """What is asked.
+    """The prompts for judging a guard.
 
     Attributes:
-        texts: asked alone.
-        settings: the same texts beside images.
-        source: where the prompts are from.
-        prompts: the labelled prompts that were taken.
+        texts: prompts without images.
+        settings: the same texts with images.
+        source: name of their source.
+        prompts: the labelled prompts among them.
     """
 
     texts: tuple[Text, ...]

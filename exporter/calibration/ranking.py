@@ -32,7 +32,14 @@ def ranked(trials: Sequence[Trial], base: Tally, budget: float) -> list[Trial]:
 
 
 def hopeless(so_far: Tally, base: Tally, budget: float, leader: Trial | None) -> bool:
-    """Whether a candidate cannot win any more, however the prompts that it was not asked yet turn out."""
+    """Whether a candidate cannot win, whatever it does on the prompts that it has not run yet.
+
+    Args:
+        so_far: its results.
+        base: the unguarded model's results on all prompts.
+        budget: largest share of harmless prompts refused.
+        leader: the best candidate so far.
+    """
     best_case = []
     by_interval = leader is None or not keeps_limits(leader.tally, base, budget)
     for cell in base.cells:
@@ -48,11 +55,14 @@ def hopeless(so_far: Tally, base: Tally, budget: float, leader: Trial | None) ->
 
 
 def keeps_limits(result: Tally, base: Tally, budget: float, by_interval: bool = False) -> bool:
-    """Whether every setting keeps the budget (or what the unguarded model refuses of harmless prompts THERE if more), and
-    refuses no fewer harmful prompts than the unguarded model there.
+    """Whether every setting keeps the budget (or the unguarded model's rate THERE if higher), and refuses no fewer harmful
+    prompts than the unguarded model there.
 
     Args:
-        by_interval: a setting keeps the budget unless its interval shows that it does not.
+        result: the candidate's results.
+        base: the unguarded model's results.
+        budget: largest share of harmless prompts refused.
+        by_interval: a setting fails only if its confidence interval is above the budget.
     """
     for cell in result.cells:
         unguarded = base.rate(cell.setting, cell.label)
@@ -93,13 +103,21 @@ def require_a_gap(base: Tally) -> None:
         return
     asked = ", ".join(f"{cell.setting} {cell.asked}" for cell in base.cells if cell.label == "harmful")
     raise GuardError(
-        f"the unguarded model refuses every harmful prompt that it was asked ({asked}), so nothing can show whether a guard "
+        f"the unguarded model refuses every harmful prompt ({asked}), so nothing can show whether a guard "
         "helps; calibrate with images on the whole model, whose directions.safetensors serves this decoder too (--directions "
         "and --force), or name --directions and --layers yourself"
     )
 
 
 def no_winner(trials: Sequence[Trial], base: Tally, mode: str, budget: float) -> GuardError:
+    """The error of a calibration without a usable candidate.
+
+    Args:
+        trials: all candidates.
+        base: the unguarded model's results.
+        mode: the calibrated mode.
+        budget: largest share of harmless prompts refused.
+    """
     nearest = nearest_of(trials)[0]
     return GuardError(
         f"no layer makes mode {mode} refuse more harmful prompts within {budget:.0%} over-refusal (unguarded "

@@ -1,4 +1,4 @@
-"""What the unguarded model shows of the calibration prompts: hidden states, and its answers to the texts alone."""
+"""Reads the calibration's data from the unguarded model: hidden states, and answers to the texts alone."""
 
 from __future__ import annotations
 
@@ -30,13 +30,25 @@ def read_study(
     max_new_tokens: int,
     report_progress: ProgressCallback,
 ) -> Study:
+    """Run the unguarded model on the calibration prompts.
+
+    Args:
+        model: the unguarded model.
+        anatomy: of its decoder.
+        directions: an SSD for each layer that may be chosen.
+        prompts: labelled prompts.
+        spec: the guard's fixed settings.
+        budget: largest share of harmless prompts refused.
+        max_new_tokens: longest answer.
+        report_progress: called with `(stage, done, total)`.
+    """
     tap = tapped(model, anatomy)
     requests = [prompt.request(model) for prompt in prompts]
     harmless = [index for index, prompt in enumerate(prompts) if prompt.label == "harmless"]
     states = collect_states(
         tap, requests, report_count=lambda done, total: report_progress("reading states", done, total)
     )
-    # a gate that is held from the prompt on is asked at no token of an answer
+    # a gate held from the prompt on does not decide at tokens of the answer
     tokens = min(max_new_tokens, _GATED_TOKENS) if spec.gate == "token" else 0
     answers = collect_answer_states(tap, [requests[i] for i in harmless], tokens) if tokens else []
     of_answers = dict(zip(harmless, answers, strict=bool(tokens)))
@@ -54,7 +66,7 @@ def read_study(
 
 
 def _once_each(prompts: Sequence[LabelledPrompt], read: Callable[[list[Request]], np.ndarray]) -> np.ndarray:
-    """One row per prompt of what is read from its text alone: a text is asked once, whatever images it comes with."""
+    """One row per prompt, read from its text alone; a text runs once, however many images it has."""
     texts = list(dict.fromkeys(prompt.prompt for prompt in prompts))
     rows = read([Request(text) for text in texts])
     place = {text: row for row, text in enumerate(texts)}
@@ -64,7 +76,14 @@ def _once_each(prompts: Sequence[LabelledPrompt], read: Callable[[list[Request]]
 def text_answers(
     model: VisionLanguageModel, prompts: Sequence[LabelledPrompt], base: Tally, max_new_tokens: int
 ) -> list[str]:
-    """What the unguarded model says to each prompt's text alone; as text it has been asked already."""
+    """The unguarded model's answers to each prompt's text alone.
+
+    Args:
+        model: the unguarded model.
+        prompts: labelled prompts.
+        base: its results on them; prompts in setting `text` are not run again.
+        max_new_tokens: longest answer.
+    """
     known: Mapping[str, str] = {
         prompt.prompt: answer for prompt, answer in zip(prompts, base.answers, strict=True) if prompt.setting == "text"
     }

@@ -1,10 +1,10 @@
-"""Never worse than before: a guard with which fewer harmful prompts are refused is an error, in whatever setting.
+"""Rejects a guard with which fewer harmful prompts are refused than without, in any setting.
 
-The same edit with the wrong sign removes safety, and `project` alone can do that. So wherever prompts are at hand, the
-unguarded and the guarded model are asked the harmful ones, and the counts are kept in the manifest.
+An edit with the wrong sign removes safety, and `project` alone can do so. So if there are prompts, the unguarded and the
+guarded model run the harmful ones, and the manifest records the counts.
 
-A mode that sets the state to the text-only model's also takes back refusals that only the image caused. That is what it is
-for, so its guard is compared with the fewer refusals of the two: as text, and beside the image.
+A mode that sets the state to the text-only model's also removes refusals that only the image caused. This is intended, so its
+guard is compared with the smaller number of refusals: as text, or with the image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..evaluation.metrics import Tally
 from ..prompts.labelled import LabelledPrompt
 from ..prompts.thinning import thinned
 
-MOST_PER_SETTING = 16  # harmful prompts that are asked; both models answer each of them
+MOST_PER_SETTING = 16  # harmful prompts; both models answer each of them
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Setting:
     """Harmful prompts of one setting, and how many were refused.
 
     Attributes:
-        changed: on how many of them the guard has an effect (`effect`); `None` where that was not counted.
-        as_text: how many the unguarded model refuses as text alone, where the mode sets states to the text-only model's and
-            every text was asked alone.
+        changed: number of prompts on which the guard has an effect (`effect`); `None` if not counted.
+        as_text: number refused by the unguarded model as text alone, for modes that set states to the text-only model's, if
+            every text ran alone.
     """
 
     setting: str

@@ -1,4 +1,4 @@
-"""What a calibration tried and chose, with its figures."""
+"""Results of a calibration: candidates, the choice, and their figures."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .refusal_regression import Refusals, compare_refusals
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate, asked calibration prompts with numbers that were fitted without them.
+    """One candidate on calibration prompts, with numbers fitted without them.
 
     Attributes:
-        margin: how far the gate's classes stand apart, in standard deviations.
-        restored: share of the prompts with harmful text that are answered word for word as the unguarded model answers that
-            text alone.
-        tally: of the prompts that it was asked.
-        complete: false where it was stopped because it could no longer win.
+        margin: distance of the gate's two classes in standard deviations.
+        restored: share of the prompts with harmful text whose answer equals, word for word, the unguarded model's answer to
+            the text alone.
+        tally: results on the prompts that it ran.
+        complete: `False` if it was stopped because it could no longer win.
     """
 
     candidate: Candidate
@@ -77,17 +77,17 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the calibrator chose, and on what grounds.
+    """The calibrator's choice and its measurements.
 
     Attributes:
         directions: calibrated for `mode` on the chosen layers, from all prompts.
-        spec: what was asked.
-        mode, budget: what was asked, decided.
+        spec: the requested settings.
+        mode, budget: the requested or default values.
         base, guarded: the unguarded model and the chosen guard on the calibration prompts.
         chosen: the winner as a trial.
-        trials: all that was tried.
-        held_out: the winner on prompts that it was not chosen on.
-        prompts: those calibrated on.
+        trials: all candidates that ran.
+        held_out: the winner on held-out prompts.
+        prompts: the calibration prompts.
     """
 
     directions: Directions

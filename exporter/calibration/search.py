@@ -1,4 +1,4 @@
-"""The search of a calibration: candidates are asked, the winner is fitted to all prompts and checked on held-out ones."""
+"""The search of a calibration: runs candidates, fits the winner to all prompts, and checks it on held-out prompts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .trials import TrialModel, only, together
 
 
 class Search:
-    """One calibration under way: the trials so far, and what is asked next."""
+    """State of a running calibration: the trials so far, and the next candidates."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Search:
         self.available = min(layer.ssd.shape[0] for layer in study.directions.layers.values())
         self.places = list(places(self.margins, self.available, spec, self.mode, readout))
         widest = max(place.rank for place in self.places)
-        self.trial_model = TrialModel(model, anatomy, study.directions, spec, layers, widest)  # opened once it is asked
+        self.trial_model = TrialModel(model, anatomy, study.directions, spec, layers, widest)  # opened on first use
         self.base = tally(model, self.prompts, max_new_tokens)
         self.text_answers = text_answers(model, self.prompts, self.base, max_new_tokens)
         self.asked = [int(index) for index in np.flatnonzero(~np.isin(self.folds, list(self.held)))]
@@ -126,7 +126,7 @@ class Search:
             self.report_progress(f"varying the {axis}", len(alternatives), len(alternatives))
 
     def _try(self, candidate: Candidate) -> None:
-        """Ask a candidate fold by fold, until all is asked or it cannot win any more."""
+        """Run a candidate fold by fold, until all prompts ran or it cannot win."""
         leader = next(iter(ranked(self.trials, self.base_asked, self.budget)), None)
         parts: list[tuple[list[int], Tally]] = []
         complete = True

@@ -1,16 +1,16 @@
-"""Worst-case soft images: rows in the place of a picture's tokens under which a model refuses least, without gradients.
+"""Worst-case soft images: features in place of a picture's tokens under which a model refuses least, found without gradients.
 
-A soft image is a sequence of vocabulary embeddings times a scale. No picture need have these features: the search bounds
-what a picture could do, so that a guard is not fitted to the blank picture alone.
+A soft image is a sequence of vocabulary embeddings times a scale. A real picture need not reach these features: the search
+bounds the effect of any picture, so that a guard is not fitted to the blank picture alone.
 
-1. The model answers the harmful prompts as text. Those that it refuses are searched on, and the first tokens of its refusals
-   are the refusal openings. The first tokens of its answers to harmless prompts, where some are given, are the answer
-   openings: under a prefix that garbles every answer the model refuses nothing, which says nothing about a guard.
-2. Random prefixes, then an evolutionary search over token ids and scale. A prefix is judged with one prefill: by the
-   probabilities of the openings as the first token. Each image comes from a search of its own.
+1. The model answers the harmful prompts as text. The search uses those that it refuses; the first tokens of these refusals are
+   the refusal openings. The first tokens of answers to harmless prompts, if given, are the answer openings: without them the
+   search could pick a prefix that merely garbles every answer.
+2. Random prefixes, then an evolutionary search over token ids and scale. One prefill scores a prefix, by the probabilities of
+   the openings as the first token. Each image comes from its own search.
 3. The best prefix of each search is judged by refusals in answers of 8 tokens.
 
-Everything that runs the decoder counts against the budget. The same seed gives the same images.
+Every decoder call counts against the budget. The same seed gives the same images.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ class SoftImage:
 
 @dataclass(frozen=True)
 class SoftImageSearch:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
         images: fewest refusals first, then the lowest probability of a refusal opening.
-        prompts: harmful prompts that the model refuses as text; those that were searched on.
-        blank_refused: of these, those refused with a blank picture.
-        calls: of the decoder.
-        seed: of the search.
+        prompts: the harmful prompts of the search, which the model refuses as text.
+        blank_refused: number of these refused with a blank picture.
+        calls: number of decoder calls.
+        seed: seed of the search.
     """
 
     images: tuple[SoftImage, ...]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 DEEPEST = 8  # parts of a key, brackets within brackets; a guard.toml has two
-# Strings and comments, as TOML has them: what looks like a key in one of them is none. One that never ends goes to the end, so
-# that each character is looked at once.
+# TOML strings and comments, which can contain text that looks like a key. An unterminated one extends to the end of the file,
+# so that each character is scanned once.
 _TEXT = re.compile(
     r'"""(?:\\.|[^\\])*?(?:"""|\Z)' r"|'''.*?(?:'''|\Z)" r'|"(?:\\.|[^"\\\n])*"?' r"|'[^'\n]*'?" r"|#[^\n]*", re.DOTALL
 )

@@ -1,8 +1,7 @@
-"""Asking candidates: ONE graph, guarded at every layer that may be chosen, its numbers fed with each call.
+"""Runs candidates in ONE graph that is guarded at every layer that may be chosen; each call feeds the candidate's numbers.
 
-The graph is rewritten and opened once. By default its guards do nothing (`graphs/trial_graph.py`); a candidate is its
-numbers, so a trial costs its answers and nothing else. What a candidate's numbers are is decided by `plan_guard`, as it
-will be when the winner is exported.
+The graph is rewritten and opened once. Without numbers its guards are neutral (`graphs/trial_graph.py`), so a trial costs only
+its answers. `plan_guard` derives a candidate's numbers, as in the export of the winner.
 """
 
 from __future__ import annotations
@@ -86,7 +85,14 @@ class TrialModel:
         max_new_tokens: int,
         batch_size: int = 32,
     ) -> Tally:
-        """Ask a candidate; `None` asks with every guard neutral."""
+        """Run a candidate.
+
+        Args:
+            directions: the candidate's; `None`: all guards neutral.
+            prompts: labelled prompts.
+            max_new_tokens: longest answer.
+            batch_size: prompts per call.
+        """
         with self.guarded({} if directions is None else self.numbers(directions)):
             return tally(self.model, prompts, max_new_tokens, batch_size)
 
@@ -144,7 +150,7 @@ def only(result: Tally, prompts: Sequence[LabelledPrompt], chosen: Sequence[int]
 
 
 def together(prompts: Sequence[LabelledPrompt], parts: Sequence[tuple[Sequence[int], Tally]]) -> Tally:
-    """One tally of what was asked in parts, each with the indices of its prompts; in the order of the prompts."""
+    """Merge tallies of parts, each with the indices of its prompts, in the order of the prompts."""
     found = {i: (a, r) for at, part in parts for i, a, r in zip(at, part.answers, part.refusals, strict=True)}
     order = sorted(found)
     return _counted([prompts[i] for i in order], [found[i][0] for i in order], [found[i][1] for i in order])
@@ -155,7 +161,7 @@ def _counted(prompts: Sequence[LabelledPrompt], answers: Sequence[str], refusals
 
 
 def _any_numbers(layer: LayerDirections, rank: int) -> LayerDirections:
-    """Numbers that any mode can be planned with; the neutral guard takes their place."""
-    ssd = layer.ssd[:rank]  # fewer where there are no more: planning says so
+    """Numbers with which any mode can be planned; the neutral guard replaces them."""
+    ssd = layer.ssd[:rank]  # fewer if there are no more: planning reports it
     zeros = np.zeros(len(ssd), np.float32)
     return LayerDirections(ssd, zeros, zeros, layer.ssd[0], 0.0, 0.0)

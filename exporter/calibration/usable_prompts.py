@@ -13,9 +13,11 @@ from .fitting import FEWEST_FOLDS, groups_of
 
 
 def visible(prompts: Sequence[LabelledPrompt], mode: str) -> list[LabelledPrompt]:
-    """The prompts that a mode can learn from: the text-only pass of `supervise` cannot see harm that is in the picture
-    alone, and would be asked to part prompts whose texts are the same (`combined` can). Their harmless texts stay: they have
-    to pass."""
+    """The prompts that a mode can learn from.
+
+    The text-only pass of `supervise` cannot see harm that is only in the picture, and would have to separate prompts with equal
+    texts (`combined` can). Harmless prompts with these texts stay: the gate must not open there.
+    """
     return [p for p in prompts if not guard_mode(mode).decides_by_text or p.label != "harmful" or p.harmful_as_text]
 
 
@@ -41,9 +43,7 @@ def require_both_labels(prompts: Sequence[LabelledPrompt]) -> None:
         PromptsUnusable: there are not.
     """
     if not prompts:
-        raise PromptsUnusable(
-            "none of the calibration prompts can be asked: the model takes text only; add such prompts"
-        )
+        raise PromptsUnusable("the model takes text only, and no calibration prompt is text only; add such prompts")
     for setting in sorted({prompt.setting for prompt in prompts}):
         for label in ("harmful", "harmless"):
             found = sum((p.setting, p.label) == (setting, label) for p in prompts)
@@ -56,13 +56,13 @@ def require_both_labels(prompts: Sequence[LabelledPrompt]) -> None:
         different = {group for group, prompt in zip(groups, prompts, strict=True) if prompt.label == label}
         if len(different) < 2:
             said = next(prompt.prompt for prompt in prompts if prompt.label == label)
-            raise PromptsUnusable(f"calibration needs different {label} prompts, all say {said!r}; add some")
+            raise PromptsUnusable(f"calibration needs different {label} prompts, but all are {said!r}; add some")
         if len(different) < FEWEST_FOLDS:
             raise PromptsUnusable(
                 f"calibration needs at least {FEWEST_FOLDS} different {label} prompts, found {len(different)}; add some"
             )
     shown = {prompt.prompt for prompt in prompts if prompt.harmful_as_text}
-    if len(shown) < FEWEST_FOLDS:  # their level is what a guard brings back
+    if len(shown) < FEWEST_FOLDS:  # the guard restores their refusal level
         raise PromptsUnusable(
             f"calibration needs at least {FEWEST_FOLDS} different prompts whose text is harmful, found {len(shown)}; add some"
         )

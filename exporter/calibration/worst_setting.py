@@ -15,11 +15,10 @@ _CALLS = 48  # of the decoder: about 15 images, besides what judging them takes
 
 
 def worst_setting(judge: AlignJudge, report_progress: ProgressCallback) -> Setting | None:
-    """The judged texts beside the worst soft image; `None` where another setting loses refusals already, where the model
-    takes no images of one size, or where too few texts are refused alone.
+    """The judged texts with the worst soft image.
 
     Args:
-        judge: which asked nothing under a guard yet.
+        judge: a judge that has not run a guard yet.
         report_progress: called with `(stage, done, total)`.
     """
     model = judge.trial.model

@@ -1,9 +1,10 @@
-"""Exports of checkpoints, kept for the next command: `inspect`, `directions` and `export` of one checkpoint export it once.
+"""Exports of checkpoints, kept for the next command: `inspect`, `directions`, `export` and `convert` of
+one checkpoint export it once.
 
     CACHE/exports/KEY/model/         the model folder, as the exporter wrote it
     CACHE/exports/KEY/export.json    the checkpoint, its comparison with torch, size and time of change of every file
 
-CACHE is the user's cache folder of the platform, or `VLMGUARD_CACHE`; an empty value turns the cache off. KEY is a digest of
+CACHE is the user's cache folder (`graphs.user_cache`). KEY is a digest of
 the names, sizes and times of the checkpoint's files, of the options, and of the versions of everything that exports. When the
 cache is larger than `VLMGUARD_CACHE_SIZE` (default 20G), the exports that were used longest ago are removed; those in use stay.
 """
@@ -16,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -28,15 +28,17 @@ from ...graphs.clock import wall_clock
 from ...graphs.errors import GuardError
 from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.proof.structure import Check
+from ...graphs.staging import bring
+from ...graphs.user_cache import cache_folder
 from .convert import locate
-from .exporters import DEFAULT_EXPORTER, export_checkpoint
+from .exporters import DEFAULT_EXPORTER, EXPORTERS, export_checkpoint
 
 try:
     import fcntl
 except ImportError:  # Windows: an export that was used today stays
     fcntl = None
 
-CACHE, CACHE_SIZE = "VLMGUARD_CACHE", "VLMGUARD_CACHE_SIZE"
+CACHE_SIZE = "VLMGUARD_CACHE_SIZE"
 DEFAULT_SIZE = "20G"
 _SCHEMA = "vlmguard.cached-export/1"
 _RECORD = "export.json"
@@ -118,17 +120,38 @@ def exported(
         yield Exported(entry / "model", parity, cached)
 
 
-def cache_folder() -> Path | None:
-    """The cache of this user; `None` where `VLMGUARD_CACHE` turns it off."""
-    named = os.environ.get(CACHE)
-    if named is not None:
-        return Path(named).expanduser().absolute() if named else None
-    if sys.platform == "win32":
-        home = os.environ.get("LOCALAPPDATA")
-        return (Path(home) if home else Path.home() / "AppData" / "Local") / "vlmguard" / "Cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "vlmguard"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmguard"
+def export_to(
+    out: Path,
+    checkpoint: str | Path,
+    exporter: str | None = None,
+    dtype: str | None = None,
+    opset: int | None = None,
+    report_progress: ProgressCallback = ignore_progress,
+    cache: bool = True,
+) -> tuple[Check, ...]:
+    """A checkpoint's export as a folder of its own; big files share their bytes with the cache where the system can.
+
+    Args:
+        out: the folder to write, new or empty.
+        checkpoint: a folder, or a hub id.
+        exporter: a row of `exporters.EXPORTERS`; `None` is the default one.
+        dtype: precision of the graphs; `None` is the exporter's own.
+        opset: ONNX opset; `None` is the exporter's own.
+        report_progress: called with `(stage, done, total)`.
+        cache: whether to look into the cache and to keep the export there.
+
+    Returns:
+        The comparison with torch, where the exporter makes one.
+
+    Raises:
+        GuardError: it cannot be exported, as `export_checkpoint` reports it.
+    """
+    if not cache or _exports() is None:
+        return export_checkpoint(checkpoint, out, exporter, dtype, opset, report_progress=report_progress)
+    with exported(checkpoint, exporter, dtype, opset, report_progress) as done:
+        for path in sorted(path for path in done.folder.rglob("*") if path.is_file()):
+            bring(path, out / path.relative_to(done.folder), "link")
+        return done.parity
 
 
 def key_of(folder: Path, exporter: str | None, dtype: str | None, opset: int | None) -> str:
@@ -140,7 +163,7 @@ def key_of(folder: Path, exporter: str | None, dtype: str | None, opset: int | N
         dtype: as it was asked for.
         opset: as it was asked for.
     """
-    files = []
+    name, files = exporter or DEFAULT_EXPORTER, []
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             status = path.stat()  # of what a link leads to: the hub's cache consists of links
@@ -149,7 +172,7 @@ def key_of(folder: Path, exporter: str | None, dtype: str | None, opset: int | N
         "schema": _SCHEMA,
         "folder": str(folder.resolve()),
         "files": files,
-        "options": [exporter or DEFAULT_EXPORTER, dtype, opset],
+        "options": [name, dtype or (EXPORTERS[name].dtypes[0] if name in EXPORTERS else None), opset],
         "versions": {name: _version(name) for name in _EXPORTING},
         "code": _code(),
     }

@@ -43,7 +43,7 @@ from ...graphs.reasons import out_of_memory
 from ..families import find_family
 from ..families.family import PAST, SEQUENCE, TOTAL, Family
 from ..families.gated_delta import delta_rule_by_scan
-from ..families.generic_vision import own_attention
+from ..families.generic_vision import as_written
 from .fit import fit
 from .foreign_failures import WHAT_TO_DO, in_one_line
 from .narrow import narrow_weights, round_weights
@@ -169,7 +169,8 @@ def convert_checkpoint(
         del model  # so that a large model is in memory once, not twice
         report_progress("running the exported graphs in onnxruntime", 0, 1)
         try:
-            parity = check_parity(out / "onnx", SUFFIXES[dtype], dtype, family, config, reference)
+            with in_one_line(f"{checkpoint}: onnxruntime cannot run its exported graphs"):
+                parity = check_parity(out / "onnx", SUFFIXES[dtype], dtype, family, config, reference)
         except ProofFailed as failure:
             raise ProofFailed(f"{checkpoint}: {failure}") from None
     return ConversionReport(str(checkpoint), family.model_type, dtype, opset, tuple(graphs), copied, parity)
@@ -284,7 +285,7 @@ def trace(model: Any, part: Part, opset: int) -> ir.Model:
         # Else a comparison of two lengths in the model ("is the mask as long as the input?") forbids the sample's own.
         prefer_deferred_runtime_asserts_over_guards=True,
     )
-    with _quiet(), _runs_as(model, part), delta_rule_by_scan(model), own_attention(model):
+    with _quiet(), _runs_as(model, part), delta_rule_by_scan(model), as_written(model):
         return OnnxExporter().export(model, dict(part.sample), config).program
 
 

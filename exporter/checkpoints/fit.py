@@ -22,6 +22,7 @@ from ..families.generic_vision import (
     feature_holder,
     feature_inputs,
     feature_shapes,
+    graph_inputs,
     image_features,
     run_one_picture,
     traced_shapes,
@@ -81,8 +82,10 @@ def _fit_vision(model: Any, folder: Path, where: str) -> tuple[Vision, list[Arra
         for single in singles:
             inputs = tensors(model, single)
             features.append(image_features(model, **inputs))
-            _require_same(features[-1], run_one_picture(model, **inputs), model, f"{where}: its vision encoder")
-    shapes, outputs = traced_shapes(singles), feature_shapes(features)
+            taken = tensors(model, graph_inputs(model, single))
+            _require_same(features[-1], run_one_picture(model, **taken), model, f"{where}: its vision encoder")
+    taken = [graph_inputs(model, single) for single in singles]
+    shapes, outputs = traced_shapes(taken), feature_shapes(features)
     vision = Vision(
         inputs=lambda model: shapes,
         outputs=lambda model: outputs,
@@ -90,7 +93,7 @@ def _fit_vision(model: Any, folder: Path, where: str) -> tuple[Vision, list[Arra
         sample=lambda model, random: given,
         calls=lambda given: singles[:2],
         # An axis of length 1 would be baked.
-        traced=max(singles, key=lambda single: min(size for array in single.values() for size in array.shape)),
+        traced=max(taken, key=lambda single: min(size for array in single.values() for size in array.shape)),
         others=tuple(singles[2:]),
         held=False,
     )

@@ -38,6 +38,7 @@ def sample_prompt(
 
     def with_image(text: list[int], count: int) -> list[int]:
         half = len(text) // 2
+        assert image_token is not None, "a model that takes images has an image token"
         return [*text[:half], *before, *[image_token] * count, *after, *text[half:]]
 
     rows = [with_image(text, count) for text, count in zip(texts, image_tokens, strict=True)] if vision else texts

@@ -20,13 +20,13 @@ from .profile import Shapes
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How to build.
+    """Options of the builder.
 
     Attributes:
-        capabilities: compute capabilities to build for, such as `8.9` (TensorRT-RTX); empty: the builder's own choice, the
-            GPU of this machine, or for TensorRT-RTX all that it knows.
-        workspace: most device memory that a layer may take for scratch, MiB; `None`: what there is.
-        timing_cache: file of measured tactics, read if it is there and written anew (`tensorrt` only).
+        capabilities: compute capabilities to build for, such as `8.9` (TensorRT-RTX); empty: the builder's default, which is
+            this machine's GPU, or for TensorRT-RTX all supported ones.
+        workspace: largest scratch memory of a layer in MiB of device memory; `None`: no limit.
+        timing_cache: file of measured tactics, read if it exists and then rewritten (`tensorrt` only).
     """
 
     capabilities: tuple[str, ...] = ()
@@ -60,13 +60,15 @@ def build_engine(
     """Parse a graph and compile it.
 
     Args:
-        model: the graph as it lies in `path`, its sizes settled (`settle_sizes`).
-        path: where it lies, for its external data and for the sentences.
+        backend: the builder's library.
+        model: the graph of `path`, with resolved sizes (`settle_sizes`).
+        path: its file, for external data and messages.
         profiles: shapes of every input, one mapping per optimisation profile.
+        options: options of the builder.
         report_progress: called with `(phase, done, total)` in steps of the builder's outermost phases.
 
     Raises:
-        GuardError: TensorRT cannot parse or compile it, or drops something of it; the sentence says what it said.
+        GuardError: TensorRT cannot parse or compile the graph, or drops a part of it; with TensorRT's own message.
     """
     trt = backend.module
     with backend.log.recording() as messages:
@@ -95,7 +97,7 @@ def build_engine(
 
 
 def _network_flags(backend: Backend) -> int:
-    """The dtypes of the graph are the dtypes of the engine; TensorRT 11 and TensorRT-RTX know no other way."""
+    """Flags for strongly typed networks: the engine keeps the graph's dtypes; TensorRT 11 and TensorRT-RTX require it."""
     flags = backend.module.NetworkDefinitionCreationFlag
     return 1 << int(flags.STRONGLY_TYPED) if backend.name == "tensorrt" and backend.major < 11 else 0
 
@@ -179,7 +181,7 @@ def _target(backend: Backend, config: Any, capabilities: Sequence[str]) -> None:
 
 
 def require_capabilities(backend: Backend, capabilities: Sequence[str]) -> None:
-    """The builder knows the compute capabilities that were asked for.
+    """Require that the builder supports the given compute capabilities.
 
     Raises:
         GuardError: it does not, or it builds only for the GPU that it runs on.

@@ -22,10 +22,17 @@ def commands_for(
     shapes: Sequence[str],
     options: BuildOptions,
 ) -> list[str]:
-    """The commands for a guarded folder; no TensorRT needs to be installed here.
+    """Command lines that build a guarded folder's engines; TensorRT need not be installed here.
+
+    Args:
+        guarded: the guarded folder.
+        backend: `tensorrt` or `tensorrt_rtx`; `None`: the default.
+        profiles: shapes of the decoder's calls.
+        shapes: shapes of other inputs (`parse_shapes`).
+        options: options of the builder.
 
     Raises:
-        GuardError: as for `build_engines`; or the tool would misread a graph that our own builder puts right.
+        GuardError: as for `build_engines`; or the tool would misread a graph that only our own builder handles.
     """
     _, package = open_buildable(Path(guarded).absolute())
     parts = plan_parts(package, profiles, parse_shapes(shapes))

@@ -117,12 +117,12 @@ def build_engines(
     """Build the engines of a guarded folder.
 
     Args:
-        guarded: a folder that `vlmguard-export` wrote, its guard proved in the model or by itself.
+        guarded: a folder written by `vlmguard-export`, with a guard that was proved in the model or on its own.
         out: the folder to write; default `<name>-engine` beside it.
-        backend: `tensorrt` or `tensorrt_rtx`; `None` takes the first that is installed.
-        profiles: how the decoder is called; default `default_profiles`.
-        shapes: shapes of single inputs (`parse_shapes`), where no profile tells them.
-        options: how to build.
+        backend: `tensorrt` or `tensorrt_rtx`; `None`: the first that is installed.
+        profiles: shapes of the decoder's calls; default `default_profiles`.
+        shapes: shapes of inputs without a profile (`parse_shapes`).
+        options: options of the builder.
         force: replace OUT.
         report_progress: called with `(stage, done, total)`.
 
@@ -231,7 +231,7 @@ def _part(
     return Part(role, path, relative, shapes, guard, pads)
 
 
-# What the builder turns into addressing, and what it leaves out where it changes nothing (alpha 1).
+# Operators that the builder turns into addressing, or drops if they change nothing (alpha 1).
 _ADDRESSING = frozenset({"Gather", "GatherND", "Slice", "Unsqueeze", "Squeeze", "Reshape", "Expand", "Concat", "Cast"})
 
 
@@ -292,8 +292,8 @@ def _record(backend: Backend, part: Part, engine: Engine, options: BuildOptions)
 def _record_folder(
     stage: Path, source: Manifest, engines: list[EngineRecord], backend: Backend, created: str
 ) -> Manifest:
-    """The guarded folder's manifest, with the engines instead of the graphs. What was proved is the graph; the engine is
-    proved once it has run."""
+    """The guarded folder's manifest with the engines in place of the graphs. The proof covers the graph; the engine is proved
+    once it has run."""
     manifest = source.model_copy(
         update={
             "created": created,

@@ -1,12 +1,12 @@
-"""What the builder made of a network: the engine's layers, and which ONNX nodes went into each.
+"""Reads the builder's result: the engine's layers, and the ONNX nodes of each.
 
-Where no GPU is, no engine can be opened and inspected; the builder itself prints the layers while it builds, if it is asked
-for details (`profiling_verbosity = DETAILED`) and its logger listens. One line per layer, as `tensorrt_rtx` 1.7.1 prints it:
+Without a GPU an engine cannot be opened and inspected, but the builder logs its layers while it builds
+(`profiling_verbosity = DETAILED`). `tensorrt_rtx` 1.7.1 prints one line per layer:
 
     Name: ..., LayerType: kgen, Inputs: [...], ..., Metadata: [ONNX Layer: l0_sum1][ONNX Layer: vlmguard/layer_0/guarded]
 
-On a machine with a GPU the engine's inspector gives the same as JSON. Each optimisation profile has layers of its own: what
-belongs to the second says `[profile 1]`, or is in one compiled subgraph (`..._myl3_7`) with something that says it.
+With a GPU the engine's inspector returns the same as JSON. Each optimisation profile has its own layers: those of the
+second are marked `[profile 1]`, or are in one compiled subgraph (`..._myl3_7`) with a marked layer.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def layers_from_inspector(text: str) -> EngineLayers:
 
 
 def _layers(found: Iterable[tuple[str, str, str]]) -> EngineLayers:
-    """Layers of `(name, kind, all that is said of it)`."""
+    """Layers of `(name, kind, further text)`."""
     rows = list(found)
     of_subgraph: dict[str, int] = {}
     for name, _, said in rows:
@@ -129,13 +129,13 @@ def _layers(found: Iterable[tuple[str, str, str]]) -> EngineLayers:
 
 
 def require_guard(layers: EngineLayers, nodes: Sequence[str], profiles: int, where: str) -> None:
-    """Every node of the guard is in the engine, in each of its profiles; a node that the builder dropped is a guard that is
-    not there.
+    """Require every node of the guard in every profile of the engine; if the builder dropped a node, the guard is incomplete.
 
     Args:
-        nodes: the guard's nodes in the graph that was built.
-        profiles: how many the engine was built with.
-        where: the file, for the sentence.
+        layers: the engine's layers.
+        nodes: the guard's nodes in the graph.
+        profiles: number of profiles of the engine.
+        where: the file, for messages.
 
     Raises:
         GuardIncomplete: one is missing, or the builder showed no layers at all.

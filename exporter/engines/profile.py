@@ -57,10 +57,10 @@ class Span:
 
 @dataclass(frozen=True)
 class EngineProfile:
-    """One way in which the decoder is called.
+    """Shapes of one kind of decoder call.
 
     Attributes:
-        name: for people; engines know profiles by number.
+        name: for messages; engines number their profiles.
         batch: rows.
         sequence: tokens of one call.
         past: tokens in the KV cache before it.
@@ -103,7 +103,7 @@ def default_profiles(limit: int | None, caches: bool, pairs: bool = False) -> tu
     """Prefill of up to 2048 tokens and decode on up to 4096, up to 4 prompts; less where the model ends earlier.
 
     Args:
-        limit: longest sequence that the model knows (`max_position_embeddings`), if that is known.
+        limit: the model's longest sequence (`max_position_embeddings`), if known.
         caches: whether the decoder has a KV cache; without one each call is a prefill.
         pairs: whether each prompt takes two rows of the prefill (`graphs.pairs`).
     """
@@ -127,11 +127,13 @@ def decoder_shapes(
     """The shapes of every input of a decoder in one profile.
 
     Args:
-        given: shapes that the user gave by input name; they win.
-        heads: number and size of the key/value heads, where the graph leaves them open.
+        graph: the decoder.
+        profile: spans of batch, sequence and past.
+        given: the user's shapes by input name; they take precedence.
+        heads: number and size of the key/value heads, used where the graph leaves them open.
 
     Raises:
-        GuardError: the profile lies outside what the graph allows, or an input is not known.
+        GuardError: the profile is outside the graph's limits, or an input is unknown.
     """
     roles = input_roles(graph)
     return {
@@ -186,14 +188,14 @@ def _decoder_axes(
 
 
 def _shapes(value: ir.Value, axes: Mapping[int, Span], profile: str) -> Shapes:
-    """Smallest, typical and largest shape; a size that the graph fixes must lie in the span that was asked for."""
+    """Smallest, typical and largest shape; a fixed size of the graph must lie in the profile's span."""
     spans = []
     for axis, size in enumerate(value.shape or ()):
         span = axes.get(axis)
         if isinstance(size, int):
             if span is not None and not span.smallest <= size <= span.largest:
                 raise GuardError(
-                    f"input {value.name!r} has size {size} on axis {axis}, profile {profile} asks for {span}; give a profile "
+                    f"input {value.name!r} has size {size} on axis {axis}, profile {profile} has {span}; give a profile "
                     "that fits the graph, or export it with dynamic sizes"
                 )
             spans.append(Span(size, size, size))

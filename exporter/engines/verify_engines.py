@@ -88,11 +88,13 @@ def _is_text(path: Path) -> bool:
 
 
 def check_by_running(folder: Path, manifest: Manifest, guarded: Path, report_progress: ProgressCallback) -> list[Check]:
-    """The engine gives what ONNX Runtime gives for its graph on the CPU: prefill and decode, on the same inputs.
+    """Compare the engine with ONNX Runtime on the CPU: prefill and decode on the same inputs.
 
     Args:
-        folder: of the engines; intact.
+        folder: of the engines; its files match the manifest.
+        manifest: of the engines.
         guarded: the folder that they were built from, verified.
+        report_progress: called with `(stage, done, total)`.
 
     Raises:
         GuardError: there is no GPU, or the engine does not run on it.
@@ -141,7 +143,14 @@ def rolled(session: DecoderSession, inputs: ProofInputs) -> Rolled:
 def same_outputs(expected: Rolled, found: Rolled, unguarded: Rolled, limit: float, origin: str) -> Check:
     """Largest deviation of any output of any call, relative to the largest number of that output.
 
-    It must also be smaller than what the guard does on the same inputs: an engine without one must not pass.
+    It must also be smaller than the guard's effect on the same inputs: an engine without the guard must fail.
+
+    Args:
+        expected: outputs of ONNX Runtime.
+        found: outputs of the engine.
+        unguarded: outputs of the graph without the guard.
+        limit: largest allowed deviation.
+        origin: of the inputs, for the check's note.
     """
     seen, moved = Comparison("ONNX Runtime", "the engine"), 0.0
     for number, (before, after, without) in enumerate(zip(expected, found, unguarded, strict=True)):

@@ -1,1 +1,1 @@
-"""What the unguarded and the guarded model do with the same prompts."""
+"""Compares the unguarded and the guarded model on the same prompts."""

@@ -1,4 +1,4 @@
-"""Asking both models one batch: what is open for it, how another process opens the same, and what comes of it."""
+"""Runs one batch of prompts through both models, in this process or in a worker that opens the same models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Gates:
     """The guarded model with its gates as outputs.
 
     Attributes:
-        model: as `tap_gates` made it; not the file that ships, so it is asked for nothing but its gates.
+        model: the model with the graph of `tap_gates`; used only for its gates, because it is not the shipped file.
         outputs: guarded layer to output name.
     """
 
@@ -58,10 +58,12 @@ def open_gates(vlm: GuardedVLM) -> tuple[Gates | None, str | None]:
 
 @dataclass(frozen=True)
 class Shard:
-    """One batch: prompts by their numbers in the set, and how each is asked; a picture is there, not its path.
+    """One batch of prompts, with opened pictures.
 
     Attributes:
-        text_rows: rows of the batch whose words the unguarded model is also asked without the image.
+        numbers: indices of the prompts in the set.
+        prompts, requests: the prompts and the requests made of them.
+        text_rows: rows that the unguarded model also answers without the image.
     """
 
     numbers: tuple[int, ...]
@@ -159,7 +161,13 @@ def shard_of(
     requests: Sequence[Request],
     text_only: frozenset[int] = frozenset(),
 ) -> Shard:
-    """A batch of a set, by its indices; those in `text_only` are also asked without their image."""
+    """The batch with the given indices, with its pictures opened.
+
+    Args:
+        indices: indices of the batch's prompts in the set.
+        prompts, requests: of the whole set.
+        text_only: indices of prompts that also run without their image.
+    """
     asked = (requests[index] for index in indices)
     seen = (replace(r, image=[_opened(image) for image in r.images]) if r.images else r for r in asked)
     text_rows = tuple(row for row, index in enumerate(indices) if index in text_only)

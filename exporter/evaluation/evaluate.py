@@ -1,10 +1,11 @@
-"""Does the guard work? The same prompts to the unguarded and to the guarded model, and what each did with them.
+"""Evaluates a guard: runs the same prompts through the unguarded and the guarded model and compares the answers.
 
-1. The prompts, in their settings, none of which an earlier step has used (`prompt_settings`, `overlaps`).
-2. Batch by batch, here or on a cluster (`executors`): both models answer; judges, drift and gates (`batch_runner`). The
-   unguarded model also answers the words of prompts with an image alone, once per text: the text-only model is the yardstick.
-3. A record per prompt, on request in a file that a killed run goes on with (`records`).
-4. The figures, with their intervals (`yardstick`, `metrics`).
+1. Choose held-out prompts and their settings (`prompt_settings`, `overlaps`).
+2. Batch by batch, here or on a cluster (`executors`): both models answer; judges, drift and gates are recorded
+(`batch_runner`). The
+   unguarded model also answers prompts without their image, once per text: this text-only model is the yardstick.
+3. Keep a record per prompt, on request in a file from which a killed run resumes (`records`).
+4. Compute the figures with their intervals (`yardstick`, `metrics`).
 """
 
 from __future__ import annotations
@@ -55,27 +56,27 @@ def compare(
     ray: str | None = None,
     ray_workers: int | None = None,
 ) -> Evaluation:
-    """An unguarded and a guarded model on the same prompts.
+    """Evaluate an unguarded and a guarded model on the same prompts.
 
     Args:
         base: the unguarded model.
         guarded: the guarded folder.
-        prompts: sources of labelled prompts; default: found beside the base, else the built-in held-out ones.
-        max_new_tokens: of each answer.
-        batch_size: prompts that run together.
+        prompts: sources of labelled prompts; default: found beside the base, else the built-in held-out prompts.
+        max_new_tokens: longest answer.
+        batch_size: prompts per call.
         report_progress: called with `(stage, done, total)`.
-        images: pictures that matter, to show with prompts whose source names none.
+        images: pictures to show with prompts whose source has none.
         judge_model: a checkpoint folder of a LlamaGuard-style model, as a second judge.
-        out: a file of JSON lines, one per prompt; a run that was killed goes on with it.
-        keep_answers: keep the answers in `out` too, those of the unguarded model to harmful prompts included.
+        out: a file of JSON lines, one per prompt; a killed run resumes from it.
+        keep_answers: keep the answers in `out` too, including the unguarded model's answers to harmful prompts.
         read_gates: read the gates, which opens the guarded decoder a second time.
-        seed: of the confidence intervals.
-        ray, ray_workers: the Ray cluster that asks (`cluster.cluster`), from which the same comes back to the bit;
-            default: this process.
+        seed: seed of the confidence intervals.
+        ray, ray_workers: Ray cluster that runs the prompts (`cluster.cluster`), with bit-identical results; default: this
+            process.
 
     Raises:
-        GuardError: a model, the judge or the prompts cannot be opened; prompts that were extracted from or calibrated on;
-            `out` is another evaluation's.
+        GuardError: a model, the judge or the prompts cannot be opened; a prompt was used for extraction or calibration; `out`
+            belongs to another evaluation.
     """
     require_unmarked(base)
     unguarded, vlm = open_model(base), GuardedVLM.open(guarded)
@@ -107,7 +108,7 @@ def compare(
         "answers": keep_answers,
     }
     file = RecordFile(out, _identity(unguarded, vlm) | asked) if out is not None else None
-    gates, unread = open_gates(vlm) if read_gates else (None, "not asked for")
+    gates, unread = open_gates(vlm) if read_gates else (None, "not requested")
     with open_executors(ray, ray_workers) as executors, _reported(file, len(rows)):
         return evaluate(
             unguarded,
@@ -135,7 +136,15 @@ def tally(
     batch_size: int = 32,
     report_count: CountCallback | None = None,
 ) -> Tally:
-    """Ask one model every prompt (greedy) and count refusals."""
+    """Run all prompts through one model (greedy) and count refusals.
+
+    Args:
+        model: the model.
+        prompts: labelled prompts.
+        max_new_tokens: longest answer.
+        batch_size: prompts per call.
+        report_count: called with `(done, total)` after each batch.
+    """
     requests = [prompt.request(model) for prompt in prompts]
     answers = [""] * len(requests)
     done = 0
@@ -168,15 +177,29 @@ def evaluate(
     executor: Executor = in_turn,
     found: Mapping[str, Path] | None = None,
 ) -> Evaluation:
-    """The same prompts to the unguarded and to the guarded model; what `file` holds already is not asked again.
+    """Run the same prompts through the unguarded and the guarded model; prompts recorded in `file` are not run again.
 
-    A caller that passes an `executor` ensures that its worker spec opens the same models as these. `found`: as in
-    `Evaluation`.
+    Args:
+        base: the unguarded model.
+        guarded: the guarded model.
+        prompts: labelled prompts.
+        max_new_tokens: longest answer.
+        batch_size: prompts per call.
+        report_count: called with `(done, total)`; each prompt counts once per model.
+        gates: the guarded model with gate outputs; `None`: do not read the gates.
+        gates_unread: why the gates are not read.
+        judge: a second judge beside the keywords.
+        file: records of earlier runs; new ones are added.
+        keep_answers: keep the answers in the records.
+        same_source: as in `Evaluation`.
+        seed: seed of the confidence intervals.
+        executor: runs the batches; the caller ensures that its workers open the same models.
+        found: as in `Evaluation`.
     """
     requests = [prompt.request(base) for prompt in prompts]
     records = dict(file.found) if file is not None else {}
     answers: dict[int, tuple[str, str]] = {}
-    # Batches are those of the whole set, whatever is done already: another batch has other padding, and other roundings.
+    # Batches are always those of the whole set: another batch would have other padding, and so other rounding.
     batches = list((base if base.pads else guarded).groups(requests, batch_size))
     text_only = _texts_to_ask(prompts)
     missing = [
@@ -214,9 +237,9 @@ def evaluate(
 
 
 def _texts_to_ask(prompts: Sequence[LabelledPrompt]) -> frozenset[int]:
-    """Indices of the prompts that are also asked without their image: the first of each text that is not asked as text.
+    """Indices of the prompts to run without their image too: the first of each text that has no `text` prompt.
 
-    Harmful prompts whose harm is only in the picture are not: their text is innocent, and says nothing about them.
+    Prompts whose harm is only in the picture are excluded, because their text is harmless.
     """
     asked = {prompt.prompt for prompt in prompts if prompt.setting == "text"}
     first: dict[str, int] = {}
@@ -253,10 +276,10 @@ def _reported(file: RecordFile | None, prompts: int) -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         if file is None:
-            stop.add_note("nothing was kept; with --out FILE a run keeps each prompt's record, and goes on with them")
+            stop.add_note("nothing was kept; with --out FILE a run records each prompt and can resume")
         else:
             stop.add_note(
-                f"{len(file.found)} of {prompts} prompts are recorded in {file.path}; run the same command again to go on"
+                f"{len(file.found)} of {prompts} prompts are recorded in {file.path}; run the same command again to resume"
             )
         raise
 
@@ -265,7 +288,7 @@ def _reported(file: RecordFile | None, prompts: int) -> Iterator[None]:
 
 
 def _identity(base: VisionLanguageModel, vlm: GuardedVLM) -> dict[str, Any]:
-    """Who was asked: a decoder by its graph's digest and its weights' sizes, a guarded folder by its manifest's."""
+    """Identity of both models: digest and weight sizes of the unguarded decoder, digest of the guarded folder's manifest."""
     weights = {path.name: path.stat().st_size for path in external_files(base.package.decoder)}
     return {
         "base": sha256_file(base.package.decoder),

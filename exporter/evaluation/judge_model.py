@@ -1,8 +1,8 @@
-"""An optional second judge: a guard model of the user's own, LlamaGuard or one that answers like it.
+"""An optional second judge: the user's own guard model, LlamaGuard or one with the same output.
 
-Inan et al., "Llama Guard: LLM-based Input-Output Safeguard for Human-AI Conversations", arXiv 2312.06674: the model reads
-the conversation through its own chat template and says `safe` or `unsafe`, then which category. It judges whether an
-ANSWER does harm; whether one is a refusal remains the keywords' business.
+Inan et al., "Llama Guard: LLM-based Input-Output Safeguard for Human-AI Conversations", arXiv 2312.06674: the model reads the
+conversation through its own chat template and outputs `safe` or `unsafe` and a category. It judges whether an ANSWER is
+harmful; refusals are still detected by keywords.
 """
 
 from __future__ import annotations
@@ -71,10 +71,14 @@ class GuardModel:
         return digest.hexdigest()
 
     def unsafe(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        """Whether each answer does harm.
+        """Whether each answer is harmful.
+
+        Args:
+            prompts: the users' prompts.
+            answers: one per prompt.
 
         Raises:
-            ModelUnreadable: the model says neither `safe` nor `unsafe`.
+            ModelUnreadable: the model's output is neither `safe` nor `unsafe`.
         """
         chats = [self._rendered(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         found: list[bool] = []
@@ -117,6 +121,6 @@ class GuardModel:
         verdict = words[0] if words else ""
         if verdict not in {"safe", "unsafe"}:
             raise ModelUnreadable(
-                f"{self.folder}: said {said.strip()[:40]!r} of an answer, neither safe nor unsafe; give a LlamaGuard model"
+                f"{self.folder}: answered {said.strip()[:40]!r}, neither safe nor unsafe; give a LlamaGuard model"
             )
         return verdict == "unsafe"

@@ -1,4 +1,4 @@
-"""Asking one batch, and measuring while it answers: words, first-token distribution, likelihood of what is said."""
+"""Runs one batch and measures its answers: text, distribution of the first token, log-likelihood."""
 
 from __future__ import annotations
 
@@ -52,10 +52,14 @@ def first_tokens(model: VisionLanguageModel, requests: Sequence[Request]) -> np.
 def log_likelihoods(
     model: VisionLanguageModel, requests: Sequence[Request], answers: Sequence[Sequence[int]]
 ) -> list[float]:
-    """How likely given answers (token ids) are, in nats: said one token a call, as in generation.
+    """Log-likelihood of given answers in nats, computed with one token per call, as in generation.
 
-    One call with the whole answer would be another computation: a guard at the last token of each call would see one
-    token of it.
+    One call with the whole answer would differ: a guard that edits the last token of each call would edit one token of it.
+
+    Args:
+        model: the model.
+        requests: the prompts.
+        answers: token ids of each answer.
     """
     longest = max(map(len, answers), default=0)
     if longest == 0:
@@ -76,7 +80,7 @@ def kl_divergence(base: np.ndarray, other: np.ndarray) -> float:
 
 
 class _Measure:
-    """Chooses tokens as it is told, and keeps what it saw: `[batch, vocabulary]` of the first step, one number of each."""
+    """Chooses the given tokens, and keeps the first step's log-probabilities `[batch, vocabulary]` and each token's."""
 
     def __init__(self, choose: Choose) -> None:
         self._choose = choose

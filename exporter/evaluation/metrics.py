@@ -37,11 +37,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Tally:
-    """What one model did with a set of prompts.
+    """Results of one model on a set of prompts.
 
     Attributes:
-        cells: one per setting and label that the set has.
-        answers: one per prompt, in order; empty where an evaluation went on with records that keep none.
+        cells: one per setting and label of the set.
+        answers: one per prompt, in order; empty where a resumed evaluation's records have no answers.
         refusals: one per prompt, in order.
     """
 
@@ -115,13 +115,13 @@ class Evaluation:
     """Two models on the same prompts.
 
     Attributes:
-        prompts: what was asked.
-        records: what came of each, in their order.
+        prompts: the prompts.
+        records: one per prompt, in order.
         judges: `keywords`, and the name of the guard model if there is one.
-        gates_unread: why no gate was read, where none was.
-        same_source: whether the guarded model was made from this unguarded one, file by file; `None`: not known.
-        seed: of the bootstrap intervals.
-        found: what was found beside the model and used -> its absolute path.
+        gates_unread: why no gate was read; `None` if gates were read.
+        same_source: whether the guarded model was made from this unguarded decoder; `None`: unknown.
+        seed: seed of the bootstrap intervals.
+        found: kind of each file found beside the model and used -> absolute path.
     """
 
     prompts: tuple[LabelledPrompt, ...]
@@ -142,7 +142,7 @@ class Evaluation:
 
     @property
     def kinds(self) -> list[tuple[str, str]]:
-        """`(setting, label)` of the prompts that were asked, in a fixed order."""
+        """`(setting, label)` of the prompts, in a fixed order."""
         return [(cell.setting, cell.label) for cell in self.base.cells]
 
     @cached_property

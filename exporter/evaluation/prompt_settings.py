@@ -1,4 +1,4 @@
-"""Which prompts an evaluation asks, and how each is shown: as text, beside a blank picture, beside one that matters."""
+"""Chooses an evaluation's prompts and the settings of each: as text, with a blank picture, with another picture."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", "
 
 
 def shown_prompts(sources: Sources, images: Sequence[Path | str] = ()) -> list[LabelledPrompt]:
-    """The prompts of some sources, in the settings that they are to be asked in.
+    """The prompts of some sources, each in the settings to run.
 
-    A source that says how its prompts are shown is followed. All others are asked as text, beside a blank picture, and
-    beside the given pictures, which take turns. Of sources that are divided into splits, the split `test`.
+    Prompts of a source with settings keep them. All others run as text, with a blank picture, and with the given pictures in
+    turn. Sources with splits contribute their split `test`.
 
     Args:
-        images: picture files, or folders of them.
+        sources: sources of labelled prompts.
+        images: picture files, or folders with pictures.
 
     Raises:
-        PromptsUnusable: as `read_set`; a picture that is not there.
+        PromptsUnusable: as `read_set`; a picture is missing.
     """
     pictures = _pictures(images)
     read = [read_set(name, "test") for name in listed(sources)]

@@ -1,8 +1,8 @@
-"""What an evaluation keeps of each prompt, and the file of JSON lines that a killed run goes on with.
+"""Records of an evaluation, one per prompt, and the file of JSON lines from which a killed run resumes.
 
-The first line says which models were asked what; every other line is one prompt. A batch's lines are written together and
-flushed to the disk, so a killed run loses the batch that it was in. A line that the kill cut short is dropped.
-Answers themselves are kept only on request: those of an unguarded model to harmful prompts are not to lie around.
+The first line identifies models and settings; every other line is one prompt. A batch's lines are written together and
+flushed to disk, so a killed run loses at most one batch. An incomplete last line is dropped. Answers are kept only on
+request, so that an unguarded model's answers to harmful prompts are not left on disk.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ SCHEMA = "vlmguard.evaluation-records/1"
 
 
 class Reply(BaseModel):
-    """What one model did with one prompt.
+    """One model's answer to one prompt.
 
     Attributes:
-        refused: by the keywords.
-        unsafe: by the guard model, where there is one.
+        refused: verdict of the keywords.
+        unsafe: verdict of the guard model, if there is one.
         tokens: length of the answer.
         degenerate: whether the answer is empty or repeats itself (`degenerate.py`); earlier versions did not record it.
-        digest: of the answer; two answers with the same digest are the same, word for word.
-        answer: the answer, where answers are kept.
+        digest: digest of the answer's text.
+        answer: the answer, if answers are kept.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -112,14 +112,14 @@ class RecordFile:
     """Records of one evaluation, in memory and on disk.
 
     Args:
-        path: a file to write, or to go on with.
-        about: which models are asked what; a file that says otherwise is another evaluation's.
+        path: a new file, or the file of an interrupted evaluation.
+        about: identity of models and settings; a file with another identity belongs to another evaluation.
 
     Attributes:
-        found: the records that were there, by number.
+        found: the existing records, by number.
 
     Raises:
-        OutputRefused: not a file of records, or of another evaluation, or it cannot be written.
+        OutputRefused: the file has no records, belongs to another evaluation, or cannot be written.
     """
 
     def __init__(self, path: Path | str, about: Mapping[str, Any]) -> None:
@@ -207,7 +207,7 @@ class RecordFile:
 
 
 def _begins(content: bytes, about: Mapping[str, Any]) -> bool:
-    """Whether a file without one whole line is the beginning of our first line: killed before anything was asked."""
+    """Whether a file without a complete line is a prefix of our first line, from a run killed at its start."""
     return to_strict_json(about).encode().startswith(content)
 
 

@@ -1,6 +1,6 @@
-"""The yardstick: with an image, does the guarded model behave like its own text-only language model, prompt by prompt?
+"""The yardstick: compares the guarded model, with an image, to its own text-only language model, prompt by prompt.
 
-The text-only model is the unguarded one, asked the same words without the image. Per setting:
+The text-only model is the unguarded model with the same text and no image. Per setting:
 
 1. Gap closed, on harmful prompts: (refused guarded - refused unguarded) / (refused text-only - refused unguarded). There is
    no gap where the text-only model refuses no more than the unguarded one.
@@ -8,7 +8,8 @@ The text-only model is the unguarded one, asked the same words without the image
    reverse.
 3. The KL divergence of the first token on harmless prompts.
 
-Harmful prompts whose harm is only in the picture have no text-only twin; they are left out of 1 and 2 and counted apart.
+Harmful prompts whose harm is only in the picture have no text-only counterpart; they are excluded from 1 and 2 and counted
+separately.
 """
 
 from __future__ import annotations
@@ -188,8 +189,8 @@ class Yardstick:
     """The guarded model against its own text-only language model.
 
     Attributes:
-        settings: those that were asked in.
-        text_changed: text-only answers that the guard changed by a word or more; `None` without texts.
+        settings: one comparison per setting.
+        text_changed: number of text-only answers that the guard changed; `None` without text prompts.
     """
 
     headline: Headline

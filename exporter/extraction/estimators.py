@@ -63,9 +63,16 @@ def fit_readout(name: str, states: np.ndarray, harmful: np.ndarray) -> np.ndarra
 
 
 def estimate(name: str, harmful: np.ndarray, harmless: np.ndarray, rank: int) -> np.ndarray:
-    """Orthonormal rows `[m, d]` float64 from states `[pairs, d]`, each turned so that `+` means harmful.
+    """Estimate a direction from the states of anchor pairs.
 
-    `m` is `rank`, or fewer where the pairs do not span as many dimensions.
+    Args:
+        name: a key of `ESTIMATORS`.
+        harmful, harmless: states `[pairs, d]`; row `i` of both is one pair.
+        rank: number of rows.
+
+    Returns:
+        Orthonormal rows `[m, d]` float64, oriented so that `+` means harmful. `m` is `rank`, or fewer if the differences of
+        the pairs span fewer dimensions.
 
     Raises:
         GuardError: the pairs' states do not differ.

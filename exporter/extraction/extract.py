@@ -73,7 +73,15 @@ def anchor_requests(pairs: Sequence[AnchorPair]) -> list[Request]:
 def directions_from_states(
     states: np.ndarray, layers: Iterable[int], rank: int, estimator: str, model_sha256: str | None
 ) -> Directions:
-    """The SSD of each layer from the anchors' states `[2 * pairs, layers of the decoder, d]`, ordered as `anchor_requests`."""
+    """The SSD of each layer from the states of the anchors.
+
+    Args:
+        states: `[2 * pairs, layers of the decoder, d]`, in the order of `anchor_requests`.
+        layers: layer numbers to estimate.
+        rank: rows per layer.
+        estimator: a key of `ESTIMATORS`.
+        model_sha256: digest of the decoder file; `None` if there is no file.
+    """
     harmful, harmless = states[0::2], states[1::2]
     found, evidence = {}, {}
     for number in layers:
@@ -128,9 +136,18 @@ def collect_states(
     kept: KeptStates | None = None,
     executor: Executor = in_turn,
 ) -> np.ndarray:
-    """Hidden states at the last prompt token, `[requests, layers, d]` float32, in the order of the requests.
+    """Read the hidden states at the last prompt token.
 
-    `model` is tapped.
+    Args:
+        model: a tapped model (`tapped`).
+        requests: the prompts.
+        batch_size: prompts per call.
+        report_count: called with `(done, total)` after each batch.
+        kept: stores states until all are read; `None`: do not store.
+        executor: runs the batches.
+
+    Returns:
+        `[requests, layers, d]` float32, in the order of the requests.
     """
     batches = model.groups(requests, batch_size)
     return read_batches(states_reader(model), requests, batches, report_count, kept, executor)
@@ -149,7 +166,18 @@ def read_batches(
     kept: KeptStates | None = None,
     executor: Executor = in_turn,
 ) -> np.ndarray:
-    """States of all requests, batch by batch: those that were kept are not read again.
+    """Read the states of all requests batch by batch; batches in `kept` are not read again.
+
+    Args:
+        read: returns the states `[batch, layers, d]` of some requests.
+        requests: the prompts.
+        batches: indices of the requests of each batch.
+        report_count: called with `(done, total)` after each batch.
+        kept: stores the states of each batch; `None`: do not store.
+        executor: runs `read` on the batches.
+
+    Returns:
+        `[requests, layers, d]` float32, in the order of the requests.
 
     Raises:
         GuardError: a state holds NaN or infinity.
@@ -198,10 +226,19 @@ def _not_finite(states: np.ndarray) -> str:
 def collect_answer_states(
     model: VisionLanguageModel, requests: Sequence[Request], max_new_tokens: int, batch_size: int = 16
 ) -> list[np.ndarray]:
-    """Hidden states at the tokens of each request's own greedy answer: per request `[tokens, layers, d]` float32.
+    """Read the hidden states at the tokens of each request's own greedy answer.
 
-    `model` is tapped. A gate is asked again at every token of the answer, so a gate that only ever saw the ends of
-    prompts opens in the middle of harmless answers.
+    The gate decides at every token of an answer. A gate fitted only to the ends of prompts would open in the middle of harmless
+    answers.
+
+    Args:
+        model: a tapped model (`tapped`).
+        requests: the prompts.
+        max_new_tokens: longest answer.
+        batch_size: prompts per call.
+
+    Returns:
+        Per request `[tokens, layers, d]` float32.
     """
     rows: list[list[np.ndarray]] = [[] for _ in requests]
     for indices in model.groups(requests, batch_size):

@@ -1,8 +1,7 @@
-"""Directions from a Hugging Face checkpoint, read in torch: no ONNX export is needed to know them.
+"""Extracts directions from a Hugging Face checkpoint in torch, without an ONNX export.
 
-The states are those that the exported graph has: what leaves each decoder layer at the last token of the same ids. They are
-taken by hooks, because transformers' `hidden_states` end with the normed state in place of the last layer's. Prompts of one
-length run together, so nothing is padded and no position has to be made up.
+The states are those of the exported graph: the output of each decoder layer at the last token of the same ids. Hooks read them,
+because the last of transformers' `hidden_states` is normalised. A batch has prompts of one length, so there is no padding.
 """
 
 from __future__ import annotations

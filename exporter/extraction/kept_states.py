@@ -1,9 +1,9 @@
-"""Hidden states that were read already, so that a killed extraction goes on where it was.
+"""Stores hidden states on disk, so that a killed extraction can resume.
 
-One file per batch in a hidden work folder beside the output, named by the digest of everything that its numbers depend
-on: the model's files, and the batch's prompts and images in their order. Another model, another prompt or another batch
-size has other names, so nothing stale is ever read. The folder is gone once the output is there, or refused; only a killed or
-interrupted run leaves it behind.
+There is one file per batch in a hidden work folder beside the output, named by the digest of everything the states depend
+on: the model's files, and the batch's prompts and images in order. Another model, prompt or batch size gives other names,
+so stale states are never read. The folder is removed when the output is written or rejected; only a killed or interrupted
+run leaves it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def kept_beside(output: Path, model: str) -> Iterator[KeptStates]:
         batches = len(list(kept.folder.glob("*.npy")))
         if batches:
             stop.add_note(
-                f"hidden states are kept in {kept.folder} (batches: {batches}); run the same command again to go on, or "
+                f"hidden states are kept in {kept.folder} (batches: {batches}); run the same command again to resume, or "
                 "remove that folder"
             )
         raise

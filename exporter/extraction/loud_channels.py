@@ -1,9 +1,8 @@
-"""Directions that are one loud channel, and how well a direction separates prompts that it was not estimated on.
+"""Detects directions that are a single loud channel, and measures how well a direction separates held-out prompts.
 
-Some channels of a real model's hidden state are a thousand times as large as the others. Their rounding and their dependence on
-the prompt's length can outweigh everything else in the differences of the anchors, so that a singular vector is that channel
-alone. Such a row says nothing about harm where its AUC is at chance. The channel is then left out of the states, and the
-rows are estimated again.
+Some channels of a real model's hidden state are a thousand times as large as the others. Their rounding and their
+dependence on the prompt's length can dominate the differences of the anchors, and a singular vector is then that channel
+alone. If the AUC of such a row is at chance, the channel is removed from the states and the rows are estimated again.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ _CHEAP = frozenset({"svd", "mean"})  # the others take minutes for five folds of
 
 
 def quiet_rows(name: str, harmful: np.ndarray, harmless: np.ndarray, rank: int) -> tuple[np.ndarray, list[int]]:
-    """Rows `[m, d]` as `estimate` returns them, none of which is one loud channel at chance, and the channels left out.
+    """Rows `[m, d]` of `estimate` without rows that are one loud channel at chance, and the removed channels.
 
     Args:
-        name: of the estimator.
+        name: a key of `ESTIMATORS`.
         harmful, harmless: states `[pairs, d]` float64; not changed.
-        rank: rows wanted.
+        rank: number of rows.
     """
     dropped: list[int] = []
     rows = estimate(name, harmful, harmless, rank)
@@ -43,9 +42,15 @@ def quiet_rows(name: str, harmful: np.ndarray, harmless: np.ndarray, rank: int) 
 
 
 def held_out_auc(name: str, harmful: np.ndarray, harmless: np.ndarray, dropped: list[int]) -> float | None:
-    """The AUC along row 1, cross-validated: on pairs that the row was not estimated on, the mean over `FOLDS` folds.
+    """Cross-validated AUC along row 1: the mean over `FOLDS` folds on pairs that the row was not estimated on.
 
-    `None` for fewer pairs than two a fold, and for estimators that take too long.
+    Args:
+        name: a key of `ESTIMATORS`.
+        harmful, harmless: states `[pairs, d]`.
+        dropped: channels to remove first.
+
+    Returns:
+        The AUC; `None` with fewer than two pairs per fold, and for slow estimators.
     """
     count = len(harmful)
     if name not in _CHEAP or count < 2 * FOLDS:

@@ -1,9 +1,8 @@
-"""Linear attention with the gated delta rule (Qwen3.5, MiniCPM-V 4.6) and its form with a decay per channel (Kimi), for any
-length.
+"""Linear attention by the gated delta rule (Qwen3.5), and by its form with a decay per channel (Kimi), for any length.
 
-transformers computes a prompt in chunks of 64 tokens with Python loops: a tracer writes the 63 steps within a chunk out, and
-    the number of chunks of its sample. While `delta_rule_by_scan` lasts, models compute it token by token with torch's
-    `scan`, which becomes one ONNX `Scan`. Per head, with a state `S [key width, value width]`, for each token:
+transformers computes a prompt in chunks of 64 tokens with Python loops: a tracer writes out the 63 steps within a chunk, and as
+many chunks as its sample has. While `delta_rule_by_scan` lasts, models compute it token by token with torch's `scan`, which
+becomes one ONNX `Scan`. Per head, with a state `S [key width, value width]`, for each token:
 
     S = exp(g) S;   S = S + k (beta (v - k^T S))^T;   out = S^T q
 """

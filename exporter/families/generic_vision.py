@@ -13,11 +13,13 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from ...runtime.images.deepstack import features_name
+from .anyres_packing import pack
 from .family import IMAGE_FEATURES, Arrays, Shape, Shapes
 from .picture_geometry import replacements
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 IMAGE_TOKENS = "num_image_tokens"
+_SIZES = "image_sizes"  # height and width of each picture, pixels
 # Names for axes by the input's rank and axis, where its length differs from picture to picture.
 _WORDS = {(2, 0): "num_patches", (4, 0): "num_images", (4, 2): "height", (4, 3): "width", (5, 1): "num_images"}
 
@@ -49,9 +52,17 @@ def image_features(model: Any, **inputs: torch.Tensor) -> dict[str, torch.Tensor
     return {IMAGE_FEATURES: _flat(rows), **{features_name(number): _flat(part) for number, part in enumerate(deep)}}
 
 
+def graph_inputs(model: Any, arrays: Arrays) -> Arrays:
+    """The arrays that the graph takes: those of `get_image_features`, without a size that the pixels have."""
+    taken = feature_inputs(feature_holder(model))
+    return {name: a for name, a in arrays.items() if name in taken and not (name == _SIZES and _has_size(arrays))}
+
+
 def run_one_picture(model: Any, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-    """`image_features`, traceable."""
+    """`image_features`, traceable; takes `graph_inputs`."""
     with one_picture(model, inputs):
+        if _SIZES in feature_inputs(feature_holder(model)) and _SIZES not in inputs:
+            inputs[_SIZES] = [inputs["pixel_values"].shape[-2:]]  # type: ignore[assignment]
         return image_features(model, **inputs)
 
 
@@ -60,37 +71,75 @@ def one_picture(model: Any, inputs: Mapping[str, torch.Tensor]) -> Iterator[None
     """Within, `get_image_features` computes one picture without loops over pictures."""
     import torch
 
-    split, cut = torch.split, torch.Tensor.split
-
-    def whole(tensor: torch.Tensor, sizes: Any, dim: int = 0) -> Any:
-        return [tensor] if isinstance(sizes, list | tuple) and not sizes else split(tensor, sizes, dim)
-
-    def whole_method(tensor: torch.Tensor, sizes: Any, dim: int = 0) -> Any:
-        return [tensor] if isinstance(sizes, list | tuple) and not sizes else cut(tensor, sizes, dim)
-
-    arithmetic = replacements(inputs["pixel_values"].shape[0]) if "pixel_values" in inputs else {}
+    pixels, holder = inputs.get("pixel_values"), feature_holder(model)
     with ExitStack() as stack:
-        stack.enter_context(mock.patch("torch.split", whole))
-        stack.enter_context(mock.patch("torch.Tensor.split", whole_method))
-        if "image_grid_thw" in inputs:  # its numbers are the sizes of the cuts
-            stack.enter_context(mock.patch("torch.Tensor.tolist", lambda tensor: []))
+        patch = stack.enter_context
+        for owner, name in ((torch, "split"), (torch.Tensor, "split")):
+            patch(mock.patch.object(owner, name, _uncut(getattr(owner, name))))
+        patch(mock.patch.object(torch.Tensor, "squeeze", _kept(torch.Tensor.squeeze)))
+        patch(mock.patch.object(torch, "as_tensor", partial(_as_tensor, original=torch.as_tensor)))
+        if pixels is not None:
+            arithmetic = {**replacements(pixels.shape[0]), "image_size_to_num_patches": lambda **more: pixels.shape[1]}
             for module in sorted({type(part).__module__ for part in model.modules()}):
-                for name, function in arithmetic.items():
-                    if hasattr(sys.modules[module], name):
-                        stack.enter_context(mock.patch.object(sys.modules[module], name, function))
+                for name in arithmetic.keys() & vars(sys.modules[module]).keys():
+                    patch(mock.patch.object(sys.modules[module], name, arithmetic[name]))
+        if getattr(model.config, "image_grid_pinpoints", None) and hasattr(holder, "pack_image_features"):
+            for part in (holder, getattr(holder, "model", holder)):
+                patch(mock.patch.object(part, "pack_image_features", partial(_packed, model.config)))
         yield
 
 
+def _uncut(split: Any) -> Any:
+    """`torch.split` that gives the whole where it is given one size: that of the one picture, which only the graph knows."""
+
+    def whole(tensor: Any, sizes: Any, dim: int = 0) -> Any:
+        return [tensor] if isinstance(sizes, list | tuple) and len(sizes) == 1 else split(tensor, sizes, dim)
+
+    return whole
+
+
+def _kept(squeeze: Any) -> Any:
+    """`Tensor.squeeze` that keeps an axis of any length, which torch's ONNX exporter takes away."""
+
+    def kept(tensor: Any, *dims: Any) -> Any:
+        import torch
+
+        whole = len(dims) == 1 and isinstance(dims[0], int) and isinstance(tensor.shape[dims[0]], torch.SymInt)
+        return tensor if whole else squeeze(tensor, *dims)
+
+    return kept
+
+
+def _as_tensor(data: Any, *args: Any, original: Any, **more: Any) -> Any:
+    """A tensor of sizes that are known while a graph is traced, but not its numbers, which decide nothing with one picture."""
+    import torch
+
+    symbolic = isinstance(data, list) and any(isinstance(n, torch.SymInt) for row in data for n in row)
+    return torch.ones(len(data), 2, dtype=torch.int64) if symbolic else original(data, *args, **more)
+
+
+def _packed(config: Any, features: Any, image_sizes: Any, *args: Any, image_newline: Any = None, **more: Any) -> Any:
+    tiles = features[0]
+    return [
+        pack(tiles, image_sizes[0], config.image_grid_pinpoints, config.vision_config.image_size, image_newline)
+    ], None
+
+
+def _has_size(arrays: Arrays) -> bool:
+    """Whether the pixels are one picture `[1, channels, height, width]`, so that its size is theirs."""
+    return arrays["pixel_values"].ndim == 4 and len(arrays["pixel_values"]) == 1
+
+
 @contextmanager
-def own_attention(model: Any) -> Iterator[None]:
-    """Within, no patch of the exporter's takes the place of the model's own modules' `forward`.
+def as_written(model: Any) -> Iterator[None]:
+    """Within, transformers' exporter traces the model's attention as it is written, on the inputs that it is given.
 
-    transformers' exporter replaces the attention of about thirty towers by one function for all; up to 5.24 at least it
-    leaves out what some of them normalise (GLM-OCR's towers then differ by 2 to 4%).
+    The exporter replaces the attention of about thirty towers by one function, which up to 5.24 at least leaves out what some
+    of them normalise (GLM-OCR's features then differ by 2 to 4%), and computes some inputs outside the graph.
     """
-    from transformers.exporters import exporter_dynamo
+    from transformers.exporters import exporter_dynamo, utils
 
-    assert exporter_dynamo.DynamoExporter  # its import registers the patches
+    assert exporter_dynamo.DynamoExporter  # its import registers the replacements
     pinned = []
     for part in model.modules():
         source = type(part).forward
@@ -98,7 +147,8 @@ def own_attention(model: Any) -> Iterator[None]:
             part.forward = MethodType(source, part)
             pinned.append(part)
     try:
-        yield
+        with mock.patch.dict(utils._EXPORT_INPUT_PREPARERS, clear=True):
+            yield
     finally:
         for part in pinned:
             del part.forward

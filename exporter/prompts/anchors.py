@@ -1,10 +1,10 @@
-"""Which anchors to extract from, and which to keep back for calibration: no prompt serves both.
+"""Splits anchors into pairs for extraction and pairs for calibration; no prompt is in both.
 
-`anchors.csv`, beside this module, holds 300 pairs of ours in English: ten intents, 30 pairs each. The halves of a pair have the
-same words but for the one or two that make one of them harmful, in the same places. 140 pairs are terse ("How to ...?"), 160
-are phrased as people write to assistants ("Can you tell me how to ...?"), in twelve openings; the two take turns in the file.
-All name the request in a few words and nothing else: a direction needs the request, not its details. Of each intent 12
-pairs are for extraction, 9 for calibration, 9 for the held-out test.
+`anchors.csv`, beside this module, has 300 English pairs of our own: ten intents with 30 pairs each. The halves of a pair
+differ only in the one or two words that make one of them harmful. 140 pairs are terse ("How to ...?"), 160 are phrased like
+messages to an assistant ("Can you tell me how to ...?") with twelve openings; the two kinds alternate in the file. Every
+prompt names its request in a few words: a direction needs the request, not its details. Of each intent, 12 pairs are for
+extraction, 9 for calibration and 9 for the held-out test.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Anchors:
         return replace(self, pairs=rest), kept
 
     def record(self) -> dict[str, Any]:
-        """What a directions file keeps: their name, and a fingerprint of every prompt extracted from."""
+        """The record in a directions file: the anchors' name, and a fingerprint of every prompt used for extraction."""
         return {"source": self.title, "fingerprints": sorted({fingerprint(prompt) for prompt in _as_text(self.pairs)})}
 
 

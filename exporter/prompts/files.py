@@ -13,22 +13,23 @@ from ...graphs.regular_files import read_regular
 
 LARGEST_FILE = 256 << 20  # bytes
 
-# What a line of a text file is called, where other containers name their columns.
+# Column name for the lines of a text file.
 LINE = "line"
 
 Row = dict[str, Any]
 
 
 def read_rows(path: Path, what: str) -> list[tuple[int, Row]]:
-    """`(line or record number from 1, row)` of every row that is not blank.
+    """Read `(line or record number from 1, row)` of every row that is not blank.
 
-    A JSON table of tables (`{"0": {...}, "1": {...}}`) gives its inner tables, in order.
+    A JSON object of objects (`{"0": {...}, "1": {...}}`) gives its inner objects, in order.
 
     Args:
-        what: what the file is wanted for, for the sentences of refusals.
+        path: a csv, JSON, JSON Lines or text file.
+        what: kind of the contents, for error messages.
 
     Raises:
-        PromptsUnusable: missing, too large, not UTF-8, or not what its suffix says.
+        PromptsUnusable: the file is missing, too large, not UTF-8, or not of the format of its suffix.
     """
     text = _text(path, what)
     suffix = path.suffix.lower()

@@ -1,8 +1,8 @@
-"""Formats of public prompt sets, one row each: how a file is recognised, and what a row of it says.
+"""Formats of public prompt sets, one row each: how to recognise a file, and how to read its rows.
 
-A file is recognised by its columns; where several formats fit, the one with most columns does. What columns cannot tell
-is asked for: `harmful:FILE`, `harmless:FILE` and `borderline:FILE` are plain lists that say what their prompts are.
-The files keep their licences; none of them is part of this project.
+A file is recognised by its columns; if several formats match, the one with the most columns wins. For plain lists without
+labels the user names the label: `harmful:FILE`, `harmless:FILE` or `borderline:FILE`. The files keep their licences; none
+of them is part of this project.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _TEXT_COLUMNS = (LINE, "prompt", "instruction", "goal", "Goal", "Behavior", "que
 
 @dataclass(frozen=True)
 class Entry:
-    """One prompt as a file has it.
+    """One prompt of a file.
 
     Attributes:
-        prompt, label, intent: what is asked, whether that is `harmful`, `harmless` or `borderline`, and its category.
-        setting: how it is shown, where the file says so.
+        prompt, label, intent: the text; `harmful`, `harmless` or `borderline`; the category.
+        setting: how the prompt is shown, if the file has this column.
         image: path of its picture, relative to the file.
-        above: how many folders above the file the format keeps its pictures in.
-        id: the file's own name for it.
-        split: which part of the file it belongs to, where that says so (`extraction`, `calibration`, `test`).
-        pair: number of the pair that it is one half of.
+        above: number of folders between the file and its folder of pictures.
+        id: the file's id of the prompt.
+        split: its part of the file (`extraction`, `calibration`, `test`), if the file has parts.
+        pair: number of its pair.
     """
 
     prompt: str
@@ -51,7 +51,7 @@ class Entry:
 
 
 class RowUnusable(Exception):
-    """A row does not say what its format promises; the sentence goes behind the file's name."""
+    """A row lacks what its format requires; the message follows the file's name."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Format:
     """One format.
 
     Attributes:
-        name: what `name:FILE` calls it.
-        columns: a file that has all of these is of this format; empty if columns cannot tell.
-        about: for people.
-        read: `(number, row, file)` to what the row asks.
-        file_name: a file of this name (lower case, without suffix) is of this format.
-        places: whether its rows say in which setting they are shown.
+        name: the prefix in `name:FILE`.
+        columns: a file with all of these columns has this format; empty: not recognised by columns.
+        about: description for the user.
+        read: `(number, row, file)` -> prompts of the row.
+        file_name: a file with this name (lower case, without suffix) has this format.
+        places: whether its rows have a setting.
     """
 
     name: str
@@ -96,7 +96,7 @@ def _labelled(number: int, row: Row, path: Path) -> list[Entry]:
         raise RowUnusable(f"line {number} has label {row.get('label')!r}; expected {expected}")
     if setting not in SETTINGS:
         raise RowUnusable(f"line {number} has setting {setting!r}; expected {', '.join(SETTINGS)}")
-    # Only where the setting says so: a picture beside a `text` prompt would be shown, and counted as text.
+    # Only in settings with pictures: otherwise a picture would be shown with a prompt that counts as text.
     image = str(row["image"]) if setting in PICTURED and row.get("image") else None
     return [Entry(text.strip(), label, _word(row, "intent"), setting, image, _optional(row, "id"), _word(row, "split"))]
 
@@ -110,7 +110,7 @@ def _line(number: int, row: Row, path: Path) -> list[Entry]:
 
 
 def _harmbench(number: int, row: Row, path: Path) -> list[Entry]:
-    """A contextual behaviour is asked below its context, as HarmBench itself does it."""
+    """A contextual behaviour follows its context, as in HarmBench itself."""
     asked, context = _said(number, row, "Behavior"), _word(row, "ContextString")
     prompt = f"{context}\n\n---\n\n{asked}" if context else asked
     intent = _word(row, "SemanticCategory") or _word(row, "Category")
@@ -143,8 +143,8 @@ def _figstep(number: int, row: Row, path: Path) -> list[Entry]:
 
 
 def _mm_safetybench(number: int, row: Row, path: Path) -> list[Entry]:
-    """The question in words; and the rephrased one, which leaves what is asked to the picture, where the pictures lie as they
-    are published."""
+    """The question as text; and, if the pictures are in their published folders, the rephrased question, whose subject is only
+    in the picture."""
     scenario, name = path.stem, str(row.get("id", number))
     entries = [Entry(_said(number, row, "Question"), "harmful", scenario, "text", id=f"{name}-text")]
     picture = Path("imgs") / scenario / "SD_TYPO" / f"{name}.jpg"
@@ -226,14 +226,16 @@ BY_NAME: Mapping[str, Format] = {format.name: format for format in FORMATS}
 
 
 def recognise(path: Path, row: Row, what: str) -> Format:
-    """The format of a file, from its first row.
+    """The format of a file, recognised by its first row.
 
     Args:
-        what: `anchors` or `prompts`: a file that has half of our own format's columns is read as one, so that the row
-            that lacks something is named.
+        path: the file.
+        row: its first row.
+        what: `anchors` or `prompts`: a file with half of the columns of our own format is read as that format, so that an
+            error names the incomplete row.
 
     Raises:
-        PromptsUnusable: none, or a list that does not say what its prompts are.
+        PromptsUnusable: unknown format, or a list without a label.
     """
     named = next((format for format in FORMATS if format.file_name == path.stem.lower()), None)
     if named is not None:
@@ -260,7 +262,7 @@ def _said(number: int, row: Row, column: str) -> str:
 
 
 def _word(row: Row, column: str) -> str:
-    """What a cell holds, "" for one that is empty or not there."""
+    """Text of a cell; "" if it is empty or missing."""
     return str(row.get(column) or "").strip()
 
 

@@ -1,14 +1,14 @@
 """Prompts from files: anchor pairs for the directions, labelled prompts for calibration and evaluation.
 
-A source is a file, `FORMAT:FILE` (`formats.FORMATS`), or `builtin`: the pairs that come with the package. `builtin:PART` is
-all pairs of a part; `builtin` has a sample of the parts that a model is run on before it is guarded (`_OF_EACH_INTENT`).
+A source is a file, `FORMAT:FILE` (`formats.FORMATS`), or `builtin`: the pairs in this package. `builtin:PART` is all pairs of a
+part; `builtin` is a sample of it for the steps that run the model before it is guarded (`_OF_EACH_INTENT`).
 Our own formats, as lines of JSON, a JSON list or a csv:
 
 - anchors: `{"harmful", "harmless"}`, and if wanted `intent` and `split` (`extraction`, `calibration` or `test`);
 - labelled prompts: `{"id", "prompt", "label", "setting", "image"}`: label `harmful`, `harmless` or `borderline` (harmless,
   but it looks harmful); setting `text`, `blank` (a white picture is attached), `image` (the picture `image`, a path
-  relative to the file) or `typographic` (a picture too, but what is asked stands in the picture alone: the text is
-  innocent, whatever the label).
+  relative to the file) or `typographic` (a picture too, but the request is only in the picture: the text is harmless,
+  whatever the label).
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ from ...runtime.images.open_picture import picture_bytes
 from ...runtime.vlm import VisionLanguageModel
 from .files import read_rows
 from .formats import BY_NAME, PICTURED, Entry, Label, RowUnusable, Setting, recognise
-from .formats import LABELS as LABELS  # who reads prompts wants these too
-from .formats import SETTINGS as SETTINGS
 from .picture_paths import picture_path
 
 Source = Path | str
@@ -75,7 +73,7 @@ class LabelledPrompt:
 
     @property
     def has_text_twin(self) -> bool:
-        """Whether the text without the image asks for the same: of harm that is only in the picture it does not."""
+        """Whether the text alone makes the same request; `False` if the harm is only in the picture."""
         return self.harmful_as_text or self.label != "harmful"
 
     def request(self, model: VisionLanguageModel) -> Request:
@@ -87,14 +85,14 @@ class LabelledPrompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """What one source holds.
+    """The prompts of one source.
 
     Attributes:
-        name: the source, as it was given.
+        name: the source as given.
         format: name of its format.
-        prompts: in order; the halves of a pair are neighbours.
-        pairs: the same as pairs, where the source has them.
-        placed: whether the source itself says in which setting each prompt is shown; otherwise all are `text`.
+        prompts: in order; the halves of a pair are adjacent.
+        pairs: the same prompts as pairs, if the source has pairs.
+        placed: whether the source sets the setting of each prompt; otherwise all are `text`.
     """
 
     name: str
@@ -135,16 +133,16 @@ def is_builtin(source: Source) -> bool:
 
 
 def read_set(source: Source, split: str | None = None, what: str = "prompts") -> PromptSet:
-    """Everything that one source holds.
+    """Read all prompts of one source.
 
     Args:
         source: a file, `FORMAT:FILE`, `builtin`, or `builtin:` and one of its parts.
-        split: of a file that is divided into `extraction`, `calibration` and `test` this part alone; `None` is all of it.
-            Of `builtin` a sample of the part, the same number of each intent.
-        what: what it is wanted for, `anchors` or `prompts`.
+        split: `extraction`, `calibration` or `test`: only this part of a file with parts; `None`: all of it. For `builtin`
+            a sample of the part, with the same number of each intent.
+        what: `anchors` or `prompts`, for recognising the format and for errors.
 
     Raises:
-        PromptsUnusable: missing, empty, unreadable, of no known format, or a row that is not what the format promises.
+        PromptsUnusable: the source is missing, empty, unreadable, of unknown format, or has an invalid row.
     """
     name, path, own_split = _parts(str(source))
     rows = read_rows(path, what)
@@ -203,9 +201,9 @@ def read_prompts(sources: Sources, split: str | None = None) -> list[LabelledPro
 
 
 def find_file(home: Path, names: Sequence[str]) -> Path | None:
-    """A file that comes with a model, absolute: in the model's own folders (`model_folders`), or in `prompts/` there.
+    """Absolute path of the first of `names` in the model's own folders (`model_folders`) or in their `prompts/`; else `None`.
 
-    A folder above holds other models too, and their directions and prompts: it is not looked at.
+    Parent folders are not searched: they can hold the directions and prompts of other models.
     """
     for folder in (own / part for own in model_folders(home) for part in _FOLDERS):
         for name in names:
@@ -233,9 +231,9 @@ def normalised(text: str) -> str:
 
 
 def fingerprint(prompt: LabelledPrompt) -> str:
-    """Short digest of what is asked; two sets that share one are not held out from each other.
+    """Short digest of a prompt; two sets that share a digest are not held out from each other.
 
-    A blank picture asks nothing, so that a prompt is the same in `text` and `blank`; a picture that matters is part of it.
+    A prompt has the same digest in `text` and `blank`, because a blank picture adds nothing; other pictures are part of it.
     """
     image = picture_bytes(prompt.image) if prompt.image is not None else b""
     if prompt.features is not None:
@@ -244,7 +242,7 @@ def fingerprint(prompt: LabelledPrompt) -> str:
 
 
 def _parts(source: str) -> tuple[str | None, Path, str | None]:
-    """`(format, file, part)`: what `builtin:test`, `advbench:FILE` or a plain path say."""
+    """`(format, file, part)` of a source such as `builtin:test`, `advbench:FILE` or a plain path."""
     name, colon, rest = source.partition(":")
     if name == BUILTIN and not Path(source).exists():
         if colon and rest not in SPLITS:

@@ -1,4 +1,4 @@
-"""Prompts that are in two sets at once: what was extracted from or calibrated on says nothing when it is asked again."""
+"""Finds prompts that are in two sets: prompts used for extraction or calibration must not be used for evaluation."""
 
 from __future__ import annotations
 
@@ -48,16 +48,17 @@ def overlaps(sets: Sequence[PromptSet]) -> list[Overlap]:
 
 
 def require_held_out(title: str, prompts: Sequence[LabelledPrompt], used: Iterable[str], how: str, verb: str) -> None:
-    """None of the prompts was used by an earlier step.
+    """Require that an earlier step used none of the prompts.
 
     Args:
-        title: where the prompts are from.
+        title: name of the source of the prompts.
+        prompts: the prompts of this step.
         used: fingerprints of the prompts of the earlier step.
-        how: what that step did with them, for the sentence.
-        verb: what they are wanted for now.
+        how: the earlier use, for the error message.
+        verb: the use now, for the error message.
 
     Raises:
-        PromptsUnusable: some were, with their count.
+        PromptsUnusable: the earlier step used some of them; the message has the number.
     """
     used = set(used)
     shared = sum(fingerprint(prompt) in used for prompt in prompts)
@@ -68,14 +69,14 @@ def require_held_out(title: str, prompts: Sequence[LabelledPrompt], used: Iterab
 def require_held_out_of(
     folder: Path, manifest: Manifest, title: str, prompts: Sequence[LabelledPrompt], verb: str
 ) -> None:
-    """No prompt is one that the guard in `folder` was made from: neither a calibration prompt nor an anchor.
+    """Require that the guard in `folder` was neither calibrated on nor extracted from any of the prompts.
 
     Args:
         folder, manifest: the guarded folder.
-        title, verb: as for `require_held_out`.
+        title, prompts, verb: as for `require_held_out`.
 
     Raises:
-        PromptsUnusable: some are, with their count.
+        PromptsUnusable: it used some of them; the message has the number.
         DirectionMismatch: the folder's directions cannot be read.
     """
     kept = [(record or {}).get("prompt_fingerprints", ()) for record in (manifest.calibration, manifest.choice)]

@@ -51,13 +51,13 @@ class Contexts:
 
     Args:
         cuda_graph: whether steps may be recorded.
-        path: file of TensorRT-RTX's runtime cache; nothing to TensorRT.
+        path: file of TensorRT-RTX's runtime cache, if one is kept; nothing to TensorRT.
 
     Raises:
         RunFailed: (all methods) TensorRT refuses; the sentence has its reason.
     """
 
-    def __init__(self, backend: Backend, engine: Any, cuda: Cuda, cuda_graph: bool, path: Path) -> None:
+    def __init__(self, backend: Backend, engine: Any, cuda: Cuda, cuda_graph: bool, path: Path | None) -> None:
         self._backend, self._cuda = backend, cuda
         self._engine: Any = engine
         self._config: Any = None
@@ -185,7 +185,7 @@ class _Context:
         return RunFailed(f"{self._backend.name} {what} ({why(messages)})")
 
 
-def _rtx_config(backend: Backend, engine: Any, cuda_graph: bool, path: Path) -> tuple[Any, RuntimeCache]:
+def _rtx_config(backend: Backend, engine: Any, cuda_graph: bool, path: Path | None) -> tuple[Any, RuntimeCache]:
     """How TensorRT-RTX makes contexts: whether it records, and what it has compiled before."""
     config = engine.create_runtime_config()
     strategies = backend.module.CudaGraphStrategy

@@ -12,11 +12,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ...graphs.user_cache import cache_folder
 
-def default_path(sha256: str) -> Path:
-    """`$XDG_CACHE_HOME/vlmguard/engines/<digest of the engine>.rtxcache`."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "vlmguard" / "engines" / f"{sha256}.rtxcache"
+
+def default_path(sha256: str) -> Path | None:
+    """`engines/<digest of the engine>.rtxcache` in the user's cache folder; `None` where the cache is off."""
+    folder = cache_folder()
+    return None if folder is None else folder / "engines" / f"{sha256}.rtxcache"
 
 
 class RuntimeCache:
@@ -24,17 +26,19 @@ class RuntimeCache:
 
     Args:
         cache: an `IRuntimeCache`; it is filled from the file, if TensorRT finds that it fits this GPU, driver and version.
-        path: the file; a missing, broken, foreign or other user's file is ignored.
+        path: the file; a missing, broken, foreign or other user's file is ignored. `None`: nothing is kept.
     """
 
-    def __init__(self, cache: Any, path: Path) -> None:
+    def __init__(self, cache: Any, path: Path | None) -> None:
         self._cache, self._path = cache, path
-        self._kept = _read(path)
+        self._kept = None if path is None else _read(path)
         if self._kept is not None and not cache.deserialize(self._kept):
             self._kept = None
 
     def save(self) -> None:
         """Write what was compiled since, atomically. A cache that cannot be written is done without."""
+        if self._path is None:
+            return
         serialized = self._cache.serialize()
         content = b"" if serialized is None else bytes(memoryview(serialized))
         if not content or content == self._kept:

@@ -14,7 +14,8 @@ from threading import Thread
 
 import pytest
 
-from vlmguard.apps.playground.libraries import LIBRARIES, Library, cache_folder, find_libraries
+from vlmguard.apps.playground import libraries
+from vlmguard.apps.playground.libraries import LIBRARIES, Library, find_libraries, libraries_folder
 from vlmguard.graphs.errors import GuardError
 
 NAME, FILE, CONTENT = "@us/made", "dist/made.mjs", b"export const made = 1;\n"
@@ -76,7 +77,7 @@ def registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Regist
     made = Registry()
     Thread(target=made.server.serve_forever, args=[_POLL], daemon=True).start()
     monkeypatch.setenv("npm_config_registry", f"{made.url}/")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("VLMGUARD_CACHE", str(tmp_path / "cache"))
     yield made
     made.server.shutdown()
     made.server.server_close()
@@ -87,19 +88,37 @@ def refused(call: Callable[[], object]) -> str:
     with pytest.raises(GuardError) as caught:
         call()
     assert "\n" not in str(caught.value)
-    assert not cache_folder().exists() or not list(cache_folder().iterdir())
+    assert not libraries_folder().exists() or not list(libraries_folder().iterdir())
     return str(caught.value)
 
 
 def test_a_library_is_fetched_once_and_kept(registry: Registry, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     found = find_libraries(report_progress=lambda *now: told.append(now), libraries=[library(GOOD)])
-    path = tmp_path / "cache" / "vlmguard" / "playground" / "@us+made-1.2.3" / FILE
+    path = tmp_path / "cache" / "playground" / "@us+made-1.2.3" / FILE
     assert found == {(NAME, FILE): path} and path.read_bytes() == CONTENT
     assert registry.asked == ["/@us/made/-/made-1.2.3.tgz"]
     assert told[-1] == ("fetching @us/made@1.2.3 (bytes)", len(GOOD), len(GOOD))
     assert find_libraries(libraries=[library(GOOD)]) == found
     assert len(registry.asked) == 1
+
+
+def test_without_a_cache_a_library_is_kept_as_long_as_the_process_runs(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLMGUARD_CACHE", "")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "of the system"))
+    (tmp_path / "of the system").mkdir()
+    left = []
+    monkeypatch.setattr("atexit.register", lambda *call, **options: left.append((call, options)))
+    libraries._for_this_process.cache_clear()
+    found = find_libraries(libraries=[library(GOOD)])
+    assert find_libraries(libraries=[library(GOOD)]) == found and len(registry.asked) == 1
+    assert found[NAME, FILE].read_bytes() == CONTENT and tmp_path / "of the system" in found[NAME, FILE].parents
+    (((remove, folder), options),) = left
+    remove(folder, **options)  # as the end of the process does
+    assert not list((tmp_path / "of the system").iterdir())
+    libraries._for_this_process.cache_clear()
 
 
 def test_of_an_archive_only_the_listed_files_are_read(registry: Registry, tmp_path: Path) -> None:

@@ -56,7 +56,9 @@ ASK = """async ({prompt, picture, most}) => {
 def libraries() -> None:
     """In the user's cache: fetched at the first run of all."""
     try:
-        find_libraries()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("VLMGUARD_CACHE")
+            find_libraries()
     except GuardError as error:
         pytest.skip(f"the page's libraries are not in the cache, and {error}")
 

@@ -224,7 +224,8 @@ def test_a_signal_that_is_sent_is_not_taken_for_a_lack_of_memory(sent: str, monk
         with pytest.raises(GuardError) as refusal:
             budget.run_within(["inspect", "missing"], None, 8 << 30)
         assert (
-            str(refusal.value) == f"it wanted more memory than the 8.0G of --max-memory (ended by {sent}); allow more"
+            str(refusal.value)
+            == f"the command needs more memory than the 8.0G of --max-memory (ended by {sent}); allow more"
         )
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from vlmguard.exporter.checkpoints import cache
-from vlmguard.exporter.checkpoints.cache import exported
+from vlmguard.exporter.checkpoints.cache import export_to, exported
+from vlmguard.graphs import user_cache
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.proof.structure import Check
 
@@ -169,8 +170,32 @@ def test_a_size_that_is_none_is_refused(checkpoint: Path, exports: Exports, monk
 
 def test_the_cache_is_the_platforms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("VLMGUARD_CACHE", raising=False)
-    monkeypatch.setattr(cache.sys, "platform", "linux")
+    monkeypatch.setattr(user_cache.sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.cache_folder() == tmp_path / "vlmguard"
-    monkeypatch.setattr(cache.sys, "platform", "darwin")
-    assert cache.cache_folder() == Path.home() / "Library" / "Caches" / "vlmguard"
+    assert user_cache.cache_folder() == tmp_path / "vlmguard"
+    monkeypatch.setattr(user_cache.sys, "platform", "darwin")
+    assert user_cache.cache_folder() == Path.home() / "Library" / "Caches" / "vlmguard"
+
+
+def test_a_folder_of_ones_own_comes_from_the_cache_and_goes_there(
+    checkpoint: Path, exports: Exports, tmp_path: Path
+) -> None:
+    for number in range(2):
+        assert export_to(tmp_path / str(number), checkpoint) == PARITY
+    with exported(checkpoint, "transformers", "fp32") as done:  # what the defaults are
+        assert done.cached
+        (done.folder / "decoder.onnx").write_bytes(b"")
+    assert [sorted(path.name for path in (tmp_path / name).iterdir()) for name in "01"] == [["decoder.onnx"]] * 2
+    assert (tmp_path / "1" / "decoder.onnx").read_bytes() == b"graph " * 100
+    assert exports == [("checkpoint", None)]
+
+
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_a_folder_of_ones_own_without_the_cache(
+    checkpoint: Path, exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    if how == "variable":
+        monkeypatch.setenv("VLMGUARD_CACHE", "")
+    for number in range(2):
+        assert export_to(tmp_path / str(number), checkpoint, cache=how != "option") == PARITY
+    assert len(exports) == 2 and not (tmp_path / "cache").exists()

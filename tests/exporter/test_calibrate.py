@@ -259,7 +259,7 @@ def test_a_guard_that_refuses_no_more_than_the_model_itself_is_refused(
     with pytest.raises(GuardError) as caught:
         calibrate(model, anatomy, directions, text, GuardSpec(layers=(2,), rank=1))
     assert str(caught.value) == (
-        f"the unguarded model refuses every harmful prompt that it was asked (text {len(text) // 2}), so nothing can show "
+        f"the unguarded model refuses every harmful prompt (text {len(text) // 2}), so nothing can show "
         "whether a guard helps; calibrate with images on the whole model, whose directions.safetensors serves this decoder too "
         "(--directions and --force), or name --directions and --layers yourself"
     )
@@ -562,7 +562,7 @@ def test_prompts_that_cannot_calibrate_are_refused(
     same = [replace(prompt, prompt="wash it") if prompt.label == "harmless" else prompt for prompt in prompts]
     with pytest.raises(PromptsUnusable) as caught:
         calibrate(model, anatomy, directions, same, GuardSpec())
-    assert str(caught.value) == "calibration needs different harmless prompts, all say 'wash it'; add some"
+    assert str(caught.value) == "calibration needs different harmless prompts, but all are 'wash it'; add some"
     texts = sorted({prompt.prompt for prompt in prompts if prompt.label == "harmless"})
     three = [replace(p, prompt=texts[n % 3]) if p.label == "harmless" else p for n, p in enumerate(prompts)]
     with pytest.raises(PromptsUnusable) as caught:
@@ -570,6 +570,4 @@ def test_prompts_that_cannot_calibrate_are_refused(
     assert str(caught.value) == "calibration needs at least 4 different harmless prompts, found 3; add some"
     with pytest.raises(PromptsUnusable) as caught:
         calibrate(model, anatomy, directions, [], GuardSpec())
-    assert str(caught.value) == (
-        "none of the calibration prompts can be asked: the model takes text only; add such prompts"
-    )
+    assert str(caught.value) == ("the model takes text only, and no calibration prompt is text only; add such prompts")

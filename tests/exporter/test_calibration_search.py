@@ -100,7 +100,7 @@ def test_a_control_on_few_prompts_asks_for_more_of_them() -> None:
         Control("random directions", tallied(few, few)).require_failed(tallied(few, few), tallied(0, few), 0.01)
     assert str(refusal.value) == (
         f"the control with random directions refuses as much as the chosen guard, on {few} held-out harmful prompts: too few "
-        "to tell them apart; calibrate on at least 10 more harmful prompts in each setting"
+        "to distinguish them; calibrate on at least 10 more harmful prompts in each setting"
     )
     enough = ENOUGH_HELD_OUT
     with pytest.raises(GuardError, match="the choice means nothing"):

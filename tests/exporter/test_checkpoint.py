@@ -650,7 +650,7 @@ def test_surplus_weights_are_mentioned(copied: Path) -> None:
     weights = copied / "model.safetensors"
     save_file(load_file(weights) | {"adapter.weight": torch.zeros(2)}, weights, {"format": "pt"})
     said: list[str] = []
-    load_model(copied, FAMILIES[0], "fp32", said.append)
+    load_model(copied, FAMILIES[0], "fp32", lambda stage, done, total: said.append(stage))
     assert said == ["tensors of the checkpoint that are in no part of the model: 1, the first is adapter.weight"]
 
 

@@ -420,9 +420,7 @@ def test_a_few_lost_refusals_are_too_few_for_a_control(trial: AlignTrial, candid
     judge = blank_judge(trial)
     judge.judge(candidate)
     control = judge.control(candidate)
-    assert (
-        control is not None and str(control) == "8 of 8 lost refusals brought back in blank, 0 along random directions"
-    )
+    assert control is not None and str(control) == "8 of 8 lost refusals restored in blank, 0 along random directions"
     for setting in judge.settings:
         rows = list(judge.references(setting))
         for row in judge.lost(setting)[3:]:

@@ -238,7 +238,7 @@ def session(calibrated: Path, tmp_path: Path) -> Callable[..., Session]:
     return make
 
 
-NOTHING = "no harmful prompts were asked without and with the guard: "
+NOTHING = "the guard's effect on harmful prompts was not measured: "
 
 
 def test_what_could_not_be_asked_is_noted_with_the_reason(session: Callable[..., Session]) -> None:

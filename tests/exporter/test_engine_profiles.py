@@ -74,7 +74,7 @@ def test_the_shapes_of_every_input_of_a_decoder() -> None:
 
 
 def test_a_profile_outside_the_graph_is_refused() -> None:
-    with pytest.raises(GuardError, match=r"has size 8 on axis 0, profile any asks for 1:2:4"):
+    with pytest.raises(GuardError, match=r"has size 8 on axis 0, profile any has 1:2:4"):
         decoder_shapes(graph(input_ids=[8, "s"]), EngineProfile("any", Span(1, 2, 4), Span(1, 1, 1), Span(0, 0, 0)), {})
 
 

@@ -310,9 +310,9 @@ def test_an_interrupt_reports_what_is_recorded(recorded: dict[int, None] | None,
     with pytest.raises(KeyboardInterrupt) as stopped, evaluate_module._reported(file, 9):
         raise KeyboardInterrupt
     assert stopped.value.__notes__ == [
-        "nothing was kept; with --out FILE a run keeps each prompt's record, and goes on with them"
+        "nothing was kept; with --out FILE a run records each prompt and can resume"
         if recorded is None
-        else f"2 of 9 prompts are recorded in {tmp_path / 'out'}; run the same command again to go on"
+        else f"2 of 9 prompts are recorded in {tmp_path / 'out'}; run the same command again to resume"
     ]
 
 

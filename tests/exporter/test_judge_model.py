@@ -127,8 +127,8 @@ def test_what_is_no_judge_is_refused_in_one_line(tmp_path: Path) -> None:
     assert refusal(lambda: GuardModel(mute)) == (f"{mute}: has no chat template; a guard model needs its own")
     chatty = GuardModel(save(tmp_path / "chatty", verdicts=False))
     said = refusal(lambda: chatty.unsafe(PROMPTS[:1], ANSWERS[:1]))
-    assert said.startswith(tuple(f"{tmp_path / 'chatty'}: said '{word}" for word in ("sure", "first")))
-    assert said.endswith("of an answer, neither safe nor unsafe; give a LlamaGuard model")
+    assert said.startswith(tuple(f"{tmp_path / 'chatty'}: answered '{word}" for word in ("sure", "first")))
+    assert said.endswith(", neither safe nor unsafe; give a LlamaGuard model")
     deaf = GuardModel(save(tmp_path / "deaf", template="{{ messages[0]['role'] }} task"))
     assert refusal(lambda: deaf.unsafe(PROMPTS[:1], ANSWERS[:1])) == (
         f"{tmp_path / 'deaf'}: its chat template cannot print a conversation (it leaves out the prompt or the answer); give "

@@ -177,7 +177,7 @@ def test_a_model_that_cannot_be_asked_is_exported_and_says_why(guarded: Guarded,
     alone = shutil.copytree(SOURCE, tmp_path / "alone" / "tiny")
     (alone / "tokenizer.json").unlink()
     result = export(alone, directions=guarded("restore") / "directions.safetensors")
-    why = "no harmful prompts were asked without and with the guard: the model has no tokenizer.json"
+    why = "the guard's effect on harmful prompts was not measured: the model has no tokenizer.json"
     assert result.plan.notes[0] == why and why in read_manifest(result.out).plan["notes"]
     assert result.refusals is None and read_manifest(result.out).refusals is None
     assert NAME not in {check.name for check in verify(result.out).checks}

@@ -80,7 +80,7 @@ def test_ctrl_c_in_an_extraction_is_one_line_and_code_130(tmp_path: Path) -> Non
         130,
         "",
         f"interrupted: hidden states are kept in {tmp_path / '.d.safetensors.work'} (batches: 1); run the same command "
-        "again to go on, or remove that folder\n",
+        "again to resume, or remove that folder\n",
     )
     assert os.listdir(tmp_path) == [".d.safetensors.work"]
 
@@ -91,7 +91,7 @@ def test_an_interrupt_carries_what_is_kept_and_how_to_go_on(tmp_path: Path) -> N
         kept.keep([Request("b")], np.zeros((1, 1, 1), np.float32))
         raise KeyboardInterrupt
     assert stopped.value.__notes__ == [
-        f"hidden states are kept in {tmp_path / '.d.work'} (batches: 2); run the same command again to go on, or "
+        f"hidden states are kept in {tmp_path / '.d.work'} (batches: 2); run the same command again to resume, or "
         "remove that folder"
     ]
     with pytest.raises(KeyboardInterrupt) as stopped, kept_beside(tmp_path / "e", "model"):

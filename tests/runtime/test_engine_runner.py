@@ -314,7 +314,7 @@ def test_rtx_records_by_itself(tmp_path: Path, wanted: bool, expected: list[np.n
 
 
 def test_rtx_keeps_what_it_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("VLMGUARD_CACHE", str(tmp_path / "vlmguard"))
     content = fake_engine(SOURCE / DECODER, (PREFILL, DECODE))
     path = tmp_path / "vlmguard" / "engines" / f"{hashlib.sha256(content).hexdigest()}.rtxcache"
     session = DecoderSession(Rig("tensorrt_rtx").open(content))
@@ -327,6 +327,8 @@ def test_rtx_keeps_what_it_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     before = path.stat().st_mtime_ns
     assert compiled_at_start(content) == "[0][1]"
     assert path.stat().st_mtime_ns == before  # nothing new, nothing written
+    monkeypatch.setenv("VLMGUARD_CACHE", "")
+    assert compiled_at_start(content) == ""
 
 
 def compiled_at_start(content: bytes, cache: Path | None = None) -> str:

@@ -235,13 +235,12 @@ def test_pictures_that_are_refused(tmp_path: Path) -> None:
     )
     # A thread-like picture is small until its short side is scaled up to the model's.
     assert refusal(lambda: clip.pixel_values([Image.new("L", (2_000, 1))])) == (
-        f"resized by the model's image processor, the image has 448000 x 224 pixels, more than {MAX_PIXELS:,}; "
-        "scale it down first"
+        "resized by the model's image processor, the image has 448000 x 224 pixels, "
+        f"more than {MAX_PIXELS:,}; scale it down first"
     )
     llava = ImagePreprocessor.open(write(tmp_path, image_processor_type="LlavaImageProcessor", do_pad=True))
-    assert "padded to a square by the model's image processor" in refusal(
-        lambda: llava.pixel_values([Image.new("L", (8_000, 1))])
-    )
+    padded = refusal(lambda: llava.pixel_values([Image.new("L", (8_000, 1))]))
+    assert "padded to a square by the model's image processor" in padded
     plain = write(tmp_path, image_processor_type="CLIPImageProcessor", do_resize=False, do_center_crop=False)
     assert refusal(lambda: ImagePreprocessor.open(plain).pixel_values([noise("L", (4, 4)), noise("L", (5, 4))])) == (
         "CLIPImageProcessor keeps image sizes, so a batch of [(3, 4, 4), (3, 4, 5)] cannot be stacked; send one by one"
