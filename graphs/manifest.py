@@ -137,6 +137,7 @@ class Manifest(BaseModel):
         engines: the engines of a folder built from a guarded one; empty for a folder of graphs.
         packaged: how the folder was packaged, if it was.
         export_parity: difference between the exported graphs and the checkpoint in torch; only for checkpoints.
+        variants: decoder path -> refusals of this precision variant without and with the guard; only where there are several.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -170,15 +171,7 @@ class Manifest(BaseModel):
 
     def to_text(self) -> str:
         content = self.model_dump()
-<<<<<<< HEAD
-        for name in (
-            "packaged",
-            "export_parity",
-            "variants",
-        ):  # versions that know nothing of them read all other folders
-=======
-        for name in ("packaged", "export_parity"):  # so that older versions can read all other folders
->>>>>>> main
+        for name in ("packaged", "export_parity", "variants"):  # so that older versions can read all other folders
             if content[name] is None:
                 del content[name]
         return to_strict_json({"schema": content.pop("schema_"), **content}, indent=2, ensure_ascii=False) + "\n"
