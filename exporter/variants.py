@@ -18,7 +18,7 @@ from ..graphs.package import ModelPackage
 from ..graphs.plan import GuardPlan
 from ..graphs.progress import ignore_progress
 from ..runtime.vlm import VisionLanguageModel
-from .calibration.effect import BUILTIN_TOKENS, Sample, ask_guarded, ask_unguarded, require_effect
+from .calibration.effect import BUILTIN_TOKENS, Sample, ask_guarded, ask_unguarded, builtin_pairs, require_effect
 from .calibration.refusal_regression import Refusals, Setting, require_no_fewer
 from .evaluation.evaluate import tally
 from .last_token_model import last_token_model
@@ -125,14 +125,14 @@ def _stem(path: Path) -> str:
 def _prompts(session: Session) -> tuple[list[LabelledPrompt], str]:
     """A few prompts of each setting and label: those that come with the model, else built-in held-out anchors."""
     try:
-        path, sees = session.find_prompts(), session.model().sees
+        path, model = session.find_prompts(), session.model()
     except GuardError:  # no tokenizer, or none that can be read: the plan's notes have the reason
         return [], ""
     if path is None:
-        prompts, source = prompts_from_anchors(read_anchors(BUILTIN, "calibration"), sees), f"{BUILTIN}:calibration"
+        prompts, source = prompts_from_anchors(builtin_pairs(model), model.sees), f"{BUILTIN}:calibration"
     else:
         of_anchors = path.name in ANCHOR_FILES
-        prompts = prompts_from_anchors(read_anchors(path), sees) if of_anchors else read_prompts(path)
+        prompts = prompts_from_anchors(read_anchors(path), model.sees) if of_anchors else read_prompts(path)
         source = path.name
-    usable = [prompt for prompt in prompts if sees or prompt.setting == "text"]
+    usable = [prompt for prompt in prompts if model.sees or prompt.setting == "text"]
     return by_setting_and_label(usable, _OF_EACH_KIND, ("harmful", "harmless")), source

@@ -1,4 +1,4 @@
-"""Precision variants: each one is asked the same prompts, has a row in the result and in the manifest, and must be protected."""
+"""Precision variants: each one answers the same prompts, has a row in result and manifest, and must be protected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import onnx.numpy_helper
 import pytest
 from onnxruntime.quantization import quantize_dynamic
 from rich.console import Console
-from tiny_vlm_paths import DECODER, SOURCE, Guarded
+from tiny_vlm_paths import CALIBRATION, DECODER, PROMPTS, SOURCE, Guarded
 
 from vlmguard.exporter import render
 from vlmguard.exporter.export_result import ExportResult
@@ -26,8 +26,10 @@ INT8 = "onnx/decoder_model_merged_int8.onnx"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny VLM with its decoder in float32 and with int8 weights."""
+    """The tiny VLM with its decoder in float32 and with int8 weights, and prompts of its language."""
     folder = shutil.copytree(SOURCE, tmp_path_factory.mktemp("variants") / "tiny")
+    shutil.copy(CALIBRATION, folder / "calibration.jsonl")
+    shutil.copytree(PROMPTS / "images", folder / "images")
     quantize_dynamic(folder / DECODER, folder / INT8)
     return folder
 
@@ -43,9 +45,9 @@ def test_each_variant_has_a_row(result: ExportResult) -> None:
     for row in result.variants:
         before, after, asked = row.counts("harmful")
         assert 0 <= before < after <= asked
-        assert {setting.setting for setting in row.harmful.settings} == {"text", "blank"}
+        assert {setting.setting for setting in row.harmful.settings} >= {"text", "blank"}
         before, after, asked = row.counts("harmless")
-        assert asked > 0 and after <= before + asked // 4
+        assert asked > 0 and after == before == 0
 
 
 def test_the_rows_are_in_the_manifest_and_in_the_table(result: ExportResult) -> None:
@@ -70,7 +72,9 @@ def test_a_variant_that_the_guard_does_not_change_is_refused(folder: Path, guard
     proto = onnx.load(model / DECODER)
     for tensor in proto.graph.initializer:
         if "lm_head" in tensor.name:
-            tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros_like(onnx.numpy_helper.to_array(tensor)), tensor.name))
+            tensor.CopyFrom(
+                onnx.numpy_helper.from_array(np.zeros_like(onnx.numpy_helper.to_array(tensor)), tensor.name)
+            )
     (model / INT8).unlink()
     dead = model / "onnx" / "decoder_model_merged_q4.onnx"
     onnx.save(proto, dead)
