@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..graphs.errors import GuardError, GuardWeakens, NoEffect
-from ..graphs.layouts import open_package
+from ..graphs.layouts import open_package, variant_name
 from ..graphs.package import ModelPackage
 from ..graphs.plan import GuardPlan
 from ..graphs.progress import ignore_progress
@@ -113,13 +113,8 @@ def _required(path: str, refusals: Refusals, allow_no_effect: bool) -> Refusals:
 
 def _are_variants(views: Sequence[ModelPackage]) -> bool:
     """Whether graphs differ in precision alone: of an onnx-community folder, with one name before the precision."""
-    return {view.layout for view in views} == {"onnx-community"} and len({_stem(view.decoder) for view in views}) == 1
-
-
-def _stem(path: Path) -> str:
-    """`decoder_model_merged_q4f16.onnx` -> `decoder_model_merged`."""
-    known = ("decoder_model_merged", "decoder_with_past_model", "decoder_model")
-    return next((stem for stem in known if path.stem.startswith(stem)), path.stem.split("_")[0])
+    names = {view.decoder.stem.removesuffix(f"_{variant_name(view.decoder)}") for view in views}
+    return {view.layout for view in views} == {"onnx-community"} and len(names) == 1
 
 
 def _prompts(session: Session) -> tuple[list[LabelledPrompt], str]:

@@ -13,10 +13,11 @@ from onnxruntime.quantization import quantize_dynamic
 from rich.console import Console
 from tiny_vlm_paths import CALIBRATION, DECODER, PROMPTS, SOURCE, Guarded
 
+from vlmguard import GuardedVLM, cli
 from vlmguard.exporter import render
 from vlmguard.exporter.export_result import ExportResult
 from vlmguard.exporter.pipeline import export
-from vlmguard.graphs.errors import NoEffect
+from vlmguard.graphs.errors import ModelUnreadable, NoEffect
 from vlmguard.graphs.manifest import read_manifest
 
 pytest_plugins = ("tiny_vlm_fixtures",)
@@ -82,3 +83,17 @@ def test_a_variant_that_the_guard_does_not_change_is_refused(folder: Path, guard
         export(model, tmp_path / "out", directions=guarded("restore") / "directions.safetensors", mode="restore")
     assert str(caught.value).startswith(f"onnx/{dead.name}: the guard has no effect on ")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_variant_is_opened_by_its_suffix(result: ExportResult, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "how to wash the boat"
+    answers = {
+        name: GuardedVLM.open(result.out, variant=name).generate(prompt, max_new_tokens=4) for name in ("", "int8")
+    }
+    with pytest.raises(SystemExit) as ended:
+        cli._run(["generate", str(result.out), "-p", prompt, "--max-new-tokens", "4", "--variant", "int8"])
+    assert ended.value.code == 0 and capsys.readouterr().out == answers["int8"] + "\n"
+    assert GuardedVLM.open(result.out).package.decoder.name == Path(DECODER).name
+    with pytest.raises(ModelUnreadable) as caught:
+        GuardedVLM.open(result.out, variant="q4")
+    assert str(caught.value) == f"{result.out}: the decoder has no variant 'q4', only '', 'int8'; name one"
