@@ -24,7 +24,7 @@ from .evaluation.evaluate import tally
 from .last_token_model import last_token_model
 from .prompts.labelled import BUILTIN, LabelledPrompt, prompts_from_anchors, read_anchors, read_prompts
 from .prompts.thinning import by_setting_and_label
-from .proof.prove import TOLERANCE
+from .proof.limits import TOLERANCE
 from .session import ANCHOR_FILES, Session
 
 _OF_EACH_KIND = 8  # prompts of each setting and label; every variant answers them twice
