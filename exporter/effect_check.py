@@ -64,7 +64,8 @@ def ask_before(session: Session, mode: str, runs: bool) -> EffectBaseline:
     if not runs:
         return EffectBaseline(None, f"{NOT_ASKED}: nothing is run without the full proof")
     package, path = session.package, session.find_prompts()
-    reason = why_not_asked(package, bool(package.roles.embeds)) or why_made(package.load_decoder().graph)
+    reason = why_not_asked(package, bool(package.roles.embeds))
+    reason = reason or why_made(package.load_decoder().graph, package.embed_tokens is not None)
     if reason:
         return EffectBaseline(None, f"{NOT_ASKED}: {reason}")
     try:

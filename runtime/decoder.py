@@ -6,7 +6,7 @@ Works from the graph's own inputs, so one class serves the onnx-community decode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from .decoder_inputs import (
     CACHE_BRANCH,
     GUARD_INPUTS,
     KEPT_LOGITS,
+    PER_LAYER,
     TOKEN_TYPES,
     DecoderState,
     PromptBatch,
@@ -49,6 +50,7 @@ class DecoderSession:
         given: the graph is only run on inputs that were given by name (`PromptBatch.given`), so any will do.
         roles: what its inputs are for; default: by their names, for a runner whose graph cannot be read.
         head: makes logits of what the decoder gives, where another graph does that.
+        embed: the embedding graph, where it gives more than `inputs_embeds` to the decoder.
 
     Raises:
         GuardError: the graph takes neither token ids nor embeddings, or an unknown input.
@@ -62,8 +64,9 @@ class DecoderSession:
         given: bool = False,
         roles: InputRoles | None = None,
         head: Runner | None = None,
+        embed: Runner | None = None,
     ) -> None:
-        self.runner, self._head = runner, head
+        self.runner, self._head, self._embed = runner, head, embed
         self.calls = 0  # of the runner
         self.closed = False
         self._heads = kv_heads, head_size
@@ -76,7 +79,10 @@ class DecoderSession:
         self._states = {pair.past: pair for pair in self.roles.states}
         self.cache_inputs = {name: port for name, port in inputs.items() if name in self._states}
         self.injected = {name: port for name, port in inputs.items() if is_embeds(name)}
-        unknown = [] if given else needs_more(inputs, self.roles)
+        self._embedded = (
+            [] if embed is None else [name for name in (PER_LAYER,) if name in {*inputs} & {*embed.outputs}]
+        )
+        unknown = [] if given else needs_more(inputs, self.roles, self._embedded)
         if unknown and is_past_name(unknown[0]):
             raise GuardError(
                 f"cache input {unknown[0]!r} has no output to refill it among {', '.join(list(runner.outputs)[:4])} ..."
@@ -90,7 +96,7 @@ class DecoderSession:
     def close(self) -> None:
         """Give the graph's memory back; the session cannot be run any more."""
         self.closed = True
-        for runner in (self.runner, self._head):
+        for runner in (self.runner, self._head, self._embed):
             if isinstance(runner, ClosableRunner):
                 runner.close()
 
@@ -309,6 +315,10 @@ class DecoderSession:
                 )
             feeds[self.supervisor_input] = float_coordinates(state.supervisor)
         further = {} if state.further is None else dict(state.further.between(*window))
+        if self._embed is not None and any(name not in further for name in self._embedded):
+            (tokens,) = self._embed.inputs.values()
+            rows = self._embed.run({tokens.name: current.astype(tokens.dtype)})
+            feeds |= {name: rows[name].astype(ports[name].dtype) for name in self._embedded}
         return feeds | further | self._undecided(current.shape[0]) | state.runtime_controls | state.cache
 
     def _undecided(self, batch: int) -> dict[str, Tensor]:
@@ -357,4 +367,11 @@ def open_decoder(
         path = graph or package.decoder
         runner = open_runner(path, path.parent, runtime, optimize)
     head = open_runner(package.head, package.head.parent, runtime) if package.head is not None else None
-    return DecoderSession(runner, package.kv_heads, package.head_size, given, package.roles, head)
+    embed = open_embeddings(package, runner, lambda path: open_runner(path, path.parent, runtime))
+    return DecoderSession(runner, package.kv_heads, package.head_size, given, package.roles, head, embed)
+
+
+def open_embeddings(package: ModelPackage, decoder: Runner, open_part: Callable[[Path], Runner]) -> Runner | None:
+    """The package's embedding graph if the decoder takes more of it than `inputs_embeds`; else `None`."""
+    path = package.embed_tokens
+    return open_part(path) if path is not None and PER_LAYER in decoder.inputs else None

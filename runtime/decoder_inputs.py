@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,6 +25,8 @@ CACHE_BRANCH, KEPT_LOGITS = "use_cache_branch", "num_logits_to_keep"
 SWITCHES = frozenset({CACHE_BRANCH, KEPT_LOGITS})
 # What a guard adds; knobs are not among a graph's inputs, because they have defaults.
 GUARD_INPUTS = frozenset({*SUPERVISOR_INPUTS, PAST_GATE_INPUT})
+# Embeddings of the tokens for every layer, `[batch, sequence, layers, size]`, which the embedding graph gives too (Gemma 4).
+PER_LAYER = "per_layer_inputs"
 # 1 for the tokens of an image, which see one another in both directions, 0 for text (Gemma 3).
 TOKEN_TYPES = "token_type_ids"
 
@@ -113,9 +115,14 @@ def mask_for(mask: np.ndarray, tokens: int, port: Port, keeps_size: bool) -> np.
     return np.where(allowed, 0.0, -1e4).astype(port.dtype)
 
 
-def needs_more(inputs: Iterable[str], roles: InputRoles) -> list[str]:
-    """The inputs that no prompt fills, in their order."""
+def needs_more(inputs: Iterable[str], roles: InputRoles, embedded: Collection[str] = ()) -> list[str]:
+    """The inputs that no prompt fills, in their order.
+
+    Args:
+        embedded: inputs besides `inputs_embeds` that the embedding graph gives.
+    """
     known = {
+        *embedded,
         roles.embeds,
         roles.tokens,
         roles.mask,

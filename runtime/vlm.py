@@ -24,7 +24,7 @@ from ..graphs.pairs import reads_pairs
 from .chat.chat import ChatTokenizer
 from .chat.text_stream import TextStream
 from .decode_loop import decode, rows_of_tokens
-from .decoder import DecoderSession, open_decoder
+from .decoder import DecoderSession, open_decoder, open_embeddings
 from .decoder_inputs import DecoderState, PromptBatch, can_pad
 from .decoder_place import DecoderPlace
 from .device import SomeRows, Tensor
@@ -105,7 +105,8 @@ class VisionLanguageModel:
             # an engine's graph cannot be read: its inputs go by their names
             roles = package.roles if package.decoder.suffix == ".onnx" else None
             runner = self._open_part(package.decoder)
-            session = DecoderSession(runner, package.kv_heads, package.head_size, roles=roles)
+            embed = open_embeddings(package, runner, self._open_part)
+            session = DecoderSession(runner, package.kv_heads, package.head_size, roles=roles, embed=embed)
         else:
             session = open_decoder(package, self._graph, self.runtime, self._optimize)
         if session.takes_embeds and package.embed_tokens is None:

@@ -177,7 +177,7 @@ def empty_cache(decoder: onnxruntime.InferenceSession, batch: int) -> Arrays:
     """State before the first token, by the outputs' names, in the decoder's own types and shapes."""
     sizes: dict[str | int, int] = {BATCH: batch, PAST: 0}
     return {
-        present_of(port.name): np.zeros([int(sizes.get(size, size)) for size in port.shape], ORT_DTYPES[port.type])
+        present_of(port.name): np.zeros([int(sizes.get(size, size) or 0) for size in port.shape], ORT_DTYPES[port.type])
         for port in decoder.get_inputs()
         if is_past(port.name)
     }

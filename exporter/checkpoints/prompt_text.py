@@ -45,7 +45,7 @@ def prompt_texts(folder: Path, config: Any) -> tuple[list[int], list[int]]:
 
 def plain_tokens(config: Any) -> np.ndarray:
     """Token ids without those that the config gives a meaning (image, video, start of an image, end of the answer)."""
-    meant = [number for name, number in _flat(config.to_dict()) if name.endswith(("_token_id", "_token_index"))]
+    meant = [number for name, number in _flat(config.to_dict()) if str(name).endswith(("_token_id", "_token_index"))]
     vocabulary = np.arange(config.get_text_config().vocab_size)
     return vocabulary[~np.isin(vocabulary, meant)]
 

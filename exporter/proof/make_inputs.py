@@ -38,7 +38,7 @@ def make_proof_inputs(session: Session, view: ModelPackage, given: Sequence[Path
     package, width = session.package, session.anatomy.width
     if given:
         return given_inputs(tuple(given), view.roles)
-    if why := why_made(view.load_decoder().graph):
+    if why := why_made(view.load_decoder().graph, view.embed_tokens is not None):
         return signature_inputs(view, width, why)
     if package.companion("tokenizer.json") is None:
         return signature_inputs(view, width, "the model has no tokenizer.json")

@@ -21,7 +21,7 @@ from ...graphs.errors import GuardError
 from ...graphs.package import ModelPackage
 from ...graphs.roles import InputRoles, input_roles
 from ...runtime.decoder import DecoderSession
-from ...runtime.decoder_inputs import PromptBatch, needs_more
+from ...runtime.decoder_inputs import PER_LAYER, PromptBatch, needs_more
 
 BATCH, LENGTH, STEPS_KEPT = 2, 12, 4
 _TRIED = (3, 1, 2, 4, LENGTH, 8, 16)  # sizes for unknown axes; M-RoPE's three axes first
@@ -43,10 +43,15 @@ class InputsUnknown(GuardError):
 VARIANTS = ("plain values", "random values", "other random values")
 
 
-def why_made(graph: ir.Graph) -> str:
-    """Why no prompt can be put into a graph as it comes; "" where one can."""
+def why_made(graph: ir.Graph, has_embeddings: bool = False) -> str:
+    """Why no prompt can be put into a graph as it comes; "" where one can.
+
+    Args:
+        has_embeddings: whether an embedding graph stands beside it, which gives the embeddings for each layer too.
+    """
     roles = input_roles(graph)
-    unknown = needs_more([str(v.name) for v in _fed(graph)], roles)
+    embedded = (PER_LAYER,) if has_embeddings else ()
+    unknown = needs_more([str(v.name) for v in _fed(graph)], roles, embedded)
     if unknown:
         return f"the graph takes {unknown[0]!r}, which no prompt fills"
     text = _named(graph, roles.text)

@@ -231,7 +231,7 @@ def _carrying(
     guarded = {site.layer_index: site.guarded for site in report.sites if site.body == stream.body}
     states = {values[stream.source]: 0}
     for site in stream.sites:
-        fused = site.kind == "skip_norm"
+        fused = site.is_fused
         names = [site.anchor, site.value] if fused else [guarded.get(site.layer_index, site.value)]
         states |= {values[name]: site.layer_index + 1 for name in names if name in values}
     around = Surroundings(graph, [], [values[stream.source]], plan.width, text)

@@ -1,0 +1,173 @@
+"""A small random checkpoint of an image-text-to-text type, saved like a real one: weights, image processor, tokenizer."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from families.shrunk_config import FIRST_SPECIAL_TOKEN, VOCABULARY_SIZE, shrunk
+from families.special_configs import CHANGES
+
+# A type of AutoModelForCausalLM that takes images all the same.
+EXTRA = {"phi4_multimodal": "Phi4MultimodalForCausalLM"}
+_WORDS = re.findall(r"\w+", "how do I make a cake for you sorry cannot help bake it describe what is in the picture")
+_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] | upper }} : "
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT :{% endif %}"
+)
+
+
+def types() -> dict[str, str]:
+    """Every image-text-to-text type of the installed transformers, with its class."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as classes
+
+    named = {kind: name[0] if isinstance(name, tuple) else name for kind, name in classes.items()}
+    return dict(sorted((named | EXTRA).items()))
+
+
+def save_small(model_type: str, folder: Path) -> Path:
+    """Write a small random checkpoint of a type to `folder` and return it."""
+    import torch
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    whole = getattr(transformers, types()[model_type])
+    content = shrunk(CONFIG_MAPPING[model_type]().to_dict())
+    CHANGES.get(model_type, lambda config: None)(content)
+    config = CONFIG_MAPPING[model_type].from_dict(content)
+    torch.manual_seed(0)
+    model = whole(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.is_floating_point():
+                noise = torch.randn_like(weight) / (weight.shape[-1] ** 0.5 if weight.ndim > 1 else 4)
+                is_norm = "norm" in name and name.endswith("weight") and weight.ndim == 1
+                weight.copy_(noise + 1 if is_norm else noise)
+    model.save_pretrained(folder)
+    save_processor(model_type, model.config, folder)
+    save_words(model.config, folder)
+    return folder
+
+
+def save_processor(model_type: str, config: Any, folder: Path) -> None:
+    """Write the type's image processor for pictures of a few tokens; types without one get none."""
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES as classes
+    from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
+
+    backends: Mapping[str, str] = classes.get(model_type) or {}
+    named = _PROCESSORS.get(model_type) or backends.get("pil") or backends.get("torchvision")
+    found = get_image_processor_class_from_name(named) if named else None
+    if found is None:
+        return
+    options = _processor_options(model_type, config, found)
+    # As a file and not through the class: half of the classes cannot be made without torchvision.
+    content = {"image_processor_type": str(named).removesuffix("Pil").removesuffix("Fast"), **options}
+    (folder / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def save_words(config: Any, folder: Path) -> None:
+    """Write a tokenizer of a few words, whose `<image>` is the config's image token, and a chat template."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    from vlmguard.exporter.families.image_tokens import image_token_id
+
+    image = image_token_id(config)
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    names = [*special, "USER", "ASSISTANT", "SYSTEM", ":", "?", "!", ".", ",", *_WORDS]
+    names += [f"word{number}" for number in range(len(names), VOCABULARY_SIZE)]
+    if image is not None and len(special) <= image < VOCABULARY_SIZE:
+        names[image] = "<image>"
+    tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    added = [*special, *(["<image>"] if "<image>" in names else [])]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    content = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    content |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", "image_token": "<image>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(_TEMPLATE, encoding="utf-8")
+
+
+# Types whose processor transformers does not name, or names another than the one without torchvision.
+_PROCESSORS = {
+    "qwen3_vl_moe": "Qwen2VLImageProcessorPil",
+    "glm_ocr": "Glm46VImageProcessorPil",
+    "glm4v_moe": "Glm4vImageProcessorPil",
+    "fast_vlm": "CLIPImageProcessorPil",
+    "deepseek_vl": "DeepseekVLImageProcessorPil",
+}
+
+
+def _processor_options(model_type: str, config: Any, processor: Any) -> dict[str, Any]:
+    vision = getattr(config, "vision_config", None)
+    size = getattr(vision, "image_size", 56)
+    height, width = (size, size) if isinstance(size, int) else size
+    square = {"size": {"height": height, "width": width}, "crop_size": {"height": height, "width": width}}
+    return _OPTIONS[model_type](config) if model_type in _OPTIONS else _by_grid(config, processor) or square
+
+
+def _by_grid(config: Any, processor: Any) -> dict[str, Any]:
+    """Of a processor that keeps a picture's shape, as Qwen-VL's: 4 to 12 tokens a picture; nothing for others."""
+    source = inspect.getsource(inspect.getmodule(processor) or processor)
+    vision = getattr(config, "vision_config", None)
+    if vision is None or "image_grid_thw" not in source or not isinstance(getattr(vision, "patch_size", None), int):
+        return {}
+    patch = vision.patch_size
+    merge = getattr(vision, "spatial_merge_size", None) or getattr(vision, "merge_size", None) or 2
+    token = (patch * merge) ** 2
+    return {
+        "patch_size": patch,
+        "temporal_patch_size": getattr(vision, "temporal_patch_size", 2),
+        "merge_size": merge,
+        "size": {"shortest_edge": 4 * token, "longest_edge": 12 * token},
+    }
+
+
+def _of_pixtral(config: Any) -> dict[str, Any]:
+    edge = config.vision_config.patch_size * config.spatial_merge_size
+    return {"patch_size": {"height": edge, "width": edge}, "size": {"longest_edge": 112}}
+
+
+_OPTIONS = {
+    "mistral3": _of_pixtral,
+    "lighton_ocr": _of_pixtral,
+    "mistral_large4": _of_pixtral,
+    "paddleocr_vl": lambda config: {
+        "patch_size": config.vision_config.patch_size,
+        "temporal_patch_size": 1,
+        "merge_size": 2,
+        "size": {
+            "shortest_edge": 4 * (2 * config.vision_config.patch_size) ** 2,
+            "longest_edge": 12 * (2 * config.vision_config.patch_size) ** 2,
+        },
+    },
+    "gemma4": lambda config: {
+        "patch_size": config.vision_config.patch_size,
+        "pooling_kernel_size": config.vision_config.pooling_kernel_size,
+        "max_soft_tokens": 70,
+    },
+    **dict.fromkeys(
+        ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),
+        lambda config: {
+            "patch_size": config.vision_config.patch_size,
+            "scale_resolution": 64,
+            "max_slice_nums": 1,
+        },
+    ),
+    "kimi_k25": lambda config: {},
+    "video_llama_3": lambda config: {
+        "patch_size": config.vision_config.patch_size,
+        "merge_size": 1,
+        "size": {
+            "shortest_edge": 4 * config.vision_config.patch_size**2,
+            "longest_edge": 16 * config.vision_config.patch_size**2,
+        },
+    },
+}
+assert FIRST_SPECIAL_TOKEN < VOCABULARY_SIZE
