@@ -40,13 +40,13 @@ def noise(size: tuple[int, int], seed: int) -> Image.Image:
 
 
 def prepared(processor: Any, pictures: Sequence[Image.Image]) -> Arrays:
-    """What the processor gives for prompts with one picture each.
+    """The processor's output for prompts with one picture each.
 
     Raises:
         ModelUnreadable: it cannot prepare them.
     """
     failure: Exception | None = None
-    for images in (list(pictures), [[picture] for picture in pictures]):  # some want a list for every prompt
+    for images in (list(pictures), [[picture] for picture in pictures]):  # some require a list per prompt
         try:
             made = processor(images=images, return_tensors="np")
             return {

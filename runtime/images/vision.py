@@ -128,7 +128,7 @@ def look(
 
 @dataclass(frozen=True, eq=False)
 class _One:
-    """What the vision encoder gives for one picture; attributes as those of `Seen`."""
+    """The vision encoder's output for one picture; attributes as those of `Seen`."""
 
     rows: np.ndarray
     tokens: PictureTokens
