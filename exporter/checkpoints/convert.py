@@ -221,13 +221,8 @@ def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: Prog
     """Load the checkpoint as a transformers model on the CPU, with every weight from its files.
 
     Args:
-        folder: the checkpoint.
-        family: its row.
-        dtype: precision of the graphs.
-        report_progress: called with `(stage, done, total)`.
-
-    Raises:
-        ModelUnreadable: weights are missing or do not fit the config.
+        folder, family: of the checkpoint.
+        dtype, report_progress: as for `convert_checkpoint`.
     """
     import torch
     import transformers
