@@ -96,7 +96,7 @@ class TransformersPreprocessor:
 
 
 def _cut(arrays: Mapping[str, np.ndarray]) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
-    """Rows and columns of a picture's tiles, and the relative sizes of its parts, as far as the processor says them.
+    """Rows and columns of a picture's tiles, and the relative sizes of its parts, if the processor returns them.
 
     Idefics3's kind gives `rows` and `cols`, Idefics2 only its parts. Ovis2 and MiniCPM-V give `grids`, the latter with the
     patches of each part.

@@ -101,7 +101,7 @@ def look(
     Args:
         encoder: the graph.
         preprocessor: the folder's image processor.
-        pictures: each RGB, with whether it is the only one of its prompt. One that comes again is looked at once.
+        pictures: each RGB, with whether it is the only one of its prompt. A repeated picture is encoded once.
         model_type: of config.json, for the rules of `placing`.
 
     Raises:
