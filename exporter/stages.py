@@ -100,7 +100,7 @@ def choose_proof(job: ExportJob) -> None:
 
 
 def ask_unguarded(job: ExportJob) -> None:
-    """What the unguarded model answers to harmful prompts, unless a calibration has asked already."""
+    """Run the unguarded model on harmful prompts, unless a calibration already did."""
     job.baseline = None
     if job.resolved.measured is not None:
         return
@@ -134,7 +134,7 @@ def write_guarded(job: ExportJob) -> None:
 
 
 def ask_guarded(job: ExportJob) -> None:
-    """What the guarded model answers to the same prompts; a guard without an effect is refused."""
+    """Run the guarded model on the same prompts; a guard without an effect is rejected."""
     measured = job.resolved.measured
     job.refusals = measured.refusals if measured is not None else None
     if job.baseline is not None and job.baseline.unguarded is not None:

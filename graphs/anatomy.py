@@ -1,4 +1,4 @@
-"""What the graph IS: its residual stream, layer by layer, found from structure and never from names.
+"""Finds the residual stream of a graph, layer by layer, from its structure and never from names.
 
 The steps (docs/graphs.md has the patterns that real exporters write, and why each step is needed):
 
@@ -76,7 +76,7 @@ class DecoderAnatomy:
         streams: one; for a merged decoder one per branch of its `If`, all with the same layers.
         width: hidden size `d`.
         certainty: `confirmed` (the config's layer count agrees) or `structural` (no config was at hand).
-        nodes: how many nodes were looked at.
+        nodes: number of examined nodes.
         guarded_layers: layers that carry nodes of a guard already, by their names; `verify` is what proves a guard.
     """
 
@@ -304,7 +304,7 @@ def _token_input(index: ir.Value | None) -> ir.Value | None:
 
 
 def _is_flat(rows: ir.Value | None) -> bool:
-    """Whether a lookup of reshaped tokens gives `[tokens, width]`: rows of one batch that nothing tells apart any more."""
+    """Whether a lookup of reshaped tokens gives `[tokens, width]`, which no longer separates the rows of a batch."""
     index = rows.producer().inputs[1] if rows is not None and rows.producer() is not None else None  # type: ignore
     node = index.producer() if index is not None else None
     reshaped = node is not None and node.op_type in RESHAPES

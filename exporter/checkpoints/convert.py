@@ -10,9 +10,8 @@
 stored in float16 and everything is computed in float32 (`narrow`): inputs, outputs and names are those of fp32. The caller puts
 the image features at the image tokens: flattened to [num_images * tokens, width], in reading order, as apps do today.
 
-Some families have more inputs: their rows in `families` say which. How a row becomes three graphs is in
-`parts`, how they are cleaned up in `tidy`, and how they are compared with torch in
-`parity`. torch and transformers are imported by what needs them, when it runs.
+The rows of `families` list further inputs. `parts` splits a row into graphs, `tidy` cleans them up, and `parity` compares them
+with torch. torch and transformers are imported on first use.
 """
 
 from __future__ import annotations
@@ -158,7 +157,7 @@ def convert_checkpoint(
             ) from None
         if dtype == "w16a32":
             narrow_weights(graph.graph)
-        graphs.append(save_graph(graph, out, part.name, dtype))
+        graphs.append(_save_part(graph, out, part.name, dtype))
         del graph  # holds the weights of this part
     copied = copy_companions(folder, out)
 
@@ -219,7 +218,12 @@ def read_config(folder: Path) -> Mapping[str, Any]:
 
 
 def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: ProgressCallback) -> Any:
-    """The checkpoint as a transformers model on the CPU, every weight of it from the files."""
+    """Load the checkpoint as a transformers model on the CPU, with every weight from its files.
+
+    Args:
+        folder, family: of the checkpoint.
+        dtype, report_progress: as for `convert_checkpoint`.
+    """
     import torch
     import transformers
     from huggingface_hub.errors import StrictDataclassError
@@ -294,8 +298,8 @@ def trace(model: Any, part: Part, opset: int) -> ir.Model:
         return OnnxExporter().export(model, dict(part.sample), config).program
 
 
-def save_graph(graph: ir.Model, out: Path, part: str, dtype: Dtype) -> GraphFile:
-    """Write one graph; its weights go to `<file>_data` beside it only when one file would be too large."""
+def _save_part(graph: ir.Model, out: Path, part: str, dtype: Dtype) -> GraphFile:
+    """Write one graph; its weights go to `<file>_data` beside it only if one file would be too large."""
     path = out / "onnx" / f"{part}{SUFFIXES[dtype]}.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
     external = weight_bytes(graph) > EXTERNAL_DATA_ABOVE
@@ -319,7 +323,7 @@ def copy_companions(folder: Path, out: Path) -> tuple[str, ...]:
 
 
 def _dynamic_shapes(part: Part) -> dict[str, Any]:
-    """The part's named axes, as torch.export wants them: per argument, and per tensor of the cache."""
+    """The part's named axes in the format of torch.export: per argument, and per tensor of the cache."""
     from torch.export import Dim
 
     # torch has no word for a sum of two lengths (of the mask), nor for a multiple of another (patches, four to a token).

@@ -1,4 +1,4 @@
-"""What a checkpoint is cut into: three graphs of a multimodal row of `families`, one graph of a text row."""
+"""The parts of a checkpoint: three graphs for a multimodal row of `families`, one graph for a text row."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Part:
 
     @property
     def state_names(self) -> dict[str, str]:
-        """What the trace calls the state, behind the side that it is on, and its name in the file."""
+        """The state's names in the trace, with the side, and in the file."""
         names = {}
         for tensor in self.state:
             names[f"input.{COMMUNITY_PAST}.{tensor.leaf}"] = tensor.past
