@@ -40,7 +40,7 @@ HOMES = {
     "the user's cache folder": (r"XDG_CACHE_HOME", {"graphs/user_cache.py"}),
     # see `families/transformers_class.py`
     "what makes a type checker read every model of transformers": (
-        r"(?m)^\s*(import transformers( |$|\.)|from transformers import )",
+        r"(?m)^\s*(import transformers( |$|\.\w)|from transformers import )",
         set(),
     ),
     "the clock": (r"\btime\.(time|gmtime|localtime|strftime)\(|\bdatetime\.(now|utcnow|today)\(", {"graphs/clock.py"}),
