@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +45,7 @@ from ..families import find_family
 from ..families.family import PAST, SEQUENCE, TOTAL, Family
 from ..families.gated_delta import delta_rule_by_scan
 from ..families.generic_vision import as_written
+from ..families.transformers_class import transformers_class
 from .fit import fit
 from .foreign_failures import WHAT_TO_DO, in_one_line
 from .narrow import narrow_weights, round_weights
@@ -225,7 +227,6 @@ def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: Prog
         dtype, report_progress: as for `convert_checkpoint`.
     """
     import torch
-    import transformers
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -234,7 +235,7 @@ def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: Prog
             f"{folder}: no *.safetensors; save the checkpoint with save_pretrained (pickled weights can run code and "
             f"are not opened)"
         )
-    model_class = getattr(transformers, family.model_class)
+    model_class = transformers_class(family.model_class)
     try:
         config = model_class.config_class.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, StrictDataclassError) as failure:
@@ -390,7 +391,8 @@ def _require_extras(verify: bool) -> None:
     try:
         import onnxscript  # noqa: F401
         import torch  # noqa: F401
-        import transformers.exporters  # noqa: F401
+
+        import_module("transformers.exporters")
     except ImportError as missing:
         raise ExtraMissing(
             f"exporting a checkpoint needs {missing.name}, which is not installed; run: {install_command('torch')}"
