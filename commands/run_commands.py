@@ -48,7 +48,8 @@ def generate_command(
     ],
     prompt: Annotated[str, what("--prompt", "-p", help="Text of the prompt.", metavar="TEXT")],
     image: Annotated[
-        Path | None, what("--image", "-i", help="Picture to show. (default: none)", metavar="FILE")
+        list[Path] | None,
+        what("--image", "-i", help="Picture to show; repeat it for several. (default: none)", metavar="FILE"),
     ] = None,
     blank: Annotated[bool, what("--blank", help="Show a blank white picture.")] = False,
     unguarded: Annotated[bool, what("--unguarded", help="Run a model that has no guard.")] = False,
@@ -86,7 +87,7 @@ def generate_command(
     ] = False,
 ) -> None:
     """Ask a guarded model; the answer streams to stdout."""
-    if blank and image is not None:
+    if blank and image:
         raise typer.BadParameter("--blank and --image exclude each other")
     if unguarded and scores:
         raise typer.BadParameter("--unguarded has no gates: leave --scores out")
@@ -170,7 +171,7 @@ def serve_command(
     ] = 512,
     max_prompt_tokens: Annotated[
         int,
-        limits("--max-prompt-tokens", help="Longest conversation, its image included, in tokens.", metavar="N"),
+        limits("--max-prompt-tokens", help="Longest conversation, its images included, in tokens.", metavar="N"),
     ] = 4096,
     max_context: Annotated[
         int | None,
@@ -180,7 +181,11 @@ def serve_command(
             metavar="N",
         ),
     ] = None,
-    max_image_mib: Annotated[int, limits("--max-image-mib", help="Largest image file, MiB.", metavar="MIB")] = 10,
+    max_image_mib: Annotated[
+        int,
+        limits("--max-image-mib", help="Largest image file, and all images of a request together, MiB.", metavar="MIB"),
+    ] = 10,
+    max_images: Annotated[int, limits("--max-images", help="Most images of a conversation.", metavar="N")] = 8,
     timeout: Annotated[
         float,
         limits("--timeout", help="Time limit of a request, waiting included, in seconds.", metavar="SECONDS"),
@@ -215,6 +220,7 @@ def serve_command(
         max_prompt_tokens=max_prompt_tokens,
         max_context=max_context,
         max_image=max_image_mib * MIB,
+        max_images=max_images,
         timeout=timeout,
         grace=grace,
     )

@@ -122,7 +122,7 @@ def require_images_for(mode: str | None, model: Path | str) -> None:
     """
     if mode is None or not guard_mode(mode).toward_text or not is_checkpoint(model):
         return
-    if find_family(read_config(locate(model)), str(model)).vision is None:
+    if not find_family(read_config(locate(model)), str(model)).takes_images:
         raise GuardError(
             f"{model}: takes no images, so mode {mode} would compare each prompt with itself; for a text-only model choose "
             "--mode restore (calibrated), or steer or project along given directions"

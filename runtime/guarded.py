@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,7 +73,7 @@ class GuardedVLM(VisionLanguageModel):
     def generate(
         self,
         prompt: str,
-        image: Picture | None = None,
+        image: Picture | Sequence[Picture] | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -86,7 +86,7 @@ class GuardedVLM(VisionLanguageModel):
         Args:
             prompt: text of the question.
             image: path or bytes of a file, a Pillow image, or an array `[height, width]` or `[height, width, 3 or 4]` of
-                uint8; `None` for text only.
+                uint8; several as a list or tuple; `None` for text only.
             max_new_tokens: longest answer, in tokens.
             temperature: 0 is greedy; above, softmax(logits / temperature) is sampled.
             top_p: total probability of the likeliest tokens that are sampled among.
@@ -105,7 +105,7 @@ class GuardedVLM(VisionLanguageModel):
     def generate_stream(
         self,
         prompt: str,
-        image: Picture | None = None,
+        image: Picture | Sequence[Picture] | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -118,7 +118,7 @@ class GuardedVLM(VisionLanguageModel):
         Args:
             prompt: text of the question.
             image: path or bytes of a file, a Pillow image, or an array `[height, width]` or `[height, width, 3 or 4]` of
-                uint8; `None` for text only.
+                uint8; several as a list or tuple; `None` for text only.
             max_new_tokens: longest answer, in tokens.
             temperature: 0 is greedy; above, softmax(logits / temperature) is sampled.
             top_p: total probability of the likeliest tokens that are sampled among.
@@ -132,7 +132,7 @@ class GuardedVLM(VisionLanguageModel):
     def generate_scored(
         self,
         prompt: str,
-        image: Picture | None = None,
+        image: Picture | Sequence[Picture] | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -145,7 +145,7 @@ class GuardedVLM(VisionLanguageModel):
         Args:
             prompt: text of the question.
             image: path or bytes of a file, a Pillow image, or an array `[height, width]` or `[height, width, 3 or 4]` of
-                uint8; `None` for text only.
+                uint8; several as a list or tuple; `None` for text only.
             max_new_tokens: longest answer, in tokens.
             temperature: 0 is greedy; above, softmax(logits / temperature) is sampled.
             top_p: total probability of the likeliest tokens that are sampled among.

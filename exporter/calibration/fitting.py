@@ -101,7 +101,7 @@ def groups_of(prompts: Sequence[LabelledPrompt]) -> list[str]:
     labels: dict[str, set[str]] = defaultdict(set)
     for prompt in prompts:
         labels[prompt.prompt].add(prompt.label)
-    return [p.prompt if len(labels[p.prompt]) == 1 else f"{p.prompt}\0{p.label}\0{p.image}" for p in prompts]
+    return [p.prompt if len(labels[p.prompt]) == 1 else f"{p.prompt}\0{p.label}\0{p.images}" for p in prompts]
 
 
 def deal_into_folds(prompts: Sequence[LabelledPrompt], count: int = FOLDS) -> np.ndarray:

@@ -22,6 +22,7 @@ import json
 import logging
 import re
 import shutil
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -86,6 +87,7 @@ class ConversionReport:
     graphs: tuple[GraphFile, ...]
     copied: tuple[str, ...]
     parity: tuple[Check, ...]
+    seconds: float = 0.0  # of the whole conversion, the comparison included
 
     @property
     def compared(self) -> int:
@@ -121,6 +123,7 @@ def convert_checkpoint(
         GuardError: the checkpoint cannot be read or exported.
         ProofFailed: the graphs differ from torch by more than the limit.
     """
+    start = time.monotonic()
     opset = _supported_opset(opset)
     _require_known_dtype(dtype)
     _require_empty(out)
@@ -173,7 +176,9 @@ def convert_checkpoint(
                 parity = check_parity(out / "onnx", SUFFIXES[dtype], dtype, family, config, reference)
         except ProofFailed as failure:
             raise ProofFailed(f"{checkpoint}: {failure}") from None
-    return ConversionReport(str(checkpoint), family.model_type, dtype, opset, tuple(graphs), copied, parity)
+    seconds = time.monotonic() - start
+    report_progress(f"exported {checkpoint} in {seconds:.0f} s", 1, 1)
+    return ConversionReport(str(checkpoint), family.model_type, dtype, opset, tuple(graphs), copied, parity, seconds)
 
 
 def locate(checkpoint: str | Path) -> Path:

@@ -30,7 +30,7 @@ from ..families.generic_vision import (
 from ..families.image_tokens import image_token_id
 from ..families.position_rules import Rule, find_rule
 from ..families.recorded import TOKEN_TYPES, Recording, record
-from ..families.sample_pictures import SIZES, noise, open_processor, prepared
+from ..families.sample_pictures import joined, sample_pictures
 from .parity_prompts import sample_prompt, turns
 from .parts import tensors
 from .traced_state import fresh_cache
@@ -73,10 +73,9 @@ def _fit_vision(model: Any, folder: Path, where: str) -> tuple[Vision, list[Arra
     """The vision encoder, and what it gives for the pictures of the two prompts."""
     import torch
 
-    names, processor = feature_inputs(feature_holder(model)), open_processor(folder)
-    pictures = [noise(size, seed) for seed, size in enumerate(SIZES)]
-    given = prepared(processor, pictures[:2])
-    singles = [{n: a for n, a in prepared(processor, [picture]).items() if n in names} for picture in pictures]
+    names, pictures = feature_inputs(feature_holder(model)), sample_pictures(folder)
+    given = joined(pictures[:2])
+    singles = [{n: a for n, a in picture.items() if n in names} for picture in pictures]
     features: list[dict[str, Any]] = []
     with torch.no_grad():
         for single in singles:

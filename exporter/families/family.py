@@ -162,3 +162,8 @@ class Family:
     decoder: Decoder = Decoder()
     refuse: Callable[[Mapping[str, Any]], str | None] = lambda config: None
     generic: bool = False
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether checkpoints of this row have a vision encoder."""
+        return self.generic or self.vision is not None

@@ -56,7 +56,14 @@ class Check:
 
 
 def exact(name: str, compared: int, wrong: list[str], note: str = "") -> Check:
-    """A check that allows no deviation; `wrong` names what deviates."""
+    """A check that allows no deviation.
+
+    Args:
+        name: of the check.
+        compared: number of compared things; zero fails.
+        wrong: descriptions of the deviations.
+        note: shown if nothing deviates.
+    """
     said = f"{'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}" if wrong else note
     if not compared and not wrong:
         said = "nothing was compared"
@@ -66,7 +73,15 @@ def exact(name: str, compared: int, wrong: list[str], note: str = "") -> Check:
 def prove_structure(
     source: ir.Model, guarded: ir.Model, anatomy: DecoderAnatomy, plan: GuardPlan, report: GuardReport
 ) -> tuple[Check, ...]:
-    """All static checks of a rewrite; `source` is the graph before it."""
+    """All static checks of a rewrite.
+
+    Args:
+        source: the graph before the rewrite.
+        guarded: the graph after it.
+        anatomy: of the source.
+        plan: the guard's plan.
+        report: of the rewrite.
+    """
     roles = input_roles(source.graph)  # a genai_config.json may rename the inputs that are fed text
     return (
         signature_unchanged(source, guarded, plan),

@@ -6,6 +6,7 @@ torch gets the same token ids and pixel values; that these are those of transfor
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def test_a_guard_sees_blank_and_own_pictures(exported: Exported, tmp_path: Path)
     )
 
 
-@pytest.mark.parametrize("name", ["idefics3", "paligemma", "llava", "gemma3"])
+@pytest.mark.parametrize("name", ["idefics3", "idefics2", "idefics2 in parts", "paligemma", "llava", "gemma3"])
 def test_transformers_processor_writes_the_same_prompt(name: str, tmp_path: Path) -> None:
     """Token ids and pixel values of the classes that need no torchvision, with one picture and with several."""
     folder = _checkpoint(name, tmp_path)
@@ -148,7 +149,7 @@ def test_transformers_processor_writes_the_same_prompt(name: str, tmp_path: Path
             text = theirs.apply_chat_template([message], add_generation_prompt=True)
             asked = theirs(text=text, images=[pictures], return_tensors="np", add_special_tokens=False)
         assert ids == np.asarray(asked["input_ids"])[0].tolist()
-        axis = 1 if name == "idefics3" else 0
+        axis = 1 if name.startswith("idefics") else 0
         values = np.concatenate([array["pixel_values"] for array in arrays], axis=axis)
         np.testing.assert_allclose(values, asked["pixel_values"], rtol=0, atol=1e-6)
 
@@ -176,4 +177,12 @@ class ChatAndPictures:
 def _checkpoint(name: str, folder: Path) -> Path:
     from tiny_models import save_tiny_llava
 
+    if name.startswith("idefics2"):
+        save_tiny("idefics3", folder)
+        # sides that need no padding, which several pictures of one prompt would get
+        size = {"size": {"shortest_edge": 28, "longest_edge": 28}, "do_image_splitting": name.endswith("parts")}
+        kind = {"image_processor_type": "Idefics2ImageProcessor", **size}
+        (folder / "preprocessor_config.json").write_text(json.dumps(kind))
+        (folder / "processor_config.json").write_text('{"processor_class": "Idefics2Processor", "image_seq_len": 4}')
+        return folder
     return save_tiny_llava(folder) if name == "llava" else save_tiny(name, folder)

@@ -87,7 +87,7 @@ def _fill(row: TypeRow, folder: Path) -> None:
     save_small(row.type, checkpoint)
     family = find_family(read_config(checkpoint), str(checkpoint))
     report = vlmguard.convert_checkpoint(checkpoint, model)
-    row.export = "own row" if family in FAMILIES else "generic row" if family.vision or family.generic else "text"
+    row.export = "own row" if family in FAMILIES else "generic row" if family.takes_images else "text"
     row.parity = report.worst
     anatomy = vlmguard.inspect(model)
     declared = _declared_layers(read_config(checkpoint))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -11,6 +10,9 @@ from typing import Any
 
 from families.shrunk_config import FIRST_SPECIAL_TOKEN, VOCABULARY_SIZE, shrunk
 from families.special_configs import CHANGES
+
+from vlmguard.exporter.families.generic_vision import feature_holder, feature_inputs
+from vlmguard.exporter.families.image_tokens import image_token_id
 
 # A type of AutoModelForCausalLM that takes images all the same.
 EXTRA = {"phi4_multimodal": "Phi4MultimodalForCausalLM"}
@@ -50,22 +52,20 @@ def save_small(model_type: str, folder: Path) -> Path:
                 is_norm = "norm" in name and name.endswith("weight") and weight.ndim == 1
                 weight.copy_(noise + 1 if is_norm else noise)
     model.save_pretrained(folder)
-    save_processor(model_type, model.config, folder)
+    save_processor(model_type, model, folder)
     save_words(model.config, folder)
     return folder
 
 
-def save_processor(model_type: str, config: Any, folder: Path) -> None:
+def save_processor(model_type: str, model: Any, folder: Path) -> None:
     """Write the type's image processor for pictures of a few tokens; types without one get none."""
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES as classes
-    from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 
     backends: Mapping[str, str] = classes.get(model_type) or {}
     named = _PROCESSORS.get(model_type) or backends.get("pil") or backends.get("torchvision")
-    found = get_image_processor_class_from_name(named) if named else None
-    if found is None:
+    if named is None:
         return
-    options = _processor_options(model_type, config, found)
+    options = _processor_options(model_type, model)
     # As a file and not through the class: half of the classes cannot be made without torchvision.
     content = {"image_processor_type": str(named).removesuffix("Pil").removesuffix("Fast"), **options}
     (folder / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -74,8 +74,6 @@ def save_processor(model_type: str, config: Any, folder: Path) -> None:
 def save_words(config: Any, folder: Path) -> None:
     """Write a tokenizer of a few words, whose `<image>` is the config's image token, and a chat template."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-
-    from vlmguard.exporter.families.image_tokens import image_token_id
 
     image = image_token_id(config)
     special = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -104,19 +102,20 @@ _PROCESSORS = {
 }
 
 
-def _processor_options(model_type: str, config: Any, processor: Any) -> dict[str, Any]:
+def _processor_options(model_type: str, model: Any) -> dict[str, Any]:
+    config = model.config
     vision = getattr(config, "vision_config", None)
     size = getattr(vision, "image_size", 56)
     height, width = (size, size) if isinstance(size, int) else size
     square = {"size": {"height": height, "width": width}, "crop_size": {"height": height, "width": width}}
-    return _OPTIONS[model_type](config) if model_type in _OPTIONS else _by_grid(config, processor) or square
+    return _OPTIONS[model_type](config) if model_type in _OPTIONS else _by_grid(model) or square
 
 
-def _by_grid(config: Any, processor: Any) -> dict[str, Any]:
+def _by_grid(model: Any) -> dict[str, Any]:
     """Of a processor that keeps a picture's shape, as Qwen-VL's: 4 to 12 tokens a picture; nothing for others."""
-    source = inspect.getsource(inspect.getmodule(processor) or processor)
-    vision = getattr(config, "vision_config", None)
-    if vision is None or "image_grid_thw" not in source or not isinstance(getattr(vision, "patch_size", None), int):
+    vision, holder = getattr(model.config, "vision_config", None), feature_holder(model)
+    keeps_shape = holder is not None and "image_grid_thw" in feature_inputs(holder)
+    if vision is None or not keeps_shape or not isinstance(getattr(vision, "patch_size", None), int):
         return {}
     patch = vision.patch_size
     merge = getattr(vision, "spatial_merge_size", None) or getattr(vision, "merge_size", None) or 2

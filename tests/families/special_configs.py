@@ -162,6 +162,7 @@ CHANGES: Mapping[str, Change] = {
         layer_types=["conv", "full_attention", "conv", "full_attention"], full_attn_idxs=[1, 3], block_multiple_of=16
     ),
     "llama4": text(no_rope_layers=[1, 0, 1, 0], attn_temperature_tuning=True),
+    **dict.fromkeys(("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"), at(image_token_id=400)),
     "mistral4": text(num_key_value_heads=4, n_group=1),
     "mistral_large4": text(
         num_key_value_heads=4, head_dim=8, layer_types=["indexed_attention"] * 4, no_rope_layers=[1, 0, 1, 0]
