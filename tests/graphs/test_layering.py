@@ -206,8 +206,8 @@ def test_cross_attention_layers_that_were_left_out_are_named() -> None:
     declared = LayerCount(4, cross_attention=(1,))
     assert refusal(mllama((False, False, False)), declared) == (
         "the config declares 4 layers, the graph's residual stream shows 3 (h0 to h2); the layers with cross attention (1) "
-        "were left out of it, so its layers are not numbered as the config's are; export the decoder with cross_attention_states "
-        "among its inputs"
+        "were left out of it, so its layers are not numbered as the config's are; export the decoder with "
+        "cross_attention_states among its inputs"
     )
     assert values(mllama((False, True, False, False)), declared) == ["h0", "h1", "h2", "h3"]
 
