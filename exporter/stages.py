@@ -203,7 +203,7 @@ def _config_text(job: ExportJob) -> str | None:
     if job.resolved.calibration is not None:
         return config_of(job.resolved.calibration, DIRECTIONS_FILE)
     if job.config is not None:
-        return to_toml(job.config.spec, DIRECTIONS_FILE, job.directions)
+        return to_toml(job.config.spec, DIRECTIONS_FILE, job.directions, edited=job.config.text)
     row = guard_mode(plan.mode)
     if row.is_calibrated:
         return None

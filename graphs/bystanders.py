@@ -1,7 +1,7 @@
 """Graphs beside the decoder: encoders and embeddings, which hold no part of a decoder.
 
-An app opens them by other names than the decoder's, so what makes a decoder is asked of the graph: does it answer with
-logits, does it keep a cache, does an attention see text.
+An app opens them by other names than the decoder's, so the graph itself is examined: whether it has logits or a cache, and
+whether an attention sees text.
 """
 
 from __future__ import annotations

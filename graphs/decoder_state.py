@@ -84,7 +84,7 @@ def is_state_name(name: str) -> bool:
 
 
 def state_name(name: str) -> str:
-    """What the names of one state's input and output have in common: `0.key` of `past_key_values.0.key`."""
+    """Common part of the names of one state's input and output: `0.key` of `past_key_values.0.key`."""
     bare = _SIDE.sub("", name).lower()
     return re.sub(r"(key|value)s\b", r"\1", re.sub(r"[._]+", ".", bare)).strip(".")
 
@@ -127,7 +127,7 @@ def _nearest(output: ir.Value, fitting: set[ir.Value]) -> list[ir.Value]:
 
 
 def _sources(value: ir.Value) -> Iterator[ir.Value]:
-    """What a value is computed from, one step back; for an `If` the value that each branch gives."""
+    """Inputs of the node that computes a value; for an `If` the results of its branches."""
     node = value.producer()
     if node is None or (node.op_type in SHAPE_OPS and not node.domain):
         return
@@ -185,7 +185,7 @@ def _alike(past: ir.Value, present: ir.Value) -> bool:
 
 
 def _window(past: ir.Value) -> int | None:
-    """How many tokens a ring cache holds: onnxruntime wants room for the whole window, in an empty cache too."""
+    """Tokens in a ring cache: onnxruntime requires room for the whole window, in an empty cache too."""
     for node in past.consumers():
         window, ring = (node.attributes.get(name) for name in ("local_window_size", "sliding_window_cache"))
         if window is not None and ring is not None and ring.as_int() and window.as_int() > 0:

@@ -1,4 +1,4 @@
-"""Opening a model file or folder: which file is the decoder. One function per layout.
+"""Opens a model file or folder and finds the decoder. There is one function per layout.
 
 Layouts (docs/graphs.md, section "Layouts that apps load"):
 
@@ -8,11 +8,11 @@ Layouts (docs/graphs.md, section "Layouts that apps load"):
   decoder's weights are in TWO of them: `language_model` for the prompt, `decode` for each further token
 - `bare`: one `model.onnx`, its external data beside it, tokenizer beside or above it
 - `triton`: a model repository of Triton Inference Server, as `vlmguard package --triton` writes it (`triton.py`)
-- `engines`: TensorRT engines that `vlmguard engine` built; only their `guard.json` says what they are, so only `GuardedVLM`
-  opens them
+- `engines`: TensorRT engines that `vlmguard engine` built; only their `guard.json` describes them, so only `GuardedVLM`
+opens them
 
 Several files of a folder may hold the decoder (precision variants, `decode` and `language_model`). All are guarded, or left
-out of the guarded folder: an app that opens another file of it must not find an unguarded one.
+out of the guarded folder: an app that opens another file must not find an unguarded one.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def open_package(path: Path | str, variant: str | None = None, trust_links: bool
 
     Args:
         path: a `.onnx` file, or a folder in one of the layouts.
-        variant: precision suffix of the onnx-community layout (`fp16`, `q4`, ...): the others are left out. `None` takes
-            all that are there; the plain one runs, or else the first.
+        variant: precision suffix of the onnx-community layout (`fp16`, `q4`, ...); other variants are left out. `None`: all
+            variants; the one without suffix runs, else the first.
         trust_links: as in `ModelPackage`.
 
     Raises:
-        ModelUnreadable: nothing there, no single decoder can be told, or a graph is a link out of the folder.
+        ModelUnreadable: the path is missing, no single decoder is found, or a graph is a link out of the folder.
     """
     path = Path(path).absolute()
     package = replace(_find(path, variant), trust_links=trust_links)

@@ -285,10 +285,10 @@ def _layers(
 
 
 def later_layers(numbers: Iterable[int], count: int, last: bool = False) -> tuple[tuple[int, ...], str]:
-    """What `align` guards without a calibration: the later two thirds of the decoder without its last layer, and in words.
+    """The layers that `align` guards without a calibration, and a description: the later two thirds without the last layer.
 
-    Edits of the last layer go into the logits past every other layer. On a real model they brought back fewer refusals, and
-    refused more borderline prompts (docs/method.md).
+    Edits of the last layer bypass every other layer. On a real model they restored fewer refusals and refused more borderline
+    prompts (docs/method.md).
 
     Args:
         numbers: of the layers that have directions.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from .constants import constant
+
 
 def words(text: str) -> frozenset[str]:
     """The names in a text."""
@@ -76,9 +78,8 @@ class Ranks:
         if kind == "Concat":
             return next((rank for rank in inputs if rank is not None), None)
         if kind == "Constant":
-            return next(
-                (len(a.as_tensor().shape) for a in node.attributes.values() if a.type is ir.AttributeType.TENSOR), None
-            )
+            tensor = constant(node.outputs[0])
+            return None if tensor is None else len(tensor.shape)
         if kind in ("Range", "Shape"):
             return 1
         if kind == "NonZero" or kind == "Gemm":
@@ -123,7 +124,8 @@ class Ranks:
         """How many numbers a 1-D value holds: a shape, a constant, several of them put together."""
         if value is None or value in self._lengths:
             return self._lengths.get(value) if value is not None else None
-        shape = value.const_value.shape if value.const_value is not None else ()
+        tensor = value.const_value if value.const_value is not None else constant(value)
+        shape = tensor.shape if tensor is not None else ()
         return int(shape[0]) if len(shape) == 1 else None  # type: ignore[arg-type]
 
     def _made_length(self, node: ir.Node) -> int | None:
@@ -157,7 +159,7 @@ def _number(value: ir.Value | None) -> int | None:
     """The one number of a constant; a step that is absent is 1."""
     if value is None:
         return 1
-    tensor = value.const_value
+    tensor = value.const_value if value.const_value is not None else constant(value)
     return int(tensor.numpy().reshape(-1)[0]) if tensor is not None and tensor.size == 1 else None
 
 

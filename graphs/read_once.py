@@ -1,6 +1,6 @@
-"""Files that are read once: what was read from a file is kept until the file changes.
+"""Caches files: content that was read from a file is kept until the file changes.
 
-One export needs the decoder's graph and the small configs in many places. Each asks for the file; the first one reads it.
+One export needs the decoder's graph and the small configs in many places. The first use reads the file.
 """
 
 from __future__ import annotations

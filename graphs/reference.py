@@ -82,9 +82,14 @@ def weights(
     supervisor: np.ndarray | None = None,
     runtime_controls: RuntimeControls = AS_CALIBRATED,
 ) -> np.ndarray:
-    """`w` of `h' = h + w V`, `[..., m]`, for hidden states `h` `[..., d]`; `supervisor` `[..., m]` broadcasts to it.
+    """`w` of `h' = h + w V`, `[..., m]`. A closed gate and strength 0 give exact zeros.
 
-    A closed gate gives exact zeros, and so does strength 0.
+    Args:
+        mode: the guard's mode.
+        layer: its numbers.
+        h: hidden states `[..., d]`.
+        supervisor: the text-only coordinates `[..., m]`, broadcast to `h`.
+        runtime_controls: their values in this call.
     """
     c = h @ layer.ssd.T
     strength = float(np.clip(runtime_controls.strength, 0.0, LARGEST_STRENGTH))
@@ -105,7 +110,11 @@ def weights(
 
 
 def score(mode: str, layer: LayerGuard, h: np.ndarray, supervisor: np.ndarray | None = None) -> np.ndarray:
-    """What the gate compares with its threshold, `[..., 1]`; `project` has no gate."""
+    """The score that the gate compares with its threshold, `[..., 1]`; `project` has no gate.
+
+    Args:
+        mode, layer, h, supervisor: as for `weights`.
+    """
     if mode in {"supervise", "align"}:
         assert supervisor is not None, f"{mode} needs the text-only coordinates"
         return supervisor[..., :1]
@@ -126,7 +135,11 @@ def gate(
     supervisor: np.ndarray | None = None,
     runtime_controls: RuntimeControls = AS_CALIBRATED,
 ) -> np.ndarray:
-    """1 where the gate is open, else 0, `[..., 1]`; the comparison is strict."""
+    """1 where the gate is open, else 0, `[..., 1]`; the comparison is strict.
+
+    Args:
+        mode, layer, h, supervisor, runtime_controls: as for `weights`.
+    """
     offset = float(np.clip(runtime_controls.threshold_offset, -LARGEST_OFFSET, LARGEST_OFFSET))
     found = score(mode, layer, h, supervisor)
     opened = found > layer.threshold + offset
@@ -146,6 +159,8 @@ def guard(
     """Guarded hidden states.
 
     Args:
+        mode: the guard's mode.
+        layer: its numbers.
         h: hidden states `[batch, sequence, d]`.
         supervisor: coordinates of the text-only query, `[batch, 1, m]` (`supervise`, `combined` and `align`).
         selected: `[batch, sequence, 1]` of 0 and 1, the tokens to edit; `None` edits all of them.
@@ -207,7 +222,11 @@ def last_token(
 def last_index(
     mask: np.ndarray, length: int | None = None, past: int = 0, positions: np.ndarray | None = None
 ) -> np.ndarray:
-    """`[batch]` int: the token of each row that gates, scores and coordinates are read at; arguments as in `last_token`."""
+    """`[batch]` int: the token of each row at which gates, scores and coordinates are read.
+
+    Args:
+        mask, length, past, positions: as for `last_token`.
+    """
     _, earlier = _places(mask, mask.shape[1] if length is None else length, past, positions)
     return np.maximum(earlier, 0)
 

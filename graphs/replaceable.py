@@ -65,7 +65,7 @@ def foreign_file(folder: Path) -> str | None:
 
 
 def _listed(folder: Path) -> set[str] | None:
-    """What the folder's manifest or record lists, and their own names; `None` without a valid one."""
+    """Files listed in the folder's manifest or record, and these themselves; `None` without a valid one."""
     manifest = _object(folder / _MANIFEST_NAME)
     if str(manifest.get("schema")).startswith(_MANIFEST_SCHEMAS) and isinstance(manifest.get("files"), dict):
         return {*manifest["files"], *_BESIDE_MANIFEST}

@@ -93,9 +93,15 @@ def separation_along(
 def recorded_separations(
     evidence: Mapping[str, Any], pairs: int | None, layers: Sequence[int], source: str
 ) -> tuple[Separation, ...]:
-    """What a directions file records of the anchors that it was extracted from; layers without a usable figure are left out.
+    """AUC values in a directions file, of the anchors used for extraction; layers without a valid value are omitted.
 
-    The file is untrusted: figures that no extraction writes are ignored.
+    The file is untrusted: values that no extraction writes are ignored.
+
+    Args:
+        evidence: the file's evidence.
+        pairs: number of anchor pairs.
+        layers: layers to read.
+        source: name of the anchors, for the record.
     """
     found = []
     for layer in layers:

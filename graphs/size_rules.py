@@ -97,10 +97,10 @@ def made_extent(node: ir.Node) -> Extent:
 
 
 def rows_become(node: ir.Node, place: int, ranks: Ranks) -> Extent | None:
-    """What the length of the first axis of an input decides of the outputs' sizes; `None`: nothing, that axis is gone.
+    """How the outputs' sizes depend on the length of an input's first axis; `None`: they do not.
 
-    Experts of a mixture take as many rows each as tokens chose them, and all of them together are as many as before: what
-    picks rows by index (`Gather`, `GatherND`) forgets how many there were to pick from.
+    The experts of a mixture take as many rows each as tokens chose them, and the same number in all. Picking rows by index
+    (`Gather`, `GatherND`) discards the number of rows.
     """
     if node.domain not in _STANDARD:
         return "sizes"

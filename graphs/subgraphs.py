@@ -98,7 +98,13 @@ def _require_outputs(node: ir.Node) -> None:
 def surface(model: ir.Model, values: Mapping[DecoderSubgraph, ir.Value], name: str, shape: ir.Shape) -> None:
     """Make a float32 value that every body computes an output of the model.
 
-    A branch's value leaves through a new output of its `If`, in the same place in every branch.
+    A branch's value becomes a new output of its `If`, at the same index in every branch.
+
+    Args:
+        model: the graph.
+        values: one per body.
+        name: of the output.
+        shape: of the output.
     """
     owners = {body.owner for body in values}
     assert len(owners) == 1, "one body, or all branches of one If"

@@ -82,7 +82,7 @@ class Comparison:
 
     @property
     def note(self) -> str:
-        """What a person should know of numbers that are none; "" if there is nothing."""
+        """A note for the user about NaN and infinities; "" without any."""
         if self.odd:
             return "; ".join(self.odd[:3]) + (f" and {len(self.odd) - 3} more" if len(self.odd) > 3 else "")
         return f"{self.skipped} NaN in padded rows of both, not compared" if self.skipped else ""

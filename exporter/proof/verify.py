@@ -206,10 +206,10 @@ def _verify_folder(
 
 
 def _finished(folder: Path, manifest: Manifest, checks: Sequence[Check], level: ProofLevel | None) -> Verification:
-    """What was found; the manifest learns of a run that proved more than it says.
+    """The result; a run with a stronger proof than recorded is added to the manifest.
 
     Args:
-        level: of this run; `None` where nothing was run.
+        level: of this run; `None` if nothing ran.
     """
     found = Verification(manifest, tuple(checks))
     if level is not None and found.ok and is_more(level.level, manifest.proved):
@@ -219,7 +219,7 @@ def _finished(folder: Path, manifest: Manifest, checks: Sequence[Check], level: 
 
 
 def _no_fewer_refused(manifest: Manifest) -> list[Check]:
-    """What was counted at export; none where no prompts were at hand."""
+    """The check of the export's counted refusals; none if the export had no prompts."""
     if manifest.refusals is None:
         return []
     try:

@@ -208,7 +208,7 @@ def test_if_none_works_the_error_says_what_each_reached(tried: dict[str, Attempt
         chosen()
     each = "; ".join(f"{name} on layers 0 at rank 1: 10% kept" for name in NAMES)
     assert str(refusal.value) == (
-        f"no mode brings the refusals back within 1% over-refusal ({each}); nothing was written; give more prompts "
+        f"no mode restores the refusals within 1% over-refusal ({each}); nothing was written; give more prompts "
         "(--calibration), allow more over-refusal (--budget), or name --mode, --directions and --layers"
     )
 

@@ -239,7 +239,7 @@ def test_no_request_can_leave_the_guard_out(repositories: Callable[[str], Path])
 def test_front_model_refuses_in_a_sentence(repositories: Callable[[str], Path]) -> None:
     repository = Repository(repositories("restore"))
     for asked, sentence in (
-        ({"max_tokens": np.int32(5000)}, "max_tokens 5000 is more than this server gives (4096); ask for fewer"),
+        ({"max_tokens": np.int32(5000)}, "max_tokens 5000 is above this server's limit of 4096; choose less"),
         ({"max_tokens": np.int32(0)}, "max_new_tokens 0 is below 1; choose 1 or more"),
         ({"image": b"/etc/hostname"}, "the image cannot be read (of no known format); save it again as PNG or JPEG"),
         ({"image": bytes(21 << 20)}, f"image has {21 << 20} bytes, more than {20 << 20}; scale it down first"),
@@ -379,7 +379,7 @@ def test_a_decoder_without_embeddings_is_refused(guarded: Guarded, tmp_path: Pat
 def test_command_line(guarded: Guarded, tmp_path: Path) -> None:
     run = CliRunner()
     both = ["package", str(guarded("restore")), "--triton", str(tmp_path / "a"), "--genai", str(tmp_path / "b")]
-    assert run.invoke(cli.app, both).exit_code == run.invoke(app, both[:2]).exit_code == 2
+    assert run.invoke(cli.app, both).exit_code == run.invoke(cli.app, both[:2]).exit_code == 2
     done = run.invoke(cli.app, [*both[:4], "--gpu", "--json"])
     assert done.exit_code == 0, done.output
     content = json.loads(done.stdout)
