@@ -22,6 +22,7 @@ from .proof.level import ProofLevel
 from .resolve import ResolvedDirections
 from .session import Session
 from .sources import Source, above
+from .variants import VariantRow
 
 
 @dataclass
@@ -49,6 +50,7 @@ class ExportJob:
         folder: the hidden folder that becomes `target` when everything holds.
         decoders: `write_guarded`: each decoder with its plan, its report and its proof.
         refusals: `ask_guarded`: harmful prompts refused without and with the guard.
+        variants: `ask_variants`: what each precision variant refuses; empty where there is one variant.
     """
 
     options: ExportOptions
@@ -71,6 +73,7 @@ class ExportJob:
     folder: Path = field(init=False)
     decoders: tuple[GuardedDecoder, ...] = field(init=False)
     refusals: Refusals | None = field(init=False)
+    variants: tuple[VariantRow, ...] = field(init=False)
 
     def result(self, written: bool) -> ExportResult:
         """The result for the caller.
@@ -88,4 +91,5 @@ class ExportJob:
             written=written,
             found=self.session.found | above(self.source.package),
             parity=self.source.parity,
+            variants=self.variants if written else (),
         )

@@ -42,6 +42,7 @@ WRITING: tuple[Stage, ...] = (
     stages.ask_unguarded,
     stages.write_guarded,
     stages.ask_guarded,
+    stages.ask_variants,
     stages.write_records,
 )
 

@@ -38,6 +38,7 @@ from .proof.prove_decoder import prove_decoder
 from .proof.signature import InputsUnknown
 from .resolve import DirectionsRequest, resolve_directions
 from .session import Session
+from .variants import measure_variants
 
 
 def read_decoders(job: ExportJob) -> None:
@@ -141,6 +142,14 @@ def ask_guarded(job: ExportJob) -> None:
         job.refusals = ask_after(job.session, job.baseline.unguarded, job.folder, plan, job.options.allow_no_effect)
 
 
+def ask_variants(job: ExportJob) -> None:
+    """What every precision variant refuses, where the folder has several; the guard must protect each of them."""
+    decoders = [(decoder.package, decoder.plan) for decoder in job.decoders]
+    allowed = job.options.allow_no_effect
+    runs = job.proved.level == "full"
+    job.variants = measure_variants(job.session, decoders, job.folder, allowed) if runs else ()
+
+
 def write_records(job: ExportJob) -> None:
     """The manifest, the guard as an editable `guard.toml`, and the signature."""
     record_export(
@@ -155,6 +164,7 @@ def write_records(job: ExportJob) -> None:
         job.stamp,
         job.options.sbom,
         job.source.parity,
+        job.variants,
     )
     text = _config_text(job)
     if text is not None:  # not among the manifest's files: editing it changes no guard by itself

@@ -26,6 +26,7 @@ from ..calibration.attempts import Choice
 from ..calibration.refusal_regression import Refusals
 from ..calibration.results import Calibration
 from ..proof.level import ProofLevel
+from ..variants import VariantRow
 from .sbom import bill_of_materials
 
 
@@ -91,6 +92,7 @@ def record_export(
     stamped: Stamp,
     sbom: bool = False,
     parity: Sequence[Check] = (),
+    variants: Sequence[VariantRow] = (),
 ) -> None:
     """Hash the files of the stage and of the source, each content once, and write `guard.json`.
 
@@ -137,6 +139,7 @@ def record_export(
         choice=choice.to_json() if choice is not None else None,
         refusals=refusals.to_json() if refusals is not None else None,
         export_parity=[check.to_json() for check in parity] or None,
+        variants={row.decoder: row.to_json() for row in variants} or None,
     )
     write_manifest(stage, manifest)
 

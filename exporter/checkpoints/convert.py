@@ -25,8 +25,9 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +45,7 @@ from ..families import find_family
 from ..families.family import PAST, SEQUENCE, TOTAL, Family
 from ..families.gated_delta import delta_rule_by_scan
 from ..families.generic_vision import as_written
+from ..families.transformers_class import transformers_class
 from .fit import fit
 from .foreign_failures import WHAT_TO_DO, in_one_line
 from .narrow import narrow_weights, round_weights
@@ -146,7 +148,7 @@ def convert_checkpoint(
     for number, part in enumerate(parts, 1):
         report_progress(f"exporting ({number}/{len(parts)}) {part.name}", 0, 1)
         with in_one_line(f"{checkpoint}: torch cannot export its {part.name}"):
-            graph = trace(model, part, opset)
+            graph = trace_some_way(model, part, opset)
         sums = {f"{PAST} + {SEQUENCE}": TOTAL}
         named = {"float32_inputs": part.float32_inputs, "state_names": part.state_names}
         try:
@@ -225,7 +227,6 @@ def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: Prog
         dtype, report_progress: as for `convert_checkpoint`.
     """
     import torch
-    import transformers
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -234,7 +235,7 @@ def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: Prog
             f"{folder}: no *.safetensors; save the checkpoint with save_pretrained (pickled weights can run code and "
             f"are not opened)"
         )
-    model_class = getattr(transformers, family.model_class)
+    model_class = transformers_class(family.model_class)
     try:
         config = model_class.config_class.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, StrictDataclassError) as failure:
@@ -282,6 +283,18 @@ def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: Prog
     return model.eval()
 
 
+def trace_some_way(model: Any, part: Part, opset: int) -> ir.Model:
+    """The part traced as it is, or else in the other way that it has; what stopped both is raised for the first."""
+    try:
+        return trace(model, part, opset)
+    except Exception:
+        if part.instead is None:
+            raise
+        with suppress(Exception):
+            return trace(model, part.instead, opset)
+        raise
+
+
 def trace(model: Any, part: Part, opset: int) -> ir.Model:
     """One part of the model as transformers' exporter writes it."""
     from transformers.exporters.configs import OnnxConfig
@@ -295,7 +308,10 @@ def trace(model: Any, part: Part, opset: int) -> ir.Model:
         prefer_deferred_runtime_asserts_over_guards=True,
     )
     with _quiet(), _runs_as(model, part), delta_rule_by_scan(model), as_written(model):
-        return OnnxExporter().export(model, dict(part.sample), config).program
+        graph = OnnxExporter().export(model, dict(part.sample), config).program
+    if part.finish is not None:
+        part.finish(graph.graph)
+    return graph
 
 
 def _save_part(graph: ir.Model, out: Path, part: str, dtype: Dtype) -> GraphFile:
@@ -329,6 +345,9 @@ def _dynamic_shapes(part: Part) -> dict[str, Any]:
     # torch has no word for a sum of two lengths (of the mask), nor for a multiple of another (patches, four to a token).
     # It finds both by itself, where it is not held to a name; `require_signature` sees to it that it finds no number.
     held = Counter(word for shape in part.inputs.values() for word in shape if word != TOTAL)
+
+    if part.finish is not None:
+        return {name: dict.fromkeys(range(tensor.ndim), Dim.AUTO) for name, tensor in part.sample.items()}
 
     def axes(shape: tuple[str | int, ...]) -> dict[int, Any]:
         named = {axis: name for axis, name in enumerate(shape) if isinstance(name, str)}
@@ -390,7 +409,8 @@ def _require_extras(verify: bool) -> None:
     try:
         import onnxscript  # noqa: F401
         import torch  # noqa: F401
-        import transformers.exporters  # noqa: F401
+
+        import_module("transformers.exporters")
     except ImportError as missing:
         raise ExtraMissing(
             f"exporting a checkpoint needs {missing.name}, which is not installed; run: {install_command('torch')}"

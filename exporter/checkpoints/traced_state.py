@@ -67,8 +67,7 @@ def fresh_cache(model: Any) -> Any:
 
     A caller's cache is as long as its mask in every layer, and the attention mask hides what is outside a sliding window.
     """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     cache = DynamicCache(config=model.config)
     for index, layer in enumerate(cache.layers):

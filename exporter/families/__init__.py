@@ -29,6 +29,7 @@ from .generic import generic_family
 from .idefics3 import IDEFICS3, SMOLVLM
 from .internvl import INTERNVL
 from .llava import LLAVA
+from .llava_next import LLAVA_NEXT
 from .llava_onevision import LLAVA_ONEVISION
 from .paligemma import PALIGEMMA
 from .qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
@@ -36,6 +37,7 @@ from .text import text_family
 
 FAMILIES: tuple[Family, ...] = (
     LLAVA,
+    LLAVA_NEXT,
     LLAVA_ONEVISION,
     IDEFICS3,
     SMOLVLM,

@@ -87,7 +87,7 @@ def record(model: Any, ids: np.ndarray, mask: np.ndarray, given: Arrays, steps: 
 @contextmanager
 def _endless(model: Any) -> Iterator[None]:
     """Within, no token ends an answer, and nothing of the checkpoint's own generation settings changes the choice."""
-    from transformers import GenerationConfig
+    from transformers.generation.configuration_utils import GenerationConfig
 
     own = model.generation_config
     pad = own.pad_token_id if isinstance(own.pad_token_id, int) else 0

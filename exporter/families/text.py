@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from .family import Decoder, Family
+from .transformers_class import transformers_class
 
 _OTHER_TOWERS = ("vision_config", "audio_config", "speech_config")
 
 
 def text_family(config: Mapping[str, Any]) -> Family | None:
     """The row for a checkpoint with this `config.json`; `None` where transformers opens no causal language model of it."""
-    import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type = config.get("model_type")
@@ -28,7 +28,7 @@ def text_family(config: Mapping[str, Any]) -> Family | None:
     if model_type is None or not isinstance(model_class, str):
         return None
     # Models with ALiBi, like Bloom and MPT, read positions from the mask.
-    takes_positions = "position_ids" in inspect.signature(getattr(transformers, model_class).forward).parameters
+    takes_positions = "position_ids" in inspect.signature(transformers_class(model_class).forward).parameters
     return Family(
         model_type=model_type,
         model_class=model_class,
