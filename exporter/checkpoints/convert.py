@@ -72,7 +72,7 @@ class GraphFile:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `convert_checkpoint` did, and how well the result agrees with torch (empty when not verified)."""
+    """Result of `convert_checkpoint`, with its comparison with torch (empty if not verified)."""
 
     checkpoint: str
     model_type: str
@@ -85,7 +85,7 @@ class ConversionReport:
 
     @property
     def compared(self) -> int:
-        """How many values were compared with torch's."""
+        """Number of values compared with torch's."""
         return sum(check.compared for check in self.parity)
 
     @property
