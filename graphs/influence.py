@@ -155,7 +155,7 @@ class Influence:
 
 
 class _Summary(Influence):
-    """What the outputs of a loop's body depend on, after any number of iterations."""
+    """Dependencies of the outputs of a loop's body after any number of iterations."""
 
     def __init__(self, body: ir.Graph, outer: Influence, states: int, first_input: int, first_output: int) -> None:
         self.cells, self.predecessors, self._index, self._ranks = [], [], {}, Ranks()

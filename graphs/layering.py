@@ -79,7 +79,7 @@ class Chain:
         return count
 
     def kinds(self) -> str:
-        """What the gaps' mixers are, where some have no attention; a clause for a message, else empty."""
+        """The kinds of the gaps' mixers as a clause for a message, if some have no attention; else empty."""
         gaps = len(self.gaps())
         with_attention = len(self._split([mixer for mixer in self._mixers() if is_attention(self._flow, mixer)]))
         others = sorted({mixer.op_type for mixer in self._mixers() if not is_attention(self._flow, mixer)})

@@ -211,5 +211,5 @@ class ModelPackage:
 
 @lru_cache(maxsize=16)
 def _roles(package: ModelPackage, stamp: Stamp | None, declared: str) -> InputRoles:
-    """They are asked for at every opening of the decoder, and the answer costs a parse."""
+    """Cached: every opening of the decoder needs them, and they cost a parse."""
     return input_roles(package.load_decoder().graph)

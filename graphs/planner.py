@@ -21,6 +21,7 @@ from .pairs import require_pairs
 from .plan import GuardPlan, SitePlan
 from .runtime_controls import knobs_of, notes_on, require_knobs
 from .separation import Separation, recorded_separations, warnings_of
+from .side_paths import described
 from .sites import ResidualSite, find_node
 from .spec import MAX_RANK, GuardSpec
 from .subgraphs import find_bodies
@@ -66,6 +67,7 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
     if lowering is FOLDED:
         notes += _require_foldable(model, anatomy, sites, spec)
     notes += _quantized_behind(model, sites)
+    notes += described(anatomy.side_paths)
     notes += notes_on(knobs, spec.gate)
     if spec.positions != "all" and not mask:
         notes.append("no attention_mask input: the last index of each call is edited, so pad on the left")

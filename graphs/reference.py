@@ -16,7 +16,7 @@ NO_SUPERVISOR = -1e30
 # The largest strength that is accepted. In float16 a coordinate is read with one bit to spare (`lowerings.lowrank`); an
 # unbounded strength could be infinite, and infinity times a closed gate is not zero.
 LARGEST_STRENGTH = 2.0
-# A threshold offset is cut here: it must not bring a threshold below NO_SUPERVISOR.
+# Limit of the threshold offset: a threshold must stay above NO_SUPERVISOR.
 LARGEST_OFFSET = 1e29
 # `combined` uses its readout only where there is a supervisor: the readout's score is capped this far above the
 # supervisor's coordinate. The cap is above every real score, and NO_SUPERVISOR plus the cap is below every threshold.
@@ -39,8 +39,8 @@ class LayerGuard:
         readout: `[d]`, what the gate of `restore` and `combined` reads.
         threshold: the gate opens above it (`align`: `SUPERVISED_ABOVE`; with paired rows minus infinity, there is no gate).
         alpha: strength (`steer`, `supervise`).
-        text_shift: brings the text-only query's first coordinate to the readout's scale, so that one threshold serves both
-            (`combined`).
+        text_shift: added to the text-only query's first coordinate to match the readout's scale, so that one threshold
+            serves both (`combined`).
     """
 
     ssd: np.ndarray

@@ -128,7 +128,7 @@ class Judge:
 
 
 def described(paths: Sequence[SidePath]) -> list[str]:
-    """What the side paths are, in words: one sentence per kind."""
+    """Descriptions of the side paths: one sentence per kind."""
     found = []
     embedded = [path.layer for path in paths if path.carries == "tokens"]
     if embedded:

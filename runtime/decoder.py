@@ -291,7 +291,8 @@ class DecoderSession:
             positions = np.maximum(np.cumsum(state.mask, axis=1) - 1, 0)[:, -current.shape[1] :]
             axes = ports[roles.positions].shape[:-2]  # M-RoPE has one row per axis; between words all of them agree
             positions = np.broadcast_to(positions, (*((n or 1) for n in axes), *positions.shape))
-            if (of_images := images.positions_between(*window)) is not None:
+            # A grid of patches says nothing to a decoder that counts tokens.
+            if len(axes) == 1 and (of_images := images.positions_between(*window)) is not None:
                 positions = of_images
             feeds[roles.positions] = positions.astype(ports[roles.positions].dtype)
         for name, port in self.injected.items():

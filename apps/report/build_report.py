@@ -133,5 +133,5 @@ def _anchors_auc(directions: Directions) -> dict[int, float]:
 
 
 def _now() -> str:
-    """Honours SOURCE_DATE_EPOCH, as reproducible builds want it."""
+    """The current time, or that of SOURCE_DATE_EPOCH for reproducible builds."""
     return now().strftime("%Y-%m-%d %H:%M UTC")

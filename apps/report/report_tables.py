@@ -249,7 +249,7 @@ def has_text_direction(data: ReportData) -> bool:
 
 
 def asked_at_each(data: ReportData) -> int:
-    """How many prompts each strength was asked."""
+    """Number of prompts per strength."""
     return sum(asked for *_, asked in data.sweep[0].refused)
 
 

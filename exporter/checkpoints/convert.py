@@ -10,9 +10,8 @@
 stored in float16 and everything is computed in float32 (`narrow`): inputs, outputs and names are those of fp32. The caller puts
 the image features at the image tokens: flattened to [num_images * tokens, width], in reading order, as apps do today.
 
-Some families have more inputs: their rows in `families` say which. How a row becomes three graphs is in
-`parts`, how they are cleaned up in `tidy`, and how they are compared with torch in
-`parity`. torch and transformers are imported by what needs them, when it runs.
+The rows of `families` list further inputs. `parts` splits a row into graphs, `tidy` cleans them up, and `parity` compares them
+with torch. torch and transformers are imported on first use.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -149,7 +148,7 @@ def convert_checkpoint(
     for number, part in enumerate(parts, 1):
         report_progress(f"exporting ({number}/{len(parts)}) {part.name}", 0, 1)
         with in_one_line(f"{checkpoint}: torch cannot export its {part.name}"):
-            graph = trace(model, part, opset)
+            graph = trace_some_way(model, part, opset)
         sums = {f"{PAST} + {SEQUENCE}": TOTAL}
         named = {"float32_inputs": part.float32_inputs, "state_names": part.state_names}
         try:
@@ -160,7 +159,7 @@ def convert_checkpoint(
             ) from None
         if dtype == "w16a32":
             narrow_weights(graph.graph)
-        graphs.append(save_graph(graph, out, part.name, dtype))
+        graphs.append(_save_part(graph, out, part.name, dtype))
         del graph  # holds the weights of this part
     copied = copy_companions(folder, out)
 
@@ -221,7 +220,12 @@ def read_config(folder: Path) -> Mapping[str, Any]:
 
 
 def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: ProgressCallback) -> Any:
-    """The checkpoint as a transformers model on the CPU, every weight of it from the files."""
+    """Load the checkpoint as a transformers model on the CPU, with every weight from its files.
+
+    Args:
+        folder, family: of the checkpoint.
+        dtype, report_progress: as for `convert_checkpoint`.
+    """
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -279,6 +283,18 @@ def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: Prog
     return model.eval()
 
 
+def trace_some_way(model: Any, part: Part, opset: int) -> ir.Model:
+    """The part traced as it is, or else in the other way that it has; what stopped both is raised for the first."""
+    try:
+        return trace(model, part, opset)
+    except Exception:
+        if part.instead is None:
+            raise
+        with suppress(Exception):
+            return trace(model, part.instead, opset)
+        raise
+
+
 def trace(model: Any, part: Part, opset: int) -> ir.Model:
     """One part of the model as transformers' exporter writes it."""
     from transformers.exporters.configs import OnnxConfig
@@ -292,11 +308,14 @@ def trace(model: Any, part: Part, opset: int) -> ir.Model:
         prefer_deferred_runtime_asserts_over_guards=True,
     )
     with _quiet(), _runs_as(model, part), delta_rule_by_scan(model), as_written(model):
-        return OnnxExporter().export(model, dict(part.sample), config).program
+        graph = OnnxExporter().export(model, dict(part.sample), config).program
+    if part.finish is not None:
+        part.finish(graph.graph)
+    return graph
 
 
-def save_graph(graph: ir.Model, out: Path, part: str, dtype: Dtype) -> GraphFile:
-    """Write one graph; its weights go to `<file>_data` beside it only when one file would be too large."""
+def _save_part(graph: ir.Model, out: Path, part: str, dtype: Dtype) -> GraphFile:
+    """Write one graph; its weights go to `<file>_data` beside it only if one file would be too large."""
     path = out / "onnx" / f"{part}{SUFFIXES[dtype]}.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
     external = weight_bytes(graph) > EXTERNAL_DATA_ABOVE
@@ -320,12 +339,15 @@ def copy_companions(folder: Path, out: Path) -> tuple[str, ...]:
 
 
 def _dynamic_shapes(part: Part) -> dict[str, Any]:
-    """The part's named axes, as torch.export wants them: per argument, and per tensor of the cache."""
+    """The part's named axes in the format of torch.export: per argument, and per tensor of the cache."""
     from torch.export import Dim
 
     # torch has no word for a sum of two lengths (of the mask), nor for a multiple of another (patches, four to a token).
     # It finds both by itself, where it is not held to a name; `require_signature` sees to it that it finds no number.
     held = Counter(word for shape in part.inputs.values() for word in shape if word != TOTAL)
+
+    if part.finish is not None:
+        return {name: dict.fromkeys(range(tensor.ndim), Dim.AUTO) for name, tensor in part.sample.items()}
 
     def axes(shape: tuple[str | int, ...]) -> dict[int, Any]:
         named = {axis: name for axis, name in enumerate(shape) if isinstance(name, str)}

@@ -44,7 +44,13 @@ def decoder_layers(decoder: Any, count: int) -> Any | None:
 
 @contextmanager
 def recorded_peaks(model: Any, ids: np.ndarray, mask: np.ndarray, peaks: list[Peak]) -> Iterator[None]:
-    """Within, each decoder layer of the model adds its peak over the real tokens `ids [batch, sequence]` to `peaks`.
+    """In this context, each decoder layer of the model appends the peak of its output to `peaks`.
+
+    Args:
+        model: a transformers model.
+        ids: token ids `[batch, sequence]`.
+        mask: 1 for tokens, 0 for padding; only tokens count.
+        peaks: the list to append to.
 
     Raises:
         AnatomyNotFound: the model has no list of layers.

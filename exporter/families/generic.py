@@ -67,7 +67,7 @@ def decoder_of(model: Any) -> Any:
 
 @dataclass(frozen=True)
 class GenericDecoder:
-    """What a decoder's graph takes and computes.
+    """Inputs and computation of a decoder's graph.
 
     Attributes:
         rule: of its positions; `None`: it takes none.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# In the order in which they are asked for; the first that the config has counts.
+# In order of precedence: the first key in the config is used.
 SPELLINGS = ("image_token_id", "image_token_index", "media_placeholder_token_id", "img_context_token_id", "im_patch_id")
 
 

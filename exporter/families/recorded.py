@@ -42,7 +42,8 @@ def record(model: Any, ids: np.ndarray, mask: np.ndarray, given: Arrays, steps: 
     Args:
         model: in float32.
         ids, mask: of the prompts, padded on the left, `[batch, sequence]` int64.
-        given: what the image processor gave for their pictures; empty for text.
+        given: the image processor's output for their pictures; empty for text.
+        steps: number of tokens.
     """
     import torch
 

@@ -2,9 +2,9 @@
 
     input_ids, attention_mask, position_ids, past_key_values.* ─► model.onnx ─► logits, present.*
 
-That is the signature of onnx-community's text models. No table says which decoders can be exported: transformers lists
-them, torch traces them or says why not, and `dissect` finds the residual stream or says why not. What is refused here is what
-no tracing can change: encoders, encoder-decoders, and models that take images or sound.
+This is the signature of onnx-community's text models. There is no list of supported decoders: transformers lists its own,
+and torch and `dissect` report decoders that they cannot trace or guard. Rejected here are models that no tracing can
+support: encoders, encoder-decoders, and models that take images or sound.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from ...graphs.anatomy import DecoderAnatomy, dissect
+from ...graphs.anatomy import DecoderAnatomy, dissect, prepare
 from ...graphs.errors import GuardError, ManifestMismatch
 from ...graphs.lowerings.fold import FOLD
 from ...graphs.manifest import DecoderRecord, Manifest, read_manifest, require_intact, write_manifest
@@ -284,7 +284,7 @@ def _verify_decoder(
     ]
     if original is not None:
         graph = original.load_decoder()
-        dissect(graph)
+        prepare(graph)
         contents.refer(graph, original.decoder)
         for model in (stripped, shipped):
             contents.refer(model, package.decoder)

@@ -35,6 +35,8 @@ def carrying(
 
     Args:
         body, flow: of the guarded graph; its source and sink are there.
+        stream: of the unguarded graph.
+        report: of the rewrite.
         around: of the top graph, with the inputs that are text.
     """
     values = body.values()

@@ -96,6 +96,11 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return made
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """The operator's result; a result above the size limit is an error.
+
+        Args:
+            context, operator, left, right: as for jinja's method.
+        """
         if _size(operator, left, right) > MOST_REPEATED:
             raise TemplateError(f"{operator} makes more than {MOST_REPEATED} of something")
         return super().call_binop(context, operator, left, right)

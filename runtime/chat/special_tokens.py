@@ -142,7 +142,7 @@ def control_tokens(
         tokenizer: its table of added tokens is read.
         special_tokens: `bos_token`, `eos_token`, ... to their text.
         template: the chat template, `None` for none.
-        image_token: the image placeholder's text, `None` for none.
+        placeholder: the text for an image in a prompt, `None` for none.
     """
     literals = "" if template is None else template.literals
     if placeholder is not None:

@@ -55,7 +55,11 @@ SIGNATURES = {
     ),
     "paligemma": ({"pixel_values": ["num_images", *PIXELS]}, ["num_images", 16], {}),
 }
-SIGNATURES |= {"smolvlm": SIGNATURES["idefics3"], "paligemma2": SIGNATURES["paligemma"]}
+SIGNATURES |= {
+    "llava_next": SIGNATURES["llava_onevision"],
+    "smolvlm": SIGNATURES["idefics3"],
+    "paligemma2": SIGNATURES["paligemma"],
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,6 +99,8 @@ _PROCESSORS = {
     "glm4v_moe": "Glm4vImageProcessorPil",
     "fast_vlm": "CLIPImageProcessorPil",
     "deepseek_vl": "DeepseekVLImageProcessorPil",
+    "qwen2_5_omni_thinker": "Qwen2VLImageProcessorPil",
+    "qwen3_omni_moe_thinker": "Qwen2VLImageProcessorPil",
 }
 
 
@@ -122,7 +124,7 @@ def _by_grid(model: Any) -> dict[str, Any]:
     token = (patch * merge) ** 2
     return {
         "patch_size": patch,
-        "temporal_patch_size": getattr(vision, "temporal_patch_size", 2),
+        "temporal_patch_size": getattr(vision, "temporal_patch_size", 1),
         "merge_size": merge,
         "size": {"shortest_edge": 4 * token, "longest_edge": 12 * token},
     }
@@ -159,6 +161,11 @@ _OPTIONS = {
             "max_slice_nums": 1,
         },
     ),
+    "ernie4_5_vl_moe": lambda config: {
+        "patch_size": config.vision_config.patch_size,
+        "merge_size": config.vision_config.spatial_merge_size,
+        "size": {"shortest_edge": 4 * 28**2, "longest_edge": 12 * 28**2},
+    },
     "kimi_k25": lambda config: {},
     "video_llama_3": lambda config: {
         "patch_size": config.vision_config.patch_size,
