@@ -51,7 +51,14 @@ def place(config: Any, given: Arrays, seen: Arrays) -> np.ndarray:
 
 
 def all_laid_out(config: Any, given: Arrays, seen: Arrays, most_tiles: int | None) -> np.ndarray:
-    """`placing.laid_out` for each picture of several."""
+    """Rows for the image tokens of several pictures (`placing.laid_out` for each).
+
+    Args:
+        config: transformers' config of the model.
+        given: the image processor's outputs.
+        seen: the vision encoder's outputs.
+        most_tiles: as for `placing.laid_out`.
+    """
     rows, start = [], 0
     for size in given["image_sizes"]:
         grid = grid_of(size, config)
