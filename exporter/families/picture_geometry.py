@@ -56,7 +56,7 @@ def get_vision_window_index(
     Args:
         grid_thw, spatial_merge_size, window_size, patch_size, more: as for the function of transformers that this replaces.
         patches: number of patches.
-        windows: the window numbers of each call are appended.
+        windows: the mask of the windows, `[patches, patches]` bool, is appended.
     """
     import torch
 
