@@ -136,11 +136,11 @@ def worst_images(
     if calls < required:
         raise GuardError(f"{calls} calls are too few to judge {len(harmful)} prompts; give at least {required}")
 
-    said = _answers(model, alone, batch_size, spent)
-    kept = [number for number, (_, declined) in enumerate(said) if declined]
+    answers = _answers(model, alone, batch_size, spent)
+    kept = [number for number, (_, declined) in enumerate(answers) if declined]
     if not kept:
         raise GuardError(f"the model refuses none of {len(harmful)} harmful prompts as text; no image can lower that")
-    refusing = {said[number][0] for number in kept}
+    refusing = {answers[number][0] for number in kept}
     innocent = _answers(model, [Request(text) for text in harmless], batch_size, spent)
     answering = {first for first, declined in innocent if not declined}
     shown = [shown[number] for number in kept]
