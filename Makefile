@@ -13,7 +13,7 @@ WORKERS ?= 2
 # One thread per test process: small models do not gain from more, and idle BLAS threads spin.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-latest lock check lint fast long fuzz soak zoo coverage-check bench integration integrations tiny-vlm real-model report-picture playground-picture clean
+.PHONY: demo test test-latest lock check lint fast long fuzz soak zoo coverage-check families bench integration integrations tiny-vlm real-model report-picture playground-picture clean
 
 demo: $(VENV)/.light
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
@@ -83,6 +83,14 @@ zoo: $(VENV)/.full
 	VLMGUARD_OPTIMUM="$(abspath build/optimum)" VLMGUARD_ZOO_RESULTS="$(abspath build/zoo)" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "" \
 		tests/zoo/test_matrix.py; tested=$$?; \
 	$(BIN)/python tests/zoo/coverage.py build/zoo docs/coverage.md && exit $$tested
+
+# Every image-text-to-text type of transformers from a small random checkpoint; then docs/families.md. A stopped run goes on where it
+# was; FRESH=1 begins again.
+FAMILIES_RESULTS := build/families.jsonl
+families: $(VENV)/.full
+	mkdir -p build
+	$(if $(FRESH),rm -f $(FAMILIES_RESULTS))
+	$(BIN)/python tests/families/all_types.py $(FAMILIES_RESULTS) docs/families.md
 
 # Whether docs/coverage.md is what the last `make zoo` found.
 coverage-check: $(VENV)/.full

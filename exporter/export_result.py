@@ -1,4 +1,4 @@
-"""What an export did."""
+"""The result of an export."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .variants import VariantRow
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What `export` did, or with `dry_run` would do.
+    """Result of `export`; with `dry_run`, of its planning.
 
     Attributes:
         out: the folder; not written with `dry_run`.
@@ -73,7 +73,7 @@ class ExportResult:
         return self.decoders[0].proof
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` prints."""
+        """The content of `--json`."""
         return {
             "out": str(self.out),
             "written": self.written,

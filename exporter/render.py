@@ -162,7 +162,7 @@ def show_proof(out: Console, checks: Sequence[Check], what: str, verbose: bool) 
 
 
 def show_parity(out: Console, parity: Sequence[Check]) -> None:
-    """How far exported graphs are from the checkpoint in torch, in one line; nothing where that was not compared."""
+    """Print the difference between exported graphs and the checkpoint in torch, on one line; nothing without a comparison."""
     if parity:
         worst = max(parity, key=lambda check: check.worst / check.limit)
         out.print(

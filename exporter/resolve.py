@@ -1,4 +1,4 @@
-"""Which directions guard the model: given, found beside it, or extracted from anchor pairs and calibrated."""
+"""Finds the directions of a guard: given, beside the model, or extracted from anchor pairs and calibrated."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ EXTRACTED_RANK = 4
 
 @dataclass(frozen=True)
 class DirectionsRequest:
-    """Where directions come from, and how they are calibrated.
+    """Source and calibration of directions.
 
     Attributes:
         spec: the guard that they are for; mode `None` is open.
@@ -102,7 +102,7 @@ class ResolvedDirections:
 
     @property
     def choice(self) -> Choice | None:
-        """How the mode was chosen, where it was open."""
+        """How the mode was chosen, if it was open."""
         return self.measured if isinstance(self.measured, Choice) else None
 
     @property

@@ -79,12 +79,12 @@ def resolve_guard(job: ExportJob) -> None:
 
 
 def plan_guards(job: ExportJob) -> None:
-    """What will change in each decoder graph, with the reasons."""
+    """Plan the changes of each decoder graph, with the reasons."""
     job.planned = tuple(GuardedDecoder(graph.view, graph.anatomy, _plan(job, graph)) for graph in job.graphs)
 
 
 def choose_proof(job: ExportJob) -> None:
-    """How much is proved, and on what."""
+    """Choose the level of the proof and its inputs."""
     wanted, lowering = job.options.proof, job.planned[0].plan.lowering
     job.proved = choose_level(wanted, [(graph.view, graph.graph) for graph in job.graphs], lowering)
     job.inputs = {}

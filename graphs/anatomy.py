@@ -107,7 +107,7 @@ class DecoderAnatomy:
 
     @property
     def side_paths(self) -> tuple[SidePath, ...]:
-        """What enters layers beside the (first body's) stream."""
+        """Values that enter layers beside the (first body's) stream."""
         return self.streams[0].side_paths
 
     @property
@@ -241,7 +241,7 @@ def _sites(
 
 
 def _missing_layers(declared: LayerCount, found: int) -> str:
-    """What to do about a count that is not the config's."""
+    """Advice for a layer count that differs from the config's."""
     cross = declared.cross_attention
     if cross and found == declared.count - len(cross):
         return (

@@ -44,7 +44,7 @@ class Vertex:
 
     @property
     def name(self) -> str:
-        """How people and plans call it: the value's name, or the node's first output for a virtual sum."""
+        """Name for messages and plans: the value's name, or the node's first output for a virtual sum."""
         if self.value is not None:
             return self.value.name or "(unnamed)"
         assert self.node is not None

@@ -179,7 +179,7 @@ class _Summary(Influence):
         return found
 
     def roots(self, value: ir.Value, *kinds: Kind) -> set[_Root]:
-        """What an output comes from, this turn or an earlier one."""
+        """Sources of an output in this iteration or an earlier one."""
         returns = {self._index[inner, kind]: end for inner, end in self._back for kind in ("numbers", "sizes")}
         waiting, seen = list(self.of([value], *kinds)), set[int]()
         while waiting:

@@ -1,4 +1,4 @@
-"""How many layers the configs beside a graph declare, and what each of them is."""
+"""Number and kinds of layers declared in the configs beside a graph."""
 
 from __future__ import annotations
 

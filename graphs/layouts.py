@@ -274,7 +274,7 @@ def _others(root: Path, keep: set[Path]) -> tuple[str, ...]:
 
 
 def _stem(path: Path, stems: tuple[str, ...]) -> str | None:
-    """Which of the stems a file name has, with or without a `_variant`."""
+    """The stem of a file name, with or without a `_variant`."""
     return next((s for s in stems if path.stem == s or path.stem.startswith(f"{s}_")), None)
 
 

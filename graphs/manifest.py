@@ -116,7 +116,7 @@ class PackagedRecord(BaseModel):
     options: dict[str, Any] = {}
 
     def before(self, path: str) -> str:
-        """Where a file of this folder was."""
+        """Old path of a file of this folder."""
         return self.moved.get(path, path)
 
 

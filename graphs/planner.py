@@ -96,7 +96,7 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
 
 
 def _recorded(directions: Directions, layers: tuple[int, ...]) -> tuple[Separation, ...]:
-    """How well the layers separate harmful from harmless anchors, as the directions file records it."""
+    """Separation of harmful and harmless anchors per layer, recorded in the directions file."""
     source = (directions.anchors or {}).get("source", "anchors")
     return recorded_separations(directions.evidence, directions.pairs, layers, source)
 
@@ -172,7 +172,7 @@ def _quantized_behind(model: ir.Model, sites: tuple[SitePlan, ...]) -> list[str]
 
 
 def last_sites(anatomy: DecoderAnatomy) -> tuple[ResidualSite, ...]:
-    """Where the stream ends: the last layer's site, one per body."""
+    """The end of the stream: the last layer's site, one per body."""
     return tuple(stream.sites[-1] for stream in anatomy.streams)
 
 

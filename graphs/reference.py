@@ -58,7 +58,7 @@ class LayerGuard:
 
 @dataclass(frozen=True)
 class RuntimeControls:
-    """What may be set at each call. Ours, not the paper's; the defaults are the guard as it was calibrated.
+    """Values that each call may set. Not in the paper; the defaults are the calibrated guard.
 
     Attributes:
         strength: every weight is multiplied with it: 0 only watches, 1 is as calibrated; taken as 0 to `LARGEST_STRENGTH`.
@@ -232,7 +232,7 @@ def last_index(
 
 
 def call_end(mask: np.ndarray, length: int, past: int = 0) -> int:
-    """How many columns of the mask there are up to the end of this call's tokens (`positions` has the reasons).
+    """Number of the mask's columns up to the end of this call's tokens (`positions` has the reasons).
 
     past + length where the mask has so many columns; else the furthest attended column of any row, but no less than length.
     """

@@ -105,7 +105,7 @@ class GuardHandles:
 
 @dataclass(frozen=True)
 class GuardReport:
-    """What DID change, counted.
+    """The actual changes, counted.
 
     Attributes:
         sites: one per guarded layer and body.

@@ -109,7 +109,7 @@ class Judge:
         )
 
     def judge(self, value: Vertex, first: Vertex, layer: int) -> SidePath | str:
-        """What enters, or why it may not: a clause for a message."""
+        """The value that enters, or why it may not: a clause for a message."""
         assert value.value is not None and first.node is not None
         rows = self._rows.of(value.value)
         if rows is None:

@@ -24,7 +24,7 @@ RESHAPES = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
 
 @dataclass(frozen=True)
 class ResidualSite:
-    """Where one layer's output leaves it.
+    """Place of one layer's output.
 
     Attributes:
         layer_index: 0-based; the value is Hugging Face's `hidden_states[layer_index + 1]` (before the final norm).
@@ -153,7 +153,7 @@ def _require_sequences(layer_index: int, total: Vertex, source: Vertex) -> None:
 
 
 def stream_axes(total: Vertex, source: Vertex) -> int | None:
-    """How many axes a sum has; where the file declares no shape, as many as the value that enters the stream."""
+    """Number of axes of a sum; if the file declares no shape, that of the value that enters the stream."""
     node = total.node
     known = [total.value, *(node.outputs[:1] if node is not None else ())]
     if node is not None and total.value is not None and node.op_type in {"Add", "Sum"}:

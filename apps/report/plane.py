@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Plane:
-    """Where points of width `d` are drawn.
+    """Projection of points of width `d` to the plane.
 
     Attributes:
         mean: `[d]` float64, the origin.

@@ -73,7 +73,7 @@ def separation_terms(data: ReportData) -> list[str]:
 
 
 def symbols(data: ReportData) -> str:
-    """Which marker stands for which setting."""
+    """The marker of each setting."""
     named = [f"{SETTING_SYMBOLS[name].partition('-')[0]}: {name} ({SETTING_WORDS[name]})" for name in data.settings]
     return f"{', '.join(named).capitalize()}."
 
@@ -260,7 +260,7 @@ def text_changed(data: ReportData) -> str:
 
 
 def checks_held(data: ReportData) -> int:
-    """How many checks of the proof held when the folder was written."""
+    """Number of checks of the proof that held when the folder was written."""
     return sum(bool(check["ok"]) for check in data.manifest.decoders[0].proof)
 
 

@@ -16,7 +16,7 @@ _SHORTEST_KEY = 16
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """How one model is served.
+    """Settings of one served model.
 
     Attributes:
         name: the model's name in requests.

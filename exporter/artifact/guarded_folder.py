@@ -108,6 +108,7 @@ def record_export(
         stamped: the time of the folder.
         sbom: also write the bill of materials, before the manifest.
         parity: comparison of a checkpoint's export with torch.
+        variants: refusals of each precision variant, where there are several.
     """
     files = [path for path in sorted(stage.rglob("*")) if path.is_file()]
     sources = {path for done in decoders for path in _source_files(done)}

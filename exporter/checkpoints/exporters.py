@@ -1,4 +1,4 @@
-"""Who exports a checkpoint: a table of three. Each writes a model folder that `open_package` opens; the rest is the same.
+"""The exporters of checkpoints, a table of three rows. Each writes a model folder that `open_package` opens.
 
     transformers   vision encoder, embeddings, decoder (onnx-community layout; a text-only model is one graph), compared with
                    torch; in fp32, fp16 or w16a32 (weights in float16, arithmetic in float32)         extra torch

@@ -80,7 +80,7 @@ def recorded_peaks(model: Any, ids: np.ndarray, mask: np.ndarray, peaks: list[Pe
 
 
 def why_not_float16(peaks: Sequence[Peak]) -> str | None:
-    """Which state float16 cannot hold; `None` where it holds all of them."""
+    """Names the state that float16 cannot hold; `None` if it can hold all."""
     beyond = [peak for peak in peaks if peak.value > LARGEST]
     if not beyond:
         return None

@@ -136,7 +136,7 @@ def _states(cache: Any) -> Arrays:
 
 
 def _others(model: Any, vision: Vision | None) -> tuple[Arrays, ...]:
-    """What torch gives for further pictures, by name."""
+    """torch's results for further pictures, by name."""
     pictures = vision.others if vision is not None else ()
     return tuple({n: t.numpy() for n, t in image_features(model, **tensors(model, p)).items()} for p in pictures)
 

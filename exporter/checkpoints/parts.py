@@ -188,7 +188,7 @@ def _with_cache(part: str, family: Family, model: Any, text_of: Callable[[int, i
 
 
 def _vocabulary(model: Any) -> int:
-    """How many logits the head gives, which may be more or fewer than there are embeddings."""
+    """Number of logits, which may differ from the number of embeddings."""
     head = model.get_output_embeddings()
     return head.weight.shape[0] if head is not None else _text(model).vocab_size
 

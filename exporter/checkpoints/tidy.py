@@ -228,7 +228,7 @@ def strip_traces(model: ir.Model) -> None:
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """How large the file will be, but for a few bytes per node."""
+    """Size of the file, except for a few bytes per node."""
     tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
     return int(np.sum([tensor.nbytes for tensor in tensors if tensor is not None], dtype=np.int64))
 

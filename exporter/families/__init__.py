@@ -1,4 +1,4 @@
-"""Which checkpoints can be exported: one row per multimodal family, `FAMILIES`, and one for all text decoders (`text`).
+"""Supported checkpoints: one row per multimodal family, `FAMILIES`, and one for all text decoders (`text`).
 
     vision inputs ─► vision_encoder ─► image_features ─► (place) ┐
                                                                  ├─► (caller puts the rows at the image tokens)

@@ -46,7 +46,7 @@ class Turn:
 
     @property
     def of_image(self) -> np.ndarray:
-        """Where the prompts' image tokens are, `[batch, total]` bool."""
+        """Positions of the prompts' image tokens, `[batch, total]` bool."""
         found = self.ids == (-1 if self.image_token is None else self.image_token)
         if self.image_tokens is None:
             return found
@@ -59,7 +59,7 @@ def positions(turn: Turn) -> np.ndarray:
 
 
 def position_inputs(model: Any) -> Shapes:
-    """What most decoders take besides embeddings, mask and cache."""
+    """Inputs of most decoders besides embeddings, mask and cache."""
     return {"position_ids": (BATCH, SEQUENCE)}
 
 
@@ -74,7 +74,7 @@ def run_whole_model(model: Any, **inputs: Any) -> Any:
 
 
 def input_embeddings(model: Any, ids: Any) -> Mapping[str, Any]:
-    """What most decoders take in place of token ids."""
+    """Inputs of most decoders in place of token ids."""
     return {"inputs_embeds": model.get_input_embeddings()(ids)}
 
 

@@ -101,7 +101,7 @@ def one_picture(model: Any, inputs: Mapping[str, torch.Tensor]) -> Iterator[None
 
 def _takes_bounds(part: Any) -> bool:
     """Whether a module takes `cu_seqlens`, the bounds of the segments that attend to themselves."""
-    return "cu_seqlens" in inspect.signature(type(part).forward).parameters
+    return "cu_seqlens" in inspect.signature(part.forward).parameters
 
 
 def _within_windows(forward: Any, windows: Sequence[torch.Tensor]) -> Any:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Places:
-    """Where each patch lies; every attribute is `[patches]` int64.
+    """Places of the patches; every attribute is `[patches]` int64.
 
     Attributes:
         frame: the number of the first patch of its frame, which no other frame of any image has.
@@ -67,7 +67,7 @@ def places(grids: torch.Tensor, patches: int, merge: int) -> Places:
 
 
 def image_features(tower: Any, pixel_values: torch.Tensor, grids: torch.Tensor) -> list[torch.Tensor]:
-    """What `tower(pixel_values, grid_thw=grids)` gives: merged features, then those for DeepStack (Qwen3-VL).
+    """Results of `tower(pixel_values, grid_thw=grids)`: merged features, then those for DeepStack (Qwen3-VL).
 
     Args:
         tower: `model.model.visual`.

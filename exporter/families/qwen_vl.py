@@ -135,7 +135,7 @@ def _injected(config: Any, turn: Turn) -> Arrays:
 
 
 def _is_image(config: Any, turn: Turn) -> np.ndarray:
-    """Where the prompts' image tokens are; an image token that the model answers with is none."""
+    """Positions of the prompts' image tokens, without image tokens in the answer."""
     found = turn.ids == config.image_token_id
     if not turn.given:
         return found

@@ -1,4 +1,4 @@
-"""What transformers' own `generate` does with prompts and pictures, call by call: the reference for exports."""
+"""Records transformers' own `generate` on prompts and pictures, call by call: the reference for exports."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def spelled(place: Sequence[SupportsInt], dimensions: int) -> str:
 
 
 def first_no_number(states: np.ndarray, real: np.ndarray) -> str:
-    """Where states `[batch, tokens, d]` of real tokens hold NaN or infinity, in words; "" if nowhere."""
+    """Places of NaN or infinity in states `[batch, tokens, d]` of real tokens, as text; "" without any."""
     wrong = ~np.isfinite(states) & real[..., None]
     if not wrong.any():
         return ""

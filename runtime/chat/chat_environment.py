@@ -55,7 +55,7 @@ def compiled(source: str) -> Compiled:
 
 
 class Work:
-    """How many turns of loops, and calls, one rendering has made."""
+    """Counter of loop iterations and calls of one rendering."""
 
     def __init__(self) -> None:
         self.turns = 0
@@ -107,7 +107,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
 
 def _size(operator: str, left: Any, right: Any) -> int:
-    """How large what comes out is: items of a sequence, digits of a number."""
+    """Size of the result: items of a sequence, digits of a number."""
     if isinstance(left, int) and isinstance(right, int):
         return left.bit_length() + right.bit_length() if operator == "*" else left.bit_length() * max(right, 0)
     if operator == "*":

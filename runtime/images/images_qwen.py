@@ -62,7 +62,7 @@ class Patches:
 
     @property
     def tokens(self) -> np.ndarray:
-        """How many tokens each picture takes in the prompt, `[images]` int64."""
+        """Number of tokens of each picture in the prompt, `[images]` int64."""
         return self.image_grid_thw.prod(axis=1) // self.merge**2
 
 
