@@ -24,6 +24,7 @@ from .application import RUN, app
 from .shared_options import (
     AnswerTokens,
     Guarded,
+    RunVariant,
     controls,
     data_option,
     limits,
@@ -53,6 +54,7 @@ def generate_command(
     ] = None,
     blank: Annotated[bool, what("--blank", help="Show a blank white picture.")] = False,
     unguarded: Annotated[bool, what("--unguarded", help="Run a model that has no guard.")] = False,
+    variant: RunVariant = None,
     max_new_tokens: AnswerTokens = MAX_NEW_TOKENS,
     temperature: Annotated[
         float, controls("--temperature", help="Sampling temperature; 0 is greedy.", metavar="X")
@@ -103,7 +105,7 @@ def generate_command(
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     if unguarded:
         require_unmarked(model)
-    vlm = open_model(model) if unguarded else GuardedVLM.open(model)
+    vlm = open_model(model, variant) if unguarded else GuardedVLM.open(model, variant=variant)
     shown = vlm.blank_image() if blank else image
     knobs = Knobs(strength, threshold_offset)
     if as_json and not (scores or vlm.decoder.outputs_scores):
@@ -158,6 +160,7 @@ def serve_command(
         str | None,
         what("--model-name", help="Name of the model in requests. (default: the folder's name)", metavar="NAME"),
     ] = None,
+    variant: RunVariant = None,
     concurrency: Annotated[
         int | None,
         limits("--concurrency", help="Answers generated at the same time. (default: 4; 1 for engines)", metavar="N"),
@@ -221,6 +224,7 @@ def serve_command(
         max_context=max_context,
         max_image=max_image_mib * MIB,
         max_images=max_images,
+        variant=variant,
         timeout=timeout,
         grace=grace,
     )

@@ -35,7 +35,7 @@ _UNCHANGED = frozenset({"Cast", "Identity", "Clip", "Reshape", "Squeeze", "Unsqu
 
 @dataclass(frozen=True)
 class Barrier:
-    """Where one layer is guarded.
+    """The guard's place in one layer.
 
     Attributes:
         layer: its index.
@@ -101,7 +101,7 @@ class Surroundings:
         return self.influence.of(self.text, "numbers")
 
     def avoiding(self, output: ir.Value) -> list[str]:
-        """What reaches an output past a guard, in words."""
+        """Values that reach an output past a guard, as text."""
         return [*self._text_avoiding(output), *self._mixers_avoiding(output)]
 
     def _text_avoiding(self, output: ir.Value) -> list[str]:

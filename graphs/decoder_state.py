@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from .dataflow import SHAPE_OPS, reads
 
+_CACHE_AXES = 4  # [batch, heads, past, size], or more where keys and values are one tensor
 # The names of the onnx-community layout, which our own conversion writes: `past_key_values.0.key` and `present.0.key`.
 COMMUNITY_PAST, COMMUNITY_PRESENT = "past_key_values", "present"
 # How names of one state begin on both sides; behind that they are the same, but for a plural.
@@ -64,6 +65,15 @@ def state_pairs(graph: ir.Graph, no_inputs: Collection[str] = (), no_outputs: Co
         for past in inputs
         if past in pairs
     ]
+
+
+def is_longer(graph: ir.Graph, pair: StatePair) -> bool:
+    """Whether the output of a pair continues its input: `[batch, heads, past, size]` with more tokens, as a KV cache."""
+    past = next(value for value in graph.inputs if value.name == pair.past)
+    present = next(value for value in graph.outputs if value.name == pair.present)
+    if pair.axis is None or past.shape is None or present.shape is None or len(past.shape) < _CACHE_AXES:
+        return False
+    return size(past.shape[pair.axis]) != size(present.shape[pair.axis])
 
 
 def pairs_by_name(inputs: Iterable[str], outputs: Iterable[str]) -> list[StatePair]:

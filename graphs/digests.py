@@ -77,6 +77,6 @@ def _digest(path: Path, counter: _ByteCounter) -> str:
 
 
 def _content(path: Path) -> tuple[int, int]:
-    """What two paths to the same bytes have in common, links followed."""
+    """Equal for two paths to the same bytes; links are followed."""
     status = path.stat()
     return status.st_dev, status.st_ino

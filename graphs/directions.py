@@ -35,7 +35,7 @@ from .spec import LARGEST_TAU, MAX_RANK
 from .strict_json import from_strict_json, to_strict_json
 
 SCHEMA = "vlmguard.directions/1"
-DIRECTIONS_FILE = "directions.safetensors"  # in a guarded folder, and beside a model that brings its own
+DIRECTIONS_FILE = "directions.safetensors"  # in a guarded folder, and beside a model with its own directions
 ORTHONORMAL_WITHIN = 1e-4
 _TENSOR_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,4})\.(ssd|origin|target|readout|threshold|text_threshold)")
 _THRESHOLDS = frozenset({"threshold", "text_threshold"})

@@ -155,7 +155,7 @@ class Influence:
 
 
 class _Summary(Influence):
-    """What the outputs of a loop's body depend on, after any number of iterations."""
+    """Dependencies of the outputs of a loop's body after any number of iterations."""
 
     def __init__(self, body: ir.Graph, outer: Influence, states: int, first_input: int, first_output: int) -> None:
         self.cells, self.predecessors, self._index, self._ranks = [], [], {}, Ranks()
@@ -179,7 +179,7 @@ class _Summary(Influence):
         return found
 
     def roots(self, value: ir.Value, *kinds: Kind) -> set[_Root]:
-        """What an output comes from, this turn or an earlier one."""
+        """Sources of an output in this iteration or an earlier one."""
         returns = {self._index[inner, kind]: end for inner, end in self._back for kind in ("numbers", "sizes")}
         waiting, seen = list(self.of([value], *kinds)), set[int]()
         while waiting:

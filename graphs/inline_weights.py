@@ -246,7 +246,7 @@ def referring_proto(model: ir.Model, weights: Mapping[str, InFile]) -> onnx.Mode
 
 
 def whole_pieces(referring: onnx.ModelProto, weights: Mapping[str, InFile]) -> list[bytes | InFile]:
-    """What to write, one after the other, so that the weights are inside again: the bytes that protobuf itself would write.
+    """Pieces to write so that the weights are inline again, with the bytes that protobuf itself would write.
 
     Args:
         referring: as `referring_proto` made it.
@@ -269,7 +269,7 @@ def whole_pieces(referring: onnx.ModelProto, weights: Mapping[str, InFile]) -> l
 
 
 def total(pieces: Sequence[bytes | InFile]) -> int:
-    """How many bytes that are."""
+    """Their number of bytes."""
     return sum(piece.length if isinstance(piece, InFile) else len(piece) for piece in pieces)
 
 

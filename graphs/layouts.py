@@ -65,6 +65,29 @@ def open_package(path: Path | str, variant: str | None = None, trust_links: bool
     return package
 
 
+def variant_name(decoder: Path) -> str:
+    """`decoder_model_merged_q4f16.onnx` -> `q4f16`; "" for the plain file, or a name of another layout."""
+    stem = _stem(decoder, _DECODERS)
+    return decoder.stem.removeprefix(stem or decoder.stem).removeprefix("_")
+
+
+def variant_of(package: ModelPackage, variant: str) -> ModelPackage:
+    """A package seen from the decoder graph of one precision.
+
+    Args:
+        package: of an onnx-community folder.
+        variant: suffix of the file: `fp16`, `q4`, ...; "" for the plain one.
+
+    Raises:
+        ModelUnreadable: the folder has no such variant.
+    """
+    views = {variant_name(view.decoder): view for view in package.views()}
+    if package.layout != "onnx-community" or variant not in views:
+        known = ", ".join(repr(name) for name in sorted(views))
+        raise ModelUnreadable(f"{package.root}: the decoder has no variant {variant!r}, only {known}; name one")
+    return views[variant]
+
+
 def _find(path: Path, variant: str | None) -> ModelPackage:
     require_model(path)
     if variant is not None and not (path / "onnx").is_dir():
@@ -182,7 +205,7 @@ def _onnx_community(root: Path, variant: str | None) -> ModelPackage:
     decoders = {path: stem for path, stem in found.items() if stem is not None}
     if not decoders:
         raise ModelUnreadable(f"{root / 'onnx'}: holds no decoder ({', '.join(_DECODERS)}); found {_some(list(found))}")
-    suffixes = {path: path.stem.removeprefix(stem).removeprefix("_") for path, stem in decoders.items()}
+    suffixes = {path: variant_name(path) for path in decoders}
     chosen = [path for path in decoders if variant is None or suffixes[path] == variant]
     if not chosen:
         known = ", ".join(repr(name) for name in sorted(set(suffixes.values())))
@@ -251,7 +274,7 @@ def _others(root: Path, keep: set[Path]) -> tuple[str, ...]:
 
 
 def _stem(path: Path, stems: tuple[str, ...]) -> str | None:
-    """Which of the stems a file name has, with or without a `_variant`."""
+    """The stem of a file name, with or without a `_variant`."""
     return next((s for s in stems if path.stem == s or path.stem.startswith(f"{s}_")), None)
 
 

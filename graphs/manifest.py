@@ -116,7 +116,7 @@ class PackagedRecord(BaseModel):
     options: dict[str, Any] = {}
 
     def before(self, path: str) -> str:
-        """Where a file of this folder was."""
+        """Old path of a file of this folder."""
         return self.moved.get(path, path)
 
 
@@ -137,6 +137,7 @@ class Manifest(BaseModel):
         engines: the engines of a folder built from a guarded one; empty for a folder of graphs.
         packaged: how the folder was packaged, if it was.
         export_parity: difference between the exported graphs and the checkpoint in torch; only for checkpoints.
+        variants: decoder path -> refusals of this precision variant without and with the guard; only where there are several.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -155,6 +156,7 @@ class Manifest(BaseModel):
     engines: list[EngineRecord] = []
     packaged: PackagedRecord | None = None
     export_parity: list[dict[str, Any]] | None = None
+    variants: dict[str, dict[str, Any]] | None = None
     proved_because: str = ""
 
     @property
@@ -169,7 +171,7 @@ class Manifest(BaseModel):
 
     def to_text(self) -> str:
         content = self.model_dump()
-        for name in ("packaged", "export_parity"):  # so that older versions can read all other folders
+        for name in ("packaged", "export_parity", "variants"):  # so that older versions can read all other folders
             if content[name] is None:
                 del content[name]
         return to_strict_json({"schema": content.pop("schema_"), **content}, indent=2, ensure_ascii=False) + "\n"

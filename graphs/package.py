@@ -164,7 +164,7 @@ class ModelPackage:
 
     @property
     def declared_names(self) -> DeclaredNames:
-        """What `genai_config.json` calls the decoder's inputs and outputs; nothing where it names another graph."""
+        """Names of the decoder's inputs and outputs in `genai_config.json`; empty if it names another graph."""
         path = self.companion("genai_config.json")
         config = read_json(path) if path is not None else {}
         model = config.get("model")
@@ -176,7 +176,7 @@ class ModelPackage:
 
     @property
     def roles(self) -> InputRoles:
-        """What each input of the decoder is for; a guarded copy of it has the same."""
+        """The roles of the decoder's inputs; a guarded copy has the same."""
         return _roles(self, stamp_of(self.decoder), json.dumps([self.declared_names.names, self.declared_names.states]))
 
     def files(self) -> Iterator[tuple[Path, str]]:
@@ -211,5 +211,5 @@ class ModelPackage:
 
 @lru_cache(maxsize=16)
 def _roles(package: ModelPackage, stamp: Stamp | None, declared: str) -> InputRoles:
-    """They are asked for at every opening of the decoder, and the answer costs a parse."""
+    """Cached: every opening of the decoder needs them, and they cost a parse."""
     return input_roles(package.load_decoder().graph)

@@ -72,7 +72,7 @@ def reads_pairs(model: ir.Model) -> bool:
 
 
 class PairedRows:
-    """Which rows of a call are edited, and where their text-only prompts end.
+    """Edited rows of a call, and the ends of their text-only prompts.
 
     Each property writes its nodes when it is first read.
 

@@ -1,4 +1,4 @@
-"""Where files are looked for, and whether a path that the user typed is there at all.
+"""Places to search for files, and checks that paths typed by the user exist.
 
 Needs the standard library alone: a typo is refused before seconds of imports.
 """

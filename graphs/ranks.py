@@ -1,4 +1,4 @@
-"""How many axes a value has, from the operators that make it; never from what the file declares of it.
+"""Number of axes of a value, derived from operators and never from the file's declaration.
 
 A declared shape is a claim that a runtime may overrule. Only the ranks of inputs are taken as declared: a runtime refuses
 feeds of another rank.
@@ -121,7 +121,7 @@ class Ranks:
         return rank - length if length else None
 
     def _length(self, value: ir.Value | None) -> int | None:
-        """How many numbers a 1-D value holds: a shape, a constant, several of them put together."""
+        """Number of elements of a 1-D value: a shape, a constant, or a concatenation of them."""
         if value is None or value in self._lengths:
             return self._lengths.get(value) if value is not None else None
         tensor = value.const_value if value.const_value is not None else constant(value)

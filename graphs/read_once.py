@@ -43,7 +43,7 @@ class ReadOnce(Generic[T]):
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def get(self, path: Path, read: Callable[[Path], T]) -> T:
-        """What `read` returns for the file as it is now. The content is shared between callers, who must not change it.
+        """The current result of `read` for the file. Callers share it and must not change it.
 
         Args:
             path: of the file.

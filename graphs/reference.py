@@ -16,7 +16,7 @@ NO_SUPERVISOR = -1e30
 # The largest strength that is accepted. In float16 a coordinate is read with one bit to spare (`lowerings.lowrank`); an
 # unbounded strength could be infinite, and infinity times a closed gate is not zero.
 LARGEST_STRENGTH = 2.0
-# A threshold offset is cut here: it must not bring a threshold below NO_SUPERVISOR.
+# Limit of the threshold offset: a threshold must stay above NO_SUPERVISOR.
 LARGEST_OFFSET = 1e29
 # `combined` uses its readout only where there is a supervisor: the readout's score is capped this far above the
 # supervisor's coordinate. The cap is above every real score, and NO_SUPERVISOR plus the cap is below every threshold.
@@ -39,8 +39,8 @@ class LayerGuard:
         readout: `[d]`, what the gate of `restore` and `combined` reads.
         threshold: the gate opens above it (`align`: `SUPERVISED_ABOVE`; with paired rows minus infinity, there is no gate).
         alpha: strength (`steer`, `supervise`).
-        text_shift: brings the text-only query's first coordinate to the readout's scale, so that one threshold serves both
-            (`combined`).
+        text_shift: added to the text-only query's first coordinate to match the readout's scale, so that one threshold
+            serves both (`combined`).
     """
 
     ssd: np.ndarray
@@ -58,7 +58,7 @@ class LayerGuard:
 
 @dataclass(frozen=True)
 class RuntimeControls:
-    """What may be set at each call. Ours, not the paper's; the defaults are the guard as it was calibrated.
+    """Values that each call may set. Not in the paper; the defaults are the calibrated guard.
 
     Attributes:
         strength: every weight is multiplied with it: 0 only watches, 1 is as calibrated; taken as 0 to `LARGEST_STRENGTH`.
@@ -232,7 +232,7 @@ def last_index(
 
 
 def call_end(mask: np.ndarray, length: int, past: int = 0) -> int:
-    """How many columns of the mask there are up to the end of this call's tokens (`positions` has the reasons).
+    """Number of the mask's columns up to the end of this call's tokens (`positions` has the reasons).
 
     past + length where the mask has so many columns; else the furthest attended column of any row, but no less than length.
     """

@@ -1,4 +1,4 @@
-"""Which folders `--force` may delete: those that vlmguard wrote, and model layouts with nothing else in them.
+"""Folders that `--force` may delete: those written by vlmguard, and model layouts with nothing else in them.
 
 A folder with a manifest (guarded graphs, engines, packaged layouts) or with a record of `vlmguard convert` may hold the
 files listed there. Any other folder may hold graphs, their weights and the files that go with a model, at its top or in

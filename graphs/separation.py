@@ -1,4 +1,4 @@
-"""How well a layer's direction separates harmful prompts from harmless ones, and whether chance would do as well.
+"""Measures how well a layer's direction separates harmful from harmless prompts, and compares it with chance.
 
 The figure is the AUC of the hidden states at the prompts' ends along row 1 of the SSD: 1 separates them perfectly, 0.5 not at
 all, below 0.5 harmless prompts lie on the harmful side. With few prompts chance reaches far: for `n` harmful and `m` harmless

@@ -1,4 +1,4 @@
-"""Which inputs of an operator decide how large its outputs are: by their own sizes, or by the numbers in them.
+"""Inputs of an operator that determine the sizes of its outputs: by their own sizes, or by their values.
 
 `Reshape` takes its sizes from the NUMBERS of its second input; `Add` from the sizes of both. The difference decides whether
 a later `Shape` shows data. An operator that no table names may take its sizes from every number that it reads.
@@ -92,7 +92,7 @@ Extent = Literal["rows", "sizes"]
 
 
 def made_extent(node: ir.Node) -> Extent:
-    """Which sizes of its outputs a node takes from numbers."""
+    """Sizes of a node's outputs that come from values."""
     return "rows" if node.domain in _STANDARD and node.op_type == "Range" else "sizes"
 
 

@@ -1,4 +1,4 @@
-"""Where a decoder's nodes lie: at the top of the graph, or in every branch of an `If`.
+"""Place of a decoder's nodes: at the top of the graph, or in every branch of an `If`.
 
 Merged decoders (optimum, and most transformers.js models on the hub) hold the decoder twice, without and with a past, in
 the two branches of one `If`. The weights are the top graph's; the branches capture them. What holds for one body must
@@ -33,7 +33,7 @@ class DecoderSubgraph:
 
     @property
     def path(self) -> str:
-        """What node names in it start with below the guard's prefix: "" or `then_branch/`."""
+        """Prefix of its node names after the guard's: "" or `then_branch/`."""
         return f"{self.name}/" if self.name else ""
 
     def values(self) -> dict[str, ir.Value]:

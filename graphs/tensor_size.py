@@ -30,7 +30,7 @@ def number_count(path: Path, tensor: onnx.TensorProto) -> int:
 
 
 def byte_count(path: Path, tensor: onnx.TensorProto) -> int:
-    """How many bytes they take, the last one perhaps in part.
+    """Number of bytes of a tensor's elements, rounded up.
 
     Raises:
         ModelUnreadable: a dimension is negative, or the dtype is not known.

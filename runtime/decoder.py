@@ -123,7 +123,7 @@ class DecoderSession:
         return layers, rank
 
     def no_supervisor(self, batch: int) -> np.ndarray:
-        """What goes in where there are no text-only coordinates, `[batch, layers, m]`: nothing is edited then."""
+        """The supervisor of a text-only pass, `[batch, layers, m]`: no gate opens."""
         return np.full((batch, *self.supervisor_shape), NO_SUPERVISOR, np.float32)
 
     @property
@@ -291,7 +291,8 @@ class DecoderSession:
             positions = np.maximum(np.cumsum(state.mask, axis=1) - 1, 0)[:, -current.shape[1] :]
             axes = ports[roles.positions].shape[:-2]  # M-RoPE has one row per axis; between words all of them agree
             positions = np.broadcast_to(positions, (*((n or 1) for n in axes), *positions.shape))
-            if (of_images := images.positions_between(*window)) is not None:
+            # A grid of patches says nothing to a decoder that counts tokens.
+            if len(axes) == 1 and (of_images := images.positions_between(*window)) is not None:
                 positions = of_images
             feeds[roles.positions] = positions.astype(ports[roles.positions].dtype)
         for name, port in self.injected.items():
@@ -322,7 +323,7 @@ class DecoderSession:
         return feeds | further | self._undecided(current.shape[0]) | state.runtime_controls | state.cache
 
     def _undecided(self, batch: int) -> dict[str, Tensor]:
-        """What goes in for gates that the prompt is to decide, `[batch, layers]`."""
+        """Input for gates that the prompt decides, `[batch, layers]`."""
         port = self.runner.inputs.get(PAST_GATE_INPUT)
         return {} if port is None else {PAST_GATE_INPUT: np.full((batch, port.shape[1] or 0), UNDECIDED, np.float32)}
 

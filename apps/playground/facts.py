@@ -1,4 +1,4 @@
-"""Writes `facts.json`: what the page needs to know about the model.
+"""Writes `facts.json`: the page's facts about the model.
 
 Chat template, special tokens, image processor and thresholds are read by the code of `GuardedVLM`. A model whose inputs the
 page would prepare differently is rejected: no answer is better than a wrong one.

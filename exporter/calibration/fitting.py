@@ -81,7 +81,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Gate:
-    """What decides at one layer, whatever the rank.
+    """The gate's numbers of one layer, for any rank.
 
     Attributes:
         readout: `[d]` float32, `None` where the mode has none of its own.
@@ -97,7 +97,7 @@ class Gate:
 
 
 def groups_of(prompts: Sequence[LabelledPrompt]) -> list[str]:
-    """What each prompt shares with those that must lie in its fold."""
+    """Key that prompts of one fold share."""
     labels: dict[str, set[str]] = defaultdict(set)
     for prompt in prompts:
         labels[prompt.prompt].add(prompt.label)

@@ -10,30 +10,24 @@
 stored in float16 and everything is computed in float32 (`narrow`): inputs, outputs and names are those of fp32. The caller puts
 the image features at the image tokens: flattened to [num_images * tokens, width], in reading order, as apps do today.
 
-Some families have more inputs: their rows in `families` say which. How a row becomes three graphs is in
-`parts`, how they are cleaned up in `tidy`, and how they are compared with torch in
-`parity`. torch and transformers are imported by what needs them, when it runs.
+The rows of `families` list further inputs. `parts` splits a row into graphs, `tidy` cleans them up, and `parity` compares them
+with torch. torch and transformers are imported on first use.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import logging
 import re
 import shutil
 import time
-import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
 
-from ...graphs.decoder_state import COMMUNITY_PAST
 from ...graphs.errors import ExtraMissing, GuardError, ModelUnreadable, OutputRefused, ProofFailed, first_line
 from ...graphs.extras import install_command
 from ...graphs.json_files import LARGEST_JSON, require_small
@@ -43,15 +37,15 @@ from ...graphs.proof.structure import Check
 from ...graphs.reasons import out_of_memory
 from ..families import find_family
 from ..families.family import PAST, SEQUENCE, TOTAL, Family
-from ..families.gated_delta import delta_rule_by_scan
-from ..families.generic_vision import as_written
+from ..families.transformers_class import transformers_class
 from .fit import fit
 from .foreign_failures import WHAT_TO_DO, in_one_line
 from .narrow import narrow_weights, round_weights
 from .parity import answer_with_torch, check_parity, require_onnxruntime
-from .parts import Part, parts_of
+from .parts import parts_of
 from .prompt_text import prompt_texts
 from .tidy import tidy, weight_bytes
+from .trace import quiet, trace_some_way
 
 Dtype = Literal["fp32", "fp16", "w16a32"]
 
@@ -78,7 +72,7 @@ class GraphFile:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `convert_checkpoint` did, and how well the result agrees with torch (empty when not verified)."""
+    """Result of `convert_checkpoint`, with its comparison with torch (empty if not verified)."""
 
     checkpoint: str
     model_type: str
@@ -91,7 +85,7 @@ class ConversionReport:
 
     @property
     def compared(self) -> int:
-        """How many values were compared with torch's."""
+        """Number of values compared with torch's."""
         return sum(check.compared for check in self.parity)
 
     @property
@@ -137,7 +131,7 @@ def convert_checkpoint(
         round_weights(model)
 
     graphs = []
-    with _quiet():
+    with quiet():
         if family.generic:
             report_progress("comparing ways to run it with transformers", 0, 1)
             with in_one_line(f"{checkpoint}: transformers cannot run it on a picture"):
@@ -147,7 +141,7 @@ def convert_checkpoint(
     for number, part in enumerate(parts, 1):
         report_progress(f"exporting ({number}/{len(parts)}) {part.name}", 0, 1)
         with in_one_line(f"{checkpoint}: torch cannot export its {part.name}"):
-            graph = trace(model, part, opset)
+            graph = trace_some_way(model, part, opset)
         sums = {f"{PAST} + {SEQUENCE}": TOTAL}
         named = {"float32_inputs": part.float32_inputs, "state_names": part.state_names}
         try:
@@ -158,14 +152,14 @@ def convert_checkpoint(
             ) from None
         if dtype == "w16a32":
             narrow_weights(graph.graph)
-        graphs.append(save_graph(graph, out, part.name, dtype))
+        graphs.append(_save_part(graph, out, part.name, dtype))
         del graph  # holds the weights of this part
     copied = copy_companions(folder, out)
 
     parity: tuple[Check, ...] = ()
     if verify:
         report_progress("running the checkpoint in torch", 0, 1)
-        with _quiet(), in_one_line(f"{checkpoint}: transformers cannot generate with it"):
+        with quiet(), in_one_line(f"{checkpoint}: transformers cannot generate with it"):
             texts = prompt_texts(folder, model.config)
             reference = answer_with_torch(family, model, texts, measure_peaks=dtype == "fp16")
         config = model.config
@@ -219,9 +213,13 @@ def read_config(folder: Path) -> Mapping[str, Any]:
 
 
 def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: ProgressCallback) -> Any:
-    """The checkpoint as a transformers model on the CPU, every weight of it from the files."""
+    """Load the checkpoint as a transformers model on the CPU, with every weight from its files.
+
+    Args:
+        folder, family: of the checkpoint.
+        dtype, report_progress: as for `convert_checkpoint`.
+    """
     import torch
-    import transformers
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -230,7 +228,7 @@ def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: Prog
             f"{folder}: no *.safetensors; save the checkpoint with save_pretrained (pickled weights can run code and "
             f"are not opened)"
         )
-    model_class = getattr(transformers, family.model_class)
+    model_class = transformers_class(family.model_class)
     try:
         config = model_class.config_class.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, StrictDataclassError) as failure:
@@ -239,7 +237,7 @@ def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: Prog
             f"fetch the checkpoint again"
         ) from failure
     try:
-        with _quiet():
+        with quiet():
             model, loading = model_class.from_pretrained(
                 folder,
                 config=config,
@@ -278,24 +276,8 @@ def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: Prog
     return model.eval()
 
 
-def trace(model: Any, part: Part, opset: int) -> ir.Model:
-    """One part of the model as transformers' exporter writes it."""
-    from transformers.exporters.configs import OnnxConfig
-    from transformers.exporters.exporter_onnx import OnnxExporter
-
-    config = OnnxConfig(
-        dynamic=True,
-        opset_version=opset,
-        dynamic_shapes=_dynamic_shapes(part),
-        # Else a comparison of two lengths in the model ("is the mask as long as the input?") forbids the sample's own.
-        prefer_deferred_runtime_asserts_over_guards=True,
-    )
-    with _quiet(), _runs_as(model, part), delta_rule_by_scan(model), as_written(model):
-        return OnnxExporter().export(model, dict(part.sample), config).program
-
-
-def save_graph(graph: ir.Model, out: Path, part: str, dtype: Dtype) -> GraphFile:
-    """Write one graph; its weights go to `<file>_data` beside it only when one file would be too large."""
+def _save_part(graph: ir.Model, out: Path, part: str, dtype: Dtype) -> GraphFile:
+    """Write one graph; its weights go to `<file>_data` beside it only if one file would be too large."""
     path = out / "onnx" / f"{part}{SUFFIXES[dtype]}.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
     external = weight_bytes(graph) > EXTERNAL_DATA_ABOVE
@@ -316,51 +298,6 @@ def copy_companions(folder: Path, out: Path) -> tuple[str, ...]:
     for name in present:
         shutil.copyfile(folder / name, out / name)  # follows links: the hub's cache is made of them
     return tuple(present)
-
-
-def _dynamic_shapes(part: Part) -> dict[str, Any]:
-    """The part's named axes, as torch.export wants them: per argument, and per tensor of the cache."""
-    from torch.export import Dim
-
-    # torch has no word for a sum of two lengths (of the mask), nor for a multiple of another (patches, four to a token).
-    # It finds both by itself, where it is not held to a name; `require_signature` sees to it that it finds no number.
-    held = Counter(word for shape in part.inputs.values() for word in shape if word != TOTAL)
-
-    def axes(shape: tuple[str | int, ...]) -> dict[int, Any]:
-        named = {axis: name for axis, name in enumerate(shape) if isinstance(name, str)}
-        return {axis: Dim(name) if part.held and held[name] > 1 else Dim.AUTO for axis, name in named.items()}
-
-    of_cache = [axes(tensor.shape) for tensor in part.state]
-    return {name: of_cache if name == COMMUNITY_PAST else axes(part.inputs[name]) for name in part.sample}
-
-
-@contextmanager
-def _runs_as(model: Any, part: Part) -> Iterator[None]:
-    """Within, calling the model runs this part of it; weights keep the names they have in the checkpoint."""
-    model.forward = lambda **inputs: part.run(model, **inputs)
-    try:
-        yield
-    finally:
-        del model.forward  # uncovers the class's own
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch prints its progress to stdout, which belongs to results here, and both warn about what we do on purpose."""
-    from transformers.utils import logging as transformers_logging
-
-    had_bars = transformers_logging.is_progress_bar_enabled()
-    disabled = logging.root.manager.disable
-    transformers_logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    try:
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        if had_bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _supported_opset(opset: int | None) -> int:
@@ -386,7 +323,8 @@ def _require_extras(verify: bool) -> None:
     try:
         import onnxscript  # noqa: F401
         import torch  # noqa: F401
-        import transformers.exporters  # noqa: F401
+
+        import_module("transformers.exporters")
     except ImportError as missing:
         raise ExtraMissing(
             f"exporting a checkpoint needs {missing.name}, which is not installed; run: {install_command('torch')}"

@@ -1,16 +1,18 @@
-"""What a checkpoint is cut into: three graphs of a multimodal row of `families`, one graph of a text row."""
+"""The parts of a checkpoint: three graphs for a multimodal row of `families`, one graph for a text row."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 
 from ...graphs.decoder_state import COMMUNITY_PAST
 from ...graphs.errors import ModelUnreadable
 from ..families.family import BATCH, SEQUENCE, TOTAL, Arrays, Family, Shapes, Turn, Vision
+from ..families.grid_tracing import has_grid, on_grid, run_on_grid, take_patches
 from .traced_state import StateTensor, find_state, fresh_cache
 
 if TYPE_CHECKING:
@@ -36,10 +38,12 @@ class Part:
     float32_inputs: tuple[str, ...] = ()
     state: tuple[StateTensor, ...] = ()
     held: bool = True  # whether axes of one name are held to one length while it is traced
+    finish: Callable[[ir.Graph], None] | None = None  # makes the promised inputs of the traced ones
+    instead: Part | None = None  # what to trace where this cannot be
 
     @property
     def state_names(self) -> dict[str, str]:
-        """What the trace calls the state, behind the side that it is on, and its name in the file."""
+        """The state's names in the trace, with the side, and in the file."""
         names = {}
         for tensor in self.state:
             names[f"input.{COMMUNITY_PAST}.{tensor.leaf}"] = tensor.past
@@ -67,19 +71,23 @@ def tensors(model: Any, arrays: Arrays) -> dict[str, torch.Tensor]:
 
 
 def _vision_encoder(vision: Vision, model: Any) -> Part:
-    inputs = vision.inputs(model)
+    inputs, outputs = vision.inputs(model), vision.outputs(model)
     sample = vision.sample(model, np.random.default_rng(0)) if vision.traced is None else vision.traced
     sample = {name: sample[name] for name in inputs}  # what only the caller needs is left out
-    return Part(
+    part = Part(
         name=VISION_ENCODER,
         run=vision.run,
         sample=tensors(model, sample),
         inputs=inputs,
-        outputs=vision.outputs(model),
+        outputs=outputs,
         # Whatever the weights are: float32 is what image processors give, in Python as in transformers.js.
         float32_inputs=tuple(name for name, array in sample.items() if array.dtype.kind == "f"),
         held=vision.held,
     )
+    if vision.traced is None or not has_grid(sample):
+        return part
+    gridded = replace(part, run=run_on_grid, sample=tensors(model, on_grid(sample)), finish=take_patches)
+    return replace(part, instead=gridded)
 
 
 def _embed_tokens(family: Family, model: Any) -> Part:
@@ -180,7 +188,7 @@ def _with_cache(part: str, family: Family, model: Any, text_of: Callable[[int, i
 
 
 def _vocabulary(model: Any) -> int:
-    """How many logits the head gives, which may be more or fewer than there are embeddings."""
+    """Number of logits, which may differ from the number of embeddings."""
     head = model.get_output_embeddings()
     return head.weight.shape[0] if head is not None else _text(model).vocab_size
 

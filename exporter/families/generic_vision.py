@@ -35,7 +35,8 @@ _WORDS = {(2, 0): "num_patches", (4, 0): "num_images", (4, 2): "height", (4, 3):
 def feature_holder(model: Any) -> Any:
     """The part of a model that has `get_image_features` with named inputs; `None` if there is none."""
     holders = [part for part in (model, getattr(model, "model", None)) if hasattr(part, "get_image_features")]
-    return next((part for part in holders if next(iter(feature_inputs(part)), "kwargs") != "kwargs"), None)
+    # The outer one may hand on what it does not name.
+    return max(holders, key=lambda part: len(feature_inputs(part)), default=None)
 
 
 def feature_inputs(holder: Any) -> tuple[str, ...]:
@@ -78,8 +79,17 @@ def one_picture(model: Any, inputs: Mapping[str, torch.Tensor]) -> Iterator[None
             patch(mock.patch.object(owner, name, _uncut(getattr(owner, name))))
         patch(mock.patch.object(torch.Tensor, "squeeze", _kept(torch.Tensor.squeeze)))
         patch(mock.patch.object(torch, "as_tensor", partial(_as_tensor, original=torch.as_tensor)))
+        windows: list[torch.Tensor] = []
+        for part in model.modules():
+            if hasattr(part, "scaling") and _takes_bounds(part):
+                patch(mock.patch.object(part, "forward", _within_windows(part.forward, windows)))
+            if hasattr(part, "_temporal_slicing"):  # of ERNIE: a picture is its own second frame
+                patch(
+                    mock.patch.object(part, "_temporal_slicing", lambda states, grid: torch.cat([states, states], -1))
+                )
         if pixels is not None:
-            arithmetic = {**replacements(pixels.shape[0]), "image_size_to_num_patches": lambda **more: pixels.shape[1]}
+            tiles = {"image_size_to_num_patches": lambda **more: pixels.shape[1]}
+            arithmetic = {**replacements(pixels.shape[0], windows), **tiles}
             for module in sorted({type(part).__module__ for part in model.modules()}):
                 for name in arithmetic.keys() & vars(sys.modules[module]).keys():
                     patch(mock.patch.object(sys.modules[module], name, arithmetic[name]))
@@ -89,8 +99,37 @@ def one_picture(model: Any, inputs: Mapping[str, torch.Tensor]) -> Iterator[None
         yield
 
 
+def _takes_bounds(part: Any) -> bool:
+    """Whether a module takes `cu_seqlens`, the bounds of the segments that attend to themselves."""
+    return "cu_seqlens" in inspect.signature(part.forward).parameters
+
+
+def _within_windows(forward: Any, windows: Sequence[torch.Tensor]) -> Any:
+    """An attention's `forward` that attends within windows where it is given their three bounds."""
+
+    def masked(*args: Any, **named: Any) -> Any:
+        import torch
+
+        bounds = named.get("cu_seqlens", next((arg for arg in args if getattr(arg, "ndim", 0) == 1), None))
+        if bounds is None or bounds.shape[0] != 3:
+            return forward(*args, **named)
+        whole = {id(bounds): bounds[1:]}
+        args = tuple(whole.get(id(arg), arg) for arg in args)
+        named = {name: whole.get(id(arg), arg) for name, arg in named.items()}
+        attend = torch.nn.functional.scaled_dot_product_attention
+        within = partial(attend, attn_mask=windows[-1])
+
+        def attend_within(query: Any, key: Any, value: Any, attn_mask: Any = None, **more: Any) -> Any:
+            return within(query, key, value, **more)
+
+        with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attend_within):
+            return forward(*args, **named)
+
+    return masked
+
+
 def _uncut(split: Any) -> Any:
-    """`torch.split` that gives the whole where it is given one size: that of the one picture, which only the graph knows."""
+    """`torch.split` that returns the whole tensor for a single size: the only picture's, a value of the graph."""
 
     def whole(tensor: Any, sizes: Any, dim: int = 0) -> Any:
         return [tensor] if isinstance(sizes, list | tuple) and len(sizes) == 1 else split(tensor, sizes, dim)
@@ -142,9 +181,8 @@ def as_written(model: Any) -> Iterator[None]:
     assert exporter_dynamo.DynamoExporter  # its import registers the replacements
     pinned = []
     for part in model.modules():
-        source = type(part).forward
-        if "cu_seqlens" in inspect.signature(source).parameters and "forward" not in vars(part):
-            part.forward = MethodType(source, part)
+        if _takes_bounds(part) and "forward" not in vars(part):
+            part.forward = MethodType(type(part).forward, part)
             pinned.append(part)
     try:
         with mock.patch.dict(utils._EXPORT_INPUT_PREPARERS, clear=True):

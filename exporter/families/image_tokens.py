@@ -1,4 +1,4 @@
-"""Which token stands for a row of image features: by the many names that configs have for it."""
+"""The token that stands for a row of image features, under its many names in configs."""
 
 from __future__ import annotations
 

@@ -16,12 +16,17 @@ if TYPE_CHECKING:
     import torch
 
 
-def replacements(patches: int) -> Mapping[str, Any]:
-    """By the name in `vision_utils`, for a picture of so many patches (symbolic while a graph is traced)."""
+def replacements(patches: int, windows: list[torch.Tensor]) -> Mapping[str, Any]:
+    """By the name in `vision_utils`, for a picture of so many patches (symbolic while a graph is traced).
+
+    Args:
+        windows: gets the mask of the windows, `[patches, patches]` bool, where the tower attends within windows.
+    """
     of_patches = (get_vision_position_ids, get_vision_interpolation_indices_and_weights)
     named = {function.__name__: partial(function, patches=patches) for function in of_patches}
     return {
         **named,
+        "get_vision_window_index": partial(get_vision_window_index, patches=patches, windows=windows),
         "get_vision_cu_seqlens": get_vision_cu_seqlens,
         "get_vision_attention_seqlens": lambda *args, **more: (get_vision_cu_seqlens(*args, **more), None),
     }
@@ -34,10 +39,38 @@ def get_vision_cu_seqlens(grid_thw: torch.Tensor, *args: Any, **more: Any) -> to
     return torch.nn.functional.pad(grid_thw.prod(dim=1), (1, 0)).to(torch.int32)
 
 
+def get_vision_window_index(
+    grid_thw: torch.Tensor,
+    spatial_merge_size: int,
+    window_size: int,
+    patch_size: int,
+    *,
+    patches: int,
+    windows: list[torch.Tensor],
+    **more: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order of the tokens as it is, and three bounds, which tell windows from the two of a whole picture.
+
+    Attention does not care for order, so a mask takes the place of cutting the picture into windows.
+    """
+    import torch
+
+    edge = window_size // spatial_merge_size // patch_size * spatial_merge_size
+    row, column = _places(grid_thw, spatial_merge_size, patches)
+    same_row = row[:, None] // edge == row // edge
+    windows.append(same_row & (column[:, None] // edge == column // edge))
+    return torch.arange(patches // spatial_merge_size**2), torch.nn.functional.pad(grid_thw.prod(dim=1), (2, 0))
+
+
 def get_vision_position_ids(
     grid_thw: torch.Tensor, spatial_merge_size: Any, include_temporal: bool = False, *, patches: int, **more: Any
 ) -> torch.Tensor:
-    """Row and column of each patch, `[patches, 2]` int64; with `include_temporal` its frame before them."""
+    """Row and column of each patch, `[patches, 2]` int64; with `include_temporal` its frame before them.
+
+    Args:
+        grid_thw, spatial_merge_size, include_temporal, more: as for the function of transformers that this replaces.
+        patches: number of patches.
+    """
     import torch
 
     row, column = _places(grid_thw, int(spatial_merge_size), patches)
@@ -58,7 +91,13 @@ def get_vision_interpolation_indices_and_weights(
     patches: int,
     **more: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which entries of a square table of positions each patch reads, and with what weights: `[patches, 4 or 16]` each."""
+    """Which entries of a square table of positions each patch reads, and with what weights: `[patches, 4 or 16]` each.
+
+    Args:
+        grid_thw, num_grid_per_side, mode, align_corners, spatial_merge_size, padding, more: as for the function of
+            transformers that this replaces.
+        patches: number of patches.
+    """
     from transformers.vision_utils import _interpolation_axis_taps_weights as taps_of
 
     side = num_grid_per_side

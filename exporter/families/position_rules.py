@@ -30,7 +30,16 @@ def by_place(config: Any, turn: Turn) -> np.ndarray:
     return mrope_positions(turn.of_image, turn.mask, grids, merge)[..., -turn.length :]
 
 
-RULES: Mapping[Rule, Shape] = {counted: (BATCH, SEQUENCE), by_place: (3, BATCH, SEQUENCE)}
+def counted_from_one(config: Any, turn: Turn) -> np.ndarray:
+    """The token's number within its prompt, from 1."""
+    return positions(turn) + 1
+
+
+RULES: Mapping[Rule, Shape] = {
+    counted: (BATCH, SEQUENCE),
+    counted_from_one: (BATCH, SEQUENCE),
+    by_place: (3, BATCH, SEQUENCE),
+}
 
 
 def find_rule(config: Any, calls: Sequence[tuple[Turn, np.ndarray | None]]) -> Rule | None:
@@ -60,7 +69,7 @@ def _follows(rule: Rule, config: Any, turn: Turn, got: np.ndarray | None) -> boo
         wanted = rule(config, turn)
     except GuardError:  # grids of another kind of model
         return False
-    if wanted.ndim == 3 and got.ndim == 3 and got.shape[0] == 4:
+    if wanted.ndim == 3 and got.ndim == 3 and (len(wanted), len(got)) == (3, 4):
         got = got[1:]  # transformers puts the tokens' numbers before the three
     if wanted.ndim == 2 and got.ndim == 3:
         wanted = np.broadcast_to(wanted, got.shape)

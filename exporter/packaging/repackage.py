@@ -45,7 +45,7 @@ class FolderLayout:
 
 @dataclass(frozen=True)
 class Packaged:
-    """What `package` did.
+    """Result of `package`.
 
     Attributes:
         out: the folder.

@@ -39,7 +39,7 @@ _LONGEST_ANSWER = 4096  # tokens; a request may ask for fewer
 
 @dataclass(frozen=True)
 class TritonOptions:
-    """How Triton runs the repository.
+    """Options of a Triton repository.
 
     Attributes:
         device: where the graphs run.

@@ -4,7 +4,7 @@ A source is a file, `FORMAT:FILE` (`formats.FORMATS`), or `builtin`: the pairs i
 part; `builtin` is a sample of it for the steps that run the model before it is guarded (`_OF_EACH_INTENT`).
 Our own formats, as lines of JSON, a JSON list or a csv:
 
-- anchors: `{"harmful", "harmless"}`, and if wanted `intent` and `split` (`extraction`, `calibration` or `test`);
+- anchors: `{"harmful", "harmless"}`, optionally `intent` and `split` (`extraction`, `calibration` or `test`);
 - labelled prompts: `{"id", "prompt", "label", "setting", "image"}`: label `harmful`, `harmless` or `borderline` (harmless,
   but it looks harmful); setting `text`, `blank` (a blank white picture is attached), `image` (the picture `image`, a path
   relative to the file, or a list of several) or `typographic` (a picture too, but the request is only in the picture: the

@@ -117,8 +117,8 @@ def require_kind(folder: Path, manifest: Manifest) -> None:
     engines = [name for name in manifest.files if is_engine(folder / name)]
     if bool(engines) != bool(manifest.engines):
         what = f"holds {engines[0]}" if engines else "holds no engine"
-        says = "an engine" if manifest.engines else "no engine"
-        raise ManifestMismatch(f"{folder}: {what}, its manifest lists {says}; do not use it, or build it again")
+        listed = "an engine" if manifest.engines else "no engine"
+        raise ManifestMismatch(f"{folder}: {what}, its manifest lists {listed}; do not use it, or build it again")
 
 
 def _judged(folder: Path, name: str, decoder: ir.Model, anatomy: DecoderAnatomy) -> str:

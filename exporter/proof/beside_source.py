@@ -1,4 +1,4 @@
-"""What surrounds a guarded decoder, compared with the unguarded model: external data, encoders, tokenizer, configs.
+"""Compares everything around a guarded decoder with the unguarded model: external data, encoders, tokenizer, configs.
 
 External data is compared by content: a tensor is the same if it takes the same bytes of a file with the same SHA-256,
 whatever the file is called here. So neither a manifest nor a name decides which file stands for which.

@@ -140,7 +140,7 @@ def given_inputs(paths: Sequence[Path], roles: InputRoles | None = None) -> Proo
         text = next((given[name] for name in texts if name in given), None)
         if text is None or text.ndim < 2:
             wanted = f"{texts[0]} [batch, sequence]" if len(texts) == 1 else f"{TOKENS} [batch, sequence] or {EMBEDS}"
-            raise ModelUnreadable(f"{path}: holds no {wanted}, but {', '.join(given) or 'nothing'}; add it")
+            raise ModelUnreadable(f"{path}: has no {wanted}, but {', '.join(given) or 'nothing'}; add it")
         ids = np.zeros((len(text), len(text[0])), np.int64)
         batches.append(PromptBatch(ids, _own_mask(given, ids, masked), given=given))
     names = ", ".join(path.name for path in paths)

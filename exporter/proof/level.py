@@ -1,4 +1,4 @@
-"""How much of a proof is done, and why.
+"""The level of a proof, and the reason for it.
 
 | level | what is run | what it shows |
 |---|---|---|

@@ -1,4 +1,4 @@
-"""How much memory a proof by running would take, and how much is free: what the default proof is chosen by.
+"""Memory that a proof by running needs, and free memory: they decide the default level of the proof.
 
 Both are estimates. A proof that is started with too little memory is killed by the kernel without a word, so they err on the
 side of the smaller proof.

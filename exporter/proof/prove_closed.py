@@ -191,7 +191,7 @@ def roll(
     rolled = [outputs]
     if batch.given is not None or not session.can_step:
         return rolled
-    if session.call_length not in (None, 1):  # every call brings as many tokens as the first
+    if session.call_length not in (None, 1):  # every call has as many tokens as the first
         return rolled + [session.step(state, batch.ids, batch.embeds) for _ in range(steps)]
     for step in range(1, steps + 1):
         at = -1 - step % batch.ids.shape[1]

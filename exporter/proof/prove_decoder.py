@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...graphs.anatomy import dissect
+from ...graphs.anatomy import prepare
 from ...graphs.errors import ProofFailed
 from ...graphs.graph_io import load_graph
 from ...graphs.lowerings.fold import FOLD
@@ -49,7 +49,7 @@ def prove_decoder(
     report_progress(label, 0, 2)
     path = folder / decoder.path
     source = decoder.package.load_decoder()
-    dissect(source)  # inlines functions and infers types exactly as was done to the graph that was rewritten
+    prepare(source)  # inlines functions and infers types exactly as was done to the graph that was rewritten
     structure = prove_fold if decoder.plan.lowering == FOLD else prove_structure
     checks = structure(source, load_graph(path, trust_links=True), decoder.anatomy, decoder.plan, report)
     report_progress(label, 1, 2)

@@ -51,11 +51,11 @@ def plan_again(
         anatomy: of that decoder.
     """
     recorded = record.plan
-    wished = dict(manifest.spec)
+    settings = dict(manifest.spec)
     try:
-        if wished.get("layers") is not None:
-            wished["layers"] = tuple(wished["layers"])
-        spec = GuardSpec(**wished)
+        if settings.get("layers") is not None:
+            settings["layers"] = tuple(settings["layers"])
+        spec = GuardSpec(**settings)
     except TypeError as error:
         raise ManifestMismatch(f"{folder}: the manifest's spec cannot be read ({error}); export again") from None
     found = read_directions(folder / DIRECTIONS_FILE)

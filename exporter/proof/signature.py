@@ -243,7 +243,7 @@ def _shape(value: ir.Value) -> str:
 
 
 def _room(graph: ir.Graph, roles: InputRoles) -> int:
-    """How many tokens a prompt may have in caches and masks of fixed size, with some left for decode steps."""
+    """Number of tokens of a prompt that fit into caches and masks of fixed size, with room for decode steps."""
     fixed = []
     mask = _named(graph, roles.mask)
     if mask is not None and mask.shape is not None:

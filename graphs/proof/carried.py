@@ -1,4 +1,4 @@
-"""What the side paths of a guarded graph carry, judged anew with the states behind the guards.
+"""Values on the side paths of a guarded graph, examined with the states after the guards.
 
 The anatomy judged them in the unguarded graph. A guarded graph may have been edited by hand since, so the proof trusts the
 names of the side paths alone.
@@ -31,10 +31,12 @@ def without_side_paths(flow: Flow, values: Mapping[str, ir.Value], paths: Iterab
 def carrying(
     body: DecoderSubgraph, flow: Flow, stream: ResidualStream, report: GuardReport, around: Surroundings
 ) -> list[str]:
-    """Which of a body's side paths may carry what a guard edits, in words.
+    """Side paths of a body that may carry states that a guard edits, as text.
 
     Args:
         body, flow: of the guarded graph; its source and sink are there.
+        stream: of the unguarded graph.
+        report: of the rewrite.
         around: of the top graph, with the inputs that are text.
     """
     values = body.values()

@@ -1,4 +1,4 @@
-"""What can be proved about a guarded graph without running it: signature, counts, dominators, untouched weights.
+"""Proves a guarded graph without running it: signature, counts, dominators, unchanged weights.
 
 The strongest of these is domination: the guard's output must lie on EVERY path from the stream's source to its sink, or
 some path avoids the guard. Each check counts what it compared, and an empty comparison is a failure.
@@ -41,7 +41,7 @@ class Check:
         worst: the largest deviation seen (0 for exact checks).
         limit: the largest deviation allowed.
         ok: whether it holds.
-        note: what a person should know about it, or what failed.
+        note: a note for the user, or the failure.
     """
 
     name: str
@@ -151,7 +151,7 @@ def guard_dominates(
 def _avoiding(
     body: DecoderSubgraph, flow: Flow, stream: ResidualStream, plan: GuardPlan, report: GuardReport
 ) -> list[str]:
-    """What is wrong with the way from the stream's source to its sink in one body, in words.
+    """Faults of the path from the stream's source to its sink in one body, as text.
 
     Side paths of the anatomy are left out here. What they may carry is judged anew in `_around`.
     """
@@ -287,7 +287,7 @@ _Claim = tuple[ir.DataType | None, tuple[int | None, ...] | None]
 
 
 def _claim(value: ir.Value) -> _Claim:
-    """What a file declares of a value and a runtime may act on: type, rank and fixed sizes; the names of open ones not."""
+    """A value's declared type, rank and fixed sizes, which a runtime may use; names of open sizes are ignored."""
     shape = None if value.shape is None else tuple(size if isinstance(size, int) else None for size in value.shape)
     return value.dtype, shape
 
@@ -305,7 +305,7 @@ def _is_founded(known: _Claim, claimed: _Claim) -> bool:
 
 
 def _node(node: ir.Node) -> tuple[object, ...]:
-    """What a node is, comparable."""
+    """A node in a comparable form."""
     attributes = tuple((key, attribute_bits(value)) for key, value in sorted(node.attributes.items()))
     inputs = tuple(value.name if value is not None else None for value in node.inputs)
     return node.op_type, node.domain, node.overload, inputs, tuple(value.name for value in node.outputs), attributes

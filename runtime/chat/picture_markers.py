@@ -211,7 +211,7 @@ LAYOUTS: Mapping[str, PictureLayout] = {
 
 @dataclass(frozen=True)
 class Placeholder:
-    """What stands for a picture in the prompts of one model folder.
+    """Text and tokens for a picture in the prompts of one model folder.
 
     Attributes:
         written: in the text of the chat template, once for each picture.

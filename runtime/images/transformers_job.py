@@ -33,7 +33,7 @@ def describe(kind: str, declared: Mapping[str, Any]) -> dict[str, Any]:
 def prepare(
     kind: str, declared: Mapping[str, Any], call: Mapping[str, Any], image: Image.Image
 ) -> dict[str, np.ndarray]:
-    """What the processor gives for one picture, by name.
+    """The processor's outputs for one picture, by name.
 
     Args:
         kind: name of the class, without `Fast` and `Pil`.

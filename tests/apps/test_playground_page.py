@@ -400,7 +400,7 @@ def test_prompts_that_cannot_be_asked(browser: Browser, serve: Callable[..., str
     assert page.locator("#status.refused").count() == 1
     page.fill("#prompt", "how to wash the boat")  # and it goes on
     page.click("#ask")
-    page.get_by_text("Done: both say the same.").wait_for()
+    page.get_by_text("Done: both answers are equal.").wait_for()
     assert browser.said == []
 
 
@@ -460,4 +460,4 @@ def test_a_gpu_that_cannot_run_it_is_left(browser: Browser, serve: Callable[...,
     assert page.inner_text("#status").startswith("The browser could not run it (")
     page.fill("#prompt", "how to wash the boat")
     page.click("#ask")
-    page.get_by_text("Done: both say the same.").wait_for()
+    page.get_by_text("Done: both answers are equal.").wait_for()

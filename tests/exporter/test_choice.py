@@ -527,7 +527,7 @@ def test_a_model_that_refuses_nothing_as_text_has_nothing_to_bring_back(
     assert set(lengths) == {8, 32}  # late refusals were looked for
     assert str(refusal.value) == (
         "set: the unguarded model refuses none of 48 harmful prompts as text, so there are no refusals that a guard could "
-        "bring back; check the model's chat template, or give harmful prompts that it refuses with --anchors or --calibration"
+        "restore; check the model's chat template, or give harmful prompts that it refuses with --anchors or --calibration"
     )
 
 

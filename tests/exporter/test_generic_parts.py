@@ -31,7 +31,7 @@ GRIDS = ([1, 4, 6], [1, 8, 2], [1, 2, 2])
 @pytest.mark.parametrize("merge", [1, 2])
 def test_places_of_patches_are_those_of_transformers(grid: list[int], merge: int) -> None:
     grids = torch.tensor([grid])
-    ours = replacements(int(grids.prod()))
+    ours = replacements(int(grids.prod()), [])
     expected = vision_utils.get_vision_position_ids(grids, merge)
     assert torch.equal(ours["get_vision_position_ids"](grids, merge), expected)
     with_frame = vision_utils.get_vision_position_ids(grids, merge, include_temporal=True)
@@ -46,7 +46,7 @@ def test_interpolated_positions_are_those_of_transformers(
 ) -> None:
     grids, name = torch.tensor([grid]), "get_vision_interpolation_indices_and_weights"
     how: dict[str, Any] = {"mode": mode, "align_corners": corners, "spatial_merge_size": 2, "padding": padding}
-    entries, weights = replacements(int(grids.prod()))[name](grids, 7, **how)
+    entries, weights = replacements(int(grids.prod()), [])[name](grids, 7, **how)
     expected_entries, expected_weights = getattr(vision_utils, name)(grids, 7, **how)
     assert torch.equal(entries, expected_entries) and torch.equal(weights, expected_weights)
 

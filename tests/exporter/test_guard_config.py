@@ -262,6 +262,6 @@ def test_a_config_is_the_only_one_who_says_what_is_wanted(source: Path, tmp_path
     path = written(tmp_path / "guard.toml", PLAIN)
     for more in ({"spec": GuardSpec()}, {"directions": tmp_path / "d"}, {"anchors": tmp_path / "a"}):
         assert refusal(GuardError, export, source, config=path, **more) == (
-            f"{path}: says what is wanted and from which directions; leave spec, directions, anchors and calibration out, "
+            f"{path}: already has the guard and its directions; leave spec, directions, anchors and calibration out, "
             "or edit it"
         )

@@ -51,6 +51,9 @@ def save_small(model_type: str, folder: Path) -> Path:
                 noise = torch.randn_like(weight) / (weight.shape[-1] ** 0.5 if weight.ndim > 1 else 4)
                 is_norm = "norm" in name and name.endswith("weight") and weight.ndim == 1
                 weight.copy_(noise + 1 if is_norm else noise)
+                if any(norm in name for norm in ("q_norm", "k_norm")):
+                    # Gemma 4 divides scores by nothing but these; larger ones make attention so sharp that rounding shows.
+                    weight.mul_(0.4)
     model.save_pretrained(folder)
     save_processor(model_type, model, folder)
     save_words(model.config, folder)
@@ -99,6 +102,8 @@ _PROCESSORS = {
     "glm4v_moe": "Glm4vImageProcessorPil",
     "fast_vlm": "CLIPImageProcessorPil",
     "deepseek_vl": "DeepseekVLImageProcessorPil",
+    "qwen2_5_omni_thinker": "Qwen2VLImageProcessorPil",
+    "qwen3_omni_moe_thinker": "Qwen2VLImageProcessorPil",
 }
 
 
@@ -122,7 +127,7 @@ def _by_grid(model: Any) -> dict[str, Any]:
     token = (patch * merge) ** 2
     return {
         "patch_size": patch,
-        "temporal_patch_size": getattr(vision, "temporal_patch_size", 2),
+        "temporal_patch_size": getattr(vision, "temporal_patch_size", 1),
         "merge_size": merge,
         "size": {"shortest_edge": 4 * token, "longest_edge": 12 * token},
     }
@@ -159,6 +164,11 @@ _OPTIONS = {
             "max_slice_nums": 1,
         },
     ),
+    "ernie4_5_vl_moe": lambda config: {
+        "patch_size": config.vision_config.patch_size,
+        "merge_size": config.vision_config.spatial_merge_size,
+        "size": {"shortest_edge": 4 * 28**2, "longest_edge": 12 * 28**2},
+    },
     "kimi_k25": lambda config: {},
     "video_llama_3": lambda config: {
         "patch_size": config.vision_config.patch_size,

@@ -198,6 +198,7 @@ CHANGES: Mapping[str, Change] = {
         indexer_compress_ratio=4,
         rope_parameters=_PLAIN,
     ),
+    **dict.fromkeys(("smolvlm", "idefics3", "granite_docling"), at(scale_factor=2)),
     "step3p7": text(
         layer_types=_HALVES * 2,
         sliding_window=6,
