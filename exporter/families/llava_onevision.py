@@ -51,7 +51,14 @@ def place(config: Any, given: Arrays, seen: Arrays) -> np.ndarray:
 
 
 def all_laid_out(config: Any, given: Arrays, seen: Arrays, most_tiles: int | None) -> np.ndarray:
-    """`placing.laid_out` for each picture of several."""
+    """`placing.laid_out` for each picture of several: the rows of all, `[image tokens, width]`.
+
+    Args:
+        config: of the model.
+        given: `image_sizes [pictures, 2]`, height and width of each.
+        seen: `image_features`, the tiles of all pictures in a row.
+        most_tiles: as in `placing.laid_out`.
+    """
     rows, start = [], 0
     for size in given["image_sizes"]:
         grid = grid_of(size, config)
