@@ -51,13 +51,13 @@ def place(config: Any, given: Arrays, seen: Arrays) -> np.ndarray:
 
 
 def all_laid_out(config: Any, given: Arrays, seen: Arrays, most_tiles: int | None) -> np.ndarray:
-    """Rows for the image tokens of several pictures (`placing.laid_out` for each).
+    """`placing.laid_out` for each picture of several: the rows of all, `[image tokens, width]`.
 
     Args:
-        config: transformers' config of the model.
-        given: the image processor's outputs.
-        seen: the vision encoder's outputs.
-        most_tiles: as for `placing.laid_out`.
+        config: of the model.
+        given: `image_sizes [pictures, 2]`, height and width of each.
+        seen: `image_features`, the tiles of all pictures in a row.
+        most_tiles: as in `placing.laid_out`.
     """
     rows, start = [], 0
     for size in given["image_sizes"]:
