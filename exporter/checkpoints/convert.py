@@ -17,23 +17,18 @@ Some families have more inputs: their rows in `families` say which. How a row be
 
 from __future__ import annotations
 
-import io
 import json
-import logging
 import re
 import shutil
 import time
-import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
 
-from ...graphs.decoder_state import COMMUNITY_PAST
 from ...graphs.errors import ExtraMissing, GuardError, ModelUnreadable, OutputRefused, ProofFailed, first_line
 from ...graphs.extras import install_command
 from ...graphs.json_files import LARGEST_JSON, require_small
@@ -43,8 +38,6 @@ from ...graphs.proof.structure import Check
 from ...graphs.reasons import out_of_memory
 from ..families import find_family
 from ..families.family import PAST, SEQUENCE, TOTAL, Family
-from ..families.gated_delta import delta_rule_by_scan
-from ..families.generic_vision import as_written
 from .fit import fit
 from .foreign_failures import WHAT_TO_DO, in_one_line
 from .narrow import narrow_weights, round_weights
@@ -52,6 +45,7 @@ from .parity import answer_with_torch, check_parity, require_onnxruntime
 from .parts import Part, parts_of
 from .prompt_text import prompt_texts
 from .tidy import tidy, weight_bytes
+from .tracing import quiet, trace
 
 Dtype = Literal["fp32", "fp16", "w16a32"]
 
@@ -137,11 +131,11 @@ def convert_checkpoint(
         round_weights(model)
 
     graphs = []
-    with _quiet():
+    with quiet():
         if family.generic:
             report_progress("comparing ways to run it with transformers", 0, 1)
             with in_one_line(f"{checkpoint}: transformers cannot run it on a picture"):
-                family = fit(family, model, folder, prompt_texts(folder, model.config))
+                family = fit(family, model, folder, prompt_texts(folder, model.config), report_progress)
         with in_one_line(f"{checkpoint}: transformers cannot run its decoder"):
             parts = parts_of(family, model)
     for number, part in enumerate(parts, 1):
@@ -165,7 +159,7 @@ def convert_checkpoint(
     parity: tuple[Check, ...] = ()
     if verify:
         report_progress("running the checkpoint in torch", 0, 1)
-        with _quiet(), in_one_line(f"{checkpoint}: transformers cannot generate with it"):
+        with quiet(), in_one_line(f"{checkpoint}: transformers cannot generate with it"):
             texts = prompt_texts(folder, model.config)
             reference = answer_with_torch(family, model, texts, measure_peaks=dtype == "fp16")
         config = model.config
@@ -239,7 +233,7 @@ def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: Prog
             f"fetch the checkpoint again"
         ) from failure
     try:
-        with _quiet():
+        with quiet():
             model, loading = model_class.from_pretrained(
                 folder,
                 config=config,
@@ -290,25 +284,6 @@ def trace_some_way(model: Any, part: Part, opset: int) -> ir.Model:
         raise
 
 
-def trace(model: Any, part: Part, opset: int) -> ir.Model:
-    """One part of the model as transformers' exporter writes it."""
-    from transformers.exporters.configs import OnnxConfig
-    from transformers.exporters.exporter_onnx import OnnxExporter
-
-    config = OnnxConfig(
-        dynamic=True,
-        opset_version=opset,
-        dynamic_shapes=_dynamic_shapes(part),
-        # Else a comparison of two lengths in the model ("is the mask as long as the input?") forbids the sample's own.
-        prefer_deferred_runtime_asserts_over_guards=True,
-    )
-    with _quiet(), _runs_as(model, part), delta_rule_by_scan(model), as_written(model):
-        graph = OnnxExporter().export(model, dict(part.sample), config).program
-    if part.finish is not None:
-        part.finish(graph.graph)
-    return graph
-
-
 def save_graph(graph: ir.Model, out: Path, part: str, dtype: Dtype) -> GraphFile:
     """Write one graph; its weights go to `<file>_data` beside it only when one file would be too large."""
     path = out / "onnx" / f"{part}{SUFFIXES[dtype]}.onnx"
@@ -331,54 +306,6 @@ def copy_companions(folder: Path, out: Path) -> tuple[str, ...]:
     for name in present:
         shutil.copyfile(folder / name, out / name)  # follows links: the hub's cache is made of them
     return tuple(present)
-
-
-def _dynamic_shapes(part: Part) -> dict[str, Any]:
-    """The part's named axes, as torch.export wants them: per argument, and per tensor of the cache."""
-    from torch.export import Dim
-
-    # torch has no word for a sum of two lengths (of the mask), nor for a multiple of another (patches, four to a token).
-    # It finds both by itself, where it is not held to a name; `require_signature` sees to it that it finds no number.
-    held = Counter(word for shape in part.inputs.values() for word in shape if word != TOTAL)
-
-    if part.finish is not None:
-        return {name: dict.fromkeys(range(tensor.ndim), Dim.AUTO) for name, tensor in part.sample.items()}
-
-    def axes(shape: tuple[str | int, ...]) -> dict[int, Any]:
-        named = {axis: name for axis, name in enumerate(shape) if isinstance(name, str)}
-        return {axis: Dim(name) if part.held and held[name] > 1 else Dim.AUTO for axis, name in named.items()}
-
-    of_cache = [axes(tensor.shape) for tensor in part.state]
-    return {name: of_cache if name == COMMUNITY_PAST else axes(part.inputs[name]) for name in part.sample}
-
-
-@contextmanager
-def _runs_as(model: Any, part: Part) -> Iterator[None]:
-    """Within, calling the model runs this part of it; weights keep the names they have in the checkpoint."""
-    model.forward = lambda **inputs: part.run(model, **inputs)
-    try:
-        yield
-    finally:
-        del model.forward  # uncovers the class's own
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch prints its progress to stdout, which belongs to results here, and both warn about what we do on purpose."""
-    from transformers.utils import logging as transformers_logging
-
-    had_bars = transformers_logging.is_progress_bar_enabled()
-    disabled = logging.root.manager.disable
-    transformers_logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    try:
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        if had_bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _supported_opset(opset: int | None) -> int:
