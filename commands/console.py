@@ -1,4 +1,4 @@
-"""Where commands print: results on stdout, notes and errors on stderr."""
+"""The consoles of the commands: results on stdout, notes and errors on stderr."""
 
 from __future__ import annotations
 

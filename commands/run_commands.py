@@ -24,6 +24,7 @@ from .application import RUN, app
 from .shared_options import (
     AnswerTokens,
     Guarded,
+    RunVariant,
     controls,
     data_option,
     limits,
@@ -48,10 +49,12 @@ def generate_command(
     ],
     prompt: Annotated[str, what("--prompt", "-p", help="Text of the prompt.", metavar="TEXT")],
     image: Annotated[
-        Path | None, what("--image", "-i", help="Picture to show. (default: none)", metavar="FILE")
+        list[Path] | None,
+        what("--image", "-i", help="Picture to show; repeat it for several. (default: none)", metavar="FILE"),
     ] = None,
     blank: Annotated[bool, what("--blank", help="Show a blank white picture.")] = False,
     unguarded: Annotated[bool, what("--unguarded", help="Run a model that has no guard.")] = False,
+    variant: RunVariant = None,
     max_new_tokens: AnswerTokens = MAX_NEW_TOKENS,
     temperature: Annotated[
         float, controls("--temperature", help="Sampling temperature; 0 is greedy.", metavar="X")
@@ -86,7 +89,7 @@ def generate_command(
     ] = False,
 ) -> None:
     """Ask a guarded model; the answer streams to stdout."""
-    if blank and image is not None:
+    if blank and image:
         raise typer.BadParameter("--blank and --image exclude each other")
     if unguarded and scores:
         raise typer.BadParameter("--unguarded has no gates: leave --scores out")
@@ -102,7 +105,7 @@ def generate_command(
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     if unguarded:
         require_unmarked(model)
-    vlm = open_model(model) if unguarded else GuardedVLM.open(model)
+    vlm = open_model(model, variant) if unguarded else GuardedVLM.open(model, variant=variant)
     shown = vlm.blank_image() if blank else image
     knobs = Knobs(strength, threshold_offset)
     if as_json and not (scores or vlm.decoder.outputs_scores):
@@ -157,6 +160,7 @@ def serve_command(
         str | None,
         what("--model-name", help="Name of the model in requests. (default: the folder's name)", metavar="NAME"),
     ] = None,
+    variant: RunVariant = None,
     concurrency: Annotated[
         int | None,
         limits("--concurrency", help="Answers generated at the same time. (default: 4; 1 for engines)", metavar="N"),
@@ -170,7 +174,7 @@ def serve_command(
     ] = 512,
     max_prompt_tokens: Annotated[
         int,
-        limits("--max-prompt-tokens", help="Longest conversation, its image included, in tokens.", metavar="N"),
+        limits("--max-prompt-tokens", help="Longest conversation, its images included, in tokens.", metavar="N"),
     ] = 4096,
     max_context: Annotated[
         int | None,
@@ -180,7 +184,11 @@ def serve_command(
             metavar="N",
         ),
     ] = None,
-    max_image_mib: Annotated[int, limits("--max-image-mib", help="Largest image file, MiB.", metavar="MIB")] = 10,
+    max_image_mib: Annotated[
+        int,
+        limits("--max-image-mib", help="Largest image file, and all images of a request together, MiB.", metavar="MIB"),
+    ] = 10,
+    max_images: Annotated[int, limits("--max-images", help="Most images of a conversation.", metavar="N")] = 8,
     timeout: Annotated[
         float,
         limits("--timeout", help="Time limit of a request, waiting included, in seconds.", metavar="SECONDS"),
@@ -215,6 +223,8 @@ def serve_command(
         max_prompt_tokens=max_prompt_tokens,
         max_context=max_context,
         max_image=max_image_mib * MIB,
+        max_images=max_images,
+        variant=variant,
         timeout=timeout,
         grace=grace,
     )

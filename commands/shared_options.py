@@ -44,6 +44,14 @@ Variant = Annotated[
         metavar="NAME",
     ),
 ]
+RunVariant = Annotated[
+    str | None,
+    what(
+        "--variant",
+        help="Precision variant of an onnx-community folder to run: fp16, q4, ... (default: the plain one)",
+        metavar="NAME",
+    ),
+]
 Estimator = Annotated[
     EstimatorName,
     data_option(

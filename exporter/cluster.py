@@ -72,7 +72,7 @@ def _connect(address: str) -> None:
 
 
 def _size(wanted: int | None) -> tuple[int, bool]:
-    """How many workers, and whether each takes a GPU."""
+    """Number of workers, and whether each takes a GPU."""
     import ray
 
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
@@ -89,7 +89,7 @@ def _on_cluster(pinned: PinnedSpec, workers: int, gpus: bool) -> Executor:
 
 
 class Worker:
-    """What runs in a process of the cluster."""
+    """The worker in a process of the cluster."""
 
     def open(self, pinned: PinnedSpec) -> None:
         self._work = pinned.open()

@@ -86,7 +86,7 @@ def ask_before(session: Session, mode: str, runs: bool) -> EffectBaseline:
 def ask_after(
     session: Session, unguarded: Unguarded, guarded: Path, plan: GuardPlan, allow_no_effect: bool
 ) -> Refusals:
-    """What both models refuse, and on how many prompts the guard has an effect.
+    """Count the refusals of both models, and the prompts on which the guard has an effect.
 
     Args:
         session: of the unguarded model; both decoders are opened in its place.

@@ -22,7 +22,7 @@ R = TypeVar("R")  # its results
 
 
 class WorkerSpec(Protocol):
-    """How a process opens the models of a run for itself; plain data."""
+    """Opens a run's models in another process; plain data."""
 
     def files(self) -> Sequence[Path]:
         """Every file that decides what the results are, absolute."""
@@ -106,7 +106,7 @@ class PinnedSpec:
 
 
 def versions() -> dict[str, str]:
-    """What computes, in this process: a row for each library that rounds in its own way."""
+    """Libraries and hardware that compute in this process: one row for each that affects rounding."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"machine": platform.machine()}

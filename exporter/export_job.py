@@ -22,6 +22,7 @@ from .proof.level import ProofLevel
 from .resolve import ResolvedDirections
 from .session import Session
 from .sources import Source, above
+from .variants import VariantRow
 
 
 @dataclass
@@ -29,8 +30,8 @@ class ExportJob:
     """One export. The first fields are the request; each of the others is set by the stage that is named with it.
 
     Attributes:
-        options: what was asked for.
-        requested: the guard that was asked for, in the options or in `config`.
+        options: of the export.
+        requested: the requested guard, from the options or `config`.
         config: the `guard.toml` that was given, if one was.
         source: the unguarded model.
         target: the folder to write.
@@ -45,10 +46,11 @@ class ExportJob:
         planned: `plan_guards`: each decoder with its plan, without a report and a proof.
         proved: `choose_proof`: how much is proved, and why that much.
         inputs: `choose_proof`: what each decoder file is proved on; empty where the proof does not run the model.
-        baseline: `ask_unguarded`: the unguarded model's answers; `None` where a calibration has asked already.
+        baseline: `ask_unguarded`: the unguarded model's answers; `None` if a calibration measured them.
         folder: the hidden folder that becomes `target` when everything holds.
         decoders: `write_guarded`: each decoder with its plan, its report and its proof.
         refusals: `ask_guarded`: harmful prompts refused without and with the guard.
+        variants: `ask_variants`: what each precision variant refuses; empty where there is one variant.
     """
 
     options: ExportOptions
@@ -71,9 +73,10 @@ class ExportJob:
     folder: Path = field(init=False)
     decoders: tuple[GuardedDecoder, ...] = field(init=False)
     refusals: Refusals | None = field(init=False)
+    variants: tuple[VariantRow, ...] = field(init=False)
 
     def result(self, written: bool) -> ExportResult:
-        """What the caller gets.
+        """The result for the caller.
 
         Args:
             written: whether all stages ran; after the planning stages alone there are plans without reports and proofs.
@@ -88,4 +91,5 @@ class ExportJob:
             written=written,
             found=self.session.found | above(self.source.package),
             parity=self.source.parity,
+            variants=self.variants if written else (),
         )

@@ -1,4 +1,4 @@
-"""What an export did."""
+"""The result of an export."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from .calibration.attempts import Choice
 from .calibration.refusal_regression import Refusals
 from .calibration.results import Calibration
 from .proof.level import ProofLevel
+from .variants import VariantRow
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What `export` did, or with `dry_run` would do.
+    """Result of `export`; with `dry_run`, of its planning.
 
     Attributes:
         out: the folder; not written with `dry_run`.
@@ -31,6 +32,7 @@ class ExportResult:
         choice: of the mode, where it was left open.
         written: whether `out` was written.
         parity: how far a checkpoint's exported graphs are from torch; empty for a model that was ONNX already.
+        variants: what each precision variant of the decoder refuses, where there are several.
         found: what was found beside the model and used -> its absolute path. Not in the manifest, which others read.
     """
 
@@ -43,6 +45,7 @@ class ExportResult:
     written: bool = False
     found: Mapping[str, Path] = field(default_factory=dict)
     parity: tuple[Check, ...] = ()
+    variants: tuple[VariantRow, ...] = ()
 
     def __repr__(self) -> str:
         written = "" if self.written else ", not written"
@@ -70,7 +73,7 @@ class ExportResult:
         return self.decoders[0].proof
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` prints."""
+        """The content of `--json`."""
         return {
             "out": str(self.out),
             "written": self.written,
@@ -81,5 +84,6 @@ class ExportResult:
             "refusals": self.refusals.to_json() if self.refusals is not None else None,
             "choice": self.choice.to_json() if self.choice is not None else None,
             "found": {what: str(path) for what, path in self.found.items()},
+            "variants": {row.decoder: row.to_json() for row in self.variants} or None,
             "export_parity": [check.to_json() for check in self.parity] or None,
         }

@@ -43,7 +43,7 @@ def help_page(command: Any, context: Any, examples: Sequence[str]) -> str:
 
 
 def usage_pieces(command: Any, context: Any) -> str:
-    """What stands behind the command's name: `[OPTIONS] MODEL [OUT]`."""
+    """The usage after the command's name: `[OPTIONS] MODEL [OUT]`."""
     pieces = ["[OPTIONS]"]
     for param in command.get_params(context):
         if param.param_type_name == "argument":

@@ -1,4 +1,4 @@
-"""`ExportOptions`: everything that an export can be asked for besides the model and the output folder."""
+"""`ExportOptions`: all options of an export besides the model and the output folder."""
 
 from __future__ import annotations
 

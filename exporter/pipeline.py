@@ -42,6 +42,7 @@ WRITING: tuple[Stage, ...] = (
     stages.ask_unguarded,
     stages.write_guarded,
     stages.ask_guarded,
+    stages.ask_variants,
     stages.write_records,
 )
 
@@ -108,7 +109,7 @@ def _checked(model: Path | str, options: ExportOptions) -> GuardConfig | None:
         return None
     if any(part is not None for part in (options.spec, options.directions, options.anchors, options.calibration)):
         raise GuardError(
-            f"{options.config}: says what is wanted and from which directions; leave spec, directions, anchors and calibration "
+            f"{options.config}: already has the guard and its directions; leave spec, directions, anchors and calibration "
             "out, or edit it"
         )
     config = read_config(options.config)

@@ -35,6 +35,7 @@ from .engines.engine_folder import EngineResult
 from .export_result import ExportResult
 from .packaging.repackage import Packaged
 from .terminal import show_found
+from .variants import VariantRow
 
 
 def show_anatomy(out: Console, anatomy: DecoderAnatomy, model: str, full: bool = False) -> None:
@@ -161,7 +162,7 @@ def show_proof(out: Console, checks: Sequence[Check], what: str, verbose: bool) 
 
 
 def show_parity(out: Console, parity: Sequence[Check]) -> None:
-    """How far exported graphs are from the checkpoint in torch, in one line; nothing where that was not compared."""
+    """Print the difference between exported graphs and the checkpoint in torch, on one line; nothing without a comparison."""
     if parity:
         worst = max(parity, key=lambda check: check.worst / check.limit)
         out.print(
@@ -245,6 +246,8 @@ def show_export(out: Console, result: ExportResult, verbose: bool = False) -> No
             out.print(
                 f"[bold]no effect[/bold] on {result.refusals.counted} harmful prompts, allowed with --allow-no-effect"
             )
+    if result.variants:
+        _show_variants(out, result.variants)
     if not result.written:
         out.print(f"dry run: nothing was written to {escape(str(result.out))}")
         return
@@ -253,6 +256,17 @@ def show_export(out: Console, result: ExportResult, verbose: bool = False) -> No
         show_proof(out, decoder.proof, decoder.path, verbose)
     out.print(f"proof: {result.proved.level}, {result.proved.why}", highlight=False, soft_wrap=True)
     out.print(f"[bold]guarded[/bold]: {escape(str(result.out))}", highlight=False, soft_wrap=True)
+
+
+def _show_variants(out: Console, variants: Sequence[VariantRow]) -> None:
+    """Refusals of each precision variant, over all settings."""
+    table = Table(title=f"refused without -> with the guard ({escape(variants[0].harmful.prompts)})")
+    for column in ("decoder", "harmful", "harmless"):
+        table.add_column(column, overflow="fold")
+    for row in variants:
+        shown = [f"{before} -> {after} of {asked}" for before, after, asked in map(row.counts, ("harmful", "harmless"))]
+        table.add_row(escape(row.decoder), *shown)
+    out.print(table)
 
 
 def _show_held_out(out: Console, held: HeldOut) -> None:

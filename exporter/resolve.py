@@ -1,4 +1,4 @@
-"""Which directions guard the model: given, found beside it, or extracted from anchor pairs and calibrated."""
+"""Finds the directions of a guard: given, beside the model, or extracted from anchor pairs and calibrated."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ EXTRACTED_RANK = 4
 
 @dataclass(frozen=True)
 class DirectionsRequest:
-    """Where directions come from, and how they are calibrated.
+    """Source and calibration of directions.
 
     Attributes:
         spec: the guard that they are for; mode `None` is open.
@@ -102,12 +102,12 @@ class ResolvedDirections:
 
     @property
     def choice(self) -> Choice | None:
-        """How the mode was chosen, where it was open."""
+        """How the mode was chosen, if it was open."""
         return self.measured if isinstance(self.measured, Choice) else None
 
     @property
     def calibration(self) -> Calibration | None:
-        """What the calibrator measured, where it ran."""
+        """Measurements of the calibration; `None` if it did not run."""
         return self.measured.calibration if isinstance(self.measured, Choice) else self.measured
 
 
@@ -116,7 +116,7 @@ def resolve_directions(session: Session, request: DirectionsRequest) -> Resolved
 
     Args:
         session: the opened model; notes and found files are recorded in it.
-        request: what was asked for.
+        request: source and settings of the directions.
 
     Raises:
         DirectionMismatch: the directions belong to another model.
@@ -198,7 +198,7 @@ def extracted_directions(
         session: the opened model.
         request: how to extract.
         anchors: the pairs.
-        rank: rows per layer; `None`: as many as a calibration may want to try.
+        rank: rows per layer; `None`: as many as a calibration may try.
     """
     with contextlib.ExitStack() as stack:
         kept = None
@@ -256,7 +256,7 @@ def _require_nothing_to_calibrate(request: DirectionsRequest, path: Path) -> Non
 
 @dataclass(frozen=True)
 class _Material:
-    """What is calibrated, and on what.
+    """Inputs of a calibration.
 
     Attributes:
         directions: of every layer.

@@ -21,7 +21,7 @@ CALIBRATION_FILES = ("calibration.jsonl", "calibration.json", "calibration.csv")
 
 @dataclass
 class Session:
-    """What the functions share that resolve directions, make proof inputs and ask the model.
+    """State shared by the functions that resolve directions, make proof inputs and run the model.
 
     Attributes:
         source: the unguarded model.

@@ -1,4 +1,4 @@
-"""Where a model comes from: an ONNX file, a model folder, or a checkpoint that is exported first and kept in a cache."""
+"""Opens a model: an ONNX file, a model folder, or a checkpoint, which is exported first and cached."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def require_images_for(mode: str | None, model: Path | str) -> None:
 
 
 def require_unmarked(model: Path | str) -> None:
-    """What stands for the unguarded model is not a guarded folder.
+    """Require that a model given as unguarded is not a guarded folder.
 
     Raises:
         GuardError: it has a manifest.

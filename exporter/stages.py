@@ -38,6 +38,7 @@ from .proof.prove_decoder import prove_decoder
 from .proof.signature import InputsUnknown
 from .resolve import DirectionsRequest, resolve_directions
 from .session import Session
+from .variants import measure_variants
 
 
 def read_decoders(job: ExportJob) -> None:
@@ -78,12 +79,12 @@ def resolve_guard(job: ExportJob) -> None:
 
 
 def plan_guards(job: ExportJob) -> None:
-    """What will change in each decoder graph, with the reasons."""
+    """Plan the changes of each decoder graph, with the reasons."""
     job.planned = tuple(GuardedDecoder(graph.view, graph.anatomy, _plan(job, graph)) for graph in job.graphs)
 
 
 def choose_proof(job: ExportJob) -> None:
-    """How much is proved, and on what."""
+    """Choose the level of the proof and its inputs."""
     wanted, lowering = job.options.proof, job.planned[0].plan.lowering
     job.proved = choose_level(wanted, [(graph.view, graph.graph) for graph in job.graphs], lowering)
     job.inputs = {}
@@ -99,7 +100,7 @@ def choose_proof(job: ExportJob) -> None:
 
 
 def ask_unguarded(job: ExportJob) -> None:
-    """What the unguarded model answers to harmful prompts, unless a calibration has asked already."""
+    """Run the unguarded model on harmful prompts, unless a calibration already did."""
     job.baseline = None
     if job.resolved.measured is not None:
         return
@@ -133,12 +134,20 @@ def write_guarded(job: ExportJob) -> None:
 
 
 def ask_guarded(job: ExportJob) -> None:
-    """What the guarded model answers to the same prompts; a guard without an effect is refused."""
+    """Run the guarded model on the same prompts; a guard without an effect is rejected."""
     measured = job.resolved.measured
     job.refusals = measured.refusals if measured is not None else None
     if job.baseline is not None and job.baseline.unguarded is not None:
         plan = job.planned[0].plan
         job.refusals = ask_after(job.session, job.baseline.unguarded, job.folder, plan, job.options.allow_no_effect)
+
+
+def ask_variants(job: ExportJob) -> None:
+    """What every precision variant refuses, where the folder has several; the guard must protect each of them."""
+    decoders = [(decoder.package, decoder.plan) for decoder in job.decoders]
+    allowed = job.options.allow_no_effect
+    runs = job.proved.level == "full"
+    job.variants = measure_variants(job.session, decoders, job.folder, allowed) if runs else ()
 
 
 def write_records(job: ExportJob) -> None:
@@ -155,6 +164,7 @@ def write_records(job: ExportJob) -> None:
         job.stamp,
         job.options.sbom,
         job.source.parity,
+        job.variants,
     )
     text = _config_text(job)
     if text is not None:  # not among the manifest's files: editing it changes no guard by itself
@@ -203,7 +213,7 @@ def _config_text(job: ExportJob) -> str | None:
     if job.resolved.calibration is not None:
         return config_of(job.resolved.calibration, DIRECTIONS_FILE)
     if job.config is not None:
-        return to_toml(job.config.spec, DIRECTIONS_FILE, job.directions)
+        return to_toml(job.config.spec, DIRECTIONS_FILE, job.directions, edited=job.config.text)
     row = guard_mode(plan.mode)
     if row.is_calibrated:
         return None

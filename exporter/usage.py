@@ -1,4 +1,4 @@
-"""What every command does before anything heavy is imported: help, paths, options that would have no effect, closed pipes."""
+"""Checks of every command before heavy imports: help, paths, options without effect, closed pipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the graph IS: its residual stream, layer by layer, found from structure and never from names.
+"""Finds the residual stream of a graph, layer by layer, from its structure and never from names.
 
 The steps (docs/graphs.md has the patterns that real exporters write, and why each step is needed):
 
@@ -17,7 +17,7 @@ all must agree.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -25,13 +25,15 @@ from typing import Any, Literal
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
+from .baked_lengths import require_open_length
 from .dataflow import Flow, Vertex, is_sorted
 from .dtypes import STREAM_DTYPES
 from .errors import AnatomyNotFound, ModelUnreadable, first_line
 from .inlining import require_inlinable
 from .layer_count import LayerCount
 from .layering import Chain
-from .mixers import OTHER_MIXERS, is_attention, is_mixer, is_sum_of
+from .mixers import is_attention, is_mixer
+from .no_layers import names_of, reason_for_nothing
 from .node_builder import PREFIX
 from .side_paths import SidePath, spelled
 from .sites import (
@@ -44,7 +46,6 @@ from .sites import (
 from .spine_layers import stream_by_spine
 from .subgraphs import branches_on_path
 
-_MOST_NAMED = 40  # names in a sentence
 # Sources times values. The largest hybrid decoders have some 100 convolution states and 30,000 values.
 _MOST_LOOKED_AT = 4_000_000
 
@@ -76,7 +77,7 @@ class DecoderAnatomy:
         streams: one; for a merged decoder one per branch of its `If`, all with the same layers.
         width: hidden size `d`.
         certainty: `confirmed` (the config's layer count agrees) or `structural` (no config was at hand).
-        nodes: how many nodes were looked at.
+        nodes: number of examined nodes.
         guarded_layers: layers that carry nodes of a guard already, by their names; `verify` is what proves a guard.
     """
 
@@ -106,7 +107,7 @@ class DecoderAnatomy:
 
     @property
     def side_paths(self) -> tuple[SidePath, ...]:
-        """What enters layers beside the (first body's) stream."""
+        """Values that enter layers beside the (first body's) stream."""
         return self.streams[0].side_paths
 
     @property
@@ -165,7 +166,7 @@ def _streams(flow: Flow, sink: ir.Value, declared: LayerCount | None) -> list[tu
         return [_stream("", flow, sink, declared, flow.graph)]
     branches = branches_on_path(flow, _vertex(flow, sink))
     if not branches:
-        raise AnatomyNotFound(_reason_for_nothing(flow, declared))
+        raise AnatomyNotFound(reason_for_nothing(flow, any(True for _ in _sources(flow)), declared))
     found = []
     for body, output in branches:
         try:
@@ -185,17 +186,19 @@ def _stream(
     body: str, flow: Flow, sink: ir.Value, declared: LayerCount | None, top: ir.Graph
 ) -> tuple[ResidualStream, int]:
     end = _vertex(flow, sink)
+    paths: tuple[SidePath, ...] = ()
     try:
         chain, source = _best_chain(flow, end, declared)
         sites = _sites(chain, flow, source, body, declared)
-        return ResidualStream(body, source.name, sink.name or "", sites), stream_width(flow.graph, source, sites)
     except AnatomyNotFound as refusal:
         beside = stream_by_spine(flow, top, list(_sources(flow)), end, declared)
         if beside is None:
             raise refusal
-    sites = _sites(beside.chain, beside.flow, beside.source, body, declared)
-    width = stream_width(flow.graph, beside.source, sites)
-    return ResidualStream(body, beside.source.name, sink.name or "", sites, beside.harmless_paths()), width
+        source = beside.source
+        sites = _sites(beside.chain, beside.flow, source, body, declared)
+        paths = beside.harmless_paths()
+    require_open_length(flow, source, end)
+    return ResidualStream(body, source.name, sink.name or "", sites, paths), stream_width(flow.graph, source, sites)
 
 
 def _best_chain(flow: Flow, sink: Vertex, declared: LayerCount | None) -> tuple[Chain, Vertex]:
@@ -217,7 +220,7 @@ def _best_chain(flow: Flow, sink: Vertex, declared: LayerCount | None) -> tuple[
         if found > most:
             best, most = (chain, source), found
     if best is None:
-        raise AnatomyNotFound(_reason_for_nothing(flow, declared))
+        raise AnatomyNotFound(reason_for_nothing(flow, any(True for _ in _sources(flow)), declared))
     chain, source = best
     _require_one_stream(flow, chain.gaps(), source, sink, declared)
     return best
@@ -238,7 +241,7 @@ def _sites(
 
 
 def _missing_layers(declared: LayerCount, found: int) -> str:
-    """What to do about a count that is not the config's."""
+    """Advice for a layer count that differs from the config's."""
     cross = declared.cross_attention
     if cross and found == declared.count - len(cross):
         return (
@@ -304,7 +307,7 @@ def _token_input(index: ir.Value | None) -> ir.Value | None:
 
 
 def _is_flat(rows: ir.Value | None) -> bool:
-    """Whether a lookup of reshaped tokens gives `[tokens, width]`: rows of one batch that nothing tells apart any more."""
+    """Whether a lookup of reshaped tokens gives `[tokens, width]`, which no longer separates the rows of a batch."""
     index = rows.producer().inputs[1] if rows is not None and rows.producer() is not None else None  # type: ignore
     node = index.producer() if index is not None else None
     reshaped = node is not None and node.op_type in RESHAPES
@@ -320,7 +323,7 @@ def find_sink(graph: ir.Graph) -> ir.Value:
         if value.shape is None and value.dtype in (*STREAM_DTYPES, None):
             return value
     raise AnatomyNotFound(
-        f"no rank-2 or rank-3 float output (logits or last_hidden_state) among {_names(graph.outputs)}; is it a decoder?"
+        f"no rank-2 or rank-3 float output (logits or last_hidden_state) among {names_of(graph.outputs)}; is it a decoder?"
     )
 
 
@@ -329,11 +332,6 @@ def _vertex(flow: Flow, value: ir.Value) -> Vertex:
     if vertex is None:
         raise AnatomyNotFound(f"output {value.name!r} does not depend on the graph's inputs; is it a decoder?")
     return vertex
-
-
-def _names(values: Iterable[ir.Value]) -> str:
-    names = [str(value.name) for value in values]
-    return ", ".join(names[:_MOST_NAMED]) + (" ..." if len(names) > _MOST_NAMED else "") or "nothing"
 
 
 def _require_one_stream(
@@ -355,41 +353,3 @@ def _require_one_stream(
                     f"a sum that all paths pass (best partial match: {len(layers)} layers{wanted}): {past_sums(declared)}; "
                     "such decoders cannot be guarded"
                 )
-
-
-def _reason_for_nothing(flow: Flow, declared: LayerCount | None) -> str:
-    """Why no layer was found, with what was."""
-    mixers = [v for v in flow.vertices if is_mixer(flow, v)]
-    if not mixers:
-        return (
-            f"no attention found among {len(flow.vertices)} values, so there are no decoder layers; "
-            "is this the decoder graph?"
-        )
-    if not any(True for _ in _sources(flow)):
-        return (
-            f"{_counted(mixers)} but no embedding lookup or inputs_embeds among the inputs "
-            f"{_names(flow.graph.inputs)}; is this a decoder graph?"
-        )
-    everything = set(range(len(flow.vertices)))
-    if any(_sums_between(flow, first, second, everything) for first, second in pairwise(mixers)):
-        return (
-            f"{len(mixers)} attention nodes follow one another without a single sum that all paths pass: "
-            f"{past_sums(declared)}; such decoders cannot be guarded"
-        )
-    return (
-        f"{_counted(mixers)} but no residual sum that every path from the embedding to the output passes; "
-        "this is not a pre-norm or post-norm decoder"
-    )
-
-
-def _counted(mixers: list[Vertex]) -> str:
-    """How many of which: convolutions and loops mix tokens too, and are no attention."""
-    others = sorted({vertex.op_type for vertex in mixers if vertex.op_type in OTHER_MIXERS})
-    attentions = sum(vertex.op_type not in OTHER_MIXERS for vertex in mixers)
-    parts = [f"{attentions} attention node{'s' * (attentions > 1)}"] if attentions else []
-    return " and ".join([*parts, *([f"nodes that mix tokens ({', '.join(others)})"] if others else [])])
-
-
-def _sums_between(flow: Flow, first: Vertex, second: Vertex, everything: set[int]) -> bool:
-    """Whether the way from one attention to the next leads through a sum."""
-    return any(is_sum_of(flow, flow.vertices[index], everything) for index in flow.between(first, second))

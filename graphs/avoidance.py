@@ -1,14 +1,14 @@
-"""What reaches an output without passing a guard: tokens, embeddings, or an attention that no guard has changed.
+"""Finds what reaches an output without passing a guard: tokens, embeddings, or an attention that no guard has changed.
 
-Two laws, asked of everything that a value can depend on (`influence.py`):
+Two rules, checked on everything that a value can depend on (`influence.py`):
 
-1. Text passes every guard. `input_ids`, `inputs_embeds` and whatever else the stream is looked up by reach the output that
-   the stream ends in through the guarded states alone: not through a second decoder, not through a size, a trip count or a
-   condition.
-2. Nothing else brings a decoder of its own. Masks, positions, image features and caches may enter behind a guard, but no
-   attention that the guard does not change lies on their way to that output.
+1. Text passes every guard. `input_ids`, `inputs_embeds` and other inputs that index the stream reach the output at the stream's
+   end only through guarded states: not through a second decoder, and not through a size, a trip count or a condition.
+2. No other input has its own decoder. Masks, positions, image features and caches may enter after a guard, but an attention
+that
+   the guard does not change must not lie on their way to that output.
 
-The outputs beside it (caches, telemetry) are judged by depth, in `proof/leaks.py`.
+The other outputs (caches, telemetry) are judged by depth, in `proof/leaks.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _UNCHANGED = frozenset({"Cast", "Identity", "Clip", "Reshape", "Squeeze", "Unsqu
 
 @dataclass(frozen=True)
 class Barrier:
-    """Where one layer is guarded.
+    """The guard's place in one layer.
 
     Attributes:
         layer: its index.
@@ -101,7 +101,7 @@ class Surroundings:
         return self.influence.of(self.text, "numbers")
 
     def avoiding(self, output: ir.Value) -> list[str]:
-        """What reaches an output past a guard, in words."""
+        """Values that reach an output past a guard, as text."""
         return [*self._text_avoiding(output), *self._mixers_avoiding(output)]
 
     def _text_avoiding(self, output: ir.Value) -> list[str]:

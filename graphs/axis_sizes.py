@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
+from .constants import constant
+
 BATCH, TOKENS = "batch", "tokens"
 Factor = int | str | None  # `None`: a size that is not known, of an axis of numbers
 Axis = tuple[Factor, ...]  # the size of an axis; () is 1
@@ -39,7 +41,7 @@ class AxisSizes:
 
     def numbers(self, value: ir.Value | None, depth: int = 16) -> tuple[Number, ...] | None:
         """The numbers of a value of rank 0 or 1; `None` where it is not such a computation."""
-        tensor = _tensor(value)
+        tensor = constant(value)
         if tensor is not None:
             small = len(tensor.shape) < 2 and tensor.size <= _MOST_NUMBERS and tensor.dtype.is_integer()
             return tuple(int(n) for n in tensor.numpy().reshape(-1)) if small else None
@@ -47,13 +49,19 @@ class AxisSizes:
         if node is None or node.domain not in ("", "ai.onnx") or depth == 0:
             return None
         if node.op_type == "Shape":
-            return self._shape(node)
+            return self._shape(node, depth)
         parts = [self.numbers(source, depth - 1) for source in node.inputs]
         if node.op_type in _SAME:
             return parts[0]
         if any(part is None for part in parts):
             return None
         known = [part for part in parts if part is not None]
+        if node.op_type == "ConstantOfShape":
+            return _filled(node, known[0])
+        if node.op_type == "Where" and len({len(part) for part in known}) == 1:  # an Expand's sizes: -1 stands for 1
+            return tuple(
+                b if condition == 1 else c if condition == 0 else None for condition, b, c in zip(*known, strict=True)
+            )
         if node.op_type == "Concat":
             return tuple(number for part in known for number in part)
         if node.op_type == "Gather" and all(isinstance(at, int) for at in known[1]):
@@ -61,8 +69,12 @@ class AxisSizes:
             return tuple(known[0][at] if -len(known[0]) <= at < len(known[0]) else None for at in picked)
         if node.op_type == "Slice":
             return _sliced(known)
-        if node.op_type in ("Mul", "Div", "Add", "Sub") and len(known[0]) == len(known[1]):
-            return tuple(_combined(node.op_type, a, b) for a, b in zip(*known, strict=True))
+        if node.op_type in ("Mul", "Div", "Add", "Sub", "Equal"):
+            first, second = known
+            length = max(len(first), len(second))
+            if {len(first), len(second)} <= {1, length}:
+                first, second = first * (length // len(first)), second * (length // len(second))
+                return tuple(_combined(node.op_type, a, b) for a, b in zip(first, second, strict=True))
         return None
 
     def of_input(self, value: ir.Value | None) -> tuple[Axis, ...] | None:
@@ -76,8 +88,20 @@ class AxisSizes:
             axes.append(whole_size(size) if isinstance(size, int) else (own,))
         return tuple(axes)
 
-    def _shape(self, node: ir.Node) -> tuple[Number, ...] | None:
+    def _is_list(self, value: ir.Value) -> bool:
+        """Whether whole numbers that are put together have one axis, and are no single number."""
+        node = value.producer()
+        if node is None or node.op_type not in ("Concat", "Reshape"):
+            return False
+        target = constant(node.inputs[1]) if node.op_type == "Reshape" else None
+        return node.op_type == "Concat" or (target is not None and target.size == 1)
+
+    def _shape(self, node: ir.Node, depth: int) -> tuple[Number, ...] | None:
         source = node.inputs[0]
+        if source is not None and not node.attributes and self._is_list(source):
+            numbers = self.numbers(source, depth - 1)  # the shape of a shape
+            if numbers is not None:
+                return (len(numbers),)
         axes = self._axes(source) if source is not None else None
         axes = axes or self.of_input(source)
         bounds = [node.attributes.get(name) for name in ("start", "end")]
@@ -94,7 +118,7 @@ def joined(first: Axis, second: Axis) -> Axis:
 
 def constant_dims(value: ir.Value | None) -> tuple[int, ...] | None:
     """The shape of a constant, or of what is made of one without a look at any input."""
-    tensor = _tensor(value)
+    tensor = constant(value)
     if tensor is not None:
         return tuple(int(size) for size in tensor.shape)  # type: ignore[arg-type]
     node = value.producer() if value is not None else None
@@ -175,9 +199,21 @@ def _sliced(known: Sequence[tuple[Number, ...]]) -> tuple[Number, ...] | None:
     return known[0][slice(*bounds, step)]  # type: ignore[misc]
 
 
+def _filled(node: ir.Node, shape: tuple[Number, ...]) -> tuple[Number, ...] | None:
+    """What a ConstantOfShape outputs, where that is a short list of whole numbers."""
+    attribute = node.attributes.get("value")
+    if len(shape) != 1 or not isinstance(shape[0], int) or not 0 <= shape[0] <= _MOST_NUMBERS:
+        return None
+    if attribute is None or attribute.is_ref() or not attribute.as_tensor().dtype.is_integer():
+        return None
+    return (int(attribute.as_tensor().numpy().reshape(-1)[0]),) * shape[0]
+
+
 def _combined(kind: str, a: Number, b: Number) -> Number:
     """Whole numbers are computed with; of sizes with names only products are known."""
     x, y = _integer(a), _integer(b)
+    if kind == "Equal":  # no size is -1
+        return int(x == y) if x is not None and y is not None else 0 if -1 in (x, y) and a is not None else None
     if x is not None and y is not None:
         if kind == "Div":
             return x // y if y > 0 and x >= 0 else None
@@ -198,24 +234,3 @@ def _integer(number: Number) -> int | None:
             product *= factor
         return product
     return number
-
-
-def _tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """The constant that a value is; a graph input with a default is none, because an app may feed it."""
-    if value is None or value.is_graph_input():
-        return None
-    if value.const_value is not None:
-        return value.const_value
-    node = value.producer()
-    if node is None or node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
-        return None
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
-            return None
-        if attribute.type is ir.AttributeType.TENSOR:
-            return attribute.as_tensor()
-        if attribute.type is ir.AttributeType.INT:
-            return ir.tensor([attribute.as_int()])
-        if attribute.type is ir.AttributeType.INTS:
-            return ir.tensor(list(attribute.as_ints()))
-    return None

@@ -1,7 +1,7 @@
 """Graphs beside the decoder: encoders and embeddings, which hold no part of a decoder.
 
-An app opens them by other names than the decoder's, so what makes a decoder is asked of the graph: does it answer with
-logits, does it keep a cache, does an attention see text.
+An app opens them by other names than the decoder's, so the graph itself is examined: whether it has logits or a cache, and
+whether an attention sees text.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import onnx_ir as ir
 
 from .anatomy import DecoderAnatomy, dissect, find_sink, prepare
 from .avoidance import Surroundings
+from .decoder_state import is_longer, is_state_name, state_pairs
 from .errors import AnatomyNotFound
 from .influence import spread
-
-_CACHES = ("past", "present", "input.cache", "cache.layers")
 
 
 def decoder_in(model: ir.Model, decoder: ir.Model, anatomy: DecoderAnatomy) -> str:
@@ -24,10 +23,9 @@ def decoder_in(model: ir.Model, decoder: ir.Model, anatomy: DecoderAnatomy) -> s
         decoder, anatomy: the decoder that it stands beside.
     """
     prepare(model)
-    names = [value.name or "" for value in (*model.graph.inputs, *model.graph.outputs)]
     if any(value.name == "logits" for value in model.graph.outputs) or _answers(model, decoder, anatomy.width):
         return "outputs logits"
-    cache = next((name for name in names if name.startswith(_CACHES)), None)
+    cache = _cache(model)
     if cache is not None:
         return f"keeps a cache ({cache!r})"
     if _attends_to_text(model, anatomy.width):
@@ -45,6 +43,13 @@ def _answers(model: ir.Model, decoder: ir.Model, width: int) -> bool:
         value.shape is not None and len(value.shape) > 1 and value.shape[-1] == vocabulary
         for value in model.graph.outputs
     )
+
+
+def _cache(model: ir.Model) -> str | None:
+    """The name of a KV cache: by its form, an input that an output continues, or by the names that exporters give caches."""
+    named = (value.name or "" for value in (*model.graph.inputs, *model.graph.outputs))
+    known = next((name for name in named if is_state_name(name)), None)
+    return known or next((pair.past for pair in state_pairs(model.graph) if is_longer(model.graph, pair)), None)
 
 
 def _attends_to_text(model: ir.Model, width: int) -> bool:

@@ -29,12 +29,12 @@ class GrowingCache:
 
 @dataclass(frozen=True)
 class CallInputs:
-    """What a graph's inputs show about the tokens of one call of `S` tokens.
+    """Inputs of a graph that show the tokens of one call with `S` tokens.
 
     Attributes:
-        mask: `[batch, T]`, not 0 for tokens that are attended; `T` is past + S, or more where the mask is static.
-        positions: `[batch, S]`; `None` for M-RoPE, whose positions are no count of tokens.
-        cache: shows how many tokens are past; `None` without a cache, or with one whose size is fixed.
+        mask: `[batch, T]`, nonzero for attended tokens; `T` is past + S, or more if the mask is static.
+        positions: `[batch, S]`; `None` for M-RoPE, whose positions do not count tokens.
+        cache: its length is the number of past tokens; `None` without a cache, or with one of fixed size.
     """
 
     mask: ir.Value | None = None

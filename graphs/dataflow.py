@@ -44,7 +44,7 @@ class Vertex:
 
     @property
     def name(self) -> str:
-        """How people and plans call it: the value's name, or the node's first output for a virtual sum."""
+        """Name for messages and plans: the value's name, or the node's first output for a virtual sum."""
         if self.value is not None:
             return self.value.name or "(unnamed)"
         assert self.node is not None
@@ -96,10 +96,10 @@ class Flow:
     def between(self, source: Vertex, sink: Vertex) -> list[int]:
         """Indices of the vertices on some path from source to sink, both included, in topological order.
 
-        Every edge leads to a higher index, so nothing outside the two is looked at: neighbours in a long graph cost little.
+        Every edge leads to a higher index, so only vertices between the two are visited: neighbours in a long graph are cheap.
         """
         low, high = source.index, sink.index
-        if self._last_between[:2] != (low, high):  # one pair is asked for several times in a row
+        if self._last_between[:2] != (low, high):  # callers repeat the same pair
             forward = _reach([low], self.successors, low, high)
             backward = _reach([high], self.predecessors, low, high)
             self._last_between = low, high, sorted(forward & backward)
@@ -164,7 +164,7 @@ def skip_norm_bias(node: ir.Node) -> ir.Value | None:
 
 
 def reads(node: ir.Node) -> Iterator[ir.Value]:
-    """What a node reads: its inputs, and for control flow what its bodies capture from outside."""
+    """Values that a node reads: its inputs, and for control flow those that its bodies capture."""
     yield from (value for value in node.inputs if value is not None)
     for body in bodies(node):
         yield from captured(body)

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from .dataflow import SHAPE_OPS, reads
 
+_CACHE_AXES = 4  # [batch, heads, past, size], or more where keys and values are one tensor
 # The names of the onnx-community layout, which our own conversion writes: `past_key_values.0.key` and `present.0.key`.
 COMMUNITY_PAST, COMMUNITY_PRESENT = "past_key_values", "present"
 # How names of one state begin on both sides; behind that they are the same, but for a plural.
@@ -66,6 +67,15 @@ def state_pairs(graph: ir.Graph, no_inputs: Collection[str] = (), no_outputs: Co
     ]
 
 
+def is_longer(graph: ir.Graph, pair: StatePair) -> bool:
+    """Whether the output of a pair continues its input: `[batch, heads, past, size]` with more tokens, as a KV cache."""
+    past = next(value for value in graph.inputs if value.name == pair.past)
+    present = next(value for value in graph.outputs if value.name == pair.present)
+    if pair.axis is None or past.shape is None or present.shape is None or len(past.shape) < _CACHE_AXES:
+        return False
+    return size(past.shape[pair.axis]) != size(present.shape[pair.axis])
+
+
 def pairs_by_name(inputs: Iterable[str], outputs: Iterable[str]) -> list[StatePair]:
     """Decoder state by its names alone, for an engine, whose graph cannot be read. The axis that grows is left open."""
     known = {state_name(name): name for name in outputs if _SIDE.match(name)}
@@ -84,7 +94,7 @@ def is_state_name(name: str) -> bool:
 
 
 def state_name(name: str) -> str:
-    """What the names of one state's input and output have in common: `0.key` of `past_key_values.0.key`."""
+    """Common part of the names of one state's input and output: `0.key` of `past_key_values.0.key`."""
     bare = _SIDE.sub("", name).lower()
     return re.sub(r"(key|value)s\b", r"\1", re.sub(r"[._]+", ".", bare)).strip(".")
 
@@ -127,7 +137,7 @@ def _nearest(output: ir.Value, fitting: set[ir.Value]) -> list[ir.Value]:
 
 
 def _sources(value: ir.Value) -> Iterator[ir.Value]:
-    """What a value is computed from, one step back; for an `If` the value that each branch gives."""
+    """Inputs of the node that computes a value; for an `If` the results of its branches."""
     node = value.producer()
     if node is None or (node.op_type in SHAPE_OPS and not node.domain):
         return
@@ -185,7 +195,7 @@ def _alike(past: ir.Value, present: ir.Value) -> bool:
 
 
 def _window(past: ir.Value) -> int | None:
-    """How many tokens a ring cache holds: onnxruntime wants room for the whole window, in an empty cache too."""
+    """Tokens in a ring cache: onnxruntime requires room for the whole window, in an empty cache too."""
     for node in past.consumers():
         window, ring = (node.attributes.get(name) for name in ("local_window_size", "sliding_window_cache"))
         if window is not None and ring is not None and ring.as_int() and window.as_int() > 0:

@@ -16,7 +16,7 @@ from .regular_files import NotRegular, open_regular, require_dense
 # From this size on a file is weights: worth sharing instead of copying, and worth not reading twice. Bytes.
 BIG = 16 << 20
 _CHUNK = 8 << 20
-# hashlib lets go of the interpreter's lock, so threads are enough; more of them than this only fight over one disk.
+# hashlib releases the interpreter's lock, so threads suffice; more than this only compete for one disk.
 _WORKERS = min(8, os.cpu_count() or 1)
 
 
@@ -77,6 +77,6 @@ def _digest(path: Path, counter: _ByteCounter) -> str:
 
 
 def _content(path: Path) -> tuple[int, int]:
-    """What two paths to the same bytes have in common, links followed."""
+    """Equal for two paths to the same bytes; links are followed."""
     status = path.stat()
     return status.st_dev, status.st_ino

@@ -35,7 +35,7 @@ from .spec import LARGEST_TAU, MAX_RANK
 from .strict_json import from_strict_json, to_strict_json
 
 SCHEMA = "vlmguard.directions/1"
-DIRECTIONS_FILE = "directions.safetensors"  # in a guarded folder, and beside a model that brings its own
+DIRECTIONS_FILE = "directions.safetensors"  # in a guarded folder, and beside a model with its own directions
 ORTHONORMAL_WITHIN = 1e-4
 _TENSOR_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,4})\.(ssd|origin|target|readout|threshold|text_threshold)")
 _THRESHOLDS = frozenset({"threshold", "text_threshold"})
@@ -44,7 +44,7 @@ _LARGEST_FILE = 4 << 30  # bytes; 8 rows x 16384 x 256 layers is 0.13 GB, so any
 
 @dataclass(frozen=True)
 class LayerDirections:
-    """What the file says about one layer; arrays as in the module's docstring."""
+    """The file's data of one layer; arrays as in the module's docstring."""
 
     ssd: np.ndarray
     origin: np.ndarray | None = None
@@ -114,21 +114,21 @@ class Directions:
         evidence: Mapping[str, Any] | None = None,
         model_sha256: str | None = None,
     ) -> Directions:
-        """Directions made from your own arrays; `save` writes them (docs/directions.md).
+        """Create directions from arrays; `save` writes them (docs/directions.md).
 
         Args:
             layers: layer number, from 0, to its direction: an array `[d]`, which is scaled to length 1, or `[m, d]` with
-                orthonormal rows, or a mapping with the keys `ssd` (such an array), and as far as it is calibrated `origin`,
-                `target`, `readout`, `threshold`, `text_threshold`. Along the rows, + means harmful.
-            mode: the mode that thresholds and targets are for.
-            recommended_layers: layers to guard if no others are asked for.
+                orthonormal rows, or a mapping with the key `ssd` (such an array) and, if calibrated, `origin`, `target`,
+                `readout`, `threshold`, `text_threshold`. Along the rows, + means harmful.
+            mode: the mode of the thresholds and targets.
+            recommended_layers: default layers to guard.
             alpha: strength of `steer` and `supervise`.
-            pairs: how many anchor pairs the arrays come from.
-            evidence: what supports them, per layer as text; kept, and shown by the report.
-            model_sha256: digest of the decoder file that they belong to; another file is then rejected.
+            pairs: number of anchor pairs behind the arrays.
+            evidence: measurements per layer, with the layer number as text; kept, and shown by the report.
+            model_sha256: digest of the decoder file; other files are then rejected.
 
         Raises:
-            DirectionMismatch: a key is missing or unknown, or an array is not what the schema promises.
+            DirectionMismatch: a key is missing or unknown, or an array has the wrong shape or values.
         """
         if not isinstance(layers, Mapping) or not layers:
             raise DirectionMismatch("layers is no mapping with a layer in it; give {layer number: array, ...}")

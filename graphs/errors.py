@@ -1,7 +1,7 @@
-"""The two families of failure: what the user handed us (`GuardError`, one line, exit code 1) and our own bugs.
+"""The two families of failure: problems of the user's input (`GuardError`, one line, exit code 1) and our own bugs.
 
-A bug of ours is an `AssertionError` (or whatever Python raises) and keeps its traceback: hiding it would help no user.
-Every `GuardError` says, in one line, what was asked, what was found, and what to do next.
+A bug raises `AssertionError` (or another Python exception) and keeps its traceback. A `GuardError` has, in one line, the
+file or option, what is wrong, and what to do next.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class GuardWeakens(GuardError):
 
 
 class NoEffect(GuardError):
-    """The guarded model behaves as the unguarded one on every harmful prompt that it was asked; nothing was written."""
+    """The guarded model equals the unguarded one on every harmful prompt that was run; nothing was written."""
 
 
 class ProofFailed(GuardError):
@@ -50,7 +50,7 @@ class RunFailed(GuardError):
 
 
 class ManifestMismatch(GuardError):
-    """A guarded folder is not what its manifest says."""
+    """A guarded folder differs from its manifest."""
 
 
 class ExtraMissing(GuardError):

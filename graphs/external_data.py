@@ -1,7 +1,7 @@
-"""Where a graph's weights may lie: what a tensor says of its place in another file, checked before the file is touched.
+"""Checks where a graph's weights are: the declared place in another file is checked before the file is opened.
 
-A location is a relative path below the graph's folder. `offset` and `length` are whole numbers inside the file, and two
-tensors have the same bytes or none in common. Nothing but a regular file is opened: a FIFO would wait for ever.
+A location is a relative path below the graph's folder. `offset` and `length` are whole numbers inside the file, and partially
+overlapping tensors are invalid. Only regular files are opened: a FIFO would block.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _KEYS = frozenset({"location", "offset", "length", "checksum"})
 
 
 def require_external_data(path: Path, tensors: Iterable[onnx.TensorProto], trust_links: bool = False) -> None:
-    """Every place is where weights may be, and is there in full.
+    """Require valid places of external data, with all bytes present.
 
     Args:
         path: the graph's file, absolute.
-        tensors: those that say that their numbers are elsewhere.
-        trust_links: links out of the folder may be followed: they are those of `--data reference`.
+        tensors: tensors with external data.
+        trust_links: follow links out of the folder, which `--data reference` creates.
 
     Raises:
-        ModelUnreadable: which tensor breaks which rule.
+        ModelUnreadable: with the tensor and the broken rule.
     """
     places: dict[str, list[tuple[int, int, str]]] = {}
     for tensor in tensors:
@@ -55,7 +55,7 @@ def _place(path: Path, tensor: onnx.TensorProto) -> tuple[str, int, int]:
     for entry in tensor.external_data:
         if entry.key not in _KEYS or entry.key in said:
             wrong = "twice" if entry.key in said else "which is no key of external data"
-            raise ModelUnreadable(f"{path}: the place of {tensor.name!r} says {entry.key!r}, {wrong}; do not use it")
+            raise ModelUnreadable(f"{path}: the place of {tensor.name!r} has {entry.key!r}, {wrong}; do not use it")
         said[entry.key] = entry.value
     if any(getattr(tensor, field) for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data")):
         raise ModelUnreadable(
@@ -73,7 +73,7 @@ def _place(path: Path, tensor: onnx.TensorProto) -> tuple[str, int, int]:
 
 
 def _require_below(path: Path, location: str) -> None:
-    windows = PureWindowsPath(location)  # knows both kinds of slashes, and drives
+    windows = PureWindowsPath(location)  # handles both kinds of slashes, and drives
     absolute = windows.is_absolute() or bool(windows.drive or windows.root)
     if absolute or ".." in windows.parts or "\\" in location or "\0" in location:
         raise ModelUnreadable(

@@ -44,7 +44,7 @@ def install_command(*extras: Extra) -> str:
 
 
 def _direct_url() -> str | None:
-    """Where pip installed this package from, as a requirement names it; `None` for an index (PEP 610)."""
+    """The requirement from which pip installed this package; `None` for a package index (PEP 610)."""
     try:
         recorded = distribution(_PACKAGE).read_text("direct_url.json")
     except PackageNotFoundError:

@@ -49,7 +49,7 @@ def read_pipeline(config: Path, graphs: Mapping[Path, ir.Model], layers: int | N
     Args:
         config: the `genai_config.json`, for errors.
         graphs: path and graph of each stage, in order; they are dissected.
-        layers: how many the config says there are.
+        layers: number of layers in the config.
 
     Raises:
         ModelUnreadable: no stage holds layers, or none holds all of them.

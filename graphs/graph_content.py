@@ -1,4 +1,4 @@
-"""Which files are graphs or compiled models: by suffix in any case, or by their first bytes under any other name."""
+"""Detects graphs and compiled models: by suffix in any case, or by their first bytes under any other name."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Reading an untrusted graph file: every rule is checked on the protobuf, before anything is built from it.
 
-Two readers of one file must see one graph: what is proved here is run elsewhere. So whatever protobuf lets a file say twice
-(two initializers of one name, two forms of a tensor's numbers, fields of another version) is refused instead of chosen from.
+Two readers of one file must see one graph, because the proved file runs elsewhere. So anything that protobuf allows a file
+to contain twice (two initializers of one name, two forms of a tensor's values, fields of another version) is rejected.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _EXTERNAL, _STRING = 1, 8  # onnx.TensorProto.DataLocation, .DataType
 
 
 def read_graph_file(path: Path, trust_links: bool = False) -> tuple[onnx.ModelProto, Mapping[int, tuple[int, int]]]:
-    """Parse a graph file; its external data is looked at, not read. Large weights inside a large file are left where they are.
+    """Parse a graph file without reading its external data. Large weights inside a large file are left in the file.
 
     Args:
         path: absolute.
-        trust_links: links out of the folder may be followed, because it was us who made them (`external_data`).
+        trust_links: follow links out of the folder, which we created (`external_data`).
 
     Returns:
-        The model, and index among the top graph's initializers -> `(offset, length)` of those that were left in the file.
-        In the model these are external data in the file itself.
+        The model, and index among the top graph's initializers -> `(offset, length)` of the weights left in the file. In the
+        model these are external data in the file itself.
 
     Raises:
-        ModelUnreadable: it breaks a rule; the sentence says which.
+        ModelUnreadable: the file breaks a rule; the message names it.
     """
     parsed = _PARSED.get(path, _parse)
     # Every time: files beside the graph may have changed.
@@ -231,7 +231,7 @@ def _require_text(path: Path, proto: onnx.ModelProto) -> None:
 
 
 def _require_numbers(path: Path, tensor: onnx.TensorProto) -> None:
-    """A tensor has its numbers in one form, and as many as its shape says."""
+    """Require a tensor's values in one form, and as many as its shape."""
     forms = [field for field in _DATA_FIELDS if getattr(tensor, field)]
     if len(forms) > 1 or tensor.external_data or tensor.HasField("segment"):
         raise ModelUnreadable(
@@ -246,12 +246,12 @@ def _require_numbers(path: Path, tensor: onnx.TensorProto) -> None:
     if not fits:
         unit = "bytes" if forms == ["raw_data"] else "numbers"
         raise ModelUnreadable(
-            f"{path}: tensor {tensor.name!r} says {list(tensor.dims)} and holds {held} {unit}; it is damaged, do not use it"
+            f"{path}: tensor {tensor.name!r} has shape {list(tensor.dims)} but {held} {unit}; it is damaged, do not use it"
         )
 
 
 def _require_length(path: Path, tensor: onnx.TensorProto, held: int) -> None:
-    """A tensor whose bytes stay in the file has them in one form, and as many as its shape says."""
+    """Require that a tensor whose bytes stay in the file has them in one form, and as many as its shape."""
     if (
         any(getattr(tensor, field) for field in _DATA_FIELDS)
         or tensor.HasField("segment")
@@ -262,7 +262,7 @@ def _require_length(path: Path, tensor: onnx.TensorProto, held: int) -> None:
         )
     if held != byte_count(path, tensor):
         raise ModelUnreadable(
-            f"{path}: tensor {tensor.name!r} says {list(tensor.dims)} and holds {held} bytes; it is damaged, do not use it"
+            f"{path}: tensor {tensor.name!r} has shape {list(tensor.dims)} but {held} bytes; it is damaged, do not use it"
         )
 
 

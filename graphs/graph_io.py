@@ -19,8 +19,8 @@ from .inline_weights import InFile, referring_proto, total, weights_in_files, wh
 from .new_files import new_file
 from .read_once import Stamp, stamp_of
 
-GUARD_DATA = ".guard.data"  # what the guard's own external data is called, after the graph's file
-_MOVED_FROM = 1024  # bytes; onnxruntime wants the numbers that shapes depend on inside the graph
+GUARD_DATA = ".guard.data"  # suffix of the guard's external data, after the graph's file name
+_MOVED_FROM = 1024  # bytes; onnxruntime requires values that shapes depend on inside the graph
 _ALIGNED = 64
 
 

@@ -45,8 +45,9 @@ def port_shapes(model: ir.Model, plan: GuardPlan) -> dict[str, ir.Shape]:
 
 
 def _batch(model: ir.Model, plan: GuardPlan) -> ir.SymbolicDim | int | str:
-    """The stream's own batch size, where the exporter wrote it: TensorRT then knows that supervisor and stream fit, and goes
-    on fusing what is behind the guard."""
+    """The stream's batch dimension in the graph: with it, TensorRT can prove that supervisor and stream have equal sizes,
+    and keeps
+    fusing the nodes after the guard."""
     (body, *_) = find_bodies(model, plan.bodies)
     node = find_node(body.graph, plan.sites[0].site.anchor)
     assert node is not None and node.inputs[0] is not None
@@ -103,7 +104,14 @@ def _score(edit: SubgraphEdit, builder: NodeBuilder, written: Written) -> ir.Val
 
 
 def add_output(model: ir.Model, edits: list[SubgraphEdit], output: str, shape: ir.Shape) -> None:
-    """Make one output of what the layers wrote, side by side: `[batch, layers, ...]`."""
+    """Add one output with the values of all guarded layers, `[batch, layers, ...]`.
+
+    Args:
+        model: the graph being rewritten.
+        edits: one per subgraph, with the values of its layers.
+        output: name of the output.
+        shape: of the output.
+    """
     given: dict[DecoderSubgraph, ir.Value] = {}
     for edit in edits:
         builder = edit.builder(output.removeprefix("vlmguard."))

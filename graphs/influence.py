@@ -155,7 +155,7 @@ class Influence:
 
 
 class _Summary(Influence):
-    """What the outputs of a loop's body depend on after any number of turns."""
+    """Dependencies of the outputs of a loop's body after any number of iterations."""
 
     def __init__(self, body: ir.Graph, outer: Influence, states: int, first_input: int, first_output: int) -> None:
         self.cells, self.predecessors, self._index, self._ranks = [], [], {}, Ranks()
@@ -179,7 +179,7 @@ class _Summary(Influence):
         return found
 
     def roots(self, value: ir.Value, *kinds: Kind) -> set[_Root]:
-        """What an output comes from, this turn or an earlier one."""
+        """Sources of an output in this iteration or an earlier one."""
         returns = {self._index[inner, kind]: end for inner, end in self._back for kind in ("numbers", "sizes")}
         waiting, seen = list(self.of([value], *kinds)), set[int]()
         while waiting:
@@ -194,7 +194,7 @@ class _Summary(Influence):
 
 
 def _same(kind: Kind) -> tuple[Kind, ...]:
-    """Where one body says sizes, the other may say rows."""
+    """One body may use a value as a size where another uses it as rows."""
     return ("numbers",) if kind == "numbers" else _EXTENTS
 
 
@@ -205,12 +205,13 @@ _NOTHING: Skipped = {}
 def spread(
     influence: Influence, starts: Mapping[int, int], stops: Mapping[int, int], skipped: Skipped = _NOTHING
 ) -> list[int]:
-    """By cell, a set of bits: which of several floods reach it. One pass for all of them.
+    """By cell, a set of bits: the floods that reach it. One pass for all floods.
 
     Args:
-        starts: by cell, the floods that begin there.
-        stops: by cell, the floods that do not get into it.
-        skipped: by cell, the cells that no flood comes from.
+        influence: the dependencies between cells.
+        starts: by cell, the floods that start there.
+        stops: by cell, the floods that cannot enter it.
+        skipped: by cell, predecessors to ignore.
     """
     reached: list[int] = []
     for cell, before in enumerate(influence.predecessors):

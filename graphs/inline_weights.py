@@ -1,7 +1,7 @@
-"""Weights that lie inside a large `.onnx` file, read and written where they are.
+"""Weights inside a large `.onnx` file, read and written in place.
 
-Protobuf knows a file only as a whole: parsing a gigabyte of weights takes several, and so does writing it again. But the
-bytes of each weight lie in the file in one piece. So a large file is read as its `Outline`: the same protobuf with each
+Protobuf parses only whole files: a gigabyte of weights takes several gigabytes of memory to parse, and again to write. But
+the bytes of each weight are contiguous in the file. So a large file is read as its `Outline`: the same protobuf with each
 large `raw_data` replaced by its place, a few hundred kB in all. Sessions map the weights from the file, and a changed graph
 is written by copying them from file to file.
 """
@@ -21,8 +21,8 @@ from .digests import BIG
 if TYPE_CHECKING:
     import onnx
 
-LARGE_FILE = BIG  # bytes; smaller files are parsed whole
-_LARGE_TENSOR = 1024  # bytes; runtimes want the numbers that shapes depend on inside the graph
+LARGE_FILE = BIG  # bytes; smaller files are parsed completely
+_LARGE_TENSOR = 1024  # bytes; runtimes require values that shapes depend on inside the graph
 # Field numbers of onnx.proto: ModelProto.graph, GraphProto.initializer, and those of TensorProto
 _GRAPH, _INITIALIZER = 7, 5
 _NAME, _RAW_DATA, _EXTERNAL_DATA, _DATA_LOCATION = 8, 9, 13, 14
@@ -31,11 +31,11 @@ _COPIED = 4 << 20
 
 
 class InFile(ir.LazyTensor):
-    """A weight inside a graph file: serialized it is inline as ever, and it is read only when its numbers are asked for.
+    """A weight inside a graph file: serialized inline, and read only when its values are used.
 
     Attributes:
         file: the graph file, absolute.
-        offset, length: where in it, bytes.
+        offset, length: its place in the file, bytes.
     """
 
     def __init__(
@@ -246,7 +246,7 @@ def referring_proto(model: ir.Model, weights: Mapping[str, InFile]) -> onnx.Mode
 
 
 def whole_pieces(referring: onnx.ModelProto, weights: Mapping[str, InFile]) -> list[bytes | InFile]:
-    """What to write, one after the other, so that the weights are inside again: the bytes that protobuf itself would write.
+    """Pieces to write so that the weights are inline again, with the bytes that protobuf itself would write.
 
     Args:
         referring: as `referring_proto` made it.
@@ -269,7 +269,7 @@ def whole_pieces(referring: onnx.ModelProto, weights: Mapping[str, InFile]) -> l
 
 
 def total(pieces: Sequence[bytes | InFile]) -> int:
-    """How many bytes that are."""
+    """Their number of bytes."""
     return sum(piece.length if isinstance(piece, InFile) else len(piece) for piece in pieces)
 
 

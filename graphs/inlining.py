@@ -1,4 +1,4 @@
-"""What inlining a graph's own functions would give, counted before anything is inlined.
+"""Size of a graph after inlining its own functions, counted before anything is inlined.
 
 Forty functions that each call the one before twice are a file of 7 kB, and inlined a graph of 2 ** 40 nodes.
 """
@@ -32,7 +32,7 @@ def require_inlinable(model: ir.Model) -> None:
 
 
 class _Sizes:
-    """How many nodes each function gives, those that it calls included, and how deep its calls go."""
+    """Number of nodes of each function, including called ones, and the depth of its calls."""
 
     def __init__(self, model: ir.Model) -> None:
         self._nodes = {key: list(function.all_nodes()) for key, function in model.functions.items()}

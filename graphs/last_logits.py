@@ -28,9 +28,9 @@ _DEEPEST = 8
 
 
 def keep_last_logits(model: ir.Model) -> bool:
-    """Let the head read the last position only, in place; `False`, and nothing is changed, where no head can be told.
+    """Restrict the head to the last position, in place. Returns `False`, without a change, if no head is found.
 
-    The logits then are `[batch, 1, vocabulary]`. Rows must be padded on the left, as everywhere here.
+    The logits are then `[batch, 1, vocabulary]`. Rows must be padded on the left, as everywhere here.
     """
     graph = model.graph
     logits = next((value for value in graph.outputs if value.name == input_roles(graph).logits), None)

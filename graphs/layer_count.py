@@ -1,4 +1,4 @@
-"""How many layers the configs beside a graph declare, and what each of them is."""
+"""Number and kinds of layers declared in the configs beside a graph."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PAST_SUMS = {
 
 @dataclass(frozen=True)
 class LayerCount:
-    """What a config declares about the decoder's layers.
+    """A config's declarations about the decoder's layers.
 
     Attributes:
         count: how many.
@@ -62,7 +62,7 @@ def decoder_parts(configs: Iterable[Mapping[str, Any]], depth: int = 3) -> Itera
     """The parts of configs that describe the text decoder, the innermost before the config that holds it.
 
     Args:
-        depth: parts of parts that are looked at; configs are untrusted, and real ones have two.
+        depth: largest nesting to search; configs are untrusted, and real ones have two levels.
     """
     for config in configs:
         if depth:

@@ -1,4 +1,4 @@
-"""Which vertices of the dominator chain are layers, and where each layer's output leaves it.
+"""Finds the layers among the vertices of the dominator chain, and the output of each layer.
 
 A gap of the chain with a mixer in it begins a layer; the layer's last sum is the last one before the next such gap. Four
 kinds of decoder need more than that:
@@ -70,7 +70,7 @@ class Chain:
         return self._split(self._mixers())
 
     def join_count(self) -> int:
-        """How many sums every path passes, both of their summands computed from the source."""
+        """Number of sums on every path whose two summands are computed from the source."""
         count = 0
         for vertex in self._sums(0, len(self._vertices)):
             assert vertex.node is not None
@@ -79,7 +79,7 @@ class Chain:
         return count
 
     def kinds(self) -> str:
-        """What the gaps' mixers are, where some have no attention; a clause for a message, else empty."""
+        """The kinds of the gaps' mixers as a clause for a message, if some have no attention; else empty."""
         gaps = len(self.gaps())
         with_attention = len(self._split([mixer for mixer in self._mixers() if is_attention(self._flow, mixer)]))
         others = sorted({mixer.op_type for mixer in self._mixers() if not is_attention(self._flow, mixer)})

@@ -1,4 +1,4 @@
-"""Opening a model file or folder: which file is the decoder. One function per layout.
+"""Opens a model file or folder and finds the decoder. There is one function per layout.
 
 Layouts (docs/graphs.md, section "Layouts that apps load"):
 
@@ -8,11 +8,11 @@ Layouts (docs/graphs.md, section "Layouts that apps load"):
   decoder's weights are in TWO of them: `language_model` for the prompt, `decode` for each further token
 - `bare`: one `model.onnx`, its external data beside it, tokenizer beside or above it
 - `triton`: a model repository of Triton Inference Server, as `vlmguard package --triton` writes it (`triton.py`)
-- `engines`: TensorRT engines that `vlmguard engine` built; only their `guard.json` says what they are, so only `GuardedVLM`
-  opens them
+- `engines`: TensorRT engines that `vlmguard engine` built; only their `guard.json` describes them, so only `GuardedVLM`
+opens them
 
 Several files of a folder may hold the decoder (precision variants, `decode` and `language_model`). All are guarded, or left
-out of the guarded folder: an app that opens another file of it must not find an unguarded one.
+out of the guarded folder: an app that opens another file must not find an unguarded one.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def open_package(path: Path | str, variant: str | None = None, trust_links: bool
 
     Args:
         path: a `.onnx` file, or a folder in one of the layouts.
-        variant: precision suffix of the onnx-community layout (`fp16`, `q4`, ...): the others are left out. `None` takes
-            all that are there; the plain one runs, or else the first.
+        variant: precision suffix of the onnx-community layout (`fp16`, `q4`, ...); other variants are left out. `None`: all
+            variants; the one without suffix runs, else the first.
         trust_links: as in `ModelPackage`.
 
     Raises:
-        ModelUnreadable: nothing there, no single decoder can be told, or a graph is a link out of the folder.
+        ModelUnreadable: the path is missing, no single decoder is found, or a graph is a link out of the folder.
     """
     path = Path(path).absolute()
     package = replace(_find(path, variant), trust_links=trust_links)
@@ -63,6 +63,29 @@ def open_package(path: Path | str, variant: str | None = None, trust_links: bool
         if graph.exists() and not trust_links:
             require_own(graph, package.root)
     return package
+
+
+def variant_name(decoder: Path) -> str:
+    """`decoder_model_merged_q4f16.onnx` -> `q4f16`; "" for the plain file, or a name of another layout."""
+    stem = _stem(decoder, _DECODERS)
+    return decoder.stem.removeprefix(stem or decoder.stem).removeprefix("_")
+
+
+def variant_of(package: ModelPackage, variant: str) -> ModelPackage:
+    """A package seen from the decoder graph of one precision.
+
+    Args:
+        package: of an onnx-community folder.
+        variant: suffix of the file: `fp16`, `q4`, ...; "" for the plain one.
+
+    Raises:
+        ModelUnreadable: the folder has no such variant.
+    """
+    views = {variant_name(view.decoder): view for view in package.views()}
+    if package.layout != "onnx-community" or variant not in views:
+        known = ", ".join(repr(name) for name in sorted(views))
+        raise ModelUnreadable(f"{package.root}: the decoder has no variant {variant!r}, only {known}; name one")
+    return views[variant]
 
 
 def _find(path: Path, variant: str | None) -> ModelPackage:
@@ -182,7 +205,7 @@ def _onnx_community(root: Path, variant: str | None) -> ModelPackage:
     decoders = {path: stem for path, stem in found.items() if stem is not None}
     if not decoders:
         raise ModelUnreadable(f"{root / 'onnx'}: holds no decoder ({', '.join(_DECODERS)}); found {_some(list(found))}")
-    suffixes = {path: path.stem.removeprefix(stem).removeprefix("_") for path, stem in decoders.items()}
+    suffixes = {path: variant_name(path) for path in decoders}
     chosen = [path for path in decoders if variant is None or suffixes[path] == variant]
     if not chosen:
         known = ", ".join(repr(name) for name in sorted(set(suffixes.values())))
@@ -251,7 +274,7 @@ def _others(root: Path, keep: set[Path]) -> tuple[str, ...]:
 
 
 def _stem(path: Path, stems: tuple[str, ...]) -> str | None:
-    """Which of the stems a file name has, with or without a `_variant`."""
+    """The stem of a file name, with or without a `_variant`."""
     return next((s for s in stems if path.stem == s or path.stem.startswith(f"{s}_")), None)
 
 

@@ -1,12 +1,12 @@
 """Symbolic links in an untrusted folder: they must stay inside the folder.
 
-One layout of links is followed: the Hugging Face cache, where every file of a snapshot is a link to a blob of the same
-repository. What is allowed is exactly that:
+Links of one layout are followed: the Hugging Face cache, where every file of a snapshot is a link to a blob of the same
+repository. Exactly this is allowed:
 
     models--NAME/snapshots/REVISION/.../FILE -> models--NAME/blobs/HEX
 
-The last component alone may be a link there. Anything else would read, and copy into a folder that is then published,
-whatever file of the reader the packer could name.
+Only the last component may be a link. Any other link could make us read, and copy into a folder that is then published, any
+file of the reader.
 """
 
 from __future__ import annotations

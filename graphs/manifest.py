@@ -1,8 +1,8 @@
-"""`guard.json`: what a guarded folder promises, and the check that the folder still keeps it.
+"""`guard.json`: the record of a guarded folder, and the check that the folder still matches it.
 
-Schema `vlmguard.guard/2`: every file with its size and digest; for every decoder graph the source's digest, the plan, what
-was changed and the proof; the spec and the versions. `files` covers everything in the folder but the manifest itself. In a
-folder of engines `engines` says how each was built, and `decoders` what is said of the graphs that they were built from.
+Schema `vlmguard.guard/2`: size and digest of every file; for every decoder graph the source's digest, the plan, the changes
+and the proof; the spec and the versions. `files` covers everything in the folder except the manifest itself. In a folder of
+engines, `engines` records how each was built, and `decoders` the graphs that they were built from.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .strict_json import from_strict_json, to_strict_json
 
 MANIFEST_NAME = "guard.json"
 SCHEMA = "vlmguard.guard/2"
-# What a runtime would run, were it put into the folder.
+# Suffixes of files that a runtime would run.
 _EXECUTED = (".onnx", ".ort", ".engine", ".plan")
 
 # How much of the proof was done: `full` (the model was run), `local` (each guard was run by itself), or `structure` alone
@@ -39,8 +39,9 @@ class FileRecord(BaseModel):
 
     Attributes:
         size: bytes.
-        modified_ns: time of its last change, as `os.stat` gives it; 0: not kept, and the file is hashed at each opening.
-        sha256: hex digest; `None` for a big file that was not hashed because that was asked (`--no-digest`).
+        modified_ns: time of the last change in nanoseconds, as in `os.stat`; 0: not kept, and the file is hashed at each
+            opening.
+        sha256: hex digest; `None` for a big file that was not hashed (`--no-digest`).
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -96,14 +97,14 @@ class EngineRecord(BaseModel):
 
 
 class PackagedRecord(BaseModel):
-    """How a folder was laid out anew (`vlmguard package`).
+    """How `vlmguard package` laid out a folder.
 
     Attributes:
         layout: of the guarded folder that it was made from.
-        moved: path here -> path there, of every file that has another one.
-        written: paths of files that were made for this layout.
-        left_out: paths there of files that this layout has no use for.
-        options: what was asked for.
+        moved: new path -> old path, of every file whose path changed.
+        written: paths of files created for this layout.
+        left_out: old paths of files that this layout does not use.
+        options: options of the packaging.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -115,7 +116,7 @@ class PackagedRecord(BaseModel):
     options: dict[str, Any] = {}
 
     def before(self, path: str) -> str:
-        """Where a file of this folder was."""
+        """Old path of a file of this folder."""
         return self.moved.get(path, path)
 
 
@@ -123,19 +124,20 @@ class Manifest(BaseModel):
     """The content of `guard.json`.
 
     Attributes:
-        files: path relative to the folder -> what is known of it.
+        files: path relative to the folder -> its record.
         decoders: every decoder graph of the folder; the first is the one that runs.
         layout: of the folder.
-        proved: how much of the proof was done.
-        proved_because: why that much.
-        versions: of vlmguard and of what wrote and proved the graphs.
-        spec: what was asked for.
-        calibration: what the calibrator measured, if it ran.
-        choice: what was tried before a mode was chosen, if it was left open.
-        refusals: harmful prompts refused without and with the guard, per setting; `None`: no prompts were at hand.
-        engines: the engines of a folder that was built from a guarded one; empty for a folder of graphs.
-        packaged: how it was laid out anew, if it was.
-        export_parity: how far the exported graphs are from the checkpoint in torch; of a model that was a checkpoint.
+        proved: level of the proof.
+        proved_because: reason for this level.
+        versions: of vlmguard and of the software that wrote and proved the graphs.
+        spec: the requested guard.
+        calibration: measurements of the calibration, if it ran.
+        choice: the tried modes, if the mode was left open.
+        refusals: harmful prompts refused without and with the guard, per setting; `None`: there were no prompts.
+        engines: the engines of a folder built from a guarded one; empty for a folder of graphs.
+        packaged: how the folder was packaged, if it was.
+        export_parity: difference between the exported graphs and the checkpoint in torch; only for checkpoints.
+        variants: decoder path -> refusals of this precision variant without and with the guard; only where there are several.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -154,6 +156,7 @@ class Manifest(BaseModel):
     engines: list[EngineRecord] = []
     packaged: PackagedRecord | None = None
     export_parity: list[dict[str, Any]] | None = None
+    variants: dict[str, dict[str, Any]] | None = None
     proved_because: str = ""
 
     @property
@@ -168,7 +171,7 @@ class Manifest(BaseModel):
 
     def to_text(self) -> str:
         content = self.model_dump()
-        for name in ("packaged", "export_parity"):  # versions that know nothing of them read all other folders
+        for name in ("packaged", "export_parity", "variants"):  # so that older versions can read all other folders
             if content[name] is None:
                 del content[name]
         return to_strict_json({"schema": content.pop("schema_"), **content}, indent=2, ensure_ascii=False) + "\n"
@@ -177,7 +180,14 @@ class Manifest(BaseModel):
 def record_files(
     folder: Path, names: Iterable[str], digests: dict[str, str], keeps_times: bool = True
 ) -> dict[str, FileRecord]:
-    """What `guard.json` says of these files; those without a digest get none. Times are kept of big files, which need them."""
+    """The records of files for `guard.json`. Modification times are kept only for big files.
+
+    Args:
+        folder: the guarded folder.
+        names: paths relative to it.
+        digests: hex digests by path; files without one are recorded without a digest.
+        keeps_times: whether to record modification times.
+    """
     found = {}
     for name in sorted(names):
         status = (folder / name).stat()
@@ -246,15 +256,18 @@ def read_manifest(folder: Path) -> Manifest:
 def require_intact(
     folder: Path, manifest: Manifest, again: bool = True, report_count: CountCallback | None = None, besides: str = ""
 ) -> int:
-    """Every file is there as the manifest says, and none besides that is run or gone by; how many were compared.
+    """Check every file against the manifest, reject any extra file that a runtime would load, and return the number of files.
 
     Args:
-        again: hash every file. Otherwise a big file whose size and time of change are the recorded ones keeps the digest
-            that the manifest has: opening a 14 GB model must not read it twice.
+        folder: the guarded folder.
+        manifest: of the folder.
+        again: hash every file. Otherwise a big file with the recorded size and modification time is not hashed again, because
+            opening a 14 GB model must not read it twice.
+        report_count: called with `(done, total)` bytes.
         besides: pattern of files that may have been added.
 
     Raises:
-        ManifestMismatch: a file is missing, changed, or one was added that matters.
+        ManifestMismatch: a file is missing, changed or extra.
     """
     where = folder / MANIFEST_NAME
     runs = [engine.path for engine in manifest.engines if engine.role == "decoder"] if manifest.engines else None

@@ -1,4 +1,4 @@
-"""What a vertex of the flow is: a sequence mixer (attention of any spelling, convolution, recurrence), or a residual sum."""
+"""Classifies a vertex of the flow: a sequence mixer (attention in any spelling, convolution, recurrence), or a residual sum."""
 
 from __future__ import annotations
 
@@ -142,12 +142,12 @@ def _weighing(flow: Flow) -> set[ir.Value]:
     return found
 
 
-# Of each flow, which never changes: found once, asked for at every Softmax.
+# Per flow, which never changes: computed once and used at every Softmax.
 _WEIGHING: WeakKeyDictionary[Flow, set[ir.Value]] = WeakKeyDictionary()
 
 
 def _weighted_values(flow: Flow, softmax: ir.Node) -> ir.Value | None:
-    """What a Softmax's result is multiplied with, where both are dynamic: probabilities times values."""
+    """The values that a Softmax's result is multiplied with, if both are dynamic: probabilities times values."""
     stack, seen, shares = [softmax.outputs[0]], set(), {softmax.outputs[0]}
     while stack:
         for node in stack.pop().consumers():

@@ -14,11 +14,11 @@ Data = Literal["link", "copy", "reference"]  # how big files get into a folder
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that was not there before, to be written. What is there may be a hard link to the source's own bytes: a model
-    may call its weights what we call our files.
+    """Create a file to write. An existing file may be a hard link to the source's own bytes, because a model's weights may
+    have one of our names.
 
     Raises:
-        OutputRefused: there is such a file.
+        OutputRefused: the file exists.
     """
     try:
         with path.open("xb") as file:

@@ -63,7 +63,15 @@ class NodeBuilder:
         like: ir.Value | None = None,
         **attributes: int | float | str | Sequence[int],
     ) -> ir.Value:
-        """One node with one output, both called `vlmguard/<scope>/<name>`; `like` lends its type and shape."""
+        """Add one node with one output, both named `vlmguard/<scope>/<name>`, and return the output.
+
+        Args:
+            name: unique in the scope.
+            op_type: an ONNX operator.
+            inputs: `None` for an omitted input.
+            like: a value with the output's type and shape; `None`: not declared.
+            attributes: of the node.
+        """
         full = f"{self.scope}/{name}"
         output = ir.Value(name=full)
         if like is not None and like.type is not None:  # an unknown type is left out, not written as unknown

@@ -6,7 +6,7 @@ from collections import Counter
 
 import onnx_ir as ir
 
-# Domains that ONNX, onnxruntime and onnxruntime-extensions define; of the first, each operator is looked up.
+# Domains of ONNX, onnxruntime and onnxruntime-extensions; operators of the first are looked up in its schemas.
 _ONNX = ("", "ai.onnx")
 _KNOWN_DOMAINS = frozenset(
     {

@@ -87,7 +87,7 @@ class ModelPackage:
 
     @property
     def name(self) -> str:
-        """What the default output is named after."""
+        """Base of the default output's name."""
         return self.decoder.stem if self.layout == "bare" else self.root.name
 
     @property
@@ -98,7 +98,7 @@ class ModelPackage:
 
     @property
     def expected_layers(self) -> int | None:
-        """The text decoder's layer count, if a config says."""
+        """Number of the text decoder's layers, if a config has it."""
         declared = self.declared_layers
         return None if declared is None else declared.count
 
@@ -109,19 +109,19 @@ class ModelPackage:
 
     @property
     def kv_heads(self) -> int | None:
-        """How many key/value heads, if a config says."""
+        """Number of key/value heads, if a config has it."""
         return self._declared("num_key_value_heads") or self._declared("num_attention_heads", "n_head")
 
     @property
     def head_size(self) -> int | None:
-        """Size of one attention head, if a config says."""
+        """Size of one attention head, if a config has it."""
         declared = self._declared("head_dim", "head_size")
         width, heads = self._declared("hidden_size", "n_embd"), self._declared("num_attention_heads", "n_head")
         return declared or (width // heads if width and heads else None)
 
     @property
     def longest_sequence(self) -> int | None:
-        """How many tokens the model knows positions for, if a config says: `config.json`, else `genai_config.json`."""
+        """Largest number of positions, if a config has it: `config.json`, else `genai_config.json`."""
         declared = self._declared("max_position_embeddings", "n_positions", "context_length")
         if declared is None or isinstance(declared, bool) or declared < 1:
             return self._genai_context()
@@ -164,7 +164,7 @@ class ModelPackage:
 
     @property
     def declared_names(self) -> DeclaredNames:
-        """What `genai_config.json` calls the decoder's inputs and outputs; nothing where it names another graph."""
+        """Names of the decoder's inputs and outputs in `genai_config.json`; empty if it names another graph."""
         path = self.companion("genai_config.json")
         config = read_json(path) if path is not None else {}
         model = config.get("model")
@@ -176,7 +176,7 @@ class ModelPackage:
 
     @property
     def roles(self) -> InputRoles:
-        """What each input of the decoder is for; a guarded copy of it has the same."""
+        """The roles of the decoder's inputs; a guarded copy has the same."""
         return _roles(self, stamp_of(self.decoder), json.dumps([self.declared_names.names, self.declared_names.states]))
 
     def files(self) -> Iterator[tuple[Path, str]]:
@@ -211,5 +211,5 @@ class ModelPackage:
 
 @lru_cache(maxsize=16)
 def _roles(package: ModelPackage, stamp: Stamp | None, declared: str) -> InputRoles:
-    """They are asked for at every opening of the decoder, and the answer costs a parse."""
+    """Cached: every opening of the decoder needs them, and they cost a parse."""
     return input_roles(package.load_decoder().graph)

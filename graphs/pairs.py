@@ -3,12 +3,12 @@
 The guard reads the coordinates of the even row at its last token and copies them to the last token of the odd row, inside
 the graph. So inputs and outputs stay as they are, and one call guards every pair of a batch. What is edited:
 
-- odd rows alone. An even row is never changed, and the last row of an odd number of rows has no partner and is not changed.
-- calls of more than one token alone: a prompt, or a part of one. A decode step brings one token and is not edited.
-- rows that have a token in this call, and whose partner has one. Early parts of a prompt that is padded on the left may have
-  none in the text-only row.
+- only odd rows. An even row never changes, and the last row of an odd number of rows has no partner and does not change.
+- only calls of more than one token: a prompt or a part of one. A decode step has one token and is not edited.
+- only rows with a token in this call, whose partner has one too. Early parts of a prompt that is padded on the left may have
+  no token in the text-only row.
 
-A graph cannot see whether more parts of a prompt follow. Each part of two tokens and more is edited at its own last token,
+A graph cannot see whether more parts of a prompt follow. Each part of two or more tokens is edited at its own last token,
 toward the text-only row's last token of the same part; a last part of one token is not edited.
 """
 
@@ -30,14 +30,14 @@ SUPERVISOR_KEY = "vlmguard.supervisor"
 
 
 def require_pairs(graph: ir.Graph, mask: str) -> str:
-    """What a person should know about a guard that reads paired rows, for the plan.
+    """Notes for the user on a guard that reads paired rows, for the plan.
 
     Args:
         graph: of the unguarded decoder.
         mask: name of its attention mask, or "".
 
     Raises:
-        GuardError: the graph cannot take two prompts of different lengths in one call, or does not show which call is a prompt.
+        GuardError: the graph cannot run two prompts of different lengths in one call, or does not mark which call is a prompt.
     """
     roles = input_roles(graph)
     text = next((value for value in graph.inputs if value.name == roles.text), None)
@@ -49,11 +49,11 @@ def require_pairs(graph: ir.Graph, mask: str) -> str:
         )
     if sizes[1:2] == [1]:
         raise GuardError(
-            f"the graph takes one token a call, so paired rows cannot tell a prompt from an answer; {advice}"
+            f"the graph takes one token per call, so paired rows cannot distinguish a prompt from an answer; {advice}"
         )
     if not roles.states:
         raise GuardError(
-            "the graph has no KV cache, so every call brings the prompt again and paired rows cannot tell it from an answer; "
+            "the graph has no KV cache, so every call repeats the prompt and paired rows cannot distinguish it from an answer; "
             f"{advice}"
         )
     if not mask:
@@ -72,7 +72,7 @@ def reads_pairs(model: ir.Model) -> bool:
 
 
 class PairedRows:
-    """Which rows of a call are edited, and where their text-only prompts end.
+    """Edited rows of a call, and the ends of their text-only prompts.
 
     Each property writes its nodes when it is first read.
 

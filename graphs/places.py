@@ -1,4 +1,4 @@
-"""Where files are looked for, and whether a path that the user typed is there at all.
+"""Places to search for files, and checks that paths typed by the user exist.
 
 Needs the standard library alone: a typo is refused before seconds of imports.
 """
@@ -56,7 +56,7 @@ def require_guarded_folder(folder: Path, manifest: str = "guard.json") -> None:
         raise ManifestMismatch(f"{folder}: has no {manifest}, so it is not a guarded folder; export it first")
 
 
-# What a missing input file is, and where one comes from.
+# Messages for missing input files, with the way to create them.
 CONFIG = "no such config file; a calibrating export writes one, guard.toml"
 DIRECTIONS = "no such directions file; extract one with `vlmguard directions`"
 PROOF_INPUTS = "no such file of proof inputs; write one with numpy.savez"

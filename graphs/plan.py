@@ -75,7 +75,7 @@ class GuardPlan:
         mask: name of the attention mask that `last` reads, or "" for the last index of each call.
         width: hidden size.
         sites: one per guarded layer and body, by layer; the bodies share one `LayerGuard`.
-        notes: what a person should know, each a sentence.
+        notes: notes for the user, each a sentence.
         knobs: names of the inputs with defaults, empty without `--knobs`.
         telemetry, gate, supervisor: as in `GuardSpec`.
         separation: how well each guarded layer's direction separates harmful from harmless prompts, where that is known.

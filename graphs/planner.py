@@ -21,6 +21,7 @@ from .pairs import require_pairs
 from .plan import GuardPlan, SitePlan
 from .runtime_controls import knobs_of, notes_on, require_knobs
 from .separation import Separation, recorded_separations, warnings_of
+from .side_paths import described
 from .sites import ResidualSite, find_node
 from .spec import MAX_RANK, GuardSpec
 from .subgraphs import find_bodies
@@ -66,6 +67,7 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
     if lowering is FOLDED:
         notes += _require_foldable(model, anatomy, sites, spec)
     notes += _quantized_behind(model, sites)
+    notes += described(anatomy.side_paths)
     notes += notes_on(knobs, spec.gate)
     if spec.positions != "all" and not mask:
         notes.append("no attention_mask input: the last index of each call is edited, so pad on the left")
@@ -94,7 +96,7 @@ def plan_guard(model: ir.Model, anatomy: DecoderAnatomy, directions: Directions,
 
 
 def _recorded(directions: Directions, layers: tuple[int, ...]) -> tuple[Separation, ...]:
-    """How well the layers separate harmful from harmless anchors, as the directions file records it."""
+    """Separation of harmful and harmless anchors per layer, recorded in the directions file."""
     source = (directions.anchors or {}).get("source", "anchors")
     return recorded_separations(directions.evidence, directions.pairs, layers, source)
 
@@ -170,7 +172,7 @@ def _quantized_behind(model: ir.Model, sites: tuple[SitePlan, ...]) -> list[str]
 
 
 def last_sites(anatomy: DecoderAnatomy) -> tuple[ResidualSite, ...]:
-    """Where the stream ends: the last layer's site, one per body."""
+    """The end of the stream: the last layer's site, one per body."""
     return tuple(stream.sites[-1] for stream in anatomy.streams)
 
 
@@ -285,10 +287,10 @@ def _layers(
 
 
 def later_layers(numbers: Iterable[int], count: int, last: bool = False) -> tuple[tuple[int, ...], str]:
-    """What `align` guards without a calibration: the later two thirds of the decoder without its last layer, and in words.
+    """The layers that `align` guards without a calibration, and a description: the later two thirds without the last layer.
 
-    Edits of the last layer go into the logits past every other layer. On a real model they brought back fewer refusals, and
-    refused more borderline prompts (docs/method.md).
+    Edits of the last layer bypass every other layer. On a real model they restored fewer refusals and refused more borderline
+    prompts (docs/method.md).
 
     Args:
         numbers: of the layers that have directions.

@@ -1,4 +1,4 @@
-"""Which tokens are edited or read: the last attended token of each call, as index pairs and as a selection.
+"""Positions that are edited or read: the last attended token of each call, as index pairs and as a selection.
 
 A call has S tokens, its mask T columns, one for each token so far and perhaps more. Which columns are this call's S tokens is
 not written anywhere, so it is decided where they end (`W`):
@@ -33,7 +33,7 @@ _OPSET_OF_AXES_INPUT = 18  # from here on ReduceMax takes its axes as an input
 
 
 class LastToken:
-    """Where the last attended token of each row of a stream `[batch, sequence, d]` is.
+    """Position of the last attended token of each row of a stream `[batch, sequence, d]`.
 
     Nodes are written on first use, once: the graph contains no unused nodes.
 

@@ -1,4 +1,4 @@
-"""How many axes a value has, from the operators that make it; never from what the file declares of it.
+"""Number of axes of a value, derived from operators and never from the file's declaration.
 
 A declared shape is a claim that a runtime may overrule. Only the ranks of inputs are taken as declared: a runtime refuses
 feeds of another rank.
@@ -7,6 +7,8 @@ feeds of another rank.
 from __future__ import annotations
 
 import onnx_ir as ir
+
+from .constants import constant
 
 
 def words(text: str) -> frozenset[str]:
@@ -76,9 +78,8 @@ class Ranks:
         if kind == "Concat":
             return next((rank for rank in inputs if rank is not None), None)
         if kind == "Constant":
-            return next(
-                (len(a.as_tensor().shape) for a in node.attributes.values() if a.type is ir.AttributeType.TENSOR), None
-            )
+            tensor = constant(node.outputs[0])
+            return None if tensor is None else len(tensor.shape)
         if kind in ("Range", "Shape"):
             return 1
         if kind == "NonZero" or kind == "Gemm":
@@ -120,10 +121,11 @@ class Ranks:
         return rank - length if length else None
 
     def _length(self, value: ir.Value | None) -> int | None:
-        """How many numbers a 1-D value holds: a shape, a constant, several of them put together."""
+        """Number of elements of a 1-D value: a shape, a constant, or a concatenation of them."""
         if value is None or value in self._lengths:
             return self._lengths.get(value) if value is not None else None
-        shape = value.const_value.shape if value.const_value is not None else ()
+        tensor = value.const_value if value.const_value is not None else constant(value)
+        shape = tensor.shape if tensor is not None else ()
         return int(shape[0]) if len(shape) == 1 else None  # type: ignore[arg-type]
 
     def _made_length(self, node: ir.Node) -> int | None:
@@ -157,7 +159,7 @@ def _number(value: ir.Value | None) -> int | None:
     """The one number of a constant; a step that is absent is 1."""
     if value is None:
         return 1
-    tensor = value.const_value
+    tensor = value.const_value if value.const_value is not None else constant(value)
     return int(tensor.numpy().reshape(-1)[0]) if tensor is not None and tensor.size == 1 else None
 
 

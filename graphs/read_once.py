@@ -1,6 +1,6 @@
-"""Files that are read once: what was read from a file is kept until the file changes.
+"""Caches files: content that was read from a file is kept until the file changes.
 
-One export needs the decoder's graph and the small configs in many places. Each asks for the file; the first one reads it.
+One export needs the decoder's graph and the small configs in many places. The first use reads the file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ReadOnce(Generic[T]):
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def get(self, path: Path, read: Callable[[Path], T]) -> T:
-        """What `read` returns for the file as it is now. The content is shared between callers, who must not change it.
+        """The current result of `read` for the file. Callers share it and must not change it.
 
         Args:
             path: of the file.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 LONGEST = 400  # characters of a clause; a longer one loses its middle, because the reason stands at either end
 _HEAD = 250
-_READ = 3000, 1000  # characters at the start and at the end that are looked at; names in a message may be of any length
+_READ = 3000, 1000  # characters to read at the start and at the end; names in a message may have any length
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # Wrappers that name their own work and leave the reason to the exception behind them (onnx_ir).
@@ -52,7 +52,7 @@ def _node(found: re.Match[str]) -> str:
     return f"{found[1]} node {found[2]!r}: {found[3]}"
 
 
-# What a message says, in fewer words. The first that matches is taken.
+# Shorter forms of known messages. The first match is used.
 _REWRITES: tuple[tuple[re.Pattern[str], Rewrite], ...] = tuple(
     (re.compile(pattern, re.DOTALL), rewrite)
     for pattern, rewrite in (
@@ -88,7 +88,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], Rewrite], ...] = tuple(
             r"## Exception summary <class '(?:[\w.]+\.)?(\w+)'>: (.*?)(?: consider using | Caused by: | \(Refer to |$)",
             lambda m: f"{m[1]}: {m[2]}",
         ),
-        # transformers lists every model that it knows behind the reason
+        # transformers appends every supported model to the reason
         (r"^(Unrecognized model.*?)\. Should (?:contain|have) .*", lambda m: m[1]),
         # Pillow, for a file in memory
         (r"^cannot identify image file <.*>$", lambda m: "it is in no known image format"),
@@ -97,10 +97,10 @@ _REWRITES: tuple[tuple[re.Pattern[str], Rewrite], ...] = tuple(
 
 
 def reason_of(error: BaseException) -> str:
-    """The part of an error that says what is wrong: one line, at most about `LONGEST` characters, never empty.
+    """The reason in an error: one line of at most about `LONGEST` characters, never empty.
 
     Args:
-        error: of another library, or of Python.
+        error: raised by another library or Python.
     """
     error = _innermost(error)
     if isinstance(error, KeyError):
@@ -114,7 +114,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is short: then the file is not to blame."""
+    """Whether an error reports a lack of memory, so that the file is not at fault."""
     return isinstance(error, MemoryError) or _MEMORY.search(str(error)) is not None
 
 

@@ -16,7 +16,7 @@ NO_SUPERVISOR = -1e30
 # The largest strength that is accepted. In float16 a coordinate is read with one bit to spare (`lowerings.lowrank`); an
 # unbounded strength could be infinite, and infinity times a closed gate is not zero.
 LARGEST_STRENGTH = 2.0
-# A threshold offset is cut here: it must not bring a threshold below NO_SUPERVISOR.
+# Limit of the threshold offset: a threshold must stay above NO_SUPERVISOR.
 LARGEST_OFFSET = 1e29
 # `combined` uses its readout only where there is a supervisor: the readout's score is capped this far above the
 # supervisor's coordinate. The cap is above every real score, and NO_SUPERVISOR plus the cap is below every threshold.
@@ -39,8 +39,8 @@ class LayerGuard:
         readout: `[d]`, what the gate of `restore` and `combined` reads.
         threshold: the gate opens above it (`align`: `SUPERVISED_ABOVE`; with paired rows minus infinity, there is no gate).
         alpha: strength (`steer`, `supervise`).
-        text_shift: brings the text-only query's first coordinate to the readout's scale, so that one threshold serves both
-            (`combined`).
+        text_shift: added to the text-only query's first coordinate to match the readout's scale, so that one threshold
+            serves both (`combined`).
     """
 
     ssd: np.ndarray
@@ -58,7 +58,7 @@ class LayerGuard:
 
 @dataclass(frozen=True)
 class RuntimeControls:
-    """What may be set at each call. Ours, not the paper's; the defaults are the guard as it was calibrated.
+    """Values that each call may set. Not in the paper; the defaults are the calibrated guard.
 
     Attributes:
         strength: every weight is multiplied with it: 0 only watches, 1 is as calibrated; taken as 0 to `LARGEST_STRENGTH`.
@@ -82,9 +82,14 @@ def weights(
     supervisor: np.ndarray | None = None,
     runtime_controls: RuntimeControls = AS_CALIBRATED,
 ) -> np.ndarray:
-    """`w` of `h' = h + w V`, `[..., m]`, for hidden states `h` `[..., d]`; `supervisor` `[..., m]` broadcasts to it.
+    """`w` of `h' = h + w V`, `[..., m]`. A closed gate and strength 0 give exact zeros.
 
-    A closed gate gives exact zeros, and so does strength 0.
+    Args:
+        mode: the guard's mode.
+        layer: its numbers.
+        h: hidden states `[..., d]`.
+        supervisor: the text-only coordinates `[..., m]`, broadcast to `h`.
+        runtime_controls: their values in this call.
     """
     c = h @ layer.ssd.T
     strength = float(np.clip(runtime_controls.strength, 0.0, LARGEST_STRENGTH))
@@ -105,7 +110,11 @@ def weights(
 
 
 def score(mode: str, layer: LayerGuard, h: np.ndarray, supervisor: np.ndarray | None = None) -> np.ndarray:
-    """What the gate compares with its threshold, `[..., 1]`; `project` has no gate."""
+    """The score that the gate compares with its threshold, `[..., 1]`; `project` has no gate.
+
+    Args:
+        mode, layer, h, supervisor: as for `weights`.
+    """
     if mode in {"supervise", "align"}:
         assert supervisor is not None, f"{mode} needs the text-only coordinates"
         return supervisor[..., :1]
@@ -126,7 +135,11 @@ def gate(
     supervisor: np.ndarray | None = None,
     runtime_controls: RuntimeControls = AS_CALIBRATED,
 ) -> np.ndarray:
-    """1 where the gate is open, else 0, `[..., 1]`; the comparison is strict."""
+    """1 where the gate is open, else 0, `[..., 1]`; the comparison is strict.
+
+    Args:
+        mode, layer, h, supervisor, runtime_controls: as for `weights`.
+    """
     offset = float(np.clip(runtime_controls.threshold_offset, -LARGEST_OFFSET, LARGEST_OFFSET))
     found = score(mode, layer, h, supervisor)
     opened = found > layer.threshold + offset
@@ -146,6 +159,8 @@ def guard(
     """Guarded hidden states.
 
     Args:
+        mode: the guard's mode.
+        layer: its numbers.
         h: hidden states `[batch, sequence, d]`.
         supervisor: coordinates of the text-only query, `[batch, 1, m]` (`supervise`, `combined` and `align`).
         selected: `[batch, sequence, 1]` of 0 and 1, the tokens to edit; `None` edits all of them.
@@ -207,13 +222,17 @@ def last_token(
 def last_index(
     mask: np.ndarray, length: int | None = None, past: int = 0, positions: np.ndarray | None = None
 ) -> np.ndarray:
-    """`[batch]` int: the token of each row that gates, scores and coordinates are read at; arguments as in `last_token`."""
+    """`[batch]` int: the token of each row at which gates, scores and coordinates are read.
+
+    Args:
+        mask, length, past, positions: as for `last_token`.
+    """
     _, earlier = _places(mask, mask.shape[1] if length is None else length, past, positions)
     return np.maximum(earlier, 0)
 
 
 def call_end(mask: np.ndarray, length: int, past: int = 0) -> int:
-    """How many columns of the mask there are up to the end of this call's tokens (`positions` has the reasons).
+    """Number of the mask's columns up to the end of this call's tokens (`positions` has the reasons).
 
     past + length where the mask has so many columns; else the furthest attended column of any row, but no less than length.
     """

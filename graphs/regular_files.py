@@ -36,19 +36,19 @@ def read_regular(path: Path, most: int) -> bytes:
         if size > most:
             raise NotRegular(f"has {size} bytes, expected at most {most}")
         content = file.read(size + 1)
-        if len(content) != size:  # a file of /proc says 0
+        if len(content) != size:  # files in /proc have size 0
             raise NotRegular("changes while it is read")
         return content
 
 
 def require_dense(statuses: Iterable[os.stat_result]) -> None:
-    """Before files are read whole: what they say they hold is on the disk, at least in part.
+    """Require, before files are read, that the disk holds at least a part of their declared size.
 
-    A sparse file says that it has 8 EiB and takes no place. Up to `SPARSE_UP_TO` bytes in all this is fine; beyond that a
-    quarter must be there, because file systems compress.
+    A sparse file can declare 8 EiB and occupy nothing. Up to `SPARSE_UP_TO` bytes in all this is allowed; beyond that a
+    quarter must be on disk, because file systems compress.
 
     Raises:
-        NotRegular: it is not.
+        NotRegular: too little is on disk.
     """
     size = held = 0
     for status in statuses:

@@ -1,4 +1,4 @@
-"""Which folders `--force` may delete: those that vlmguard wrote, and model layouts with nothing else in them.
+"""Folders that `--force` may delete: those written by vlmguard, and model layouts with nothing else in them.
 
 A folder with a manifest (guarded graphs, engines, packaged layouts) or with a record of `vlmguard convert` may hold the
 files listed there. Any other folder may hold graphs, their weights and the files that go with a model, at its top or in
@@ -65,7 +65,7 @@ def foreign_file(folder: Path) -> str | None:
 
 
 def _listed(folder: Path) -> set[str] | None:
-    """What the folder's manifest or record lists, and their own names; `None` without a valid one."""
+    """Files listed in the folder's manifest or record, and these themselves; `None` without a valid one."""
     manifest = _object(folder / _MANIFEST_NAME)
     if str(manifest.get("schema")).startswith(_MANIFEST_SCHEMAS) and isinstance(manifest.get("files"), dict):
         return {*manifest["files"], *_BESIDE_MANIFEST}

@@ -41,7 +41,7 @@ from .subgraphs import find_bodies
 
 @dataclass(frozen=True)
 class GuardedSite:
-    """What was done at one layer.
+    """The changes at one layer.
 
     Attributes:
         layer_index: 0-based.
@@ -105,7 +105,7 @@ class GuardHandles:
 
 @dataclass(frozen=True)
 class GuardReport:
-    """What DID change, counted.
+    """The actual changes, counted.
 
     Attributes:
         sites: one per guarded layer and body.
@@ -328,7 +328,7 @@ def _find_last_token(edit: SubgraphEdit) -> None:
 
 
 def _selected_dtypes(edit: SubgraphEdit) -> list[str]:
-    """What the lowering multiplies its weights with has these."""
+    """Dtypes of the selection that the lowering multiplies its weights with."""
     return sorted({edit.lowering.selects(edit.plan.mode, site.site.dtype) for site in edit.sites})
 
 

@@ -1,14 +1,15 @@
-"""What each input of a decoder graph is for: tokens, embeddings, mask, positions, state; and which output is the logits.
+"""Finds the role of each decoder input (tokens, embeddings, mask, positions, state), and the output with the logits.
 
-Three witnesses, in this order: the folder's own config (`genai_config.json` names the graph's inputs and outputs), the names
-that exporters agree on, and the structure where it leaves one answer:
+Three sources, in this order: the folder's own config (`genai_config.json` names the graph's inputs and outputs), the usual
+names of exporters, and the structure where it allows one answer: that exporters agree on, and the structure where it leaves
+one answer:
 
 - tokens: the integer input that indexes the embedding table; embeddings: the one float input `[batch, sequence, width]`
 - mask: the integer input `[batch, total]` that is compared or summed; positions: the one that is rotated by, or that indexes
   a table of positions
 - state: `decoder_state`
 
-An input without a role is in none of the fields; the runner has to know what to feed it.
+An input without a role is in none of the fields; the runner has to know its values.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _DECLARED = "vlmguard.declared_names"
 _GUARD = "vlmguard."
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _INTEGERS = frozenset({ir.DataType.INT64, ir.DataType.INT32})
-# What changes an index's form and not what it says.
+# Operators that change an index's form but not its value.
 FORMING = frozenset(
     {"Cast", "Identity", "Clip", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Transpose", "Slice"}
 )
@@ -75,7 +76,7 @@ class InputRoles:
 
 @dataclass(frozen=True)
 class DeclaredNames:
-    """What a folder's config calls the inputs and outputs of its decoder.
+    """Names of the decoder's inputs and outputs in a folder's config.
 
     Attributes:
         names: standard name -> the graph's, as `genai_config.json` has them below `model.decoder.inputs` and `outputs`.
@@ -270,7 +271,7 @@ def _is_positions(value: ir.Value, graph: ir.Graph) -> str:
 
 
 def _is_mask(value: ir.Value, text: ir.Value | None) -> str:
-    """Its name if the input `[batch, total]` says which tokens are there; else ""."""
+    """Name of the input `[batch, total]` if it marks which tokens exist; else ""."""
     name = str(value.name)
     if value.dtype not in {*_INTEGERS, ir.DataType.BOOL} or value.shape is None or len(value.shape) != 2:
         return ""

@@ -104,7 +104,7 @@ def write_offset(builder: NodeBuilder, offset: ir.Value) -> ir.Value:
 
 
 def write_held(builder: NodeBuilder, past: ir.Value) -> Held:
-    """The state that comes in, for all layers: `[batch, layers, 1]`. What is no number of 0 or above is no decision."""
+    """The held gates of all layers at the start of a call: `[batch, layers, 1]`. Negative values and NaN mean undecided."""
     zero = builder.constant("zero", np.array(0), "float32")
     column = builder.op("column", "Unsqueeze", [past, builder.integers(-1)])
     undecided = builder.op("undecided", "Not", [builder.op("decided", "GreaterOrEqual", [column, zero])])

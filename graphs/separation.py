@@ -1,4 +1,4 @@
-"""How well a layer's direction separates harmful prompts from harmless ones, and whether chance would do as well.
+"""Measures how well a layer's direction separates harmful from harmless prompts, and compares it with chance.
 
 The figure is the AUC of the hidden states at the prompts' ends along row 1 of the SSD: 1 separates them perfectly, 0.5 not at
 all, below 0.5 harmless prompts lie on the harmful side. With few prompts chance reaches far: for `n` harmful and `m` harmless
@@ -93,9 +93,15 @@ def separation_along(
 def recorded_separations(
     evidence: Mapping[str, Any], pairs: int | None, layers: Sequence[int], source: str
 ) -> tuple[Separation, ...]:
-    """What a directions file records of the anchors that it was extracted from; layers without a usable figure are left out.
+    """AUC values in a directions file, of the anchors used for extraction; layers without a valid value are omitted.
 
-    The file is untrusted: figures that no extraction writes are ignored.
+    The file is untrusted: values that no extraction writes are ignored.
+
+    Args:
+        evidence: the file's evidence.
+        pairs: number of anchor pairs.
+        layers: layers to read.
+        source: name of the anchors, for the record.
     """
     found = []
     for layer in layers:

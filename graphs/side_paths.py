@@ -109,7 +109,7 @@ class Judge:
         )
 
     def judge(self, value: Vertex, first: Vertex, layer: int) -> SidePath | str:
-        """What enters, or why it may not: a clause for a message."""
+        """The value that enters, or why it may not: a clause for a message."""
         assert value.value is not None and first.node is not None
         rows = self._rows.of(value.value)
         if rows is None:
@@ -128,7 +128,7 @@ class Judge:
 
 
 def described(paths: Sequence[SidePath]) -> list[str]:
-    """What the side paths are, in words: one sentence per kind."""
+    """Descriptions of the side paths: one sentence per kind."""
     found = []
     embedded = [path.layer for path in paths if path.carries == "tokens"]
     if embedded:

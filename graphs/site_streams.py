@@ -1,4 +1,4 @@
-"""Where a site's stream is in a graph, before and behind its guard. No other module knows how a fused skip-norm holds it.
+"""The stream before and after a site's guard. No other module handles the form of a fused skip-norm.
 
 At a plain site the stream is one value. A fused `Skip*LayerNormalization` computes the sum and its norm in one node, so there
 the stream is the sum of what the node reads, and the guard edits one summand (`rewrite`).

@@ -17,14 +17,14 @@ from .mixers import QUANTIZED_SUM
 SiteKind = Literal["add", "skip_norm", "behind"]
 STREAM_AXES = 3  # [batch, sequence, width]
 _QUANTIZED_STREAM = "models whose stream is quantized between layers cannot be guarded"
-# What a norm ends in, or is: its weight is as long as the stream is wide.
+# Operators at the end of a norm, or a norm itself: its weight is as long as the stream is wide.
 _SCALES = frozenset({"Mul", "RMSNormalization", "SimplifiedLayerNormalization", "LayerNormalization"})
 RESHAPES = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
 
 
 @dataclass(frozen=True)
 class ResidualSite:
-    """Where one layer's output leaves it.
+    """Place of one layer's output.
 
     Attributes:
         layer_index: 0-based; the value is Hugging Face's `hidden_states[layer_index + 1]` (before the final norm).
@@ -60,6 +60,18 @@ def find_node(graph: ir.Graph, anchor: str) -> ir.Node | None:
 
 
 def residual_site(flow: Flow, layer_index: int, layer: Layer, source: Vertex, body: str) -> ResidualSite:
+    """The place of the residual stream after one layer.
+
+    Args:
+        flow: of the body.
+        layer_index: 0-based.
+        layer: the layer's vertices.
+        source: where the stream starts.
+        body: name of the body.
+
+    Raises:
+        AnatomyNotFound: there is no float sum that can be guarded.
+    """
     total = layer.total
     node = total.node
     assert node is not None
@@ -141,7 +153,7 @@ def _require_sequences(layer_index: int, total: Vertex, source: Vertex) -> None:
 
 
 def stream_axes(total: Vertex, source: Vertex) -> int | None:
-    """How many axes a sum has; where the file declares no shape, as many as the value that enters the stream."""
+    """Number of axes of a sum; if the file declares no shape, that of the value that enters the stream."""
     node = total.node
     known = [total.value, *(node.outputs[:1] if node is not None else ())]
     if node is not None and total.value is not None and node.op_type in {"Add", "Sum"}:
@@ -220,7 +232,7 @@ def _width_from_consumers(value: ir.Value, searched: set[tuple[ir.Value, int]], 
     """The length of a norm's weight at most `depth` nodes behind the value.
 
     Args:
-        searched: values, and how far behind each was looked in vain; a value has many ways to it, and is looked at once.
+        searched: values and the depth to which each was searched without success; a value is searched once.
     """
     if depth == 0 or (value, depth) in searched:
         return None

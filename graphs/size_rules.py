@@ -1,4 +1,4 @@
-"""Which inputs of an operator decide how large its outputs are: by their own sizes, or by the numbers in them.
+"""Inputs of an operator that determine the sizes of its outputs: by their own sizes, or by their values.
 
 `Reshape` takes its sizes from the NUMBERS of its second input; `Add` from the sizes of both. The difference decides whether
 a later `Shape` shows data. An operator that no table names may take its sizes from every number that it reads.
@@ -92,15 +92,15 @@ Extent = Literal["rows", "sizes"]
 
 
 def made_extent(node: ir.Node) -> Extent:
-    """Which sizes of its outputs a node takes from numbers."""
+    """Sizes of a node's outputs that come from values."""
     return "rows" if node.domain in _STANDARD and node.op_type == "Range" else "sizes"
 
 
 def rows_become(node: ir.Node, place: int, ranks: Ranks) -> Extent | None:
-    """What the length of the first axis of an input decides of the outputs' sizes; `None`: nothing, that axis is gone.
+    """How the outputs' sizes depend on the length of an input's first axis; `None`: they do not.
 
-    Experts of a mixture take as many rows each as tokens chose them, and all of them together are as many as before: what
-    picks rows by index (`Gather`, `GatherND`) forgets how many there were to pick from.
+    The experts of a mixture take as many rows each as tokens chose them, and the same number in all. Picking rows by index
+    (`Gather`, `GatherND`) discards the number of rows.
     """
     if node.domain not in _STANDARD:
         return "sizes"

@@ -1,7 +1,7 @@
-"""The hidden siblings of OUT: who is writing it now, and what killed runs left behind.
+"""The hidden siblings of OUT: the stage of a running export, and leftovers of killed runs.
 
-A run holds a lock (`flock`) on what it writes, and the kernel lets go of it when the run ends, however it ends. So a stage
-without a lock is a dead run's, whatever process has its number by now, in this container or in another.
+A run holds a lock (`flock`) on its stage, and the kernel releases it when the run ends in any way. So a stage without a
+lock belongs to a dead run, whichever process has its number now, in this container or another.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def abandon() -> None:
 
 
 def writer(path: Path) -> Path | None:
-    """What a living run is writing to become `path`, if there is one."""
+    """The stage of a running export that will become `path`, if there is one."""
     return next((left for left in _siblings(path) if not left.name.endswith(OLD) and not _dead(left)), None)
 
 

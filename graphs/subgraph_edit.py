@@ -1,4 +1,4 @@
-"""What the guarded layers of one subgraph share while the rewrite runs."""
+"""State shared by the guarded layers of one subgraph during the rewrite."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .subgraphs import DecoderSubgraph
 
 @dataclass
 class SubgraphEdit:
-    """What the sites of one body share while the rewrite runs."""
+    """State shared by the sites of one body during the rewrite."""
 
     model: ir.Model
     body: DecoderSubgraph

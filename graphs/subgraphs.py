@@ -1,4 +1,4 @@
-"""Where a decoder's nodes lie: at the top of the graph, or in every branch of an `If`.
+"""Place of a decoder's nodes: at the top of the graph, or in every branch of an `If`.
 
 Merged decoders (optimum, and most transformers.js models on the hub) hold the decoder twice, without and with a past, in
 the two branches of one `If`. The weights are the top graph's; the branches capture them. What holds for one body must
@@ -33,7 +33,7 @@ class DecoderSubgraph:
 
     @property
     def path(self) -> str:
-        """What node names in it start with below the guard's prefix: "" or `then_branch/`."""
+        """Prefix of its node names after the guard's: "" or `then_branch/`."""
         return f"{self.name}/" if self.name else ""
 
     def values(self) -> dict[str, ir.Value]:
@@ -98,7 +98,13 @@ def _require_outputs(node: ir.Node) -> None:
 def surface(model: ir.Model, values: Mapping[DecoderSubgraph, ir.Value], name: str, shape: ir.Shape) -> None:
     """Make a float32 value that every body computes an output of the model.
 
-    A branch's value leaves through a new output of its `If`, in the same place in every branch.
+    A branch's value becomes a new output of its `If`, at the same index in every branch.
+
+    Args:
+        model: the graph.
+        values: one per body.
+        name: of the output.
+        shape: of the output.
     """
     owners = {body.owner for body in values}
     assert len(owners) == 1, "one body, or all branches of one If"

@@ -1,4 +1,4 @@
-"""What a tensor's shape and dtype say of its size, asked of the protobuf."""
+"""Sizes of tensors from their shape and dtype in the protobuf."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 
 def number_count(path: Path, tensor: onnx.TensorProto) -> int:
-    """How many numbers its shape says.
+    """Number of elements of a tensor's shape.
 
     Args:
-        path: of the graph's file, for the sentence.
+        path: of the graph's file, for messages.
+        tensor: its shape is read.
 
     Raises:
         ModelUnreadable: a dimension is negative.
@@ -29,7 +30,7 @@ def number_count(path: Path, tensor: onnx.TensorProto) -> int:
 
 
 def byte_count(path: Path, tensor: onnx.TensorProto) -> int:
-    """How many bytes they take, the last one perhaps in part.
+    """Number of bytes of a tensor's elements, rounded up.
 
     Raises:
         ModelUnreadable: a dimension is negative, or the dtype is not known.

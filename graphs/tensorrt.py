@@ -1,7 +1,7 @@
-"""What TensorRT's ONNX parser makes of a graph: what it cannot read is named before a build, what it misreads is put right.
+"""Prepares a graph for TensorRT's ONNX parser: unsupported nodes are named before a build, misread ones are rewritten.
 
-Measured with `tensorrt_rtx` 1.7.1, whose parser is that of `tensorrt` 10 and 11. Asking the parser itself is no substitute:
-`supports_operator` says yes to some that fail, and its own sentence names no way out.
+Measured with `tensorrt_rtx` 1.7.1, whose parser is that of `tensorrt` 10 and 11. The parser's own `supports_operator` is
+wrong for some operators, and its messages do not help the user.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _why_not(node: ir.Node, model: ir.Model) -> str | None:
         return "TensorRT needs one static graph; export the decoder without branches (not merged)"
     if node.domain not in _STANDARD:
         if node.op_identifier() in model.functions:
-            return None  # the parser inlines functions, and their bodies are looked at by themselves
+            return None  # the parser inlines functions, and their bodies are checked separately
         known = node.domain == "com.microsoft" and node.op_type in _CONTRIB_READ
         return None if known else _INSTEAD.get(node.op_type, _PLAIN)
     if node.op_type == "Attention":

@@ -30,7 +30,7 @@ _PRODUCTS = frozenset({"MatMul", "FusedMatMul"})
 
 @dataclass(frozen=True)
 class TokenRows:
-    """What is known of a token-wise value.
+    """Facts about a token-wise value.
 
     Attributes:
         axes: its axes, outermost first.
@@ -66,7 +66,7 @@ class TokenWise:
             self._add(node, roots)
 
     def of(self, value: ir.Value | None) -> TokenRows | None:
-        """What is known of a value; `None`: it is not token-wise, or not known to be."""
+        """Facts about a value; `None` if it is not token-wise, or not known to be."""
         return self._known.get(value) if value is not None else None
 
     def broken_at(self, value: ir.Value) -> ir.Value:
@@ -149,7 +149,7 @@ class TokenWise:
 
 
 def _named_sizes(roots: Iterable[ir.Value]) -> dict[str, str]:
-    """What the names of the text inputs' first two sizes stand for; nothing where one name stands for both."""
+    """Meaning of the names of the text inputs' first two sizes; empty if one name stands for both."""
     named: dict[str, str] = {}
     for value in roots:
         sizes = value.shape[:2] if value.is_graph_input() and value.shape is not None else ()

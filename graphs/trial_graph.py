@@ -1,8 +1,8 @@
 """The guard's numbers as overridable initializers: one graph in which every candidate of a calibration can be tried.
 
-An ONNX initializer that is also an input of the graph has a default that a caller may replace, call by call. The defaults
-here are neutral: nothing is read, nothing is written, every gate is closed. What a caller feeds in their place is what
-the lowering itself would have baked in, in its own units and dtype, so a trial computes what the baked guard computes.
+An ONNX initializer that is also an input of the graph has a default that a caller may replace in each call. The defaults
+here are neutral: they read nothing, write nothing, and close every gate. A caller feeds the numbers that the lowering would
+have written, in its units and dtype, so a trial computes what the exported guard computes.
 """
 
 from __future__ import annotations

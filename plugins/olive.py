@@ -164,10 +164,10 @@ def _described(documented: Any) -> dict[str, str]:
 
 def _spec(config: Any) -> GuardSpec | None:
     """The wish; none beside a `guard.toml`, which is one."""
-    wished = {field.name: getattr(config, field.name) for field in fields(GuardSpec)}
-    if isinstance(wished["layers"], str):
-        wished["layers"] = parse_layers(wished["layers"])
-    spec = GuardSpec(**wished)
+    settings = {field.name: getattr(config, field.name) for field in fields(GuardSpec)}
+    if isinstance(settings["layers"], str):
+        settings["layers"] = parse_layers(settings["layers"])
+    spec = GuardSpec(**settings)
     return None if config.config is not None and spec == GuardSpec() else spec
 
 

@@ -34,8 +34,9 @@ from ..graphs.progress import ProgressCallback, ignore_progress
 from ..graphs.spec import GuardSpec
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
     from transformers.exporters.base import ExportedModel
+    from transformers.processing_utils import ProcessorMixin
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
 def guard_exported(

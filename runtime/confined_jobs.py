@@ -1,4 +1,4 @@
-"""What runs in a confined process: chat templates, and pictures from files to arrays. Started by `confined`, not imported.
+"""Jobs of a confined process: chat templates, and pictures from files to arrays. Started by `confined`, not imported.
 
 Needs jinja2 and Pillow only, so that the process starts in a fraction of a second; the jobs for transformers' image processors
 import transformers. A job is one frame on stdin, its reply one

@@ -123,7 +123,7 @@ class DecoderSession:
         return layers, rank
 
     def no_supervisor(self, batch: int) -> np.ndarray:
-        """What goes in where there are no text-only coordinates, `[batch, layers, m]`: nothing is edited then."""
+        """The supervisor of a text-only pass, `[batch, layers, m]`: no gate opens."""
         return np.full((batch, *self.supervisor_shape), NO_SUPERVISOR, np.float32)
 
     @property
@@ -323,7 +323,7 @@ class DecoderSession:
         return feeds | further | self._undecided(current.shape[0]) | state.runtime_controls | state.cache
 
     def _undecided(self, batch: int) -> dict[str, Tensor]:
-        """What goes in for gates that the prompt is to decide, `[batch, layers]`."""
+        """Input for gates that the prompt decides, `[batch, layers]`."""
         port = self.runner.inputs.get(PAST_GATE_INPUT)
         return {} if port is None else {PAST_GATE_INPUT: np.full((batch, port.shape[1] or 0), UNDECIDED, np.float32)}
 

@@ -19,11 +19,11 @@ from .images.deepstack import is_embeds
 from .images.prompt_images import PromptImages
 from .runner_protocol import Port
 
-# What merged decoders want to know besides: which branch of their `If` to take (optimum), and how many logits to give
-# (older transformers; 0 gives all).
+# Further inputs of merged decoders: the branch of their `If` (optimum), and the number of logits to return (older transformers;
+# 0 returns all).
 CACHE_BRANCH, KEPT_LOGITS = "use_cache_branch", "num_logits_to_keep"
 SWITCHES = frozenset({CACHE_BRANCH, KEPT_LOGITS})
-# What a guard adds; knobs are not among a graph's inputs, because they have defaults.
+# Inputs that a guard adds; knobs are not among them, because they have defaults.
 GUARD_INPUTS = frozenset({*SUPERVISOR_INPUTS, PAST_GATE_INPUT})
 # Embeddings of the tokens for every layer, `[batch, sequence, layers, size]`, which the embedding graph gives too (Gemma 4).
 PER_LAYER = "per_layer_inputs"

@@ -68,7 +68,7 @@ def _images(number: int) -> str:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Choice of the next token.
 
     Attributes:
         max_new_tokens: where to stop at the latest.
@@ -110,7 +110,7 @@ class Step:
 
     @property
     def gate_scores(self) -> np.ndarray | None:
-        """What each guarded layer's gate compared at that token, `[batch, layers]` float32; `None` without telemetry."""
+        """Each guarded layer's gate score at that token, `[batch, layers]` float32; `None` without telemetry."""
         return self.outputs.get(SCORES_OUTPUT)
 
 

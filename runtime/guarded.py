@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ..graphs.anatomy import guarded_layers
 from ..graphs.errors import GuardError, ManifestMismatch
-from ..graphs.layouts import open_package
+from ..graphs.layouts import open_package, variant_of
 from ..graphs.lowerings.fold import FOLD, folded_weights
 from ..graphs.manifest import Manifest, read_manifest, require_intact
 from ..graphs.package import ModelPackage
@@ -50,20 +50,21 @@ class GuardedVLM(VisionLanguageModel):
         return f"GuardedVLM({str(self.package.root)!r}, {plan['mode']} on layers {plan['layers']})"
 
     @classmethod
-    def open(cls, folder: Path | str, runtime: str | None = None) -> GuardedVLM:
+    def open(cls, folder: Path | str, runtime: str | None = None, variant: str | None = None) -> GuardedVLM:
         """Open a guarded folder, of graphs or of engines.
 
         Args:
             folder: output of `vlmguard-export` or `vlmguard engine`.
             runtime: runtime for graphs, a row of the table in `runners`; default `onnxruntime`. Engines run in the runtime
                 that built them.
+            variant: precision variant of an onnx-community folder, by its file's suffix; default: the one that runs.
 
         Raises:
             ManifestMismatch: there is no manifest, a file's digest differs from it, the decoder lacks the recorded guard, or
                 the guard was never run.
             GuardError: the folder holds engines and `runtime` names another runtime.
         """
-        return _open(cls, Path(folder).absolute(), runtime, proved_only=True)
+        return _open(cls, Path(folder).absolute(), runtime, proved_only=True, variant=variant)
 
     @classmethod
     def open_unproved(cls, folder: Path | str) -> GuardedVLM:
@@ -73,7 +74,7 @@ class GuardedVLM(VisionLanguageModel):
     def generate(
         self,
         prompt: str,
-        image: Picture | None = None,
+        image: Picture | Sequence[Picture] | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -86,7 +87,7 @@ class GuardedVLM(VisionLanguageModel):
         Args:
             prompt: text of the question.
             image: path or bytes of a file, a Pillow image, or an array `[height, width]` or `[height, width, 3 or 4]` of
-                uint8; `None` for text only.
+                uint8; several as a list or tuple; `None` for text only.
             max_new_tokens: longest answer, in tokens.
             temperature: 0 is greedy; above, softmax(logits / temperature) is sampled.
             top_p: total probability of the likeliest tokens that are sampled among.
@@ -105,7 +106,7 @@ class GuardedVLM(VisionLanguageModel):
     def generate_stream(
         self,
         prompt: str,
-        image: Picture | None = None,
+        image: Picture | Sequence[Picture] | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -118,7 +119,7 @@ class GuardedVLM(VisionLanguageModel):
         Args:
             prompt: text of the question.
             image: path or bytes of a file, a Pillow image, or an array `[height, width]` or `[height, width, 3 or 4]` of
-                uint8; `None` for text only.
+                uint8; several as a list or tuple; `None` for text only.
             max_new_tokens: longest answer, in tokens.
             temperature: 0 is greedy; above, softmax(logits / temperature) is sampled.
             top_p: total probability of the likeliest tokens that are sampled among.
@@ -132,7 +133,7 @@ class GuardedVLM(VisionLanguageModel):
     def generate_scored(
         self,
         prompt: str,
-        image: Picture | None = None,
+        image: Picture | Sequence[Picture] | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -145,7 +146,7 @@ class GuardedVLM(VisionLanguageModel):
         Args:
             prompt: text of the question.
             image: path or bytes of a file, a Pillow image, or an array `[height, width]` or `[height, width, 3 or 4]` of
-                uint8; `None` for text only.
+                uint8; several as a list or tuple; `None` for text only.
             max_new_tokens: longest answer, in tokens.
             temperature: 0 is greedy; above, softmax(logits / temperature) is sampled.
             top_p: total probability of the likeliest tokens that are sampled among.
@@ -160,11 +161,16 @@ class GuardedVLM(VisionLanguageModel):
         return scored(self, self.manifest.plan, Request(prompt, image), sampling, Knobs(strength, threshold_offset))
 
 
-def _open(cls: type[GuardedVLM], folder: Path, runtime: str | None, proved_only: bool) -> GuardedVLM:
+def _open(
+    cls: type[GuardedVLM], folder: Path, runtime: str | None, proved_only: bool, variant: str | None = None
+) -> GuardedVLM:
     manifest = open_manifest(folder, proved_only)
     if manifest.engines:
+        if variant is not None:
+            raise GuardError(f"{folder}: holds engines, which have no variants; leave the variant out")
         return _open_engines(cls, folder, manifest, runtime)
-    return cls(package_of(folder, manifest), manifest, runtime or "onnxruntime")
+    package = package_of(folder, manifest)
+    return cls(package if variant is None else variant_of(package, variant), manifest, runtime or "onnxruntime")
 
 
 def open_manifest(folder: Path, proved_only: bool = True, besides: str = "") -> Manifest:
@@ -220,7 +226,9 @@ def _open_engines(cls: type[GuardedVLM], folder: Path, manifest: Manifest, runti
 
 def require_guard(package: ModelPackage, manifest: Manifest) -> None:
     """Every decoder graph carries the guard that the manifest promises."""
-    for view, record in zip(package.views(), manifest.decoders, strict=True):
+    records = {record.path: record for record in manifest.decoders}
+    for view in package.views():
+        record = records[view.decoder.relative_to(view.root).as_posix()]
         graph, promised = view.load_decoder().graph, tuple(record.plan.get("layers", ()))
         if record.plan.get("lowering") == FOLD:  # no node bears a layer's number: the weights are counted
             complete = len(folded_weights(graph)) == record.report.get("initializers")

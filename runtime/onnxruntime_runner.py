@@ -110,7 +110,7 @@ class OnnxRuntimeDeviceRunner(OnnxRuntimeRunner):
 
     @property
     def device(self) -> str:
-        """Where outputs are bound, in onnxruntime's words: `cuda`, or `cpu`."""
+        """onnxruntime's name of the device of outputs: `cuda` or `cpu`."""
         return "cuda" if self.providers[0] in _ON_CUDA else "cpu"
 
     def run_on_device(self, feeds: Mapping[str, Tensor], step: bool = False) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ def interleaved(texts: PromptBatch, prompts: PromptBatch, left: bool) -> PromptB
 
 
 def _images(pair: tuple[PromptBatch, PromptBatch], woven: Callable[..., np.ndarray]) -> PromptImages:
-    """What images change in an interleaved batch; a side without any is text."""
+    """Inputs of an interleaved batch that depend on images; rows without an image are text."""
     sides = [batch.images or PromptImages() for batch in pair]
     positions, at, injected = None, None, {}
     if any(side.positions is not None for side in sides):

@@ -35,7 +35,7 @@ class ScoredAnswer:
 
     @property
     def opened(self) -> np.ndarray:
-        """Which gates were open, `[calls, layers]` bool."""
+        """Open gates, `[calls, layers]` bool."""
         over = self.scores > np.array(self.thresholds, np.float32)
         return np.broadcast_to(over[:1], over.shape) if self.held else over
 

@@ -344,7 +344,7 @@ class VisionLanguageModel:
         return embeds
 
     def _placed(self, at: np.ndarray, mask: np.ndarray, seen: Seen) -> PromptImages:
-        """Where images are, what goes in between the layers, and the prompts' positions if they depend on images' places."""
+        """Places of images, features between the layers, and positions of prompts if they depend on images."""
         positions = None
         if seen.grids is not None and self._takes_places:
             positions = mrope_positions(at, mask, seen.grids, seen.merge)

@@ -37,9 +37,35 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 gc.set_threshold(50_000, 20, 100)
 
 
+# Fixtures that export, calibrate or build something, for seconds to minutes.
+MODELS = frozenset(
+    {
+        "bundled_pictures",
+        "conversions",
+        "converted",
+        "generation_folders",
+        "guarded",
+        "llava",
+        "models",
+        "raw_directions",
+        "served",
+        "vlm",
+        "wheel",
+        "zoo",
+    }
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses by the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of every mode at all positions leave out what no mode can do: `align` edits the prompt's end and nothing else."""
+    """Tests of every mode at all positions leave out what no mode can do: `align` edits the prompt's end and nothing else.
+
+    Tests that take one of `MODELS` are marked `models`.
+    """
     items[:] = [item for item in items if _is_possible(getattr(getattr(item, "callspec", None), "params", {}))]
+    for item in items:
+        if MODELS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("models")
 
 
 def _is_possible(params: dict[str, Any]) -> bool:

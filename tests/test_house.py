@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -266,6 +267,22 @@ def borrowed(path: Path, defined: dict[tuple[str, ...], set[str]]) -> Iterator[s
             yield from sorted(names - defined[module])
 
 
+def undocumented(path: Path) -> Iterator[str]:
+    """Parameters of a file's public functions and methods with four or more that their `Args:` section does not name."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    for function in [*tree.body, *(node for owner in classes for node in owner.body)]:
+        if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) or function.name.startswith("_"):
+            continue
+        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        names = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
+        section = re.search(r"^Args:\n((?:    .*\n?|\n)*)", ast.get_docstring(function) or "", re.MULTILINE)
+        described = re.findall(r"^    ([\w, *]+):", section[1] if section else "", re.MULTILINE)
+        documented = {name.strip(" *") for line in described for name in line.split(",")}
+        if len(names) >= 4:
+            yield from (f"{function.name}: {name}" for name in names if name not in documented)
+
+
 def circles(graph: dict[tuple[str, ...], set[tuple[str, ...]]]) -> set[tuple[str, ...]]:
     """What is left when modules without imports, or without importers, are taken away again and again."""
     left = {module: set(imported) for module, imported in graph.items()}
@@ -305,6 +322,19 @@ def test_a_borrowed_name_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "user.py").write_text("from .graphs.owner import own, lent\nfrom .graphs import owner\n")
     defined = {("graphs",): set[str](), ("graphs", "owner"): {"own"}}
     assert list(borrowed(tmp_path / "user.py", defined)) == ["lent"]
+
+
+def test_every_argument_of_long_signatures_is_documented() -> None:
+    """The commands' parameters are options, and their help is their documentation."""
+    files = [path for path in SOURCES if path.parent != ROOT / "commands" and path != ROOT / "cli.py"]
+    found = {path.relative_to(ROOT).as_posix(): list(undocumented(path)) for path in files}
+    assert {name: arguments for name, arguments in found.items() if arguments} == {}
+
+
+def test_an_undocumented_argument_is_found(tmp_path: Path) -> None:
+    body = '"""Does.\\n\\n    Args:\\n        a, b: both.\\n        d: one.\\n    """'
+    (tmp_path / "one.py").write_text(f"def f(a, b, *, c, d):\n    {body}\ndef g(a, b, c):\n    pass\n")
+    assert list(undocumented(tmp_path / "one.py")) == ["f: c"]
 
 
 def test_a_circle_is_found() -> None:

@@ -38,6 +38,11 @@ HOMES = {
     ),
     "the tokens of an answer, row by row": (r"(zip|enumerate)\((\w+, )?step\.tokens", {"runtime/decode_loop.py"}),
     "the user's cache folder": (r"XDG_CACHE_HOME", {"graphs/user_cache.py"}),
+    # see `families/transformers_class.py`
+    "what makes a type checker read every model of transformers": (
+        r"(?m)^\s*(import transformers( |$|\.\w)|from transformers import )",
+        {"benchmarks/hooks.py", "benchmarks/shapes.py", "benchmarks/torch_decoder.py"},  # pyright does not read these
+    ),
     "the clock": (r"\btime\.(time|gmtime|localtime|strftime)\(|\bdatetime\.(now|utcnow|today)\(", {"graphs/clock.py"}),
     "what SOURCE_DATE_EPOCH means": (r"environ.*SOURCE_DATE_EPOCH|= \"SOURCE_DATE_EPOCH\"", {"graphs/clock.py"}),
     "the manifest's writer": (r"\.to_text\(\)\.encode\(\)", {"graphs/manifest.py"}),

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from vlmguard.cli import app
+from vlmguard import cli
 
 yaml = pytest.importorskip("yaml")
 
@@ -76,7 +76,7 @@ def test_parts_of_a_manifest_name_each_other() -> None:
 def test_what_the_deployment_asks_of_the_server_are_its_options() -> None:
     from typer.main import get_command
 
-    known = {option for one in get_command(app).commands["serve"].params for option in one.opts}  # pyright: ignore
+    known = {option for one in get_command(cli.app).commands["serve"].params for option in one.opts}  # pyright: ignore
     (_, container), _ = pods()
     entrypoint = re.search(r"^ENTRYPOINT (.+)$", (SERVING / "Dockerfile").read_text(), re.MULTILINE)
     assert entrypoint is not None

@@ -92,6 +92,20 @@ def _onevision_processor(folder: Path) -> None:
     _write(folder / "processor_config.json", {"processor_class": "LlavaOnevisionProcessor", **counts})
 
 
+def _llava_next_processor(folder: Path) -> None:
+    processor = {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "size": {"shortest_edge": IMAGE_SIZE},
+        "crop_size": _SQUARE,
+        "image_grid_pinpoints": _TILES[1:],
+    }
+    _write(folder / "preprocessor_config.json", processor)
+    counts = {"patch_size": PATCH_SIZE, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    _write(
+        folder / "processor_config.json", {"processor_class": "LlavaNextProcessor", "image_token": "<image>", **counts}
+    )
+
+
 def _paligemma_processor(folder: Path) -> None:
     """No chat template: the pictures, `<s>`, the words and a line break."""
     (folder / "chat_template.jinja").unlink()
@@ -213,6 +227,17 @@ def llava_onevision() -> Any:
     )
 
 
+def llava_next() -> Any:
+    from transformers import LlavaNextConfig
+
+    return LlavaNextConfig(
+        text_config={"model_type": "llama", **text()},
+        vision_config={"model_type": "clip_vision_model", **tower()},
+        image_token_index=IMAGE_TOKEN_ID,
+        image_grid_pinpoints=_TILES[1:],
+    )
+
+
 def idefics3() -> Any:
     from transformers import Idefics3Config
 
@@ -306,10 +331,12 @@ TEXTS: dict[str, dict[str, Any]] = {
     "olmo2": {},
 }
 TINY: dict[str, Callable[[], Any]] = {
-    make.__name__: make for make in (llava_onevision, idefics3, smolvlm, internvl, gemma3, paligemma, paligemma2)
+    make.__name__: make
+    for make in (llava_onevision, llava_next, idefics3, smolvlm, internvl, gemma3, paligemma, paligemma2)
 }
 _CLASSES = {
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
     "idefics3": "Idefics3ForConditionalGeneration",
     "smolvlm": "SmolVLMForConditionalGeneration",
     "internvl": "InternVLForConditionalGeneration",
@@ -319,6 +346,7 @@ _CLASSES = {
 }
 _PROCESSORS: dict[str, Callable[[Path], None]] = {
     "llava_onevision": _onevision_processor,
+    "llava_next": _llava_next_processor,
     "idefics3": _idefics3_processor,
     "smolvlm": _smolvlm_processor,
     "internvl": _internvl_processor,

@@ -1,4 +1,4 @@
-"""Writes `facts.json`: what the page needs to know about the model.
+"""Writes `facts.json`: the page's facts about the model.
 
 Chat template, special tokens, image processor and thresholds are read by the code of `GuardedVLM`. A model whose inputs the
 page would prepare differently is rejected: no answer is better than a wrong one.
@@ -17,7 +17,8 @@ from ...graphs.plan import GuardPlan
 from ...graphs.roles import EMBEDS, MASK, POSITIONS, input_roles
 from ...runtime.chat.chat import ChatTokenizer
 from ...runtime.chat.folder_configs import FolderConfigs, find_template
-from ...runtime.images.images import PROCESSORS, ImagePreprocessor, declared_processor, processor_name
+from ...runtime.images.images import PROCESSORS, ImagePreprocessor
+from ...runtime.images.pixel_steps import declared_processor, processor_name
 from .sides import Sides
 
 PROCESSOR = "LlavaProcessor"

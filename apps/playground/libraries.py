@@ -136,7 +136,7 @@ def _for_this_process() -> Path:
 
 
 def libraries_folder() -> Path:
-    """Where fetched libraries are kept: `playground` in the user's cache; without a cache, as long as the process runs."""
+    """Folder of downloaded libraries: `playground` in the user's cache, or temporary without a cache."""
     folder = cache_folder()
     return _for_this_process() if folder is None else folder / "playground"
 

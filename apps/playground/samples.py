@@ -60,7 +60,7 @@ def choose_samples(prompts: str | None, homes: Sequence[Path]) -> Samples:
     paths = dict.fromkeys(row.image for row in (*chosen, *rows) if row.image is not None)
     shown = list(paths)[:_MOST_PICTURES]
     return Samples(
-        tuple(row for row in chosen if row.image is None or row.image in shown),
+        tuple(row for row in chosen if row.image is None or (row.image in shown and not row.more_images)),
         {f"picture-{number}": path for number, path in enumerate(shown)},
     )
 

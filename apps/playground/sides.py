@@ -48,7 +48,7 @@ def open_sides(folder: Path, source: Path | None = None, variant: str | None = N
         variant: of the decoder (`fp16`, `q4`, ...); default: the one that runs.
 
     Raises:
-        ManifestMismatch: the folder is not guarded, not what its manifest says, or the source not what it was made from.
+        ManifestMismatch: the folder is not guarded, differs from its manifest, or the source is not the guarded model.
         GuardError: it holds engines, no such variant, or a guard in the weights and no source.
     """
     manifest = open_manifest(folder)

@@ -9,7 +9,7 @@ from .page_server import Served, Site
 
 _PAGE = Path(__file__).with_name("page")
 
-# What the page imports, by the names that its modules use.
+# The page's imports, by the names in its modules.
 _LIBRARY_ADDRESSES = {
     "@huggingface/tokenizers": {"dist/tokenizers.min.mjs": "tokenizers.mjs"},
     "@huggingface/jinja": {"dist/index.js": "jinja.mjs"},

@@ -122,7 +122,7 @@ def _require_writable(output: Path, guarded: Path, force: bool) -> None:
 
 
 def _anchors_auc(directions: Directions) -> dict[int, float]:
-    """What extraction recorded; a directions file from elsewhere may hold none."""
+    """The extraction's record; a directions file from another source may have none."""
     found = {}
     for layer, seen in directions.evidence.items():
         value = seen.get("auc") if isinstance(seen, dict) else None
@@ -133,5 +133,5 @@ def _anchors_auc(directions: Directions) -> dict[int, float]:
 
 
 def _now() -> str:
-    """Honours SOURCE_DATE_EPOCH, as reproducible builds want it."""
+    """The current time, or that of SOURCE_DATE_EPOCH for reproducible builds."""
     return now().strftime("%Y-%m-%d %H:%M UTC")

@@ -61,7 +61,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the guard adds to the decoder.
+    """The guard's additions to the decoder.
 
     Attributes:
         nodes, nodes_added: number of nodes of the decoder without the guard, and of the guard.

@@ -99,7 +99,7 @@ class ReportData:
         return both_labels(self.prompts)
 
     def counts(self) -> list[tuple[str, str, int]]:
-        """`(setting, label, prompts)` of the kinds that were asked."""
+        """`(setting, label, number of prompts)`."""
         found = Counter((prompt.setting, prompt.label) for prompt in self.prompts)
         kinds = ((setting, label) for setting in self.settings for label in LABELS)
         return [(*kind, found[kind]) for kind in kinds if found[kind]]

@@ -1,4 +1,4 @@
-"""What each gate compared with its threshold at the end of each prompt, and how often it opened."""
+"""The score of each gate at the end of each prompt, its threshold, and the share of open gates."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class GateScores:
     harmless: tuple[float, ...]
 
     def opened(self, label: str) -> int:
-        """How many prompts of a label it opened for; the comparison is strict, as in the graph."""
+        """Number of prompts of a label with an open gate; the comparison is strict, as in the graph."""
         return sum(score > self.threshold for score in (self.harmful if label == "harmful" else self.harmless))
 
     def to_json(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ MEASURES = {"harmful": "attack success rate", "harmless": "over-refusal"}
 
 @dataclass(frozen=True)
 class Rate:
-    """How often one side errs in one setting.
+    """Error rate of one side in one setting.
 
     Attributes:
         setting: `text`, `blank` or `image`.

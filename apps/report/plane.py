@@ -7,13 +7,14 @@ a plane of its own would not show what the guard moved.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 
 @dataclass(frozen=True)
 class Plane:
-    """Where points of width `d` are drawn.
+    """Projection of points of width `d` to the plane.
 
     Attributes:
         mean: `[d]` float64, the origin.
@@ -41,8 +42,9 @@ def fit_plane(states: np.ndarray, harmful: np.ndarray) -> Plane:
     from sklearn.decomposition import PCA
 
     wide = states.astype(np.float64)
+    fitted: Any = PCA(n_components=2, svd_solver="full")
     with np.errstate(invalid="ignore"):  # equal states have no variance to share: 0 / 0
-        fitted = PCA(n_components=2, svd_solver="full").fit(wide)
+        fitted.fit(wide)
     axes, shares = np.asarray(fitted.components_), np.nan_to_num(fitted.explained_variance_ratio_)
     apart = (wide[harmful].mean(axis=0) - wide[~harmful].mean(axis=0)) @ axes.T
     axes = axes * np.where(apart < 0, -1.0, 1.0)[:, None]

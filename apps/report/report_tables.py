@@ -73,7 +73,7 @@ def separation_terms(data: ReportData) -> list[str]:
 
 
 def symbols(data: ReportData) -> str:
-    """Which marker stands for which setting."""
+    """The marker of each setting."""
     named = [f"{SETTING_SYMBOLS[name].partition('-')[0]}: {name} ({SETTING_WORDS[name]})" for name in data.settings]
     return f"{', '.join(named).capitalize()}."
 
@@ -249,7 +249,7 @@ def has_text_direction(data: ReportData) -> bool:
 
 
 def asked_at_each(data: ReportData) -> int:
-    """How many prompts each strength was asked."""
+    """Number of prompts per strength."""
     return sum(asked for *_, asked in data.sweep[0].refused)
 
 
@@ -260,7 +260,7 @@ def text_changed(data: ReportData) -> str:
 
 
 def checks_held(data: ReportData) -> int:
-    """How many checks of the proof held when the folder was written."""
+    """Number of checks of the proof that held when the folder was written."""
     return sum(bool(check["ok"]) for check in data.manifest.decoders[0].proof)
 
 

@@ -1,4 +1,4 @@
-"""How far harmful and harmless prompts stand apart: AUC and d' of scores, along directions that these prompts did not make."""
+"""Separation of harmful and harmless prompts: AUC and d' of scores along directions not made from these prompts."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from .subject import Subject
 
 @dataclass(frozen=True)
 class States:
-    """What both sides held at the last token of each prompt; float32, in the order of the prompts.
+    """Hidden states of both sides at the last token of each prompt; float32, in the order of the prompts.
 
     Attributes:
         before: unguarded, `[prompts, layers, d]`.

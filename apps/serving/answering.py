@@ -28,7 +28,7 @@ Stopped = Literal["cancelled", "timeout", "shutdown"]
 
 @dataclass
 class Made:
-    """What became of one answer: for metrics.
+    """Outcome of one answer, for metrics.
 
     Attributes:
         began: when the request arrived, in seconds of `time.monotonic`.

@@ -1,4 +1,4 @@
-"""Who may ask."""
+"""Authentication of requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many tokens one conversation may have, with its answer."""
+"""The limit on tokens of a conversation and its answer."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from .answering import Answering, Made
 
 @dataclass(frozen=True)
 class Reply:
-    """What all objects of one answer share.
+    """Fields shared by all objects of one answer.
 
     Attributes:
         model: its name.

@@ -64,7 +64,7 @@ def serve(folder: Path, settings: ServeSettings, on_ready: Callable[[dict[str, A
         GuardError: the port cannot be opened, or the model cannot answer.
     """
     require_extra()
-    vlm = GuardedVLM.open(folder)
+    vlm = GuardedVLM.open(folder, variant=settings.variant)
     settings.places(bool(vlm.manifest.engines))
     context_limit(vlm, settings)
     warm_up(vlm)

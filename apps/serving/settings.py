@@ -16,7 +16,7 @@ _SHORTEST_KEY = 16
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """How one model is served.
+    """Settings of one served model.
 
     Attributes:
         name: the model's name in requests.
@@ -29,6 +29,7 @@ class ServeSettings:
         max_context: longest conversation and answer together, in tokens; `None`: the model's limit.
         max_image: largest image file, and largest total of the images of one request, in bytes.
         max_images: largest number of images in one conversation.
+        variant: precision variant of an onnx-community folder; `None`: the plain one.
         timeout: time limit of a request in seconds, including its wait.
         grace: seconds for running answers after a stop signal.
     """
@@ -46,6 +47,7 @@ class ServeSettings:
     grace: float = 30.0
     max_context: int | None = None
     max_images: int = 8
+    variant: str | None = None
 
     def __post_init__(self) -> None:
         least = {

@@ -1,1 +1,1 @@
-"""What is written: the guarded folder, its time stamp, its signature, its bill of materials."""
+"""Writes the guarded folder, its time stamp, its signature and its bill of materials."""

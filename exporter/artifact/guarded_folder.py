@@ -1,4 +1,4 @@
-"""The guarded folder: weights and companions brought along, the manifest written last."""
+"""Writes the guarded folder: weights and companions are copied or linked, the manifest comes last."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from ..calibration.attempts import Choice
 from ..calibration.refusal_regression import Refusals
 from ..calibration.results import Calibration
 from ..proof.level import ProofLevel
+from ..variants import VariantRow
 from .sbom import bill_of_materials
 
 
@@ -91,9 +92,24 @@ def record_export(
     stamped: Stamp,
     sbom: bool = False,
     parity: Sequence[Check] = (),
+    variants: Sequence[VariantRow] = (),
 ) -> None:
-    """Hash what is in the stage and what it was made from (each content once), and write `guard.json`; with `sbom` the bill
-    of materials before it."""
+    """Hash the files of the stage and of the source, each content once, and write `guard.json`.
+
+    Args:
+        stage: the folder that becomes the guarded folder.
+        decoders: each decoder with its plan, report and proof.
+        spec: the requested guard.
+        measured: measurements of the calibration or the choice of the mode.
+        refusals: harmful prompts refused without and with the guard.
+        proved: level of the proof.
+        digests: whether big weights are hashed.
+        report_progress: called with `(stage, done, total)`.
+        stamped: the time of the folder.
+        sbom: also write the bill of materials, before the manifest.
+        parity: comparison of a checkpoint's export with torch.
+        variants: refusals of each precision variant, where there are several.
+    """
     files = [path for path in sorted(stage.rglob("*")) if path.is_file()]
     sources = {path for done in decoders for path in _source_files(done)}
     hashed = [path for path in (*files, *sources) if digests or not may_go_unhashed(path.name, path.stat().st_size)]
@@ -124,6 +140,7 @@ def record_export(
         choice=choice.to_json() if choice is not None else None,
         refusals=refusals.to_json() if refusals is not None else None,
         export_parity=[check.to_json() for check in parity] or None,
+        variants={row.decoder: row.to_json() for row in variants} or None,
     )
     write_manifest(stage, manifest)
 

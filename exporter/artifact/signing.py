@@ -19,7 +19,7 @@ from ...graphs.staging import write_file
 
 
 def sign(folder: Path | str, private_key: Path | str) -> Path:
-    """Sign a guarded folder that is what its manifest says; an older signature is replaced.
+    """Sign a guarded folder that matches its manifest; an older signature is replaced.
 
     Args:
         folder: of graphs or of engines.

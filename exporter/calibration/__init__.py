@@ -1,1 +1,1 @@
-"""Which layers and numbers, tried on labelled prompts; the outcome is a guard.toml."""
+"""Chooses layers and numbers of a guard by trials on labelled prompts, and writes guard.toml."""

@@ -168,7 +168,7 @@ class Guarded:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far a guard is from what it should be, by the first token's distribution: mean total variation, 0 to 1.
+    """Distance between a guard and its goal, by the first token's distribution: mean total variation, 0 to 1.
 
     Attributes:
         setting: where.

@@ -1,4 +1,4 @@
-"""Where mode `align` is tried: layers by evidence, and the rank.
+"""Candidates of mode `align`: layers by evidence, and the rank.
 
 Eight rows on the later two thirds of the decoder, the last layer left out, follow the text-only model most faithfully.
 A layer whose direction does not separate held-out anchors better than chance is left out.

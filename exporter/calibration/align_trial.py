@@ -123,7 +123,7 @@ class AlignTrial:
         self.model = self._trial.model
 
     def batch_size(self, requests: Sequence[Request]) -> int:
-        """How many of these requests run together, so that their KV caches and logits stay small beside a decoder."""
+        """Number of these requests per batch, so that their KV caches and logits stay small compared to a decoder."""
         session = self.model.decoder
         tokens = self.model.batch(requests[:1]).ids.shape[1]
         cache = sum(_bytes(port.shape[1:], port.dtype) for port in session.cache_inputs.values())
@@ -146,7 +146,7 @@ class AlignTrial:
         return Begun(self, batch, session.prefill(head, session.no_supervisor(batch.size))[1])
 
     def answer(self, begun: Begun, guard: Guarding, tokens: int) -> Asked:
-        """What `Begun.answer` returns."""
+        """The result of `Begun.answer`."""
         session, batch = self.model.decoder, begun.batch
         nothing = session.no_supervisor(batch.size)
         supervisor = nothing if guard.supervisor is None else guard.supervisor

@@ -1,4 +1,4 @@
-"""What `--mode auto` tried and chose: values, and how they are written down."""
+"""Modes that `--mode auto` tried, its choice, and their JSON."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Choice:
-    """What `--mode auto` chose, and on what grounds.
+    """The choice of `--mode auto` and its reasons.
 
     Attributes:
         chosen: the attempt that is exported.

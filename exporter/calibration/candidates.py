@@ -26,7 +26,7 @@ OVERLAPPING = "tenth"
 
 
 def search_axes(mode: str) -> Mapping[str, tuple[Any, ...]]:
-    """What calibration tries for a mode beside layers and rank: field of `Candidate` -> values, the first one to begin with."""
+    """The search axes of a mode besides layers and rank: field of `Candidate` -> values, the starting value first."""
     axes = dict(guard_mode(mode).search_axes or {})
     if "readout" in axes:
         axes["readout"] = (DEFAULT_READOUT, *(name for name in READOUTS if name != DEFAULT_READOUT))

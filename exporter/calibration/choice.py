@@ -317,6 +317,6 @@ def _nothing_works(attempts: Iterable[Attempt], left_out: Mapping[str, str], bud
     tried = "; ".join(map(str, attempts))
     other = "".join(f"; {mode} was not tried: {why}" for mode, why in left_out.items())
     return (
-        f"no mode brings the refusals back within {budget:.0%} over-refusal ({tried}{other}); nothing was written; give "
+        f"no mode restores the refusals within {budget:.0%} over-refusal ({tried}{other}); nothing was written; give "
         "more prompts (--calibration), allow more over-refusal (--budget), or name --mode, --directions and --layers"
     )

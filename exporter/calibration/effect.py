@@ -80,17 +80,18 @@ class Unguarded:
 
 
 def builtin_sample(model: VisionLanguageModel) -> Sample:
-    """Held-out built-in pairs; without prompts if the tokenizer lacks their words.
-
-    A pair counts if its halves have different tokens, which a small vocabulary may not have.
-    """
-    pairs = [pair for pair in read_anchors(BUILTIN, "calibration") if _differs(pair, model)]
-    if len(pairs) < _FEWEST_PAIRS:
-        pairs = []
+    """Held-out built-in pairs; without prompts if the tokenizer lacks their words."""
+    pairs = builtin_pairs(model)
     one_each = thinned(pairs, lambda pair: pair.intent, dict.fromkeys((pair.intent for pair in pairs), 1))
     asked = [p for p in prompts_from_anchors(one_each, model.sees) if p.label == "harmful"]
     harmful, harmless = (tuple(getattr(pair, label) for pair in pairs) for label in ("harmful", "harmless"))
     return Sample(tuple(asked), harmful, harmless, f"{BUILTIN}:calibration", BUILTIN_TOKENS)
+
+
+def builtin_pairs(model: VisionLanguageModel) -> list[AnchorPair]:
+    """Held-out built-in pairs whose halves have different tokens; none if the tokenizer lacks most of their words."""
+    pairs = [pair for pair in read_anchors(BUILTIN, "calibration") if _differs(pair, model)]
+    return pairs if len(pairs) >= _FEWEST_PAIRS else []
 
 
 def sample_of(prompts: Sequence[LabelledPrompt], source: str, sees: bool, tokens: int) -> Sample:

@@ -81,7 +81,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Gate:
-    """What decides at one layer, whatever the rank.
+    """The gate's numbers of one layer, for any rank.
 
     Attributes:
         readout: `[d]` float32, `None` where the mode has none of its own.
@@ -97,11 +97,11 @@ class Gate:
 
 
 def groups_of(prompts: Sequence[LabelledPrompt]) -> list[str]:
-    """What each prompt shares with those that must lie in its fold."""
+    """Key that prompts of one fold share."""
     labels: dict[str, set[str]] = defaultdict(set)
     for prompt in prompts:
         labels[prompt.prompt].add(prompt.label)
-    return [p.prompt if len(labels[p.prompt]) == 1 else f"{p.prompt}\0{p.label}\0{p.image}" for p in prompts]
+    return [p.prompt if len(labels[p.prompt]) == 1 else f"{p.prompt}\0{p.label}\0{p.images}" for p in prompts]
 
 
 def deal_into_folds(prompts: Sequence[LabelledPrompt], count: int = FOLDS) -> np.ndarray:

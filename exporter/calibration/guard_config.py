@@ -21,13 +21,17 @@ comments.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tomlkit
+from tomlkit import TOMLDocument
+from tomlkit.items import Item
 
 from ...graphs.directions import DIRECTIONS_FILE, Directions, LayerDirections
 from ...graphs.errors import DirectionMismatch, GuardError, first_line
@@ -44,6 +48,8 @@ _TOP = ("schema", "directions", "guard", "layers")
 _SINGLE = ("threshold", "text_threshold")
 _NUMBERS = (*_SINGLE, "target", "origin")
 _LARGEST_FILE = 1 << 20  # bytes
+# tomlkit puts a new table right in front of the next.
+_GLUED = re.compile(r"(?m)^([^#\n][^\n]*\n)(\[[^\n]*\][ \t]*(#[^\n]*)?$)")
 
 
 @dataclass(frozen=True)
@@ -54,11 +60,13 @@ class GuardConfig:
         spec: the options.
         directions: the file with the vectors.
         numbers: per layer `threshold` and `text_threshold` (a number), `target` and `origin` (one number per row), those given.
+        text: the file's own text, with its comments.
     """
 
     spec: GuardSpec
     directions: Path
     numbers: Mapping[int, Mapping[str, Any]]
+    text: str = field(default="", repr=False)
 
     def applied(self, found: Directions) -> Directions:
         """The directions with these numbers in place of the file's.
@@ -93,35 +101,30 @@ def config_of(calibration: Calibration, directions: str) -> str:
     return to_toml(spec, directions, chosen, _figures(calibration))
 
 
-def to_toml(spec: GuardSpec, directions: str, found: Directions, comments: Iterable[str] = ()) -> str:
+def to_toml(
+    spec: GuardSpec, directions: str, found: Directions, comments: Iterable[str] = (), edited: str | None = None
+) -> str:
     """The `guard.toml` of a calibrated guard.
 
     Args:
         spec: its settings.
         directions: name of the directions file beside it.
         found: the directions with the layers' numbers.
-        comments: lines for the head of the file.
+        comments: lines for the head of a new file.
+        edited: the text of a `guard.toml` that was read (`GuardConfig.text`): its comments, order and spelling stay, and
+            what it lacks is added.
     """
-    lines = [
-        "# A guard, to be read and edited. Export it again with",
-        "#     vlmguard-export MODEL --config guard.toml",
-        *(f"# {line}".rstrip() for line in comments),
-        "",
-        f"schema = {_toml(SCHEMA)}",
-        f"directions = {_toml(directions)}",
-        "",
-        "[guard]",
-    ]
+    document = _new_document(comments) if edited is None else tomlkit.parse(edited)
+    _set(document, {"schema": SCHEMA, "directions": directions})
     default = GuardSpec()
-    for field in fields(GuardSpec):
-        value = getattr(spec, field.name)
-        if value != getattr(default, field.name):
-            lines.append(f"{field.name} = {_toml(value)}")
+    chosen = {one.name: getattr(spec, one.name) for one in fields(GuardSpec)}
+    guard = _table_of(document, "guard")
+    _set(guard, {name: value for name, value in chosen.items() if value != getattr(default, name) or name in guard})
     for number in spec.layers or found.layers:
         shown = _shown(found.layers[number], spec.mode, spec.rank)
         if shown:
-            lines += ["", f"[layers.{number}]", *(f"{name} = {_toml(value)}" for name, value in shown.items())]
-    return "\n".join(lines) + "\n"
+            _set(_table_of(_table_of(document, "layers", only_tables=True), str(number)), shown)
+    return _GLUED.sub(r"\1\n\2", tomlkit.dumps(document))
 
 
 def read_config(path: Path | str) -> GuardConfig:
@@ -131,18 +134,18 @@ def read_config(path: Path | str) -> GuardConfig:
         GuardError: it cannot be read, or has an unknown key or value.
     """
     path = Path(path)
-    content = _content(path)
+    content, text = _content(path)
     _only_known(path, "", content, _TOP)
     if content.get("schema") != SCHEMA:
         raise GuardError(
             f"{path}: schema is {content.get('schema')!r}, this version reads {SCHEMA!r}; calibrate again, or correct it"
         )
     guard, layers = (_table(path, name, content.get(name, {})) for name in ("guard", "layers"))
-    _only_known(path, "guard.", guard, [field.name for field in fields(GuardSpec)])
+    _only_known(path, "guard.", guard, [one.name for one in fields(GuardSpec)])
     named = content.get("directions", DIRECTIONS_FILE)
     if not isinstance(named, str):
         raise GuardError(f"{path}: directions is {named!r}, expected the name of a file beside it")
-    return GuardConfig(_spec(path, guard), _directions(path, named), _numbers(path, layers))
+    return GuardConfig(_spec(path, guard), _directions(path, named), _numbers(path, layers), text)
 
 
 def require_directions(path: Path | str, config: GuardConfig) -> None:
@@ -176,19 +179,42 @@ def _shown(layer: LayerDirections, mode: str | None, rank: int | None) -> dict[s
     return shown
 
 
-def _toml(value: Any) -> str:
-    if isinstance(value, str):
-        escaped = "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or c in '"\\\x7f' else c for c in value)
-        return f'"{escaped}"'
-    if isinstance(value, (bool, np.bool_)):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        # the shortest decimal that gives the same float32 back: what a graph and a directions file hold
-        text = np.format_float_scientific(value, trim="0") if abs(value) >= 1e9 else _plain(value)
-        return text.replace("e+", "e")
-    return f"[{', '.join(_toml(item) for item in (value.tolist() if isinstance(value, np.ndarray) else value))}]"
+def _new_document(comments: Iterable[str]) -> TOMLDocument:
+    lines = (
+        "A guard, to be read and edited. Export it again with",
+        "    vlmguard-export MODEL --config guard.toml",
+        *comments,
+    )
+    return tomlkit.parse("".join(f"{f'# {line}'.rstrip()}\n" for line in lines) + '\nschema = ""\ndirections = ""\n')
+
+
+def _table_of(parent: Any, name: str, only_tables: bool = False) -> Any:
+    """A table of a table, made if need be; `only_tables`: it has no keys of its own, and no heading."""
+    if name not in parent:
+        parent[name] = tomlkit.table(is_super_table=only_tables)
+    return parent[name]
+
+
+def _set(table: Any, values: Mapping[str, Any]) -> None:
+    """Write values into a table; one that is there already keeps its spelling."""
+    for name, value in values.items():
+        new = _item(value)
+        if name not in table or table[name].unwrap() != new.unwrap():
+            table[name] = new
+
+
+def _item(value: Any) -> Item:
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return tomlkit.value(f"[{', '.join(_item(one).as_string() for one in value)}]")
+    return tomlkit.value(_number(value)) if isinstance(value, float) else tomlkit.item(value)
+
+
+def _number(value: float) -> str:
+    """The shortest decimal that gives the same float32 back: what a graph and a directions file hold."""
+    text = np.format_float_scientific(value, trim="0") if abs(value) >= 1e9 else _plain(value)
+    return text.replace("e+", "e")
 
 
 def _plain(value: float) -> str:
@@ -222,14 +248,16 @@ def _figures(calibration: Calibration) -> list[str]:
 # Reading
 
 
-def _content(path: Path) -> dict[str, Any]:
+def _content(path: Path) -> tuple[dict[str, Any], str]:
+    """The values and the text. Values come from Python's own parser, which strange files do not keep busy for minutes;
+    `tomlkit` only sees files that were found to be in order."""
     require_file(path, CONFIG)
     if path.stat().st_size > _LARGEST_FILE:
         raise GuardError(f"{path}: {path.stat().st_size} bytes is too large for a {CONFIG_NAME}; give the right file")
     try:
         text = path.read_text(encoding="utf-8-sig")
         require_shallow(text)
-        return tomllib.loads(text)
+        return tomllib.loads(text), text
     except (OSError, ValueError, RecursionError) as error:
         raise GuardError(f"{path}: is not TOML ({first_line(error)}); correct it there") from None
 

@@ -1,4 +1,4 @@
-"""Which trials of a calibration may win, in which order, and the errors where none does.
+"""Order of a calibration's trials, conditions for winning, and the errors if no trial wins.
 
 The budget of over-refusal is kept by the counts where that is possible. Where scores of harmful and harmless prompts
 overlap, no candidate may do so. Then those may win that are not shown to exceed it: the lower end of the 95% interval of

@@ -81,7 +81,7 @@ class Refusals:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Refusals:
-        """What `to_json` gave; raises `TypeError` or `KeyError` for anything else."""
+        """The inverse of `to_json`; raises `TypeError` or `KeyError` for invalid content."""
         settings = tuple(Setting(**setting) for setting in content["settings"])
         return cls(settings, str(content["prompts"]), content.get("allowed_no_effect") is True)
 

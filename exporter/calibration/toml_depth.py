@@ -1,4 +1,4 @@
-"""How deep a TOML text nests, before it is parsed: `a.b.c. ...` with 50,000 parts takes tomllib minutes and gigabytes."""
+"""Nesting depth of a TOML text, before it is parsed: `a.b.c. ...` with 50,000 parts takes tomllib minutes and gigabytes."""
 
 from __future__ import annotations
 

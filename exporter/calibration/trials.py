@@ -70,7 +70,7 @@ class TrialModel:
         self.model = model.with_decoder(graph, wrap=self._runner.around)
 
     def numbers(self, directions: Directions) -> dict[str, np.ndarray]:
-        """What to feed for a candidate: its numbers at its layers, neutral ones elsewhere."""
+        """Feeds of a candidate: its numbers at its layers, neutral ones elsewhere."""
         layers = directions.recommended_layers
         assert layers is not None
         rank = directions.layers[layers[0]].ssd.shape[0]

@@ -1,4 +1,4 @@
-"""Which prompts and layers a calibration can work with."""
+"""Checks the prompts and layers of a calibration."""
 
 from __future__ import annotations
 

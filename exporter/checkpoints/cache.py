@@ -158,10 +158,10 @@ def key_of(folder: Path, exporter: str | None, dtype: str | None, opset: int | N
     """Digest of everything that an export depends on.
 
     Args:
-        folder: of the checkpoint; contents are not read, names, sizes and times of change are.
-        exporter: as it was asked for, and so on.
-        dtype: as it was asked for.
-        opset: as it was asked for.
+        folder: the checkpoint; names, sizes and modification times of its files count, their contents are not read.
+        exporter: the requested exporter.
+        dtype: the requested precision.
+        opset: the requested opset.
     """
     name, files = exporter or DEFAULT_EXPORTER, []
     for path in sorted(folder.rglob("*")):

@@ -10,9 +10,8 @@
 stored in float16 and everything is computed in float32 (`narrow`): inputs, outputs and names are those of fp32. The caller puts
 the image features at the image tokens: flattened to [num_images * tokens, width], in reading order, as apps do today.
 
-Some families have more inputs: their rows in `families` say which. How a row becomes three graphs is in
-`parts`, how they are cleaned up in `tidy`, and how they are compared with torch in
-`parity`. torch and transformers are imported by what needs them, when it runs.
+The rows of `families` list further inputs. `parts` splits a row into graphs, `tidy` cleans them up, and `parity` compares them
+with torch. torch and transformers are imported on first use.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,14 +37,15 @@ from ...graphs.proof.structure import Check
 from ...graphs.reasons import out_of_memory
 from ..families import find_family
 from ..families.family import PAST, SEQUENCE, TOTAL, Family
+from ..families.transformers_class import transformers_class
 from .fit import fit
 from .foreign_failures import WHAT_TO_DO, in_one_line
 from .narrow import narrow_weights, round_weights
 from .parity import answer_with_torch, check_parity, require_onnxruntime
-from .parts import Part, parts_of
+from .parts import parts_of
 from .prompt_text import prompt_texts
 from .tidy import tidy, weight_bytes
-from .tracing import quiet, trace
+from .trace import quiet, trace_some_way
 
 Dtype = Literal["fp32", "fp16", "w16a32"]
 
@@ -72,7 +72,7 @@ class GraphFile:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `convert_checkpoint` did, and how well the result agrees with torch (empty when not verified)."""
+    """Result of `convert_checkpoint`, with its comparison with torch (empty if not verified)."""
 
     checkpoint: str
     model_type: str
@@ -85,7 +85,7 @@ class ConversionReport:
 
     @property
     def compared(self) -> int:
-        """How many values were compared with torch's."""
+        """Number of values compared with torch's."""
         return sum(check.compared for check in self.parity)
 
     @property
@@ -152,7 +152,7 @@ def convert_checkpoint(
             ) from None
         if dtype == "w16a32":
             narrow_weights(graph.graph)
-        graphs.append(save_graph(graph, out, part.name, dtype))
+        graphs.append(_save_part(graph, out, part.name, dtype))
         del graph  # holds the weights of this part
     copied = copy_companions(folder, out)
 
@@ -213,9 +213,13 @@ def read_config(folder: Path) -> Mapping[str, Any]:
 
 
 def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: ProgressCallback) -> Any:
-    """The checkpoint as a transformers model on the CPU, every weight of it from the files."""
+    """Load the checkpoint as a transformers model on the CPU, with every weight from its files.
+
+    Args:
+        folder, family: of the checkpoint.
+        dtype, report_progress: as for `convert_checkpoint`.
+    """
     import torch
-    import transformers
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -224,7 +228,7 @@ def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: Prog
             f"{folder}: no *.safetensors; save the checkpoint with save_pretrained (pickled weights can run code and "
             f"are not opened)"
         )
-    model_class = getattr(transformers, family.model_class)
+    model_class = transformers_class(family.model_class)
     try:
         config = model_class.config_class.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, StrictDataclassError) as failure:
@@ -272,20 +276,8 @@ def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: Prog
     return model.eval()
 
 
-def trace_some_way(model: Any, part: Part, opset: int) -> ir.Model:
-    """The part traced as it is, or else in the other way that it has; what stopped both is raised for the first."""
-    try:
-        return trace(model, part, opset)
-    except Exception:
-        if part.instead is None:
-            raise
-        with suppress(Exception):
-            return trace(model, part.instead, opset)
-        raise
-
-
-def save_graph(graph: ir.Model, out: Path, part: str, dtype: Dtype) -> GraphFile:
-    """Write one graph; its weights go to `<file>_data` beside it only when one file would be too large."""
+def _save_part(graph: ir.Model, out: Path, part: str, dtype: Dtype) -> GraphFile:
+    """Write one graph; its weights go to `<file>_data` beside it only if one file would be too large."""
     path = out / "onnx" / f"{part}{SUFFIXES[dtype]}.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
     external = weight_bytes(graph) > EXTERNAL_DATA_ABOVE
@@ -331,7 +323,8 @@ def _require_extras(verify: bool) -> None:
     try:
         import onnxscript  # noqa: F401
         import torch  # noqa: F401
-        import transformers.exporters  # noqa: F401
+
+        import_module("transformers.exporters")
     except ImportError as missing:
         raise ExtraMissing(
             f"exporting a checkpoint needs {missing.name}, which is not installed; run: {install_command('torch')}"

@@ -1,4 +1,4 @@
-"""Who exports a checkpoint: a table of three. Each writes a model folder that `open_package` opens; the rest is the same.
+"""The exporters of checkpoints, a table of three rows. Each writes a model folder that `open_package` opens.
 
     transformers   vision encoder, embeddings, decoder (onnx-community layout; a text-only model is one graph), compared with
                    torch; in fp32, fp16 or w16a32 (weights in float16, arithmetic in float32)         extra torch
@@ -35,13 +35,13 @@ _BUILDER = "vlmguard.exporter.checkpoints.genai_builder"  # onnxruntime-genai's 
 
 @dataclass(frozen=True)
 class Job:
-    """What one exporter is asked for.
+    """One export.
 
     Attributes:
         checkpoint: a folder, or a hub id.
-        out: where to; new or empty, and worth nothing after an exception.
-        dtype: of the weights, one that the exporter has.
-        opset: `None` is the exporter's own choice.
+        out: a new or empty folder; incomplete after an exception.
+        dtype: of the weights, supported by the exporter.
+        opset: `None`: the exporter's default.
         report_progress: called with `(stage, done, total)`.
     """
 
@@ -57,9 +57,9 @@ class Exporter:
     """One row of the table.
 
     Attributes:
-        export: does the job; the comparison with torch, if it makes one.
-        dtypes: what it can write; the first is what it writes if nothing is asked.
-        chooses_opset: whether the opset is its own affair.
+        export: runs the export; returns the comparison with torch, if it makes one.
+        dtypes: supported precisions, the default first.
+        chooses_opset: whether the exporter always chooses the opset.
     """
 
     export: Callable[[Job], tuple[Check, ...]]
@@ -75,15 +75,23 @@ def export_checkpoint(
     opset: int | None = None,
     report_progress: ProgressCallback = ignore_progress,
 ) -> tuple[Check, ...]:
-    """Export a checkpoint to the model folder `out`, with the exporter of that name.
+    """Export a checkpoint to a model folder.
+
+    Args:
+        checkpoint: a folder, or a hub id.
+        out: the folder to write.
+        exporter: a key of `EXPORTERS`; default `transformers`.
+        dtype: precision of the weights; default: the exporter's first.
+        opset: ONNX opset; default: the exporter's.
+        report_progress: called with `(stage, done, total)`.
 
     Returns:
-        How well the graphs agree with torch, where that was compared.
+        The comparison of the graphs with torch; empty if the exporter makes none.
 
     Raises:
-        GuardError: no such exporter, or one that does not have this dtype or opset.
-        ExtraMissing: it is not installed.
-        ModelUnreadable: it cannot export this checkpoint; in its own words.
+        GuardError: unknown exporter, or one that does not support this dtype or opset.
+        ExtraMissing: the exporter is not installed.
+        ModelUnreadable: the exporter cannot export this checkpoint; with its own message.
     """
     name = exporter or DEFAULT_EXPORTER
     if name not in EXPORTERS:

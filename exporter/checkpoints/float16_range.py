@@ -44,7 +44,13 @@ def decoder_layers(decoder: Any, count: int) -> Any | None:
 
 @contextmanager
 def recorded_peaks(model: Any, ids: np.ndarray, mask: np.ndarray, peaks: list[Peak]) -> Iterator[None]:
-    """Within, each decoder layer of the model adds its peak over the real tokens `ids [batch, sequence]` to `peaks`.
+    """In this context, each decoder layer of the model appends the peak of its output to `peaks`.
+
+    Args:
+        model: a transformers model.
+        ids: token ids `[batch, sequence]`.
+        mask: 1 for tokens, 0 for padding; only tokens count.
+        peaks: the list to append to.
 
     Raises:
         AnatomyNotFound: the model has no list of layers.
@@ -74,7 +80,7 @@ def recorded_peaks(model: Any, ids: np.ndarray, mask: np.ndarray, peaks: list[Pe
 
 
 def why_not_float16(peaks: Sequence[Peak]) -> str | None:
-    """Which state float16 cannot hold; `None` where it holds all of them."""
+    """Names the state that float16 cannot hold; `None` if it can hold all."""
     beyond = [peak for peak in peaks if peak.value > LARGEST]
     if not beyond:
         return None

@@ -4,8 +4,8 @@ transformers 5 keeps the rotary embedding of models with sliding-window layers (
 
     rope_parameters: {full_attention: {rope_type, rope_theta}, sliding_attention: {rope_type, rope_theta}}
 
-The builder (0.18) reads `rope_parameters["rope_type"]` and ends in a KeyError. Here it gets such a config in the older form
-that it knows: one set of parameters, and `rope_local_base_freq` for the layers with a window.
+The builder (0.18) reads `rope_parameters["rope_type"]` and fails with a KeyError. This module converts such a config to the
+older form: one set of parameters, and `rope_local_base_freq` for the layers with a window.
 """
 
 from __future__ import annotations

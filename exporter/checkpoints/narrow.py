@@ -78,7 +78,7 @@ def _cast_before(graph: ir.Graph, weight: ir.Value, readers: list[ir.Node]) -> N
 
 
 def _cast_behind(graph: ir.Graph, gather: ir.Node) -> None:
-    """What a Gather read, in float32, for everything that reads it."""
+    """A Gather's result in float32, for all its readers."""
     rows = gather.outputs[0]
     wide = ir.node("Cast", [rows], {"to": ir.DataType.FLOAT}, name=f"{gather.name}.Cast")
     wide.outputs[0].name = f"{rows.name}.wide"
@@ -86,7 +86,7 @@ def _cast_behind(graph: ir.Graph, gather: ir.Node) -> None:
     for node, index in [(use.node, use.idx) for use in rows.uses() if use.node is not wide]:
         node.replace_input_with(index, wide.outputs[0])
     for index, output in enumerate(graph.outputs):
-        if output is rows:  # embed_tokens: the graph's own name stays with what it gives out
+        if output is rows:  # embed_tokens: the graph's output keeps its name
             name = rows.name
             rows.name, wide.outputs[0].name = f"{name}.float16", name
             graph.outputs[index] = wide.outputs[0]

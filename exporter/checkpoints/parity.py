@@ -40,7 +40,7 @@ GREEDY_STEPS = 8
 
 @dataclass(frozen=True)
 class Answer:
-    """What one side computed.
+    """Results of one side.
 
     Attributes:
         image_features: rows for the image tokens.
@@ -83,8 +83,10 @@ def answer_with_torch(
     be a second approximation, not a reference.
 
     Args:
+        family: the row of the checkpoint.
+        model: the transformers model.
         texts: token ids of the two prompts' text (`prompt_texts`).
-        measure_peaks: whether to measure how large the states of each decoder layer are, which float16 may not hold.
+        measure_peaks: whether to measure the largest state of each decoder layer, which float16 may not hold.
     """
     import torch
 
@@ -142,7 +144,7 @@ def _states(cache: Any) -> Arrays:
 
 
 def _others(model: Any, vision: Vision | None) -> tuple[Arrays, ...]:
-    """What torch gives for further pictures, by name."""
+    """torch's results for further pictures, by name."""
     pictures = vision.others if vision is not None else ()
     return tuple({n: t.numpy() for n, t in image_features(model, **tensors(model, p)).items()} for p in pictures)
 
@@ -154,7 +156,15 @@ def answer_with_onnxruntime(
     prompt: Prompt,
     tokens: tuple[np.ndarray, ...],
 ) -> Answer:
-    """The same prompts and tokens through the graphs, wired together the way an app does it."""
+    """Run the same prompts and tokens through the graphs, connected as in an app.
+
+    Args:
+        open_graph: opens a part by name.
+        family: the row of the checkpoint.
+        config: transformers' config of the model.
+        prompt: the prompts.
+        tokens: torch's tokens of each decode step.
+    """
     rows, seen, embed = None, {}, None
     if family.vision is not None:
         vision = open_graph(VISION_ENCODER)
@@ -200,6 +210,14 @@ def check_parity(
     folder: Path, suffix: str, dtype: str, family: Family, config: Any, reference: Reference
 ) -> tuple[Check, ...]:
     """Compare the graphs in `folder` with torch's answer.
+
+    Args:
+        folder: the graphs.
+        suffix: of their file names.
+        dtype: their precision.
+        family: the row of the checkpoint.
+        config: transformers' config of the model.
+        reference: torch's answer.
 
     Raises:
         ProofFailed: they differ by more than the limit, or float16 cannot hold the decoder's states.
@@ -254,7 +272,7 @@ def _same_tokens(
 
 
 def require_onnxruntime() -> Any:
-    """The onnxruntime module, or which extra brings it."""
+    """The onnxruntime module; the error names the extra that installs it."""
     try:
         import onnxruntime
     except ImportError as missing:

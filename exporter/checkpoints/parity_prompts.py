@@ -32,7 +32,15 @@ class Prompt:
 def sample_prompt(
     vision: Vision | None, config: Any, texts: tuple[list[int], list[int]], given: Arrays, image_tokens: tuple[int, ...]
 ) -> Prompt:
-    """The two texts, with an image in the middle of each where the model takes images."""
+    """The two texts, with an image in the middle of each if the model takes images.
+
+    Args:
+        vision: the row's vision part; `None` for text models.
+        config: transformers' config of the model.
+        texts: token ids of the two texts.
+        given: the vision encoder's inputs.
+        image_tokens: number of image tokens of each prompt.
+    """
     before, after = vision.around(config) if vision is not None else ([], [])
     image_token = image_token_id(config)
 

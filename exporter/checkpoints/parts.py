@@ -1,4 +1,4 @@
-"""What a checkpoint is cut into: three graphs of a multimodal row of `families`, one graph of a text row."""
+"""The parts of a checkpoint: three graphs for a multimodal row of `families`, one graph for a text row."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Part:
 
     @property
     def state_names(self) -> dict[str, str]:
-        """What the trace calls the state, behind the side that it is on, and its name in the file."""
+        """The state's names in the trace, with the side, and in the file."""
         names = {}
         for tensor in self.state:
             names[f"input.{COMMUNITY_PAST}.{tensor.leaf}"] = tensor.past
@@ -188,7 +188,7 @@ def _with_cache(part: str, family: Family, model: Any, text_of: Callable[[int, i
 
 
 def _vocabulary(model: Any) -> int:
-    """How many logits the head gives, which may be more or fewer than there are embeddings."""
+    """Number of logits, which may differ from the number of embeddings."""
     head = model.get_output_embeddings()
     return head.weight.shape[0] if head is not None else _text(model).vocab_size
 

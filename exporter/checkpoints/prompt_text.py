@@ -27,8 +27,8 @@ def prompt_texts(folder: Path, config: Any) -> tuple[list[int], list[int]]:
     """Token ids of two texts of different lengths, each beginning with BOS where the checkpoint has one.
 
     Args:
-        folder: of the checkpoint. Without a tokenizer.json, or with one that does not know the sentences' words, the text
-            after BOS is seeded random tokens.
+        folder: the checkpoint. Without a tokenizer.json, or with one that lacks the sentences' words, the text after BOS is
+            seeded random tokens.
         config: transformers' config of the model.
     """
     vocabulary = config.get_text_config().vocab_size

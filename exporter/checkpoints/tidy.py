@@ -1,10 +1,10 @@
-"""From what the tracer wrote to a file people can run, read and publish: `tidy` renames, names dimensions, and strips.
+"""Turns the traced graph into a file that people can run, read and publish: `tidy` renames, names dimensions, and strips.
 
 1. inputs and outputs get the names the onnx-community layout uses, and images come in as float32
 2. dimensions get words for torch's symbols: `batch_size`, not `s43`
-3. norms read and scale in one type, as onnxruntime wants them
+3. norms read and scale in one type, as onnxruntime requires
 4. nodes, values and weights are named after their module: `model.language_model.layers.0.mlp.down_proj.MatMul`
-5. everything about the machine that traced it goes: stack traces, torch's metadata, doc strings
+5. traces of the exporting machine are removed: stack traces, torch's metadata, doc strings
 """
 
 from __future__ import annotations
@@ -34,9 +34,14 @@ def tidy(
     float32_inputs: Iterable[str] = (),
     state_names: Mapping[str, str] | None = None,
 ) -> None:
-    """Make the traced graph the promised one, in place; `sums` names dimensions that are sums of others.
+    """Give the traced graph its final form, in place: exactly the given inputs and outputs, in this order.
 
-    Before: a graph as `OnnxExporter` writes it. After: exactly these inputs and outputs, in this order.
+    Args:
+        model: a graph of `OnnxExporter`.
+        inputs, outputs: name -> shape.
+        sums: names of dimensions that are sums of others.
+        float32_inputs: inputs that stay float32 in every precision.
+        state_names: name of a state in the trace -> name in the file.
     """
     rename_inputs_and_outputs(model.graph, state_names or {})
     require_signature(model.graph, inputs, outputs)
@@ -98,7 +103,13 @@ def accept_float32(graph: ir.Graph, name: str) -> None:
 
 
 def name_dimensions(graph: ir.Graph, inputs: Shapes, outputs: Shapes, sums: Mapping[str, str]) -> None:
-    """Replace torch's symbols by words, in the signature and in every inferred shape between."""
+    """Replace torch's symbols by words, in the signature and in every inferred shape.
+
+    Args:
+        graph: the traced graph.
+        inputs, outputs: name -> shape with the words.
+        sums: names of dimensions that are sums of others.
+    """
     words = {
         str(traced.value): named
         for value in graph.inputs
@@ -119,7 +130,7 @@ def _in_words(dim: int | ir.SymbolicDim, words: Mapping[str, str], sums: Mapping
         return dim
     symbols = _SYMBOL.findall(dim.value or "")
     if not symbols or any(symbol not in words for symbol in symbols):
-        return None  # a name that says nothing, or a second name for what a word already names
+        return None  # no information, or a second name for a dimension with a word
     spoken = _SYMBOL.sub(lambda symbol: words[symbol[0]], dim.value or "")
     return sums.get(" + ".join(sorted(spoken.split(" + "))), spoken)
 
@@ -217,7 +228,7 @@ def strip_traces(model: ir.Model) -> None:
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """How large the file will be, but for a few bytes per node."""
+    """Size of the file, except for a few bytes per node."""
     tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
     return int(np.sum([tensor.nbytes for tensor in tensors if tensor is not None], dtype=np.int64))
 

@@ -1,7 +1,7 @@
 """The state that a decoder hands from call to call, found by running the model: `find_state`.
 
 A transformers cache is an object of many kinds of layers: keys and values of one or of several widths, the window of a
-    convolution, the matrix of a linear attention, the keys of an indexer. What they hold is found by running the model twice,
+    convolution, the matrix of a linear attention, the keys of an indexer. The state is found by running the model twice,
     with other numbers of
 prompts and tokens: an axis that follows the prompts is the batch, one that follows the tokens grows, all others are fixed.
 """
@@ -67,8 +67,7 @@ def fresh_cache(model: Any) -> Any:
 
     A caller's cache is as long as its mask in every layer, and the attention mask hides what is outside a sliding window.
     """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     cache = DynamicCache(config=model.config)
     for index, layer in enumerate(cache.layers):

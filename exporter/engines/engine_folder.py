@@ -82,7 +82,7 @@ class Part:
 
 @dataclass(frozen=True)
 class EngineResult:
-    """What `build_engines` did.
+    """Result of `build_engines`.
 
     Attributes:
         out: the folder.

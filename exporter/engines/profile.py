@@ -168,7 +168,7 @@ def _hull(spans: Sequence[Span]) -> Span:
 def _decoder_axes(
     value: ir.Value, roles: InputRoles, profile: EngineProfile, heads: tuple[int | None, int | None]
 ) -> dict[int, Span]:
-    """Which axis of a decoder's input means what."""
+    """Meaning of each axis of a decoder's input."""
     name, rank = value.name or "", len(value.shape or ())
     batch, sequence, total = profile.batch, profile.sequence, profile.past + profile.sequence
     pair = next((pair for pair in roles.states if pair.past == name), None)

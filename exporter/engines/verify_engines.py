@@ -112,7 +112,7 @@ def check_by_running(folder: Path, manifest: Manifest, guarded: Path, report_pro
 
 
 def _rows(record: EngineRecord) -> int:
-    """How many prompts fit in one call of every profile."""
+    """Number of prompts that fit in one call of every profile."""
     batches = [shapes[2][0] for profile in record.profiles for shapes in profile["shapes"].values() if shapes[2]]
     return max(1, min(batches, default=1))
 

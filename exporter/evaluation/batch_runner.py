@@ -74,7 +74,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Made:
-    """What came of one batch.
+    """Results of one batch.
 
     Attributes:
         records: one per prompt.
@@ -131,7 +131,7 @@ class Asking:
 
 @dataclass(frozen=True)
 class AskBoth:
-    """How another process opens the models of an evaluation; paths are absolute."""
+    """Opens the models of an evaluation in another process; paths are absolute."""
 
     base: Path
     guarded: Path

@@ -65,10 +65,25 @@ def bootstrap_interval(count: int, statistic: Callable[[np.ndarray], float], see
     """The interval of any statistic of `count` prompts.
 
     Args:
+        count: number of prompts, 1 or more. One prompt has no spread: both ends are its statistic.
         statistic: of the prompts with these indices, `[count]` int64, some of them several times.
+        seed: random seed of the resamples.
     """
-    random = np.random.default_rng(seed)
-    return percentiles(np.array([statistic(random.integers(count, size=count)) for _ in range(RESAMPLES)]))
+    if count == 1:
+        only = statistic(np.zeros(1, np.int64))
+        return only, only
+    from scipy.stats import bootstrap
+
+    found = bootstrap(
+        (np.arange(count),),
+        statistic,
+        n_resamples=RESAMPLES,
+        vectorized=False,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def percentiles(statistics: np.ndarray) -> Interval:

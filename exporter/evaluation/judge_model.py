@@ -41,7 +41,8 @@ class GuardModel:
         try:
             import torch
             from safetensors import SafetensorError
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+            from transformers.models.auto.tokenization_auto import AutoTokenizer
         except ImportError:
             raise ExtraMissing(f"a guard model as judge needs torch; run: {install_command('torch')}") from None
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -71,7 +71,7 @@ def count(prompts: Sequence[LabelledPrompt], refusals: Sequence[bool]) -> tuple[
 
 @dataclass(frozen=True)
 class DriftFigures:
-    """How far the guarded model is from the unguarded one on harmless texts.
+    """Difference between the guarded and the unguarded model on harmless texts.
 
     Attributes:
         prompts: how many.
@@ -152,7 +152,7 @@ class Evaluation:
 
     @property
     def text_answers_changed(self) -> int:
-        """How many text-only answers differ, word for word."""
+        """Number of text-only answers that differ in a word."""
         return sum(r.setting == "text" and r.base.digest != r.guarded.digest for r in self.records)
 
     def refused(self, who: Who, setting: str, label: str) -> Share:

@@ -46,7 +46,7 @@ class Reply(BaseModel):
 
 
 class Drift(BaseModel):
-    """How far the guarded model is from the unguarded one on a harmless text.
+    """Difference between the guarded and the unguarded model on a harmless text.
 
     Attributes:
         first_token_kl: of the first token's distributions, `KL(unguarded || guarded)`, nats.
@@ -63,7 +63,7 @@ class Drift(BaseModel):
 
 
 class FirstToken(BaseModel):
-    """How far the guarded model's first token is from others', on a harmless prompt with an image; KL divergences, nats.
+    """KL divergences of the guarded model's first token, in nats, on a harmless prompt with an image.
 
     Attributes:
         unguarded: `KL(unguarded || guarded)`, both with the image.

@@ -279,6 +279,8 @@ def _gap(harmful: Sequence[_Asked], seed: int) -> Gap:
 def _gap_interval(text: np.ndarray, before: np.ndarray, after: np.ndarray, seed: int) -> Interval | None:
     """Percentile bootstrap over prompts of the share of the gap that is closed.
 
+    Resamples without a gap are left out, which `scipy.stats.bootstrap` cannot: it would return NaN.
+
     Args:
         text, before, after: refusals of the text-only, the unguarded and the guarded model, `[prompts]` bool.
     """

@@ -14,6 +14,7 @@ row 1 is, the further rows are what an SVD finds in the differences once the row
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -35,8 +36,8 @@ def discriminant(states: np.ndarray, harmful: np.ndarray) -> np.ndarray:
     """LDA. Shrinkage, because there may be more dimensions than prompts; equal priors, because answers have many tokens."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis  # here: scikit-learn is slow to import
 
-    fitted = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=[0.5, 0.5]).fit(states, harmful)
-    return fitted.coef_[0]
+    model: Any = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=[0.5, 0.5])
+    return model.fit(states, harmful).coef_[0]
 
 
 def logistic(states: np.ndarray, harmful: np.ndarray) -> np.ndarray:
@@ -44,8 +45,8 @@ def logistic(states: np.ndarray, harmful: np.ndarray) -> np.ndarray:
     from sklearn.linear_model import LogisticRegression
 
     scale = float(np.sqrt((states**2).mean())) or 1.0
-    fitted = LogisticRegression(class_weight="balanced", max_iter=2000).fit(states / scale, harmful)
-    return fitted.coef_[0]
+    model: Any = LogisticRegression(class_weight="balanced", max_iter=2000)
+    return model.fit(states / scale, harmful).coef_[0]
 
 
 READOUTS: Mapping[str, Readout] = {"lda": discriminant, "logistic": logistic, "mean": mean_difference}

@@ -98,7 +98,7 @@ def directions_from_states(
 
 @dataclass(frozen=True)
 class LastStates:
-    """How another process reads states: the worker spec of a tapped model."""
+    """Reads states in another process: the worker spec of a tapped model."""
 
     package: ModelPackage
     anatomy: DecoderAnatomy
@@ -214,7 +214,7 @@ def read_batches(
 
 
 def _not_finite(states: np.ndarray) -> str:
-    """Which of the states `[prompts, layers, d]` are no numbers, and what to do."""
+    """Names the states `[prompts, layers, d]` that are NaN or infinite, and what to do."""
     odd = ~np.isfinite(states)
     layer = int(np.flatnonzero(odd.any(axis=(0, 2)))[0])
     channels = np.flatnonzero(odd[:, layer].any(axis=0))

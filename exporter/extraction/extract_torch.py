@@ -70,7 +70,7 @@ def extract_from_checkpoint(
 
 @dataclass(frozen=True)
 class TorchStates:
-    """How a process reads states in torch.
+    """Reads states in torch in another process.
 
     Attributes:
         folder: of the checkpoint.

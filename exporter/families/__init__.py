@@ -1,11 +1,11 @@
-"""Which checkpoints can be exported: one row per multimodal family, `FAMILIES`, and one for all text decoders (`text`).
+"""Supported checkpoints: one row per multimodal family, `FAMILIES`, and one for all text decoders (`text`).
 
     vision inputs ─► vision_encoder ─► image_features ─► (place) ┐
                                                                  ├─► (caller puts the rows at the image tokens)
     input_ids ─────► embed_tokens ───► inputs_embeds ────────────┘                      │
                            (feeds) ─► position_ids, ... ─► decoder_model_merged ◄───────┘ ─► logits, present.*
 
-Embeddings, head and cache are found the same way in every transformers model; a row says the rest:
+Embeddings, head and cache are found the same way in every transformers model; a row has the rest:
 
 - `model_type`, `model_class`, `image_towers`: which checkpoints it is for; `refuse`: which of them it is not for, and why
 - `vision`: inputs and outputs of the vision encoder with a word for every axis of any length, how it runs, a sample of
@@ -29,6 +29,7 @@ from .generic import generic_family
 from .idefics3 import IDEFICS3, SMOLVLM
 from .internvl import INTERNVL
 from .llava import LLAVA
+from .llava_next import LLAVA_NEXT
 from .llava_onevision import LLAVA_ONEVISION
 from .paligemma import PALIGEMMA
 from .qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
@@ -36,6 +37,7 @@ from .text import text_family
 
 FAMILIES: tuple[Family, ...] = (
     LLAVA,
+    LLAVA_NEXT,
     LLAVA_ONEVISION,
     IDEFICS3,
     SMOLVLM,
@@ -69,5 +71,5 @@ def find_family(config: Mapping[str, Any], checkpoint: str) -> Family:
 
 
 def _tower(config: Mapping[str, Any]) -> str | None:
-    """Which image tower a config has; `None` where it does not say, and transformers takes the type's own."""
+    """The image tower named in a config; `None` if it names none, and transformers uses the type's default."""
     return (config.get("vision_config") or {}).get("model_type")

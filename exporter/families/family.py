@@ -1,4 +1,4 @@
-"""What a row of the table is made of, and the words that rows and graphs share. Nothing here names a model."""
+"""The parts of a table row, and the names shared by rows and graphs. Nothing here names a model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Turn:
 
     @property
     def of_image(self) -> np.ndarray:
-        """Where the prompts' image tokens are, `[batch, total]` bool."""
+        """Positions of the prompts' image tokens, `[batch, total]` bool."""
         found = self.ids == (-1 if self.image_token is None else self.image_token)
         if self.image_tokens is None:
             return found
@@ -59,7 +59,7 @@ def positions(turn: Turn) -> np.ndarray:
 
 
 def position_inputs(model: Any) -> Shapes:
-    """What most decoders take besides embeddings, mask and cache."""
+    """Inputs of most decoders besides embeddings, mask and cache."""
     return {"position_ids": (BATCH, SEQUENCE)}
 
 
@@ -74,7 +74,7 @@ def run_whole_model(model: Any, **inputs: Any) -> Any:
 
 
 def input_embeddings(model: Any, ids: Any) -> Mapping[str, Any]:
-    """What most decoders take in place of token ids."""
+    """Inputs of most decoders in place of token ids."""
     return {"inputs_embeds": model.get_input_embeddings()(ids)}
 
 
@@ -91,7 +91,7 @@ def in_reading_order(config: Any, given: Arrays, seen: Arrays) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Vision:
-    """The graph that looks at images.
+    """The vision encoder's graph.
 
     Attributes:
         inputs: `inputs(model)`, name -> shape; float inputs are float32 in the file whatever the weights are.
@@ -102,10 +102,10 @@ class Vision:
         place: `place(config, given, seen)`, the rows `[image tokens, width]` that a caller puts at the image tokens of
             its prompts, in order. All that an app has to do between the graphs, in numpy.
         around: `around(config)`, token ids that stand before and after an image's tokens in every prompt.
-        calls: `calls(given)`, what the graph is run on for these images, one call after the other; default: once, on all.
-        traced: what the graph is traced on; default: the sample.
-        others: what else the graph is compared with torch on, one call each.
-        held: whether the axes are held to their names while the graph is traced, so that one name is one length.
+        calls: `calls(given)`, the inputs of the graph for these images, one call after another; default: one call with all.
+        traced: the inputs for tracing; default: the sample.
+        others: further inputs for the comparison with torch, one call each.
+        held: whether the axes keep their names while the graph is traced, so that one name is one length.
     """
 
     inputs: Callable[[Any], Shapes]

@@ -59,6 +59,8 @@ def by_token(
         beta: `[batch, tokens, heads]`.
         chunk_size, more: of the chunked form, without effect.
         initial_state: `[batch, heads, key width, value width]`; zeros if `None`.
+        output_final_state: whether to return the last state.
+        use_qk_l2norm_in_kernel: whether to normalise query and key.
         normed: normalises a vector to length 1, as this model does.
 
     Returns:

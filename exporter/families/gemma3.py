@@ -1,7 +1,7 @@
 """Gemma 3: the tokens of one image see one another in both directions, text sees what came before.
 
-Which tokens are an image's cannot be told from their embeddings, so the decoder takes `token_type_ids
-[batch_size, sequence_length]`, as transformers does: 1 for image tokens, 0 for all others and for text-only prompts.
+Embeddings do not show which tokens are an image's, so the decoder takes `token_type_ids [batch_size, sequence_length]`, as in
+transformers: 1 for image tokens, 0 for all others and for text-only prompts.
 """
 
 from __future__ import annotations

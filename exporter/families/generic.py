@@ -18,6 +18,7 @@ import numpy as np
 from ...runtime.images.deepstack import embeds_name, scatter
 from .family import BATCH, SEQUENCE, Arrays, Family, Shapes, Turn
 from .position_rules import RULES, Rule
+from .transformers_class import transformers_class
 
 PER_LAYER = "per_layer_inputs"
 _MARKS = "token_type_ids"  # what every graph calls the input that marks image tokens
@@ -25,13 +26,12 @@ _MARKS = "token_type_ids"  # what every graph calls the input that marks image t
 
 def generic_family(config: Mapping[str, Any]) -> Family | None:
     """The row for a checkpoint with this `config.json`; `None` where transformers has no image-text-to-text model of it."""
-    import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as classes
 
     model_type = config.get("model_type")
     named = classes.get(model_type) if isinstance(model_type, str) else None
     model_class = named[0] if isinstance(named, tuple) else named
-    if model_type is None or model_class is None or not _sees(getattr(transformers, model_class)):
+    if model_type is None or model_class is None or not _sees(transformers_class(model_class)):
         return None
     return Family(
         model_type=model_type,
@@ -45,9 +45,7 @@ def generic_family(config: Mapping[str, Any]) -> Family | None:
 
 def why_no_decoder(config: Mapping[str, Any], model_class: str) -> str | None:
     """Why this type has no decoder-only graph; `None` where it may have one."""
-    import transformers
-
-    kind, whole = config["model_type"], getattr(transformers, model_class)
+    kind, whole = config["model_type"], transformers_class(model_class)
     if config.get("is_encoder_decoder") or (config.get("text_config") or {}).get("is_encoder_decoder"):
         return f"{kind} is an encoder-decoder; only decoder-only language models can be guarded"
     if not hasattr(whole, "generate") or "inputs_embeds" not in inspect.signature(whole.forward).parameters:
@@ -69,7 +67,7 @@ def decoder_of(model: Any) -> Any:
 
 @dataclass(frozen=True)
 class GenericDecoder:
-    """What a decoder's graph takes and computes.
+    """Inputs and computation of a decoder's graph.
 
     Attributes:
         rule: of its positions; `None`: it takes none.

@@ -129,7 +129,7 @@ def _within_windows(forward: Any, windows: Sequence[torch.Tensor]) -> Any:
 
 
 def _uncut(split: Any) -> Any:
-    """`torch.split` that gives the whole where it is given one size: that of the one picture, which only the graph knows."""
+    """`torch.split` that returns the whole tensor for a single size: the only picture's, a value of the graph."""
 
     def whole(tensor: Any, sizes: Any, dim: int = 0) -> Any:
         return [tensor] if isinstance(sizes, list | tuple) and len(sizes) == 1 else split(tensor, sizes, dim)

@@ -1,17 +1,16 @@
-"""Which token stands for a row of image features: by the many names that configs have for it."""
+"""The token that stands for a row of image features, under its many names in configs."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# In the order in which they are asked for; the first that the config has counts.
-SPELLINGS = ("image_token_id", "image_token_index", "media_placeholder_token_id", "img_context_token_id", "im_patch_id")
+from ...runtime.chat.folder_configs import IMAGE_TOKEN_KEYS
 
 
 def image_token_id(config: Any) -> int | None:
     """The config's image token; `None` where it names none."""
     for part in (config, config.get_text_config()):
-        found = (getattr(part, name, None) for name in SPELLINGS)
+        found = (getattr(part, name, None) for name in IMAGE_TOKEN_KEYS)
         token = next((number for number in found if isinstance(number, int)), None)
         if token is not None:
             return token

@@ -30,7 +30,7 @@ def projected_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
 LLAVA = Family(
     model_type="llava",
     model_class="LlavaForConditionalGeneration",
-    # pixtral says "llava" too, but its tower takes images of any size.
+    # Pixtral's model type is "llava" too, but its tower takes images of any size.
     image_towers=("clip_vision_model", "siglip_vision_model"),
     vision=fixed_size_vision(projected_features),
 )

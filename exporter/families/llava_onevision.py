@@ -47,13 +47,16 @@ def sample(model: Any, random: np.random.Generator) -> Arrays:
 
 def place(config: Any, given: Arrays, seen: Arrays) -> np.ndarray:
     """The rows of all pictures, `[image tokens, width]`; `given["image_sizes"] [pictures, 2]` are their own sizes."""
+    return all_laid_out(config, given, seen, _tiles(config))
+
+
+def all_laid_out(config: Any, given: Arrays, seen: Arrays, most_tiles: int | None) -> np.ndarray:
+    """`placing.laid_out` for each picture of several."""
     rows, start = [], 0
     for size in given["image_sizes"]:
         grid = grid_of(size, config)
         features = {IMAGE_FEATURES: seen[IMAGE_FEATURES][start : start + 1 + math.prod(grid)]}
-        rows.append(
-            placing.llava_onevision(PreparedPicture({"image_sizes": size[None]}, grid), features, _tiles(config))
-        )
+        rows.append(placing.laid_out(PreparedPicture({"image_sizes": size[None]}, grid), features, most_tiles))
         start += 1 + math.prod(grid)
     return np.concatenate(rows)
 

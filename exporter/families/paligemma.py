@@ -1,10 +1,10 @@
 """PaliGemma 1 and 2: all tokens of a prompt see one another in both directions, only the answer is causal.
 
-The prompt is what one call of the decoder brings, so the rule needs no further input: tokens of one call see one
-another and everything before them. A prompt must therefore be given whole, in one call, as every app does.
+The prompt is one call of the decoder, so the rule needs no further input: tokens of one call see one another and everything
+before them. A prompt must therefore run in one call, as in every app.
 
-transformers counts positions from 1 here. Rotary embeddings know differences only, so counting from 0, as everywhere
-else, gives the same answers.
+transformers counts positions from 1 here. Rotary embeddings depend only on differences, so counting from 0, as everywhere else,
+gives the same answers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ def run(
     position_ids: torch.Tensor,
     past_key_values: Any,
 ) -> Any:
-    """`PaliGemmaForConditionalGeneration.forward`, which would take a call with a cache for a part of the answer."""
+    """`PaliGemmaForConditionalGeneration.forward`, which would treat a call with a cache as a part of the answer.
+
+    Args:
+        model, inputs_embeds, attention_mask, position_ids, past_key_values: as for transformers' forward.
+    """
     import torch
 
     batch, new, _ = inputs_embeds.shape

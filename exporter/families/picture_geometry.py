@@ -65,7 +65,12 @@ def get_vision_window_index(
 def get_vision_position_ids(
     grid_thw: torch.Tensor, spatial_merge_size: Any, include_temporal: bool = False, *, patches: int, **more: Any
 ) -> torch.Tensor:
-    """Row and column of each patch, `[patches, 2]` int64; with `include_temporal` its frame before them."""
+    """Row and column of each patch, `[patches, 2]` int64; with `include_temporal` its frame before them.
+
+    Args:
+        grid_thw, spatial_merge_size, include_temporal, more: as for the function of transformers that this replaces.
+        patches: number of patches.
+    """
     import torch
 
     row, column = _places(grid_thw, int(spatial_merge_size), patches)
@@ -86,7 +91,13 @@ def get_vision_interpolation_indices_and_weights(
     patches: int,
     **more: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which entries of a square table of positions each patch reads, and with what weights: `[patches, 4 or 16]` each."""
+    """Which entries of a square table of positions each patch reads, and with what weights: `[patches, 4 or 16]` each.
+
+    Args:
+        grid_thw, num_grid_per_side, mode, align_corners, spatial_merge_size, padding, more: as for the function of
+            transformers that this replaces.
+        patches: number of patches.
+    """
     from transformers.vision_utils import _interpolation_axis_taps_weights as taps_of
 
     side = num_grid_per_side

@@ -1,11 +1,11 @@
 """The image towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, run so that one graph takes any number of images of any size.
 
-transformers loops over the images: where a patch lies, which patches see each other, and where the learned positions are
-read between two of them comes from Python lists. Here all of it is arithmetic on the patch's number, so nothing but the
-number of patches and of images is left to the caller. What a tower computes is unchanged:
+transformers loops over the images: the place of a patch, the patches that see each other, and the learned positions to
+interpolate come from Python lists. Here all of them are computed from the patch's number, so the graph takes any number of
+patches and images. The tower's results are unchanged:
 
-- images, frames and (Qwen2.5-VL) windows that transformers cuts apart are told apart by a mask
-- windows need no reordering of the patches then: attention does not care for order, and the mask has the window
+- images, frames and (Qwen2.5-VL) windows, which transformers splits, are separated by a mask
+- windows need no reordering of the patches: attention does not depend on order, and the mask contains the windows
 
 The mask has one entry for every pair of patches, like the attention scores themselves wherever attention is not fused.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Places:
-    """Where each patch lies; every attribute is `[patches]` int64.
+    """Places of the patches; every attribute is `[patches]` int64.
 
     Attributes:
         frame: the number of the first patch of its frame, which no other frame of any image has.
@@ -67,7 +67,7 @@ def places(grids: torch.Tensor, patches: int, merge: int) -> Places:
 
 
 def image_features(tower: Any, pixel_values: torch.Tensor, grids: torch.Tensor) -> list[torch.Tensor]:
-    """What `tower(pixel_values, grid_thw=grids)` gives: merged features, then those for DeepStack (Qwen3-VL).
+    """Results of `tower(pixel_values, grid_thw=grids)`: merged features, then those for DeepStack (Qwen3-VL).
 
     Args:
         tower: `model.model.visual`.
@@ -109,7 +109,14 @@ def window_edge(tower: Any) -> int:
 
 
 def attend(attention: Any, states: torch.Tensor, rotation: Any, mask: torch.Tensor) -> torch.Tensor:
-    """The tower's attention, patches `[patches, width]`; `mask [patches, patches]` says who sees whom."""
+    """The tower's attention.
+
+    Args:
+        attention: the module.
+        states: `[patches, width]`.
+        rotation: cosine and sine of the rotary embedding.
+        mask: `[patches, patches]`, whether a patch sees another.
+    """
     from torch.nn.functional import scaled_dot_product_attention
 
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision

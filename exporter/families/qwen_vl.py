@@ -98,14 +98,14 @@ def decoder_feeds(config: Any, turn: Turn) -> Arrays:
 
 
 def decoder_reference(config: Any, turn: Turn) -> Arrays:
-    """transformers finds the prompt's positions itself; at later steps its forward wants to be told them."""
+    """transformers computes the prompt's positions itself; at later steps its forward requires them."""
     if turn.length < turn.ids.shape[1]:
         return {"position_ids": _positions(config, turn)}
     return {"mm_token_type_ids": _is_image(config, turn).astype(np.int64)}
 
 
 def run_deepstack(model: Any, **inputs: Any) -> Any:
-    """`Qwen3VLForConditionalGeneration.forward` from where images have been looked at."""
+    """`Qwen3VLForConditionalGeneration.forward`, starting with the image features."""
     text = model.model.language_model
     injected = [inputs.pop(embeds_name(number)) for number in injections(model.config)]
     # The original adds at the image tokens only, which it looks for; here the rest is zeros.
@@ -135,7 +135,7 @@ def _injected(config: Any, turn: Turn) -> Arrays:
 
 
 def _is_image(config: Any, turn: Turn) -> np.ndarray:
-    """Where the prompts' image tokens are; an image token that the model answers with is none."""
+    """Positions of the prompts' image tokens, without image tokens in the answer."""
     found = turn.ids == config.image_token_id
     if not turn.given:
         return found

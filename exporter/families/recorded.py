@@ -1,4 +1,4 @@
-"""What transformers' own `generate` does with prompts and pictures, call by call: the reference for exports."""
+"""Records transformers' own `generate` on prompts and pictures, call by call: the reference for exports."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def record(model: Any, ids: np.ndarray, mask: np.ndarray, given: Arrays, steps: 
     Args:
         model: in float32.
         ids, mask: of the prompts, padded on the left, `[batch, sequence]` int64.
-        given: what the image processor gave for their pictures; empty for text.
+        given: the image processor's output for their pictures; empty for text.
+        steps: number of tokens.
     """
     import torch
 
@@ -86,7 +87,7 @@ def record(model: Any, ids: np.ndarray, mask: np.ndarray, given: Arrays, steps: 
 @contextmanager
 def _endless(model: Any) -> Iterator[None]:
     """Within, no token ends an answer, and nothing of the checkpoint's own generation settings changes the choice."""
-    from transformers import GenerationConfig
+    from transformers.generation.configuration_utils import GenerationConfig
 
     own = model.generation_config
     pad = own.pad_token_id if isinstance(own.pad_token_id, int) else 0

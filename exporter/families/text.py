@@ -2,9 +2,9 @@
 
     input_ids, attention_mask, position_ids, past_key_values.* ─► model.onnx ─► logits, present.*
 
-That is the signature of onnx-community's text models. No table says which decoders can be exported: transformers lists
-them, torch traces them or says why not, and `dissect` finds the residual stream or says why not. What is refused here is what
-no tracing can change: encoders, encoder-decoders, and models that take images or sound.
+This is the signature of onnx-community's text models. There is no list of supported decoders: transformers lists its own,
+and torch and `dissect` report decoders that they cannot trace or guard. Rejected here are models that no tracing can
+support: encoders, encoder-decoders, and models that take images or sound.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from .family import Decoder, Family
+from .transformers_class import transformers_class
 
 _OTHER_TOWERS = ("vision_config", "audio_config", "speech_config")
 
 
 def text_family(config: Mapping[str, Any]) -> Family | None:
     """The row for a checkpoint with this `config.json`; `None` where transformers opens no causal language model of it."""
-    import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type = config.get("model_type")
@@ -28,7 +28,7 @@ def text_family(config: Mapping[str, Any]) -> Family | None:
     if model_type is None or not isinstance(model_class, str):
         return None
     # Models with ALiBi, like Bloom and MPT, read positions from the mask.
-    takes_positions = "position_ids" in inspect.signature(getattr(transformers, model_class).forward).parameters
+    takes_positions = "position_ids" in inspect.signature(transformers_class(model_class).forward).parameters
     return Family(
         model_type=model_type,
         model_class=model_class,

@@ -1,1 +1,1 @@
-"""A guarded folder in the layout that another runtime wants: Triton's model repository, onnxruntime-genai, transformers.js."""
+"""Packages a guarded folder for another runtime: Triton's model repository, onnxruntime-genai, transformers.js."""

@@ -12,7 +12,7 @@ from ...graphs.package import ModelPackage
 
 RUNTIME = "transformers.js"
 GENAI = "genai_config.json"
-# `genai_config.json` says of the decoder what `config.json` says under other names.
+# Keys of the decoder in `genai_config.json`, and their names in `config.json`.
 _SAME = {
     "hidden_size": "hidden_size",
     "num_attention_heads": "num_attention_heads",

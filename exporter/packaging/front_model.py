@@ -1,12 +1,12 @@
-"""The model that clients of this Triton repository ask: a prompt and a picture in, the answer out, whole or in pieces.
+"""The model that clients of this Triton repository call: prompt and picture in, answer out, complete or streamed.
 
-Triton runs it in a process of its own per instance ("Python backend"). Every graph is another model of the repository, asked
-by request ("business logic scripting"). The decode loop is here because its length is known only at its end, and the KV cache
-stays in this process from token to token. In modes `supervise` and `combined` each answer takes a text-only pass first; it
-is part of `steps`, and no request can leave it out.
+Triton runs it in a separate process per instance ("Python backend"). Every graph is another model of the repository, called by
+request ("business logic scripting"). The decode loop is here because its length is known only at its end; the KV cache stays in
+this process between tokens. In the modes `supervise` and `combined`, `steps` starts each answer with a text-only pass, which no
+request can skip.
 
-To let requests ask for more or other things, copy this folder to a repository of your own: Triton serves several, and a model
-may ask those of another. Needs `pip install vlmguard` beside Triton; no ONNX Runtime, no torch.
+To extend the requests, copy this folder to a repository of your own: Triton serves several repositories, and a model may call
+models of another. Requires `pip install vlmguard` beside Triton; neither ONNX Runtime nor torch.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class TritonPythonModel:
     def _sampling(self, request: Any) -> Sampling:
         wanted = int(_given(request, "max_tokens", min(64, self.longest)))
         if wanted > self.longest:
-            raise GuardError(f"max_tokens {wanted} is more than this server gives ({self.longest}); ask for fewer")
+            raise GuardError(f"max_tokens {wanted} is above this server's limit of {self.longest}; choose less")
         temperature, top_p = float(_given(request, "temperature", 0.0)), float(_given(request, "top_p", 1.0))
         return Sampling(wanted, temperature, top_p, int(_given(request, "seed", 0)))
 

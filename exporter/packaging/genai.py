@@ -1,7 +1,7 @@
 """`vlmguard package --genai`: a folder that onnxruntime-genai opens, for decoders that take token ids.
 
-genai's vision models want an embedding graph that mixes image features in itself (inputs `input_ids` and `image_features`).
-The graphs of the onnx-community layout leave that to the app, so that only text decoders can be laid out anew.
+genai's vision models need an embedding graph that inserts the image features (inputs `input_ids` and `image_features`). In the
+onnx-community layout the app inserts them, so only text decoders can be packaged.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ def package_genai(
     force: bool = False,
     report_progress: ProgressCallback = ignore_progress,
 ) -> Packaged:
-    """Write the genai layout; arguments and errors as for `repackage`.
+    """Write the genai layout.
+
+    Args:
+        guarded, out, data, force, report_progress: as for `repackage`.
 
     Raises:
-        GuardError: onnxruntime-genai would not feed the decoder, or no config says what it has to know.
+        GuardError: as for `repackage`; onnxruntime-genai cannot feed the decoder, or no config has a required value.
     """
     return repackage(guarded, out, arrange, data=data, force=force, report_progress=report_progress)
 
 
 def arrange(manifest: Manifest, package: ModelPackage) -> FolderLayout:
-    """What the folder holds.
+    """The layout of the folder.
 
     Raises:
         GuardError: as for `package_genai`.

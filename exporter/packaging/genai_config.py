@@ -1,4 +1,4 @@
-"""`genai_config.json`, from what a model's own configs and its decoder's inputs say."""
+"""Writes `genai_config.json` from the model's own configs and its decoder's inputs."""
 
 from __future__ import annotations
 

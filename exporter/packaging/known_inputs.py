@@ -13,7 +13,7 @@ from ...graphs.plan import PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUT
 from ...graphs.roles import LOGITS, input_roles
 from ...graphs.runtime_controls import PAST_GATE_INPUT
 
-# What the runtimes know of a cache: keys and values of a layer, in the onnx-community layout's names.
+# Cache inputs supported by the runtimes: keys and values of a layer, with the names of the onnx-community layout.
 _CACHE = re.compile(r"[0-9]+\.(key|value)")
 _WHY = {
     SUPERVISOR_INPUT: "modes supervise and combined need a text-only pass before each answer; export in mode restore",

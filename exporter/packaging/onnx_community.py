@@ -33,16 +33,19 @@ def package_onnx_community(
     force: bool = False,
     report_progress: ProgressCallback = ignore_progress,
 ) -> Packaged:
-    """Write the onnx-community layout; arguments and errors as for `repackage`.
+    """Write the onnx-community layout.
+
+    Args:
+        guarded, out, data, force, report_progress: as for `repackage`.
 
     Raises:
-        GuardError: transformers.js would not feed the decoder, or there is no config to go by.
+        GuardError: as for `repackage`; transformers.js cannot feed the decoder, or the model has no config.
     """
     return repackage(guarded, out, arrange, data=data, force=force, report_progress=report_progress)
 
 
 def arrange(manifest: Manifest, package: ModelPackage) -> FolderLayout:
-    """What the folder holds.
+    """The layout of the folder.
 
     Raises:
         GuardError: as for `package_onnx_community`.

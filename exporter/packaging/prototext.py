@@ -1,7 +1,7 @@
 """Protocol buffers as text, as Triton reads its configs; only to write, and only what those configs need.
 
-Written by hand because the package that carries the schema (`tritonclient[grpc]`) brings a gRPC stack along, for four small
-files. The tests read every config back with that schema.
+The package with the schema (`tritonclient[grpc]`) would add a gRPC stack for four small files. The tests read every config back
+with that schema.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What `vlmguard package` writes into a folder, made again from the folder: nothing that it wrote is taken on trust.
+"""Regenerates the files that `vlmguard package` writes from the folder itself, so that none of them has to be trusted.
 
-A manifest's record of the packaging (`packaged`) decides nothing. Which files a layout makes, moves and leaves out follows
-from the layout; the record must say the same.
+The manifest's record of the packaging (`packaged`) decides nothing: the layout determines which files are written, moved and
+left out, and the record must agree.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ _GENERATION = "generation_config.json"
 
 
 def check_packaged(folder: Path, manifest: Manifest, package: ModelPackage, original: ModelPackage | None) -> Check:
-    """The record of the packaging is what the layout's arrangement gives, and so is every file that it wrote.
+    """Check that the record of the packaging and every written file equal what the layout gives.
 
     Args:
-        package: of the folder.
-        original: the unguarded model, if at hand.
+        folder: the packaged folder.
+        manifest: its manifest.
+        package: the opened folder.
+        original: the unguarded model, if available.
     """
     record = manifest.packaged
     assert record is not None
@@ -55,11 +57,12 @@ def check_packaged(folder: Path, manifest: Manifest, package: ModelPackage, orig
 def regenerated(
     package: ModelPackage, original: ModelPackage | None, written: Collection[str]
 ) -> dict[str, bytes | None]:
-    """The files that the packaging wrote, by path; `None` where their bytes are judged elsewhere.
+    """The files written by the packaging, by path; `None` for files that other checks compare.
 
     Args:
-        original: the unguarded model, if at hand.
-        written: which are said to be; only configs that were made of another layout's depend on it.
+        package: the opened folder.
+        original: the unguarded model, if available.
+        written: files recorded as written; only configs converted from another layout depend on it.
     """
     if package.layout == "genai":
         return {"genai_config.json": genai_config.config_bytes(package, load_graph(package.decoder, trust_links=True))}

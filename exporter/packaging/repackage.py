@@ -26,14 +26,14 @@ from ..sources import require_apart
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """What a folder of another layout holds.
+    """The files of a folder in another layout.
 
     Attributes:
-        layout: its name.
-        decoders: path there -> path here of each decoder graph that comes along; the first is the one that runs.
-        brought: path here -> path there of every file that comes along as it is, the decoders' graphs among them.
-        written: path here -> content, of what is made for this layout.
-        options: what was asked for.
+        layout: name of the layout.
+        decoders: new path -> old path of each decoder graph; the first is the one that runs.
+        brought: old path -> new path of every file that is kept unchanged, including decoder graphs.
+        written: new path -> content of the files created for this layout.
+        options: options of the packaging.
     """
 
     layout: Layout
@@ -45,7 +45,7 @@ class FolderLayout:
 
 @dataclass(frozen=True)
 class Packaged:
-    """What `package` did.
+    """Result of `package`.
 
     Attributes:
         out: the folder.
@@ -160,7 +160,7 @@ def require_other_layout(package: ModelPackage, layout: Layout, runtime: str) ->
 
 
 def loose_files(manifest: Manifest, package: ModelPackage) -> list[str]:
-    """What a guarded folder holds besides graphs and their data, relative to it, sorted; no bill of its old paths."""
+    """Files of a guarded folder besides graphs and their data, relative paths, sorted; without its bill of materials."""
     graphs = [path for path in (package.root / name for name in manifest.files) if path.suffix == ".onnx"]
     data = {path.relative_to(package.root).as_posix() for graph in graphs for path in external_files(graph)}
     engines = {engine.path for engine in manifest.engines}

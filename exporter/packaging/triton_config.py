@@ -23,7 +23,7 @@ from .prototext import Message, Word, to_prototext
 
 Device = Literal["cpu", "gpu"]
 
-# Triton's Python processes know no bfloat16: https://github.com/triton-inference-server/python_backend ("TYPE_BF16").
+# Triton's Python backend lacks bfloat16: https://github.com/triton-inference-server/python_backend ("TYPE_BF16").
 _TYPES = {
     "bool": "TYPE_BOOL",
     "uint8": "TYPE_UINT8",
@@ -39,7 +39,7 @@ _LONGEST_ANSWER = 4096  # tokens; a request may ask for fewer
 
 @dataclass(frozen=True)
 class TritonOptions:
-    """How Triton runs the repository.
+    """Options of a Triton repository.
 
     Attributes:
         device: where the graphs run.
@@ -77,10 +77,10 @@ class Part:
 
 
 def part_of(name: str, model: ir.Model) -> Part:
-    """A graph as Triton will see it.
+    """Names, types and shapes of a graph in Triton.
 
     Raises:
-        GuardError: a tensor has a type that Triton or its Python processes do not know.
+        GuardError: a tensor has a type that Triton or its Python backend lacks.
     """
     graph = model.graph
     defaults = set(graph.initializers)  # of old exporters: inputs that have a value and need not be fed
@@ -109,7 +109,9 @@ def graph_config(part: Part, options: TritonOptions, parameters: Mapping[str, st
     """The config of a graph.
 
     Args:
-        told: parameters for who looks at the running server; Triton itself does not use them.
+        part: the graph.
+        options: options of the repository.
+        parameters: shown to users of the running server; Triton itself does not use them.
     """
     batched = part.batched and options.max_batch > 0
     config: dict[str, Any] = {

@@ -1,5 +1,5 @@
-"""What a Triton repository holds besides graphs: configs, the front model, what that knows of the others. And the check that
-a repository holds exactly these.
+"""The files of a Triton repository besides graphs: configs, the front model, and its description of the other models. Checks
+that a repository has exactly these.
 """
 
 from __future__ import annotations
@@ -34,7 +34,14 @@ def graphs_of(package: ModelPackage) -> dict[str, Path]:
 def written_files(
     graphs: Mapping[str, Path], package: ModelPackage, plan: Mapping[str, Any], options: TritonOptions
 ) -> dict[str, bytes]:
-    """Everything in a repository that is made from its graphs: configs, the front model, what it knows of the others."""
+    """Content of every file that is derived from the graphs: configs, the front model, its description of the other models.
+
+    Args:
+        graphs: model name -> graph file.
+        package: the guarded folder.
+        plan: the guard's plan from the manifest.
+        options: options of the repository.
+    """
     parts = {name: part_of(name, load_graph(path, trust_links=True)) for name, path in graphs.items()}
     require_runnable(parts, package)
     guard = {"vlmguard.mode": plan["mode"], "vlmguard.layers": ",".join(map(str, plan["layers"]))}

@@ -1,7 +1,7 @@
 """`vlmguard package --triton`: a guarded folder as a model repository of Triton Inference Server.
 
-A model per graph, each in the backend that runs it, and one in front that ties them together. No ensemble: Triton's
-ensembles are graphs without loops, and an answer is a loop whose length only the model knows.
+There is one model per graph, each in the backend that runs it, and a front model that calls them. An ensemble is not enough:
+Triton's ensembles have no loops, and an answer is a loop of unknown length.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def package_triton(
 
 
 def arrange(manifest: Manifest, package: ModelPackage, options: TritonOptions) -> FolderLayout:
-    """What the repository of a guarded folder holds.
+    """The layout of the repository.
 
     Raises:
         GuardError: as for `package_triton`.

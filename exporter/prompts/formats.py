@@ -32,7 +32,7 @@ class Entry:
     Attributes:
         prompt, label, intent: the text; `harmful`, `harmless` or `borderline`; the category.
         setting: how the prompt is shown, if the file has this column.
-        image: path of its picture, relative to the file.
+        images: paths of its pictures, relative to the file.
         above: number of folders between the file and its folder of pictures.
         id: the file's id of the prompt.
         split: its part of the file (`extraction`, `calibration`, `test`), if the file has parts.
@@ -43,7 +43,7 @@ class Entry:
     label: Label
     intent: str = ""
     setting: Setting | None = None
-    image: str | None = None
+    images: tuple[str, ...] = ()
     id: str | None = None
     split: str = ""
     pair: int | None = None
@@ -97,8 +97,11 @@ def _labelled(number: int, row: Row, path: Path) -> list[Entry]:
     if setting not in SETTINGS:
         raise RowUnusable(f"line {number} has setting {setting!r}; expected {', '.join(SETTINGS)}")
     # Only in settings with pictures: otherwise a picture would be shown with a prompt that counts as text.
-    image = str(row["image"]) if setting in PICTURED and row.get("image") else None
-    return [Entry(text.strip(), label, _word(row, "intent"), setting, image, _optional(row, "id"), _word(row, "split"))]
+    named = row.get("image") if setting in PICTURED else None
+    images = tuple(map(str, named if isinstance(named, list) else [named] if named else []))
+    return [
+        Entry(text.strip(), label, _word(row, "intent"), setting, images, _optional(row, "id"), _word(row, "split"))
+    ]
 
 
 def _advbench(number: int, row: Row, path: Path) -> list[Entry]:
@@ -119,7 +122,7 @@ def _harmbench(number: int, row: Row, path: Path) -> list[Entry]:
         return [Entry(prompt, "harmful", intent, id=name)]
     places = ("", "images", "multimodal_behavior_images", "../multimodal_behavior_images")
     found = next((place for place in places if (path.parent / place / str(image)).is_file()), "")
-    return [Entry(prompt, "harmful", intent, "image", str(Path(found) / str(image)), name, above=found.count(".."))]
+    return [Entry(prompt, "harmful", intent, "image", (str(Path(found) / str(image)),), name, above=found.count(".."))]
 
 
 def _jailbreakbench(number: int, row: Row, path: Path) -> list[Entry]:
@@ -153,7 +156,9 @@ def _mm_safetybench(number: int, row: Row, path: Path) -> list[Entry]:
             prompt = _said(number, row, "Rephrased Question")
             shown = str(place / picture)
             above = len(place.parts)
-            entries.append(Entry(prompt, "harmful", scenario, "typographic", shown, f"{name}-typographic", above=above))
+            entries.append(
+                Entry(prompt, "harmful", scenario, "typographic", (shown,), f"{name}-typographic", above=above)
+            )
             break
     return entries
 

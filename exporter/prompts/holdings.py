@@ -1,4 +1,4 @@
-"""What prompt files hold, and which prompts they share: to look at before anything is extracted, calibrated or evaluated."""
+"""Lists the prompts of files, and prompts that the files share, before extraction, calibration or evaluation."""
 
 from __future__ import annotations
 

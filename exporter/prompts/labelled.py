@@ -4,11 +4,11 @@ A source is a file, `FORMAT:FILE` (`formats.FORMATS`), or `builtin`: the pairs i
 part; `builtin` is a sample of it for the steps that run the model before it is guarded (`_OF_EACH_INTENT`).
 Our own formats, as lines of JSON, a JSON list or a csv:
 
-- anchors: `{"harmful", "harmless"}`, and if wanted `intent` and `split` (`extraction`, `calibration` or `test`);
+- anchors: `{"harmful", "harmless"}`, optionally `intent` and `split` (`extraction`, `calibration` or `test`);
 - labelled prompts: `{"id", "prompt", "label", "setting", "image"}`: label `harmful`, `harmless` or `borderline` (harmless,
-  but it looks harmful); setting `text`, `blank` (a white picture is attached), `image` (the picture `image`, a path
-  relative to the file) or `typographic` (a picture too, but the request is only in the picture: the text is harmless,
-  whatever the label).
+  but it looks harmful); setting `text`, `blank` (a blank white picture is attached), `image` (the picture `image`, a path
+  relative to the file, or a list of several) or `typographic` (a picture too, but the request is only in the picture: the
+  text is harmless, whatever the label).
 """
 
 from __future__ import annotations
@@ -65,6 +65,12 @@ class LabelledPrompt:
     image: Path | None = None
     intent: str = ""
     features: ImageFeatures | None = None  # in the place of a picture: soft images have no file
+    more_images: tuple[Path, ...] = ()  # shown behind `image`
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """The files of all its pictures."""
+        return () if self.image is None else (self.image, *self.more_images)
 
     @property
     def harmful_as_text(self) -> bool:
@@ -80,7 +86,8 @@ class LabelledPrompt:
         """As a request; `blank` gets a white picture of the model's size."""
         if self.setting == "blank":
             return Request(self.prompt, model.blank_image())
-        return Request(self.prompt, self.features if self.features is not None else self.image)
+        shown = self.images if self.more_images else self.image
+        return Request(self.prompt, self.features if self.features is not None else shown)
 
 
 @dataclass(frozen=True)
@@ -235,7 +242,7 @@ def fingerprint(prompt: LabelledPrompt) -> str:
 
     A prompt has the same digest in `text` and `blank`, because a blank picture adds nothing; other pictures are part of it.
     """
-    image = picture_bytes(prompt.image) if prompt.image is not None else b""
+    image = b"\0".join(map(picture_bytes, prompt.images))
     if prompt.features is not None:
         image = prompt.features.content()
     return hashlib.sha256(normalised(prompt.prompt).encode() + b"\0" + image).hexdigest()[:16]
@@ -281,13 +288,16 @@ def _sampled(numbered: list[tuple[int, Entry]], pairs: int | None) -> list[tuple
 
 
 def _prompt(path: Path, number: int, entry: Entry) -> LabelledPrompt:
-    image = picture_path(path, number, entry.image, entry.above) if entry.image is not None else None
-    if entry.setting in PICTURED and (image is None or not image.is_file()):
-        raise PromptsUnusable(
-            f"{path}: line {number} has setting {entry.setting}, but its image {entry.image!r} is missing"
-        )
+    images = [picture_path(path, number, image, entry.above) for image in entry.images]
+    missing = [named for named, image in zip(entry.images, images, strict=True) if not image.is_file()]
+    if entry.setting in PICTURED and (missing or not images):
+        named = missing[0] if missing else None
+        raise PromptsUnusable(f"{path}: line {number} has setting {entry.setting}, but its image {named!r} is missing")
+    image, more = (images[0], tuple(images[1:])) if images else (None, ())
     name = entry.id or (f"{number}-{entry.label}" if entry.pair is not None else str(number))
-    return LabelledPrompt(name, entry.prompt, entry.label, entry.setting or "text", image, entry.intent)
+    return LabelledPrompt(
+        name, entry.prompt, entry.label, entry.setting or "text", image, entry.intent, more_images=more
+    )
 
 
 def _paired(entries: Sequence[Entry]) -> tuple[AnchorPair, ...]:

@@ -1,4 +1,4 @@
-"""Where the pictures of a prompts file may lie: in its folder, or where the user allows it.
+"""Allowed places for the pictures of a prompts file: its folder, and folders that the user allows.
 
 A prompts file is untrusted input. Without this rule a row could name any file of the reader's machine as its picture.
 """

@@ -1,7 +1,7 @@
-"""Every file of a guarded folder is accounted for: what `verify` looks at follows from the folder, never from its manifest.
+"""Accounts for every file of a guarded folder. `verify` decides from the folder, not from its manifest, which files to check.
 
-The layout is detected and compared with the manifest's. Every graph is a decoder that is verified, or holds no part of one.
-What it keeps outside is listed. Configs name no graph that was not judged. There is no code, and there are no checkpoints.
+The layout is detected and compared with the manifest's. Every graph is a verified decoder or contains no part of one. External
+data is listed. Configs name only checked graphs. There is no code and no checkpoint.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def text_inputs(package: ModelPackage) -> tuple[str, ...]:
 
 
 def check_layout(manifest: Manifest, package: ModelPackage) -> Check:
-    """The folder is laid out as its manifest says."""
+    """Check that the folder has the layout recorded in its manifest."""
     wrong = (
         [] if package.layout == manifest.layout else [f"it is {package.layout}, the manifest records {manifest.layout}"]
     )
@@ -66,12 +66,13 @@ def check_layout(manifest: Manifest, package: ModelPackage) -> Check:
 def check_graphs(
     folder: Path, manifest: Manifest, decoder: ir.Model, anatomy: DecoderAnatomy, code: frozenset[str] = frozenset()
 ) -> list[Check]:
-    """Every graph is a verified decoder or holds none; data, configs and code are accounted for.
+    """Check that every graph is a verified decoder or contains none, and that data, configs and code are accounted for.
 
     Args:
-        folder: intact.
+        folder: its files match the manifest.
+        manifest: of the folder.
         decoder, anatomy: the decoder that runs, without its guard.
-        code: programs that are judged otherwise: what we wrote ourselves.
+        code: programs that another check compares with our own.
     """
     graphs = graphs_of(folder, manifest)
     decoders = {record.path for record in manifest.decoders}
@@ -108,20 +109,20 @@ def check_engine_files(folder: Path, manifest: Manifest) -> list[Check]:
 
 
 def require_kind(folder: Path, manifest: Manifest) -> None:
-    """A folder holds engines or graphs, and the manifest says the same.
+    """Require that the folder and its manifest agree on engines or graphs.
 
     Raises:
-        ManifestMismatch: it says otherwise, so that the proof would look at other files than a runtime.
+        ManifestMismatch: they differ, so that the proof would cover other files than those a runtime loads.
     """
     engines = [name for name in manifest.files if is_engine(folder / name)]
     if bool(engines) != bool(manifest.engines):
         what = f"holds {engines[0]}" if engines else "holds no engine"
-        says = "an engine" if manifest.engines else "no engine"
-        raise ManifestMismatch(f"{folder}: {what}, its manifest lists {says}; do not use it, or build it again")
+        listed = "an engine" if manifest.engines else "no engine"
+        raise ManifestMismatch(f"{folder}: {what}, its manifest lists {listed}; do not use it, or build it again")
 
 
 def _judged(folder: Path, name: str, decoder: ir.Model, anatomy: DecoderAnatomy) -> str:
-    """What is wrong with a graph beside the decoders; "" where nothing is."""
+    """The fault of a graph beside the decoders; "" if there is none."""
     if is_engine(folder / name) or name.lower().endswith(".ort"):
         return f"{name} is compiled, and cannot be judged"
     try:
@@ -132,7 +133,7 @@ def _judged(folder: Path, name: str, decoder: ir.Model, anatomy: DecoderAnatomy)
 
 
 def _stray(name: str) -> str:
-    """What a file is that no guarded folder holds, or ""."""
+    """Kind of a file that does not belong in a guarded folder, or ""."""
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in CODE:
         return "code"

@@ -1,4 +1,4 @@
-"""What surrounds a guarded decoder, compared with the unguarded model: external data, encoders, tokenizer, configs.
+"""Compares everything around a guarded decoder with the unguarded model: external data, encoders, tokenizer, configs.
 
 External data is compared by content: a tensor is the same if it takes the same bytes of a file with the same SHA-256,
 whatever the file is called here. So neither a manifest nor a name decides which file stands for which.
@@ -68,7 +68,15 @@ def _is_guards(path: Path, files: dict[Path, str], before: set[str]) -> bool:
 def check_around(
     folder: Path, manifest: Manifest, package: ModelPackage, original: ModelPackage, contents: Contents
 ) -> list[Check]:
-    """Graphs and files beside the decoder: what a prompt or a picture becomes before it meets the guard."""
+    """Compare graphs and files beside the decoder with the source: they prepare the decoder's inputs.
+
+    Args:
+        folder: its files match the manifest.
+        manifest: of the folder.
+        package: the opened folder.
+        original: the unguarded model.
+        contents: digests of files.
+    """
     decoders = {record.path for record in manifest.decoders}
     graphs = [name for name in manifest.files if name not in decoders and is_graph(folder / name)]
     data = {_relative(folder, path) for name in (*graphs, *decoders) for path in external_files(folder / name)}
@@ -130,7 +138,7 @@ def _same_graph(here: Path, there: Path, contents: Contents) -> bool:
 
 
 def _missing(manifest: Manifest, package: ModelPackage, original: ModelPackage, known: dict[str, Path]) -> list[str]:
-    """What the source has, a runtime goes by, and the folder lacks. A source may have got notes and prompts since."""
+    """Files of the source that a runtime reads and the folder lacks. Notes and prompts added to the source are ignored."""
     packaged = manifest.packaged is not None
     graphs = {name for name, path in known.items() if is_graph(path)}
     data = {path for name in graphs for path in external_files(known[name])}

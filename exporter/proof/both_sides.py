@@ -1,8 +1,8 @@
-"""One decoder of a guarded folder from both sides: without its guard, and with one that is put in afresh.
+"""One decoder of a guarded folder, unguarded and guarded, with a guard that is written anew.
 
-The unguarded side is the source model if it is at hand; otherwise the guard is taken out of the shipped graph in memory.
-Only a guard that is put in afresh shows what its gates read, and can be given another strength. That it is the shipped one,
-node for node and bit for bit, is checked before anything is said of it.
+The unguarded decoder is the source model if given; otherwise the guard is removed from the shipped graph in memory. Only a new
+guard can output what its gates read, or have another strength. A check ensures that it equals the shipped guard node for
+node and bit for bit.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .recorded_plan import originals_of, plan_again
 
 @dataclass(frozen=True)
 class BothSides:
-    """One decoder, without its guard and with it.
+    """One decoder, unguarded and guarded.
 
     Attributes:
-        package: the folder, with that decoder first.
-        source: the unguarded model's package, if it was given.
-        anatomy: of the decoder without the guard.
-        plan: what the manifest says was done, planned afresh.
+        package: the folder, with this decoder first.
+        source: the unguarded model, if given.
+        anatomy: of the unguarded decoder.
+        plan: the plan recorded in the manifest, planned anew.
     """
 
     package: ModelPackage
@@ -56,10 +56,10 @@ class BothSides:
         return graph, rewrite(graph, plan)
 
     def _require_shipped(self) -> None:
-        """What is put in here is what was shipped; where it is in the weights, nothing is put in.
+        """Require that the new guard equals the shipped one; a guard in the weights is not written anew.
 
         Raises:
-            ManifestMismatch: the shipped guard is not the one that the folder's plan and directions make.
+            ManifestMismatch: the shipped guard differs from the one of the folder's plan and directions.
         """
         if self.folded:
             return
@@ -74,16 +74,17 @@ class BothSides:
 def open_both_sides(
     package: ModelPackage, manifest: Manifest, record: DecoderRecord, source: Path | str | None, option: str
 ) -> BothSides:
-    """Look at one decoder of an opened guarded folder from both sides.
+    """Open one decoder of a guarded folder, unguarded and guarded.
 
     Args:
-        package: the folder, with that decoder first.
-        record: what the manifest says of that decoder.
-        source: the unguarded model (file or folder), if at hand.
-        option: by which a person gives it, for the error.
+        package: the folder, with this decoder first.
+        manifest: of the folder.
+        record: the decoder's record in the manifest.
+        source: the unguarded model (file or folder), if available.
+        option: the option that names the source, for errors.
 
     Raises:
-        ManifestMismatch: the source is not what the folder was made from, or the guard not what plan and directions make.
+        ManifestMismatch: the source is not the guarded model's, or the guard differs from plan and directions.
         GuardError: the guard is in the weights, and there is no source.
     """
     folder = package.root

@@ -25,6 +25,7 @@ class Comparison:
         worst: largest difference, relative to the largest number of its output; infinite where one is no number.
         skipped: NaN of padded rows in both, not compared.
         odd: places of what is no number where there must be one, in words.
+        broken: how many of these are NaN in both graphs.
     """
 
     before: str = "the original"
@@ -34,6 +35,7 @@ class Comparison:
     worst: float = 0.0
     skipped: int = 0
     odd: list[str] = field(default_factory=list)
+    broken: int = 0
 
     def see(
         self, where: str, mask: np.ndarray, before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]
@@ -72,6 +74,7 @@ class Comparison:
             no_number = unequal & ~finite
             if no_number.any():
                 place = np.unravel_index(int(no_number.argmax()), x.shape)
+                self.broken += bool(np.isnan(x[place]) and np.isnan(y[place]))
                 values = f"{_value(y[place])} in {self.after}, {_value(x[place])} in {self.before}"
                 self._odd(f"{where}, {spelled((row, *place), left.ndim)}: {values}")
         self.worst = max(self.worst, furthest / scale)
@@ -82,9 +85,15 @@ class Comparison:
 
     @property
     def note(self) -> str:
-        """What a person should know of numbers that are none; "" if there is nothing."""
+        """A note for the user about NaN and infinities; "" without any."""
         if self.odd:
-            return "; ".join(self.odd[:3]) + (f" and {len(self.odd) - 3} more" if len(self.odd) > 3 else "")
+            places = "; ".join(self.odd[:3]) + (f" and {len(self.odd) - 3} more" if len(self.odd) > 3 else "")
+            if self.broken < len(self.odd):
+                return places
+            return (
+                f"{self.before} itself outputs NaN for tokens that are no padding, so nothing can be shown of them; export it "
+                f"again with attention that ignores padding: {places}"
+            )
         return f"{self.skipped} NaN in padded rows of both, not compared" if self.skipped else ""
 
 
@@ -117,7 +126,7 @@ def spelled(place: Sequence[SupportsInt], dimensions: int) -> str:
 
 
 def first_no_number(states: np.ndarray, real: np.ndarray) -> str:
-    """Where states `[batch, tokens, d]` of real tokens hold NaN or infinity, in words; "" if nowhere."""
+    """Places of NaN or infinity in states `[batch, tokens, d]` of real tokens, as text; "" without any."""
     wrong = ~np.isfinite(states) & real[..., None]
     if not wrong.any():
         return ""

@@ -1,9 +1,9 @@
-"""Headroom: how near the states of a float16 graph come to the end of float16, 65504, layer by layer.
+"""Headroom: how close the states of a float16 graph come to float16's limit, 65504, layer by layer.
 
-The guard's own arithmetic stays finite for any finite state, and for states up to half the range the guarded sum too
-(`graphs/lowerings/gate.py`). What the proof cannot know is the prompts that were not tried, so there are two lines:
-beyond half the range the headroom is thin, which is said; beyond 15/16 of it, or if anything was not finite, the guard
-is refused, because a state of another prompt need only be a sixteenth larger to be infinite.
+The guard's own arithmetic is finite for any finite state, and for states up to half the range so is the guarded sum
+(`graphs/lowerings/gate.py`). Prompts that were not run may reach larger states, so there are two limits. Beyond half the range
+the check notes thin headroom. Beyond 15/16 of it, or with a value that is not finite, the guard is rejected: another prompt's
+state need only be a sixteenth larger to overflow.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Headroom:
     Attributes:
         layers: layer -> `[before, after]`; infinite where a state was not finite.
         channels: layer -> the channel of its largest state.
-        compared: how many numbers were looked at.
+        compared: number of compared values.
     """
 
     layers: dict[int, list[float]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What a proof runs on: prompts, inputs that the user gives by name, or inputs made from the graph's own signature."""
+"""Inputs of the proof: prompts, the user's inputs by name, or inputs made from the graph's signature."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _CACHE_AXES = 4  # of a KV cache: batch, heads, past, size
 
 @dataclass(frozen=True)
 class ProofInputs:
-    """What the proof runs on.
+    """Inputs of the proof.
 
     Attributes:
-        batches: prompts, ready for the decoder.
+        batches: batches for the decoder.
         texts: text-only versions of the same rows (for modes with a supervisor), or the same batches.
-        origin: where they come from, for the record.
+        origin: their source, for the record.
     """
 
     batches: tuple[PromptBatch, ...]
@@ -75,13 +75,21 @@ def paired_inputs(inputs: ProofInputs, pads: bool) -> ProofInputs:
 
 
 def _some_rows(batch: PromptBatch, rows: np.ndarray) -> PromptBatch:
-    """Text-only prompts in another order, as often as wanted."""
+    """The given rows of a text-only batch."""
     embeds = None if batch.embeds is None else batch.embeds[rows]
     return PromptBatch(batch.ids[rows], batch.mask[rows], embeds)
 
 
 def random_inputs(session: DecoderSession, width: int, vocabulary: int, pads: bool, why: str) -> ProofInputs:
-    """Seeded random inputs, for a graph that no prompt can be given to; `why` not, for the record."""
+    """Seeded random inputs, for a graph that cannot run prompts.
+
+    Args:
+        session: the decoder.
+        width: of its embeddings.
+        vocabulary: number of tokens.
+        pads: whether rows may have padding.
+        why: the reason, for the record.
+    """
     random = np.random.default_rng(0)
     batch, length = 2, 12
     ids = random.integers(0, vocabulary, (batch, length))
@@ -108,17 +116,21 @@ def signature_inputs(package: ModelPackage, width: int, why: str) -> ProofInputs
 
 
 def _vocabulary(session: DecoderSession, package: ModelPackage) -> int:
-    """How many tokens there are to choose from; the logits say, or the config."""
+    """Size of the vocabulary, from the shape of the logits or the config."""
     size = session.runner.outputs[session.logits_output].shape[-1]
     config = package.config
     return size or config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 100
 
 
 def given_inputs(paths: Sequence[Path], roles: InputRoles | None = None) -> ProofInputs:
-    """Inputs of the decoder by name, one `.npz` per call, for a graph that wants more than tokens.
+    """The user's decoder inputs, one `.npz` per call, for a graph that takes more than tokens.
+
+    Args:
+        paths: the files, with arrays by input name.
+        roles: of the graph's inputs.
 
     Raises:
-        ModelUnreadable: a file is no such thing.
+        ModelUnreadable: a file is invalid, or lacks tokens.
     """
     texts = [roles.text] if roles is not None and roles.text not in ("", TOKENS, EMBEDS) else [EMBEDS, TOKENS]
     masked = roles.mask if roles is not None and roles.mask else MASK
@@ -128,7 +140,7 @@ def given_inputs(paths: Sequence[Path], roles: InputRoles | None = None) -> Proo
         text = next((given[name] for name in texts if name in given), None)
         if text is None or text.ndim < 2:
             wanted = f"{texts[0]} [batch, sequence]" if len(texts) == 1 else f"{TOKENS} [batch, sequence] or {EMBEDS}"
-            raise ModelUnreadable(f"{path}: holds no {wanted}, but {', '.join(given) or 'nothing'}; add it")
+            raise ModelUnreadable(f"{path}: has no {wanted}, but {', '.join(given) or 'nothing'}; add it")
         ids = np.zeros((len(text), len(text[0])), np.int64)
         batches.append(PromptBatch(ids, _own_mask(given, ids, masked), given=given))
     names = ", ".join(path.name for path in paths)

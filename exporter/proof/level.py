@@ -1,4 +1,4 @@
-"""How much of a proof is done, and why.
+"""The level of a proof, and the reason for it.
 
 | level | what is run | what it shows |
 |---|---|---|
@@ -48,19 +48,20 @@ def is_more(level: Proved, than: Proved) -> bool:
 
 
 def without_inputs(wanted: WantedProof, reason: str, lowering: str) -> ProofLevel | None:
-    """The level for a model that fits, and that no inputs could be made for; `None` if it cannot be proved as wanted."""
+    """The level for a model that fits but has no inputs; `None` if the requested proof is impossible."""
     return ProofLevel("local", reason) if wanted == "auto" and lowering != FOLD else None
 
 
 def choose_level(wanted: WantedProof, decoders: Sequence[tuple[ModelPackage, ir.Model]], lowering: str) -> ProofLevel:
-    """The level that was asked for; `auto` takes `full` where the model fits into the free memory, else `local`.
+    """The requested level; `auto` is `full` if the model fits into the free memory, else `local`.
 
     Args:
-        decoders: the model seen from each of its decoders, and that decoder's graph. One is run at a time.
-        lowering: as planned.
+        wanted: the requested level.
+        decoders: the model with each of its decoders first, and that decoder's graph. One runs at a time.
+        lowering: the planned lowering.
 
     Raises:
-        GuardError: `local` was asked for and there is no node to cut out, or an unknown level.
+        GuardError: `local` with a lowering without guard nodes, or an unknown level.
     """
     if wanted not in get_args(WantedProof):
         raise GuardError(f"proof {wanted!r} is unknown; choose one of {', '.join(get_args(WantedProof))}")

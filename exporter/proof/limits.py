@@ -1,4 +1,4 @@
-"""How far what a graph computes may be from the float64 reference, relative to the largest number compared."""
+"""Allowed deviation of a graph's results from the float64 reference, relative to the largest compared number."""
 
 from __future__ import annotations
 

@@ -102,6 +102,14 @@ def call_part(states: Mapping[str, np.ndarray], masked: Masked) -> dict[str, np.
 
 
 def call_feeds(cut: Cut, plan: GuardPlan, call: LocalCall, states: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inputs of one call of a guard that is cut out.
+
+    Args:
+        cut: the guard's graph.
+        plan: the guard's plan.
+        call: masks, supervisors and runtime controls of the call.
+        states: stream inputs by name.
+    """
     fed: dict[str, np.ndarray] = {}
     for name, value in cut.inputs.items():
         if name in states:

@@ -1,4 +1,4 @@
-"""What a guard that was run by itself computed, compared with the numpy reference, call by call."""
+"""Compares each guard, run on its own, with the numpy reference, call by call."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ GUARD_OUTPUTS = "what each guard, cut out, outputs of itself equals the numpy re
 
 @dataclass(frozen=True)
 class TokenPlaces:
-    """Where the tokens of a call are, as a graph with these inputs can know it.
+    """Positions of the tokens of a call, as far as the graph's inputs show them.
 
     Attributes:
         last: `[rows, tokens, 1]` of 0 and 1, the last tokens.
@@ -68,7 +68,7 @@ class TokenPlaces:
 
 @dataclass
 class LocalFindings:
-    """What the calls showed, in numbers and places."""
+    """Results of all calls: numbers of compared values, largest deviations, faults."""
 
     plan: GuardPlan
     reads: int = 0
@@ -97,7 +97,14 @@ class LocalFindings:
     def see(
         self, cut: Cut, call: LocalCall, states: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
     ) -> None:
-        """One call of one cut."""
+        """Compare one call of one cut.
+
+        Args:
+            cut: the guard's graph.
+            call: its inputs besides the stream.
+            states: stream inputs by name.
+            outputs: of the call.
+        """
         self.calls += 1
         for site in cut.sites:
             with np.errstate(all="ignore"):

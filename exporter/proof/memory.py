@@ -1,4 +1,4 @@
-"""How much memory a proof by running would take, and how much is free: what the default proof is chosen by.
+"""Memory that a proof by running needs, and free memory: they decide the default level of the proof.
 
 Both are estimates. A proof that is started with too little memory is killed by the kernel without a word, so they err on the
 side of the smaller proof.
@@ -48,10 +48,10 @@ def _vocabulary(graph: ir.Model) -> int:
 
 
 def free_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Memory that this process may still take: what the machine has left, and its limits. `None` where nothing says so.
+    """Memory available to this process in bytes, within its limits; `None` if unknown.
 
     Args:
-        proc, groups: where Linux keeps its figures.
+        proc, groups: folders with Linux's figures.
     """
     known = [*_machine(proc), *_groups(proc, groups), *_process()]
     return max(0, min(known)) if known else None
@@ -64,7 +64,7 @@ def _machine(proc: Path) -> Iterator[int]:
 
 
 def _groups(proc: Path, groups: Path) -> Iterator[int]:
-    """What the control groups of this process leave, version 1 and 2, each up to the root."""
+    """Bytes left in the control groups of this process, version 1 and 2, each up to the root."""
     for line in _lines(proc / "self" / "cgroup"):
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):

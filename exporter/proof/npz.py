@@ -23,7 +23,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with os.fdopen(open_regular(path), "rb") as file:
-            with ZipFile(file) as archive:  # what it says is what is unpacked: `zipfile` stops there
+            with ZipFile(file) as archive:  # `zipfile` unpacks no more than the declared size
                 sizes = [entry.file_size for entry in archive.infolist()]
             if len(sizes) > MOST_ARRAYS or sum(sizes) > LARGEST:
                 raise ValueError(f"{len(sizes)} arrays of {sum(sizes)} bytes, expected at most {LARGEST}")

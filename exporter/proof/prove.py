@@ -1,11 +1,11 @@
-"""The proof by running: on the staged file, before it gets its name. Each check says how much it compared.
+"""The proof by running the staged file. Each check records how much it compared.
 
 1. Closed gate (or zero strength): every original output, prefill and decode, equals the unguarded model's bit for bit
-   (`prove_closed`). Where a guard edits the prompt's end alone, so does every call without a supervisor: each token of an
-   answer.
+   (`prove_closed`). For a guard that edits only the end of the prompt, so does every call without a supervisor: each token of
+   an answer.
 2. Guarded hidden states equal the numpy reference, with the gates as the inputs set them and with every gate forced open.
-3. Tokens that are not to be edited are untouched, bit for bit.
-4. In a float16 graph: how near the states come to the end of float16 (`headroom`).
+3. Tokens outside the positions are unchanged, bit for bit.
+4. In a float16 graph: how close the states come to float16's limit (`headroom`).
    Paired rows: even rows, and with them rows that stand alone, equal the original bit for bit, decode steps of odd rows too.
 5. Where the graph has runtime controls (`graphs.runtime_controls`): strength 0, and below, equals the original bit for bit;
    states at other settings equal the reference; its scores and gates are the reference's (`prove_gate`); a held gate
@@ -176,7 +176,7 @@ def _settings(plan: GuardPlan) -> list[_Setting]:
         found.append(_Setting(" (knobs turned)", what, None, True, 0.5, _LOWERED))
     elif plan.knobs:
         found.append(_Setting(" (knobs turned)", "strength 0.5", None, True, 0.5))
-    if plan.gate == "prompt":  # the thresholds say the opposite of what is held
+    if plan.gate == "prompt":  # the thresholds contradict the held decision
         found.append(_Setting(" (held closed)", "held closed, every score above its threshold", True, False, held=0.0))
         found.append(_Setting(" (held open)", "held open, every score below its threshold", False, True, held=1.0))
     return found
@@ -252,7 +252,7 @@ def _against_reference(
                 worst = max(worst, relative(expected[real], found[real]))
                 moved += int((expected[real] != raw[real]).any(axis=-1).sum())
                 states += int(real.sum())
-                if supervisor is not None:  # what the text-only pass tells the other one: this layer's own coordinates
+                if supervisor is not None:  # the text-only pass outputs the coordinates of this layer
                     own = last @ layer.ssd.T.astype(np.float64)
                     shown = outputs[COORDINATES_OUTPUT][:, row].astype(np.float64)
                     off = np.abs(own - shown).max() / max(float(np.abs(last).max()), 1e-6)
@@ -293,7 +293,8 @@ def _unedited_tokens(
     supervisors: Sequence[np.ndarray | None],
     place: DecoderPlace,
 ) -> list[Check]:
-    """With positions `last`, every other token's state passes through bit for bit, whatever the gate says; no check where a
+    """With positions `last`, the states of all other tokens are unchanged, bit for bit, with gates open or closed; no check
+    if a
     call has no other token."""
     name = "tokens outside the positions are untouched bit for bit"
     if not plan.edits_last:

@@ -42,7 +42,16 @@ def closed_equals_source(
     inputs: ProofInputs,
     place: DecoderPlace | None = None,
 ) -> Check:
-    """Bit for bit as apps run it; where the runtime's own rounding moves, exact without its optimiser, and bounded."""
+    """Check that closed gates give the unguarded outputs, bit for bit; where the runtime's optimiser changes rounding, exactly
+    without the optimiser and within a limit with it.
+
+    Args:
+        package: the unguarded model.
+        staged: the guarded graph.
+        plan, report: of the guard.
+        inputs: inputs of the proof.
+        place: opens the decoders.
+    """
     closed = load_graph(staged, trust_links=True)
     force_gates(closed, plan, report, is_open=False)
     return _equals_source(
@@ -58,7 +67,11 @@ def no_strength_equals_source(
     inputs: ProofInputs,
     place: DecoderPlace | None = None,
 ) -> Check:
-    """With every gate open, so that it is the knob that does it."""
+    """Check that strength 0 gives the unguarded outputs, with every gate open so that only the knob can close the guard.
+
+    Args:
+        package, staged, plan, report, inputs, place: as for `closed_equals_source`.
+    """
     graph = load_graph(staged, trust_links=True)
     force_gates(graph, plan, report, is_open=True)
     turned = [{STRENGTH_INPUT: np.array(strength, np.float32)} for strength in _OFF]
@@ -69,7 +82,12 @@ def no_strength_equals_source(
 def unedited_equals_source(
     package: ModelPackage, staged: Path, plan: GuardPlan, inputs: ProofInputs, place: DecoderPlace | None = None
 ) -> Check:
-    """The graph as it ships, fed as in a text-only pass and at every token of an answer; of paired rows the text-only ones."""
+    """Check the shipped graph without a supervisor, as in a text-only pass and at every token of an answer; of paired rows the
+    text-only rows.
+
+    Args:
+        package, staged, plan, inputs, place: as for `closed_equals_source`.
+    """
     name = "calls without a supervisor equal the original bit for bit"
     rows = slice(None)
     if plan.paired:
@@ -160,15 +178,20 @@ def roll(
     runtime_controls: Mapping[str, np.ndarray] | None = None,
     steps: int = DECODE_STEPS,
 ) -> list[Mapping[str, np.ndarray]]:
-    """Outputs of prefill and a few decode steps on fixed tokens: rows of the prompt again, so that runs stay alike.
+    """Outputs of prefill and a few decode steps on fixed tokens, which repeat tokens of the prompt.
 
-    Inputs that were given by name are one call.
+    Args:
+        session: the decoder.
+        batch: the prompts; inputs given by name are a single call.
+        supervisor: the text-only coordinates, or `None`.
+        runtime_controls: guard inputs by name.
+        steps: number of decode steps.
     """
     outputs, state = session.prefill(batch, supervisor, runtime_controls)
     rolled = [outputs]
     if batch.given is not None or not session.can_step:
         return rolled
-    if session.call_length not in (None, 1):  # every call brings as many tokens as the first
+    if session.call_length not in (None, 1):  # every call has as many tokens as the first
         return rolled + [session.step(state, batch.ids, batch.embeds) for _ in range(steps)]
     for step in range(1, steps + 1):
         at = -1 - step % batch.ids.shape[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...graphs.anatomy import dissect
+from ...graphs.anatomy import prepare
 from ...graphs.errors import ProofFailed
 from ...graphs.graph_io import load_graph
 from ...graphs.lowerings.fold import FOLD
@@ -31,15 +31,16 @@ def prove_decoder(
     locally: bool = False,
     place: DecoderPlace | None = None,
 ) -> tuple[Check, ...]:
-    """Every check, on the file as it will ship.
+    """Run every check on the file that will ship.
 
     Args:
-        decoder: what was planned, and the unguarded model.
-        report: what was done.
-        folder: where the guarded copy is.
-        inputs: what to run it on; `None` does not run the model.
-        locally: run each guard by itself.
-        place: where decoders are opened, one at a time.
+        decoder: the plan and the unguarded model.
+        report: what was rewritten.
+        folder: folder of the guarded copy.
+        inputs: inputs of the proof; `None`: do not run the model.
+        report_progress: called with `(stage, done, total)`.
+        locally: run each guard on its own.
+        place: opens decoders, one at a time.
 
     Raises:
         ProofFailed: one of them does not hold.
@@ -48,7 +49,7 @@ def prove_decoder(
     report_progress(label, 0, 2)
     path = folder / decoder.path
     source = decoder.package.load_decoder()
-    dissect(source)  # inlines functions and infers types exactly as was done to the graph that was rewritten
+    prepare(source)  # inlines functions and infers types exactly as was done to the graph that was rewritten
     structure = prove_fold if decoder.plan.lowering == FOLD else prove_structure
     checks = structure(source, load_graph(path, trust_links=True), decoder.anatomy, decoder.plan, report)
     report_progress(label, 1, 2)
@@ -64,7 +65,7 @@ def prove_decoder(
 
 
 def _require_all(checks: Sequence[Check]) -> None:
-    # The headroom first: where float16 overflows, every other check fails too, and says less.
+    # The headroom first: if float16 overflows, every other check fails too, with a less useful message.
     for check in sorted(checks, key=lambda check: check.name != HEADROOM):
         if not check.ok:
             raise ProofFailed(

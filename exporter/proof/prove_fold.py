@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from ...graphs.anatomy import dissect
+from ...graphs.anatomy import prepare
 from ...graphs.dtypes import STREAM_DTYPES
 from ...graphs.graph_io import load_graph
 from ...graphs.lowerings.fold import subspace
@@ -76,7 +76,7 @@ def prove_fold_by_running(
 
 def _source(package: ModelPackage, change: Callable[[ir.Model], None]) -> ir.Model:
     model = package.load_decoder()
-    dissect(model)  # inlines functions and infers types exactly as was done to the graph that was folded
+    prepare(model)  # inlines functions and infers types exactly as was done to the graph that was folded
     change(model)
     return model
 

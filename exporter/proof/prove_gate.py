@@ -1,6 +1,6 @@
-"""What a guarded graph says of its own gates, against the numpy reference: telemetry, and gates that are held.
+"""Compares a guarded graph's gate outputs (telemetry and held gates) with the numpy reference.
 
-Filled while the proof runs the graph anyway (`prove`), as `headroom` is.
+Filled while `prove` runs the graph for other checks, like `headroom`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class GateOutputs:
     """Scores and decisions of every call that was seen.
 
     Attributes:
-        plan: says what is told.
-        limit: largest deviation of a score, relative to the length of what it sums up.
+        plan: the guard's plan; it defines the gate outputs.
+        limit: largest deviation of a score, relative to the length of its summands.
     """
 
     plan: GuardPlan
@@ -86,7 +86,7 @@ class GateOutputs:
                 self.wrong.append(f"layer {self.plan.layers[row]}")
 
     def checks(self) -> tuple[Check, ...]:
-        """The records for the manifest; none for a graph that tells nothing."""
+        """The checks for the manifest; none for a graph without gate outputs."""
         made: list[Check] = []
         if self.plan.telemetry:
             ok = self.compared > 0 and self.worst <= self.limit
@@ -99,7 +99,14 @@ class GateOutputs:
 
 
 def summed(mode: str, layer: LayerGuard, state: np.ndarray, supervisor: np.ndarray | None) -> np.ndarray:
-    """What rounding is relative to, `[batch, 1]`: the length of the summands, row by row."""
+    """Scale of a score's rounding, `[batch, 1]`: the length of its summands.
+
+    Args:
+        mode: the guard's mode.
+        layer: the guard's numbers.
+        state: what the gate reads, `[batch, d]`.
+        supervisor: the text-only coordinates `[batch, m]`, or `None`.
+    """
     row = guard_mode(mode).score_row(layer)
     if row is None:
         assert supervisor is not None

@@ -1,15 +1,16 @@
-"""The proof of each guard by itself: its own nodes, cut out of the staged file, run against the numpy reference.
+"""The proof of each guard on its own: its nodes, cut out of the staged file, run against the numpy reference.
 
-No weight of the decoder is loaded, so it takes seconds and megabytes at any size. With the proof of the structure (every
-path through the decoder passes these nodes, and nothing else changed) it says what the guard computes wherever it stands.
-What it does not run is the decoder around it: `prove` does.
+No weights of the decoder are loaded, so it takes seconds and megabytes at any model size. Together with the proof of the
+structure (every path through the decoder passes these nodes, and nothing else changed) it shows what the guard computes in the
+model. It does not run the decoder around it; `prove` does.
 
-1. Each guard reads its own stream, the inputs that show which token is last, and the guard's own inputs. Nothing else.
+1. Each guard reads only its own stream, the inputs that mark the last token, and the guard's own inputs.
 2. Guarded states equal the numpy reference: states from zero to the dtype's limit, outlier channels, scores just above
    and below the threshold; masks whole, padded, static and behind a past; all supervisors, knobs and held gates; paired
    rows also in a decode step, with an odd number of rows, and where a row has no token in the call.
-3. A closed gate, strength 0 or less, a listening pass and every token outside the positions give the stream's bits back.
-4. Coordinates, scores and gates that the guard outputs are the reference's.
+3. A closed gate, strength 0 or less, a pass without a supervisor, and every token outside the positions return the stream's
+bits.
+4. Coordinates, scores and gates that the guard outputs equal the reference's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a guarded folder was made from: the sources of its decoders, and its plan again, from directions and spec."""
+"""Reads a guarded folder's records: the sources of its decoders, and its plan, planned anew from directions and spec."""
 
 from __future__ import annotations
 
@@ -41,13 +41,21 @@ _FOR_READERS = ("notes", "separation")
 def plan_again(
     folder: Path, manifest: Manifest, record: DecoderRecord, stripped: ir.Model, anatomy: DecoderAnatomy
 ) -> GuardPlan:
-    """The plan, from the folder's own directions and the manifest's decisions; it must say what the manifest says."""
+    """Plan the guard anew from the folder's directions and the manifest's spec; it must equal the recorded plan.
+
+    Args:
+        folder: the guarded folder.
+        manifest: of the folder.
+        record: the decoder's record in the manifest.
+        stripped: the decoder without its guard.
+        anatomy: of that decoder.
+    """
     recorded = record.plan
-    wished = dict(manifest.spec)
+    settings = dict(manifest.spec)
     try:
-        if wished.get("layers") is not None:
-            wished["layers"] = tuple(wished["layers"])
-        spec = GuardSpec(**wished)
+        if settings.get("layers") is not None:
+            settings["layers"] = tuple(settings["layers"])
+        spec = GuardSpec(**settings)
     except TypeError as error:
         raise ManifestMismatch(f"{folder}: the manifest's spec cannot be read ({error}); export again") from None
     found = read_directions(folder / DIRECTIONS_FILE)

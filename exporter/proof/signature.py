@@ -1,8 +1,7 @@
-"""Proof inputs made from a graph's own signature: for graphs that want more than a prompt, or calls of one size alone.
+"""Proof inputs made from a graph's own signature, for graphs that take more than a prompt, or calls of one size only.
 
-Sizes come from the graph: a size that is fixed is kept, one that has the name of the tokens' batch or length is that, and a
-size that is called like nothing else is tried. Values are seeded: zeros or ones first, then random ones, because the guard
-must hold whatever an input does that is not understood here.
+Sizes come from the graph: fixed sizes are kept, sizes with the name of the batch or length follow these, and other named sizes
+are tried. Values are seeded: zeros or ones first, then random ones, because the guard must hold whatever such an input does.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ...runtime.decoder import DecoderSession
 from ...runtime.decoder_inputs import PER_LAYER, PromptBatch, needs_more
 
 BATCH, LENGTH, STEPS_KEPT = 2, 12, 4
-_TRIED = (3, 1, 2, 4, LENGTH, 8, 16)  # sizes of axes that nothing tells; M-RoPE's three axes first
+_TRIED = (3, 1, 2, 4, LENGTH, 8, 16)  # sizes for unknown axes; M-RoPE's three axes first
 _MOST_TRIES = 60
 
 
@@ -65,7 +64,7 @@ def why_made(graph: ir.Graph, has_embeddings: bool = False) -> str:
     if mask is not None and mask.shape is not None and isinstance(size(mask.shape[-1]), int):
         return f"the graph takes a mask of {size(mask.shape[-1])} columns"
     if _open_positions(graph, roles) is not None:
-        return f"the graph does not say how many rows {roles.positions!r} has"
+        return f"the number of rows of {roles.positions!r} is unknown"
     return ""
 
 
@@ -127,14 +126,14 @@ class SeededInputs:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a graph's inputs say about its calls.
+    """Calls of a graph, read from its inputs.
 
     Attributes:
         batch, length: of the prompt, as fixed by the graph or chosen.
         roles: of the inputs.
         unknown: inputs without a role.
         named: axis name -> what it follows: `batch`, `sequence`, `total`, `past`.
-        open: names of axes that nothing tells.
+        open: names of axes of unknown size.
     """
 
     batch: int
@@ -188,6 +187,13 @@ def made_batches(
 ) -> list[PromptBatch]:
     """Batches that the graph runs on: one, or one for each kind of values of its further inputs.
 
+    Args:
+        session: the decoder.
+        package: the model.
+        width: of its embeddings.
+        vocabulary: number of tokens.
+        pads: whether rows may have padding.
+
     Raises:
         InputsUnknown: it runs on none of those tried; names the input.
     """
@@ -218,7 +224,7 @@ def made_batches(
 
 
 def _assignments(names: Sequence[str]) -> Iterator[dict[str, int]]:
-    """Sizes to try for axes that nothing tells."""
+    """Sizes to try for axes of unknown size."""
     for sizes in islice(product(_TRIED, repeat=len(names)), _MOST_TRIES):
         yield dict(zip(names, sizes, strict=True))
 
@@ -237,7 +243,7 @@ def _shape(value: ir.Value) -> str:
 
 
 def _room(graph: ir.Graph, roles: InputRoles) -> int:
-    """How many tokens a prompt may have in caches and masks of fixed size, with some left for decode steps."""
+    """Number of tokens of a prompt that fit into caches and masks of fixed size, with room for decode steps."""
     fixed = []
     mask = _named(graph, roles.mask)
     if mask is not None and mask.shape is not None:

@@ -1,6 +1,6 @@
-"""What one guarded layer is run on by itself: states from zero to the end of the dtype, gates on both sides of the threshold.
+"""States for running one guarded layer on its own: from zero to the dtype's limit, gates on both sides of the threshold.
 
-Every kind of state stands at every place of a call, so each is the last token of some row.
+Every kind of state occurs at every position of a call, so each is the last token of some row.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CLEAR = 3.0
 
 @dataclass(frozen=True)
 class Aim:
-    """What a layer's gate reads, and where it opens.
+    """The row and threshold of a layer's gate.
 
     Attributes:
         row: `[d]`, or `None` for a gate that does not read the state.
@@ -93,7 +93,14 @@ KINDS = 10  # of states, and so rows of a call
 
 
 def site_states(seed: int, layer: LayerGuard, aim: Aim, dtype: str) -> np.ndarray:
-    """`[KINDS, TOKENS, d]` in the dtype: every kind once at every token."""
+    """States `[KINDS, TOKENS, d]`: every kind once at every token.
+
+    Args:
+        seed: of the random numbers.
+        layer: the guard's numbers.
+        aim: the gate's row and threshold.
+        dtype: of the stream.
+    """
     random = np.random.default_rng(seed)
     makers = list(_kinds(layer, aim, dtype).values())
     assert len(makers) == KINDS
@@ -146,7 +153,14 @@ def paired_masks() -> list[Masked]:
 
 def supervisor_of(seed: int, mode: str, layer: LayerGuard, turned: int) -> np.ndarray:
     """One layer's text-only coordinates `[KINDS, m]` float32: the first on both sides of the threshold and, in `supervise`,
-    at it and one step above."""
+    at it and one step above.
+
+    Args:
+        seed: of the random numbers.
+        mode: the guard's mode.
+        layer: the guard's numbers.
+        turned: rotation of the sides among the rows.
+    """
     random = np.random.default_rng([seed, 7, turned])
     coordinates = random.normal(size=(KINDS, layer.rank)).astype(np.float32)
     edge = np.float32(layer.threshold - layer.text_shift)

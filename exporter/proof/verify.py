@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from ...graphs.anatomy import DecoderAnatomy, dissect
+from ...graphs.anatomy import DecoderAnatomy, dissect, prepare
 from ...graphs.errors import GuardError, ManifestMismatch
 from ...graphs.lowerings.fold import FOLD
 from ...graphs.manifest import DecoderRecord, Manifest, read_manifest, require_intact, write_manifest
@@ -69,7 +69,7 @@ State = Literal["verified", "failed", "not verified"]
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found.
+    """Result of `verify`.
 
     Attributes:
         manifest: of the folder.
@@ -97,7 +97,7 @@ class Verification:
         return self.state == "verified"
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` prints."""
+        """The content of `--json`."""
         return {
             "ok": self.ok,
             "state": self.state,
@@ -190,7 +190,7 @@ def _verify_folder(
     originals: Mapping[str, ModelPackage],
     contents: Contents,
 ) -> list[Check]:
-    """What lies around the decoders; which checks there are follows from the folder."""
+    """Check the files around the decoders; the folder determines which checks there are."""
     original = originals.get(manifest.decoder)
     stripped = guarded.load_decoder()
     strip_guard(stripped)
@@ -206,10 +206,10 @@ def _verify_folder(
 
 
 def _finished(folder: Path, manifest: Manifest, checks: Sequence[Check], level: ProofLevel | None) -> Verification:
-    """What was found; the manifest learns of a run that proved more than it says.
+    """The result; a run with a stronger proof than recorded is added to the manifest.
 
     Args:
-        level: of this run; `None` where nothing was run.
+        level: of this run; `None` if nothing ran.
     """
     found = Verification(manifest, tuple(checks))
     if level is not None and found.ok and is_more(level.level, manifest.proved):
@@ -219,7 +219,7 @@ def _finished(folder: Path, manifest: Manifest, checks: Sequence[Check], level: 
 
 
 def _no_fewer_refused(manifest: Manifest) -> list[Check]:
-    """What was counted at export; none where no prompts were at hand."""
+    """The check of the export's counted refusals; none if the export had no prompts."""
     if manifest.refusals is None:
         return []
     try:
@@ -284,7 +284,7 @@ def _verify_decoder(
     ]
     if original is not None:
         graph = original.load_decoder()
-        dissect(graph)
+        prepare(graph)
         contents.refer(graph, original.decoder)
         for model in (stripped, shipped):
             contents.refer(model, package.decoder)
@@ -302,7 +302,7 @@ def _verify_decoder(
 
 
 def _require_config(package: ModelPackage, manifest: Manifest) -> None:
-    """Where the folder has a `guard.toml`, it gives the guard that is in the graph.
+    """Check that a folder's `guard.toml` describes the guard in the graph.
 
     Raises:
         ManifestMismatch: a value differs.
@@ -352,6 +352,6 @@ def _verify_fold(
 def _inputs(
     original: ModelPackage, anatomy: DecoderAnatomy, given: tuple[Path, ...], report_progress: ProgressCallback
 ) -> ProofInputs:
-    """What to run the unguarded and the guarded decoder on."""
+    """Inputs for the unguarded and the guarded decoder."""
     source = Source(original, original.name, original.root.parent, original.root)
     return make_proof_inputs(Session(source, anatomy, report_progress), original, given)

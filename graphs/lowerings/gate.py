@@ -13,16 +13,19 @@ from ..node_builder import NodeBuilder
 from ..reference import SCORE_CAP
 from .task import Gate, Task
 
-# In a float16 graph no channel is moved by more than this (half of float16's range, 65504, less room for rounding): the edit
-# is finite whatever the gate says and the guard's numbers are, and so is the sum of it and any state up to 2^15.
+# In a float16 graph no channel is moved by more than this (half of float16's range, 65504, minus room for rounding). The
+# edit is then finite whatever the gate and the guard's numbers are, and so is its sum with any state up to 2^15.
 LARGEST_HALF_EDIT = 32000.0
 
 
 def gate(builder: NodeBuilder, score: ir.Value, task: Task, unit: float = 1.0) -> Gate:
-    """Open where the score is above the layer's threshold, or where the prompt decided so.
+    """Open the gate where the score is above the layer's threshold, or where the prompt decided so.
 
     Args:
+        builder: adds the nodes.
         score: `[..., 1]` float32, times `unit`.
+        task: the guard of the layer.
+        unit: a power of two.
     """
     threshold = tau = builder.constant("tau", np.array(task.layer.threshold * unit), "float32")
     if task.offset is not None:
@@ -44,7 +47,10 @@ def combined_score(builder: NodeBuilder, read: ir.Value, task: Task, unit: float
     """`max(s, a_1 + shift)`, and no score without a supervisor (`reference.SCORE_CAP`).
 
     Args:
+        builder: adds the nodes.
         read: the readout's score `s`, `[batch, sequence, 1]` float32, times `unit`.
+        task: the guard of the layer.
+        unit: a power of two.
     """
     supervised = first_coordinate(builder, task)
     if unit != 1.0:
@@ -64,14 +70,29 @@ def _in_unit(builder: NodeBuilder, offset: ir.Value, unit: float) -> ir.Value:
 
 
 def columns(builder: NodeBuilder, name: str, value: ir.Value, start: int, stop: int) -> ir.Value:
-    """`value[..., start:stop]`"""
+    """`value[..., start:stop]`
+
+    Args:
+        builder: adds the node.
+        name: of the node.
+        value: any tensor.
+        start, stop: range of the last axis.
+    """
     return builder.op(name, "Slice", [value, builder.integers(start), builder.integers(stop), builder.integers(-1)])
 
 
 def bounded(
     builder: NodeBuilder, name: str, value: ir.Value, dtype: str, largest: float = LARGEST_HALF_EDIT
 ) -> ir.Value:
-    """`value` between `-largest` and `largest`; a zero stays a zero."""
+    """`value` clipped to `-largest` and `largest`; zeros stay zero.
+
+    Args:
+        builder: adds the nodes.
+        name: of the node.
+        value: a float tensor.
+        dtype: of `value`.
+        largest: above 0.
+    """
     bounds = [
         builder.constant(f"{name}_{end}", np.array(bound), dtype)
         for end, bound in (("lowest", -largest), ("highest", largest))

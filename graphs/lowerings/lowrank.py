@@ -81,7 +81,7 @@ def _half_units(layer: LayerGuard) -> _Units:
 
 
 def _rows(mode: str, layer: LayerGuard, units: _Units) -> np.ndarray:
-    """What `h` is read with, `[m or m + 1, d]`; negative in `project`, where the read itself is `w = -c`."""
+    """Rows that read `h`, `[m or m + 1, d]`; negative in `project`, where the read itself is `w = -c`."""
     rows = layer.ssd.astype(np.float64) * units.c
     if mode == "project":
         return -rows

@@ -1,7 +1,7 @@
 """The table of lowerings: ways of writing the guard's arithmetic into a graph.
 
-A lowering knows arithmetic only. Where the guard goes in (`rewrite`) and which tokens it touches (`positions`) is not its
-business, so each is one small module and all of them inherit the conformance test against the numpy reference.
+A lowering contains arithmetic only. `rewrite` places the guard and `positions` selects the tokens, so each lowering is one
+small module and all of them inherit the conformance test against the numpy reference.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ LOWERINGS: tuple[Lowering, ...] = (
 
 
 def _no_node(*_: object) -> NoReturn:
-    raise AssertionError("fold writes no node; rewrite asks lowerings.fold")
+    raise AssertionError("fold writes no node; rewrite calls lowerings.fold")
 
 
 FOLDED = Lowering(
@@ -110,10 +110,16 @@ FOLDED = Lowering(
 
 
 def choose_lowering(name: str, mode: str, target: Target = "onnxruntime", rank: int = 1) -> tuple[Lowering, str]:
-    """The lowering for a mode, and the reason for the plan; `auto` takes the table's first for the target and the rank.
+    """The lowering for a mode, and the reason for the plan; `auto`: the first of the table for the target and the rank.
+
+    Args:
+        name: of a lowering, or `auto`.
+        mode: the guard's mode.
+        target: the runtime.
+        rank: rows of the direction.
 
     Raises:
-        GuardError: unknown name, or one that cannot write this mode.
+        GuardError: unknown name, or a lowering that cannot write this mode.
     """
     if name == "auto":
         able = [lowering for lowering in LOWERINGS if mode in lowering.modes]

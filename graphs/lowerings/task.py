@@ -68,7 +68,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Written:
-    """What a lowering wrote.
+    """The nodes that a lowering wrote.
 
     Attributes:
         delta: of `h' = h + delta`, in the stream's dtype.
@@ -85,7 +85,7 @@ class Written:
 
 @dataclass(frozen=True)
 class WrittenWhole:
-    """What a lowering wrote that computes the guarded state in one step.
+    """Nodes that compute the guarded state in one step.
 
     Attributes:
         guarded: `h'`, in the stream's dtype.

@@ -1,1 +1,1 @@
-"""What can be proved about a guarded graph without a runtime, and the models that a proof by running is made of."""
+"""Proofs about a guarded graph without a runtime, and graphs for the proof by running."""

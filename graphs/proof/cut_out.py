@@ -70,10 +70,12 @@ def cut_out(
     """Cut the guards of some layers out of one body.
 
     Args:
-        model: the guarded graph as it ships; it is not changed.
+        model: the guarded graph; not changed.
+        plan: the guard's plan.
+        report: of the rewrite.
         body: name of the body.
-        layers: which guarded layers.
-        outputs: also the guard's own outputs (coordinates, scores, gates); `layers` must then be all of them.
+        layers: guarded layers to cut out.
+        outputs: include the guard's own outputs (coordinates, scores, gates); `layers` must then be all guarded layers.
     """
     found = find_bodies(model, [body])
     sites = [

@@ -1,7 +1,7 @@
-"""What can be proved about a folded graph without running it: every writer of the stream is orthogonal to the subspace.
+"""Proves a folded graph without running it: every writer of the stream is orthogonal to the subspace.
 
-The writers are found again in the graph as it ships, by structure: a writer that was left out, or added, is seen. What
-rounding to the weight's dtype explains is computed, not tolerated by feel (`fold.left_over`).
+The writers are found anew in the shipped graph, by structure, so a missing or additional writer is detected. The error
+allowed for rounding to the weight's dtype is computed (`fold.left_over`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ from .structure import Check, attribute_bits, exact, same_graph, same_tensor, si
 def prove_fold(
     source: ir.Model, folded: ir.Model, anatomy: DecoderAnatomy, plan: GuardPlan, report: GuardReport
 ) -> tuple[Check, ...]:
-    """All static checks of a fold; `source` is the graph before it."""
+    """All static checks of a fold.
+
+    Args:
+        source: the graph before the fold.
+        folded: the graph after it.
+        anatomy: of the source.
+        plan: the guard's plan.
+        report: of the rewrite.
+    """
     return (
         signature_unchanged(source, folded, plan),
         writers_orthogonal(folded, anatomy, plan, report.initializers),
@@ -37,13 +45,13 @@ def prove_fold(
 def writers_orthogonal(
     folded: ir.Model, anatomy: DecoderAnatomy, plan: GuardPlan, expected: tuple[str, ...] | None = None
 ) -> Check:
-    """`|W V^T|` of every weight that writes the stream is what rounding explains; no other weight writes to it.
+    """Check that `|W V^T|` of every weight that writes the stream is within rounding, and that no other weight writes to it.
 
     Args:
-        folded: the graph as it ships.
-        anatomy: of the source, or of the shipped graph itself; a fold changes no node.
-        plan: whose subspace.
-        expected: names of the folded initializers, where a report says them; else all of that name in the graph.
+        folded: the shipped graph.
+        anatomy: of the source or of the shipped graph; a fold changes no node.
+        plan: with the subspace.
+        expected: names of the folded initializers, from a report; else all of that name in the graph.
     """
     name = "every weight that writes the stream is orthogonal to the direction"
     try:
@@ -89,7 +97,7 @@ def nodes_unchanged(source: ir.Model, folded: ir.Model) -> Check:
 
 
 def _facts(node: ir.Node) -> tuple[object, ...]:
-    """What a node is, whether its weights are folded or not; nodes of its bodies are looked at one by one."""
+    """A node without its folded weights, comparable; nodes of its bodies are compared separately."""
     graphs = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
     attributes = tuple(
         (key, None if value.type in graphs else attribute_bits(value)) for key, value in sorted(node.attributes.items())
@@ -104,9 +112,9 @@ def refolded(expected: ir.Model, shipped: ir.Model) -> Check:
 
 
 def project_explicitly(model: ir.Model, plan: GuardPlan) -> int:
-    """The same guard the long way round, in place: a projection by nodes behind every writer of the stream.
+    """Insert the equivalent guard explicitly, in place: a projection by nodes after every writer of the stream.
 
-    What a folded graph is run against, never what is shipped. Returns how many projections went in.
+    A folded graph is compared with it; it is never shipped. Returns the number of projections.
     """
     last = plan.layers[-1]
     ends = [planned.site for planned in plan.sites if planned.layer_index == last]

@@ -1,4 +1,4 @@
-"""What can be proved about a guarded graph without running it: signature, counts, dominators, untouched weights.
+"""Proves a guarded graph without running it: signature, counts, dominators, unchanged weights.
 
 The strongest of these is domination: the guard's output must lie on EVERY path from the stream's source to its sink, or
 some path avoids the guard. Each check counts what it compared, and an empty comparison is a failure.
@@ -21,9 +21,10 @@ from ..plan import GuardPlan
 from ..rewrite import GuardedSite, GuardReport
 from ..roles import input_roles
 from ..runtime_controls import is_default
-from ..side_paths import Judge, described, without
+from ..side_paths import described
 from ..site_streams import stream_parts, values_behind, vertex_behind
 from ..subgraphs import DecoderSubgraph, find_bodies
+from .carried import carrying, without_side_paths
 from .leaks import leaking_outputs
 
 # What runtimes read the answer from, by these names.
@@ -40,7 +41,7 @@ class Check:
         worst: the largest deviation seen (0 for exact checks).
         limit: the largest deviation allowed.
         ok: whether it holds.
-        note: what a person should know about it, or what failed.
+        note: a note for the user, or the failure.
     """
 
     name: str
@@ -55,7 +56,14 @@ class Check:
 
 
 def exact(name: str, compared: int, wrong: list[str], note: str = "") -> Check:
-    """A check that allows no deviation; `wrong` names what deviates."""
+    """A check that allows no deviation.
+
+    Args:
+        name: of the check.
+        compared: number of compared things; zero fails.
+        wrong: descriptions of the deviations.
+        note: shown if nothing deviates.
+    """
     said = f"{'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}" if wrong else note
     if not compared and not wrong:
         said = "nothing was compared"
@@ -65,7 +73,15 @@ def exact(name: str, compared: int, wrong: list[str], note: str = "") -> Check:
 def prove_structure(
     source: ir.Model, guarded: ir.Model, anatomy: DecoderAnatomy, plan: GuardPlan, report: GuardReport
 ) -> tuple[Check, ...]:
-    """All static checks of a rewrite; `source` is the graph before it."""
+    """All static checks of a rewrite.
+
+    Args:
+        source: the graph before the rewrite.
+        guarded: the graph after it.
+        anatomy: of the source.
+        plan: the guard's plan.
+        report: of the rewrite.
+    """
     roles = input_roles(source.graph)  # a genai_config.json may rename the inputs that are fed text
     return (
         signature_unchanged(source, guarded, plan),
@@ -135,7 +151,7 @@ def guard_dominates(
 def _avoiding(
     body: DecoderSubgraph, flow: Flow, stream: ResidualStream, plan: GuardPlan, report: GuardReport
 ) -> list[str]:
-    """What is wrong with the way from the stream's source to its sink in one body, in words.
+    """Faults of the path from the stream's source to its sink in one body, as text.
 
     Side paths of the anatomy are left out here. What they may carry is judged anew in `_around`.
     """
@@ -143,8 +159,7 @@ def _avoiding(
     source, sink = flow.vertex(values.get(stream.source)), flow.vertex(values.get(stream.sink))
     if source is None or sink is None:
         return [f"{stream.source!r} or {stream.sink!r} is no longer in the graph"]
-    edges = [(flow.vertex(values.get(path.value)), flow.vertex(values.get(path.into))) for path in stream.side_paths]
-    flow = without(flow, [(a.index, b.index) for a, b in edges if a is not None and b is not None])
+    flow = without_side_paths(flow, values, stream.side_paths)
     on_chain = {vertex.index for vertex in flow.dominator_chain(source, sink)}
     wrong: list[str] = []
     for planned, site in zip(plan.sites, report.sites, strict=True):
@@ -187,7 +202,8 @@ def _around(
     sources = [values[stream.body][stream.source] for stream in anatomy.streams]
     wrong: list[str] = []
     for stream in anatomy.streams:
-        wrong += _carrying(graph, flows[stream.body], values[stream.body], stream, plan, report, text)
+        surroundings = Surroundings(graph, [], [values[stream.body][stream.source]], plan.width, text)
+        wrong += carrying(bodies[stream.body], flows[stream.body], stream, report, surroundings)
     if wrong:
         return wrong
     excepted = [
@@ -199,42 +215,6 @@ def _around(
     wrong = [said for sink in graph.outputs if sink in sinks for said in around.avoiding(sink)]
     leaks = leaking_outputs(around, [raw_sums[barrier.layer] for barrier in barriers], plan.added_outputs)
     return wrong + [f"layer {layer}: output {name!r} shows the state from before the guard" for layer, name in leaks]
-
-
-def _carrying(
-    graph: ir.Graph,
-    flow: Flow,
-    values: Mapping[str, ir.Value],
-    stream: ResidualStream,
-    plan: GuardPlan,
-    report: GuardReport,
-    text: Collection[str],
-) -> list[str]:
-    """Which of a body's side paths may carry what a guard edits, in words: judged in the guarded graph, with its states."""
-    if not stream.side_paths:
-        return []
-    guarded = {site.layer_index: site.guarded for site in report.sites if site.body == stream.body}
-    states = {values[stream.source]: 0}
-    for site in stream.sites:
-        fused = site.kind == "skip_norm"
-        names = [site.anchor, site.value] if fused else [guarded.get(site.layer_index, site.value)]
-        states |= {values[name]: site.layer_index + 1 for name in names if name in values}
-    around = Surroundings(graph, [], [values[stream.source]], plan.width, text)
-    edges = [(flow.vertex(values.get(path.value)), flow.vertex(values.get(path.into))) for path in stream.side_paths]
-    known = [(a, b) for a, b in edges if a is not None and b is not None]
-    if len(known) < len(edges):
-        return ["a side path is no longer in the graph"]
-    source, sink = flow.vertex(values[stream.source]), flow.vertex(values[stream.sink])
-    assert source is not None and sink is not None
-    reduced = without(flow, [(a.index, b.index) for a, b in known])
-    judge = Judge(flow, around, states, {vertex.index for vertex in reduced.dominator_chain(source, sink)})
-    wrong = []
-    for path, (value, first) in zip(stream.side_paths, known, strict=True):
-        found = judge.judge(value, first, path.layer)
-        if found != path:
-            said = found if isinstance(found, str) else f"it is {found.carries}"
-            wrong.append(f"{path.value!r} enters layer {path.layer} past the guards, and {said}")
-    return wrong
 
 
 def _before_and_after(values: Mapping[str, ir.Value], site: GuardedSite) -> tuple[ir.Value | None, ir.Value | None]:
@@ -307,7 +287,7 @@ _Claim = tuple[ir.DataType | None, tuple[int | None, ...] | None]
 
 
 def _claim(value: ir.Value) -> _Claim:
-    """What a file declares of a value and a runtime may act on: type, rank and fixed sizes; the names of open ones not."""
+    """A value's declared type, rank and fixed sizes, which a runtime may use; names of open sizes are ignored."""
     shape = None if value.shape is None else tuple(size if isinstance(size, int) else None for size in value.shape)
     return value.dtype, shape
 
@@ -325,7 +305,7 @@ def _is_founded(known: _Claim, claimed: _Claim) -> bool:
 
 
 def _node(node: ir.Node) -> tuple[object, ...]:
-    """What a node is, comparable."""
+    """A node in a comparable form."""
     attributes = tuple((key, attribute_bits(value)) for key, value in sorted(node.attributes.items()))
     inputs = tuple(value.name if value is not None else None for value in node.inputs)
     return node.op_type, node.domain, node.overload, inputs, tuple(value.name for value in node.outputs), attributes

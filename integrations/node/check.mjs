@@ -24,7 +24,7 @@ class Cases {
 
   tensor({ offset, dtype, shape }) {
     const size = shape.reduce((a, b) => a * b, 1);
-    const buffer = this.bytes.buffer.slice(this.bytes.byteOffset + offset); // its own: a typed array wants aligned bytes
+    const buffer = this.bytes.buffer.slice(this.bytes.byteOffset + offset); // a copy, because a typed array needs aligned bytes
     return new Tensor(dtype, new TYPES[dtype](buffer, 0, size), shape);
   }
 

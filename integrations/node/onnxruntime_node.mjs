@@ -10,7 +10,7 @@ import { InferenceSession, Tensor } from "onnxruntime-node";
 
 const SUPERVISORS = ["vlmguard.supervisor", "vlmguard.prompt_supervisor"]; // supervise and combined; align
 const COORDINATES = "vlmguard.coordinates";
-const NO_SUPERVISOR = -1e30; // no gate opens at this: what the text-only pass says is the model's own
+const NO_SUPERVISOR = -1e30; // no gate opens, so the text-only pass is the unguarded model's
 
 export class GuardedModel {
   static async open(folder, { imageTokenId, eosIds }) {
@@ -51,7 +51,7 @@ export class GuardedModel {
     return SUPERVISORS.find((name) => this.decoder.inputNames.includes(name));
   }
 
-  /** What the text alone says: the first of the two passes. */
+  /** The coordinates of the text alone: the first of the two passes. */
   async coordinates(textIds) {
     const outputs = await this.run(await this.embed(textIds), textIds.length, { ...this.emptyCache(), ...this.silence() });
     return outputs[COORDINATES];

@@ -3,9 +3,9 @@
 //   const { model, processor, answer } = await openGuarded("path/to", "guarded");     // path/to/guarded, nothing is downloaded
 //   console.log(await answer("what is in this picture", await load_image("photo.png")));
 //
-// With a guard of mode restore, project or steer, `model` is used like any other. Modes supervise and combined want the
-// text-only coordinates at every call of the decoder, align at the prompt's call; generate() passes no inputs that it does not
-// know, so `supervise` below gives them to the session itself.
+// With a guard of mode restore, project or steer, `model` is used like any other. Modes supervise and combined need the
+// text-only coordinates at every call of the decoder, align at the prompt's call; generate() passes only inputs that it
+// knows, so `supervise` below feeds them to the session.
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import {
@@ -83,7 +83,7 @@ export function supervise(model) {
 async function openProcessor(parent, name) {
   const read = (file) => readFile(join(parent, name, file), "utf8");
   const config = JSON.parse(await read("processor_config.json"));
-  // The class token counts, but "default" features come without it. In Python the processor takes one off, here nobody does.
+  // The class token counts, but "default" features come without it. In Python the processor subtracts one; here we do.
   if (config.vision_feature_select_strategy === "default") config.num_additional_image_tokens -= 1;
   const components = {
     tokenizer: await AutoTokenizer.from_pretrained(name),

@@ -157,7 +157,7 @@ class ChatTokenizer:
         return text
 
     def _written(self, turns: Sequence[Turn], written: str | None) -> str:
-        """What the template, or the rule for folders without one, makes of a conversation."""
+        """Render a conversation with the template, or with the rule for folders without one."""
         if self.template is None and len(turns) != 1:
             raise PromptsUnusable(f"{self.folder}: has no chat template, so it takes one question; ask one")
         if self.template is None and self._pictures_first:

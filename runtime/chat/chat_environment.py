@@ -55,7 +55,7 @@ def compiled(source: str) -> Compiled:
 
 
 class Work:
-    """How many turns of loops, and calls, one rendering has made."""
+    """Counter of loop iterations and calls of one rendering."""
 
     def __init__(self) -> None:
         self.turns = 0
@@ -96,13 +96,18 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return made
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """The operator's result; a result above the size limit is an error.
+
+        Args:
+            context, operator, left, right: as for jinja's method.
+        """
         if _size(operator, left, right) > MOST_REPEATED:
             raise TemplateError(f"{operator} makes more than {MOST_REPEATED} of something")
         return super().call_binop(context, operator, left, right)
 
 
 def _size(operator: str, left: Any, right: Any) -> int:
-    """How large what comes out is: items of a sequence, digits of a number."""
+    """Size of the result: items of a sequence, digits of a number."""
     if isinstance(left, int) and isinstance(right, int):
         return left.bit_length() + right.bit_length() if operator == "*" else left.bit_length() * max(right, 0)
     if operator == "*":

@@ -15,6 +15,14 @@ from ...graphs.regular_files import read_regular
 from .tokenizer_bounds import require_bounded
 from .tokenizer_calls import tokenizer_calls
 
+# Keys of config.json for the image token; the first that is there counts.
+IMAGE_TOKEN_KEYS = (
+    "image_token_id",
+    "image_token_index",
+    "media_placeholder_token_id",
+    "img_context_token_id",
+    "im_patch_id",
+)
 LARGEST_TOKENIZER, LARGEST_TEMPLATE = 256 << 20, 1 << 20  # bytes; known ones have at most 40 million and 20 thousand
 
 
@@ -63,9 +71,8 @@ class FolderConfigs:
 
     @property
     def image_token_id(self) -> int | None:
-        """Id of the token that the model replaces with image features; `image_token_index` is the older key."""
-        names = ("image_token_id", "image_token_index")
-        found = (table.get(name) for table in (self.model, self.genai) for name in names)
+        """Id of the token that the model replaces with image features."""
+        found = (table.get(name) for table in (self.model, self.genai) for name in IMAGE_TOKEN_KEYS)
         return next((number for number in found if isinstance(number, int)), None)
 
 

@@ -145,6 +145,8 @@ class PictureLayout:
             they do not ("" has none: a folder that does not name it is refused).
         written: what the chat template writes for a picture, in the same form; `None`: the image token.
         image: the image token, in the same form, where it is not what the configs call `image_token`.
+        merged: name of a marker that stands once between two pictures side by side, and before a space in front of a word; ""
+            for none.
         before_text: whether the pictures and `bos_token` stand before everything else, and a line break behind it.
     """
 
@@ -152,6 +154,7 @@ class PictureLayout:
     markers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     written: tuple[str, str] | None = None
     image: tuple[str, str] | None = None
+    merged: str = ""
     before_text: bool = False
 
 

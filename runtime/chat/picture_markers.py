@@ -7,6 +7,7 @@ the `processor_class` of a model folder; the rules are those of `replace_image_t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -191,7 +192,9 @@ LAYOUTS: Mapping[str, PictureLayout] = {
         {"start": ("image_start_token", "<|image_start|>"), "end": ("image_end_token", "<|image_end|>")},
         image=("image_token", "<|patch|>"),
     ),
-    "Idefics2Processor": PictureLayout(Flat("{around}{tokens}{around}"), _AROUND),
+    "Idefics2Processor": PictureLayout(
+        Tiles(tile="{around}{tokens}", whole="", alone="{around}{tokens}", end="{around}"), _AROUND, merged="around"
+    ),
     "Idefics3Processor": _IDEFICS3,
     "SmolVLMProcessor": _IDEFICS3,
     "GraniteDoclingProcessor": _GRANITE_DOCLING,
@@ -208,7 +211,7 @@ LAYOUTS: Mapping[str, PictureLayout] = {
 
 @dataclass(frozen=True)
 class Placeholder:
-    """What stands for a picture in the prompts of one model folder.
+    """Text and tokens for a picture in the prompts of one model folder.
 
     Attributes:
         written: in the text of the chat template, once for each picture.
@@ -240,11 +243,16 @@ class Placeholder:
         pieces = text.split(self.written)
         assert len(pieces) == len(pictures) + 1, "the template's placeholders were counted"
         texts = [self.text_of(picture) for picture in pictures]
-        return pieces[0] + "".join(shown + piece for shown, piece in zip(texts, pieces[1:], strict=True))
+        filled = pieces[0] + "".join(shown + piece for shown, piece in zip(texts, pieces[1:], strict=True))
+        if not self.layout.merged:
+            return filled
+        marker = self.markers[self.layout.merged]
+        return re.sub(rf"{re.escape(marker)}(?=[^\s<])", f"{marker} ", filled.replace(marker * 2, marker))
 
     def every_marker(self) -> str:
         """A text with every marker that a picture of up to 12 x 12 tiles can have."""
-        cut = PictureTokens(12 * 12 + 1, (12, 12)) if isinstance(self.layout.layout, Tiles) else None
-        if isinstance(self.layout.layout, Rows):
-            cut = PictureTokens(4, (2, 2))
-        return self.text_of(PictureTokens(1)) + ("" if cut is None else self.text_of(cut))
+        layout = self.layout.layout
+        text = self.text_of(PictureTokens(1))
+        if isinstance(layout, Tiles):
+            return text + self.text_of(PictureTokens(12 * 12 + bool(layout.whole), (12, 12)))
+        return text + self.text_of(PictureTokens(4, (2, 2))) if isinstance(layout, Rows) else text

@@ -89,7 +89,7 @@ def find_image_token(tokenizer: Tokenizer, configs: FolderConfigs) -> str | None
 
 
 def find_placeholder(configs: FolderConfigs, image_token: str) -> Placeholder:
-    """What stands for a picture: the row of `LAYOUTS` for the folder's processor, with the markers that its configs name."""
+    """The picture's markers: the row of `LAYOUTS` for the folder's processor, with the markers named in its configs."""
     layout = LAYOUTS.get(configs.processor_class or "", PictureLayout())
     markers = {marker: _named(configs, *named) for marker, named in layout.markers.items()}
     written = image_token if layout.written is None else _named(configs, *layout.written)
@@ -142,7 +142,7 @@ def control_tokens(
         tokenizer: its table of added tokens is read.
         special_tokens: `bos_token`, `eos_token`, ... to their text.
         template: the chat template, `None` for none.
-        image_token: the image placeholder's text, `None` for none.
+        placeholder: the text for an image in a prompt, `None` for none.
     """
     literals = "" if template is None else template.literals
     if placeholder is not None:

@@ -43,7 +43,7 @@ class TextStream:
         self._space = ""  # white space behind it, which may turn out to be the answer's end
 
     def add(self, token: int) -> str:
-        """What the token adds; empty while a character is incomplete, or white space may turn out to be the end."""
+        """The text that the token adds; empty while a character is incomplete, or while white space may be the end."""
         self._tokens.append(token)
         self._window.append(token)
         if self._is_among_bytes(token):
@@ -60,7 +60,7 @@ class TextStream:
         return self._stripped(piece)
 
     def end(self) -> str:
-        """What is left: the first bytes of a character whose others never came, a run of bytes."""
+        """The remaining text: bytes of an incomplete character, or a run of bytes."""
         text = self._decode(self._tokens).strip() if self._tokens else ""
         said = "".join(self._pieces)
         return text[len(said) :] if text.startswith(said) else ""

@@ -1,4 +1,4 @@
-"""How much longer a tokenizer may make a text: thirty normalizers that each double one letter are a file of 2 kB.
+"""Limits how much longer a tokenizer may make a text: thirty normalizers that each double one letter are a file of 2 kB.
 
 Regular expressions need no bound here: Oniguruma gives up after a number of tries, and the tokenizer fails (`tokenizer_calls`).
 """
@@ -40,7 +40,7 @@ def require_bounded(tokenizer: Tokenizer) -> None:
 
 
 def _replaced(part: Mapping[str, Any]) -> float:
-    """How many times as long a text of nothing but the pattern becomes."""
+    """Largest growth factor of a text, reached by repetitions of the pattern."""
     pattern, content = part.get("pattern"), len(str(part.get("content", "")))
     text = pattern.get("String") if isinstance(pattern, dict) else None
     if text:

@@ -59,7 +59,7 @@ _MOST_RESOLUTIONS = 256
 
 @dataclass(frozen=True)
 class AnyresImagePreprocessor:
-    """What a folder's image processor does to a picture. Made by `open`.
+    """The steps of a folder's image processor. Created by `open`.
 
     Attributes:
         kind: the processor's name, a key of `ANYRES_PROCESSORS`.

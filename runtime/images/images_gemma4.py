@@ -33,7 +33,7 @@ _MOST_TOKENS = 1120  # of one picture, in any release
 
 @dataclass(frozen=True)
 class Gemma4ImagePreprocessor:
-    """What a folder's image processor does to a picture. Made by `open`.
+    """The steps of a folder's image processor. Created by `open`.
 
     Attributes:
         patch: edge of a patch, pixels.

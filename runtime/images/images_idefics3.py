@@ -41,7 +41,7 @@ _LONGEST = 4096  # pixels; longer sides are scaled down to it
 
 @dataclass(frozen=True)
 class Idefics3ImagePreprocessor:
-    """What a folder's image processor does to a picture. Made by `open`.
+    """The steps of a folder's image processor. Created by `open`.
 
     Attributes:
         kind: the processor's name, a key of `IDEFICS3_PROCESSORS`.

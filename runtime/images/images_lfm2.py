@@ -48,7 +48,7 @@ _MOST_TILES = 256
 
 @dataclass(frozen=True)
 class Lfm2ImagePreprocessor:
-    """What a folder's image processor does to a picture. Made by `open`.
+    """The steps of a folder's image processor. Created by `open`.
 
     Attributes:
         patch: edge of a patch, pixels.

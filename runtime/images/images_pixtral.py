@@ -31,7 +31,7 @@ _PIXTRAL: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class PixtralImagePreprocessor:
-    """What a folder's image processor does to a picture. Made by `open`.
+    """The steps of a folder's image processor. Created by `open`.
 
     Attributes:
         longest: height and width that a picture has at most, pixels; `None` keeps its size.

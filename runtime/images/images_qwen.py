@@ -62,7 +62,7 @@ class Patches:
 
     @property
     def tokens(self) -> np.ndarray:
-        """How many tokens each picture takes in the prompt, `[images]` int64."""
+        """Number of tokens of each picture in the prompt, `[images]` int64."""
         return self.image_grid_thw.prod(axis=1) // self.merge**2
 
 
@@ -151,7 +151,15 @@ class QwenImagePreprocessor:
 
 
 def fitting_size(height: int, width: int, edge: int, least: int, most: int) -> tuple[int, int]:
-    """`smart_resize` of Qwen2-VL: `(height, width)` as multiples of `edge`, with `least` to `most` pixels in all.
+    """`smart_resize` of Qwen2-VL.
+
+    Args:
+        height, width: of the picture, pixels.
+        edge: both sides become multiples of it.
+        least, most: smallest and largest number of pixels of the result.
+
+    Returns:
+        `(height, width)` of the resized picture.
 
     Raises:
         GuardError: one side is more than 200 times the other.
@@ -160,7 +168,12 @@ def fitting_size(height: int, width: int, edge: int, least: int, most: int) -> t
 
 
 def fitting_size_of_frames(height: int, width: int, edge: int, least: int, most: int, frames: int) -> tuple[int, int]:
-    """`smart_resize` of GLM-4V: the limits are for the pixels of all `frames`, and no side is shorter than `edge`.
+    """`smart_resize` of GLM-4V: no side is shorter than `edge`.
+
+    Args:
+        height, width, edge: as for `fitting_size`.
+        least, most: smallest and largest number of pixels of all frames.
+        frames: number of frames.
 
     Raises:
         GuardError: one side is more than 200 times the other.

@@ -38,7 +38,7 @@ _MOST_TILES = 256
 
 @dataclass(frozen=True)
 class TiledImagePreprocessor:
-    """What a folder's image processor does to a picture. Made by `open`.
+    """The steps of a folder's image processor. Created by `open`.
 
     Attributes:
         kind: the processor's name, a key of `TILED_PROCESSORS`.

@@ -78,9 +78,15 @@ class PixelSteps:
 def normalised(
     pixels: np.ndarray, factor: float | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> np.ndarray:
-    """`[height, width, 3]` uint8 -> `[3, height, width]` float32: times the factor, then `(x - mean) / std`.
+    """Scale and normalise pixels, with float64 and float32 arithmetic in the order of transformers, for the same rounding.
 
-    Through float64 and back, then float32 arithmetic: the order of transformers, which rounds in the same places.
+    Args:
+        pixels: `[height, width, 3]` uint8.
+        factor: multiplied with the pixels, usually 1/255; `None` for none.
+        mean, std: per channel, of the scaled pixels; `None` for none.
+
+    Returns:
+        `[3, height, width]` float32.
     """
     values = (pixels.astype(np.float64) * (1.0 if factor is None else factor)).astype(np.float32)
     if mean is not None and std is not None:
@@ -120,7 +126,7 @@ def declared_processor(folder: Path) -> Mapping[str, Any]:
 
 
 def processor_name(declared: Mapping[str, Any]) -> str:
-    """What the config calls it; `CLIPImageProcessorFast`, `...Pil` and `CLIPFeatureExtractor` are the same processor."""
+    """The processor's name; `CLIPImageProcessorFast`, `...Pil` and `CLIPFeatureExtractor` are names of one processor."""
     name = str(declared.get("image_processor_type") or declared.get("feature_extractor_type") or "nothing")
     return name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
 
@@ -132,14 +138,14 @@ def opened(
     make: Callable[[Mapping[str, Any]], Made],
     steps: frozenset[str] = frozenset(),
 ) -> Made:
-    """The processor that `make` builds from the folder's options, with `defaults` where these are silent or null.
+    """The processor that `make` builds from the folder's options, completed with `defaults`.
 
     Args:
-        folder: of the model.
+        folder: the model.
         kind: the processor's name, for errors.
-        defaults: every option with what transformers does where a config is silent.
-        make: raises what a malformed option raises.
-        steps: steps besides `KNOWN_STEPS` that `make` knows.
+        defaults: transformers' default of every option.
+        make: raises an error for a malformed option.
+        steps: steps that `make` supports besides `KNOWN_STEPS`.
 
     Raises:
         ModelUnreadable: the folder declares none, or options that cannot be followed.

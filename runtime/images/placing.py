@@ -28,10 +28,23 @@ def in_order(picture: PreparedPicture, seen: Mapping[str, np.ndarray]) -> np.nda
 def llava_onevision(
     picture: PreparedPicture, seen: Mapping[str, np.ndarray], most_tiles: int = ONEVISION_TILES
 ) -> np.ndarray:
+    """As `laid_out`, the grid scaled down; the rule of `LlavaOnevisionModel.pack_image_features`."""
+    return laid_out(picture, seen, most_tiles)
+
+
+def llava_next(picture: PreparedPicture, seen: Mapping[str, np.ndarray]) -> np.ndarray:
+    """As `laid_out`; the rule of `LlavaNextModel.pack_image_features`."""
+    return laid_out(picture, seen, None)
+
+
+def laid_out(picture: PreparedPicture, seen: Mapping[str, np.ndarray], most_tiles: int | None) -> np.ndarray:
     """The small copy, then the tiles laid out as one grid without its bars, a separator behind every row.
 
-    The vision encoder gives `[tiles, tokens + 1, width]`, the last row of each tile is the separator. A picture that is not cut
-    takes all of them. The rule of `LlavaOnevisionModel.pack_image_features`.
+    Args:
+        picture: with its `image_sizes`.
+        seen: `image_features [tiles, tokens + 1, width]`, the last row of each tile is the separator. A picture that is not cut
+            takes all of them.
+        most_tiles: scale the grid down to about the features of so many tiles; `None` does not.
     """
     features = seen["image_features"]
     if picture.grid is None:
@@ -42,7 +55,7 @@ def llava_onevision(
     rows, columns = picture.grid
     grid = tiles[1:].reshape(rows, columns, side, side, -1).transpose(0, 2, 1, 3, 4)
     grid = _unpadded(grid.reshape(rows * side, columns * side, -1), size)
-    ratio = math.sqrt(grid.shape[0] * grid.shape[1] / (most_tiles * side**2))
+    ratio = math.sqrt(grid.shape[0] * grid.shape[1] / (most_tiles * side**2)) if most_tiles is not None else 1.0
     if ratio > 1.1:
         grid = _resized(grid, int(grid.shape[0] // ratio), int(grid.shape[1] // ratio))
     ends = np.broadcast_to(separator, (len(grid), 1, len(separator)))
@@ -74,4 +87,4 @@ def _resized(grid: np.ndarray, height: int, width: int) -> np.ndarray:
     return along(1, along(0, grid, height), width)
 
 
-PLACES: Mapping[str, Place] = {"llava_onevision": llava_onevision}
+PLACES: Mapping[str, Place] = {"llava_onevision": llava_onevision, "llava_next": llava_next}

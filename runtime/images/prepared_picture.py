@@ -12,7 +12,7 @@ from PIL import Image
 
 @dataclass(frozen=True, eq=False)
 class PreparedPicture:
-    """What an image processor makes of one picture.
+    """An image processor's result for one picture.
 
     Attributes:
         arrays: by the names that transformers' image processors use (`pixel_values`, `image_grid_thw`, `image_sizes`, ...),

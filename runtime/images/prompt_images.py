@@ -1,4 +1,4 @@
-"""What images change about a prompt besides its embeddings: positions, what goes in between layers, who sees whom."""
+"""Inputs of a prompt that depend on images besides its embeddings: positions, features between layers, attention."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PromptImages:
         return np.concatenate([self.positions, np.broadcast_to(after, (3, *after.shape))], axis=-1)[..., first:last]
 
     def injected_between(self, name: str, first: int, last: int) -> np.ndarray | None:
-        """What goes in by input `name` at tokens `first` to `last`: `[batch, last - first, d]`; `None` is zeros."""
+        """Values of input `name` at tokens `first` to `last`: `[batch, last - first, d]`; `None`: zeros."""
         rows = self.injected.get(name)
         if rows is None or first >= rows.shape[1]:
             return None

@@ -1,4 +1,4 @@
-"""What a request shows: pictures, or rows in the place of their image tokens."""
+"""The images of a request: pictures, or features in place of their image tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Pictures = Sequence[tuple[Image.Image, bool]]
 
 
 def see(images: Sequence[tuple[Shown, bool]], look: Callable[[Pictures], Seen]) -> Seen:
-    """What the decoder gets for images, in their order.
+    """The features of images for the decoder, in their order.
 
     Args:
         images: at least one, each with whether it is the only one of its prompt. One that comes again is opened once.

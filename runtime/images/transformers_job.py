@@ -33,7 +33,7 @@ def describe(kind: str, declared: Mapping[str, Any]) -> dict[str, Any]:
 def prepare(
     kind: str, declared: Mapping[str, Any], call: Mapping[str, Any], image: Image.Image
 ) -> dict[str, np.ndarray]:
-    """What the processor gives for one picture, by name.
+    """The processor's outputs for one picture, by name.
 
     Args:
         kind: name of the class, without `Fast` and `Pil`.
@@ -59,7 +59,7 @@ def _processor(kind: str, declared: Mapping[str, Any]) -> Any:
     )
     name = next(filter(None, names), None)
     if name is None:
-        raise GuardError("transformers has it for torchvision only")
+        raise GuardError("transformers has no class of that name that works without torchvision")
     options = {key: value for key, value in declared.items() if key not in ("auto_map", "image_processor_type")}
     found: Any = auto.get_image_processor_class_from_name(name)
     return found.from_dict(options)

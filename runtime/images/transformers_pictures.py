@@ -22,7 +22,7 @@ from .array_frames import unpacked
 from .pixel_steps import declared_processor, processor_name
 from .prepared_picture import PreparedPicture
 
-# What a processor hands to its image processor besides the picture, by `processor_class`.
+# Arguments of the image processor besides the picture, by `processor_class`.
 _CALLS: Mapping[str, Mapping[str, Any]] = {
     "AriaProcessor": {"max_image_size": 980, "split_image": False},
     "DeepseekOcr2Processor": {"crop_to_patches": True, "min_patches": 2, "max_patches": 6},
@@ -96,14 +96,19 @@ class TransformersPreprocessor:
 
 
 def _cut(arrays: Mapping[str, np.ndarray]) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
-    """Rows and columns of a picture's tiles, and the relative sizes of its parts, as far as the processor says them.
+    """Rows and columns of a picture's tiles, and the relative sizes of its parts, if the processor returns them.
 
-    Idefics3's kind gives `rows` and `cols`; Ovis2 and MiniCPM-V give `grids`, the latter with the patches of each part.
+    Idefics3's kind gives `rows` and `cols`, Idefics2 only its parts. Ovis2 and MiniCPM-V give `grids`, the latter with the
+    patches of each part.
     """
     if "rows" in arrays and "cols" in arrays:
         grid = int(arrays["rows"].flat[0]), int(arrays["cols"].flat[0])
     elif "grids" in arrays:
         grid = int(arrays["grids"].flat[0]), int(arrays["grids"].flat[1])
+    elif (
+        arrays["pixel_values"].ndim == 5 and arrays["pixel_values"].shape[1] > 1
+    ):  # Idefics2's four quarters and the whole
+        grid = 1, arrays["pixel_values"].shape[1]
     else:
         return None, ()
     if grid[0] * grid[1] == 0 or ("grids" in arrays and grid == (1, 1)):

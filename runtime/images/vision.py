@@ -101,7 +101,7 @@ def look(
     Args:
         encoder: the graph.
         preprocessor: the folder's image processor.
-        pictures: each RGB, with whether it is the only one of its prompt. One that comes again is looked at once.
+        pictures: each RGB, with whether it is the only one of its prompt. A repeated picture is encoded once.
         model_type: of config.json, for the rules of `placing`.
 
     Raises:
@@ -128,7 +128,7 @@ def look(
 
 @dataclass(frozen=True, eq=False)
 class _One:
-    """What the vision encoder gives for one picture; attributes as those of `Seen`."""
+    """The vision encoder's output for one picture; attributes as those of `Seen`."""
 
     rows: np.ndarray
     tokens: PictureTokens

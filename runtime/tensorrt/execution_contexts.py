@@ -186,7 +186,7 @@ class _Context:
 
 
 def _rtx_config(backend: Backend, engine: Any, cuda_graph: bool, path: Path | None) -> tuple[Any, RuntimeCache]:
-    """How TensorRT-RTX makes contexts: whether it records, and what it has compiled before."""
+    """TensorRT-RTX's settings for contexts: recording, and previously compiled kernels."""
     config = engine.create_runtime_config()
     strategies = backend.module.CudaGraphStrategy
     config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if cuda_graph else strategies.DISABLED

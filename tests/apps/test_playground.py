@@ -24,13 +24,13 @@ from tiny_vlm_paths import DECODER, EVALUATION, SOURCE, Guarded
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
+from vlmguard import cli
 from vlmguard.apps.playground import open as opening
 from vlmguard.apps.playground.facts import require_page_model, token_checks, tokenizer_json
 from vlmguard.apps.playground.libraries import LIBRARIES
 from vlmguard.apps.playground.page_server import HEADERS, PlaygroundServer, Served
 from vlmguard.apps.playground.samples import choose_samples
 from vlmguard.apps.playground.sides import open_sides
-from vlmguard.cli import app
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.graph_io import load_graph
@@ -313,10 +313,10 @@ def test_the_command_says_where_the_page_is(guarded: Guarded, libraries: None, m
         server.server_close()
 
     monkeypatch.setattr(PlaygroundServer, "run", run)
-    done = CliRunner().invoke(app, ["playground", str(guarded("restore")), "--port", "0", "--no-open", "--json"])
+    done = CliRunner().invoke(cli.app, ["playground", str(guarded("restore")), "--port", "0", "--no-open", "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == {"url": ran[0][0]} and ran[0][1] is False
-    done = CliRunner().invoke(app, ["playground", str(guarded("restore")), "--port", "0"])
+    done = CliRunner().invoke(cli.app, ["playground", str(guarded("restore")), "--port", "0"])
     assert done.exit_code == 0 and ran[1][0] in done.stdout and ran[1][1] is True
 
 

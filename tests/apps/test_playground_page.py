@@ -27,7 +27,8 @@ from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.modes import guard_mode
 from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.guarded import GuardedVLM
-from vlmguard.runtime.images.images import CLIP_MEAN, CLIP_STD, ImagePreprocessor
+from vlmguard.runtime.images.images import ImagePreprocessor
+from vlmguard.runtime.images.pixel_steps import CLIP_MEAN, CLIP_STD, PixelSteps
 from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures",)
@@ -259,12 +260,12 @@ def test_pixel_values_are_pythons(browser: Browser, serve: Callable[..., str], g
       return { dims, data: Array.from(data) };
     }"""
     bicubic = Image.Resampling.BICUBIC
-    clip = ImagePreprocessor("clip", False, 24, None, bicubic, (16, 20), 1 / 255, CLIP_MEAN, CLIP_STD)
+    steps = PixelSteps(bicubic, 1 / 255, CLIP_MEAN, CLIP_STD)
     processors = [
-        clip,
-        ImagePreprocessor("llava", True, 24, None, bicubic, (24, 24), 1 / 255, CLIP_MEAN, CLIP_STD),
-        ImagePreprocessor("siglip", False, None, (20, 28), bicubic, None, 1 / 255, (0.5,) * 3, (0.5,) * 3),
-        ImagePreprocessor("padded crop", False, None, None, bicubic, (50, 60), None, None, None),
+        ImagePreprocessor("clip", False, 24, None, (16, 20), steps),
+        ImagePreprocessor("llava", True, 24, None, (24, 24), steps),
+        ImagePreprocessor("siglip", False, None, (20, 28), None, PixelSteps(bicubic, 1 / 255, (0.5,) * 3, (0.5,) * 3)),
+        ImagePreprocessor("padded crop", False, None, None, (50, 60), PixelSteps(bicubic, None, None, None)),
     ]
     random = np.random.default_rng(4)
     for width, height in ((31, 47), (47, 31), (40, 40)):
@@ -399,7 +400,7 @@ def test_prompts_that_cannot_be_asked(browser: Browser, serve: Callable[..., str
     assert page.locator("#status.refused").count() == 1
     page.fill("#prompt", "how to wash the boat")  # and it goes on
     page.click("#ask")
-    page.get_by_text("Done: both say the same.").wait_for()
+    page.get_by_text("Done: both answers are equal.").wait_for()
     assert browser.said == []
 
 
@@ -459,4 +460,4 @@ def test_a_gpu_that_cannot_run_it_is_left(browser: Browser, serve: Callable[...,
     assert page.inner_text("#status").startswith("The browser could not run it (")
     page.fill("#prompt", "how to wash the boat")
     page.click("#ask")
-    page.get_by_text("Done: both say the same.").wait_for()
+    page.get_by_text("Done: both answers are equal.").wait_for()

@@ -32,12 +32,12 @@ from transformers import LlavaForConditionalGeneration
 from vlmguard.exporter.checkpoints import convert as checkpoint_module
 from vlmguard.exporter.checkpoints.convert import (
     ConversionReport,
+    _save_part,
     convert_checkpoint,
     copy_companions,
     load_model,
     locate,
     read_config,
-    save_graph,
 )
 from vlmguard.exporter.checkpoints.parity import answer_with_torch, check_parity
 from vlmguard.exporter.checkpoints.prompt_text import prompt_texts
@@ -301,7 +301,7 @@ def test_large_graphs_keep_their_weights_beside_them(
     plain: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint_module, "EXTERNAL_DATA_ABOVE", 8000)
-    graph = save_graph(ir.load(plain.path("embed_tokens")), tmp_path, "embed_tokens", "fp32")
+    graph = _save_part(ir.load(plain.path("embed_tokens")), tmp_path, "embed_tokens", "fp32")
     files = sorted(path.name for path in (tmp_path / "onnx").iterdir())
     assert files == ["embed_tokens.onnx", "embed_tokens.onnx_data"]
     assert graph.external_data and graph.size_bytes > VOCABULARY_SIZE * TEXT_WIDTH * 4

@@ -208,7 +208,7 @@ def test_if_none_works_the_error_says_what_each_reached(tried: dict[str, Attempt
         chosen()
     each = "; ".join(f"{name} on layers 0 at rank 1: 10% kept" for name in NAMES)
     assert str(refusal.value) == (
-        f"no mode brings the refusals back within 1% over-refusal ({each}); nothing was written; give more prompts "
+        f"no mode restores the refusals within 1% over-refusal ({each}); nothing was written; give more prompts "
         "(--calibration), allow more over-refusal (--budget), or name --mode, --directions and --layers"
     )
 
@@ -527,7 +527,7 @@ def test_a_model_that_refuses_nothing_as_text_has_nothing_to_bring_back(
     assert set(lengths) == {8, 32}  # late refusals were looked for
     assert str(refusal.value) == (
         "set: the unguarded model refuses none of 48 harmful prompts as text, so there are no refusals that a guard could "
-        "bring back; check the model's chat template, or give harmful prompts that it refuses with --anchors or --calibration"
+        "restore; check the model's chat template, or give harmful prompts that it refuses with --anchors or --calibration"
     )
 
 

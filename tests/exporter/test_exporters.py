@@ -18,7 +18,7 @@ from tiny_families import save_tiny_llama, save_tiny_text
 from tiny_models import save_tiny_llava
 from typer.testing import CliRunner
 
-from vlmguard.cli import app
+from vlmguard import cli
 from vlmguard.exporter.checkpoints import exporters
 from vlmguard.exporter.checkpoints.exporters import EXPORTERS, export_checkpoint
 from vlmguard.exporter.checkpoints.genai_builder import flatten_rope
@@ -123,7 +123,7 @@ def test_a_checkpoint_becomes_a_guarded_genai_folder(llama: Path, tmp_path: Path
     directions = write_directions(tmp_path / "d.safetensors", random_directions(64, range(3)))
     out = tmp_path / "guarded"
     asked = ["--exporter", "genai", "--dtype", "int4", "--directions", str(directions), "--mode", "project", "--json"]
-    done = CliRunner().invoke(app, ["export", str(llama), str(out), *asked])
+    done = CliRunner().invoke(cli.app, ["export", str(llama), str(out), *asked])
     assert done.exit_code == 0, done.output
     (decoder,) = json.loads(done.stdout)["decoders"]
     assert decoder["proof"] and all(check["ok"] for check in decoder["proof"])
@@ -144,7 +144,7 @@ def test_convert_takes_every_dtype_that_an_export_takes(
 
     name = "genai" if dtype == "int4" else "transformers"
     monkeypatch.setitem(exporters.EXPORTERS, name, replace(EXPORTERS[name], export=stand_in))  # type: ignore[arg-type]
-    done = CliRunner().invoke(app, ["convert", "here", str(tmp_path / "out"), "--dtype", dtype, "--exporter", name])
+    done = CliRunner().invoke(cli.app, ["convert", "here", str(tmp_path / "out"), "--dtype", dtype, "--exporter", name])
     assert done.exit_code == 0, done.output
     assert asked == [dtype]
 

@@ -18,7 +18,8 @@ from tiny_families import LAYERS, TINY, WINDOW, save_tiny
 from tiny_models import HEAD_WIDTH, IMAGE_SIZE, IMAGE_TOKEN_ID, KV_HEADS, TEXT_WIDTH, VOCABULARY_SIZE
 
 from vlmguard.exporter.checkpoints.convert import ConversionReport, convert_checkpoint, read_config
-from vlmguard.exporter.checkpoints.parity import Prompt, empty_cache, sample_prompt
+from vlmguard.exporter.checkpoints.parity import empty_cache
+from vlmguard.exporter.checkpoints.parity_prompts import Prompt, sample_prompt
 from vlmguard.exporter.checkpoints.prompt_text import prompt_texts
 from vlmguard.exporter.families import FAMILIES, find_family
 from vlmguard.exporter.families.family import Family, Turn
@@ -54,7 +55,11 @@ SIGNATURES = {
     ),
     "paligemma": ({"pixel_values": ["num_images", *PIXELS]}, ["num_images", 16], {}),
 }
-SIGNATURES |= {"smolvlm": SIGNATURES["idefics3"], "paligemma2": SIGNATURES["paligemma"]}
+SIGNATURES |= {
+    "llava_next": SIGNATURES["llava_onevision"],
+    "smolvlm": SIGNATURES["idefics3"],
+    "paligemma2": SIGNATURES["paligemma"],
+}
 
 
 @dataclasses.dataclass(frozen=True)

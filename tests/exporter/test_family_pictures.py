@@ -6,6 +6,7 @@ torch gets the same token ids and pixel values; that these are those of transfor
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.guarded import GuardedVLM
+from vlmguard.runtime.images.placing import llava_next
+from vlmguard.runtime.images.prepared_picture import PreparedPicture
 from vlmguard.runtime.vlm import VisionLanguageModel
 
 NEW_TOKENS = 5
@@ -83,10 +86,19 @@ class Exported:
         if "pixel_attention_mask" in prepared[0]:  # tiles of one prompt, in one row
             names = ("pixel_values", "pixel_attention_mask")
             return {name: torch.from_numpy(np.concatenate([p[name] for p in prepared], axis=1)) for name in names}
-        given = {name: torch.from_numpy(np.concatenate([p[name] for p in prepared])) for name in prepared[0]}
-        if "image_sizes" in given:
+        given = {name: torch.from_numpy(_filled_up([p[name] for p in prepared])) for name in prepared[0]}
+        if self.name == "llava_onevision":
             given["batch_num_images"] = torch.tensor([len(prepared)])
         return given
+
+
+def _filled_up(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """One after the other, with zeros for the tiles that a picture has fewer than another."""
+    if arrays[0].ndim < 5:
+        return np.concatenate(arrays)
+    most = max(array.shape[1] for array in arrays)
+    fills = ([(0, 0), (0, most - array.shape[1]), *[(0, 0)] * (array.ndim - 2)] for array in arrays)
+    return np.concatenate([np.pad(array, fill) for array, fill in zip(arrays, fills, strict=True)])
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -130,7 +142,9 @@ def test_a_guard_sees_blank_and_own_pictures(exported: Exported, tmp_path: Path)
     )
 
 
-@pytest.mark.parametrize("name", ["idefics3", "paligemma", "llava", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["idefics3", "idefics2", "idefics2 in parts", "paligemma", "llava", "llava_next", "gemma3"]
+)
 def test_transformers_processor_writes_the_same_prompt(name: str, tmp_path: Path) -> None:
     """Token ids and pixel values of the classes that need no torchvision, with one picture and with several."""
     folder = _checkpoint(name, tmp_path)
@@ -148,8 +162,9 @@ def test_transformers_processor_writes_the_same_prompt(name: str, tmp_path: Path
             text = theirs.apply_chat_template([message], add_generation_prompt=True)
             asked = theirs(text=text, images=[pictures], return_tensors="np", add_special_tokens=False)
         assert ids == np.asarray(asked["input_ids"])[0].tolist()
-        axis = 1 if name == "idefics3" else 0
-        values = np.concatenate([array["pixel_values"] for array in arrays], axis=axis)
+        axis = 1 if name.startswith("idefics") else 0
+        parts = [array["pixel_values"] for array in arrays]
+        values = _filled_up(parts) if name == "llava_next" else np.concatenate(parts, axis=axis)
         np.testing.assert_allclose(values, asked["pixel_values"], rtol=0, atol=1e-6)
 
 
@@ -168,12 +183,26 @@ class ChatAndPictures:
         from vlmguard.runtime.chat.turns import Turn
 
         found = [self.images.prepare(picture, len(pictures) == 1) for picture in pictures]
-        tokens = [PictureTokens(self.each * max(len(one.sizes), 1), one.grid, one.sizes) for one in found]
+        tokens = [PictureTokens(self._count(one), one.grid, one.sizes) for one in found]
         ids = self.chat.encode_turns([Turn("user", prompt, len(pictures))], tokens)
         return ids, [one.arrays for one in found]
+
+    def _count(self, picture: PreparedPicture) -> int:
+        if self.images.kind == "LlavaNextImageProcessor":  # 16 rows and a separator for each tile, laid out
+            tiles = picture.arrays["pixel_values"].shape[1]
+            return len(llava_next(picture, {"image_features": np.zeros((tiles, 17, 1))}))
+        return self.each * max(len(picture.sizes), 1)
 
 
 def _checkpoint(name: str, folder: Path) -> Path:
     from tiny_models import save_tiny_llava
 
+    if name.startswith("idefics2"):
+        save_tiny("idefics3", folder)
+        # sides that need no padding, which several pictures of one prompt would get
+        size = {"size": {"shortest_edge": 28, "longest_edge": 28}, "do_image_splitting": name.endswith("parts")}
+        kind = {"image_processor_type": "Idefics2ImageProcessor", **size}
+        (folder / "preprocessor_config.json").write_text(json.dumps(kind))
+        (folder / "processor_config.json").write_text('{"processor_class": "Idefics2Processor", "image_seq_len": 4}')
+        return folder
     return save_tiny_llava(folder) if name == "llava" else save_tiny(name, folder)

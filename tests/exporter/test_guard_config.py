@@ -51,6 +51,38 @@ SPECS = [
 ]
 
 
+EDITED = """\
+# ours since March
+schema = 'vlmguard.config/1'   # the only one
+directions = "own.safetensors"
+
+[layers.1]
+threshold = -1.250   # by hand
+
+[guard]
+rank = 2
+# the later layers do nothing
+layers = [ 1,
+           2 ]
+mode = "restore"
+positions = "last"   # the default
+"""
+
+
+def test_an_edited_file_keeps_its_comments_and_gets_what_it_lacks(tmp_path: Path) -> None:
+    found = random_directions(16, range(3), rank=2)
+    config = read_config(written(tmp_path / "guard.toml", EDITED))
+    numbers = config.applied(found)
+    text = to_toml(config.spec, "directions.safetensors", numbers, edited=config.text)
+    kept = EDITED.replace("own.safetensors", "directions.safetensors")
+    targets = {number: f"[{', '.join(map(str, numbers.layers[number].target))}]" for number in (1, 2)}
+    new = f"target = {targets[1]}\n\n[layers.2]\nthreshold = 0.0\ntarget = {targets[2]}\n"
+    assert text == kept.replace("# by hand\n", f"# by hand\n{new}")
+    again = read_config(written(tmp_path / "again.toml", text))
+    assert again.spec == config.spec
+    assert to_toml(again.spec, "directions.safetensors", again.applied(found), edited=again.text) == text
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_what_is_written_is_read_back(spec: GuardSpec, tmp_path: Path) -> None:
     found = random_directions(16, range(3), rank=2)
@@ -230,6 +262,6 @@ def test_a_config_is_the_only_one_who_says_what_is_wanted(source: Path, tmp_path
     path = written(tmp_path / "guard.toml", PLAIN)
     for more in ({"spec": GuardSpec()}, {"directions": tmp_path / "d"}, {"anchors": tmp_path / "a"}):
         assert refusal(GuardError, export, source, config=path, **more) == (
-            f"{path}: says what is wanted and from which directions; leave spec, directions, anchors and calibration out, "
+            f"{path}: already has the guard and its directions; leave spec, directions, anchors and calibration out, "
             "or edit it"
         )

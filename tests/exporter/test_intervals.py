@@ -5,13 +5,26 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vlmguard.exporter.evaluation.intervals import Share, bootstrap_interval, clopper_pearson
+from vlmguard.exporter.evaluation.intervals import RESAMPLES, Share, bootstrap_interval, clopper_pearson
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:
     values = np.arange(20.0)
     first, again, other = (bootstrap_interval(20, lambda chosen: float(values[chosen].mean()), n) for n in (1, 1, 2))
     assert first == again != other
+
+
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_the_interval_is_that_of_the_resamples_percentiles(count: int) -> None:
+    """A ratio, resampled and sorted by hand; with one prompt there is nothing to resample."""
+    values, weights = np.random.default_rng(3).normal(size=(2, count)) + 5
+
+    def ratio(chosen: np.ndarray) -> float:
+        return float(values[chosen].sum() / weights[chosen].sum())
+
+    random = np.random.default_rng(7)
+    made = [ratio(random.integers(count, size=count)) for _ in range(RESAMPLES)]
+    assert bootstrap_interval(count, ratio, seed=7) == pytest.approx(np.percentile(made, [2.5, 97.5]))
 
 
 @pytest.mark.parametrize(("hits", "of"), [(30, 100), (5, 20), (199, 200), (1, 3), (250, 500)])

@@ -19,8 +19,7 @@ from small_guarded import edit_manifest, guard_small, make_the_manifest_fit, sma
 from tiny_vlm_paths import SOURCE, Guarded
 from typer.testing import CliRunner
 
-from vlmguard import GuardedVLM, GuardSpec, export, verify
-from vlmguard.cli import app
+from vlmguard import GuardedVLM, GuardSpec, cli, export, verify
 from vlmguard.exporter.packaging.prototext import Word, to_prototext
 from vlmguard.exporter.packaging.triton_config import TritonOptions
 from vlmguard.exporter.packaging.triton_repository import arrange, package_triton
@@ -240,7 +239,7 @@ def test_no_request_can_leave_the_guard_out(repositories: Callable[[str], Path])
 def test_front_model_refuses_in_a_sentence(repositories: Callable[[str], Path]) -> None:
     repository = Repository(repositories("restore"))
     for asked, sentence in (
-        ({"max_tokens": np.int32(5000)}, "max_tokens 5000 is more than this server gives (4096); ask for fewer"),
+        ({"max_tokens": np.int32(5000)}, "max_tokens 5000 is above this server's limit of 4096; choose less"),
         ({"max_tokens": np.int32(0)}, "max_new_tokens 0 is below 1; choose 1 or more"),
         ({"image": b"/etc/hostname"}, "the image cannot be read (of no known format); save it again as PNG or JPEG"),
         ({"image": bytes(21 << 20)}, f"image has {21 << 20} bytes, more than {20 << 20}; scale it down first"),
@@ -380,8 +379,8 @@ def test_a_decoder_without_embeddings_is_refused(guarded: Guarded, tmp_path: Pat
 def test_command_line(guarded: Guarded, tmp_path: Path) -> None:
     run = CliRunner()
     both = ["package", str(guarded("restore")), "--triton", str(tmp_path / "a"), "--genai", str(tmp_path / "b")]
-    assert run.invoke(app, both).exit_code == run.invoke(app, both[:2]).exit_code == 2
-    done = run.invoke(app, [*both[:4], "--gpu", "--json"])
+    assert run.invoke(cli.app, both).exit_code == run.invoke(cli.app, both[:2]).exit_code == 2
+    done = run.invoke(cli.app, [*both[:4], "--gpu", "--json"])
     assert done.exit_code == 0, done.output
     content = json.loads(done.stdout)
     assert content["layout"] == "triton" and content["proof"]["ok"] and "decoder/config.pbtxt" in content["written"]

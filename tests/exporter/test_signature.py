@@ -224,6 +224,6 @@ def test_given_inputs_go_by_the_graphs_own_names(tmp_path: Path) -> None:
     (batch,) = given_inputs([tmp_path / "in.npz"], InputRoles(tokens="tokens", mask="seen")).batches
     np.testing.assert_array_equal(batch.mask[0], [1, 1, 1, 0, 0])
     with pytest.raises(
-        GuardError, match=r"holds no input_ids \[batch, sequence\] or inputs_embeds, but tokens, seen; add it"
+        GuardError, match=r"has no input_ids \[batch, sequence\] or inputs_embeds, but tokens, seen; add it"
     ):
         given_inputs([tmp_path / "in.npz"])

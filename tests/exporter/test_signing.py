@@ -15,7 +15,7 @@ from small_guarded import edit_graph, edit_manifest, guard_small, make_the_manif
 from typer.testing import CliRunner
 
 import vlmguard
-from vlmguard.cli import app
+from vlmguard import cli
 from vlmguard.exporter.artifact.signing import check_signature, sign
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ManifestMismatch
@@ -140,7 +140,7 @@ def test_without_the_package_the_extra_is_named(folder: Path, keys: Callable, mo
 
 def test_the_command_line(folder: Path, keys: Callable) -> None:
     private, public = map(str, keys("theirs"))
-    done = CliRunner().invoke(app, ["sign", str(folder), "--key", private])
+    done = CliRunner().invoke(cli.app, ["sign", str(folder), "--key", private])
     assert (done.exit_code, done.stdout) == (0, f"signed: {folder / 'model.sig'}\n")
-    done = CliRunner().invoke(app, ["verify", str(folder), "--verify-signature", public, "--json"])
+    done = CliRunner().invoke(cli.app, ["verify", str(folder), "--verify-signature", public, "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["checks"][0]["name"] == SIGNED

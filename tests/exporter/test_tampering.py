@@ -427,9 +427,7 @@ SAID = {
         ],
         "the stream splits",  # the anatomy refuses them before any proof
     ),
-    "a second decoder behind the guard reads the text anew": (
-        "a side path leaves the embedding at 'fresh_embeds' and enters layers past their"
-    ),
+    "a second decoder behind the guard reads the text anew": "the stream splits",
     "an If around the guard": "some layers end in a norm behind their last sum and others do not",
     "a second decoder reads an input of its own": (
         "layer 1: an attention that the guard does not change reaches 'logits' on a way around it"

@@ -120,13 +120,13 @@ def test_two_tensors_have_the_same_bytes_or_none_in_common(model: Path) -> None:
 def test_a_place_says_nothing_that_nobody_knows(model: Path) -> None:
     place(model, basepath="/")
     assert refusal(lambda: load_graph(model)) == (
-        f"{model}: the place of 'w0' says 'basepath', which is no key of external data; do not use it"
+        f"{model}: the place of 'w0' has 'basepath', which is no key of external data; do not use it"
     )
 
 
 def test_a_place_says_nothing_twice(model: Path) -> None:
     edit_graph(model.parent, lambda proto: tensor_called(proto, "w0").external_data.add(key="location", value="x"))
-    assert refusal(lambda: load_graph(model)) == f"{model}: the place of 'w0' says 'location', twice; do not use it"
+    assert refusal(lambda: load_graph(model)) == f"{model}: the place of 'w0' has 'location', twice; do not use it"
 
 
 def test_what_a_node_holds_itself_is_under_the_same_rules(model: Path) -> None:
@@ -348,7 +348,7 @@ def test_a_tensor_holds_what_it_says(model: Path) -> None:
         ),
     )
     assert refusal(lambda: load_graph(model)) == (
-        f"{model}: tensor 'big' says [1048576, 1048576] and holds 4 bytes; it is damaged, do not use it"
+        f"{model}: tensor 'big' has shape [1048576, 1048576] but 4 bytes; it is damaged, do not use it"
     )
 
 
@@ -362,7 +362,7 @@ def test_a_tensor_holds_what_it_says(model: Path) -> None:
         ),
         (
             TensorProto(name="t", dims=[9], data_type=1, float_data=[1]),
-            "tensor 't' says [9] and holds 1 numbers; it is damaged, do not use it",
+            "tensor 't' has shape [9] but 1 numbers; it is damaged, do not use it",
         ),
     ],
 )

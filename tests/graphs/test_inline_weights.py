@@ -171,7 +171,7 @@ def tampered(path: Path, change: Callable[[onnx.TensorProto], None]) -> str:
 def test_a_tensor_of_another_size_is_refused(path: Path) -> None:
     name = onnx.load(path).graph.initializer[0].name
     said = tampered(path, lambda tensor: tensor.dims.__setitem__(0, 17))
-    assert said == f"{path}: tensor {name!r} says [17, 16] and holds 1024 bytes; it is damaged, do not use it"
+    assert said == f"{path}: tensor {name!r} has shape [17, 16] but 1024 bytes; it is damaged, do not use it"
 
 
 def test_numbers_in_two_forms_are_refused(path: Path) -> None:

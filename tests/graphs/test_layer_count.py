@@ -69,6 +69,19 @@ def test_what_goes_past_the_sums_is_named_by_its_key() -> None:
     ) == LayerCount(4)
 
 
+def test_layers_of_cross_attention_are_listed() -> None:
+    config = {"text_config": {"num_hidden_layers": 4, "cross_attention_layers": [1, "2", True]}}
+    assert declared_layers([config]) == LayerCount(4, cross_attention=(1,))
+    assert declared_layers([{"num_hidden_layers": 4, "cross_attention_layers": "1"}]) == LayerCount(4)
+
+
+@pytest.mark.parametrize("key", ["hc_mult", "hc_count"])
+def test_hyper_connections_are_several_streams(key: str) -> None:
+    declared = declared_layers([{"num_hidden_layers": 4, key: 4}])
+    assert declared == LayerCount(4, past_sums=(f"several residual streams side by side ({key} 4)",))
+    assert declared_layers([{"num_hidden_layers": 4, key: 1}]) == LayerCount(4)
+
+
 def test_the_first_config_that_declares_wins() -> None:
     assert declared_layers([{}, {"n_layer": 2}, {"n_layer": 3}]) == LayerCount(2)
 

@@ -170,6 +170,48 @@ def test_a_count_without_a_list_does_not_make_blocks_of_sums() -> None:
     assert "the config declares 5 layers, the graph's residual stream shows 2" in refusal(blocks(*NEMOTRON), 5)
 
 
+# A convolution inside the MLP
+
+
+def with_conv(kernel: str = "k") -> ir.Model:
+    """Inkling's kind: attention with one sum, and an MLP with a convolution over the tokens, with one sum."""
+    body, x = "", "x"
+    for n in range(3):
+        body += (
+            norm(f"in{n}", x)
+            + attention(f"a{n}", f"in{n}", f"in{n}")
+            + f"s{n} = Add({x}, a{n}) "
+            + norm(f"n{n}", f"s{n}")
+        )
+        body += f"t{n} = Transpose <perm = [0, 2, 1]> (n{n}) c{n} = Conv <pads = [2, 0]> (t{n}, {kernel}) "
+        body += f"b{n} = Transpose <perm = [0, 2, 1]> (c{n}) " + mlp(f"m{n}", f"b{n}") + f"h{n} = Add(s{n}, m{n}) "
+        x = f"h{n}"
+    return graph(body + norm("last", x), "last", STREAM, WEIGHTS.replace("<", "<float[16, 16, 3] k, ", 1))
+
+
+def test_a_convolution_inside_the_mlp_is_no_layer_of_its_own() -> None:
+    assert values(with_conv(), 3) == ["h0", "h1", "h2"]
+    assert values(with_conv(), 6) == ["s0", "h0", "s1", "h1", "s2", "h2"]
+
+
+def test_a_convolution_behind_every_attention_needs_a_config() -> None:
+    assert refusal(with_conv()) == (
+        "every attention has one residual sum alone, and behind it a convolution or recurrence has one, so whether the two are "
+        "one layer is not plain from the graph; put the model's config.json beside it"
+    )
+    assert "the config declares 4 layers, the graph's residual stream shows 6" in refusal(with_conv(), 4)
+
+
+def test_cross_attention_layers_that_were_left_out_are_named() -> None:
+    declared = LayerCount(4, cross_attention=(1,))
+    assert refusal(mllama((False, False, False)), declared) == (
+        "the config declares 4 layers, the graph's residual stream shows 3 (h0 to h2); the layers with cross attention (1) "
+        "were left out of it, so its layers are not numbered as the config's are; export the decoder with "
+        "cross_attention_states among its inputs"
+    )
+    assert values(mllama((False, True, False, False)), declared) == ["h0", "h1", "h2", "h3"]
+
+
 # Behind the sum
 
 

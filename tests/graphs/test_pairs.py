@@ -156,10 +156,11 @@ def test_graphs_that_cannot_take_pairs_are_refused_in_one_line() -> None:
         "the graph takes batches of 1, paired rows need 2; export it with an open batch size, or choose --supervisor input"
     )
     assert refusal(fixed(1)) == (
-        "the graph takes one token a call, so paired rows cannot tell a prompt from an answer; choose --supervisor input"
+        "the graph takes one token per call, so paired rows cannot distinguish a prompt from an answer; "
+        "choose --supervisor input"
     )
     assert refusal(decoder()) == (
-        "the graph has no KV cache, so every call brings the prompt again and paired rows cannot tell it from an answer; "
+        "the graph has no KV cache, so every call repeats the prompt and paired rows cannot distinguish it from an answer; "
         "choose --supervisor input"
     )
     assert refusal(decoder(mask=False, cache=True)) == (

@@ -203,8 +203,11 @@ def proof(done: Guarded) -> str:
     return "" if check.ok else check.note
 
 
-def test_the_proof_names_the_side_paths() -> None:
+def test_the_plan_and_the_proof_name_the_side_paths() -> None:
     done = guarded()
+    assert [note for note in done.plan.notes if note in described(done.anatomy.side_paths)] == described(
+        done.anatomy.side_paths
+    )
     check = guard_dominates(done.model, done.anatomy, done.plan, done.report)
     assert check.ok and check.note == "besides: " + "; ".join(described(done.anatomy.side_paths))
 

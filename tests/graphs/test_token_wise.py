@@ -17,10 +17,10 @@ BATCHES, LENGTH, WIDTH, PAST, HEADS = 2, 5, 16, 3, 4
 INPUTS = "float[B, S, 16] x, float[B, 4, P, 4] past, int64[B, S] positions"
 WEIGHTS = (
     "<float[16, 16] w, float[16] gain, int64[1] last = {-1}, int64[1] one = {1}, int64[1] two = {2}, int64[1] zero = {0}, "
-    "int64[1] eight = {8}, int64 first = {0}, int64[2] picked = {0, 3}, int64[4] heads = {0, 0, 4, 4}, "
-    "int64[4] open_heads = {0, -1, 4, 4}, int64[3] flat = {0, 0, -1}, int64[2] rows = {-1, 16}, int64[3] pairs = {0, -1, 32}, "
-    "int64[3] turned_rows = {0, 16, -1}, int64[5] repeated = {1, 1, 2, 1, 1}, int64[1] four = {4}, int64 first_axis = {1}, "
-    "int64[2] halves = {8, 8}>"
+    "int64[1] eight = {8}, int64[1] four = {4}, int64 first = {0}, int64 first_axis = {1}, int64[2] picked = {0, 3}, "
+    "int64[4] heads = {0, 0, 4, 4}, int64[4] open_heads = {0, -1, 4, 4}, int64[3] flat = {0, 0, -1}, "
+    "int64[2] rows = {-1, 16}, int64[3] turned_rows = {0, 16, -1}, int64[5] repeated = {1, 1, 2, 1, 1}, "
+    "int64[1] minus = {-1}, int64[2] halves = {8, 8}>"
 )
 KEYS = "k0 = MatMul(x, w) k1 = Reshape(k0, heads) k2 = Transpose <perm = [0, 2, 1, 3]> (k1) all = Concat <axis = 2> (past, k2) "
 SIZES = (
@@ -44,6 +44,12 @@ ALONE = {
     "keys with a past": f"{KEYS} y = Identity(all)",
     "repeated keys": (
         f"{KEYS} {SIZES} u = Unsqueeze(all, two) e = Expand(u, repeated) shape = Concat <axis = 0> (b, eight, t, four) "
+        "y = Reshape(e, shape)"
+    ),
+    "repeated keys as TorchScript writes them": (
+        f"{KEYS} {SIZES} u = Unsqueeze(all, two) wide = Concat <axis = 0> (b, four, two, t, four) five = Shape(wide) "
+        "ones = ConstantOfShape <value = int64[1] {1}> (five) less = Mul(ones, minus) is_open = Equal(wide, less) "
+        "sizes = Where(is_open, ones, wide) e = Expand(u, sizes) shape = Concat <axis = 0> (b, eight, t, four) "
         "y = Reshape(e, shape)"
     ),
     "positions may enter": "p = Cast <to = 1> (positions) c = Cos(p) u = Unsqueeze(c, two) y = Mul(x, u)",

@@ -231,6 +231,8 @@ def test_rules_that_are_spelled_out() -> None:
     idefics2 = placeholder("Idefics2Processor")
     around = "<fake_token_around_image>"
     assert idefics2.text_of(ALONE) == f"{around}<T><T><T><T>{around}"
+    assert idefics2.text_of(PictureTokens(4, (1, 2), (1, 1))) == f"{around}<T><T>{around}<T><T>{around}"
+    assert idefics2.filled("a<T><T>b", [PictureTokens(1)] * 2) == f"a{around}<T>{around}<T>{around} b"
 
 
 def test_placeholders_are_replaced_in_order() -> None:

@@ -58,8 +58,8 @@ VISION: Mapping[str, Any] = {
 }
 
 SEVERAL_STREAMS = (
-    "2 attention nodes follow one another without a single sum that all paths pass: several streams, or paths past the sums "
-    "(embeddings per layer, keys and values that layers share); such decoders cannot be guarded"
+    "layer 0: the residual sum 'add_1440' has 4 axes and not [batch, sequence, width] (several streams side by side), so a "
+    "layer has no single hidden state; such decoders cannot be guarded"
 )
 
 

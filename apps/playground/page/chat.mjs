@@ -78,7 +78,7 @@ export class Chat {
   }
 }
 
-/** This browser reads the sample prompts as Python does; otherwise the models would be asked something else. */
+/** Check that this browser tokenizes the sample prompts like Python; otherwise the models would get other prompts. */
 export function requireSameTokens(chat, checks) {
   for (const { prompt, imageTokens, ids } of checks) {
     const found = chat.encode(prompt, imageTokens);

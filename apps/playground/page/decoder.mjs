@@ -130,7 +130,7 @@ export function lastLogits(outputs) {
   return Float32Array.from(data.subarray(data.length - dims.at(-1)));
 }
 
-/** What each gate compared at the last token; `null` where the graph does not tell. */
+/** The score of each gate at the last token; `null` if the graph does not output them. */
 export function gateScores(outputs) {
   return SCORES in outputs ? Array.from(outputs[SCORES].data) : null;
 }

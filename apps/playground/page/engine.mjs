@@ -5,15 +5,15 @@ import { Refused } from "./refused.mjs";
 export class Engine {
   /**
    * @param {string} provider `wasm` or `webgpu`
-   * @param {(what: string, done: number, total: number) => void} tell what is being fetched, in bytes
+   * @param {(what: string, done: number, total: number) => void} reportProgress progress of downloads, in bytes
    */
-  constructor(provider, tell = () => {}) {
+  constructor(provider, reportProgress = () => {}) {
     this.worker = new Worker(new URL("./worker.mjs", import.meta.url), { type: "module" });
     this.next = 0;
     this.waiting = null; // who gets the messages of the request that runs
     this.ready = new Promise((opened, refused) => {
       this.worker.onmessage = ({ data }) => {
-        if (data.kind === "fetching") tell(data.what, data.done, data.total);
+        if (data.kind === "fetching") reportProgress(data.what, data.done, data.total);
         else if (data.kind === "opened") opened(data);
         else if (data.kind === "refused" && data.id === null) refused(new Refused(data.message));
         else this.waiting?.(data);
@@ -61,7 +61,7 @@ export class Engine {
     this.#end("The models were closed.");
   }
 
-  /** Whoever waits for an answer is told that none comes. */
+  /** Reject the promise of a running answer. */
   #end(message) {
     this.waiting?.({ kind: "refused", id: null, message });
   }

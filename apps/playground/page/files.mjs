@@ -11,22 +11,22 @@ export async function fetchJson(address) {
  *
  * @param {string} name of the part, for progress
  * @param {{graph: string, data: {path: string, address: string}[]}} part of facts.json
- * @param {(what: string, done: number, total: number) => void} tell
+ * @param {(what: string, done: number, total: number) => void} reportProgress
  */
-export async function fetchAll(name, part, tell) {
-  const graph = await bytes(name, part.graph, tell);
+export async function fetchAll(name, part, reportProgress) {
+  const graph = await bytes(name, part.graph, reportProgress);
   const externalData = [];
-  for (const { path, address } of part.data) externalData.push({ path, data: await bytes(name, address, tell) });
+  for (const { path, address } of part.data) externalData.push({ path, data: await bytes(name, address, reportProgress) });
   return { graph, externalData };
 }
 
-/** By XMLHttpRequest, which tells how far it is. */
-function bytes(name, address, tell) {
+/** Download by XMLHttpRequest, which reports its progress. */
+function bytes(name, address, reportProgress) {
   return new Promise((give, refuse) => {
     const request = new XMLHttpRequest();
     request.open("GET", `model/${address}`);
     request.responseType = "arraybuffer";
-    request.onprogress = ({ loaded, total }) => tell(name, loaded, total);
+    request.onprogress = ({ loaded, total }) => reportProgress(name, loaded, total);
     request.onload = () => (request.status === 200 ? give(new Uint8Array(request.response)) : refuse(lacks(address, request.status)));
     request.onerror = () => refuse(silent());
     request.send();

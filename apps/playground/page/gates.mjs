@@ -58,12 +58,12 @@ class Chart {
   constructor(parent, layer, threshold) {
     this.threshold = threshold;
     this.name = element("strong", `Layer ${layer}`);
-    this.told = element("span", "");
+    this.score = element("span", "");
     this.state = element("span", "");
     this.drawing = document.createElementNS(SVG, "svg");
     this.drawing.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
     this.drawing.setAttribute("role", "img");
-    const figure = element("figure", element("figcaption", this.name, this.told, this.state), this.drawing);
+    const figure = element("figure", element("figcaption", this.name, this.score, this.state), this.drawing);
     figure.className = "gate";
     parent.append(figure);
     this.clear();
@@ -84,7 +84,7 @@ class Chart {
   draw() {
     const [count, last] = [this.scores.length, this.scores.at(-1)];
     const opened = this.open.filter(Boolean).length;
-    this.told.textContent = `score ${count ? shown(last) : "–"}, threshold ${shown(this.threshold)}`;
+    this.score.textContent = `score ${count ? shown(last) : "–"}, threshold ${shown(this.threshold)}`;
     this.state.textContent = count ? (opened ? `open at ${opened} of ${count}` : "closed") : "not asked";
     this.state.className = opened ? "state open" : "state";
     this.drawing.setAttribute("aria-label", `${this.name.textContent}: ${count} scores, ${opened} times open; the table has the numbers`);

@@ -1,4 +1,4 @@
-// The page: what is asked, both answers, the gates. The models are in the worker (engine.mjs).
+// The page: the prompt, both answers, the gates. The models are in the worker (engine.mjs).
 
 import { Engine } from "./engine.mjs";
 import { fetchJson } from "./files.mjs";
@@ -35,7 +35,7 @@ try {
 }
 
 /**
- * Open the models; where there is a GPU and it cannot run them, say so and take the CPU.
+ * Open the models. If the GPU cannot run them, show a message and use the CPU.
  *
  * @param {string} provider `wasm` or `webgpu`
  * @param {string} news what is said besides, once they are open
@@ -43,17 +43,17 @@ try {
 async function start(provider, news = "") {
   engine?.close();
   ready(false);
-  say("Opening the models …");
+  showStatus("Opening the models …");
   const progress = at("progress");
   engine = new Engine(provider, (what, done, total) => {
     progress.hidden = false;
     Object.assign(progress, { value: done, max: total });
-    say(`Fetching ${what} …`);
+    showStatus(`Fetching ${what} …`);
   });
   try {
     const { version, threads } = await engine.ready;
-    tell("runs on", `onnxruntime-web ${version}, ${PROVIDERS[provider]}, ${threads} thread${threads > 1 ? "s" : ""}`);
-    say(`${news}Ready. Pick a picture and a prompt, then ask both.`);
+    addFact("runs on", `onnxruntime-web ${version}, ${PROVIDERS[provider]}, ${threads} thread${threads > 1 ? "s" : ""}`);
+    showStatus(`${news}Ready. Pick a picture and a prompt, then ask both.`);
     ready(true);
   } catch (error) {
     if (provider !== "wasm") {
@@ -74,7 +74,7 @@ async function answer(pictures) {
     at(`answer-${side}`).ariaBusy = "true"; // read out when it is whole, not word by word
     at(`count-${side}`).textContent = "";
   }
-  say("Answering …");
+  showStatus("Answering …");
   try {
     const request = { prompt: at("prompt").value, most: at("most").valueAsNumber, ...(await pictures.chosen()) };
     const counts = { base: 0, guarded: 0 };
@@ -88,7 +88,7 @@ async function answer(pictures) {
       }
     }
     const same = at("answer-base").textContent === at("answer-guarded").textContent;
-    say(same ? "Done: both say the same." : "Done: the answers differ.");
+    showStatus(same ? "Done: both answers are equal." : "Done: the answers differ.");
   } catch (error) {
     refuse(error);
   }
@@ -97,7 +97,7 @@ async function answer(pictures) {
   ready(true);
 }
 
-/** What the page says about the model, before anything runs. */
+/** Show the facts about the model, before anything runs. */
 function describe({ name, decoder, base, guard, libraries }) {
   const layers = `layer${guard.layers.length > 1 ? "s" : ""} ${guard.layers.join(", ")} of ${guard.decoderLayers}`;
   document.title = `${name} · vlmguard playground`;
@@ -106,13 +106,13 @@ function describe({ name, decoder, base, guard, libraries }) {
   at("guarded-is").textContent = "The model with its guard, as it ships.";
   at("gates-about").textContent =
     guard.thresholds === null
-      ? `Mode ${guard.mode} has no gate: it edits every token it is meant for, whatever is asked.`
+      ? `Mode ${guard.mode} has no gate: it edits the planned tokens of every request.`
       : `What each guarded layer compares with its threshold${guard.decided === "prompt" ? "; decided at the end of the prompt, then held" : ""}. A gate that is closed leaves the model as it is.`;
-  tell("decoder", decoder);
-  tell("mode", guard.mode);
-  tell("guarded layers", guard.layers.join(", "));
-  tell("tokens edited", guard.positions === "last" ? "the last of each call" : "all");
-  tell("libraries", libraries.join(", "));
+  addFact("decoder", decoder);
+  addFact("mode", guard.mode);
+  addFact("guarded layers", guard.layers.join(", "));
+  addFact("tokens edited", guard.positions === "last" ? "the last of each call" : "all");
+  addFact("libraries", libraries.join(", "));
 }
 
 function offerPrompts(prompts, pictures) {
@@ -143,7 +143,7 @@ async function offerProviders() {
 }
 
 /** A row of "What runs here"; its name comes once. */
-function tell(name, value) {
+function addFact(name, value) {
   const known = [...at("facts").querySelectorAll("dt")].find((term) => term.textContent === name);
   if (known) known.nextElementSibling.textContent = value;
   else at("facts").append(element("dt", name), element("dd", value));
@@ -154,13 +154,13 @@ function ready(is) {
   document.documentElement.dataset.ready = is;
 }
 
-function say(words) {
+function showStatus(words) {
   at("status").textContent = words;
   at("status").classList.remove("refused");
 }
 
 function refuse(error) {
   if (!(error instanceof Refused)) console.error(error);
-  say(error instanceof Refused ? error.message : `The page failed: ${error.message ?? error}`);
+  showStatus(error instanceof Refused ? error.message : `The page failed: ${error.message ?? error}`);
   at("status").classList.add("refused");
 }

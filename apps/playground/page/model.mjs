@@ -16,13 +16,13 @@ export class Model {
    *
    * @param ort onnxruntime-web
    * @param {string} provider `wasm` or `webgpu`
-   * @param {(what: string, done: number, total: number) => void} tell progress, in bytes
+   * @param {(what: string, done: number, total: number) => void} reportProgress progress, in bytes
    */
-  static async open(ort, provider, tell) {
+  static async open(ort, provider, reportProgress) {
     const facts = await fetchJson("model/facts.json");
     const chat = new Chat(await fetchJson("model/tokenizer.json"), facts.chat);
     requireSameTokens(chat, facts.tokenChecks);
-    const open = async (name) => openSession(ort, provider, facts.parts[name], await fetchAll(name, facts.parts[name], tell));
+    const open = async (name) => openSession(ort, provider, facts.parts[name], await fetchAll(name, facts.parts[name], reportProgress));
     const [vision, embed] = [await open("vision"), await open("embed")];
     const decoders = {};
     for (const side of SIDES) decoders[side] = new Decoder(ort, await open(side), facts, facts.parts[side]);

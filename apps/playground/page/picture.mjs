@@ -7,7 +7,7 @@ const MOST_PIXELS = 50_000_000;
 
 /**
  * @param {Blob} blob the file
- * @param {string} name what a person calls it, for the refusal
+ * @param {string} name its name, for error messages
  * @returns {Promise<{width: number, height: number, data: Uint8ClampedArray}>} RGBA, opaque, row by row
  */
 export async function readPicture(blob, name) {

@@ -1,4 +1,4 @@
-// Which picture is shown to the models: none, a sample, or one that a person chose, dropped or pasted.
+// Which picture is shown to the models: none, a sample, or one that the user chose, dropped or pasted.
 
 import { element } from "./gates.mjs";
 import { readPicture } from "./picture.mjs";
@@ -37,7 +37,7 @@ export class Pictures {
     return { picture: await answer.blob(), name: input.value };
   }
 
-  /** Take a person's file, or say why not. */
+  /** Use the user's file, or show why it cannot be used. */
   async take(file) {
     try {
       await readPicture(file, file.name);

@@ -1,3 +1,3 @@
-// What a person asked and cannot have, in one sentence that is shown as it is. Any other error is a bug of the page.
+// An error in the user's input, with a one-sentence message to show. Any other error is a bug of the page.
 
 export class Refused extends Error {}

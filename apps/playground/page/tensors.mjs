@@ -1,4 +1,4 @@
-// Tensors of onnxruntime-web by the dtype that a graph asks for.
+// Tensors of onnxruntime-web in the dtypes of a graph's inputs.
 
 import { Refused } from "./refused.mjs";
 

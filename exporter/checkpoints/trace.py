@@ -1,4 +1,4 @@
-"""One part of a model as an ONNX graph, traced by transformers' exporter: `trace`."""
+"""`trace_some_way`: one part of a model as a graph, traced by transformers' exporter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
 
 import onnx_ir as ir
@@ -17,6 +17,18 @@ from ..families.family import TOTAL
 from ..families.gated_delta import delta_rule_by_scan
 from ..families.generic_vision import as_written
 from .parts import Part
+
+
+def trace_some_way(model: Any, part: Part, opset: int) -> ir.Model:
+    """The part traced as it is, or else in the other way that it has; what stopped both is raised for the first."""
+    try:
+        return trace(model, part, opset)
+    except Exception:
+        if part.instead is None:
+            raise
+        with suppress(Exception):
+            return trace(model, part.instead, opset)
+        raise
 
 
 def trace(model: Any, part: Part, opset: int) -> ir.Model:
@@ -39,7 +51,7 @@ def trace(model: Any, part: Part, opset: int) -> ir.Model:
 
 
 def _dynamic_shapes(part: Part) -> dict[str, Any]:
-    """The part's named axes, as torch.export wants them: per argument, and per tensor of the cache."""
+    """The part's named axes in the format of torch.export: per argument, and per tensor of the cache."""
     from torch.export import Dim
 
     # torch has no word for a sum of two lengths (of the mask), nor for a multiple of another (patches, four to a token).
