@@ -52,6 +52,15 @@ def get_vision_window_index(
     """The order of the tokens as it is, and three bounds, which tell windows from the two of a whole picture.
 
     Attention does not care for order, so a mask takes the place of cutting the picture into windows.
+
+    Args:
+        grid_thw: frames, rows and columns of patches, `[1, 3]`.
+        spatial_merge_size: patches per side that become one token.
+        window_size: edge of a window in pixels.
+        patch_size: edge of a patch in pixels.
+        patches: how many there are.
+        windows: gets the mask, `[patches, patches]` bool.
+        more: what precomputed values of transformers come in, without effect.
     """
     import torch
 
