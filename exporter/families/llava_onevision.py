@@ -51,15 +51,6 @@ def place(config: Any, given: Arrays, seen: Arrays) -> np.ndarray:
 
 
 def all_laid_out(config: Any, given: Arrays, seen: Arrays, most_tiles: int | None) -> np.ndarray:
-<<<<<<< HEAD
-    """`placing.laid_out` for each picture of several: the rows of all, `[image tokens, width]`.
-
-    Args:
-        config: of the model.
-        given: `image_sizes [pictures, 2]`, height and width of each.
-        seen: `image_features`, the tiles of all pictures in a row.
-        most_tiles: as in `placing.laid_out`.
-=======
     """`placing.laid_out` for each picture of several.
 
     Args:
@@ -67,7 +58,6 @@ def all_laid_out(config: Any, given: Arrays, seen: Arrays, most_tiles: int | Non
         given: what the image processor gave, with `image_sizes [images, 2]`.
         seen: `image_features [tiles, tokens, width]` of all pictures.
         most_tiles: as for `placing.laid_out`.
->>>>>>> h/families
     """
     rows, start = [], 0
     for size in given["image_sizes"]:
