@@ -8,9 +8,9 @@ kernel fills it its own way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +40,19 @@ GREEDY_STEPS = 8
 
 @dataclass(frozen=True)
 class Answer:
-    """Results of one side: rows for the image tokens, logits of every step (the prefill first), and the last cache."""
+    """Results of one side.
+
+    Attributes:
+        image_features: rows for the image tokens.
+        logits: of every step, the prefill first.
+        cache: the last state, by the names of the decoder's outputs.
+        growing: of the state, the axes that tokens are on; others have a fixed size. Only the graph declares them.
+    """
 
     image_features: np.ndarray | None
     logits: tuple[np.ndarray, ...]
     cache: Arrays
+    growing: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,18 +91,20 @@ def answer_with_torch(
     import torch
 
     model, config, vision = model.float(), model.config, family.vision
-    given = vision.sample(model, np.random.default_rng(0)) if vision is not None else {}
-    pictures = tensors(model, given)
+    vision_inputs = vision.sample(model, np.random.default_rng(0)) if vision is not None else {}
+    pictures = tensors(model, vision_inputs)
     rest = family.decoder.reference or family.decoder.feeds
     peaks: list[Peak] = []
     with torch.no_grad():
         rows: list[Any] = []
         if vision is not None and family.generic:
-            rows = [image_features(model, **tensors(model, call))[IMAGE_FEATURES] for call in vision.calls(given)]
+            rows = [
+                image_features(model, **tensors(model, call))[IMAGE_FEATURES] for call in vision.calls(vision_inputs)
+            ]
         elif vision is not None:
             found = model.get_image_features(**pictures, return_dict=True).pooler_output
             rows = [image.flatten(0, -2) for image in found]
-        prompt = sample_prompt(vision, config, texts, given, tuple(map(len, rows)))
+        prompt = sample_prompt(vision, config, texts, vision_inputs, tuple(map(len, rows)))
         features = torch.cat(rows).numpy() if rows else None
         if family.generic:
             with (
@@ -102,9 +112,9 @@ def answer_with_torch(
                 if measure_peaks
                 else nullcontext()
             ):
-                done = record(model, prompt.input_ids, prompt.attention_mask, given, GREEDY_STEPS)
-            answer = Answer(features, done.logits, _states(done.cache))
-            return Reference(prompt, done.tokens, answer, tuple(peaks), _others(model, vision))
+                recording = record(model, prompt.input_ids, prompt.attention_mask, vision_inputs, GREEDY_STEPS)
+            answer = Answer(features, recording.logits, _states(recording.cache))
+            return Reference(prompt, recording.tokens, answer, tuple(peaks), _others(model, vision))
 
         cache: Any = None  # transformers makes one
         chosen: list[np.ndarray] = []
@@ -177,10 +187,15 @@ def answer_with_onnxruntime(
             if not logits:
                 text["inputs_embeds"][prompt.input_ids == prompt.image_token] = rows
         past = {name: states[present_of(name)] for name in types if is_past(name)}
-        given = {**text, "attention_mask": turn.mask, **family.decoder.feeds(config, turn)} | past
-        states = _run(decoder, {name: given[name].astype(kind, copy=False) for name, kind in types.items()})
+        feeds = {**text, "attention_mask": turn.mask, **family.decoder.feeds(config, turn)} | past
+        states = _run(decoder, {name: feeds[name].astype(kind, copy=False) for name, kind in types.items()})
         logits.append(states.pop("logits"))
-    return Answer(rows, tuple(logits), states)
+    growing = {
+        present_of(port.name): list(port.shape).index(PAST)
+        for port in decoder.get_inputs()
+        if is_past(port.name) and PAST in port.shape
+    }
+    return Answer(rows, tuple(logits), states, growing)
 
 
 def empty_cache(decoder: onnxruntime.InferenceSession, batch: int) -> Arrays:
@@ -222,15 +237,18 @@ def check_parity(
     ever_real = np.pad(real, ((0, 0), (0, GREEDY_STEPS)), constant_values=True)
     if expected.cache.keys() != actual.cache.keys() or not expected.cache:
         raise ProofFailed(f"caches differ: torch has {sorted(expected.cache)}, the decoder {sorted(actual.cache)}")
-    states = [_same_tokens(expected.cache[name], actual.cache[name], ever_real) for name in expected.cache]
+    states = [
+        _same_tokens(expected.cache[name], actual.cache[name], actual.growing.get(name), ever_real)
+        for name in expected.cache
+    ]
     limit, advice = LIMITS[dtype], WAY_OUT if dtype == "fp16" else _ADVICE
     steps = zip(expected.logits[1:], actual.logits[1:], strict=True)
     features = [(expected.image_features, actual.image_features, None)]
     if family.vision is not None and reference.others:
         vision = open_graph(VISION_ENCODER)
         for picture, rows in zip(family.vision.others, reference.others, strict=True):
-            found = _run(vision, {port.name: picture[port.name] for port in vision.get_inputs()})
-            features += [(rows[name], found[name], None) for name in rows]
+            outputs = _run(vision, {port.name: picture[port.name] for port in vision.get_inputs()})
+            features += [(rows[name], outputs[name], None) for name in rows]
     return (
         *([_compare("image features", features, limit, advice)] if expected.image_features is not None else []),
         _compare("prefill logits", [(expected.logits[0], actual.logits[0], real)], limit, advice),
@@ -240,14 +258,13 @@ def check_parity(
 
 
 def _same_tokens(
-    expected: np.ndarray, actual: np.ndarray, real: np.ndarray
+    expected: np.ndarray, actual: np.ndarray, axis: int | None, real: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Two states with their tokens on the second axis, and which tokens are no padding; as they are where tokens leave no
-    entry.
+    """Two states with their tokens, which are on `axis`, on the second one; and which tokens are no padding.
 
+    A state of fixed size (no axis) is returned as it is.
     torch forgets what a layer with a sliding window can no longer see; the graph keeps all of it.
     """
-    axis = next((axis for axis, size in enumerate(actual.shape) if axis and size == real.shape[1]), None)
     if axis is None:
         return expected, actual, None
     kept = expected.shape[axis]

@@ -51,7 +51,14 @@ def place(config: Any, given: Arrays, seen: Arrays) -> np.ndarray:
 
 
 def all_laid_out(config: Any, given: Arrays, seen: Arrays, most_tiles: int | None) -> np.ndarray:
-    """`placing.laid_out` for each picture of several."""
+    """`placing.laid_out` for each picture of several.
+
+    Args:
+        config: of the model.
+        given: what the image processor gave, with `image_sizes [images, 2]`.
+        seen: `image_features [tiles, tokens, width]` of all pictures.
+        most_tiles: as for `placing.laid_out`.
+    """
     rows, start = [], 0
     for size in given["image_sizes"]:
         grid = grid_of(size, config)

@@ -49,9 +49,14 @@ def get_vision_window_index(
     windows: list[torch.Tensor],
     **more: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The order of the tokens as it is, and three bounds, which tell windows from the two of a whole picture.
+    """The tokens in their given order, and three bounds, which distinguish windows from the two bounds of a whole picture.
 
-    Attention does not care for order, so a mask takes the place of cutting the picture into windows.
+        Attention does not depend on order, so a mask replaces the split of the picture into windows.
+
+    Args:
+        grid_thw, spatial_merge_size, window_size, patch_size, more: as for the function of transformers that this replaces.
+        patches: number of patches.
+        windows: the mask of the windows, `[patches, patches]` bool, is appended.
     """
     import torch
 
