@@ -6,7 +6,7 @@ input of a Reshape from `Shape`, `Gather` and `Concat`; what comes out is known 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import onnx_ir as ir
 
@@ -30,14 +30,12 @@ class AxisSizes:
 
     Args:
         axes: the axes of a value, where they are known.
-        named: what the names of open sizes in the graph's signature stand for. Exporters read the batch from any input that has
-            it (`position_ids`), and an app feeds sizes of one name alike.
+        batch: the signature's names for the first size of text inputs. Exporters read the batch from any input that has it
+            (`position_ids`). The number of tokens is not believed of a name: a mask may be longer than the call.
     """
 
-    def __init__(
-        self, axes: Callable[[ir.Value], tuple[Axis, ...] | None], named: Mapping[str, str] | None = None
-    ) -> None:
-        self._axes, self._named = axes, named or {}
+    def __init__(self, axes: Callable[[ir.Value], tuple[Axis, ...] | None], batch: Collection[str] = ()) -> None:
+        self._axes, self._batch = axes, batch
 
     def numbers(self, value: ir.Value | None, depth: int = 16) -> tuple[Number, ...] | None:
         """The numbers of a value of rank 0 or 1; `None` where it is not such a computation."""
@@ -84,7 +82,8 @@ class AxisSizes:
         axes: list[Axis] = []
         for place, size in enumerate(value.shape):
             name = size.value if isinstance(size, ir.SymbolicDim) else None
-            own = f"{value.name}[{place}]" if name is None else self._named.get(name, f"[{name}]")
+            own = f"{value.name}[{place}]" if name is None else f"[{name}]"
+            own = BATCH if place == 0 and name in self._batch else own
             axes.append(whole_size(size) if isinstance(size, int) else (own,))
         return tuple(axes)
 

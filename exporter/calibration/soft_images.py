@@ -247,7 +247,8 @@ class _Judge:
         self._refusing, self._answering = list(refusing), list(answering)
         groups = [[shown[index] for index in group] for group in model.groups(shown, batch_size)]
         self._groups = [(group, model.batch(group)) for group in groups]  # tokenized once; only the rows change
-        self.tokens = len(model.image_features(model.blank_image()).rows)
+        self._picture = model.image_features(model.blank_image()).tokens
+        self.tokens = self._picture.count
         self.vocabulary = _known_tokens(model)
 
     @property
@@ -281,7 +282,7 @@ class _Judge:
 
     def with_answers(self, prefix: _Prefix) -> SoftImage:
         """The prefix as an image, with the refusals in answers of 8 tokens."""
-        features = ImageFeatures(self._rows(prefix))
+        features = ImageFeatures(self._rows(prefix), self._picture)
         requests = [Request(request.prompt, features) for request in self._shown]
         answers = _answers(self._model, requests, self._batch_size, self._spent)
         ids = tuple(int(token) for token in prefix.ids)

@@ -135,7 +135,7 @@ def convert_checkpoint(
         if family.generic:
             report_progress("comparing ways to run it with transformers", 0, 1)
             with in_one_line(f"{checkpoint}: transformers cannot run it on a picture"):
-                family = fit(family, model, folder, prompt_texts(folder, model.config))
+                family = fit(family, model, folder, prompt_texts(folder, model.config), report_progress)
         with in_one_line(f"{checkpoint}: transformers cannot run its decoder"):
             parts = parts_of(family, model)
     for number, part in enumerate(parts, 1):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...graphs.errors import ModelUnreadable, first_line
+from ...graphs.progress import ProgressCallback, ignore_progress
 from ...runtime.images.deepstack import is_features
 from ..families.family import IMAGE_FEATURES, Arrays, Decoder, Family, Turn, Vision
 from ..families.generic import PER_LAYER, GenericDecoder
@@ -29,6 +30,7 @@ from ..families.generic_vision import (
 )
 from ..families.image_tokens import image_token_id
 from ..families.position_rules import Rule, find_rule
+from ..families.random_pixels import random_pixels
 from ..families.recorded import TOKEN_TYPES, Recording, record
 from ..families.sample_pictures import joined, sample_pictures
 from .parity_prompts import sample_prompt, turns
@@ -41,7 +43,13 @@ _EQUAL = {"float32": 1e-4, "float16": 5e-2}
 _STEPS = 2  # tokens of the generation that decides
 
 
-def fit(family: Family, model: Any, folder: Path, texts: tuple[list[int], list[int]]) -> Family:
+def fit(
+    family: Family,
+    model: Any,
+    folder: Path,
+    texts: tuple[list[int], list[int]],
+    report_progress: ProgressCallback = ignore_progress,
+) -> Family:
     """The row with what this model's graphs compute, take and give.
 
     Args:
@@ -49,6 +57,7 @@ def fit(family: Family, model: Any, folder: Path, texts: tuple[list[int], list[i
         model: loaded.
         folder: of the checkpoint.
         texts: token ids of two texts (`prompt_texts`).
+        report_progress: called with `(stage, done, total)`.
 
     Raises:
         ModelUnreadable: a piece that cannot be made to compute what transformers computes.
@@ -60,7 +69,8 @@ def fit(family: Family, model: Any, folder: Path, texts: tuple[list[int], list[i
     if token is None:
         raise ModelUnreadable(f"{where} names no image token; add image_token_id to its config.json")
     model.config.image_token_id = token
-    vision, seen = _fit_vision(model, folder, where)
+    pictures = _pictures(model, folder, report_progress)
+    vision, seen = _fit_vision(model, pictures, where)
     decoder = _fit_decoder(model, vision, seen, texts, where)
     return replace(
         family,
@@ -69,11 +79,11 @@ def fit(family: Family, model: Any, folder: Path, texts: tuple[list[int], list[i
     )
 
 
-def _fit_vision(model: Any, folder: Path, where: str) -> tuple[Vision, list[Arrays]]:
+def _fit_vision(model: Any, pictures: Sequence[Arrays], where: str) -> tuple[Vision, list[Arrays]]:
     """The vision encoder, and what it gives for the pictures of the two prompts."""
     import torch
 
-    names, pictures = feature_inputs(feature_holder(model)), sample_pictures(folder)
+    names = feature_inputs(feature_holder(model))
     given = joined(pictures[:2])
     singles = [{n: a for n, a in picture.items() if n in names} for picture in pictures]
     features: list[dict[str, Any]] = []
@@ -97,6 +107,24 @@ def _fit_vision(model: Any, folder: Path, where: str) -> tuple[Vision, list[Arra
         held=False,
     )
     return vision, [{name: rows.float().numpy() for name, rows in given.items()} for given in features[:2]]
+
+
+def _pictures(model: Any, folder: Path, report_progress: ProgressCallback) -> list[Arrays]:
+    """Pictures as the checkpoint's image processor prepares them; random pixels where it cannot be run here."""
+    import torch
+
+    def run(arrays: Arrays) -> None:
+        with torch.no_grad():
+            image_features(model, **tensors(model, arrays))
+
+    try:
+        return sample_pictures(folder)
+    except ModelUnreadable as reason:
+        pixels = random_pixels(model, run)
+        if pixels is None:
+            raise
+        report_progress(f"comparing on random pixels: {reason}", 0, 1)
+        return pixels
 
 
 def _fit_decoder(

@@ -8,9 +8,9 @@ kernel fills it its own way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +40,19 @@ GREEDY_STEPS = 8
 
 @dataclass(frozen=True)
 class Answer:
-    """Results of one side: rows for the image tokens, logits of every step (the prefill first), and the last cache."""
+    """Results of one side.
+
+    Attributes:
+        image_features: rows for the image tokens.
+        logits: of every step, the prefill first.
+        cache: the last state, by the names of the decoder's outputs.
+        growing: of the state, the axes that tokens are on; others have a fixed size. Only the graph declares them.
+    """
 
     image_features: np.ndarray | None
     logits: tuple[np.ndarray, ...]
     cache: Arrays
+    growing: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -182,7 +190,12 @@ def answer_with_onnxruntime(
         feeds = {**text, "attention_mask": turn.mask, **family.decoder.feeds(config, turn)} | past
         states = _run(decoder, {name: feeds[name].astype(kind, copy=False) for name, kind in types.items()})
         logits.append(states.pop("logits"))
-    return Answer(rows, tuple(logits), states)
+    growing = {
+        present_of(port.name): list(port.shape).index(PAST)
+        for port in decoder.get_inputs()
+        if is_past(port.name) and PAST in port.shape
+    }
+    return Answer(rows, tuple(logits), states, growing)
 
 
 def empty_cache(decoder: onnxruntime.InferenceSession, batch: int) -> Arrays:
@@ -224,7 +237,10 @@ def check_parity(
     ever_real = np.pad(real, ((0, 0), (0, GREEDY_STEPS)), constant_values=True)
     if expected.cache.keys() != actual.cache.keys() or not expected.cache:
         raise ProofFailed(f"caches differ: torch has {sorted(expected.cache)}, the decoder {sorted(actual.cache)}")
-    states = [_same_tokens(expected.cache[name], actual.cache[name], ever_real) for name in expected.cache]
+    states = [
+        _same_tokens(expected.cache[name], actual.cache[name], actual.growing.get(name), ever_real)
+        for name in expected.cache
+    ]
     limit, advice = LIMITS[dtype], WAY_OUT if dtype == "fp16" else _ADVICE
     steps = zip(expected.logits[1:], actual.logits[1:], strict=True)
     features = [(expected.image_features, actual.image_features, None)]
@@ -242,14 +258,13 @@ def check_parity(
 
 
 def _same_tokens(
-    expected: np.ndarray, actual: np.ndarray, real: np.ndarray
+    expected: np.ndarray, actual: np.ndarray, axis: int | None, real: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Two states with their tokens on the second axis, and which tokens are no padding; as they are where tokens leave no
-    entry.
+    """Two states with their tokens, which are on `axis`, on the second one; and which tokens are no padding.
 
+    A state of fixed size (no axis) is returned as it is.
     torch forgets what a layer with a sliding window can no longer see; the graph keeps all of it.
     """
-    axis = next((axis for axis, size in enumerate(actual.shape) if axis and size == real.shape[1]), None)
     if axis is None:
         return expected, actual, None
     kept = expected.shape[axis]

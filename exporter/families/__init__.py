@@ -58,7 +58,10 @@ def find_family(config: Mapping[str, Any], checkpoint: str) -> Family:
     family = next(
         (row for row in FAMILIES if row.model_type == model_type and _tower(config) in (None, *row.image_towers)), None
     )
-    family = family or generic_family(config) or text_family(config)
+    generic = generic_family(config)
+    if family is None and (generic is None or generic.refuse(config) is not None):
+        family = text_family(config)  # a decoder that transformers lists with the models that see
+    family = family or generic
     if family is None:
         raise GuardError(
             f"{checkpoint}: its config.json has model_type {model_type!r}, which this transformers opens neither with "

@@ -31,7 +31,7 @@ def generic_family(config: Mapping[str, Any]) -> Family | None:
     model_type = config.get("model_type")
     named = classes.get(model_type) if isinstance(model_type, str) else None
     model_class = named[0] if isinstance(named, tuple) else named
-    if model_type is None or model_class is None or not _sees(transformers_class(model_class)):
+    if model_type is None or model_class is None:
         return None
     return Family(
         model_type=model_type,
@@ -50,10 +50,12 @@ def why_no_decoder(config: Mapping[str, Any], model_class: str) -> str | None:
         return f"{kind} is an encoder-decoder; only decoder-only language models can be guarded"
     if not hasattr(whole, "generate") or "inputs_embeds" not in inspect.signature(whole.forward).parameters:
         return f"{model_class} does not generate from embeddings; only decoder-only language models can be guarded"
+    if not sees(whole):
+        return f"{model_class} has no get_image_features, so its vision encoder cannot be cut out of it"
     return None
 
 
-def _sees(model_class: Any) -> bool:
+def sees(model_class: Any) -> bool:
     """Whether a class, or a part of the same module, has a vision encoder of its own to cut out."""
     module = vars(sys.modules[model_class.__module__]).values()
     return any(hasattr(part, "get_image_features") for part in module if inspect.isclass(part))

@@ -26,31 +26,31 @@ PIXELS, GRID = "pixel_values", "image_grid_thw"
 
 
 def has_grid(arrays: Arrays) -> bool:
-    """Whether these are the patches of one picture with its grid, `[rows * columns, width]` and `[1, 3]`."""
-    return GRID in arrays and arrays[GRID].shape == (1, 3) and arrays[PIXELS].ndim == 2
+    """Whether these are the patches of one picture with its grid, `[rows * columns, ...]` and `[1, 3]`."""
+    return GRID in arrays and arrays[GRID].shape == (1, 3) and len(arrays[PIXELS]) == arrays[GRID].prod()
 
 
 def on_grid(arrays: Arrays) -> Arrays:
-    """The same picture with its patches as `[rows, columns, width]`."""
-    return {**arrays, PIXELS: arrays[PIXELS].reshape(*arrays[GRID][0, 1:], -1)}
+    """The same picture with its patches as `[rows, columns, ...]`."""
+    return {**arrays, PIXELS: arrays[PIXELS].reshape(*arrays[GRID][0, 1:], *arrays[PIXELS].shape[1:])}
 
 
 def run_on_grid(model: Any, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     """`image_features` of one picture, whose grid is the first two axes of its pixels."""
-    rows, columns, _ = inputs[PIXELS].shape
+    rows, columns, *_ = inputs[PIXELS].shape
     inputs = {**inputs, PIXELS: inputs[PIXELS].flatten(0, 1)}
     with one_picture(model, inputs), _known_grid(rows, columns):
         return image_features(model, **inputs)
 
 
 def take_patches(graph: ir.Graph) -> None:
-    """Let callers give `[num_patches, width]` where the graph was traced on `[rows, columns, width]`."""
+    """Let callers give `[num_patches, ...]` where the graph was traced on `[rows, columns, ...]`."""
     traced = next(value for value in graph.inputs if value.name == PIXELS)
     grid = next(value for value in graph.inputs if value.name == GRID)
     assert traced.shape is not None and traced.dtype is not None
-    width = traced.shape[2]
-    given = ir.Value(name=PIXELS, shape=ir.Shape(["num_patches", width]), type=ir.TensorType(traced.dtype))
-    numbers = {"start": [1], "end": [3], "axis": [1], "flat": [2], "width": [width]}
+    patch = list(traced.shape)[2:]
+    given = ir.Value(name=PIXELS, shape=ir.Shape(["num_patches", *patch]), type=ir.TensorType(traced.dtype))
+    numbers = {"start": [1], "end": [3], "axis": [1], "flat": [2], "patch": patch}
     constants = {
         name: ir.node("Constant", [], {"value": ir.tensor(np.array(content, np.int64))})
         for name, content in numbers.items()
@@ -58,7 +58,7 @@ def take_patches(graph: ir.Graph) -> None:
     of = {name: node.outputs[0] for name, node in constants.items()}
     edges = ir.node("Slice", [grid, of["start"], of["end"], of["axis"]])
     flat = ir.node("Reshape", [edges.outputs[0], of["flat"]])
-    shape = ir.node("Concat", [flat.outputs[0], of["width"]], {"axis": 0})
+    shape = ir.node("Concat", [flat.outputs[0], of["patch"]], {"axis": 0})
     reshaped = ir.node("Reshape", [given, shape.outputs[0]])
     reshaped.outputs[0].shape, reshaped.outputs[0].type = traced.shape, traced.type
     traced.replace_all_uses_with(reshaped.outputs[0])

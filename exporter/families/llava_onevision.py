@@ -51,12 +51,12 @@ def place(config: Any, given: Arrays, seen: Arrays) -> np.ndarray:
 
 
 def all_laid_out(config: Any, given: Arrays, seen: Arrays, most_tiles: int | None) -> np.ndarray:
-    """Rows for the image tokens of several pictures (`placing.laid_out` for each).
+    """`placing.laid_out` for each picture of several.
 
     Args:
-        config: transformers' config of the model.
-        given: the image processor's outputs.
-        seen: the vision encoder's outputs.
+        config: of the model.
+        given: what the image processor gave, with `image_sizes [images, 2]`.
+        seen: `image_features [tiles, tokens, width]` of all pictures.
         most_tiles: as for `placing.laid_out`.
     """
     rows, start = [], 0

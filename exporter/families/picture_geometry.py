@@ -51,7 +51,7 @@ def get_vision_window_index(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens in their given order, and three bounds, which distinguish windows from the two bounds of a whole picture.
 
-    Attention does not depend on order, so a mask replaces the split of the picture into windows.
+        Attention does not depend on order, so a mask replaces the split of the picture into windows.
 
     Args:
         grid_thw, spatial_merge_size, window_size, patch_size, more: as for the function of transformers that this replaces.

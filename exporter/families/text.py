@@ -21,11 +21,19 @@ _OTHER_TOWERS = ("vision_config", "audio_config", "speech_config")
 
 def text_family(config: Mapping[str, Any]) -> Family | None:
     """The row for a checkpoint with this `config.json`; `None` where transformers opens no causal language model of it."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
     model_type = config.get("model_type")
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) if isinstance(model_type, str) else None
-    if model_type is None or not isinstance(model_class, str):
+    if not isinstance(model_type, str):
+        return None
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    listed_elsewhere = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
+    if model_class is None and isinstance(listed_elsewhere, str) and listed_elsewhere.endswith("ForCausalLM"):
+        model_class = listed_elsewhere  # Mistral 4's decoder, which transformers lists with the models that see
+    if not isinstance(model_class, str):
         return None
     # Models with ALiBi, like Bloom and MPT, read positions from the mask.
     takes_positions = "position_ids" in inspect.signature(transformers_class(model_class).forward).parameters

@@ -21,7 +21,7 @@ from vlmguard.exporter.families.gated_delta import by_token
 from vlmguard.exporter.families.generic_vision import traced_shapes
 from vlmguard.exporter.families.image_tokens import image_token_id
 from vlmguard.exporter.families.picture_geometry import replacements
-from vlmguard.exporter.families.position_rules import by_place, counted, find_rule
+from vlmguard.exporter.families.position_rules import by_place, counted, counted_from_one, find_rule
 from vlmguard.graphs.errors import ModelUnreadable
 
 GRIDS = ([1, 4, 6], [1, 8, 2], [1, 2, 2])
@@ -121,7 +121,8 @@ def test_the_rule_is_found_that_gives_the_positions_that_were_seen() -> None:
     turn, config = _turn(), _config()
     assert find_rule(config, [(turn, by_place(config, turn))]) is by_place
     assert find_rule(config, [(turn, counted(config, turn))]) is counted
-    assert find_rule(config, [(turn, counted(config, turn) + 1)]) is None
+    assert find_rule(config, [(turn, counted(config, turn) + 1)]) is counted_from_one
+    assert find_rule(config, [(turn, counted(config, turn) + 2)]) is None
     assert find_rule(config, [(turn, None)]) is None
     # A model that numbers text in a first row of four, as Qwen3.5's generate does.
     four = np.concatenate([counted(config, turn)[None], by_place(config, turn)])

@@ -62,7 +62,13 @@ def read_rows(results: Path) -> list[TypeRow]:
     return list({row.type: row for row in (TypeRow(**json.loads(line)) for line in lines if line)}.values())
 
 
+def every_row(results: Path, names: Sequence[str]) -> list[TypeRow]:
+    """A row for every type: those that were not run yet have that for their reason."""
+    rows = read_rows(results)
+    return rows + [TypeRow(name, reason="not run yet") for name in sorted({*names} - {row.type for row in rows})]
+
+
 if __name__ == "__main__":
     results_file, page_file, *chosen = sys.argv[1:]
     run_all(Path(results_file), chosen or list(types()))
-    Path(page_file).write_text(page(read_rows(Path(results_file))), encoding="utf-8")
+    Path(page_file).write_text(page(every_row(Path(results_file), list(types()))), encoding="utf-8")

@@ -198,7 +198,7 @@ CHANGES: Mapping[str, Change] = {
         indexer_compress_ratio=4,
         rope_parameters=_PLAIN,
     ),
-    **dict.fromkeys(("smolvlm", "idefics3", "granite_docling"), at(scale_factor=2)),
+    **dict.fromkeys(("smolvlm", "idefics3", "granite_docling"), at(scale_factor=2, vision_config__patch_size=14)),
     "step3p7": text(
         layer_types=_HALVES * 2,
         sliding_window=6,

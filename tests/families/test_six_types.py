@@ -22,7 +22,7 @@ KINDS = {
     "aya_vision": "pictures of one size; attention and MLP side by side",
     "gemma4": "embeddings for each layer, sliding windows, heads of two widths",
     "lfm2_vl": "states of convolutions beside keys and values; patches with a mask",
-    "llava_next": "tiles of a picture, packed within the graph",
+    "llava_next_video": "tiles of a picture, packed within the graph",
     "mistral3": "pictures of any size, by the shape of their pixels",
     "qwen3_5": "linear attention by a Scan; three positions a token",
 }

@@ -21,7 +21,8 @@ from vlmguard.graphs.reference import NO_SUPERVISOR
 from vlmguard.graphs.rewrite import rewrite
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.runtime.decoder import DecoderSession, open_decoder
-from vlmguard.runtime.decoder_inputs import PromptBatch
+from vlmguard.runtime.decoder_inputs import PER_LAYER, PromptBatch
+from vlmguard.runtime.images.prompt_images import PromptImages
 from vlmguard.runtime.runner_protocol import Port
 
 pytest_plugins = ("zoo_fixtures",)
@@ -86,6 +87,36 @@ def test_prefill_and_steps_feed_a_cached_graph_one_token_at_a_time() -> None:
     assert second["attention_mask"].shape == (2, 6)
     for name in CACHE:  # what the call before gave, in the order in which it was given
         np.testing.assert_array_equal(second[name][0, 0, :, 0], [1, 1, 1, 1, 2])
+
+
+class FakeEmbeddings:
+    """Gives an embedding graph's two outputs: rows for the decoder's first layer, and a row for each of its two layers."""
+
+    def __init__(self) -> None:
+        self.inputs = {"input_ids": Port("input_ids", np.dtype(np.int64), (None, None))}
+        shapes = {"inputs_embeds": (None, None, 3), PER_LAYER: (None, None, 2, 1)}
+        self.outputs = {name: Port(name, np.dtype(np.float32), shape) for name, shape in shapes.items()}
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        ids = feeds["input_ids"]
+        return {"inputs_embeds": embedded(ids), PER_LAYER: np.stack([ids, -ids], -1)[..., None].astype(np.float32)}
+
+
+def test_embeddings_for_each_layer_come_from_the_embedding_graph_in_every_call() -> None:
+    runner = FakeRunner("inputs_embeds", "attention_mask", PER_LAYER, *CACHE)
+    session = DecoderSession(runner, embed=FakeEmbeddings())
+    _, state = session.prefill(PromptBatch(IDS, MASK, embedded(IDS)))
+    column = np.array([[3], [4]])
+    session.step(state, column, embedded(column))
+    assert [call[PER_LAYER][..., 0, 0].tolist() for call in runner.calls] == [IDS.tolist(), column.tolist()]
+    assert (runner.calls[0][PER_LAYER][..., 1, 0] == -IDS).all()
+
+
+def test_a_grid_of_patches_says_nothing_to_a_decoder_that_counts_tokens() -> None:
+    runner = FakeRunner("inputs_embeds", "attention_mask", "position_ids", *CACHE)
+    images = PromptImages(positions=np.full((3, *IDS.shape), 9))
+    DecoderSession(runner).prefill(PromptBatch(IDS, MASK, embedded(IDS), images))
+    assert runner.calls[0]["position_ids"].tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
 
 
 def test_a_graph_without_a_cache_gets_the_whole_sequence_again() -> None:

@@ -1,0 +1,76 @@
+"""Random pixels in the shapes that a vision encoder takes, where a checkpoint's image processor cannot be run here.
+
+The graphs are the same; the runtime then cannot prepare pictures for them either, and callers give `pixel_values` of their own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from .family import Arrays
+from .generic_vision import feature_holder
+from .position_rules import merge_of
+
+_TILES = (1, 2, 3, 2)
+_GRIDS = ((4, 6), (6, 4), (4, 10), (2, 4))  # rows and columns of merged patches
+
+
+def random_pixels(model: Any, runs: Callable[[Arrays], None]) -> list[Arrays] | None:
+    """Four pictures in the first shapes that the encoder runs on; `None` where it takes more than pixels and a grid.
+
+    Args:
+        runs: runs the encoder, and raises what transformers raises for other shapes.
+    """
+    parameters = inspect.signature(feature_holder(model).get_image_features).parameters.values()
+    needed = {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    has_grid = any(p.name == "image_grid_thw" for p in parameters)
+    vision = getattr(model.config, "vision_config", None)
+    if vision is None or not needed <= {"pixel_values", "image_grid_thw"}:
+        return None
+    for pictures in _patches(model, vision) if has_grid else _tiles(vision):
+        try:
+            runs(pictures[0])
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            continue
+        return pictures
+    return None
+
+
+def _tiles(vision: Any) -> Iterator[list[Arrays]]:
+    """Pictures of one to three tiles of the encoder's size."""
+    size = getattr(vision, "image_size", None)
+    if size is None:
+        return
+    height, width = (size, size) if isinstance(size, int) else size
+    yield [
+        _random({"pixel_values": (tiles, _channels(vision), height, width)}, seed) for seed, tiles in enumerate(_TILES)
+    ]
+
+
+def _patches(model: Any, vision: Any) -> Iterator[list[Arrays]]:
+    """Pictures as patches with their grid: of one frame or of two, flat or as squares."""
+    patch, merge = getattr(vision, "patch_size", None), merge_of(model.config)
+    if not isinstance(patch, int):
+        return
+    frames = getattr(vision, "temporal_patch_size", 1)
+    shapes = ((_channels(vision) * frames * patch**2,), (_channels(vision), patch, patch))
+    for shape in shapes:
+        yield [
+            _random({"pixel_values": (rows * columns * merge**2, *shape)}, seed)
+            | {"image_grid_thw": np.array([[1, rows * merge, columns * merge]], np.int64)}
+            for seed, (rows, columns) in enumerate(_GRIDS)
+        ]
+
+
+def _channels(vision: Any) -> int:
+    names = ("num_channels", "in_channels", "in_chans")
+    return next((n for name in names if isinstance(n := getattr(vision, name, None), int)), 3)
+
+
+def _random(shapes: dict[str, tuple[int, ...]], seed: int) -> Arrays:
+    random = np.random.default_rng(seed)
+    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
