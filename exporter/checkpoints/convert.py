@@ -44,6 +44,7 @@ from .narrow import narrow_weights, round_weights
 from .parity import answer_with_torch, check_parity, require_onnxruntime
 from .parts import parts_of
 from .prompt_text import prompt_texts
+from .save_inline import save_inline
 from .tidy import tidy, weight_bytes
 from .trace import quiet, trace_some_way
 
@@ -281,7 +282,10 @@ def _save_part(graph: ir.Model, out: Path, part: str, dtype: Dtype) -> GraphFile
     path = out / "onnx" / f"{part}{SUFFIXES[dtype]}.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
     external = weight_bytes(graph) > EXTERNAL_DATA_ABOVE
-    ir.save(graph, path, external_data=f"{path.name}_data" if external else None)
+    if external:
+        ir.save(graph, path, external_data=f"{path.name}_data")
+    else:
+        save_inline(graph, path)
     files = [path, *([path.with_name(f"{path.name}_data")] if external else [])]
     return GraphFile(
         part=part,
