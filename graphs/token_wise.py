@@ -25,6 +25,7 @@ _ELEMENTWISE = words(
     """
 )
 _NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "Softmax", "LogSoftmax"})
+_OF_TWO = frozenset({"MatMul", "FusedMatMul", "Gemm", "Gather", "Reshape", "Expand"})
 _PRODUCTS = frozenset({"MatMul", "FusedMatMul"})
 
 
@@ -108,6 +109,8 @@ class TokenWise:
             return [axes, None, None, axes]
         if kind == "Split":
             return self._split(node)
+        if kind in _OF_TWO and len(node.inputs) < 2:
+            return []  # a damaged file
         rule = _RULES.get(kind) or (_reduce if kind.startswith("Reduce") else None)
         return [] if rule is None else [rule(self, node)]
 

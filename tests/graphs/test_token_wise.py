@@ -156,6 +156,22 @@ def test_another_input_shows_the_batch_and_not_the_tokens() -> None:
     assert analysis(other).of(other.graph.outputs[0]) is None
 
 
+@pytest.mark.parametrize("name", ["a product with a weight", "heads", "one head"])
+def test_a_node_without_its_second_input_is_no_traceback(name: str) -> None:
+    made = model(ALONE[name])
+    node = made.graph.outputs[0].producer()
+    assert node is not None
+    node.resize_inputs(1)
+    assert analysis(made).of(made.graph.outputs[0]) is None
+
+
+def test_a_shape_that_explodes_takes_no_time() -> None:
+    doubled = "d0 = Concat <axis = 0> (one, one) "
+    doubled += "".join(f"d{n} = Concat <axis = 0> (d{n - 1}, d{n - 1}, d{n - 1}) " for n in range(1, 15))
+    made = model(doubled + "y = Reshape(x, d14)")
+    assert analysis(made).of(made.graph.outputs[0]) is None
+
+
 @pytest.mark.parametrize(
     ("target", "expected"),
     [
