@@ -42,7 +42,8 @@ lock:
 	$(LOCK) --extra cpu --extra torch --extra test -c requirements/held.txt -o requirements/full.txt
 	$(LOCK) --extra optimum -o requirements/optimum.txt
 
-# What is wrong most often, in less than 90 seconds on two cores: pyright beside the tests that need no exported model.
+# What is wrong most often, in less than 90 seconds on two idle cores: pyright beside the tests of graphs, runtime and house that
+# need no exported model.
 check: $(VENV)/.full
 	$(MAKE) --no-print-directory -j 2 lint fast
 
@@ -70,8 +71,10 @@ soak: $(VENV)/.full
 	$(BIN)/python tests/hostile/disks.py --engines --docs docs/security.md
 	$(BIN)/python tests/hostile/load.py --docs docs/security.md
 
+FAST := tests/graphs tests/runtime tests/test_house.py tests/test_one_home.py tests/test_help.py tests/test_docs.py
 fast: $(VENV)/.full
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not models and not zoo and not long and not real"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(FAST) \
+		-m "not slow and not models and not zoo and not long and not real"
 
 # The whole matrix: every graph of the zoo, asked everything; then docs/coverage.md, which also says what failed.
 zoo: $(VENV)/.full

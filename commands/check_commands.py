@@ -299,7 +299,7 @@ def report_command(
             report_progress=report_progress,
         )
     if as_json:
-        found = {what: str(path) for what, path in data.found.items()}
-        console.print_json({"output": str(output), **data.to_json(), **({"found": found} if found else {})})
+        found_files = {what: str(path) for what, path in data.found.items()}
+        console.print_json({"output": str(output), **data.to_json(), **({"found": found_files} if found_files else {})})
     else:
         show_report(console.out, data, str(output))

@@ -180,7 +180,7 @@ def directions_command(
 
     beside: dict[str, Path] = {}
     with render.bars(console.err) as report_progress:
-        found = extract_directions(
+        directions = extract_directions(
             model,
             output,
             anchors=anchors or None,
@@ -198,11 +198,11 @@ def directions_command(
             report_found=beside.update,
         )
     if as_json:
-        shown = {"output": str(output), "layers": list(found.layers), "pairs": found.pairs}
+        shown = {"output": str(output), "layers": list(directions.layers), "pairs": directions.pairs}
         shown["found"] = {what: str(path) for what, path in beside.items()}
-        console.print_json(shown | {"estimator": found.estimator, "evidence": found.evidence})
+        console.print_json(shown | {"estimator": directions.estimator, "evidence": directions.evidence})
         return
     show_found(console.out, beside)
-    render.show_directions(console.out, found, str(output))
+    render.show_directions(console.out, directions, str(output))
     calibrated = calibrated_for is not None
     render.show_next(console.out, render.next_after_directions(model, output, calibrated, anchors, variant))

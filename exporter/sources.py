@@ -71,11 +71,11 @@ def opened(
     if is_checkpoint(model):
         if variant is not None:
             raise GuardError(f"--variant {variant} is for onnx-community folders, {model} is a checkpoint; use --dtype")
-        with exported(model, exporter, dtype, opset, report_progress, cache) as done:
+        with exported(model, exporter, dtype, opset, report_progress, cache) as export:
             beside = path.absolute().parent if path.is_dir() else Path.cwd()
             # a hub id has no local folder to search
-            home = path.absolute() if path.is_dir() else done.folder
-            yield Source(open_package(done.folder), path.absolute().name, beside, home, done.parity)
+            home = path.absolute() if path.is_dir() else export.folder
+            yield Source(open_package(export.folder), path.absolute().name, beside, home, export.parity)
         return
     if dtype is not None or opset is not None:
         raise GuardError(f"--dtype and --opset are for checkpoints, {model} is ONNX already; leave them out")

@@ -6,7 +6,7 @@ input of a Reshape from `Shape`, `Gather` and `Concat`; what comes out is known 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import onnx_ir as ir
 
@@ -17,6 +17,7 @@ Factor = int | str | None  # `None`: a size that is not known, of an axis of num
 Axis = tuple[Factor, ...]  # the size of an axis; () is 1
 Number = int | Axis | None  # in a shape computation: a whole number, the size of an axis, or not known
 _SAME = frozenset({"Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape"})
+_INPUTS = {**dict.fromkeys(("Gather", "Mul", "Div", "Add", "Sub", "Equal"), 2), **dict.fromkeys(("Slice", "Where"), 3)}
 _MOST_NUMBERS = 64  # a shape has few
 
 
@@ -30,22 +31,29 @@ class AxisSizes:
 
     Args:
         axes: the axes of a value, where they are known.
-        named: what the names of open sizes in the graph's signature stand for. Exporters read the batch from any input that has
-            it (`position_ids`), and an app feeds sizes of one name alike.
+        batch: the signature's names for the first size of text inputs. Exporters read the batch from any input that has it
+            (`position_ids`). The number of tokens is not believed of a name: a mask may be longer than the call.
     """
 
-    def __init__(
-        self, axes: Callable[[ir.Value], tuple[Axis, ...] | None], named: Mapping[str, str] | None = None
-    ) -> None:
-        self._axes, self._named = axes, named or {}
+    def __init__(self, axes: Callable[[ir.Value], tuple[Axis, ...] | None], batch: Collection[str] = ()) -> None:
+        self._axes, self._batch = axes, batch
+        self._seen: dict[ir.Value, tuple[Number, ...] | None] = {}
 
     def numbers(self, value: ir.Value | None, depth: int = 16) -> tuple[Number, ...] | None:
         """The numbers of a value of rank 0 or 1; `None` where it is not such a computation."""
+        if value is None:
+            return None
+        if value not in self._seen:
+            found = self._evaluated(value, depth)
+            self._seen[value] = found if found is not None and len(found) <= _MOST_NUMBERS else None
+        return self._seen[value]
+
+    def _evaluated(self, value: ir.Value, depth: int) -> tuple[Number, ...] | None:
         tensor = constant(value)
         if tensor is not None:
             small = len(tensor.shape) < 2 and tensor.size <= _MOST_NUMBERS and tensor.dtype.is_integer()
             return tuple(int(n) for n in tensor.numpy().reshape(-1)) if small else None
-        node = value.producer() if value is not None else None
+        node = value.producer()
         if node is None or node.domain not in ("", "ai.onnx") or depth == 0:
             return None
         if node.op_type == "Shape":
@@ -56,6 +64,8 @@ class AxisSizes:
         if any(part is None for part in parts):
             return None
         known = [part for part in parts if part is not None]
+        if len(known) < _INPUTS.get(node.op_type, 1):
+            return None  # a damaged file
         if node.op_type == "ConstantOfShape":
             return _filled(node, known[0])
         if node.op_type == "Where" and len({len(part) for part in known}) == 1:  # an Expand's sizes: -1 stands for 1
@@ -70,7 +80,7 @@ class AxisSizes:
         if node.op_type == "Slice":
             return _sliced(known)
         if node.op_type in ("Mul", "Div", "Add", "Sub", "Equal"):
-            first, second = known
+            first, second = known[:2]
             length = max(len(first), len(second))
             if {len(first), len(second)} <= {1, length}:
                 first, second = first * (length // len(first)), second * (length // len(second))
@@ -84,7 +94,8 @@ class AxisSizes:
         axes: list[Axis] = []
         for place, size in enumerate(value.shape):
             name = size.value if isinstance(size, ir.SymbolicDim) else None
-            own = f"{value.name}[{place}]" if name is None else self._named.get(name, f"[{name}]")
+            own = f"{value.name}[{place}]" if name is None else f"[{name}]"
+            own = BATCH if place == 0 and name in self._batch else own
             axes.append(whole_size(size) if isinstance(size, int) else (own,))
         return tuple(axes)
 
@@ -116,18 +127,18 @@ def joined(first: Axis, second: Axis) -> Axis:
     return (" + ".join(names),) if len(first) == len(second) == 1 and len(names) == 2 else (None,)
 
 
-def constant_dims(value: ir.Value | None) -> tuple[int, ...] | None:
-    """The shape of a constant, or of what is made of one without a look at any input."""
+def constant_dims(value: ir.Value | None, depth: int = 8) -> tuple[int, ...] | None:
+    """The shape of a constant, or of what is made of one, a few steps away, without a look at any input."""
     tensor = constant(value)
     if tensor is not None:
         return tuple(int(size) for size in tensor.shape)  # type: ignore[arg-type]
     node = value.producer() if value is not None else None
-    if node is None or node.domain not in ("", "ai.onnx"):
+    if node is None or node.domain not in ("", "ai.onnx") or not node.inputs or depth == 0:
         return None
     if node.op_type in ("Cast", "CastLike", "Identity", "DequantizeLinear"):
-        return constant_dims(node.inputs[0])
+        return constant_dims(node.inputs[0], depth - 1)
     if node.op_type == "Transpose":
-        dims, order = constant_dims(node.inputs[0]), node.attributes.get("perm")
+        dims, order = constant_dims(node.inputs[0], depth - 1), node.attributes.get("perm")
         if dims is None or (order is not None and order.is_ref()):
             return None
         return dims[::-1] if order is None else tuple(dims[place] for place in order.as_ints())

@@ -132,15 +132,15 @@ class Directions:
         """
         if not isinstance(layers, Mapping) or not layers:
             raise DirectionMismatch("layers is no mapping with a layer in it; give {layer number: array, ...}")
-        made = {}
+        directions = {}
         for number in sorted(layers, key=str):
             if isinstance(number, bool) or not hasattr(number, "__index__") or int(number) < 0:
                 raise DirectionMismatch(f"layer {number!r} is no layer number; give whole numbers from 0")
-            made[int(number)] = _layer_of_arrays(int(number), layers[number])
-        made = dict(sorted(made.items()))
+            directions[int(number)] = _layer_of_arrays(int(number), layers[number])
+        directions = dict(sorted(directions.items()))
         return cls(
-            width=next(iter(made.values())).ssd.shape[1],
-            layers=made,
+            width=next(iter(directions.values())).ssd.shape[1],
+            layers=directions,
             model_sha256=model_sha256,
             pairs=pairs,
             evidence=dict(evidence or {}),
@@ -304,7 +304,7 @@ def _layer(path: Path, number: int, parts: dict[str, Any]) -> LayerDirections:
 def _layer_of_arrays(number: int, given: Any) -> LayerDirections:
     """One layer of `Directions.from_arrays`."""
     parts = dict(given) if isinstance(given, Mapping) else {"ssd": given}
-    known = [one.name for one in fields(LayerDirections)]
+    known = [field.name for field in fields(LayerDirections)]
     for name in parts:
         if name not in known:
             raise DirectionMismatch(f"layer {number} has a key {name!r}; the keys are {', '.join(known)}")

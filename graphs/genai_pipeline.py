@@ -54,27 +54,27 @@ def read_pipeline(config: Path, graphs: Mapping[Path, ir.Model], layers: int | N
     Raises:
         ModelUnreadable: no stage holds layers, or none holds all of them.
     """
-    found: dict[Path, int] = {}
+    layers_of: dict[Path, int] = {}
     for path, model in graphs.items():
         try:
-            found[path] = dissect(model).layer_count
+            layers_of[path] = dissect(model).layer_count
         except AnatomyNotFound:
             continue  # embeddings, head, rotary tables
-    if not found:
+    if not layers_of:
         raise ModelUnreadable(
             f"{config}: no stage of decoder.pipeline ({_names(graphs)}) holds decoder layers; is it a decoder?"
         )
-    whole = layers if layers is not None else max(found.values())
-    if any(count != whole for count in found.values()) or (layers is None and len(found) > 1):
-        shares = ", ".join(f"{path.name} {count}" for path, count in found.items())
+    whole = layers if layers is not None else max(layers_of.values())
+    if any(count != whole for count in layers_of.values()) or (layers is None and len(layers_of) > 1):
+        shares = ", ".join(f"{path.name} {count}" for path, count in layers_of.items())
         raise ModelUnreadable(
             f"{config}: decoder.pipeline spreads the layers over several graphs ({shares}), and a guard needs the whole "
             "residual stream in one; export the model without splitting its layers"
         )
-    decoders = tuple(found)
+    decoders = tuple(layers_of)
     entering = input_roles(graphs[decoders[0]].graph).embeds
     leaving = input_roles(graphs[decoders[0]].graph).logits
-    others = {path: model.graph for path, model in graphs.items() if path not in found}
+    others = {path: model.graph for path, model in graphs.items() if path not in layers_of}
     makes = (path for path, graph in others.items() if entering in _only(graph.inputs, graph.outputs))
     takes = (path for path, graph in others.items() if leaving in _only(graph.outputs, graph.inputs))
     return Pipeline(decoders, next(makes, None) if entering else None, next(takes, None))

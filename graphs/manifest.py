@@ -240,8 +240,8 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path}: is malformed (holds {type(content).__name__}, not an object); export again"
             )
         if content.get("schema") != SCHEMA:
-            found = content.get("schema")
-            raise ManifestMismatch(f"{path}: schema is {found!r}, this version reads {SCHEMA!r}; export again")
+            schema = content.get("schema")
+            raise ManifestMismatch(f"{path}: schema is {schema!r}, this version reads {SCHEMA!r}; export again")
         return Manifest.model_validate({"schema_": content.pop("schema"), **content})
     except ValidationError as error:
         first = error.errors()[0]
@@ -287,9 +287,9 @@ def require_intact(
     hashed = {name: r for name, r in manifest.files.items() if r.sha256 is not None}
     if not again:
         hashed = {name: record for name, record in hashed.items() if not _unchanged(folder / name, record)}
-    found = sha256_files((folder / name for name in hashed), report_count)
+    hashes = sha256_files((folder / name for name in hashed), report_count)
     for name, record in hashed.items():
-        if found[folder / name] != record.sha256:
+        if hashes[folder / name] != record.sha256:
             raise ManifestMismatch(f"{folder}: {name} is not the file that was proved (SHA-256 differs); export again")
     require_nothing_beside(folder, manifest.files, besides)
     return len(manifest.files)

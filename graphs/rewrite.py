@@ -155,17 +155,17 @@ def rewrite(model: ir.Model, plan: GuardPlan) -> GuardReport:
         return _fold(model, plan)
     lowering = next(lowering for lowering in LOWERINGS if lowering.name == plan.lowering)
     shapes = port_shapes(model, plan)  # while the graph is as the exporter wrote it
-    given = declare_inputs(model, plan, shapes)
-    edits = [SubgraphEdit(model, body, plan, lowering, given) for body in find_bodies(model, plan.bodies)]
-    done = {(site.layer_index, site.body): site for edit in edits for site in _guard_body(edit)}
+    declared = declare_inputs(model, plan, shapes)
+    edits = [SubgraphEdit(model, body, plan, lowering, declared) for body in find_bodies(model, plan.bodies)]
+    guarded_sites = {(site.layer_index, site.body): site for edit in edits for site in _guard_body(edit)}
     for output in plan.added_outputs:
         add_output(model, edits, output, shapes[output])
     record_guard(model, plan)
     planned = [(site.layer_index, site.site.body) for site in plan.sites]
-    if sorted(done) != sorted(planned):
-        raise GuardIncomplete(f"planned layers {planned}, guarded {list(done)}; nothing was written")
+    if sorted(guarded_sites) != sorted(planned):
+        raise GuardIncomplete(f"planned layers {planned}, guarded {list(guarded_sites)}; nothing was written")
     return GuardReport(
-        tuple(done[key] for key in planned),
+        tuple(guarded_sites[key] for key in planned),
         tuple(name for edit in edits for name in edit.shared),
         tuple(dict.fromkeys((*plan.knobs, *(name for edit in edits for name in edit.initializers)))),
         plan.added_inputs,

@@ -14,7 +14,7 @@ from .dataflow import Flow, Vertex
 from .mixers import is_sum_of
 
 _MOST_OPENED = 16  # sums inside one sum; real layers have two or three
-_MOST_STEPS = 20_000_000  # of a walk through a graph; the largest decoders take some 200,000
+_MOST_STEPS = 4_000_000  # of a walk through a graph; the largest decoders take some 200,000
 
 
 def spine(flow: Flow, sink: Vertex) -> list[Vertex]:

@@ -49,13 +49,13 @@ def tap_guard_last_token(model: ir.Model, sites: Sequence[ResidualSite], report:
     states, raw = {}, {}
     guarded = [site for site in sites if site.layer_index in report.layers]
     for body in find_bodies(model, list(dict.fromkeys(site.body for site in sites))):
-        done = {site.layer_index: site for site in report.sites if site.body == body.name}
+        guarded_sites = {site.layer_index: site for site in report.sites if site.body == body.name}
         values = body.values()
         builder = NodeBuilder(body.graph, "taps", home=model.graph, path=body.path)
         behind, before = [], []
         own = [site for site in sites if site.body == body.name]
         for site in own:
-            if (guard := done.get(site.layer_index)) is None:
+            if (guard := guarded_sites.get(site.layer_index)) is None:
                 behind.append(unguarded_stream(body.graph, site, builder))
                 continue
             before.append(_at_guard(body.graph, values, site, guard, "raw", builder))

@@ -25,6 +25,7 @@ _ELEMENTWISE = words(
     """
 )
 _NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "Softmax", "LogSoftmax"})
+_OF_TWO = frozenset({"MatMul", "FusedMatMul", "Gemm", "Gather", "Reshape", "Expand"})
 _PRODUCTS = frozenset({"MatMul", "FusedMatMul"})
 
 
@@ -56,7 +57,7 @@ class TokenWise:
         self._known: dict[ir.Value, TokenRows] = {}
         self._depends = depends_on_text
         self._ranks = Ranks()
-        self._sizes = AxisSizes(self._axes, _named_sizes(roots))
+        self._sizes = AxisSizes(self._axes, _batch_names(roots))
         widths = (value.shape for value in roots)
         for (value, state), shape in zip(roots.items(), widths, strict=True):
             width = shape[2] if shape is not None and len(shape) == 3 else None
@@ -108,6 +109,8 @@ class TokenWise:
             return [axes, None, None, axes]
         if kind == "Split":
             return self._split(node)
+        if kind in _OF_TWO and len(node.inputs) < 2:
+            return []  # a damaged file
         rule = _RULES.get(kind) or (_reduce if kind.startswith("Reduce") else None)
         return [] if rule is None else [rule(self, node)]
 
@@ -148,16 +151,10 @@ class TokenWise:
         return [_with(axes, axis, part) for part in parts]
 
 
-def _named_sizes(roots: Iterable[ir.Value]) -> dict[str, str]:
-    """Meaning of the names of the text inputs' first two sizes; empty if one name stands for both."""
-    named: dict[str, str] = {}
-    for value in roots:
-        sizes = value.shape[:2] if value.is_graph_input() and value.shape is not None else ()
-        for size, what in zip(sizes, (BATCH, TOKENS), strict=False):
-            name = size.value if isinstance(size, ir.SymbolicDim) else None
-            if name is not None and named.setdefault(name, what) != what:
-                return {}
-    return named
+def _batch_names(roots: Iterable[ir.Value]) -> set[str]:
+    """What the signature calls the batch of the text inputs."""
+    firsts = (value.shape[0] for value in roots if value.is_graph_input() and value.shape is not None)
+    return {size.value for size in firsts if isinstance(size, ir.SymbolicDim) and size.value is not None}
 
 
 # One rule per operator: the axes of its first output, or `None`

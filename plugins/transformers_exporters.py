@@ -77,7 +77,7 @@ def guard_exported(
         tempfile.TemporaryDirectory(prefix="vlmguard-") as temporary,
         _folder(exported, processor, temporary) as folder,
     ):
-        given = [_inputs_file(folder, inputs, Path(temporary) / "inputs.npz")] if inputs is not None else []
+        proof_inputs = [_inputs_file(folder, inputs, Path(temporary) / "inputs.npz")] if inputs is not None else []
         return export(
             folder,
             out,
@@ -86,7 +86,7 @@ def guard_exported(
             directions=directions,
             anchors=anchors,
             calibration=calibration,
-            proof_inputs=given,
+            proof_inputs=proof_inputs,
             force=force,
             report_progress=report_progress,
         )

@@ -168,7 +168,8 @@ class VisionLanguageModel:
         Raises:
             GuardError: the model takes no images, or the picture cannot be read.
         """
-        return ImageFeatures(self._seen([(open_image(image), True)]).features)
+        seen = self._seen([(open_image(image), True)])
+        return ImageFeatures(seen.features, seen.pictures[0])
 
     def token_embeddings(self, ids: np.ndarray) -> np.ndarray:
         """The decoder's embeddings of token ids `[n]`: `[n, d]`."""

@@ -343,7 +343,8 @@ def test_a_verification_that_fails_is_shown_and_exits_with_1(
 @pytest.mark.parametrize("mode", ["restore", "supervise"])
 def test_generate_streams_the_answer_to_stdout(run: Callable[..., Ran], guarded: Guarded, mode: str) -> None:
     vlm = vlmguard.GuardedVLM.open(guarded(mode))
-    for shown, image in (([], None), (["--image", PICTURE], PICTURE), (["--blank"], vlm.blank_image())):
+    cases = [([], None), (["--image", PICTURE], PICTURE), (["--blank"], vlm.blank_image())]
+    for shown, image in (*cases, (["-i", PICTURE, "-i", PICTURE], [PICTURE, PICTURE])):
         ran = run("generate", guarded(mode), "--prompt", HARMFUL, *shown)
         assert (ran.code, ran.out.strip(), ran.err) == (0, vlm.generate(HARMFUL, image), "")
     sampled = ["--temperature", "2.0", "--top-p", "0.9", "--seed", "3", "--max-new-tokens", "9"]

@@ -177,6 +177,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         vlmguard.exprot  # noqa: B018
 
 
+@pytest.mark.slow
 def test_main_job_needs_no_torch(tmp_path: Path) -> None:
     """The light path: a guarded folder from the bundled ONNX model with torch and transformers not importable."""
     model = ROOT / "examples" / "tiny_vlm" / "onnx-community"

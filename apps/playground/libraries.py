@@ -110,7 +110,7 @@ def find_libraries(
         GuardError: the folder lacks a file or has another version; an archive cannot be downloaded, or its digest differs from
             the pinned one.
     """
-    found = {}
+    files = {}
     for library in libraries:
         home = folder / library.name if folder is not None else _cached(library, report_progress)
         for name, digest in library.files.items():
@@ -123,8 +123,8 @@ def find_libraries(
                     f"{path}: the playground runs on {library}, and this file {what}; "
                     f"run `npm install {library}` beside {folder}"
                 )
-            found[library.name, name] = path
-    return found
+            files[library.name, name] = path
+    return files
 
 
 @cache

@@ -70,30 +70,34 @@ def report(
     when = _now()
     _require_writable(output, Path(guarded).absolute(), force)
     subject = open_subject(guarded, source)
-    file, asked = choose_prompts(
+    file, chosen = choose_prompts(
         subject, Path(prompts) if prompts is not None else None, Path(image) if image is not None else None, max_prompts
     )
     cost = cost_of(
         subject, Path(engine) if engine is not None else None, Path(benchmark) if benchmark is not None else None
     )
     layers = tuple(sorted({site.layer_index for site in subject.anatomy.sites}))
-    drawn = both_labels(asked)
+    drawn = both_labels(chosen)
     states = read_states(subject, drawn, batch_size, lambda done, total: report_progress("reading states", done, total))
     answers = evaluate(
         subject.unguarded,
         subject.guarded,
-        asked,
+        chosen,
         max_new_tokens,
         batch_size,
         lambda done, total: report_progress("asking both models", done, total),
     )
     sweep = sweep_alpha(
-        subject, asked, max_new_tokens, batch_size, lambda done, total: report_progress("trying strengths", done, total)
+        subject,
+        chosen,
+        max_new_tokens,
+        batch_size,
+        lambda done, total: report_progress("trying strengths", done, total),
     )
     data = ReportData(
         name=subject.folder.name,
         prompts_file=file.name,
-        prompts=tuple(asked),
+        prompts=tuple(chosen),
         max_new_tokens=max_new_tokens,
         manifest=subject.manifest,
         layers=layers,

@@ -155,8 +155,8 @@ def _latency(path: Path, mode: str) -> tuple[Latency, ...]:
     except OSError as error:
         raise GuardError(f"{path}: cannot be read ({error.strerror}); give a result file with --benchmark") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        said = f"{type(error).__name__}: {error}"
-        raise GuardError(f"{unusable} ({said}); give such a file with --benchmark") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise GuardError(f"{unusable} ({reason}); give such a file with --benchmark") from None
     if not rows:
         raise GuardError(f"{path}: measured no guard of mode {mode}; give a result that did, or leave --benchmark out")
     return tuple(rows)

@@ -173,7 +173,7 @@ def _along(data: ReportData, along: str, setting: str, side: str, measure: str) 
 def _gate(gates: Sequence[GateScores], gate: GateScores) -> Figure:
     import plotly.graph_objects as go
 
-    edges = bins([other for other in gates if other.layer == gate.layer])
+    edges = bins([gate_scores for gate_scores in gates if gate_scores.layer == gate.layer])
     width = float(edges[1] - edges[0])
     traces = []
     for label, pattern in (("harmless", "/"), ("harmful", "")):

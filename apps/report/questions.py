@@ -33,22 +33,22 @@ def choose_prompts(
     if most < 2:
         raise GuardError(f"{most} prompts of each kind are too few; choose 2 or more")
     homes = [subject.folder] if subject.source is None else [subject.source.root, subject.folder]
-    found = path or next(filter(None, (find_file(home, EVALUATION_FILES) for home in homes)), None)
-    if found is None:
+    file = path or next(filter(None, (find_file(home, EVALUATION_FILES) for home in homes)), None)
+    if file is None:
         raise PromptsUnusable(f"{subject.folder}: no prompts were given or found; give --prompts with labelled prompts")
-    rows = read_prompts(found)
+    rows = read_prompts(file)
     sees = subject.guarded.sees and subject.unguarded.sees
     if image is not None and not sees:
         raise GuardError(f"--image {image} was given, but {subject.folder.name} takes no images; leave it out")
     if image is not None:
         open_image(image)  # before minutes of work
     rows = in_settings(rows, sees, image)
-    require_held_out_of(subject.folder, subject.manifest, str(found), rows, "report")
+    require_held_out_of(subject.folder, subject.manifest, str(file), rows, "report")
     chosen = by_setting_and_label(rows, most, LABELS)
     for label in PAIRED_LABELS:
         if not any(row.label == label for row in chosen):
-            raise PromptsUnusable(f"{found}: holds no {label} prompt that this model accepts; a report compares both")
-    return found, chosen
+            raise PromptsUnusable(f"{file}: holds no {label} prompt that this model accepts; a report compares both")
+    return file, chosen
 
 
 def in_settings(rows: Sequence[LabelledPrompt], sees: bool, image: Path | None) -> list[LabelledPrompt]:

@@ -55,7 +55,7 @@ def separations(
     harmful = np.array([prompt.label == "harmful" for prompt in prompts])
     setting = np.array([prompt.setting for prompt in prompts])
     halves = halves_by_text(prompts)
-    found = []
+    results = []
     for side, stack in (("unguarded", states.before), ("guarded", states.after)):
         for row, layer in enumerate(layers):
             here = stack[:, row].astype(np.float64)
@@ -67,11 +67,11 @@ def separations(
                     continue
                 judged = _crossed(here, fitted, harmful, setting == "text", chosen, halves)
                 if judged is not None:
-                    found.append(Separation(layer, TEXT, name, side, *judged))
+                    results.append(Separation(layer, TEXT, name, side, *judged))
                 for along, direction in _known(directions, layer):
                     scores = here[chosen] @ direction
-                    found.append(Separation(layer, along, name, side, *_judge(scores, harmful[chosen])))
-    return found
+                    results.append(Separation(layer, along, name, side, *_judge(scores, harmful[chosen])))
+    return results
 
 
 def auc(scores: np.ndarray, harmful: np.ndarray) -> float:

@@ -57,9 +57,9 @@ def read_states(
     rows: list[dict[str, np.ndarray]] = [{} for _ in prompts]
     requests, done = [prompt.request(guarded) for prompt in prompts], 0
     for indices in guarded.groups(requests, batch_size):
-        found = _prefill(guarded, [requests[index] for index in indices])
+        outputs = _prefill(guarded, [requests[index] for index in indices])
         for row, index in enumerate(indices):
-            rows[index] = {name: values[row] for name, values in found.items()}
+            rows[index] = {name: values[row] for name, values in outputs.items()}
         done += len(indices)
         later(done)
     after = _stacked(rows, STATES_OUTPUT)

@@ -54,14 +54,14 @@ def sweep_alpha(
     """
     if not guard_mode(subject.plan.mode).has_alpha:
         return []
-    asked = by_setting_and_label(prompts, _PROMPTS)
+    chosen = by_setting_and_label(prompts, _PROMPTS)
     shipped = {guard.alpha for guard in subject.plan.guards}
-    alphas, found = sorted({*ALPHAS, *shipped}), []
+    alphas, strengths = sorted({*ALPHAS, *shipped}), []
     for number, alpha in enumerate(alphas):
         model = subject.with_alpha(alpha)
-        cells = tally(model, asked, max_new_tokens, batch_size).cells
+        cells = tally(model, chosen, max_new_tokens, batch_size).cells
         rows = tuple((cell.setting, cell.label, cell.refused, cell.asked) for cell in cells)
-        found.append(Strength(alpha, alpha in shipped, rows))
+        strengths.append(Strength(alpha, alpha in shipped, rows))
         if report_count is not None:
             report_count(number + 1, len(alphas))
-    return found
+    return strengths

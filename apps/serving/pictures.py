@@ -49,11 +49,11 @@ def image_bytes(url: str, largest: int, param: str) -> bytes:
         raise ApiError(400, "the image is not valid base64", code="invalid_base64_image", param=param) from None
     if len(file) > largest:
         raise _too_large(largest, param)
-    held = media_type(file)
-    if held != media:
+    actual = media_type(file)
+    if actual != media:
         raise ApiError(
             400,
-            f"the image is declared as {media}, but its bytes are {held or 'of another format'}; send the actual type",
+            f"the image is declared as {media}, but its bytes are {actual or 'of another format'}; send the actual type",
             code="invalid_image_format",
             param=param,
         )

@@ -111,26 +111,26 @@ def record_export(
         variants: refusals of each precision variant, where there are several.
     """
     files = [path for path in sorted(stage.rglob("*")) if path.is_file()]
-    sources = {path for done in decoders for path in _source_files(done)}
+    sources = {path for decoder in decoders for path in _source_files(decoder)}
     hashed = [path for path in (*files, *sources) if digests or not may_go_unhashed(path.name, path.stat().st_size)]
-    found = sha256_files(hashed, lambda done, total: report_progress("hashing (bytes)", done, total))
+    hashes = sha256_files(hashed, lambda done, total: report_progress("hashing (bytes)", done, total))
     names = {path.relative_to(stage).as_posix(): path for path in files}
     if sbom:
-        listed = {name: found.get(path) for name, path in names.items()}
-        graphs = {done.package.decoder.name: found[done.package.decoder] for done in decoders}
+        listed = {name: hashes.get(path) for name, path in names.items()}
+        graphs = {decoder.package.decoder.name: hashes[decoder.package.decoder] for decoder in decoders}
         content = bill_of_materials(decoders[0].package.name, listed, graphs, versions(), stamped)
         names[SBOM_NAME] = stage / SBOM_NAME
         create_file(names[SBOM_NAME], content)
-        found |= sha256_files([names[SBOM_NAME]])
+        hashes |= sha256_files([names[SBOM_NAME]])
     choice = measured if isinstance(measured, Choice) else None
     calibrated = measured.calibration if isinstance(measured, Choice) else measured
     manifest = Manifest(
         schema_=SCHEMA,
         created=to_text(stamped.created),
         files=record_files(
-            stage, names, {name: found[path] for name, path in names.items() if path in found}, stamped.keeps_times
+            stage, names, {name: hashes[path] for name, path in names.items() if path in hashes}, stamped.keeps_times
         ),
-        decoders=[_record(done, found) for done in decoders],
+        decoders=[_record(decoder, hashes) for decoder in decoders],
         layout=decoders[0].package.layout,
         proved=proved.level,
         proved_because=proved.why,

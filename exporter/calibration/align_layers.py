@@ -56,24 +56,24 @@ def places_of_align(directions: Directions, count: int, spec: GuardSpec) -> Iter
     later, which = later_layers(directions.layers, count)
     apart = tuple(number for number in later if not _at_chance(directions, number))
     dropped = [str(number) for number in later if number not in apart]
-    found = []
+    places = []
     if dropped and apart:
-        found.append(
+        places.append(
             Where(apart, rank, f"{which}, and {', '.join(dropped)}, whose directions separate no held-out anchors")
         )
-    found.append(Where(later, rank, which))
+    places.append(Where(later, rank, which))
     if spec.rank is None and rank < MORE_ROWS <= rows:
-        found.append(Where(found[0].layers, MORE_ROWS, found[0].why))
+        places.append(Where(places[0].layers, MORE_ROWS, places[0].why))
     if spec.rank is None and rank > _FEWER_ROWS:
-        found.append(Where(found[0].layers, _FEWER_ROWS, found[0].why))
+        places.append(Where(places[0].layers, _FEWER_ROWS, places[0].why))
     half = tuple(number for number in later if number >= count // 2)
     if half and half != later:
-        found.append(Where(half, rank, "the later half of the decoder without its last layer"))
+        places.append(Where(half, rank, "the later half of the decoder without its last layer"))
     every, with_last = later_layers(directions.layers, count, last=True)
     if every != later:
-        found.append(Where(every, rank, with_last))
+        places.append(Where(every, rank, with_last))
     seen: set[tuple[tuple[int, ...], int]] = set()
-    for place in found:
+    for place in places:
         if (place.layers, place.rank) not in seen:
             seen.add((place.layers, place.rank))
             yield place
@@ -90,8 +90,8 @@ def evidence(
         asked: the settings that were run.
         states: of the unguarded model by setting, `[prompts, layers, d]`.
     """
-    texts = {"text": tuple(range(len(judged.texts)))} | {one.name: one.texts for one in asked}
-    found = []
+    texts = {"text": tuple(range(len(judged.texts)))} | {setting.name: setting.texts for setting in asked}
+    rows = []
     for number, layer in directions.layers.items():
         recorded = directions.evidence.get(str(number), {})
         row: dict[str, Any] = {"layer": number, "auc_held_out_anchors": recorded.get("auc_held_out")}
@@ -104,8 +104,8 @@ def evidence(
                 ends = states[name][:, number]
                 measured = separation_along(layer.ssd[0], number, ends[harmful], ends[harmless], judged.source)
                 row[f"auc_{name.replace(' ', '_')}"] = measured.auc
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def _at_chance(directions: Directions, number: int) -> bool:

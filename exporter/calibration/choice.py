@@ -99,8 +99,8 @@ def choose(
     }
     possible: list[Mode] = [mode for mode in PREFERRED if mode not in left_out]
     if not possible:
-        said = "; ".join(f"{mode}: {why}" for mode, why in left_out.items())
-        raise GuardError(f"--mode auto finds no mode for these options ({said}); name a --mode")
+        reasons = "; ".join(f"{mode}: {why}" for mode, why in left_out.items())
+        raise GuardError(f"--mode auto finds no mode for these options ({reasons}); name a --mode")
     require_both_labels(prompts)
     attempts: list[Attempt] = []
     layers: list[dict[str, Any]] = []
@@ -240,19 +240,19 @@ def _judged(
     text, beside = figures[0], figures[1:]
     unchanged = text.harmful.changed == text.harmless.changed == 0
     fair, keeps = keeps_budget(figures, budget), keeps_refusals(figures)
-    no_fewer = not any(one.weakened for one in beside)
-    grows = sum(one.harmful.guarded for one in beside) > sum(one.harmful.unguarded for one in beside)
+    no_fewer = not any(setting.weakened for setting in beside)
+    grows = sum(setting.harmful.guarded for setting in beside) > sum(setting.harmful.unguarded for setting in beside)
     means = control is None or control.fails
     controlled = [str(control)] if control is not None else []
-    said = [*map(str, beside), *controlled, "no text answer changed" if unchanged else "text answers changed"]
+    lines = [*map(str, beside), *controlled, "no text answer changed" if unchanged else "text answers changed"]
     return Attempt(
         name="align",
         layers=place.layers,
         rank=place.rank,
-        kept=min(one.kept for one in beside),
+        kept=min(setting.kept for setting in beside),
         meets=fair and keeps and unchanged and no_fewer and means,
         usable=fair and unchanged and no_fewer and means and (keeps or grows),
-        said="; ".join(said),
+        said="; ".join(lines),
         why_layers=place.why,
         figures=figures,
         distances=distances,
@@ -276,7 +276,7 @@ def _try_calibrated(
     spec = wish.spec
     try:
         shown = beside_images(prompts, wish.images) if model.sees else prompts
-        found = calibrate(
+        calibration = calibrate(
             model,
             anatomy,
             directions,
@@ -292,12 +292,12 @@ def _try_calibrated(
             raise
         return Attempt(name, (), None, 0.0, meets=False, usable=False, said=str(error))
     kept = {}
-    as_text = next((c.rate for c in found.base.cells if (c.setting, c.label) == ("text", "harmful")), 0.0)
-    for cell in found.guarded.cells:
+    as_text = next((c.rate for c in calibration.base.cells if (c.setting, c.label) == ("text", "harmful")), 0.0)
+    for cell in calibration.guarded.cells:
         if cell.label == "harmful":
             kept[cell.setting] = min(1.0, cell.rate / (as_text or 1.0))
-    chosen = found.chosen.candidate
-    said = ", ".join(f"{setting} {share:.0%}" for setting, share in kept.items())
+    chosen = calibration.chosen.candidate
+    shares = ", ".join(f"{setting} {share:.0%}" for setting, share in kept.items())
     worst = min(kept.values())
     return Attempt(
         name=name,
@@ -306,9 +306,9 @@ def _try_calibrated(
         kept=worst,
         meets=worst >= GOAL,
         usable=True,
-        said=f"refusals kept on the calibration prompts: {said}",
-        calibration=found,
-        directions=found.directions,
+        said=f"refusals kept on the calibration prompts: {shares}",
+        calibration=calibration,
+        directions=calibration.directions,
         gate=spec.gate,
     )
 

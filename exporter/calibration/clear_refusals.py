@@ -62,8 +62,8 @@ def ask_alone(trial: AlignTrial, judged: JudgedPrompts, report_progress: Progres
     """
     harmful = judged.of_kind("harmful")
     for tokens in (FEW_TOKENS, MORE_TOKENS):
-        found = _ask(trial, judged, tokens, report_progress)
-        refused = [at for at in harmful if at in found and found[at].refused]
+        references = _ask(trial, judged, tokens, report_progress)
+        refused = [at for at in harmful if at in references and references[at].refused]
         if refused:
             break
     else:
@@ -73,12 +73,12 @@ def ask_alone(trial: AlignTrial, judged: JudgedPrompts, report_progress: Progres
             "refuses with --anchors or --calibration"
         )
     chosen = {
-        at for setting in judged.settings for at in _clearest([at for at in refused if at in setting.texts], found)
+        at for setting in judged.settings for at in _clearest([at for at in refused if at in setting.texts], references)
     }
     narrowed = judged.narrowed(sorted(chosen))
     left = [at for at, text in enumerate(judged.texts) if text.kind != "harmful" or at in chosen]
-    asked = sum(at in found for at in harmful)
-    return Alone(narrowed, [found[at] for at in left], tokens, asked, len(refused))
+    count = sum(at in references for at in harmful)
+    return Alone(narrowed, [references[at] for at in left], tokens, count, len(refused))
 
 
 def _clearest(refused: Sequence[int], found: Mapping[int, Reference]) -> list[int]:

@@ -149,12 +149,12 @@ def ask_guarded(
     for prompt, left, right in zip(prompts, before.said, after.said, strict=True):
         if prompt.setting in changed:
             changed[prompt.setting] += has_effect(left, right, tolerance)
-    found = compare_refusals(before.tally, after.tally, unguarded.sample.source)
+    refusals = compare_refusals(before.tally, after.tally, unguarded.sample.source)
     as_text = _refused_as_text(unguarded) if guard_mode(plan.mode).toward_text else {}
     return replace(
-        found,
+        refusals,
         settings=tuple(
-            replace(s, changed=changed.get(s.setting), as_text=as_text.get(s.setting)) for s in found.settings
+            replace(s, changed=changed.get(s.setting), as_text=as_text.get(s.setting)) for s in refusals.settings
         ),
     )
 

@@ -136,11 +136,11 @@ def worst_images(
     if calls < required:
         raise GuardError(f"{calls} calls are too few to judge {len(harmful)} prompts; give at least {required}")
 
-    said = _answers(model, alone, batch_size, spent)
-    kept = [number for number, (_, declined) in enumerate(said) if declined]
+    answers = _answers(model, alone, batch_size, spent)
+    kept = [number for number, (_, declined) in enumerate(answers) if declined]
     if not kept:
         raise GuardError(f"the model refuses none of {len(harmful)} harmful prompts as text; no image can lower that")
-    refusing = {said[number][0] for number in kept}
+    refusing = {answers[number][0] for number in kept}
     innocent = _answers(model, [Request(text) for text in harmless], batch_size, spent)
     answering = {first for first, declined in innocent if not declined}
     shown = [shown[number] for number in kept]
@@ -247,7 +247,8 @@ class _Judge:
         self._refusing, self._answering = list(refusing), list(answering)
         groups = [[shown[index] for index in group] for group in model.groups(shown, batch_size)]
         self._groups = [(group, model.batch(group)) for group in groups]  # tokenized once; only the rows change
-        self.tokens = len(model.image_features(model.blank_image()).rows)
+        self._picture = model.image_features(model.blank_image()).tokens
+        self.tokens = self._picture.count
         self.vocabulary = _known_tokens(model)
 
     @property
@@ -281,7 +282,7 @@ class _Judge:
 
     def with_answers(self, prefix: _Prefix) -> SoftImage:
         """The prefix as an image, with the refusals in answers of 8 tokens."""
-        features = ImageFeatures(self._rows(prefix))
+        features = ImageFeatures(self._rows(prefix), self._picture)
         requests = [Request(request.prompt, features) for request in self._shown]
         answers = _answers(self._model, requests, self._batch_size, self._spent)
         ids = tuple(int(token) for token in prefix.ids)

@@ -46,17 +46,17 @@ def require_both_labels(prompts: Sequence[LabelledPrompt]) -> None:
         raise PromptsUnusable("the model takes text only, and no calibration prompt is text only; add such prompts")
     for setting in sorted({prompt.setting for prompt in prompts}):
         for label in ("harmful", "harmless"):
-            found = sum((p.setting, p.label) == (setting, label) for p in prompts)
-            if found < 2:
+            count = sum((p.setting, p.label) == (setting, label) for p in prompts)
+            if count < 2:
                 raise PromptsUnusable(
-                    f"calibration needs harmful and harmless prompts in setting {setting!r}, found {found} {label}; add some"
+                    f"calibration needs harmful and harmless prompts in setting {setting!r}, found {count} {label}; add some"
                 )
     groups = groups_of(prompts)
     for label in ("harmful", "harmless"):  # one that comes again and again cannot be held out from itself
         different = {group for group, prompt in zip(groups, prompts, strict=True) if prompt.label == label}
         if len(different) < 2:
-            said = next(prompt.prompt for prompt in prompts if prompt.label == label)
-            raise PromptsUnusable(f"calibration needs different {label} prompts, but all are {said!r}; add some")
+            text = next(prompt.prompt for prompt in prompts if prompt.label == label)
+            raise PromptsUnusable(f"calibration needs different {label} prompts, but all are {text!r}; add some")
         if len(different) < FEWEST_FOLDS:
             raise PromptsUnusable(
                 f"calibration needs at least {FEWEST_FOLDS} different {label} prompts, found {len(different)}; add some"

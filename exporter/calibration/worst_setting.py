@@ -22,7 +22,7 @@ def worst_setting(judge: AlignJudge, report_progress: ProgressCallback) -> Setti
         report_progress: called with `(stage, done, total)`.
     """
     model = judge.trial.model
-    if model.images_have_grids or any(len(judge.lost(one)) >= FEWEST_CONTROLLED for one in judge.settings):
+    if model.images_have_grids or any(len(judge.lost(setting)) >= FEWEST_CONTROLLED for setting in judge.settings):
         return None
     texts = list(zip(judge.judged.texts, judge.alone, strict=True))
     refused = [text.prompt for text, alone in texts if text.kind == "harmful" and alone.refused]
@@ -30,7 +30,7 @@ def worst_setting(judge: AlignJudge, report_progress: ProgressCallback) -> Setti
     if len(refused) < FEWEST_CONTROLLED:
         return None
     try:
-        found = worst_images(
+        search = worst_images(
             model,
             refused[:_SEARCHED],
             harmless=answered[:_SEARCHED],
@@ -41,5 +41,5 @@ def worst_setting(judge: AlignJudge, report_progress: ProgressCallback) -> Setti
     except GuardError:  # no image of one size, or no refusal in so few tokens: one setting less
         return None
     rows = judge.judged.settings[0].texts
-    image = found.images[0].features
+    image = search.images[0].features
     return Setting(NAME, rows, tuple(Request(texts[at][0].prompt, image) for at in rows))

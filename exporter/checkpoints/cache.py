@@ -106,14 +106,14 @@ def exported(
             )
         return
     entry = exports / key_of(locate(checkpoint), exporter, dtype, opset)
-    with contextlib.ExitStack() as held:
-        held.enter_context(_in_use(entry))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_in_use(entry))
         parity = _parity_of(entry)
         if cached := parity is not None:
             report_progress(f"using the export of {checkpoint} in {exports}", 0, 1)
         else:
             parity = _export(entry, checkpoint, exporter, dtype, opset, report_progress)
-            held.enter_context(_in_use(entry))
+            stack.enter_context(_in_use(entry))
             _make_room(exports, _largest_size(), keep=entry)
         with contextlib.suppress(OSError):
             os.utime(entry)
@@ -148,10 +148,10 @@ def export_to(
     """
     if not cache or _exports() is None:
         return export_checkpoint(checkpoint, out, exporter, dtype, opset, report_progress=report_progress)
-    with exported(checkpoint, exporter, dtype, opset, report_progress) as done:
-        for path in sorted(path for path in done.folder.rglob("*") if path.is_file()):
-            bring(path, out / path.relative_to(done.folder), "link")
-        return done.parity
+    with exported(checkpoint, exporter, dtype, opset, report_progress) as export:
+        for path in sorted(path for path in export.folder.rglob("*") if path.is_file()):
+            bring(path, out / path.relative_to(export.folder), "link")
+        return export.parity
 
 
 def key_of(folder: Path, exporter: str | None, dtype: str | None, opset: int | None) -> str:

@@ -97,13 +97,13 @@ def export_checkpoint(
     if name not in EXPORTERS:
         raise GuardError(f"unknown exporter {name!r}; choose {', '.join(EXPORTERS)}")
     row = EXPORTERS[name]
-    wanted = row.dtypes[0] if dtype is None else dtype
-    if wanted not in row.dtypes:
+    precision = row.dtypes[0] if dtype is None else dtype
+    if precision not in row.dtypes:
         able = " or ".join(other for other, has in EXPORTERS.items() if dtype in has.dtypes) or "no exporter"
         raise GuardError(f"{name} does not write dtype {dtype!r}, only {_choice(row.dtypes)}; {able} writes {dtype}")
     if opset is not None and row.chooses_opset:
         raise GuardError(f"{name} chooses its own opset, {opset} has no effect; leave --opset out")
-    return row.export(Job(checkpoint, out, wanted, opset, report_progress))
+    return row.export(Job(checkpoint, out, precision, opset, report_progress))
 
 
 def _choice(names: Sequence[str]) -> str:

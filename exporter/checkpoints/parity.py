@@ -92,18 +92,20 @@ def answer_with_torch(
     import torch
 
     model, config, vision = model.float(), model.config, family.vision
-    given = vision.sample(model, np.random.default_rng(0)) if vision is not None else {}
-    pictures = tensors(model, given)
+    vision_inputs = vision.sample(model, np.random.default_rng(0)) if vision is not None else {}
+    pictures = tensors(model, vision_inputs)
     rest = family.decoder.reference or family.decoder.feeds
     peaks: list[Peak] = []
     with torch.no_grad():
         rows: list[Any] = []
         if vision is not None and family.generic:
-            rows = [image_features(model, **tensors(model, call))[IMAGE_FEATURES] for call in vision.calls(given)]
+            rows = [
+                image_features(model, **tensors(model, call))[IMAGE_FEATURES] for call in vision.calls(vision_inputs)
+            ]
         elif vision is not None:
             found = model.get_image_features(**pictures, return_dict=True).pooler_output
             rows = [image.flatten(0, -2) for image in found]
-        prompt = sample_prompt(vision, config, texts, given, tuple(map(len, rows)))
+        prompt = sample_prompt(vision, config, texts, vision_inputs, tuple(map(len, rows)))
         features = torch.cat(rows).numpy() if rows else None
         if family.generic:
             with (
@@ -111,9 +113,9 @@ def answer_with_torch(
                 if measure_peaks
                 else nullcontext()
             ):
-                done = record(model, prompt.input_ids, prompt.attention_mask, given, GREEDY_STEPS)
-            answer = Answer(features, done.logits, _states(done.cache))
-            return Reference(prompt, done.tokens, answer, tuple(peaks), _others(model, vision))
+                recording = record(model, prompt.input_ids, prompt.attention_mask, vision_inputs, GREEDY_STEPS)
+            answer = Answer(features, recording.logits, _states(recording.cache))
+            return Reference(prompt, recording.tokens, answer, tuple(peaks), _others(model, vision))
 
         cache: Any = None  # transformers makes one
         chosen: list[np.ndarray] = []
@@ -186,8 +188,8 @@ def answer_with_onnxruntime(
             if not logits:
                 text["inputs_embeds"][prompt.input_ids == prompt.image_token] = rows
         past = {name: states[present_of(name)] for name in types if is_past(name)}
-        given = {**text, "attention_mask": turn.mask, **family.decoder.feeds(config, turn)} | past
-        states = _run(decoder, {name: given[name].astype(kind, copy=False) for name, kind in types.items()})
+        feeds = {**text, "attention_mask": turn.mask, **family.decoder.feeds(config, turn)} | past
+        states = _run(decoder, {name: feeds[name].astype(kind, copy=False) for name, kind in types.items()})
         logits.append(states.pop("logits"))
     growing = {
         present_of(port.name): list(port.shape).index(PAST)
@@ -252,8 +254,8 @@ def check_parity(
     if family.vision is not None and reference.others:
         vision = open_graph(VISION_ENCODER)
         for picture, rows in zip(family.vision.others, reference.others, strict=True):
-            found = _run(vision, {port.name: picture[port.name] for port in vision.get_inputs()})
-            features += [(rows[name], found[name], None) for name in rows]
+            outputs = _run(vision, {port.name: picture[port.name] for port in vision.get_inputs()})
+            features += [(rows[name], outputs[name], None) for name in rows]
     return (
         *([_compare("image features", features, limit, advice)] if expected.image_features is not None else []),
         _compare("prefill logits", [(expected.logits[0], actual.logits[0], real)], limit, advice),

@@ -236,7 +236,7 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, Shapes]:
     Raises:
         GuardError: it cannot be read.
     """
-    found: dict[str, Shapes] = {}
+    shapes: dict[str, Shapes] = {}
     for text in texts:
         name, equals, rest = text.rpartition("=")
         parts = [
@@ -251,10 +251,10 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, Shapes]:
             or len(set(map(len, parts))) != 1
         ):
             raise GuardError(f"shape {text!r} cannot be read; write it as pixel_values=1x3x224x224, or three with ':'")
-        if name in found:
+        if name in shapes:
             raise GuardError(f"shape {text!r} is the second for {name}; give one --shape for each input")
-        found[name] = (parts[0], parts[len(parts) // 2], parts[-1])
-    return found
+        shapes[name] = (parts[0], parts[len(parts) // 2], parts[-1])
+    return shapes
 
 
 def shapes_to_json(shapes: Mapping[str, Shapes]) -> dict[str, Any]:

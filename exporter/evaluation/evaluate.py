@@ -98,7 +98,7 @@ def compare(
         keep_answers,
     )
     judge = asking.open_judge()
-    asked = {
+    settings = {
         "prompts": digest_of(*(f"{row.id} {row.setting} {row.label} {fingerprint(row)}" for row in rows)),
         "count": len(rows),
         "max_new_tokens": max_new_tokens,
@@ -107,7 +107,7 @@ def compare(
         "gates": read_gates,
         "answers": keep_answers,
     }
-    file = RecordFile(out, _identity(unguarded, vlm) | asked) if out is not None else None
+    file = RecordFile(out, _identity(unguarded, vlm) | settings) if out is not None else None
     gates, unread = open_gates(vlm) if read_gates else (None, "not requested")
     with open_executors(ray, ray_workers) as executors, _reported(file, len(rows)):
         return evaluate(
@@ -150,8 +150,8 @@ def tally(
     done = 0
     for indices in model.groups(requests, batch_size):
         replies = model.answer([requests[index] for index in indices], Sampling(max_new_tokens), len(indices))
-        for index, said in zip(indices, replies, strict=True):
-            answers[index] = said
+        for index, reply in zip(indices, replies, strict=True):
+            answers[index] = reply
         done += len(indices)
         if report_count is not None:
             report_count(done, len(requests))
@@ -219,12 +219,12 @@ def evaluate(
         add_done(2 * (len(prompts) - sum(map(len, missing))))
     work = Asking(base, guarded, max_new_tokens, gates, judge, keep_answers, halfway=add_done)
     shards = (shard_of(indices, prompts, requests, text_only) for indices in missing)
-    for indices, made in zip(missing, executor(work, shards), strict=True):
+    for indices, batch in zip(missing, executor(work, shards), strict=True):
         if file is not None:
-            file.add(made.records)
-        records |= {record.number: record for record in made.records}
-        answers |= dict(zip(indices, made.answers, strict=True))
-        add_done(2 * len(indices) - made.reported)
+            file.add(batch.records)
+        records |= {record.number: record for record in batch.records}
+        answers |= dict(zip(indices, batch.answers, strict=True))
+        add_done(2 * len(indices) - batch.reported)
     return Evaluation(
         tuple(prompts),
         tuple(_recalled(records[index], answers.get(index)) for index in range(len(prompts))),

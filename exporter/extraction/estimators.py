@@ -81,14 +81,14 @@ def estimate(name: str, harmful: np.ndarray, harmless: np.ndarray, rank: int) ->
     difference = harmful.astype(np.float64) - harmless.astype(np.float64)
     if not np.abs(difference).max() > 0:
         raise GuardError("the anchors' hidden states do not differ; are harmful and harmless prompts the same?")
-    wanted = min(rank, MAX_RANK, len(difference))
+    count = min(rank, MAX_RANK, len(difference))
     if name == "svd":
-        rows = _singular_rows(difference, wanted, np.linalg.norm(difference))
+        rows = _singular_rows(difference, count, np.linalg.norm(difference))
     else:
         labels = np.arange(2 * len(difference)) < len(difference)
         first = fit_readout(name, np.concatenate([harmful, harmless]), labels)[None]
         left = difference - (difference @ first.T) * first
-        rows = np.concatenate([first, _singular_rows(left, wanted - 1, np.linalg.norm(difference))])
+        rows = np.concatenate([first, _singular_rows(left, count - 1, np.linalg.norm(difference))])
     return rows * np.where((difference @ rows.T).mean(axis=0) < 0, -1.0, 1.0)[:, None]
 
 

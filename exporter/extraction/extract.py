@@ -185,10 +185,10 @@ def read_batches(
     states: list[np.ndarray | None] = [None] * len(requests)
     done = 0
 
-    def take(indices: list[int], found: np.ndarray) -> None:
+    def take(indices: list[int], batch_states: np.ndarray) -> None:
         nonlocal done
         for row, index in enumerate(indices):
-            states[index] = found[row]
+            states[index] = batch_states[row]
         done += len(indices)
         if report_count is not None:
             report_count(done, len(requests))
@@ -196,16 +196,16 @@ def read_batches(
     missing: list[tuple[list[int], list[Request]]] = []
     for indices in batches:
         batch = [requests[index] for index in indices]
-        found = kept.find(batch) if kept is not None else None
-        if found is None:
+        stored = kept.find(batch) if kept is not None else None
+        if stored is None:
             missing.append((indices, batch))
         else:
-            take(indices, found)
+            take(indices, stored)
     results = executor(read, (batch for _, batch in missing))
-    for (indices, batch), found in zip(missing, results, strict=True):
+    for (indices, batch), stored in zip(missing, results, strict=True):
         if kept is not None:
-            kept.keep(batch, found)
-        take(indices, found)
+            kept.keep(batch, stored)
+        take(indices, stored)
     collected = np.stack([state for state in states if state is not None])
     assert len(collected) == len(requests), "a batch was not read"
     if not np.isfinite(collected).all():
@@ -242,12 +242,12 @@ def collect_answer_states(
     """
     rows: list[list[np.ndarray]] = [[] for _ in requests]
     for indices in model.groups(requests, batch_size):
-        said: list[int | None] | None = None
+        tokens: list[int | None] | None = None
         for step in model.steps([requests[index] for index in indices], Sampling(max_new_tokens=max_new_tokens)):
             for row, index in enumerate(indices):
-                if said is not None and said[row] is not None:
+                if tokens is not None and tokens[row] is not None:
                     rows[index].append(step.outputs[STATES_OUTPUT][row])
-            said = step.tokens
+            tokens = step.tokens
     return [np.stack(row) if row else np.zeros((0, 0, 0), np.float32) for row in rows]
 
 

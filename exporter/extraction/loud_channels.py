@@ -57,15 +57,15 @@ def held_out_auc(name: str, harmful: np.ndarray, harmless: np.ndarray, dropped: 
         return None
     quiet = _without(harmful, dropped), _without(harmless, dropped)
     fold = np.arange(count) % FOLDS
-    found = []
+    aucs = []
     for number in range(FOLDS):
-        held = fold == number
-        left, right = quiet[0][~held], quiet[1][~held]
+        held_out = fold == number
+        left, right = quiet[0][~held_out], quiet[1][~held_out]
         if not np.abs(left - right).max() > 0:
             return None
         row = estimate(name, left, right, 1)[0]
-        found.append(separation_along(row, 0, quiet[0][held], quiet[1][held], "").auc)
-    return float(np.mean(found))
+        aucs.append(separation_along(row, 0, quiet[0][held_out], quiet[1][held_out], "").auc)
+    return float(np.mean(aucs))
 
 
 def _loud_at_chance(row: np.ndarray, harmful: np.ndarray, harmless: np.ndarray) -> int | None:

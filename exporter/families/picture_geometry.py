@@ -49,18 +49,14 @@ def get_vision_window_index(
     windows: list[torch.Tensor],
     **more: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The order of the tokens as it is, and three bounds, which tell windows from the two of a whole picture.
+    """The tokens in their given order, and three bounds, which distinguish windows from the two bounds of a whole picture.
 
-    Attention does not care for order, so a mask takes the place of cutting the picture into windows.
+        Attention does not depend on order, so a mask replaces the split of the picture into windows.
 
     Args:
-        grid_thw: frames, rows and columns of patches, `[1, 3]`.
-        spatial_merge_size: patches per side that become one token.
-        window_size: edge of a window in pixels.
-        patch_size: edge of a patch in pixels.
-        patches: how many there are.
-        windows: gets the mask, `[patches, patches]` bool.
-        more: what precomputed values of transformers come in, without effect.
+        grid_thw, spatial_merge_size, window_size, patch_size, more: as for the function of transformers that this replaces.
+        patches: number of patches.
+        windows: the mask of the windows, `[patches, patches]` bool, is appended.
     """
     import torch
 

@@ -30,8 +30,8 @@ def _config(package: ModelPackage, decoder: ir.Model) -> dict[str, Any]:
     text = nested if isinstance(nested, dict) else config
 
     def said(*names: str) -> Any:
-        found = (part.get(name) for name in names for part in (generation, text, config))
-        return next((value for value in found if value is not None), None)
+        values = (part.get(name) for name in names for part in (generation, text, config))
+        return next((value for value in values if value is not None), None)
 
     inputs = {name: name for name in FED if any(value.name == name for value in decoder.graph.inputs)}
     longest, heads = package.longest_sequence, said("num_attention_heads", "n_head")

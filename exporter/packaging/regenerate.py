@@ -31,19 +31,19 @@ def check_packaged(folder: Path, manifest: Manifest, package: ModelPackage, orig
     """
     record = manifest.packaged
     assert record is not None
-    made = regenerated(package, original, record.written)
+    contents = regenerated(package, original, record.written)
     graphs = _graphs(package)
     data = {_relative(package, path) for graph in graphs for path in external_files(graph)}
     movable = {_relative(package, graph) for graph in graphs} | data
     wrong = []
     if package.layout == "onnx-community":  # where data is outside, the graph's references to it were written anew
-        made |= {_relative(package, graph): None for graph in graphs if external_files(graph)}
+        contents |= {_relative(package, graph): None for graph in graphs if external_files(graph)}
     elif package.layout == "triton":  # `check_repository` compares their bytes
-        made |= dict.fromkeys([name for name in record.written if _is_of_triton(name)])
-    for name in sorted(set(record.written) | made.keys()):
-        if name not in made or name not in record.written:
-            wrong.append(f"{name} is {'not ' if name in made else ''}recorded as generated")
-        elif made[name] is not None and (folder / name).read_bytes() != made[name]:
+        contents |= dict.fromkeys([name for name in record.written if _is_of_triton(name)])
+    for name in sorted(set(record.written) | contents.keys()):
+        if name not in contents or name not in record.written:
+            wrong.append(f"{name} is {'not ' if name in contents else ''}recorded as generated")
+        elif contents[name] is not None and (folder / name).read_bytes() != contents[name]:
             wrong.append(f"{name} is not what the packaging makes")
     if len(set(record.moved.values())) != len(record.moved):
         wrong.append("two files are recorded as one")

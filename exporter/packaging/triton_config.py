@@ -139,8 +139,8 @@ def front_config(options: TritonOptions, parameters: Mapping[str, str]) -> str:
     """The config of the model that clients ask."""
 
     def tensor(name: str, kind: str, size: int = 1, optional: bool = False) -> Message:
-        one: dict[str, Any] = {"name": name, "data_type": Word(kind), "dims": [size]}
-        return one | {"optional": True} if optional else one
+        port: dict[str, Any] = {"name": name, "data_type": Word(kind), "dims": [size]}
+        return port | {"optional": True} if optional else port
 
     config: dict[str, Any] = {
         "name": triton.FRONT,

@@ -91,7 +91,7 @@ def check_around(
         elif not _same_graph(folder / name, source, contents):
             wrong.append(f"{name} is not the source's")
     record = manifest.packaged
-    made = regenerated(package, original, record.written) if record is not None else {}
+    packaged = regenerated(package, original, record.written) if record is not None else {}
     ours = {DIRECTIONS_FILE, SBOM_NAME, *decoders, *graphs, *data}
     if package.layout == "triton":
         ours |= set(manifest.packaged.written) if manifest.packaged is not None else set()  # compared byte for byte
@@ -100,8 +100,8 @@ def check_around(
     )
     for name in sorted(manifest.files.keys() - ours):
         compared += 1
-        if name in made:
-            same = (folder / name).read_bytes() == made[name]
+        if name in packaged:
+            same = (folder / name).read_bytes() == packaged[name]
         elif name in known:
             same = digests[folder / name] == digests[known[name]]
         else:

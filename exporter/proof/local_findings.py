@@ -143,17 +143,17 @@ class LocalFindings:
         if site.planned.site.dtype == "float16":
             delta = np.clip(delta, -LARGEST_HALF_EDIT, LARGEST_HALF_EDIT)
         delta = np.where(selected > 0, delta, 0.0)
-        expected, found = base.astype(np.float64) + delta, outputs[site.guarded].astype(np.float64)
-        if found.shape != expected.shape:
-            self.wrong.append(f"layer {number}: shape {list(found.shape)}, expected {list(expected.shape)}")
+        expected, guarded = base.astype(np.float64) + delta, outputs[site.guarded].astype(np.float64)
+        if guarded.shape != expected.shape:
+            self.wrong.append(f"layer {number}: shape {list(guarded.shape)}, expected {list(expected.shape)}")
             return
         opened = np.ones(ends.shape) if guard_mode(mode).gate is None else gate(mode, layer, total, a, runtime_controls)
         opened = np.broadcast_to(opened, ends.shape)[..., 0] * selected[..., 0] > 0
         unsure = self._unsure(mode, layer, total, a, runtime_controls, limit, call, held)
         edits = opened & (strength > 0)
-        self._compare_bits(number, base.astype(np.float64), found, ~edits & ~(unsure & (selected[..., 0] > 0)))
+        self._compare_bits(number, base.astype(np.float64), guarded, ~edits & ~(unsure & (selected[..., 0] > 0)))
         sure = ~unsure | (selected[..., 0] == 0)
-        self._compare_states(site, number, total, base, expected, found, sure, copied)
+        self._compare_states(site, number, total, base, expected, guarded, sure, copied)
         self.opened += int((edits & sure).sum())
         self.closed += int((~opened & (ends if self.plan.paired else selected)[..., 0].astype(bool) & sure).sum())
         self.undecided += int((~sure).sum())
@@ -250,20 +250,20 @@ class LocalFindings:
             else replace(runtime_controls, held=runtime_controls.held[:, 0])
         )
         for name, here in cut.outputs.items():
-            found = outputs[here].astype(np.float64)
-            if found.shape[1:2] != (len(self.plan.layers),):
-                self.wrong_outputs.append(f"{name} has shape {list(found.shape)}")
+            actual = outputs[here].astype(np.float64)
+            if actual.shape[1:2] != (len(self.plan.layers),):
+                self.wrong_outputs.append(f"{name} has shape {list(actual.shape)}")
             elif name == COORDINATES_OUTPUT:
                 own = last @ layer.ssd.T.astype(np.float64)
                 length = np.maximum(np.linalg.norm(last, axis=-1, keepdims=True), 1e-6)
-                compare(name, np.abs(found[:, row] - own) / length)
+                compare(name, np.abs(actual[:, row] - own) / length)
             elif name == SCORES_OUTPUT:
                 expected = score(mode, layer, last, a)
-                compare(name, np.abs(found[:, row : row + 1] - expected) / summed(mode, layer, last, a))
+                compare(name, np.abs(actual[:, row : row + 1] - expected) / summed(mode, layer, last, a))
             else:
                 assert name == PRESENT_GATE_OUTPUT, name
-                wanted = gate(mode, layer, last, a, at)
-                compare(name, np.abs(found[:, row : row + 1] - wanted)[~unsure] * 1e30)
+                gates = gate(mode, layer, last, a, at)
+                compare(name, np.abs(actual[:, row : row + 1] - gates)[~unsure] * 1e30)
 
     def checks(self) -> tuple[Check, ...]:
         """The records for the manifest."""
@@ -272,7 +272,7 @@ class LocalFindings:
         wrong = [*dict.fromkeys(self.foreign)]
         if self.sites != planned:
             wrong.append(f"{self.sites} of {planned} guards were cut out")
-        made = [
+        results = [
             exact(READS, self.reads, wrong, f"{self.sites} guards in {bodies} {'bodies' if bodies > 1 else 'body'}")
         ]
         gated = guard_mode(plan.mode).gate is not None
@@ -284,13 +284,13 @@ class LocalFindings:
         wrong = [*dict.fromkeys(self.wrong)]
         ok = not wrong and self.compared > 0 and self.opened > 0 and (self.closed > 0 or not gated)
         ok = ok and self.worst <= self.limit
-        said = "; ".join(wrong[:3]) + (" ..." if len(wrong) > 3 else "") if wrong else note
-        made.append(Check(STATES, self.compared, self.worst, self.limit, ok, said))
+        text = "; ".join(wrong[:3]) + (" ..." if len(wrong) > 3 else "") if wrong else note
+        results.append(Check(STATES, self.compared, self.worst, self.limit, ok, text))
         if gated or plan.edits_last or plan.knobs:  # else nothing is ever closed
-            made.append(exact(BITS, self.bits, [*dict.fromkeys(self.changed)], f"{self.calls} calls"))
+            results.append(exact(BITS, self.bits, [*dict.fromkeys(self.changed)], f"{self.calls} calls"))
         if plan.added_outputs:
             wrong = [*dict.fromkeys(self.wrong_outputs)]
             ok = self.outputs_compared > 0 and not wrong
-            said = "; ".join(wrong[:3]) or f"{', '.join(plan.added_outputs)} at the last token, {self.calls} calls"
-            made.append(Check(GUARD_OUTPUTS, self.outputs_compared, self.outputs_worst, self.limit, ok, said))
-        return tuple(made)
+            text = "; ".join(wrong[:3]) or f"{', '.join(plan.added_outputs)} at the last token, {self.calls} calls"
+            results.append(Check(GUARD_OUTPUTS, self.outputs_compared, self.outputs_worst, self.limit, ok, text))
+        return tuple(results)

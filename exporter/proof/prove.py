@@ -219,7 +219,7 @@ def _against_reference(
                 selected = ends * paired_rows(mask)
             all_held = _held(plan, setting, rolled, number)
             for row, (guard_of_layer, (raw_name, guarded_name)) in enumerate(zip(plan.guards, names, strict=True)):
-                raw, found = outputs[raw_name].astype(np.float64), outputs[guarded_name].astype(np.float64)
+                raw, guarded = outputs[raw_name].astype(np.float64), outputs[guarded_name].astype(np.float64)
                 layer = setting.layer(guard_of_layer, plan)
                 a = None if supervisor is None else supervisor[:, row : row + 1, :].astype(np.float64)
                 if plan.paired:
@@ -238,8 +238,8 @@ def _against_reference(
                 )
                 real = mask.astype(bool)
                 if plan.layers[row] in halves:
-                    headroom.see(plan.layers[row], raw[real], found[real])
-                for what, values in (("before", raw), ("behind", found)):
+                    headroom.see(plan.layers[row], raw[real], guarded[real])
+                for what, values in (("before", raw), ("behind", guarded)):
                     if place := first_no_number(values, real):
                         odd.append(
                             f"the state {what} layer {plan.layers[row]}'s guard, batch {which}, call {number}: {place}"
@@ -249,7 +249,7 @@ def _against_reference(
                     close = _close_calls(plan.mode, layer, raw, a, limit) & real
                     real, undecided = real & ~close, undecided + int(close.sum())
                 compared += int(real.sum()) * raw.shape[-1]
-                worst = max(worst, relative(expected[real], found[real]))
+                worst = max(worst, relative(expected[real], guarded[real]))
                 moved += int((expected[real] != raw[real]).any(axis=-1).sum())
                 states += int(real.sum())
                 if supervisor is not None:  # the text-only pass outputs the coordinates of this layer

@@ -110,23 +110,23 @@ def _equals_source(
 ) -> Check:
     """`rows`: those of each batch that are compared."""
     runs = partial(_compare_runs, package, closed, at, plan, inputs, place or DecoderPlace(), turned, rows)
-    found, calls = runs(optimize=True)
-    if not found.differing and not found.odd:
-        note = f"{found.compared} numbers in {calls}, {inputs.origin}"
-        return exact(name, found.compared, [], f"{note}; {found.note}" if found.note else note)
+    comparison, calls = runs(optimize=True)
+    if not comparison.differing and not comparison.odd:
+        note = f"{comparison.compared} numbers in {calls}, {inputs.origin}"
+        return exact(name, comparison.compared, [], f"{note}; {comparison.note}" if comparison.note else note)
     limit = max(TOLERANCE[site.site.dtype] for site in plan.sites)
-    if found.odd:
-        return Check(name, found.compared, found.worst, limit, False, found.note)
+    if comparison.odd:
+        return Check(name, comparison.compared, comparison.worst, limit, False, comparison.note)
     plain, plain_calls = runs(optimize=False)
     note = (
         f"exact in {plain.compared} numbers without the runtime's optimiser ({plain_calls}); with it ({calls}), "
-        f"{found.differing} of {found.compared} differ by its own rounding (casts and fusions around the guard)"
+        f"{comparison.differing} of {comparison.compared} differ by its own rounding (casts and fusions around the guard)"
     )
     if plain.differing or plain.odd:
         note = f"{plain.differing} of {plain.compared} numbers differ even without the runtime's optimiser"
-        note += f"; {plain.note or f'worst {found.worst:.1e}'}"
-    ok = not plain.differing and not plain.odd and found.worst <= limit
-    return Check(name, found.compared, found.worst, limit, ok, note)
+        note += f"; {plain.note or f'worst {comparison.worst:.1e}'}"
+    ok = not plain.differing and not plain.odd and comparison.worst <= limit
+    return Check(name, comparison.compared, comparison.worst, limit, ok, note)
 
 
 def _compare_runs(
@@ -148,7 +148,7 @@ def _compare_runs(
     left = [roll(session, batch, None) for batch in inputs.batches]
     unguarded_calls = session.calls
     session = place.open(lambda: open_decoder(package, guarded, optimize=optimize, folder=folder, given=inputs.given))
-    found = Comparison()
+    comparison = Comparison()
     for (number, (batch, expected)), runtime_controls in product(
         enumerate(zip(inputs.batches, left, strict=True)), turned
     ):
@@ -162,8 +162,8 @@ def _compare_runs(
             mask = mask_at(batch, call)[rows]
             if rows != slice(None):
                 before, after = SomeRows(before, rows), SomeRows(after, rows)
-            found.see(f"batch {number}, call {call}", mask, before, after)
-    return found, f"{unguarded_calls} calls of the original and {session.calls} of the guarded model"
+            comparison.see(f"batch {number}, call {call}", mask, before, after)
+    return comparison, f"{unguarded_calls} calls of the original and {session.calls} of the guarded model"
 
 
 def mask_at(batch: PromptBatch, call: int) -> np.ndarray:

@@ -59,15 +59,15 @@ def prove_fold_by_running(
 
     unguarded, _ = _run(package, _source(package, lambda model: None), package.decoder.parent, plan, inputs, place)
     expected, _ = _run(package, _source(package, reference), package.decoder.parent, plan, inputs, place)
-    found, calls = _run(package, load_graph(staged, trust_links=True), staged.parent, plan, inputs, place)
+    comparison, calls = _run(package, load_graph(staged, trust_links=True), staged.parent, plan, inputs, place)
     place.close()
     limit = _limit(load_graph(staged, trust_links=True), plan, report)
     checks = [
-        _same_outputs(limit, report, expected, found, unguarded, projections, calls, inputs),
-        _no_coordinate(limit, plan, unguarded, found, inputs),
+        _same_outputs(limit, report, expected, comparison, unguarded, projections, calls, inputs),
+        _no_coordinate(limit, plan, unguarded, comparison, inputs),
     ]
     headroom = Headroom()
-    for before, after in _pairs(unguarded, found):
+    for before, after in _pairs(unguarded, comparison):
         for row, site in enumerate(plan.layers):
             if plan.sites[0].site.dtype == "float16":
                 headroom.see(site, before[STATES_OUTPUT][:, row], after[STATES_OUTPUT][:, row])

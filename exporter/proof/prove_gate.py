@@ -70,7 +70,7 @@ class GateOutputs:
             self.worst = max(self.worst, float(off.max(initial=0.0)) if np.isfinite(off).all() else float("inf"))
             self.compared += off.size
         if self.plan.gate == "prompt":
-            wanted, actual = (
+            expected_gates, actual = (
                 gate(mode, layer, state, supervisor, runtime_controls),
                 outputs[PRESENT_GATE_OUTPUT][:, row : row + 1],
             )
@@ -82,7 +82,7 @@ class GateOutputs:
             self.undecided += int((~sure).sum())
             self.decided += int(sure.sum())
             self.opened += int((actual[sure] > 0).sum())
-            if not np.array_equal(actual[sure], wanted[sure]):
+            if not np.array_equal(actual[sure], expected_gates[sure]):
                 self.wrong.append(f"layer {self.plan.layers[row]}")
 
     def checks(self) -> tuple[Check, ...]:

@@ -58,15 +58,15 @@ def plan_again(
         spec = GuardSpec(**settings)
     except TypeError as error:
         raise ManifestMismatch(f"{folder}: the manifest's spec cannot be read ({error}); export again") from None
-    found = read_directions(folder / DIRECTIONS_FILE)
+    directions = read_directions(folder / DIRECTIONS_FILE)
     try:
-        plan = plan_guard(stripped, anatomy, found, spec)
+        plan = plan_guard(stripped, anatomy, directions, spec)
     except GuardError as error:
         raise ManifestMismatch(
             f"{folder}: the manifest's spec and the directions beside it give no guard ({error}); export again"
         ) from None
-    made = plan.to_json()
-    differing = [key for key in made if key not in _FOR_READERS and made[key] != recorded.get(key)]
+    planned = plan.to_json()
+    differing = [key for key in planned if key not in _FOR_READERS and planned[key] != recorded.get(key)]
     if differing:
         raise ManifestMismatch(
             f"{folder}: the manifest's plan is not what its spec and directions give ({', '.join(differing)} differ); "

@@ -207,7 +207,7 @@ def made_batches(
     embeds = random.normal(0, 0.5, (*shape, width)).astype(np.float32) if session.takes_embeds else None
     failure: GuardError | None = None
     for tried in _assignments(signature.open):
-        found = []
+        batches = []
         for variant in range(len(VARIANTS) if signature.unknown else 1):
             further = signature.inputs(tried, variant) if signature.unknown else None
             batch = PromptBatch(ids, mask, embeds, further=further)
@@ -216,10 +216,10 @@ def made_batches(
             except GuardError as error:  # the runtime fails, or a size of its cache is nowhere to be found
                 failure = failure or error
                 continue
-            if all(np.isfinite(np.asarray(outputs[session.logits_output], np.float32)).ravel()) or not found:
-                found.append(batch)
-        if found:
-            return found
+            if all(np.isfinite(np.asarray(outputs[session.logits_output], np.float32)).ravel()) or not batches:
+                batches.append(batch)
+        if batches:
+            return batches
     raise InputsUnknown(package.decoder, _reason(signature, failure))
 
 

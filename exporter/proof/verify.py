@@ -167,10 +167,10 @@ def verify(
         if path not in views:
             raise ManifestMismatch(f"{path}: is in the manifest, but is no decoder of this folder; export again")
         report_progress(f"verifying {path.name}", 0, 1)
-        made = _verify_decoder(views[path], manifest, record, originals.get(record.path), inputs, locally, contents)
+        checked = _verify_decoder(views[path], manifest, record, originals.get(record.path), inputs, locally, contents)
         report_progress(f"verifying {path.name}", 1, 1)
         several = len(manifest.decoders) > 1
-        checks += [replace(check, name=f"{path.name}: {check.name}") if several else check for check in made]
+        checks += [replace(check, name=f"{path.name}: {check.name}") if several else check for check in checked]
     checks += _verify_folder(folder, manifest, guarded, originals, contents)
     if all(check.ok for check in checks):  # the plan is the graph's: what differs now is the config
         _require_config(views[folder / manifest.decoder], manifest)

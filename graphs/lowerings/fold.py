@@ -296,11 +296,11 @@ class _Walk:
         while value.const_value is None or not value.is_initializer():
             maker = value.producer()
             if maker is None or maker.op_type not in {"Cast", "Identity", "Transpose"}:
-                made = "nothing" if maker is None else maker.op_type
+                operator = "nothing" if maker is None else maker.op_type
                 why = (
                     _why_not(maker)
                     if maker is not None and maker.op_type in _QUANTIZED
-                    else f"its weight is made by {made}"
+                    else f"its weight is made by {operator}"
                 )
                 raise _refusal(node, why)
             if maker.op_type == "Transpose":

@@ -77,16 +77,16 @@ def cut_out(
         layers: guarded layers to cut out.
         outputs: include the guard's own outputs (coordinates, scores, gates); `layers` must then be all guarded layers.
     """
-    found = find_bodies(model, [body])
+    bodies = find_bodies(model, [body])
     sites = [
-        (planned, done)
-        for planned, done in zip(plan.sites, report.sites, strict=True)
-        if done.body == body and done.layer_index in layers
+        (planned, guarded_site)
+        for planned, guarded_site in zip(plan.sites, report.sites, strict=True)
+        if guarded_site.body == body and guarded_site.layer_index in layers
     ]
-    if not found:
+    if not bodies:
         return Cut(None, (), {}, CallInputs(), (f"body {body!r} is no longer in the graph",))
-    shears = _Shears(model, found[0], plan, report)
-    cut = [site for planned, done in sites if (site := shears.site(planned, done)) is not None]
+    shears = _Shears(model, bodies[0], plan, report)
+    cut = [site for planned, guarded_site in sites if (site := shears.site(planned, guarded_site)) is not None]
     if outputs:
         for name in plan.added_outputs:
             shears.own_output(name)

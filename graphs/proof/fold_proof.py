@@ -60,20 +60,22 @@ def writers_orthogonal(
         return exact(name, 0, [str(error)])
     basis = subspace(plan.sites[0].guard.ssd)
     known = set(expected) if expected is not None else {k for k in folded.graph.initializers if k.startswith(SCOPE)}
-    found = {(writer.weight, writer.axis) for writer in writers}
+    weights = {(writer.weight, writer.axis) for writer in writers}
     wrong = [
-        f"{weight.name!r} writes the stream, and was not folded" for weight, _ in found if weight.name not in known
+        f"{weight.name!r} writes the stream, and was not folded" for weight, _ in weights if weight.name not in known
     ]
-    wrong += [f"{absent!r} no longer writes the stream" for absent in sorted(known - {w.name for w, _ in found})]
+    wrong += [f"{absent!r} no longer writes the stream" for absent in sorted(known - {w.name for w, _ in weights})]
     worst = 0.0
-    for weight, axis in found:
+    for weight, axis in weights:
         assert weight.const_value is not None
         seen, explained = left_over(weight.const_value.numpy(), axis, basis)
         worst = max(worst, seen / explained)
         if not seen <= explained:  # not a number is not fine either
             wrong.append(f"{weight.name!r} writes {seen:.1e} along the direction, rounding explains {explained:.1e}")
-    note = "; ".join(wrong[:3]) or f"{len(found)} weights; the largest |W V^T| is {worst:.2f} of what rounding explains"
-    return Check(name, len(found), worst, 1.0, bool(found) and not wrong, note)
+    note = (
+        "; ".join(wrong[:3]) or f"{len(weights)} weights; the largest |W V^T| is {worst:.2f} of what rounding explains"
+    )
+    return Check(name, len(weights), worst, 1.0, bool(weights) and not wrong, note)
 
 
 def other_weights_untouched(source: ir.Model, folded: ir.Model, anatomy: DecoderAnatomy) -> Check:

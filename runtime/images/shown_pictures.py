@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from ..chat.picture_layouts import PictureTokens
 from .image_features import ImageFeatures, Shown
 from .open_picture import open_image
 from .vision import Seen
@@ -36,9 +35,7 @@ def see(images: Sequence[tuple[Shown, bool]], look: Callable[[Pictures], Seen]) 
     looked = iter(() if seen is None else zip(_split(seen), seen.pictures, strict=True))
     rows, tokens = [], []
     for image, _ in images:
-        found, of_it = (
-            (image.rows, PictureTokens(len(image.rows))) if isinstance(image, ImageFeatures) else next(looked)
-        )
+        found, of_it = (image.rows, image.tokens) if isinstance(image, ImageFeatures) else next(looked)
         rows.append(found)
         tokens.append(of_it)
     return Seen(np.concatenate(rows), tuple(tokens), {})

@@ -115,12 +115,12 @@ def look(
             outputs = encoder.run(fed(encoder.inputs, prepared.arrays))
             known[id(image), alone] = _One.of(prepared, place(prepared, outputs), outputs)
     ones = [known[id(image), alone] for image, alone in pictures]
-    grids = [one.grid for one in ones if one.grid is not None]
+    grids = [picture.grid for picture in ones if picture.grid is not None]
     deep = list(ones[0].deep)
     return Seen(
-        features=np.concatenate([one.rows for one in ones]),
-        pictures=tuple(one.tokens for one in ones),
-        outputs={name: np.concatenate([one.deep[name] for one in ones]) for name in deep},
+        features=np.concatenate([picture.rows for picture in ones]),
+        pictures=tuple(picture.tokens for picture in ones),
+        outputs={name: np.concatenate([picture.deep[name] for picture in ones]) for name in deep},
         grids=np.concatenate(grids) if grids else None,
         merge=ones[0].merge,
     )

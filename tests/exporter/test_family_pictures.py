@@ -127,6 +127,19 @@ def test_pictures_are_answered_as_in_torch(exported: Exported, vlm: VisionLangua
     assert len({tuple(tokens) for tokens in expected}) > 1
 
 
+def test_features_stand_for_their_pictures(vlm: VisionLanguageModel) -> None:
+    """Rows keep the cut of the picture that they come from, so that the text around them is the same."""
+    shown = [Request("sorry", [TALL, WIDE]), Request("sorry", WIDE)]
+    # LLaVA-OneVision cuts no picture that has another beside it, which features of one picture cannot know
+    requests = shown[1:] if vlm.images.kind == "LlavaOnevisionImageProcessor" else shown
+    features = [
+        Request(request.prompt, [vlm.image_features(image) for image in request.images])  # type: ignore[arg-type]
+        for request in requests
+    ]
+    np.testing.assert_array_equal(vlm.batch(features).ids, vlm.batch(requests).ids)
+    assert answers(vlm, features) == answers(vlm, requests)
+
+
 def test_a_guard_sees_blank_and_own_pictures(exported: Exported, tmp_path: Path) -> None:
     """`vlmguard-export CHECKPOINT`, then a blank picture, as calibration and evaluation show it, and a prompt's own."""
     directions = write_directions(tmp_path / "d.safetensors", random_directions(TEXT_WIDTH, range(LAYERS)))

@@ -101,7 +101,8 @@ def test_an_export_ends_with_its_proof_the_folder_and_the_next_command(
     decoder = SimpleNamespace(path="decoder.onnx", proof=(Check("first", 3, 0.0, 1e-6, True),))
     proved = SimpleNamespace(level="full", why="it fits")
     result = SimpleNamespace(
-        **vars(exported(out)) | {"proved": proved, "plan": None, "found": {}, "calibration": None, "refusals": None},
+        **vars(exported(out))
+        | {"proved": proved, "plan": None, "found": {}, "calibration": None, "refusals": None, "variants": ()},
         written=True,
         decoders=(decoder,),
         parity=parity,

@@ -36,7 +36,7 @@ ONE = CHUNKS + "mean = ReduceMean <keepdims = 1> (one, middle) "
 
 
 @pytest.mark.parametrize(
-    ("chunks", "pieces"), [(TWO, "S//4"), (TWO, "chunks"), (ONE, "S//4"), (ONE, "floor(S/4)")], ids=str
+    ("chunks", "pieces"), [(TWO, "S//4"), (ONE, "S//4"), (ONE, "floor(S/4)")], ids=["two", "one", "floor"]
 )
 def test_a_fixed_number_of_pieces_is_refused(chunks: str, pieces: str) -> None:
     model = decoder(chunks + "picked = MatMul(mean, w) ", ["B", pieces, 4, 16])
@@ -58,6 +58,8 @@ def test_a_fixed_number_of_pieces_is_refused(chunks: str, pieces: str) -> None:
             "both = Concat <axis = -1> (one, two, one, two) picked = MatMul(both, w) ",
             ["B", "S", 4, 4],
         ),
+        # layers: an axis of fixed size that shape inference does not know
+        (TWO + "picked = MatMul(mean, w) ", ["B", "unk__3", 4, 16]),
         # the first token, and the last
         (
             "cut = Identity(s0) one = Gather <axis = 1> (cut, zero) two = Gather <axis = 1> (cut, last) "
@@ -65,7 +67,7 @@ def test_a_fixed_number_of_pieces_is_refused(chunks: str, pieces: str) -> None:
             ["B", "S", 16],
         ),
     ],
-    ids=["heads", "first and last token"],
+    ids=["heads", "a size that is not known", "first and last token"],
 )
 def test_fixed_places_that_every_length_has_are_not(chunks: str, shape: list[int | str]) -> None:
     assert dissect(decoder(chunks, shape), 2).layer_count == 2

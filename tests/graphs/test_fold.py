@@ -324,7 +324,7 @@ def test_one_layers_direction_serves_all_layers() -> None:
 
 def test_a_direction_that_is_not_there_is_refused() -> None:
     model = decoder()
-    with pytest.raises(DirectionMismatch, match="the direction of the directions have no layer 1, only layers 0"):
+    with pytest.raises(DirectionMismatch, match="the directions have no layer 1 for --direction-of, only layers 0"):
         plan_guard(model, dissect(model), directions((0,)), GuardSpec(mode="project", direction_of=1))
     with pytest.raises(GuardError, match="--direction-of is for mode project, restore reads each layer's own"):
         plan_guard(model, dissect(model), directions((0,)), GuardSpec(mode="restore", direction_of=0))

@@ -96,6 +96,7 @@ def test_a_config_may_be_changed_by_its_reader(tmp_path: Path) -> None:
     assert json_files.read_json(path) == {"a": [1]}
 
 
+@pytest.mark.slow
 def test_a_default_export_parses_its_decoder_at_most_four_times(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -132,6 +133,7 @@ def test_a_renamed_weight_keeps_its_name_in_the_file() -> None:
     assert again is not None and again.name == name
 
 
+@pytest.mark.slow
 def test_rewriting_leaves_what_was_read_as_it_was(tmp_path: Path) -> None:
     """The next reader of the same file gets the same graph."""
     path = SOURCE / "onnx" / "decoder_model_merged.onnx"

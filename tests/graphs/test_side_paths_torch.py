@@ -27,6 +27,7 @@ from vlmguard.graphs.taps import STATES_OUTPUT, tap_last_token
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.slow
 
 LAYERS, WIDTH, VOCABULARY, PER_LAYER = 4, 32, 50, 4
 BATCH, TOKENS, PAST, PADDING = 2, 5, 3, 2

@@ -146,11 +146,29 @@ def test_an_initializer_that_an_app_may_feed_is_no_constant() -> None:
     assert analysis(made).of(made.graph.outputs[0]) is None
 
 
-def test_equal_names_of_batch_and_tokens_stand_for_nothing() -> None:
-    made = model(ALONE["heads by sizes"])
-    assert analysis(made).of(made.graph.outputs[0]) is not None
-    made.graph.inputs[0].shape = ir.Shape(["N", "N", WIDTH])
-    made.graph.inputs[2].shape = ir.Shape(["N", "N"])
+def test_another_input_shows_the_batch_and_not_the_tokens() -> None:
+    """A mask of the same declared length may be fed longer."""
+    batch = "b = Shape <start = 0, end = 1> (positions) "
+    body = batch + "{s} shape = Concat <axis = 0> (b, s, four, four) y = Reshape(x, shape)"
+    own = model(body.replace("{s}", "s = Shape <start = 1, end = 2> (x)"))
+    assert analysis(own).of(own.graph.outputs[0]) is not None
+    other = model(body.replace("{s}", "s = Shape <start = 1, end = 2> (positions)"))
+    assert analysis(other).of(other.graph.outputs[0]) is None
+
+
+@pytest.mark.parametrize("name", ["a product with a weight", "heads", "one head"])
+def test_a_node_without_its_second_input_is_no_traceback(name: str) -> None:
+    made = model(ALONE[name])
+    node = made.graph.outputs[0].producer()
+    assert node is not None
+    node.resize_inputs(1)
+    assert analysis(made).of(made.graph.outputs[0]) is None
+
+
+def test_a_shape_that_explodes_takes_no_time() -> None:
+    doubled = "d0 = Concat <axis = 0> (one, one) "
+    doubled += "".join(f"d{n} = Concat <axis = 0> (d{n - 1}, d{n - 1}, d{n - 1}) " for n in range(1, 15))
+    made = model(doubled + "y = Reshape(x, d14)")
     assert analysis(made).of(made.graph.outputs[0]) is None
 
 

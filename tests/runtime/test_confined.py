@@ -47,6 +47,7 @@ def test_a_job_is_answered_and_its_process_kept(pool: ConfinedPool) -> None:
     assert pool._idle == [helper] and helper.poll() is None
 
 
+@pytest.mark.slow
 def test_what_takes_too_long_is_ended_and_the_next_job_is_answered(pool: ConfinedPool) -> None:
     with pytest.raises(ConfinedFailure, match=r"^it takes more than 2 s$"):
         render(pool, "{{ lipsum(n=99999999) }}")
@@ -151,6 +152,7 @@ def test_a_helper_imports_neither_a_framework_nor_a_runtime() -> None:
 # ------------------------------------------------------------------------------------------------------------- templates
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit a process's memory")
 @pytest.mark.parametrize("name", sorted(EXPLODING))
 def test_exploding_templates_are_refused_in_one_line(
