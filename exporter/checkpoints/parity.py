@@ -19,6 +19,7 @@ import numpy as np
 from ...graphs.dtypes import ORT_DTYPES
 from ...graphs.errors import ExtraMissing, ProofFailed
 from ...graphs.extras import install_command
+from ...graphs.graph_io import in_memory, load_graph
 from ...graphs.proof.structure import Check
 from ..families.family import BATCH, IMAGE_FEATURES, PAST, Arrays, Family, Vision
 from ..families.generic_vision import image_features
@@ -227,11 +228,13 @@ def check_parity(
     runtime = require_onnxruntime()
 
     def open_graph(part: str) -> onnxruntime.InferenceSession:
+        path = (folder / f"{part}{suffix}.onnx").absolute()
+        # Weights are mapped from the file, and not laid out a second time: either takes as much memory as the weights.
+        content, home = in_memory(load_graph(path), path.parent)
         options = runtime.SessionOptions()
-        # A second layout of every weight takes as much memory as the weights.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(home))
         options.add_session_config_entry("session.disable_prepacking", "1")
-        path = folder / f"{part}{suffix}.onnx"
-        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
     if dtype == "fp16" and (reason := why_not_float16(reference.peaks)) is not None:
         raise ProofFailed(f"{reason}; {WAY_OUT}")

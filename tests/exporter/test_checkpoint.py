@@ -602,7 +602,7 @@ def test_a_part_that_torch_cannot_export(
     def fail(*_: object) -> None:
         raise RuntimeError(failure)
 
-    monkeypatch.setattr(checkpoint_module, "trace", fail)
+    monkeypatch.setattr(checkpoint_module, "trace_some_way", fail)
     with pytest.raises(ModelUnreadable) as caught:
         convert_checkpoint(llava, tmp_path / "out")
     said = str(caught.value)

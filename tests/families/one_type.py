@@ -18,7 +18,7 @@ if __name__ == "__main__":  # as a script: its folder's parent is where `familie
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
-from families.small_checkpoint import save_small, types
+from families.small_checkpoint import default_config, save_small, types
 from PIL import Image
 from random_directions import random_directions, write_directions
 
@@ -84,6 +84,7 @@ def run_type(model_type: str, folder: Path) -> TypeRow:
 
 def _fill(row: TypeRow, folder: Path) -> None:
     checkpoint, model, guarded = (folder / name for name in ("checkpoint", "model", "guarded"))
+    find_family(default_config(row.type), row.type)  # what has no decoder is refused before a checkpoint is made
     save_small(row.type, checkpoint)
     family = find_family(read_config(checkpoint), str(checkpoint))
     report = vlmguard.convert_checkpoint(checkpoint, model)

@@ -33,6 +33,13 @@ def types() -> dict[str, str]:
     return dict(sorted((named | EXTRA).items()))
 
 
+def default_config(model_type: str) -> dict[str, Any]:
+    """The type's config in transformers, as the plain data of a config.json."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return json.loads(json.dumps(CONFIG_MAPPING[model_type]().to_dict(), default=str))
+
+
 def save_small(model_type: str, folder: Path) -> Path:
     """Write a small random checkpoint of a type to `folder` and return it."""
     import torch

@@ -77,7 +77,8 @@ _PLAIN = _rotation([4, 2, 2])
 _PARTIAL = _rotation([2, 1, 1], 0.5)
 
 CHANGES: Mapping[str, Change] = {
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm_ocr"), text(rope_parameters=_PLAIN)),
+    "qwen2_vl": both(text(rope_parameters=_PLAIN), at(vision_config__hidden_size=64)),
+    **dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm_ocr"), text(rope_parameters=_PLAIN)),
     **dict.fromkeys(("paddleocr_vl", "cosmos3_edge", "cosmos3_omni"), text(rope_parameters=_PLAIN)),
     **dict.fromkeys(
         ("glm4v", "glm4v_moe", "glm46v", "glmga", "qwen3_5", "qwen3_5_moe"), text(rope_parameters=_PARTIAL)
