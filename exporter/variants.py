@@ -18,13 +18,22 @@ from ..graphs.package import ModelPackage
 from ..graphs.plan import GuardPlan
 from ..graphs.progress import ignore_progress
 from ..runtime.vlm import VisionLanguageModel
-from .calibration.effect import BUILTIN_TOKENS, Sample, ask_guarded, ask_unguarded, builtin_pairs, require_effect
+from .calibration.effect import (
+    BUILTIN_TOKENS,
+    Sample,
+    ask_guarded,
+    ask_unguarded,
+    builtin_pairs,
+    require_effect,
+    why_not_asked,
+)
 from .calibration.refusal_regression import Refusals, Setting, require_no_fewer
 from .evaluation.evaluate import tally
 from .last_token_model import last_token_model
 from .prompts.labelled import BUILTIN, LabelledPrompt, prompts_from_anchors, read_anchors, read_prompts
 from .prompts.thinning import by_setting_and_label
 from .proof.limits import TOLERANCE
+from .proof.signature import why_made
 from .session import ANCHOR_FILES, Session
 
 _OF_EACH_KIND = 8  # prompts of each setting and label; every variant answers them twice
@@ -118,16 +127,24 @@ def _are_variants(views: Sequence[ModelPackage]) -> bool:
 
 
 def _prompts(session: Session) -> tuple[list[LabelledPrompt], str]:
-    """A few prompts of each setting and label: those that come with the model, else built-in held-out anchors."""
-    try:
-        path, model = session.find_prompts(), session.model()
-    except GuardError:  # no tokenizer, or none that can be read: the plan's notes have the reason
+    """A few prompts of each setting and label: those that come with the model, else built-in held-out anchors.
+
+    None where the model cannot be asked; the plan's notes have the reason.
+    """
+    package, path = session.package, session.find_prompts()
+    if why_not_asked(package, bool(package.roles.embeds)) or why_made(package.load_decoder().graph):
         return [], ""
-    if path is None:
-        prompts, source = prompts_from_anchors(builtin_pairs(model), model.sees), f"{BUILTIN}:calibration"
-    else:
-        of_anchors = path.name in ANCHOR_FILES
-        prompts = prompts_from_anchors(read_anchors(path), model.sees) if of_anchors else read_prompts(path)
-        source = path.name
+    try:
+        model = session.model()
+        if path is None:
+            prompts, source = prompts_from_anchors(builtin_pairs(model), model.sees), f"{BUILTIN}:calibration"
+        else:
+            of_anchors = path.name in ANCHOR_FILES
+            prompts = prompts_from_anchors(read_anchors(path), model.sees) if of_anchors else read_prompts(path)
+            source = path.name
+    except GuardError:
+        if path is not None:  # prompts that were put there to be asked
+            raise
+        return [], ""
     usable = [prompt for prompt in prompts if model.sees or prompt.setting == "text"]
     return by_setting_and_label(usable, _OF_EACH_KIND, ("harmful", "harmless")), source
