@@ -171,6 +171,13 @@ _OPTIONS = {
             "max_slice_nums": 1,
         },
     ),
+    **dict.fromkeys(
+        ("smolvlm", "idefics3", "granite_docling"),
+        lambda config: {
+            "size": {"longest_edge": 2 * config.vision_config.image_size},
+            "max_image_size": {"longest_edge": config.vision_config.image_size},
+        },
+    ),
     "ernie4_5_vl_moe": lambda config: {
         "patch_size": config.vision_config.patch_size,
         "merge_size": config.vision_config.spatial_merge_size,
