@@ -27,7 +27,8 @@ def sample_pictures(folder: Path) -> list[Arrays]:
 
 def joined(pictures: Sequence[Arrays]) -> Arrays:
     """What transformers takes for prompts with one of these pictures each: one after the other, filled up with zeros."""
-    return {name: _joined([picture[name] for picture in pictures]) for name in pictures[0]}
+    # one number for a picture (its crops, say) is one of a row of numbers
+    return {name: _joined([np.atleast_1d(picture[name]) for picture in pictures]) for name in pictures[0]}
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
