@@ -496,8 +496,6 @@ VERBS = (
     *("verify", "evaluate", "prompts", "report"),
     *("generate", "serve", "playground"),
     *("engine", "package", "sign"),
-),
-    *("sign", "generate", "serve", "evaluate", "prompts", "report", "playground"),
 )
 
 
