@@ -167,12 +167,12 @@ _OPTIONS = {
         ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),
         lambda config: {
             "patch_size": config.vision_config.patch_size,
-            "scale_resolution": 64,
+            "scale_resolution": 128,
             "max_slice_nums": 1,
         },
     ),
     **dict.fromkeys(
-        ("smolvlm", "idefics3", "granite_docling"),
+        ("smolvlm", "idefics3"),
         lambda config: {
             "size": {"longest_edge": 2 * config.vision_config.image_size},
             "max_image_size": {"longest_edge": config.vision_config.image_size},
@@ -182,6 +182,17 @@ _OPTIONS = {
         "patch_size": config.vision_config.patch_size,
         "merge_size": config.vision_config.spatial_merge_size,
         "size": {"shortest_edge": 4 * 28**2, "longest_edge": 12 * 28**2},
+    },
+    "aria": lambda config: {"max_image_size": 490, "min_image_size": 336},
+    "deepseek_vl_hybrid": lambda config: {
+        "size": {"height": config.vision_config.image_size, "width": config.vision_config.image_size},
+        "high_res_size": {"height": 64, "width": 64},
+    },
+    "emu3": lambda config: {"min_pixels": 16 * 16, "max_pixels": 32 * 32, "spatial_factor": 2},
+    "granite4_vision": lambda config: {
+        "image_grid_pinpoints": config.image_grid_pinpoints,
+        "size": {"shortest_edge": config.vision_config.image_size},
+        "crop_size": {"height": config.vision_config.image_size, "width": config.vision_config.image_size},
     },
     "kimi_k25": lambda config: {},
     "video_llama_3": lambda config: {
