@@ -163,13 +163,14 @@ CHANGES: Mapping[str, Change] = {
     ),
     "hunyuan_vl": text(head_dim=16, num_key_value_heads=2, rope_parameters=_rotation([2, 2, 2, 2])),
     "hy_v4_vl": text(rope_parameters=_rotation([2, 1, 1]), num_key_value_heads=4),
-    "inkling2": text(unpadded_vocab_size=500, n_layers_per_attn_res_block=2),
-    "inkling2_loop": text(unpadded_vocab_size=500, n_layers_per_attn_res_block=1),
+    "inkling2": both(at(quantization_config=None), text(unpadded_vocab_size=500, n_layers_per_attn_res_block=2)),
+    "inkling2_loop": both(at(quantization_config=None), text(unpadded_vocab_size=500, n_layers_per_attn_res_block=1)),
     "inkling_mm_model": text(unpadded_vocab_size=500),
     "kimi_k25": text(head_dim=8, num_key_value_heads=4),
     "lfm2_vl": text(
         layer_types=["conv", "full_attention", "conv", "full_attention"], full_attn_idxs=[1, 3], block_multiple_of=16
     ),
+    "llava_onevision": at(image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]]),
     "llama4": both(
         text(no_rope_layers=[1, 0, 1, 0], attn_temperature_tuning=True),
         at(vision_config__intermediate_size=128, vision_config__projector_input_dim=64),
