@@ -161,6 +161,7 @@ def _ways(model: Any, rule: Rule | None, deepstack: int) -> Iterator[GenericDeco
     per_layer = PER_LAYER in forward and bool(model.config.get_text_config().hidden_size_per_layer_input)
     if deepstack:
         yield GenericDecoder(rule, inner=True, deepstack=deepstack)
+        yield GenericDecoder(rule, deepstack=deepstack)  # whose head scales or caps the logits
     marks = next((name for name in TOKEN_TYPES if name in forward), "")
     for positions in (rule, None) if rule else (None,):
         yield GenericDecoder(positions, per_layer=per_layer)

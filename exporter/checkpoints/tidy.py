@@ -69,6 +69,8 @@ def rename_inputs_and_outputs(graph: ir.Graph, names: Mapping[str, str]) -> None
 def require_signature(graph: ir.Graph, inputs: Shapes, outputs: Shapes) -> None:
     """Refuse a graph without some inputs, which the tracer finds unused, or of fixed lengths, which it finds constant.
 
+    An output that is promised in one length may be traced as an expression of its inputs' lengths.
+
     Raises:
         ModelUnreadable: names what is traced otherwise than it is.
     """
@@ -79,7 +81,7 @@ def require_signature(graph: ir.Graph, inputs: Shapes, outputs: Shapes) -> None:
         for value, shape in zip(values, promised.values(), strict=True):
             traced = list(value.shape or ())
             as_promised = len(traced) == len(shape) and all(
-                dim == named if isinstance(dim, int) else isinstance(named, str)
+                dim == named if isinstance(dim, int) else isinstance(named, str) or kind == "outputs"
                 for dim, named in zip(traced, shape, strict=True)
             )
             if not as_promised:

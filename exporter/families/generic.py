@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -132,16 +134,29 @@ class GenericDecoder:
         """An object with `logits` and `past_key_values`."""
         if self.marks:
             inputs[self.marks] = inputs.pop(_MARKS)
-        if not self.inner:
-            return type(model).forward(model, use_cache=True, **inputs)
         decoder = decoder_of(model)
-        if self.deepstack:
-            inputs["deepstack_visual_embeds"] = [inputs.pop(embeds_name(number)) for number in range(self.deepstack)]
-            # The original adds at the image tokens only, which it looks for; here the rest is zeros.
-            decoder._deepstack_process = lambda states, _, dense: states + dense
-        try:
+        with _added(decoder, [inputs.pop(embeds_name(number)) for number in range(self.deepstack)]):
+            if not self.inner:
+                return type(model).forward(model, use_cache=True, **inputs)
             outputs = decoder(use_cache=True, **inputs)
-        finally:
-            vars(decoder).pop("_deepstack_process", None)  # uncovers the class's own
         logits = model.get_output_embeddings()(outputs.last_hidden_state)
         return SimpleNamespace(logits=logits, past_key_values=outputs.past_key_values)
+
+
+@contextmanager
+def _added(decoder: Any, features: Sequence[Any]) -> Iterator[None]:
+    """Within, the decoder adds these features `[batch, sequence, width]` to the states after its first layers."""
+    if not features:
+        yield
+        return
+    forward = decoder.forward
+
+    def with_features(*args: Any, **named: Any) -> Any:
+        return forward(*args, **{**named, "deepstack_visual_embeds": features})
+
+    # The original adds at the image tokens only, which it looks for; here the rest is zeros.
+    dense = {"forward": with_features, "_deepstack_process": lambda states, _, rows: states + rows}
+    with ExitStack() as stack:
+        for name, replaced in dense.items():
+            stack.enter_context(mock.patch.object(decoder, name, replaced))
+        yield

@@ -6,7 +6,7 @@ The graphs are the same; the runtime then cannot prepare pictures for them eithe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,8 +41,13 @@ def random_pixels(model: Any, runs: Callable[[Arrays], None]) -> list[Arrays] | 
 
 
 def _tiles(vision: Any) -> Iterator[list[Arrays]]:
-    """Pictures of one to three tiles of the encoder's size."""
-    size = getattr(vision, "image_size", None)
+    """Pictures of one to three tiles of the encoder's size; of patches, each over its frames, where it has none."""
+    size, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
+    if size is None and isinstance(patch, int):
+        frames = _first_number(vision, ("temporal_patch_size",), 1)
+        shape = (frames, patch, patch, _channels(vision))
+        yield [_random({"pixel_values": (rows * columns, *shape)}, seed) for seed, (rows, columns) in enumerate(_GRIDS)]
+        return
     if size is None:
         return
     height, width = (size, size) if isinstance(size, int) else size
@@ -56,7 +61,7 @@ def _patches(model: Any, vision: Any) -> Iterator[list[Arrays]]:
     patch, merge = getattr(vision, "patch_size", None), merge_of(model.config)
     if not isinstance(patch, int):
         return
-    frames = getattr(vision, "temporal_patch_size", 1)
+    frames = _first_number(vision, ("temporal_patch_size", "patch_temporal"), 1)
     shapes = ((_channels(vision) * frames * patch**2,), (_channels(vision), patch, patch))
     for shape in shapes:
         yield [
@@ -67,8 +72,12 @@ def _patches(model: Any, vision: Any) -> Iterator[list[Arrays]]:
 
 
 def _channels(vision: Any) -> int:
-    names = ("num_channels", "in_channels", "in_chans")
-    return next((n for name in names if isinstance(n := getattr(vision, name, None), int)), 3)
+    return _first_number(vision, ("num_channels", "in_channels", "in_chans"), 3)
+
+
+def _first_number(vision: Any, names: Sequence[str], otherwise: int) -> int:
+    """The first of these entries that the vision config has a number for."""
+    return next((n for name in names if isinstance(n := getattr(vision, name, None), int)), otherwise)
 
 
 def _random(shapes: dict[str, tuple[int, ...]], seed: int) -> Arrays:

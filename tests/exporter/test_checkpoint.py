@@ -464,6 +464,14 @@ def test_a_baked_dimension_is_our_bug() -> None:
         require_signature(graph, {"input_ids": ("batch_size", "sequence_length")}, {})
 
 
+def test_an_output_of_one_length_may_be_traced_as_an_expression() -> None:
+    value = ir.Value(name="image_features", shape=ir.Shape(["64*u0", 32]), type=ir.TensorType(ir.DataType.FLOAT))
+    graph = ir.Graph([], [value], nodes=[], opset_imports={"": 18})
+    require_signature(graph, {}, {"image_features": (64, 32)})
+    with pytest.raises(ModelUnreadable, match=re.escape("traced image_features as [64*u0,32], the model has (64, 48)")):
+        require_signature(graph, {}, {"image_features": (64, 48)})
+
+
 # Refusals before anything is written
 
 

@@ -94,6 +94,7 @@ _DROPPED = (
     "id2label",
     "label2id",
     "per_layer_config",
+    "quantization_config",
 )
 _OF_LAYERS = ("index", "idxs", "layers_indices", "feature_layer", "layer_ids")
 

@@ -49,7 +49,7 @@ def save_small(model_type: str, folder: Path) -> Path:
     whole = getattr(transformers, types()[model_type])
     content = shrunk(CONFIG_MAPPING[model_type]().to_dict())
     CHANGES.get(model_type, lambda config: None)(content)
-    config = CONFIG_MAPPING[model_type].from_dict(content)
+    config = whole.config_class.from_dict(content)
     torch.manual_seed(0)
     model = whole(config).eval()
     with torch.no_grad():
@@ -62,6 +62,9 @@ def save_small(model_type: str, folder: Path) -> Path:
                     # Gemma 4 divides scores by nothing but these; larger ones make attention so sharp that rounding shows.
                     weight.mul_(0.4)
     model.save_pretrained(folder)
+    if config.model_type != model_type:  # a type that is opened with the class of another
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"model_type": model_type}
+        (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
     save_processor(model_type, model, folder)
     save_words(model.config, folder)
     return folder
@@ -167,12 +170,12 @@ _OPTIONS = {
         ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),
         lambda config: {
             "patch_size": config.vision_config.patch_size,
-            "scale_resolution": 64,
+            "scale_resolution": 128,
             "max_slice_nums": 1,
         },
     ),
     **dict.fromkeys(
-        ("smolvlm", "idefics3", "granite_docling"),
+        ("smolvlm", "idefics3"),
         lambda config: {
             "size": {"longest_edge": 2 * config.vision_config.image_size},
             "max_image_size": {"longest_edge": config.vision_config.image_size},
@@ -183,6 +186,20 @@ _OPTIONS = {
         "merge_size": config.vision_config.spatial_merge_size,
         "size": {"shortest_edge": 4 * 28**2, "longest_edge": 12 * 28**2},
     },
+    "aria": lambda config: {"max_image_size": 490, "min_image_size": 336},
+    "deepseek_vl_hybrid": lambda config: {
+        "size": {"height": config.vision_config.image_size, "width": config.vision_config.image_size},
+        "high_res_size": {"height": 64, "width": 64},
+    },
+    "emu3": lambda config: {"min_pixels": 16 * 16, "max_pixels": 32 * 32, "spatial_factor": 2},
+    **dict.fromkeys(
+        ("granite4_vision", "llava_onevision"),
+        lambda config: {
+            "image_grid_pinpoints": config.image_grid_pinpoints,
+            "size": {"shortest_edge": config.vision_config.image_size},
+            "crop_size": {"height": config.vision_config.image_size, "width": config.vision_config.image_size},
+        },
+    ),
     "kimi_k25": lambda config: {},
     "video_llama_3": lambda config: {
         "patch_size": config.vision_config.patch_size,

@@ -83,6 +83,8 @@ CHANGES: Mapping[str, Change] = {
     **dict.fromkeys(
         ("glm4v", "glm4v_moe", "glm46v", "glmga", "qwen3_5", "qwen3_5_moe"), text(rope_parameters=_PARTIAL)
     ),
+    "aria": at(vision_config__patch_size=14, vision_config__image_size=490, projector_patch_to_query_dict={1225: 16}),
+    **dict.fromkeys(("blip-2", "instructblip"), at(image_token_index=400)),
     "apertus1p5": at(
         text_config__vocab_size=700,
         image_token_offset=520,
@@ -114,9 +116,11 @@ CHANGES: Mapping[str, Change] = {
     "cohere_compass": text(
         rope_parameters=dict.fromkeys(_HALVES, _PLAIN), layer_types=[*reversed(_HALVES)] * 2, logit_scale=0.25
     ),
-    "deepseek_ocr2": text(
-        mlp_layer_types=["dense", "sparse", "sparse", "sparse"], num_experts_per_tok=2, n_group=1, topk_group=1
+    "deepseek_ocr2": both(
+        text(mlp_layer_types=["dense", "sparse", "sparse", "sparse"], num_experts_per_tok=2, n_group=1, topk_group=1),
+        at(vision_config__sam_config__downsample_channels=[16, 32]),
     ),
+    "deepseek_vl_hybrid": at(high_res_vision_config__image_size=64),
     "diffusion_gemma": text(num_experts=4, top_k_experts=2, moe_intermediate_size=32),
     "dots3_note": both(
         text(num_key_value_heads=4, layer_types=["indexed_attention", "sliding_attention"] * 2),
@@ -129,10 +133,14 @@ CHANGES: Mapping[str, Change] = {
         ),
     ),
     "emu3": at(
-        vocabulary_map=_CODES,
+        vocabulary_map={"<image>": 400, "<|extra_200|>": 401}
+        | {f"<|visual token {code:06}|>": 410 + code for code in range(16)},
         image_token_id=400,
-        vq_config__hidden_size=32,
+        vq_config__hidden_size=64,
         vq_config__base_channels=32,
+        vq_config__channel_multiplier=[1, 2],
+        vq_config__attn_resolutions=[],
+        vq_config__num_res_blocks=1,
         vq_config__codebook_size=16,
     ),
     "ernie4_5_vl_moe": text(rope_parameters=_rotation([3, 3, 2], theta=500000.0)),
@@ -155,27 +163,37 @@ CHANGES: Mapping[str, Change] = {
     ),
     "hunyuan_vl": text(head_dim=16, num_key_value_heads=2, rope_parameters=_rotation([2, 2, 2, 2])),
     "hy_v4_vl": text(rope_parameters=_rotation([2, 1, 1]), num_key_value_heads=4),
-    "inkling2": text(unpadded_vocab_size=500, n_layers_per_attn_res_block=2),
-    "inkling2_loop": text(unpadded_vocab_size=500, n_layers_per_attn_res_block=1),
+    "inkling2": both(at(quantization_config=None), text(unpadded_vocab_size=500, n_layers_per_attn_res_block=2)),
+    "inkling2_loop": both(at(quantization_config=None), text(unpadded_vocab_size=500, n_layers_per_attn_res_block=1)),
     "inkling_mm_model": text(unpadded_vocab_size=500),
     "kimi_k25": text(head_dim=8, num_key_value_heads=4),
     "lfm2_vl": text(
         layer_types=["conv", "full_attention", "conv", "full_attention"], full_attn_idxs=[1, 3], block_multiple_of=16
     ),
-    "llama4": text(no_rope_layers=[1, 0, 1, 0], attn_temperature_tuning=True),
-    **dict.fromkeys(("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"), at(image_token_id=400)),
+    "llava_onevision": at(image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]]),
+    "llama4": both(
+        text(no_rope_layers=[1, 0, 1, 0], attn_temperature_tuning=True),
+        at(vision_config__intermediate_size=128, vision_config__projector_input_dim=64),
+    ),
+    **dict.fromkeys(
+        ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),
+        at(image_token_id=400, vision_config__image_size=64, insert_layer_id=0, vision_config__insert_layer_id=0),
+    ),
     "mistral4": text(num_key_value_heads=4, n_group=1),
     "mistral_large4": text(
         num_key_value_heads=4, head_dim=8, layer_types=["indexed_attention"] * 4, no_rope_layers=[1, 0, 1, 0]
     ),
     "mllama": text(cross_attention_layers=[1]),
+    "muse_glimmer": at(out_hidden_size=128),
     "muse_spark": at(
+        out_hidden_size=128,
         audio_config__out_hidden_size=64,
         audio_config__patch_sizes=[16, 6],
         audio_config__hidden_sizes=[16, 32],
         audio_config__depths=[1, 1],
         audio_config__num_hidden_layers=2,
     ),
+    "nemotron_h_omni": at(image_token_id=400, vision_config__image_size=64),
     "perception_lm": at(
         vision_config__architecture="vit_pe_core_large_patch14_336",
         vision_config__model_args={
@@ -200,6 +218,7 @@ CHANGES: Mapping[str, Change] = {
         rope_parameters=_PLAIN,
     ),
     **dict.fromkeys(("smolvlm", "idefics3", "granite_docling"), at(scale_factor=2, vision_config__patch_size=14)),
+    "vipllava": at(vision_feature_layers=[-1, -2]),
     "step3p7": text(
         layer_types=_HALVES * 2,
         sliding_window=6,
