@@ -101,20 +101,20 @@ def _cut(arrays: Mapping[str, np.ndarray]) -> tuple[tuple[int, int] | None, tupl
     Idefics3's kind gives `rows` and `cols`, Idefics2 only its parts. Ovis2 and MiniCPM-V give `grids`, the latter with the
     patches of each part.
     """
+    pixels = arrays.get("pixel_values")  # Video-LLaVA's have another name, and no tiles
+    if pixels is None:
+        return None, ()
     if "rows" in arrays and "cols" in arrays:
         grid = int(arrays["rows"].flat[0]), int(arrays["cols"].flat[0])
     elif "grids" in arrays:
         grid = int(arrays["grids"].flat[0]), int(arrays["grids"].flat[1])
-    elif (
-        arrays["pixel_values"].ndim == 5 and arrays["pixel_values"].shape[1] > 1
-    ):  # Idefics2's four quarters and the whole
-        grid = 1, arrays["pixel_values"].shape[1]
+    elif pixels.ndim == 5 and pixels.shape[1] > 1:  # Idefics2's four quarters and the whole
+        grid = 1, pixels.shape[1]
     else:
         return None, ()
     if grid[0] * grid[1] == 0 or ("grids" in arrays and grid == (1, 1)):
         return None, ()
     if "target_sizes" in arrays:
         return grid, tuple(int(size) for size in arrays["target_sizes"].prod(axis=-1))
-    pixels = arrays["pixel_values"]
     parts = pixels.shape[1] if pixels.ndim == 5 else pixels.shape[0]
     return grid, (1,) * parts
