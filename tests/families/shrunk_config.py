@@ -120,7 +120,7 @@ def _shrunk(config: Mapping[str, Any], table: Mapping[str, Any], tokens: dict[in
             small[name] = _kinds(value, table.get("num_hidden_layers", 2))
         elif name in table and value is not None:
             small[name] = _size(value, table[name])
-        elif _names_layers(name, value):
+        elif isinstance(value, list) and _names_layers(name, value):
             last = table.get("num_hidden_layers", 2) - 1
             small[name] = sorted({min(number, last) for number in value}) if min(value) >= 0 else value
         else:

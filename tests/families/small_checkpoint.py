@@ -62,7 +62,7 @@ def save_small(model_type: str, folder: Path) -> Path:
                     # Gemma 4 divides scores by nothing but these; larger ones make attention so sharp that rounding shows.
                     weight.mul_(0.4)
     model.save_pretrained(folder)
-    if config.model_type != model_type:  # a type that is opened with the class of another
+    if type(config).model_type != model_type:  # a type that is opened with the class of another
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"model_type": model_type}
         (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
     save_processor(model_type, model, folder)
