@@ -18,6 +18,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from ...graphs.errors import ModelUnreadable
 from ...runtime.images.deepstack import features_name
 from .anyres_packing import pack
 from .family import IMAGE_FEATURES, Arrays, Shape, Shapes
@@ -46,9 +47,18 @@ def feature_inputs(holder: Any) -> tuple[str, ...]:
 
 
 def image_features(model: Any, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-    """`image_features` and those for DeepStack, all pictures in a row, `[image tokens, width]` each."""
+    """`image_features` and those for DeepStack, all pictures in a row, `[image tokens, width]` each.
+
+    Raises:
+        ModelUnreadable: transformers returns no features for the image tokens.
+    """
     output = feature_holder(model).get_image_features(**inputs, return_dict=True)
     rows = output.pooler_output if hasattr(output, "pooler_output") else output
+    if rows is None:
+        raise ModelUnreadable(
+            f"{type(model).__name__}: its get_image_features returns no pooler_output; export the model to ONNX with its own "
+            "tools and guard that folder instead"
+        )
     deep = getattr(output, "deepstack_features", None) or ()
     return {IMAGE_FEATURES: _flat(rows), **{features_name(number): _flat(part) for number, part in enumerate(deep)}}
 

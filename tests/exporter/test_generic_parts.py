@@ -18,7 +18,7 @@ from vlmguard.exporter.checkpoints.traced_state import names_of, present_of
 from vlmguard.exporter.families.anyres_packing import best_resolution, pack
 from vlmguard.exporter.families.family import Turn
 from vlmguard.exporter.families.gated_delta import by_token
-from vlmguard.exporter.families.generic_vision import traced_shapes
+from vlmguard.exporter.families.generic_vision import image_features, traced_shapes
 from vlmguard.exporter.families.image_tokens import image_token_id
 from vlmguard.exporter.families.picture_geometry import replacements
 from vlmguard.exporter.families.position_rules import by_place, counted, counted_from_one, find_rule
@@ -174,3 +174,16 @@ def test_a_failure_of_theirs_is_one_line_and_one_of_ours_is_not() -> None:
     assert str(caught.value).endswith(f"; {WHAT_TO_DO}") and "\n" not in str(caught.value)
     with pytest.raises(AttributeError), in_one_line("here: torch cannot export its decoder"):
         traced_shapes([{"pixel_values": 1}])  # type: ignore[dict-item]
+
+
+def test_a_vision_encoder_without_features_for_the_image_tokens_is_named() -> None:
+    class Sightless:
+        def get_image_features(self, pixel_values: Any, return_dict: bool) -> Any:
+            return SimpleNamespace(pooler_output=None)
+
+    with pytest.raises(ModelUnreadable) as caught:
+        image_features(Sightless(), pixel_values=None)
+    assert str(caught.value) == (
+        "Sightless: its get_image_features returns no pooler_output; export the model to ONNX with its own tools and guard "
+        "that folder instead"
+    )
