@@ -188,9 +188,10 @@ def _with_cache(part: str, family: Family, model: Any, text_of: Callable[[int, i
 
 
 def _vocabulary(model: Any) -> int:
-    """Number of logits, which may differ from the number of embeddings."""
-    head = model.get_output_embeddings()
-    return head.weight.shape[0] if head is not None else _text(model).vocab_size
+    """Number of logits, which may differ from the number of embeddings, and be less than the rows of a padded head."""
+    unpadded, head = getattr(_text(model), "unpadded_vocab_size", None), model.get_output_embeddings()
+    rows = head.weight.shape[0] if head is not None else _text(model).vocab_size
+    return min(rows, unpadded) if isinstance(unpadded, int) else rows
 
 
 def _text(model: Any) -> Any:

@@ -14,6 +14,8 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from vlmguard.exporter.checkpoints.foreign_failures import WHAT_TO_DO, in_one_line
+from vlmguard.exporter.checkpoints.parity import _compare
+from vlmguard.exporter.checkpoints.parts import _vocabulary
 from vlmguard.exporter.checkpoints.traced_state import names_of, present_of
 from vlmguard.exporter.families.anyres_packing import best_resolution, pack
 from vlmguard.exporter.families.family import Turn
@@ -22,7 +24,7 @@ from vlmguard.exporter.families.generic_vision import image_features, traced_sha
 from vlmguard.exporter.families.image_tokens import image_token_id
 from vlmguard.exporter.families.picture_geometry import replacements
 from vlmguard.exporter.families.position_rules import by_place, counted, counted_from_one, find_rule
-from vlmguard.graphs.errors import ModelUnreadable
+from vlmguard.graphs.errors import ModelUnreadable, ProofFailed
 
 GRIDS = ([1, 4, 6], [1, 8, 2], [1, 2, 2])
 
@@ -187,3 +189,23 @@ def test_a_vision_encoder_without_features_for_the_image_tokens_is_named() -> No
         "Sightless: its get_image_features returns no pooler_output; export the model to ONNX with its own tools and guard "
         "that folder instead"
     )
+
+
+@pytest.mark.parametrize(("unpadded", "logits"), [(None, 512), (500, 500), (600, 512)])
+def test_the_rows_of_a_padded_head_are_no_logits(unpadded: int | None, logits: int) -> None:
+    text = SimpleNamespace(vocab_size=512, unpadded_vocab_size=unpadded)
+    model = SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda **_: text),
+        get_output_embeddings=lambda: torch.nn.Linear(8, 512, bias=False),
+    )
+    assert _vocabulary(model) == logits
+
+
+def test_a_state_of_no_width_is_compared_by_its_shape_alone() -> None:
+    empty, full = np.zeros((2, 0), np.float32), np.ones((2, 3), np.float32)
+    check = _compare("state", [(empty, empty, None), (full, full, None)], 1e-4, "")
+    assert (check.compared, check.worst) == (6, 0.0)
+    with pytest.raises(ProofFailed, match="nothing was compared"):
+        _compare("state", [(empty, empty, None)], 1e-4, "")
+    with pytest.raises(ProofFailed, match="torch gives shape"):
+        _compare("state", [(empty, full, None)], 1e-4, "")
