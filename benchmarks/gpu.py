@@ -61,7 +61,7 @@ PROFILES = (
     EngineProfile("prefill", Span(1, 1, 1), Span(1, 256, 512), Span(0, 0, 0)),
     EngineProfile("decode", Span(1, 1, 1), Span(1, 1, 1), Span(1, 512, 1024)),
 )
-OPENING_COORDINATE = 0.5  # what a supervised graph is told for each coordinate: its gate opens
+OPENING_COORDINATE = 0.5  # fed to a supervised graph for each coordinate; it opens the gate
 
 
 @dataclass(frozen=True)

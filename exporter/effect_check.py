@@ -6,13 +6,16 @@ after.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..graphs.errors import GuardError
 from ..graphs.layouts import open_package
 from ..graphs.modes import guard_mode
+from ..graphs.package import ModelPackage
 from ..graphs.plan import GuardPlan
+from ..graphs.progress import ProgressCallback
 from ..runtime.vlm import VisionLanguageModel
 from .calibration.calibrate import ANSWER_TOKENS
 from .calibration.effect import (
@@ -28,7 +31,7 @@ from .calibration.effect import (
 )
 from .calibration.refusal_regression import Refusals, require_no_fewer
 from .last_token_model import last_token_model
-from .prompts.labelled import prompts_from_anchors, read_anchors, read_prompts
+from .prompts.labelled import LabelledPrompt, prompts_from_anchors, read_anchors, read_prompts
 from .proof.limits import TOLERANCE
 from .proof.signature import why_made
 from .session import ANCHOR_FILES, Session
@@ -63,9 +66,7 @@ def ask_before(session: Session, mode: str, runs: bool) -> EffectBaseline:
     """
     if not runs:
         return EffectBaseline(None, f"{NOT_ASKED}: nothing is run without the full proof")
-    package, path = session.package, session.find_prompts()
-    reason = why_not_asked(package, bool(package.roles.embeds))
-    reason = reason or why_made(package.load_decoder().graph, package.embed_tokens is not None)
+    path, reason = session.find_prompts(), why_not_run(session.package)
     if reason:
         return EffectBaseline(None, f"{NOT_ASKED}: {reason}")
     try:
@@ -99,15 +100,53 @@ def ask_after(
         GuardWeakens: the guarded model refuses fewer prompts in some setting.
         NoEffect: the guarded model behaves as the unguarded one on every prompt, and that is not allowed.
     """
-    tolerance = max(TOLERANCE[site.site.dtype] for site in plan.sites)
 
     def opened() -> VisionLanguageModel:
         # with `--data reference` its files are links
         return last_token_model(open_package(guarded, trust_links=True), session.place)
 
-    refusals = ask_guarded(unguarded, opened, plan, tolerance, session.report_progress)
+    return require_guarded(unguarded, opened, plan, allow_no_effect, session.report_progress)
+
+
+def require_guarded(
+    unguarded: Unguarded,
+    guarded: Callable[[], VisionLanguageModel],
+    plan: GuardPlan,
+    allow_no_effect: bool,
+    report_progress: ProgressCallback,
+) -> Refusals:
+    """Ask the guarded model what the unguarded one was asked, and refuse a guard that does not protect it.
+
+    Args:
+        unguarded: the unguarded model's answers.
+        guarded: opens the guarded model.
+        plan: of the guard.
+        allow_no_effect: accept a guard without an effect.
+        report_progress: called with `(stage, done, total)`.
+
+    Raises:
+        GuardWeakens, NoEffect: as for `ask_after`.
+    """
+    tolerance = max(TOLERANCE[site.site.dtype] for site in plan.sites)
+    refusals = ask_guarded(unguarded, guarded, plan, tolerance, report_progress)
     require_no_fewer(refusals)
     return require_effect(refusals, allow_no_effect)
+
+
+def why_not_run(package: ModelPackage) -> str | None:
+    """Why a model cannot be asked prompts; `None` or "" if it can."""
+    reason = why_not_asked(package, bool(package.roles.embeds))
+    return reason or why_made(package.load_decoder().graph, package.embed_tokens is not None)
+
+
+def prompts_in(path: Path, sees: bool) -> list[LabelledPrompt]:
+    """The labelled prompts of a file that comes with a model (`Session.find_prompts`).
+
+    Args:
+        path: labelled prompts, or anchor pairs.
+        sees: whether the model takes pictures.
+    """
+    return prompts_from_anchors(read_anchors(path), sees) if path.name in ANCHOR_FILES else read_prompts(path)
 
 
 def with_separation(session: Session, plan: GuardPlan, unguarded: Unguarded | None) -> GuardPlan:
@@ -122,7 +161,5 @@ def _sample(model: VisionLanguageModel, path: Path | None) -> tuple[Sample, str]
     """The prompts to ask, and why there may be none."""
     if path is None:
         return builtin_sample(model), "its tokenizer lacks the words of the built-in prompts"
-    of_anchors = path.name in ANCHOR_FILES
-    prompts = prompts_from_anchors(read_anchors(path), model.sees) if of_anchors else read_prompts(path)
-    sample = sample_of(prompts, path.name, model.sees, ANSWER_TOKENS)
+    sample = sample_of(prompts_in(path, model.sees), path.name, model.sees, ANSWER_TOKENS)
     return sample, f"{path.name} has no harmful prompt that the model takes"

@@ -18,23 +18,14 @@ from ..graphs.package import ModelPackage
 from ..graphs.plan import GuardPlan
 from ..graphs.progress import ignore_progress
 from ..runtime.vlm import VisionLanguageModel
-from .calibration.effect import (
-    BUILTIN_TOKENS,
-    Sample,
-    ask_guarded,
-    ask_unguarded,
-    builtin_pairs,
-    require_effect,
-    why_not_asked,
-)
-from .calibration.refusal_regression import Refusals, Setting, require_no_fewer
+from .calibration.effect import BUILTIN_TOKENS, Sample, Unguarded, ask_unguarded, builtin_pairs
+from .calibration.refusal_regression import Refusals, Setting
+from .effect_check import prompts_in, require_guarded, why_not_run
 from .evaluation.evaluate import tally
 from .last_token_model import last_token_model
-from .prompts.labelled import BUILTIN, LabelledPrompt, prompts_from_anchors, read_anchors, read_prompts
+from .prompts.labelled import BUILTIN, LabelledPrompt, prompts_from_anchors
 from .prompts.thinning import by_setting_and_label
-from .proof.limits import TOLERANCE
-from .proof.signature import why_made
-from .session import ANCHOR_FILES, Session
+from .session import Session
 
 _OF_EACH_KIND = 8  # prompts of each setting and label; every variant answers them twice
 
@@ -92,30 +83,22 @@ def measure_variants(
         model = last_token_model(view, session.place)
         unguarded, before = ask_unguarded(model, sample, ignore_progress), tally(model, harmless, BUILTIN_TOKENS)
         model = last_token_model(guarded_views[view.decoder.name], session.place)
-        tolerance = max(TOLERANCE[site.site.dtype] for site in plan.sites)
-
-        def opened(model: VisionLanguageModel = model) -> VisionLanguageModel:
-            return model
-
-        refusals = ask_guarded(unguarded, opened, plan, tolerance, ignore_progress)
+        refusals = _refusals(path, unguarded, model, plan, allow_no_effect)
         after = tally(model, harmless, BUILTIN_TOKENS)
         pairs = zip(before.cells, after.cells, strict=True)
         rows.append(
-            VariantRow(
-                path,
-                _required(path, refusals, allow_no_effect),
-                tuple(Setting(b.setting, b.asked, b.refused, a.refused) for b, a in pairs),
-            )
+            VariantRow(path, refusals, tuple(Setting(b.setting, b.asked, b.refused, a.refused) for b, a in pairs))
         )
     session.report_progress("asking the variants", len(decoders), len(decoders))
     return tuple(rows)
 
 
-def _required(path: str, refusals: Refusals, allow_no_effect: bool) -> Refusals:
+def _refusals(
+    path: str, unguarded: Unguarded, guarded: VisionLanguageModel, plan: GuardPlan, allow_no_effect: bool
+) -> Refusals:
     """The refusals of a variant that the guard protects; the error of one that it does not names the file."""
     try:
-        require_no_fewer(refusals)
-        return require_effect(refusals, allow_no_effect)
+        return require_guarded(unguarded, lambda: guarded, plan, allow_no_effect, ignore_progress)
     except (GuardWeakens, NoEffect) as error:
         raise type(error)(f"{path}: {error}, with this variant alone (--variant)") from None
 
@@ -131,17 +114,15 @@ def _prompts(session: Session) -> tuple[list[LabelledPrompt], str]:
 
     None where the model cannot be asked; the plan's notes have the reason.
     """
-    package, path = session.package, session.find_prompts()
-    if why_not_asked(package, bool(package.roles.embeds)) or why_made(package.load_decoder().graph):
+    path = session.find_prompts()
+    if why_not_run(session.package):
         return [], ""
     try:
         model = session.model()
         if path is None:
             prompts, source = prompts_from_anchors(builtin_pairs(model), model.sees), f"{BUILTIN}:calibration"
         else:
-            of_anchors = path.name in ANCHOR_FILES
-            prompts = prompts_from_anchors(read_anchors(path), model.sees) if of_anchors else read_prompts(path)
-            source = path.name
+            prompts, source = prompts_in(path, model.sees), path.name
     except GuardError:
         if path is not None:  # prompts that were put there to be asked
             raise

@@ -1,7 +1,7 @@
 """The generic row for one model: runs it on pictures, and chooses what its graphs compute, take and give (`fit`).
 
 Everything is chosen by what reproduces transformers: `get_image_features` for the vision encoder, `generate` for the decoder.
-    What nothing reproduces is refused, with the name of the piece, before any graph is made.
+What nothing reproduces is refused, with the name of the piece, before any graph is made.
 """
 
 from __future__ import annotations
