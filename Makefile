@@ -85,12 +85,14 @@ zoo: $(VENV)/.full
 	$(BIN)/python tests/zoo/coverage.py build/zoo docs/coverage.md && exit $$tested
 
 # Every image-text-to-text type of transformers from a small random checkpoint; then docs/families.md. A stopped run goes on where it
-# was; FRESH=1 begins again.
-FAMILIES_RESULTS := build/families.jsonl
+# was; FRESH=1 begins again. TYPES="fuyu molmo2" runs these alone. The last result of every type is in tests/families/results.jsonl.
+FAMILIES_RESULTS := tests/families/results.jsonl
+FAMILIES_PROGRESS := build/families.jsonl
+TYPES ?=
 families: $(VENV)/.full
 	mkdir -p build
-	$(if $(FRESH),rm -f $(FAMILIES_RESULTS))
-	$(BIN)/python tests/families/all_types.py $(FAMILIES_RESULTS) docs/families.md
+	$(if $(FRESH),rm -f $(FAMILIES_PROGRESS))
+	$(BIN)/python tests/families/all_types.py $(FAMILIES_RESULTS) docs/families.md $(or $(TYPES),--all $(FAMILIES_PROGRESS))
 
 # Whether docs/coverage.md is what the last `make zoo` found.
 coverage-check: $(VENV)/.full
