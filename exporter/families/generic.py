@@ -139,6 +139,8 @@ class GenericDecoder:
             if not self.inner:
                 return type(model).forward(model, use_cache=True, **inputs)
             outputs = decoder(use_cache=True, **inputs)
+        if hasattr(outputs, "logits"):  # a language model with its own head
+            return outputs
         logits = model.get_output_embeddings()(outputs.last_hidden_state)
         return SimpleNamespace(logits=logits, past_key_values=outputs.past_key_values)
 

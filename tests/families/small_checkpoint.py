@@ -205,6 +205,18 @@ _OPTIONS = {
         },
     ),
     "kimi_k25": lambda config: {},
+    "perception_lm": lambda config: {"tile_size": config.vision_config.image_size, "max_num_tiles": 4},
+    "gemma4_unified": lambda config: {
+        "patch_size": config.vision_config.patch_size,
+        "pooling_kernel_size": config.vision_config.pooling_kernel_size,
+        "max_soft_tokens": 70,
+    },
+    "molmo2": lambda config: {
+        "size": dict(zip(("height", "width"), config.vision_config.image_size, strict=True)),
+        "patch_size": config.vision_config.patch_size,
+        "overlap_margins": [1, 1],
+        "max_crops": 4,
+    },
     "video_llama_3": lambda config: {
         "patch_size": config.vision_config.patch_size,
         "merge_size": 1,

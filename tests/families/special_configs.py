@@ -54,6 +54,10 @@ _OMNI = at(
     audio_config__encoder_ffn_dim=32,
     audio_config__encoder_layers=2,
     audio_config__output_dim=64,
+    vision_start_token_id=440,
+    vision_end_token_id=441,
+    audio_start_token_id=442,
+    audio_end_token_id=443,
     text_config__rope_parameters=_rotation([4, 2, 2], theta=1e6),
 )
 # Names of image codes for the types whose vocabulary maps text to them.
@@ -220,6 +224,10 @@ CHANGES: Mapping[str, Change] = {
     "mistral_large4": text(
         num_key_value_heads=4, head_dim=8, layer_types=["indexed_attention"] * 4, no_rope_layers=[1, 0, 1, 0]
     ),
+    "gemma4_unified": at(
+        vision_config__mm_embed_dim=32, vision_config__mm_posemb_size=128, vision_config__output_proj_dims=64
+    ),
+    "molmo2": at(vision_config__num_position_embeddings=16, adapter_config__vision_feature_layer=[-1, -2]),
     "mllama": text(cross_attention_layers=[1]),
     "muse_glimmer": at(out_hidden_size=128),
     "muse_spark": at(
