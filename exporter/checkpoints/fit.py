@@ -30,7 +30,7 @@ from ..families.generic_vision import (
 )
 from ..families.image_tokens import image_token_id
 from ..families.position_rules import Rule, find_rule
-from ..families.random_pixels import random_pixels
+from ..families.random_pixels import random_pixels, required_inputs
 from ..families.recorded import TOKEN_TYPES, Recording, record, rope_index_inputs
 from ..families.sample_pictures import joined, sample_pictures
 from .parity_prompts import sample_prompt, turns
@@ -153,7 +153,13 @@ def _pictures(model: Any, folder: Path, report_progress: ProgressCallback) -> li
             image_features(model, **tensors(model, arrays))
 
     try:
-        return sample_pictures(folder)
+        pictures = sample_pictures(folder)
+        if absent := required_inputs(model) - pictures[0].keys():
+            raise ModelUnreadable(
+                f"{folder}: its image processor does not return {', '.join(sorted(absent))}, which its vision encoder takes; "
+                "prepare its inputs elsewhere, or use text-only prompts"
+            )
+        return pictures
     except ModelUnreadable as reason:
         pixels = random_pixels(model, run)
         if pixels is None:

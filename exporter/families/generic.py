@@ -120,7 +120,7 @@ class GenericDecoder:
         import torch
 
         config = model.config
-        pad = config.get_text_config().pad_token_id
+        pad = getattr(config.get_text_config(), "pad_token_id", None)  # which Molmo 2 has not
         if isinstance(config.image_token_id, int):
             ids = torch.where(ids == config.image_token_id, pad if isinstance(pad, int) and pad >= 0 else 0, ids)
         embeds = _other_tables(model, ids, model.get_input_embeddings()(ids))

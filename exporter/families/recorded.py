@@ -53,11 +53,13 @@ def record(model: Any, ids: np.ndarray, mask: np.ndarray, given: Arrays, steps: 
     for name in TOKEN_TYPES:
         if name in forward or (given and name in rope_index_inputs(model)):
             inputs[name] = torch.from_numpy((ids == image_token_id(model.config)).astype(np.int64))
-    if "logits_to_keep" in forward:
+    generators = [part for part in model.modules() if isinstance(part, GenerationMixin)]
+    # BLIP-2 lets its language model generate, and does not run itself
+    speakers = generators if type(model).generate is not GenerationMixin.generate else [model]
+    if any("logits_to_keep" in inspect.signature(type(part).forward).parameters for part in speakers):
         inputs["logits_to_keep"] = 0
     calls: list[Mapping[str, Any]] = []
-    generators = [part for part in model.modules() if isinstance(part, GenerationMixin)]
-    logits: dict[Any, list[np.ndarray]] = {part: [] for part in generators}
+    logits: dict[Any, list[np.ndarray]] = {part: [] for part in speakers}
 
     def keep_inputs(_: Any, args: Any, named: Mapping[str, Any]) -> None:
         calls.append({name: value.clone() if torch.is_tensor(value) else None for name, value in named.items()})
@@ -66,7 +68,7 @@ def record(model: Any, ids: np.ndarray, mask: np.ndarray, given: Arrays, steps: 
         logits[part].append(output.logits.numpy())
 
     with torch.no_grad(), ExitStack() as stack:
-        for part in generators:
+        for part in speakers:
             stack.enter_context(_endless(part))
             stack.callback(part.register_forward_hook(keep_logits).remove)
         stack.callback(decoder_of(model).register_forward_pre_hook(keep_inputs, with_kwargs=True).remove)
@@ -82,7 +84,6 @@ def record(model: Any, ids: np.ndarray, mask: np.ndarray, given: Arrays, steps: 
         )
     tokens = answer.sequences[:, -steps - 1 :].numpy()
     return Recording(
-        # BLIP-2 lets its language model generate, and does not run itself
         tuple(next(filter(None, logits.values()), [])),
         tuple(tokens[:, step : step + 1] for step in range(steps)),
         tuple(calls),

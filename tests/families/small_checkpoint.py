@@ -205,7 +205,7 @@ _OPTIONS = {
         },
     ),
     "kimi_k25": lambda config: {},
-    "perception_lm": lambda config: {"tile_size": config.vision_config.image_size, "max_num_tiles": 4},
+    "perception_lm": lambda config: {"tile_size": 56, "max_num_tiles": 9},
     "gemma4_unified": lambda config: {
         "patch_size": config.vision_config.patch_size,
         "pooling_kernel_size": config.vision_config.pooling_kernel_size,

@@ -225,9 +225,19 @@ CHANGES: Mapping[str, Change] = {
         num_key_value_heads=4, head_dim=8, layer_types=["indexed_attention"] * 4, no_rope_layers=[1, 0, 1, 0]
     ),
     "gemma4_unified": at(
-        vision_config__mm_embed_dim=32, vision_config__mm_posemb_size=128, vision_config__output_proj_dims=64
+        vision_config={
+            "model_type": "gemma4_unified_vision",
+            "patch_size": 4,
+            "mm_embed_dim": 32,
+            "mm_posemb_size": 128,
+            "output_proj_dims": 32,
+        }
     ),
-    "molmo2": at(vision_config__num_position_embeddings=16, adapter_config__vision_feature_layer=[-1, -2]),
+    "molmo2": at(
+        image_patch_id=460,
+        vision_config__num_position_embeddings=16,
+        adapter_config__vision_feature_layer=[-1, -2],
+    ),
     "mllama": text(cross_attention_layers=[1]),
     "muse_glimmer": at(out_hidden_size=128),
     "muse_spark": at(
