@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import numpy as np
 
 from ...graphs.errors import ModelUnreadable, first_line
 from ...graphs.progress import ProgressCallback, ignore_progress
-from ...runtime.images.deepstack import is_features
-from ..families.family import IMAGE_FEATURES, Arrays, Decoder, Family, Turn, Vision
+from ...runtime.images.deepstack import is_features, layer_number
+from ..families.family import IMAGE_FEATURES, Arrays, Decoder, Family, Shapes, Turn, Vision
 from ..families.generic import PER_LAYER, GenericDecoder
 from ..families.generic_vision import (
+    FIXED,
     feature_holder,
     feature_inputs,
     feature_shapes,
@@ -87,24 +89,24 @@ def _fit_vision(model: Any, pictures: Sequence[Arrays], where: str) -> tuple[Vis
     pictures = _pair(model, pictures)
     given = joined(pictures[:2])
     singles = [{n: a for n, a in picture.items() if n in names} for picture in pictures]
+    run = partial(run_one_picture, fixed={n: a.tolist() for n, a in singles[0].items() if n in FIXED})
     features: list[dict[str, Any]] = []
     with torch.no_grad():
         for single in singles:
             inputs = tensors(model, single)
             features.append(image_features(model, **inputs))
             taken = tensors(model, graph_inputs(model, single))
-            _require_same(features[-1], run_one_picture(model, **taken), model, f"{where}: its vision encoder")
+            _require_same(features[-1], run(model, **taken), model, f"{where}: its vision encoder")
     taken = [graph_inputs(model, single) for single in singles]
     shapes, outputs = traced_shapes(taken), feature_shapes(features)
     vision = Vision(
         inputs=lambda model: shapes,
         outputs=lambda model: outputs,
-        run=run_one_picture,
+        run=run,
         around=lambda config: _around(model),
         sample=lambda model, random: given,
         calls=lambda given: singles[:2],
-        # An axis of length 1 would be baked.
-        traced=max(taken, key=lambda single: min(size for array in single.values() for size in array.shape)),
+        traced=max(taken, key=lambda single: _shortest(single, shapes)),
         others=tuple(singles[2:]),
         held=False,
     )
@@ -144,6 +146,17 @@ def _around(model: Any) -> tuple[list[int], list[int]]:
     return [before], [after] if isinstance(after, int) else []
 
 
+def _shortest(single: Arrays, shapes: Shapes) -> int:
+    """The shortest axis of those whose length differs between pictures: one of length 1 would be baked by the tracer."""
+    lengths = (
+        array.shape[axis]
+        for name, array in single.items()
+        for axis, size in enumerate(shapes[name])
+        if isinstance(size, str)
+    )
+    return min(lengths, default=0)
+
+
 def _pictures(model: Any, folder: Path, report_progress: ProgressCallback) -> list[Arrays]:
     """Pictures as the checkpoint's image processor prepares them; random pixels where it cannot be run here."""
     import torch
@@ -181,7 +194,7 @@ def _fit_decoder(
     positions = [_array(call.get("position_ids")) for call in recording.decoder_inputs]
     rule = find_rule(model.config, list(zip(calls, positions, strict=True)))
     reasons: list[str] = []
-    for decoder in _ways(model, rule, sum(map(is_features, together))):
+    for decoder in _ways(model, rule, tuple(layer_number(name) for name in together if is_features(name))):
         try:
             difference = _difference(model, decoder, calls, recording)
         except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, KeyError) as failure:
@@ -197,7 +210,7 @@ def _fit_decoder(
     raise ModelUnreadable(f"{where}: its decoder, run from embeddings, {reasons[0]}")
 
 
-def _ways(model: Any, rule: Rule | None, deepstack: int) -> Iterator[GenericDecoder]:
+def _ways(model: Any, rule: Rule | None, deepstack: tuple[int, ...]) -> Iterator[GenericDecoder]:
     forward = inspect.signature(type(model).forward).parameters
     per_layer = PER_LAYER in forward and bool(model.config.get_text_config().hidden_size_per_layer_input)
     if deepstack:

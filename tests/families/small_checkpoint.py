@@ -174,8 +174,8 @@ _OPTIONS = {
         ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),
         lambda config: {
             "patch_size": config.vision_config.patch_size,
-            "scale_resolution": 128,
-            "max_slice_nums": 1,
+            "scale_resolution": 14 * config.vision_config.patch_size,
+            "max_slice_nums": 4,
         },
     ),
     **dict.fromkeys(

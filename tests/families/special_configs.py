@@ -195,7 +195,7 @@ CHANGES: Mapping[str, Change] = {
             qformer_config__hidden_size=64,
             downsample_rate="1/2",
             deepstack_layer_map=[[0, 1], [1, 0]],
-            spatial_target_layers=[1, 2],
+            spatial_target_layers=[2, 3],
             vision_config__image_size=64,
             vision_config__patch_size=16,
             image_grid_pinpoints=[[64, 128], [128, 64], [128, 128]],
@@ -213,7 +213,7 @@ CHANGES: Mapping[str, Change] = {
     ),
     "llava_onevision": at(image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]]),
     "llama4": both(
-        text(no_rope_layers=[1, 0, 1, 0], attn_temperature_tuning=True),
+        text(no_rope_layers=[1, 0, 1, 0], attn_temperature_tuning=True, attention_chunk_size=6, floor_scale=8),
         at(vision_config__intermediate_size=128, vision_config__projector_input_dim=64),
     ),
     **dict.fromkeys(
