@@ -18,6 +18,7 @@ import numpy as np
 from ...graphs.errors import ModelUnreadable, first_line
 from ...graphs.progress import ProgressCallback, ignore_progress
 from ...runtime.images.deepstack import is_features, layer_number
+from ..families.encoder_texts import with_texts
 from ..families.family import IMAGE_FEATURES, Arrays, Decoder, Family, Shapes, Turn, Vision
 from ..families.generic import PER_LAYER, GenericDecoder
 from ..families.generic_vision import (
@@ -166,7 +167,7 @@ def _pictures(model: Any, folder: Path, report_progress: ProgressCallback) -> li
             image_features(model, **tensors(model, arrays))
 
     try:
-        pictures = sample_pictures(folder)
+        pictures = with_texts(model, sample_pictures(folder))
         if absent := required_inputs(model) - pictures[0].keys():
             raise ModelUnreadable(
                 f"{folder}: its image processor does not return {', '.join(sorted(absent))}, which its vision encoder takes; "
