@@ -2,15 +2,13 @@
 
 Every token has three positions: time, row and column. Text tokens have the same number three times. Image tokens have the
 position where the image starts, plus their place in its grid; the text after the image continues after the largest of them.
-So an image takes fewer positions than tokens, and later positions are lower than the number of tokens. Hy V4 has a separator
-behind each row of an image's tokens, which is one more column.
+So an image takes fewer positions than tokens, and later positions are lower than the number of tokens.
 
 The numbers equal those of `get_rope_index` of these models in transformers, for images (videos are not supported).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import groupby
 
@@ -45,8 +43,6 @@ def mrope_positions(is_image: np.ndarray, mask: np.ndarray, grids: np.ndarray, m
                 begin += length
                 continue
             grid = tokens_of[next_image] if next_image < len(tokens_of) else None
-            if grid is not None and grid[1] * (grid[2] + 1) == length and grid[0] == 1:
-                grid = grid + np.array([0, 0, 1])  # a separator behind each row
             if grid is None or grid.prod() != length:
                 raise GuardError(
                     f"prompt {row} has a run of {length} image tokens where image {next_image} of {len(grids)} has "
@@ -59,21 +55,6 @@ def mrope_positions(is_image: np.ndarray, mask: np.ndarray, grids: np.ndarray, m
     if next_image != len(grids):
         raise GuardError(f"the prompts have image tokens for {next_image} of {len(grids)} images; add the placeholders")
     return positions
-
-
-def merge_of(patches: np.ndarray, tokens: int) -> int:
-    """Patches per side that become one token.
-
-    Args:
-        patches: over time, height and width of one picture.
-        tokens: of the picture, with or without a separator behind each row.
-    """
-    time, height, width = map(int, patches.reshape(3))
-    for merge in range(1, min(height, width) + 1):
-        rows, columns = height // merge, width // merge
-        if tokens in (time * rows * columns, time * rows * (columns + 1)):
-            return merge
-    return math.isqrt(time * height * width // tokens)
 
 
 def text_positions(mask: np.ndarray, axes: int = 3) -> np.ndarray:

@@ -6,6 +6,7 @@ the graph's inputs by name; the rows of the output are the picture's image token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,6 @@ from .images_qwen import QWEN_PROCESSORS, QwenImagePreprocessor
 from .images_tiled import TILED_PROCESSORS, TiledImagePreprocessor
 from .pixel_steps import declared_processor, processor_name
 from .placing import PLACES, in_order
-from .positions_mrope import merge_of
 from .prepared_picture import PreparedPicture, Preprocessor
 from .transformers_pictures import TransformersPreprocessor
 
@@ -153,7 +153,7 @@ class _One:
             tokens=PictureTokens(count, grid, prepared.sizes if grid is not None else ()),
             deep={name: values for name, values in outputs.items() if is_features(name)},
             grid=patches,
-            merge=1 if patches is None else merge_of(patches, count),
+            merge=1 if patches is None else math.isqrt(int(patches.prod()) // count),
         )
 
 
