@@ -169,6 +169,16 @@ class Manifest(BaseModel):
         """Of the decoder that runs; the others have the same mode, layers and numbers."""
         return self.decoders[0].plan
 
+    def seen_from(self, path: str) -> Manifest:
+        """The manifest with this decoder first, and the refusals that were counted for it.
+
+        Args:
+            path: of the decoder, relative to the folder.
+        """
+        decoders = sorted(self.decoders, key=lambda record: record.path != path)
+        refusals = (self.variants or {}).get(path, {}).get("harmful", self.refusals)
+        return self.model_copy(update={"decoders": decoders, "refusals": refusals})
+
     def to_text(self) -> str:
         content = self.model_dump()
         for name in ("packaged", "export_parity", "variants"):  # so that older versions can read all other folders

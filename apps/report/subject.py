@@ -81,12 +81,13 @@ class Subject:
         return self.guarded.with_decoder(self.sides.rebuilt(replace(self.plan, sites=sites))[0])
 
 
-def open_subject(folder: Path | str, source: Path | str | None = None) -> Subject:
+def open_subject(folder: Path | str, source: Path | str | None = None, variant: str | None = None) -> Subject:
     """Open a guarded folder, guarded and unguarded.
 
     Args:
         folder: guarded folder of graphs.
         source: the unguarded model (file or folder); default: the guard is removed in memory.
+        variant: precision variant of the decoder; `None`: the one that runs.
 
     Raises:
         ManifestMismatch: a file differs from the manifest, or `source` is not the model that was guarded.
@@ -98,7 +99,7 @@ def open_subject(folder: Path | str, source: Path | str | None = None) -> Subjec
             f"{folder}: holds engines, whose states cannot be read; report on the guarded folder that they were built "
             "from, and give this one with --engine"
         )
-    guarded = GuardedVLM.open(folder)
+    guarded = GuardedVLM.open(folder, variant=variant)
     manifest = guarded.manifest
     sides = open_both_sides(guarded.package, manifest, manifest.decoders[0], source, "--source")
     return Subject(guarded, sides, read_directions(folder / DIRECTIONS_FILE))

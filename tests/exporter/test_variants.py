@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,13 +12,19 @@ import onnx.numpy_helper
 import pytest
 from onnxruntime.quantization import quantize_dynamic
 from rich.console import Console
-from tiny_vlm_paths import CALIBRATION, DECODER, PROMPTS, SOURCE, Guarded
+from tiny_vlm_paths import CALIBRATION, DECODER, EVALUATION, PROMPTS, SOURCE, Guarded
 
 from vlmguard import GuardedVLM, cli
+from vlmguard.apps.playground.sides import open_sides
+from vlmguard.apps.report.build_report import report
 from vlmguard.exporter import render
+from vlmguard.exporter.evaluation.evaluate import compare, tally
 from vlmguard.exporter.export_result import ExportResult
 from vlmguard.exporter.pipeline import export
-from vlmguard.graphs.errors import ModelUnreadable, NoEffect
+from vlmguard.exporter.prompts.labelled import read_prompts
+from vlmguard.exporter.sources import open_model
+from vlmguard.graphs.errors import ModelUnreadable, NoEffect, OutputRefused
+from vlmguard.graphs.graph_io import graph_bytes, load_graph
 from vlmguard.graphs.manifest import read_manifest
 
 pytest_plugins = ("tiny_vlm_fixtures",)
@@ -97,3 +104,72 @@ def test_a_variant_is_opened_by_its_suffix(result: ExportResult, capsys: pytest.
     with pytest.raises(ModelUnreadable) as caught:
         GuardedVLM.open(result.out, variant="q4")
     assert str(caught.value) == f"{result.out}: the decoder has no variant 'q4', only '', 'int8'; name one"
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two prompts of each label that no calibration read, without a picture and with a blank one."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    lines = [json.loads(line) for line in EVALUATION.read_text().splitlines()]
+    chosen = []
+    for setting in ("text", "blank"):
+        for label in ("harmful", "harmless"):
+            chosen += [line for line in lines if (line["setting"], line["label"]) == (setting, label)][:2]
+    path.write_text("".join(json.dumps(line) + "\n" for line in chosen))
+    return path
+
+
+def test_a_manifest_is_seen_from_the_decoder_that_runs(result: ExportResult) -> None:
+    plain, int8 = (GuardedVLM.open(result.out, variant=name).manifest for name in (None, "int8"))
+    assert (plain.decoder, int8.decoder) == (DECODER, INT8)
+    assert sorted(record.path for record in int8.decoders) == sorted(record.path for record in plain.decoders)
+    assert int8.plan["sites"][0]["value"] == int8.decoders[0].plan["sites"][0]["value"]
+    assert int8.refusals == result.variants[1].harmful.to_json()
+
+
+def test_a_guarded_variant_is_compared_with_the_same_unguarded_variant(
+    folder: Path, result: ExportResult, prompts: Path, tmp_path: Path
+) -> None:
+    records = tmp_path / "records.jsonl"
+    found = compare(folder, result.out, prompts, 4, variant="int8", out=records)
+    rows = read_prompts(prompts)
+    assert found.base == tally(open_model(folder, "int8"), rows, 4)
+    assert found.guarded == tally(GuardedVLM.open(result.out, variant="int8"), rows, 4)
+    assert found.same_source and found.gates_unread is None
+    with pytest.raises(OutputRefused):  # the records are those of another variant
+        compare(folder, result.out, prompts, 4, out=records)
+
+
+def test_a_report_is_about_one_variant(result: ExportResult, prompts: Path, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    page = tmp_path / "page.html"
+    data = report(result.out, page, prompts=prompts, variant="int8", max_prompts=2, max_new_tokens=2)
+    assert data.manifest.decoder == INT8 and data.name == f"{result.out.name}, {Path(INT8).name}"
+    assert Path(INT8).name in page.read_text()
+
+
+def test_the_playground_shows_one_variant(folder: Path, result: ExportResult) -> None:
+    sides = open_sides(result.out, variant="int8")
+    assert sides.package.decoder == result.out / INT8
+    kinds = [node.op_type for node in load_graph(folder / INT8).graph]
+    assert sorted(node.op_type for node in sides.base.graph) == sorted(kinds) and "MatMulInteger" in kinds
+    assert graph_bytes(open_sides(result.out, variant="").base) == graph_bytes(open_sides(result.out).base)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report", "playground", "generate", "serve"])
+def test_an_unknown_variant_is_an_error_of_every_command(
+    folder: Path, result: ExportResult, prompts: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(result.out)
+    arguments = {
+        "evaluate": [str(folder), out, "--prompts", str(prompts)],
+        "report": [out, "--prompts", str(prompts), "-o", str(prompts.parent / "page.html")],
+        "playground": [out, "--no-open", "--port", "0"],
+        "generate": [out, "-p", "how to wash the boat"],
+        "serve": [out, "--port", "0"],
+    }[command]
+    with pytest.raises(SystemExit) as ended:
+        cli._run([command, *arguments, "--variant", "q4"])
+    root = folder / "onnx" if command == "evaluate" else result.out
+    sentence = f"{root}: the decoder has no variant 'q4', only '', 'int8'; name one"
+    assert ended.value.code == 1 and sentence in " ".join(capsys.readouterr().err.split())
