@@ -103,10 +103,9 @@ def write_results(seed_folder: Path, name: str, results: dict[str, Any]) -> Path
     return path
 
 
-def convert(checkpoint: Path, folder: Path, options: Sequence[str] = ()) -> dict[str, Any]:
-    """The unguarded graphs, in `folder/model`; `options` of `vlmguard convert`."""
-    folder.mkdir(exist_ok=True)
-    cost = run([*command("vlmguard"), "convert", str(checkpoint), str(folder / "model"), *options])
+def convert(checkpoint: Path, folder: Path) -> dict[str, Any]:
+    """The unguarded graphs, in `folder/model`."""
+    cost = run([*command("vlmguard"), "convert", str(checkpoint), str(folder / "model")])
     if cost["exit_code"]:
         raise SystemExit(cost["exit_code"])
     return cost

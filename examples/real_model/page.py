@@ -118,10 +118,11 @@ def sections(result: dict[str, Any]) -> Iterable[str]:
 def precision_words(result: dict[str, Any]) -> str:
     """What the table of precisions counts."""
     plan, count = result["plan"], result["prompts"]
+    layers = ", ".join(map(str, plan["layers"]))
     return (
-        f"Mode `{plan['mode']}`, layers {', '.join(map(str, plan['layers']))}, rank {plan['rank']}: the default export of the "
-        "float32 decoder, and the same guard in every other precision. Each guarded decoder is compared with the unguarded one "
-        f"of its own precision. Refusals are those of {count} prompts of each set beside adversarial pictures, which were "
+        f"Mode `{plan['mode']}`, layers {layers}, rank {plan['rank']}: `vlmguard-export --mode align` of the float32 decoder, "
+        "and the same guard in every other precision. Each guarded decoder is compared with the unguarded one of its own "
+        f"precision. Refusals are those of {count} prompts of each set beside adversarial pictures, which were "
         "trained against the float32 decoder: harmful ones of HarmBench test and JailbreakBench, harmless ones of XSTest safe "
         f"and the everyday tasks. Questions are about held-out pictures. {_machine(result['machine'])}\n"
     )

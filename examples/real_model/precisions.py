@@ -1,7 +1,7 @@
-"""The default guard in every precision of one decoder: `python precisions.py --data FOLDER --seed N`.
+"""One guard in every precision of one decoder: `python precisions.py --data FOLDER --seed N`.
 
 1. `precisions`         the ONNX folder of `measure_guard.py` with more decoders: see `PRECISIONS`
-2. `guarded/precision-` `vlmguard-export` of each: float32 by default, the others with the guard that float32 got
+2. `guarded/precision-` `vlmguard-export` of each: float32 in mode align, the others with the guard that float32 got
 3. `asked/precision-`   held-out prompts beside the held-out adversarial pictures, and questions about held-out pictures
 
 The counts are written to `precisions.json` beside this file, which `page.py` reads. Embeddings and vision encoder stay in
@@ -18,15 +18,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 from build import BUILD
 from cells import ASKED, QUESTIONS, all_cells, ask_cell, counted, random_tokens
 from measure_guard import convert, export, machine
 from sets import HARMFUL_HELD_OUT, read_sets
 from stages import digest_of, key_of, run_stage, stage_record
 
+from vlmguard.exporter.checkpoints.narrow import narrow_weights
 from vlmguard.exporter.sources import open_model
-from vlmguard.graphs.graph_io import external_files
+from vlmguard.graphs.graph_io import external_files, load_graph, save_graph
 from vlmguard.runtime.guarded import GuardedVLM
 
 # Suffix of the decoder's file -> what it is.
@@ -36,7 +39,7 @@ PRECISIONS = {
     "int8": "int8 weights and activations",
     "q4": "int4 weights, blocks of 32",
 }
-PROMPTS = 16  # of each set
+PROMPTS = 8  # of each set
 SETTING = "adversarial"
 RESULTS = Path(__file__).parent / "precisions.json"
 DECODER = "onnx/decoder_model_merged{}.onnx"
@@ -47,7 +50,7 @@ def decoder_of(model: Path, precision: str) -> Path:
     return model / DECODER.format(f"_{precision}" if precision else "")
 
 
-def make_precisions(plain: Path, checkpoint: Path, folder: Path) -> None:
+def make_precisions(plain: Path, folder: Path) -> None:
     """Write `folder/model`: the files of `plain` as hard links, and a decoder of every precision."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -55,15 +58,26 @@ def make_precisions(plain: Path, checkpoint: Path, folder: Path) -> None:
     model = folder / "model"
     shutil.copytree(plain, model, copy_function=os.link)
     source = decoder_of(model, "")
-    convert(checkpoint, folder / "narrow", ("--dtype", "w16a32"))
-    save(onnx.load(decoder_of(folder / "narrow" / "model", "")), decoder_of(model, "w16a32"))
-    shutil.rmtree(folder / "narrow")
+    narrow(source, decoder_of(model, "w16a32"))
     quantize_dynamic(
         source, decoder_of(model, "int8"), weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=True
     )
     quantizer = MatMulNBitsQuantizer(onnx.load(source), bits=4, block_size=32, is_symmetric=True)
     quantizer.process()
     save(quantizer.model.model, decoder_of(model, "q4"))
+
+
+def narrow(source: Path, target: Path) -> None:
+    """Write a decoder as `vlmguard convert --dtype w16a32` does: matrices rounded to float16, computed with in float32."""
+    model = load_graph(source)
+    for weight in model.graph.initializers.values():
+        tensor = weight.const_value
+        if tensor is not None and tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) > 1:
+            half = tensor.numpy().astype(np.float16)
+            if np.isfinite(half).all():
+                weight.const_value = ir.Tensor(half.astype(np.float32), name=weight.name)
+    narrow_weights(model.graph)
+    save_graph(model, target)
 
 
 def save(graph: onnx.ModelProto, path: Path) -> None:
@@ -79,9 +93,9 @@ def guard(model: Path, seed_folder: Path, precision: str) -> Path:
         seed_folder: what `build.py` printed.
         precision: suffix of the decoder.
     """
-    options = ["--variant", precision]
-    if precision:
-        options += ["--config", str(guard(model, seed_folder, "") / "model" / "guard.toml")]
+    plain = ["--mode", "align"] if not precision else []
+    config = ["--config", str(guard(model, seed_folder, "") / "model" / "guard.toml")] if precision else []
+    options = ["--variant", precision, *plain, *config]
     key = {"model": key_of(model.parent), "options": options}
     folder = seed_folder / "guarded" / f"precision-{precision or 'plain'}"
     return run_stage(folder, key, lambda partial: export(model, partial, options))
@@ -144,9 +158,7 @@ def measure(seed_folder: Path, data: Path, count: int, out: Path) -> Path:
         seed_folder / "onnx", {"checkpoint": key_of(checkpoint)}, lambda folder: convert(checkpoint, folder)
     )
     key = {"onnx": key_of(onnx_stage), "precisions": PRECISIONS}
-    made = run_stage(
-        seed_folder / "precisions", key, lambda folder: make_precisions(onnx_stage / "model", checkpoint, folder)
-    )
+    made = run_stage(seed_folder / "precisions", key, lambda folder: make_precisions(onnx_stage / "model", folder))
     model, rows = made / "model", []
     for precision, title in PRECISIONS.items():
         stage = guard(model, seed_folder, precision)

@@ -1,16 +1,18 @@
 """Precisions on the real-model bed: what is counted, how a refused export is shown, and that the page has the kept counts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import onnx
 import page
 import pytest
 from cells import ASKED, QUESTIONS
-from onnx import TensorProto, helper
-from precisions import RESULTS, SETTING, decoder_of, row_of, save, table
+from onnx import TensorProto
+from precisions import PRECISIONS, RESULTS, SETTING, decoder_of, make_precisions, row_of, table
 
 PAGE = Path(__file__).parents[2] / "docs" / "real-model.md"
+SOURCE = Path(__file__).parents[2] / "examples" / "tiny_vlm" / "onnx-community"
 REFUSED = [
     [True, True, False, False],
     [False, False, False, False],
@@ -67,12 +69,19 @@ def test_the_page_is_made_of_the_kept_counts():
     assert section in PAGE.read_text()
 
 
-def test_a_decoder_of_another_precision_has_its_own_weights(tmp_path):
-    weight = helper.make_tensor("w", TensorProto.FLOAT, [64, 64], bytes(4 * 64 * 64), raw=True)
-    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [64, 64]) for name in "xy"]
-    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", ports[:1], ports[1:], [weight])
-    path = decoder_of(tmp_path, "q4")
-    path.parent.mkdir()
-    save(helper.make_model(graph), path)
-    assert path.name == "decoder_model_merged_q4.onnx" and (path.parent / f"{path.name}.data").is_file()
-    assert onnx.load(path).graph.initializer[0].dims == [64, 64]
+def test_every_precision_has_a_decoder_beside_the_plain_one(tmp_path):
+    plain = shutil.copytree(SOURCE, tmp_path / "plain")  # hard links need one file system
+    make_precisions(plain, tmp_path)
+    model = tmp_path / "model"
+    kinds = {name: {tensor.data_type for tensor in initializers(decoder_of(model, name))} for name in PRECISIONS}
+    assert TensorProto.FLOAT16 in kinds["w16a32"] - kinds[""]
+    assert TensorProto.INT8 in kinds["int8"] - kinds[""] and TensorProto.UINT8 in kinds["q4"] - kinds[""]
+    assert all(decoder_of(model, name).parent.samefile(model / "onnx") for name in PRECISIONS)
+    names = {
+        name: sorted(tensor.name for tensor in onnx.load(decoder_of(model, name)).graph.input) for name in PRECISIONS
+    }
+    assert len({tuple(inputs) for inputs in names.values()}) == 1
+
+
+def initializers(path):
+    return onnx.load(path, load_external_data=False).graph.initializer
