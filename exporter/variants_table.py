@@ -18,5 +18,6 @@ def show_variants(out: Console, variants: Sequence[VariantRow]) -> None:
         table.add_column(column, overflow="fold")
     for row in variants:
         shown = [f"{before} -> {after} of {asked}" for before, after, asked in map(row.counts, ("harmful", "harmless"))]
-        table.add_row(escape(row.decoder), *shown)
+        own = ", fitted to its own states" if row.calibration is not None else ""
+        table.add_row(escape(row.decoder) + own, *shown)
     out.print(table)
