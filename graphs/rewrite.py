@@ -16,13 +16,22 @@ import onnx_ir as ir
 from .call_inputs import CallInputs, call_inputs
 from .dataflow import skip_norm_bias
 from .errors import GuardIncomplete
-from .guard_ports import add_output, declare_inputs, keep_outputs, names_of, port_shapes, record_guard, supervisor_row
+from .guard_ports import (
+    add_output,
+    declare_inputs,
+    keep_outputs,
+    names_of,
+    port_shapes,
+    record_guard,
+    supervisor_numbers,
+    supervisor_row,
+)
 from .lowerings.fold import FOLD, fold
 from .lowerings.table import LOWERINGS
 from .lowerings.task import Task, Written, WrittenWhole
 from .node_builder import NodeBuilder
 from .pairs import PairedRows
-from .plan import GuardPlan, SitePlan
+from .plan import COORDINATES_OUTPUT, GuardPlan, SitePlan
 from .planner import require_unguarded
 from .positions import LastToken
 from .runtime_controls import (
@@ -263,7 +272,8 @@ def _task(edit: SubgraphEdit, planned: SitePlan, builder: NodeBuilder) -> Task:
     selected = edit.selections.get(edit.lowering.selects(mode, dtype))
     supervisor, row = supervisor_row(edit, builder, planned), edit.plan.layers.index(planned.layer_index)
     held = None if edit.held is None else held_at(builder, edit.held, row)
-    return Task(mode, planned.guard, dtype, supervisor, selected, edit.offset, held, edit.text_ends)
+    numbers, reads = supervisor_numbers(edit, planned), COORDINATES_OUTPUT in edit.plan.added_outputs
+    return Task(mode, planned.guard, dtype, supervisor, selected, edit.offset, held, edit.text_ends, numbers, reads)
 
 
 def _sum(builder: NodeBuilder, residual: ir.Value, branch: ir.Value, bias: ir.Value | None) -> ir.Value:

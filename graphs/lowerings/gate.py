@@ -39,6 +39,8 @@ def gate(builder: NodeBuilder, score: ir.Value, task: Task, unit: float = 1.0) -
 
 def first_coordinate(builder: NodeBuilder, task: Task) -> ir.Value:
     """`a_1`, the text-only query's coordinate along row 1, `[batch, 1, 1]`."""
+    if task.numbers:
+        return task.numbers[0]
     assert task.supervisor is not None
     return columns(builder, "first", task.supervisor, 0, 1) if task.layer.rank > 1 else task.supervisor
 

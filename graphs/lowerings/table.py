@@ -39,6 +39,7 @@ class Lowering:
         most_rank: the largest rank that it is chosen for by itself.
         whole: `h'` in one step, for a lowering that can sometimes do without a correction, else `None`.
         supports_runtime_controls: whether each call can change strength and threshold (`graphs.runtime_controls`).
+        takes_numbers: whether the text-only coordinates may come as single numbers (`Task.numbers`).
     """
 
     name: str
@@ -50,6 +51,7 @@ class Lowering:
     most_rank: int = MAX_RANK
     whole: Callable[[NodeBuilder, ir.Value, Task], WrittenWhole | None] = _never_whole
     supports_runtime_controls: bool = True
+    takes_numbers: bool = False
 
     def guarded(self, builder: NodeBuilder, h: ir.Value, task: Task) -> tuple[ir.Value, Written | WrittenWhole]:
         """`h'`, and what was written for it."""
@@ -82,6 +84,7 @@ LOWERINGS: tuple[Lowering, ...] = (
         "(on ONNX Runtime lowrank is cheaper)",
         target="tensorrt",
         most_rank=8,  # a chain per row; up to 8 rows are fused (TensorRT-RTX 1.7)
+        takes_numbers=True,
     ),
     Lowering(
         "dense",
