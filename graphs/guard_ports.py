@@ -11,7 +11,7 @@ from .lowerings.task import Written, WrittenWhole
 from .modes import guard_mode
 from .node_builder import NodeBuilder
 from .pairs import SUPERVISOR_KEY
-from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan
+from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan, SitePlan, number_input, number_of_input
 from .runtime_controls import (
     PRESENT_GATE_OUTPUT,
     SCORES_OUTPUT,
@@ -35,13 +35,15 @@ def declare_inputs(model: ir.Model, plan: GuardPlan, shapes: Mapping[str, ir.Sha
 
 
 def port_shapes(model: ir.Model, plan: GuardPlan) -> dict[str, ir.Shape]:
-    """`[batch, layers, m]` of coordinates, in and out; `[batch, layers]` of gates and scores."""
+    """`[batch, layers, m]` of coordinates, `[batch, 1, 1]` of a single one, `[batch, layers]` of gates and scores."""
     names = [name for name in (*plan.added_inputs, *plan.added_outputs) if name not in plan.knobs]
     if not names:
         return {}
-    of_gates: list[ir.SymbolicDim | int | str] = [_batch(model, plan), len(plan.layers)]
+    batch = _batch(model, plan)
+    of_gates: list[ir.SymbolicDim | int | str] = [batch, len(plan.layers)]
     ranked = {*SUPERVISOR_INPUTS, COORDINATES_OUTPUT}
-    return {name: ir.Shape([*of_gates, plan.sites[0].guard.rank] if name in ranked else of_gates) for name in names}
+    shapes = {name: ir.Shape([*of_gates, plan.sites[0].guard.rank] if name in ranked else of_gates) for name in names}
+    return shapes | {name: ir.Shape([batch, 1, 1]) for name in names if number_of_input(name) is not None}
 
 
 def _batch(model: ir.Model, plan: GuardPlan) -> ir.SymbolicDim | int | str:
@@ -70,6 +72,14 @@ def split_supervisor(edit: SubgraphEdit, builder: NodeBuilder) -> dict[int, ir.V
     if supervisor is None:
         return {}
     return dict(zip(layers, builder.split("supervisor", supervisor, len(layers), axis=1), strict=True))
+
+
+def supervisor_numbers(edit: SubgraphEdit, planned: SitePlan) -> tuple[ir.Value, ...]:
+    """This layer's coordinates as single inputs, `[batch, 1, 1]` each; empty for a graph that takes them stacked."""
+    if edit.plan.supervisor != "numbers":
+        return ()
+    rows = range(edit.plan.text_rows(planned.guard))
+    return tuple(edit.given[number_input(planned.layer_index, row)] for row in rows)
 
 
 def keep_outputs(edit: SubgraphEdit, builder: NodeBuilder, written: Written | WrittenWhole) -> None:

@@ -16,13 +16,22 @@ import onnx_ir as ir
 from .call_inputs import CallInputs, call_inputs
 from .dataflow import skip_norm_bias
 from .errors import GuardIncomplete
-from .guard_ports import add_output, declare_inputs, keep_outputs, names_of, port_shapes, record_guard, split_supervisor
+from .guard_ports import (
+    add_output,
+    declare_inputs,
+    keep_outputs,
+    names_of,
+    port_shapes,
+    record_guard,
+    split_supervisor,
+    supervisor_numbers,
+)
 from .lowerings.fold import FOLD, fold
 from .lowerings.table import LOWERINGS
 from .lowerings.task import Task, Written, WrittenWhole
 from .node_builder import NodeBuilder
 from .pairs import PairedRows
-from .plan import GuardPlan, SitePlan
+from .plan import COORDINATES_OUTPUT, GuardPlan, SitePlan
 from .planner import require_unguarded
 from .positions import LastToken
 from .runtime_controls import (
@@ -263,18 +272,19 @@ def _task(edit: SubgraphEdit, planned: SitePlan, builder: NodeBuilder) -> Task:
     # Every token is read, and the selection closes the gate or is multiplied with `w`: on one token, where time counts, that
     # costs less than gathering it first, and a prefill's MatMuls hide it (benchmarks/spellings.py).
     selected = edit.selections.get(edit.lowering.selects(mode, dtype))
-    layer = planned.layer_index
-    held = None if edit.held is None else held_at(builder, edit.held, edit.plan.layers.index(layer))
+    layer, row = planned.layer_index, edit.plan.layers.index(planned.layer_index)
     return Task(
         mode,
         planned.guard,
         dtype,
-        edit.supervisors.get(layer),
-        selected,
-        edit.offset,
-        held,
-        edit.text_ends,
-        edit.shared_gates.get(layer),
+        supervisor=edit.supervisors.get(layer),
+        selected=selected,
+        offset=edit.offset,
+        held=None if edit.held is None else held_at(builder, edit.held, row),
+        text_ends=edit.text_ends,
+        numbers=supervisor_numbers(edit, planned),
+        outputs_coordinates=COORDINATES_OUTPUT in edit.plan.added_outputs,
+        shared=edit.shared_gates.get(layer),
     )
 
 

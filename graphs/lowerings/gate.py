@@ -54,6 +54,8 @@ def threshold_of(builder: NodeBuilder, layer: LayerGuard, unit: float = 1.0) -> 
 
 def first_coordinate(builder: NodeBuilder, task: Task) -> ir.Value:
     """`a_1`, the text-only query's coordinate along row 1, `[batch, 1, 1]`."""
+    if task.numbers:
+        return task.numbers[0]
     assert task.supervisor is not None
     return columns(builder, "first", task.supervisor, 0, 1) if task.layer.rank > 1 else task.supervisor
 

@@ -43,7 +43,7 @@ def correction(builder: NodeBuilder, h: ir.Value, task: Task) -> Written:
         read = builder.cast("read_float32", read, "float32")
     c = columns(builder, "coordinates", read, 0, layer.rank) if guard_mode(mode).has_readout else read
     weights, opened = _WEIGHTS[mode](builder, read, c, task, units)
-    coordinates = _unscaled(builder, c, units) if task.supervisor is not None else None
+    coordinates = _unscaled(builder, c, units) if task.outputs_coordinates else None
     delta, rows = _write(builder, h, _at(builder, weights, task.selected), layer, units, "float32", dtype)
     return Written(delta, coordinates, opened, (rows,))
 

@@ -42,6 +42,7 @@ class Lowering:
         score_unit: `(mode, numbers, dtype of the stream) -> power of two` that a gate's score is read in, for a lowering whose
             gates are written together for all layers (`graphs.shared_gates`); `None`: each layer has its gate to itself.
         supports_runtime_controls: whether each call can change strength and threshold (`graphs.runtime_controls`).
+        takes_numbers: whether the text-only coordinates may come as single numbers (`Task.numbers`).
     """
 
     name: str
@@ -54,6 +55,7 @@ class Lowering:
     whole: Callable[[NodeBuilder, ir.Value, Task], WrittenWhole | None] = _never_whole
     score_unit: Callable[[str, LayerGuard, str], float] | None = None
     supports_runtime_controls: bool = True
+    takes_numbers: bool = False
 
     def guarded(self, builder: NodeBuilder, h: ir.Value, task: Task) -> tuple[ir.Value, Written | WrittenWhole]:
         """`h'`, and what was written for it."""
@@ -87,6 +89,7 @@ LOWERINGS: tuple[Lowering, ...] = (
         "(on ONNX Runtime lowrank is cheaper)",
         target="tensorrt",
         most_rank=8,  # a chain per row; up to 8 rows are fused (TensorRT-RTX 1.7)
+        takes_numbers=True,
     ),
     Lowering(
         "dense",

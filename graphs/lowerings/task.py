@@ -24,6 +24,9 @@ class Task:
             edited); `None` for all tokens as calibrated.
         offset: added to the threshold, a float32 scalar, where the guard has that knob.
         held: gates that the prompt may have decided, where they are held.
+        numbers: in place of `supervisor`, the text-only coordinates along the first rows, as many as the mode reads,
+            `[batch, 1, 1]` float32 each; only for lowerings with `takes_numbers`.
+        outputs_coordinates: whether `Written.coordinates` is needed.
         shared: the layer's part of what the gates of all layers compute together; `None`: the layer has its gate to itself.
     """
 
@@ -35,6 +38,8 @@ class Task:
     offset: ir.Value | None = None
     held: Held | None = None
     text_ends: ir.Value | None = None
+    numbers: tuple[ir.Value, ...] = ()
+    outputs_coordinates: bool = False
     shared: SharedGate | None = None
 
 
