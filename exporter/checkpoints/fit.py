@@ -74,7 +74,14 @@ def fit(
     model.config.image_token_id = token
     pictures = _pictures(model, folder, report_progress)
     vision, seen = _fit_vision(model, pictures, where)
-    decoder = _fit_decoder(model, vision, seen, texts, where)
+    try:
+        decoder = _fit_decoder(model, vision, seen, texts, where)
+    except ModelUnreadable as refusal:
+        try:
+            vision, seen = _on_token(model, token, vision, seen)
+            decoder = _fit_decoder(model, vision, seen, texts, where)
+        except (ModelUnreadable, IndexError):  # or the token is beyond the table
+            raise refusal from None
     return replace(
         family,
         vision=vision,
@@ -145,6 +152,21 @@ def _around(model: Any) -> tuple[list[int], list[int]]:
     if not taken or TOKEN_TYPES[0] in taken or not isinstance(before, int):
         return [], []
     return [before], [after] if isinstance(after, int) else []
+
+
+def _on_token(model: Any, token: int, vision: Vision, seen: list[Arrays]) -> tuple[Vision, list[Arrays]]:
+    """The same with the image token's embedding added to every row: Molmo 2 adds features to it, and puts none in its place."""
+    import torch
+
+    with torch.no_grad():
+        row = model.get_input_embeddings()(torch.tensor([token])).clone()
+
+    def run(model: Any, **inputs: Any) -> dict[str, Any]:
+        outputs = dict(vision.run(model, **inputs))
+        return {**outputs, IMAGE_FEATURES: outputs[IMAGE_FEATURES] + row}
+
+    rows = row.float().numpy()
+    return replace(vision, run=run), [{**given, IMAGE_FEATURES: given[IMAGE_FEATURES] + rows} for given in seen]
 
 
 def _shortest(single: Arrays, shapes: Shapes) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from families.small_checkpoint import save_small
+from transformers.cache_utils import DynamicCache
 from transformers.models.blip_2.modeling_blip_2 import Blip2ForConditionalGeneration
 from transformers.models.gemma3.modeling_gemma3 import Gemma3ForConditionalGeneration
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerForConditionalGeneration
@@ -19,6 +20,7 @@ from vlmguard.exporter.checkpoints import fit
 from vlmguard.exporter.checkpoints.convert import load_model
 from vlmguard.exporter.families import find_family
 from vlmguard.exporter.families.encoder_texts import with_texts
+from vlmguard.exporter.families.family import Vision
 from vlmguard.exporter.families.generic import GenericDecoder
 from vlmguard.exporter.families.position_rules import counted
 from vlmguard.exporter.families.random_pixels import random_pixels, required_inputs
@@ -142,6 +144,44 @@ def test_prompts_have_pictures_of_one_size_where_features_depend_on_the_batch(de
     pictures = fit._pair(Encoder(), [wide, tall, wide])
     assert len(pictures) == (4 if depends else 3)
     assert pictures[0] is wide and pictures[1] is (wide if depends else tall)
+
+
+def test_features_that_are_added_to_a_token_come_with_its_embedding() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = torch.nn.Embedding(4, 2)
+
+        def get_input_embeddings(self) -> torch.nn.Module:
+            return self.words
+
+    model, rows = Model(), torch.ones(3, 2)
+    vision = Vision(
+        lambda model: {}, lambda model: {}, lambda model: {"image_features": rows, "deep": rows}, lambda *_: {}
+    )
+    changed, (seen,) = fit._on_token(model, 2, vision, [{"image_features": rows.numpy(), "deep": rows.numpy()}])
+    outputs, expected = changed.run(model), 1 + model.words.weight[2].detach().expand(3, 2)
+    assert torch.equal(outputs["image_features"], expected) and torch.equal(outputs["deep"], rows)
+    np.testing.assert_array_equal(seen["image_features"], expected.numpy())
+    with pytest.raises(IndexError):
+        fit._on_token(model, 4, vision, [])
+
+
+@pytest.mark.parametrize("marks", ["mm_token_type_ids", ""])
+def test_marks_are_read_with_a_cache_too(marks: str) -> None:
+    class Model(torch.nn.Module):
+        def get_decoder(self) -> Any:
+            return self
+
+        def forward(self, past_key_values: Any, use_cache: bool, mm_token_type_ids: Any = None) -> Any:
+            prompt = not past_key_values.is_initialized
+            return SimpleNamespace(logits=mm_token_type_ids if prompt else None, past_key_values=past_key_values)
+
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2), 0)
+    inputs = {"token_type_ids": torch.ones(1, 1)} if marks else {}
+    output = GenericDecoder(None, marks).run(Model(), past_key_values=cache, **inputs)
+    assert (output.logits is not None) == bool(marks) and cache.is_initialized
 
 
 def test_a_decoder_that_embeds_pixels_gets_rows_of_them() -> None:
