@@ -124,8 +124,8 @@ def _fit_vision(model: Any, pictures: Sequence[Arrays], where: str) -> tuple[Vis
 def _pair(model: Any, pictures: Sequence[Arrays]) -> Sequence[Arrays]:
     """The pictures, the first two of them such that a batch of both gives what each of them gives alone.
 
-    Emu3's codes of a picture depend on the padding to the size of the largest one in its batch. Then the first picture is there
-    twice.
+    Emu3's codes of a picture depend on the padding to the size of the largest one in its batch, and PerceptionLM takes the tiles
+    that fill up a batch for tiles of the picture. Then the first picture is there twice.
     """
     import torch
 
@@ -138,10 +138,9 @@ def _pair(model: Any, pictures: Sequence[Arrays]) -> Sequence[Arrays]:
             [image_features(model, **tensors(model, single))[IMAGE_FEATURES] for single in (first, second)]
         )
         together = image_features(model, **tensors(model, joined([first, second])))[IMAGE_FEATURES]
-    differ = alone.shape == together.shape and float((alone - together).abs().max()) > 1e-3 * float(
-        together.abs().max()
-    )
-    return [pictures[0], *pictures] if differ else pictures
+    if alone.shape == together.shape and float((alone - together).abs().max()) <= 1e-3 * float(together.abs().max()):
+        return pictures
+    return [pictures[0], *pictures]
 
 
 def _around(model: Any) -> tuple[list[int], list[int]]:

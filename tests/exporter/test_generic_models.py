@@ -130,15 +130,15 @@ def test_marks_stand_around_a_picture_where_positions_depend_on_them() -> None:
     assert fit._around(SimpleNamespace(config=config)) == ([], [])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("depends", [True, False])
-def test_prompts_have_pictures_of_one_size_where_features_depend_on_the_batch(depends: bool) -> None:
+@pytest.mark.parametrize("depends", ["values", "rows", ""])
+def test_prompts_have_pictures_of_one_size_where_features_depend_on_the_batch(depends: str) -> None:
     class Encoder:
         dtype = torch.float32
         config = SimpleNamespace()
 
         def get_image_features(self, pixel_values: torch.Tensor, return_dict: bool = True) -> torch.Tensor:
-            rows = pixel_values.sum(dim=(1, 2), keepdim=True)
-            return rows / pixel_values[0].numel() if depends else rows
+            rows = pixel_values.sum(dim=2) if depends == "rows" else pixel_values.sum(dim=(1, 2))[:, None]
+            return (rows / pixel_values[0].numel() if depends == "values" else rows)[..., None]
 
     wide, tall = ({"pixel_values": np.ones((1, *size), np.float32)} for size in ((2, 6), (5, 3)))
     pictures = fit._pair(Encoder(), [wide, tall, wide])
