@@ -144,6 +144,7 @@ real-model: $(VENV)/.full
 	OMP_NUM_THREADS=2 $(BIN)/python examples/real_model/build.py --data "$(DATA)" --seed $(SEED)
 	OMP_NUM_THREADS=2 $(BIN)/python examples/real_model/measure_guard.py --data "$(DATA)" --seed $(SEED)
 	OMP_NUM_THREADS=2 $(BIN)/python examples/real_model/tradeoff.py --data "$(DATA)" --seed $(SEED)
+	OMP_NUM_THREADS=2 $(BIN)/python examples/real_model/precisions.py --data "$(DATA)" --seed $(SEED)
 	$(BIN)/python examples/real_model/page.py
 
 # docs/report.png: the report of the tiny VLM, in Chromium (Debian's package `chromium`).

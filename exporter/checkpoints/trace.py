@@ -19,6 +19,7 @@ from ..families.gated_delta import delta_rule_by_scan
 from ..families.generic_vision import as_written
 from ..families.grouped_experts import experts_in_groups
 from .parts import Part
+from .small_constants import small_constants_kept
 
 
 def trace_some_way(model: Any, part: Part, opset: int) -> ir.Model:
@@ -52,6 +53,7 @@ def trace(model: Any, part: Part, opset: int) -> ir.Model:
         complex_as_pairs(model),
         experts_in_groups(model),
         as_written(model),
+        small_constants_kept(),
     ):
         graph = OnnxExporter().export(model, dict(part.sample), config).program
     if part.finish is not None:

@@ -17,6 +17,7 @@ from .position_rules import merge_of
 
 _TILES = (1, 2, 3, 2)
 _GRIDS = ((4, 6), (6, 4), (4, 10), (2, 4))  # rows and columns of merged patches
+_EDGE = 16  # pixels, where nothing says how large a patch is
 
 
 def random_pixels(model: Any, runs: Callable[[Arrays], None]) -> list[Arrays] | None:
@@ -27,11 +28,13 @@ def random_pixels(model: Any, runs: Callable[[Arrays], None]) -> list[Arrays] | 
     """
     has_grid = "image_grid_thw" in feature_inputs(feature_holder(model))
     vision = getattr(model.config, "vision_config", None)
-    if not required_inputs(model) <= {"pixel_values", "image_grid_thw"}:
+    required = required_inputs(model)
+    if not required <= {"pixel_values", "image_grid_thw", "image_sizes"}:
         return None
     if vision is None:
         return _flat_patches(model.config)
-    for pictures in _patches(model, vision) if has_grid else _tiles(vision):
+    shapes = _patches(model, vision) if has_grid else _sized(vision) if "image_sizes" in required else _tiles(vision)
+    for pictures in shapes:
         try:
             runs(pictures[0])
         except (RuntimeError, ValueError, TypeError, IndexError):
@@ -68,6 +71,15 @@ def _tiles(vision: Any) -> Iterator[list[Arrays]]:
     height, width = (size, size) if isinstance(size, int) else size
     yield [
         _random({"pixel_values": (tiles, _channels(vision), height, width)}, seed) for seed, tiles in enumerate(_TILES)
+    ]
+
+
+def _sized(vision: Any) -> Iterator[list[Arrays]]:
+    """Pictures of several sizes, each with its height and width."""
+    yield [
+        _random({"pixel_values": (1, _channels(vision), rows * _EDGE, columns * _EDGE)}, seed)
+        | {"image_sizes": np.array([[rows * _EDGE, columns * _EDGE]], np.int64)}
+        for seed, (rows, columns) in enumerate(_GRIDS)
     ]
 
 

@@ -17,6 +17,7 @@ from transformers.models.muse_glimmer import modeling_muse_glimmer
 from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 from transformers.models.video_llama_3.modeling_video_llama_3 import VideoLlama3VisionModel
 
+from vlmguard.exporter.checkpoints.small_constants import small_constants_kept
 from vlmguard.exporter.families.complex_pairs import complex_as_pairs
 from vlmguard.exporter.families.family import IMAGE_FEATURES, Turn
 from vlmguard.exporter.families.generic_vision import image_features
@@ -179,3 +180,18 @@ def test_features_in_front_of_a_layer_go_behind_the_one_before_it(first: int) ->
         assert not features.pop(IMAGE_FEATURES).any()
         assert torch.equal(features.pop("deepstack_features_2"), rows[0])
     assert list(features) == ["deepstack_features_4"] and torch.equal(features["deepstack_features_4"], rows[1])
+
+
+class Normed(torch.nn.Module):
+    """Adds a small number and none."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-8) + 0
+
+
+def test_a_small_epsilon_stays_in_the_graph() -> None:
+    with small_constants_kept():
+        program = torch.onnx.export(Normed().eval(), (torch.ones(2, 3),), dynamo=True, verbose=False)
+    assert program is not None
+    kinds = [node.op_type for node in program.model.graph]
+    assert kinds.count("Add") == 1  # the optimizer still drops the addition of 0
