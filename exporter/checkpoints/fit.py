@@ -124,7 +124,7 @@ def _fit_vision(model: Any, pictures: Sequence[Arrays], where: str) -> tuple[Vis
 def _pair(model: Any, pictures: Sequence[Arrays]) -> Sequence[Arrays]:
     """The pictures, the first two of them such that a batch of both gives what each of them gives alone.
 
-    Emu3's codes of a picture depend on the padding to the size of the largest one in its batch, and PerceptionLM takes the tiles
+    Emu3's codes of a picture depend on the padding to the size of the largest one in its batch. PerceptionLM takes the tiles
     that fill up a batch for tiles of the picture. Then the first picture is there twice.
     """
     import torch
