@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from families.small_checkpoint import save_small
+from PIL import Image
 from transformers.cache_utils import DynamicCache
 from transformers.models.blip_2.modeling_blip_2 import Blip2ForConditionalGeneration
 from transformers.models.gemma3.modeling_gemma3 import Gemma3ForConditionalGeneration
@@ -25,7 +27,8 @@ from vlmguard.exporter.families.generic import GenericDecoder
 from vlmguard.exporter.families.position_rules import counted
 from vlmguard.exporter.families.random_pixels import random_pixels, required_inputs
 from vlmguard.exporter.families.recorded import record, rope_index_inputs
-from vlmguard.exporter.families.transformers_class import saved_class
+from vlmguard.exporter.families.sample_pictures import joined
+from vlmguard.exporter.families.transformers_class import saved_class, transformers_class
 from vlmguard.graphs.errors import ModelUnreadable
 
 
@@ -209,6 +212,28 @@ def test_an_encoder_that_reads_the_prompt_gets_a_text() -> None:
     assert first["qformer_input_ids"].shape == first["qformer_attention_mask"].shape == (1, 5)
     assert second["qformer_input_ids"].shape == (1, 8) and int(second["qformer_input_ids"].max()) < 30
     assert first["qformer_attention_mask"].all()
+
+
+def test_patches_of_pictures_in_a_batch_are_counted_on() -> None:
+    pooling = np.array([[0, 1], [2, -1]])
+    first = {"pixel_values": np.zeros((3, 4, 6), np.float32), "image_token_pooling": pooling}
+    second = {"pixel_values": np.zeros((1, 4, 6), np.float32), "image_token_pooling": pooling}
+    both = joined([first, second])
+    assert both["pixel_values"].shape == (4, 4, 6)
+    assert both["image_token_pooling"].tolist() == [[0, 1], [2, -1], [12, 13], [14, -1]]
+
+
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed; make families installs it")
+def test_pictures_are_put_together_as_molmo_does() -> None:
+    options = {"size": {"height": 56, "width": 56}, "overlap_margins": [1, 1], "max_crops": 4}
+    processor = transformers_class("Molmo2ImageProcessor")(**options)
+    random = np.random.default_rng(0)
+    images = [Image.fromarray(random.integers(0, 255, (*size, 3), np.uint8)) for size in ((60, 90), (120, 50))]
+    singles = [{n: t.numpy() for n, t in processor(images=[image], return_tensors="pt").items()} for image in images]
+    together, both = joined(singles), processor(images=images, return_tensors="pt")
+    assert together.keys() == both.keys()
+    for name, array in together.items():
+        np.testing.assert_array_equal(array, both[name].numpy())
 
 
 def test_an_image_processor_that_lacks_an_input_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
