@@ -135,7 +135,8 @@ class GenericDecoder:
         if self.marks:
             inputs[self.marks] = inputs.pop(_MARKS)
         decoder = decoder_of(model)
-        with _added(decoder, {number: inputs.pop(embeds_name(number)) for number in self.deepstack}):
+        added = {number: inputs.pop(embeds_name(number)) for number in self.deepstack}
+        with _added(decoder, added), _marks_count(bool(self.marks)):
             if not self.inner:
                 return type(model).forward(model, use_cache=True, **inputs)
             outputs = decoder(use_cache=True, **inputs)
@@ -158,6 +159,17 @@ def _other_tables(model: Any, ids: Any, embeds: Any) -> Any:
         last = table.vocab_offset + table.vocab_size - 1
         embeds = torch.where(within[..., None], table(input_ids=torch.where(within, ids, last).clamp(max=last)), embeds)
     return embeds
+
+
+@contextmanager
+def _marks_count(marked: bool) -> Iterator[None]:
+    """Within, a model that reads marks at the prompt only (Molmo 2) reads them at every call. Later calls have none set."""
+    from transformers.cache_utils import Cache
+
+    with ExitStack() as stack:
+        if marked:
+            stack.enter_context(mock.patch.object(Cache, "is_initialized", property(lambda cache: False)))
+        yield
 
 
 @contextmanager
