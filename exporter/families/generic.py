@@ -120,10 +120,10 @@ class GenericDecoder:
         import torch
 
         config = model.config
-        pad = config.get_text_config().pad_token_id
+        pad = getattr(config.get_text_config(), "pad_token_id", None)  # which Molmo 2 has not
         if isinstance(config.image_token_id, int):
             ids = torch.where(ids == config.image_token_id, pad if isinstance(pad, int) and pad >= 0 else 0, ids)
-        embeds = model.get_input_embeddings()(ids)
+        embeds = _other_tables(model, ids, model.get_input_embeddings()(ids))
         if not self.per_layer:
             return {"inputs_embeds": embeds}
         layers = decoder_of(model).get_per_layer_inputs
@@ -139,8 +139,25 @@ class GenericDecoder:
             if not self.inner:
                 return type(model).forward(model, use_cache=True, **inputs)
             outputs = decoder(use_cache=True, **inputs)
+        if hasattr(outputs, "logits"):  # a language model with its own head
+            return outputs
         logits = model.get_output_embeddings()(outputs.last_hidden_state)
         return SimpleNamespace(logits=logits, past_key_values=outputs.past_key_values)
+
+
+def _other_tables(model: Any, ids: Any, embeds: Any) -> Any:
+    """The embeddings with those of tokens that have a table of their own in place: Gemma 3n's marks around pictures and sounds.
+
+    Such a table is for the tokens from its `vocab_offset` to that of the next one.
+    """
+    import torch
+
+    tables = [part for part in getattr(model, "model", model).children() if hasattr(part, "vocab_offset")]
+    for table in sorted(tables, key=lambda table: table.vocab_offset):
+        within = ids >= table.vocab_offset
+        last = table.vocab_offset + table.vocab_size - 1
+        embeds = torch.where(within[..., None], table(input_ids=torch.where(within, ids, last).clamp(max=last)), embeds)
+    return embeds
 
 
 @contextmanager

@@ -90,6 +90,8 @@ def _rows_of_embeddings(model: Any, output: Any, deep: dict[int, Any]) -> Any:
         return _flat(deep.pop(-1)) / scale if -1 in deep else torch.zeros_like(_flat(next(iter(deep.values()))))
     projector = getattr(model, "multi_modal_projector", None)
     states = getattr(output, "last_hidden_state", None)
+    if states is not None and getattr(model.config, "vision_config", None) is None:
+        return states  # Fuyu has no encoder: its decoder embeds the pixels
     if projector is None or states is None:
         raise ModelUnreadable(
             f"{type(model).__name__}: its get_image_features returns no pooler_output; export the model to ONNX with its own "
@@ -257,7 +259,7 @@ def as_written(model: Any) -> Iterator[None]:
             part.forward = MethodType(type(part).forward, part)
             pinned.append(part)
     try:
-        with mock.patch.dict(utils._EXPORT_INPUT_PREPARERS, clear=True):
+        with mock.patch.object(utils, "precompute_export_inputs", lambda model, inputs: None):
             yield
     finally:
         for part in pinned:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .family import Arrays
-from .generic_vision import feature_holder
+from .generic_vision import feature_holder, feature_inputs
 from .position_rules import merge_of
 
 _TILES = (1, 2, 3, 2)
@@ -26,13 +26,14 @@ def random_pixels(model: Any, runs: Callable[[Arrays], None]) -> list[Arrays] | 
     Args:
         runs: runs the encoder, and raises what transformers raises for other shapes.
     """
-    parameters = inspect.signature(feature_holder(model).get_image_features).parameters.values()
-    needed = {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    has_grid = any(p.name == "image_grid_thw" for p in parameters)
+    has_grid = "image_grid_thw" in feature_inputs(feature_holder(model))
     vision = getattr(model.config, "vision_config", None)
-    if vision is None or not needed <= {"pixel_values", "image_grid_thw", "image_sizes"}:
+    required = required_inputs(model)
+    if not required <= {"pixel_values", "image_grid_thw", "image_sizes"}:
         return None
-    shapes = _patches(model, vision) if has_grid else _sized(vision) if "image_sizes" in needed else _tiles(vision)
+    if vision is None:
+        return _flat_patches(model.config)
+    shapes = _patches(model, vision) if has_grid else _sized(vision) if "image_sizes" in required else _tiles(vision)
     for pictures in shapes:
         try:
             runs(pictures[0])
@@ -40,6 +41,21 @@ def random_pixels(model: Any, runs: Callable[[Arrays], None]) -> list[Arrays] | 
             continue
         return pictures
     return None
+
+
+def required_inputs(model: Any) -> set[str]:
+    """Names of what its `get_image_features` cannot run without."""
+    parameters = inspect.signature(feature_holder(model).get_image_features).parameters.values()
+    return {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+
+
+def _flat_patches(config: Any) -> list[Arrays] | None:
+    """Pictures as rows of pixels, a row a patch, for a decoder that embeds pixels without an encoder (Fuyu)."""
+    patch = getattr(config, "patch_size", None)
+    if not isinstance(patch, int):
+        return None
+    row = _channels(config) * patch**2
+    return [_random({"pixel_values": (1, rows * columns, row)}, seed) for seed, (rows, columns) in enumerate(_GRIDS)]
 
 
 def _tiles(vision: Any) -> Iterator[list[Arrays]]:
@@ -82,8 +98,8 @@ def _patches(model: Any, vision: Any) -> Iterator[list[Arrays]]:
         ]
 
 
-def _channels(vision: Any) -> int:
-    return _first_number(vision, ("num_channels", "in_channels", "in_chans"), 3)
+def _channels(config: Any) -> int:
+    return _first_number(config, ("num_channels", "in_channels", "in_chans"), 3)
 
 
 def _first_number(vision: Any, names: Sequence[str], otherwise: int) -> int:
