@@ -240,7 +240,8 @@ def _returns_counts(pack_image_features: Any) -> bool:
 
 def _has_size(arrays: Arrays) -> bool:
     """Whether the pixels are one picture `[1, channels, height, width]`, so that its size is theirs."""
-    return arrays["pixel_values"].ndim == 4 and len(arrays["pixel_values"]) == 1
+    pixels = arrays.get("pixel_values")
+    return pixels is not None and pixels.ndim == 4 and len(pixels) == 1
 
 
 @contextmanager
