@@ -82,7 +82,14 @@ class NodeBuilder:
         return output
 
     def split(self, name: str, value: ir.Value, count: int, axis: int) -> list[ir.Value]:
-        """`count` equal parts of a value along one axis, by one node named `name`; the value itself if `count` is 1."""
+        """Equal parts of a value along one axis, by one node; the value itself for one part.
+
+        Args:
+            name: of the node; the parts have its name and a number.
+            value: any tensor.
+            count: of parts.
+            axis: that is split.
+        """
         if count == 1:
             return [value]
         parts = [ir.Value(name=f"{self.scope}/{name}_{number}") for number in range(count)]

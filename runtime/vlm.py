@@ -315,7 +315,7 @@ class VisionLanguageModel:
     def images_have_grids(self) -> bool:
         """Whether an image's tokens are placed by its height and width (the Qwen family, Pixtral)."""
         placed = self.chat.placeholder is not None and self.chat.placeholder.by_place
-        return placed or self._takes_places
+        return placed or self._position_axes > 0
 
     @cached_property
     def _vision(self) -> Runner:
