@@ -19,6 +19,7 @@ import numpy as np
 
 from ...runtime.images.deepstack import embeds_name, scatter
 from .family import BATCH, SEQUENCE, Arrays, Family, Shapes, Turn
+from .phi4_multimodal import MODEL_CLASS, MODEL_TYPE
 from .position_rules import RULES, Rule
 from .transformers_class import transformers_class
 
@@ -31,7 +32,7 @@ def generic_family(config: Mapping[str, Any]) -> Family | None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as classes
 
     model_type = config.get("model_type")
-    named = classes.get(model_type) if isinstance(model_type, str) else None
+    named = ({**classes, MODEL_TYPE: MODEL_CLASS}).get(model_type) if isinstance(model_type, str) else None
     model_class = named[0] if isinstance(named, tuple) else named
     if model_type is None or model_class is None:
         return None
@@ -52,7 +53,7 @@ def why_no_decoder(config: Mapping[str, Any], model_class: str) -> str | None:
         return f"{kind} is an encoder-decoder; only decoder-only language models can be guarded"
     if not hasattr(whole, "generate") or "inputs_embeds" not in inspect.signature(whole.forward).parameters:
         return f"{model_class} does not generate from embeddings; only decoder-only language models can be guarded"
-    if not sees(whole):
+    if not sees(whole) and kind != MODEL_TYPE:
         return f"{model_class} has no get_image_features, so its vision encoder cannot be cut out of it"
     return None
 
