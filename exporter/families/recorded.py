@@ -47,13 +47,8 @@ def record(model: Any, ids: np.ndarray, mask: np.ndarray, given: Arrays, steps: 
     """
     import torch
 
-    forward = inspect.signature(type(model).forward).parameters
-    inputs: dict[str, Any] = {name: torch.from_numpy(array) for name, array in given.items() if name in forward}
-    holders = (model, getattr(model, "model", None))
-    for name in TOKEN_TYPES:
-        if name in forward or (name == TOKEN_TYPES[0] and given and any(hasattr(h, "get_rope_index") for h in holders)):
-            inputs[name] = torch.from_numpy((ids == image_token_id(model.config)).astype(np.int64))
-    if "logits_to_keep" in forward:
+    inputs = picture_inputs(model, ids, given)
+    if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
         inputs["logits_to_keep"] = 0
     calls: list[Mapping[str, Any]] = []
     logits: list[np.ndarray] = []
@@ -82,6 +77,25 @@ def record(model: Any, ids: np.ndarray, mask: np.ndarray, given: Arrays, steps: 
     return Recording(
         tuple(logits), tuple(tokens[:, step : step + 1] for step in range(steps)), tuple(calls), answer.past_key_values
     )
+
+
+def picture_inputs(model: Any, ids: np.ndarray, given: Arrays) -> dict[str, Any]:
+    """What transformers' own forward takes for pictures besides `input_ids`, as tensors by name.
+
+    Args:
+        model: of transformers.
+        ids: of the prompts, `[batch, sequence]` int64.
+        given: the image processor's output for their pictures; empty for text.
+    """
+    import torch
+
+    forward = inspect.signature(type(model).forward).parameters
+    inputs: dict[str, Any] = {name: torch.from_numpy(array) for name, array in given.items() if name in forward}
+    holders = (model, getattr(model, "model", None))
+    for name in TOKEN_TYPES:
+        if name in forward or (name == TOKEN_TYPES[0] and given and any(hasattr(h, "get_rope_index") for h in holders)):
+            inputs[name] = torch.from_numpy((ids == image_token_id(model.config)).astype(np.int64))
+    return inputs
 
 
 @contextmanager
