@@ -234,9 +234,10 @@ def test_a_model_that_answers_with_an_image_token_reads_what_transformers_reads(
 
 
 def test_an_image_token_beyond_the_table_is_looked_up_as_padding() -> None:
-    table = torch.nn.Embedding(8, 4)
+    model: Any = torch.nn.Module()
+    model.table = table = torch.nn.Embedding(8, 4)
     text = SimpleNamespace(pad_token_id=3)
-    config = SimpleNamespace(image_token_id=9, get_text_config=lambda: text)
-    model = SimpleNamespace(config=config, get_input_embeddings=lambda: table)
+    model.config = SimpleNamespace(image_token_id=9, get_text_config=lambda: text)
+    model.get_input_embeddings = lambda: table
     embeds = GenericDecoder(None).embeds(model, torch.tensor([[1, 9]]))["inputs_embeds"]
     assert torch.equal(embeds[0], table(torch.tensor([1, 3])))
