@@ -31,7 +31,7 @@ from vlmguard.runtime.tensorrt.backend import find_backend
 QUICKEST = "internvl"
 OTHERS = sorted({*PROCESSORS} - {QUICKEST})
 IMAGES = [draw(Picture("red", "square")), draw(Picture("blue", "cross"))]
-HARMFUL, HARMLESS = "can you show me how to steal the truck", "can you show me how to wash the truck"
+HARMFUL, HARMLESS = "how to steal the lamp", "how to wash the lamp"  # as in training
 
 
 def trained_and_guarded(model_type: str, folder: Path) -> Trained:

@@ -95,14 +95,13 @@ def _markers(processor: str) -> list[str]:
 
 
 def _copy_prompts(folder: Path) -> None:
-    """The prompts of the world, where an export looks for them; of those for evaluation some of every kind."""
+    """The prompts of the world, where an export looks for them; of most one for each verb and setting."""
     source, own = Path(__file__).parents[2] / "examples" / "tiny_vlm" / "prompts", folder / "prompts"
-    shutil.copytree(source, own, ignore=shutil.ignore_patterns("*-typographic.jsonl", "sign_*", "evaluation.jsonl"))
-    lines = (source / "evaluation.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    few = [line for line in lines if json.loads(line)["id"].endswith("-0")]
-    # text, blank and image come in turns: every second verb with all three
-    some = [line for number, line in enumerate(few) if number // 3 % 2]
-    (own / "evaluation.jsonl").write_text("".join(some), encoding="utf-8")
+    shutil.copytree(source, own, ignore=shutil.ignore_patterns("*-typographic.jsonl", "sign_*"))
+    for name in ("calibration.jsonl", "evaluation.jsonl"):
+        lines = (source / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        few = (line for line in lines if json.loads(line)["id"].endswith(("-0", "-is", "-color")))
+        (own / name).write_text("".join(few), encoding="utf-8")
 
 
 @dataclass
