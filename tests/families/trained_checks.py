@@ -21,11 +21,12 @@ from vlmguard.exporter.families import find_family
 from vlmguard.exporter.families.generic import decoder_of
 from vlmguard.exporter.families.recorded import picture_inputs
 from vlmguard.exporter.families.sample_pictures import joined
+from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import DIRECTIONS_FILE, read_directions
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.manifest import read_manifest
+from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.progress import ignore_progress
-from vlmguard.graphs.reference import SUPERVISED_ABOVE, LayerGuard
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.runtime.chat.turns import Turn
 from vlmguard.runtime.decode_loop import rows_of_tokens
@@ -59,16 +60,16 @@ class Trained:
 
     @cached_property
     def guard(self) -> HookedGuard:
-        """The folder's guard, mode `align`, as hooks."""
-        directions = read_directions(self.guarded / DIRECTIONS_FILE)
-        nothing = np.zeros(directions.width, np.float32)
-        plan = read_manifest(self.guarded).plan
-        layers = {}
-        for number in plan["layers"]:
-            ssd = directions.layers[number].ssd
-            zeros = np.zeros(len(ssd), np.float32)
-            layers[number] = LayerGuard(ssd, zeros, zeros, nothing, SUPERVISED_ABOVE, 1.0)
-        return HookedGuard(layers, plan["mode"])
+        """The folder's guard as hooks."""
+        manifest, package = read_manifest(self.guarded), open_package(self.model)
+        spec = dict(manifest.spec)
+        if spec.get("layers") is not None:
+            spec["layers"] = tuple(spec["layers"])
+        graph = package.load_decoder()
+        anatomy = dissect(graph, package.declared_layers)
+        plan = plan_guard(graph, anatomy, read_directions(self.guarded / DIRECTIONS_FILE), GuardSpec(**spec))
+        assert (plan.mode, list(plan.layers)) == (manifest.plan["mode"], list(manifest.plan["layers"]))
+        return HookedGuard(dict(zip(plan.layers, plan.guards, strict=True)), plan.mode, plan.positions)
 
     def with_torch(self, prompt: str, images: Sequence[Image.Image], guarded: bool) -> list[int]:
         """transformers' greedy answer, with the guard as hooks or without."""
@@ -79,7 +80,8 @@ class Trained:
         inputs = self._inputs(prompt, images)
 
         def supervise_no_longer(*_: Any) -> None:
-            guard.set_call()
+            if guard.positions == "prompt":
+                guard.set_call()
 
         def answer() -> list[int]:
             ids = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0].tolist()
@@ -133,12 +135,11 @@ def check_tokens(trained: Trained, prompts: Sequence[str], images: Sequence[Imag
 
 def check_pairs(trained: Trained, prompts: Sequence[str], images: Sequence[Image.Image], folder: Path) -> None:
     """A guard that reads paired rows answers as the one with an input for the supervisor."""
-    vlmguard.export(
-        trained.model,
-        folder,
-        spec=GuardSpec(mode="align", supervisor="rows"),
-        directions=trained.guarded / DIRECTIONS_FILE,
-    )
+    aligned, rows = folder / "aligned", folder / "rows"
+    anchors = trained.checkpoint / "prompts" / "anchors.jsonl"
+    vlmguard.export(trained.model, aligned, spec=GuardSpec(mode="align"), anchors=anchors)
+    spec = GuardSpec(mode="align", supervisor="rows")
+    vlmguard.export(trained.model, rows, spec=spec, directions=aligned / DIRECTIONS_FILE)
     requests = [Request(prompt, image) for image in images for prompt in prompts]
-    paired, supervised = GuardedVLM.open(folder), GuardedVLM.open(trained.guarded)
+    paired, supervised = GuardedVLM.open(rows), GuardedVLM.open(aligned)
     assert paired.pairs and answers(paired, requests) == answers(supervised, requests)
