@@ -77,19 +77,21 @@ class EngineRecord(BaseModel):
 
     Attributes:
         path: relative to the folder.
-        role: which part of the model it is.
-        source: name and SHA-256 of the ONNX graph that was built; for a decoder the guarded one.
+        role: which part of the model it is; `decode_step`: the decoder for calls of one token, if it has an engine of its own.
+        source: name and SHA-256 of the ONNX graph that was built; for a decoder the guarded one. For `decode_step` also the
+            digest of the graph that was derived from it.
         backend, version: the builder's.
         capabilities: compute capabilities that it was built for; empty: the GPU of the machine that built it.
         profiles: per optimisation profile its name and, by input, smallest, typical and largest shape.
         layers: what the builder made, in numbers (`EngineLayers.to_json`).
         pads: of a decoder: whether rows of different lengths may share a batch.
+        proof: of the derived graph.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     path: str
-    role: Literal["decoder", "vision_encoder", "embed_tokens"]
+    role: Literal["decoder", "decode_step", "vision_encoder", "embed_tokens"]
     source: dict[str, str]
     backend: Literal["tensorrt", "tensorrt_rtx"]
     version: str
@@ -97,6 +99,12 @@ class EngineRecord(BaseModel):
     profiles: list[dict[str, Any]]
     layers: dict[str, Any]
     pads: bool = False
+    proof: list[dict[str, Any]] = []
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether the guard is in it."""
+        return self.role in ("decoder", "decode_step")
 
 
 class PackagedRecord(BaseModel):
@@ -297,7 +305,7 @@ def require_intact(
         ManifestMismatch: a file is missing, changed or extra.
     """
     where = folder / MANIFEST_NAME
-    runs = [engine.path for engine in manifest.engines if engine.role == "decoder"] if manifest.engines else None
+    runs = [engine.path for engine in manifest.engines if engine.is_decoder] if manifest.engines else None
     runs = [record.path for record in manifest.decoders] if runs is None else runs
     unlisted = next((path for path in runs if path not in manifest.files), None)
     if not manifest.decoders or not runs or unlisted is not None:

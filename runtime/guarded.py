@@ -225,6 +225,7 @@ def _open_engines(cls: type[GuardedVLM], folder: Path, manifest: Manifest, runti
     """Engines are opened by their own backend, each against the digest that it was built with."""
     from .tensorrt.backend import find_backend
     from .tensorrt.cuda import Cuda
+    from .tensorrt.decoder_engines import DecoderEngines
     from .tensorrt.engine_runner import TensorRTRunner
 
     decoder = next(engine for engine in manifest.engines if engine.role == "decoder")
@@ -234,12 +235,19 @@ def _open_engines(cls: type[GuardedVLM], folder: Path, manifest: Manifest, runti
         )
     backend, device = find_backend(decoder.backend), Cuda()  # one device: a part reads what another left there
 
-    def open_part(path: Path) -> Runner:
+    package = package_of(folder, manifest)
+    step = next((folder / engine.path for engine in manifest.engines if engine.role == "decode_step"), None)
+
+    def open_engine(path: Path) -> TensorRTRunner:
         digest = manifest.files[path.relative_to(folder).as_posix()].sha256
         assert digest is not None  # an engine never goes unhashed
         return TensorRTRunner(path, digest, backend, device)
 
-    return cls(package_of(folder, manifest), manifest, decoder.backend, open_part, decoder.pads)
+    def open_part(path: Path) -> Runner:
+        opened = open_engine(path)
+        return DecoderEngines(opened, open_engine(step)) if path == package.decoder and step is not None else opened
+
+    return cls(package, manifest, decoder.backend, open_part, decoder.pads)
 
 
 def require_guard(package: ModelPackage, manifest: Manifest) -> None:

@@ -99,8 +99,9 @@ def check_engine_files(folder: Path, manifest: Manifest) -> list[Check]:
     wrong = [f"{name} is a graph" for name in found if name not in engines]
     wrong += [f"{name} is in the manifest, and is no engine" for name in named if name not in engines]
     wrong += [f"{name} is not in the manifest's engines" for name in engines if name not in named]
-    if len(set(named)) != len(named) or sum(engine.role == "decoder" for engine in manifest.engines) != 1:
-        wrong.append("the manifest does not name one engine of the decoder, and each engine once")
+    roles = [engine.role for engine in manifest.engines]
+    if len(set(named)) != len(named) or len(set(roles)) != len(roles) or "decoder" not in roles:
+        wrong.append("the manifest does not name one engine of the decoder, and each engine and each role once")
     strays = _strays(manifest)
     return [
         exact("the folder holds the engines of its manifest, and no graph", len(engines), wrong),
