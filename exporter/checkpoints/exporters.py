@@ -3,7 +3,7 @@
     transformers   vision encoder, embeddings, decoder (onnx-community layout; a text-only model is one graph), compared with
                    torch; in fp32, fp16 or w16a32 (weights in float16, arithmetic in float32)         extra torch
     genai          onnxruntime-genai's builder: the decoder, fused, in fp32, fp16 or int4; with the graphs around it where
-                   genai runs the model with pictures (`genai_pictures`)                             extra genai
+                   genai runs the model with pictures (`genai_around_decoder`)                       extra genai
     optimum        optimum-onnx: the text decoder as one `model.onnx` with a cache                    extra optimum
 
 optimum-onnx needs transformers 4.57, the others need 5: it lives in an environment of its own.
@@ -28,7 +28,7 @@ from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.proof.structure import Check
 from ..choices import ExporterName, Precision
 from .convert import convert_checkpoint, copy_companions, locate, read_config
-from .genai_pictures import add_pictures, has_pipeline
+from .genai_around_decoder import add_pictures, has_pipeline
 
 DEFAULT_EXPORTER: ExporterName = "transformers"
 OPTIMUM_NEEDS = "transformers 4.57"
