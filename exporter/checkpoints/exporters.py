@@ -130,7 +130,7 @@ def _with_genai(job: Job) -> tuple[Check, ...]:
                 f"exporter genai needs {module}, which is not installed; run: {install_command('genai')}"
             )
     folder = locate(job.checkpoint)
-    pictures = has_pipeline(read_config(folder))
+    pictures = has_pipeline(read_config(folder), job.checkpoint)
     job.report_progress(f"building {job.checkpoint} with onnxruntime-genai", 0, 1)
     # Its half precision is for CUDA and named so; a CPU runs the same graph.
     provider = "cuda" if job.dtype == "fp16" else "cpu"

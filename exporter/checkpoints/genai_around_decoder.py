@@ -42,9 +42,20 @@ from .trace import quiet
 CONFIG = "genai_config.json"
 
 
-def has_pipeline(config: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint becomes a picture pipeline, by its config.json; else genai gets its text decoder alone."""
-    return config.get("model_type") in PIPELINES and isinstance(config.get("vision_config"), dict)
+def has_pipeline(config: Mapping[str, Any], checkpoint: str | Path) -> bool:
+    """Whether a checkpoint becomes a picture pipeline; else genai gets its text decoder alone.
+
+    Args:
+        config: its config.json.
+        checkpoint: its name, for errors.
+
+    Raises:
+        GuardError: genai runs its type with pictures, but not this model.
+    """
+    pictures = config.get("model_type") in PIPELINES and isinstance(config.get("vision_config"), dict)
+    if pictures:
+        PIPELINES[config["model_type"]].require(config, checkpoint)
+    return pictures
 
 
 def add_pictures(
@@ -60,7 +71,7 @@ def add_pictures(
         report_progress: called with `(stage, done, total)`.
 
     Raises:
-        GuardError: the checkpoint has no picture pipeline that genai runs, or cannot be exported.
+        GuardError: a config lacks what genai needs, or a graph cannot be exported.
     """
     for name in COMPANIONS:
         if (folder / name).is_file() and not (out / name).exists():

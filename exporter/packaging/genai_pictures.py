@@ -50,6 +50,27 @@ class PicturePipeline:
     tokens: Mapping[str, tuple[str, ...]]
     numbers: Callable[[Mapping[str, Any]], dict[str, Any]]
 
+    def require(self, config: Mapping[str, Any], where: str | Path) -> tuple[dict[str, int], dict[str, Any]]:
+        """The ids and numbers of a model, from its `config.json`.
+
+        Args:
+            config: its content.
+            where: the model, for errors.
+
+        Raises:
+            GuardError: one is missing, or genai cannot run a model with this one.
+        """
+        try:
+            ids = {new: next(config[key] for key in keys if key in config) for new, keys in self.tokens.items()}
+            return ids, self.numbers(config)
+        except GuardError as error:
+            raise GuardError(f"{where}: {error}") from None
+        except (KeyError, StopIteration, TypeError, ValueError) as error:
+            raise GuardError(
+                f"{where}: its config.json lacks an id or a number that {RUNTIME} needs ({first_line(error)}); copy the "
+                "model's again"
+            ) from None
+
 
 def _qwen_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
     vision = config["vision_config"]
@@ -154,16 +175,7 @@ def picture_sections(config: Mapping[str, Any], vision: ir.Graph, where: Path) -
         GuardError: as for `pipeline_of`, or `config.json` lacks a value.
     """
     pipeline = pipeline_of(str(config.get("model_type")), where)
-    try:
-        tokens = {new: next(config[name] for name in names if name in config) for new, names in pipeline.tokens.items()}
-        numbers = pipeline.numbers(config)
-    except GuardError as error:
-        raise GuardError(f"{where}: {error}") from None
-    except (KeyError, StopIteration, TypeError, ValueError) as error:
-        raise GuardError(
-            f"{where}: its config.json lacks an id or a number that {RUNTIME} needs ({first_line(error)}); copy the model's "
-            "again"
-        ) from None
+    tokens, numbers = pipeline.require(config, where)
     return {
         **tokens,
         "embedding": {

@@ -67,10 +67,10 @@ def picture(size: tuple[int, int]) -> Image.Image:
 
 
 BUILDS = [
-    pytest.param("gemma3", "fp32"),
-    pytest.param("gemma3", "int4", marks=pytest.mark.zoo),
-    pytest.param("qwen2_5_vl", "fp32", marks=pytest.mark.zoo),
-    pytest.param("qwen2_5_vl", "int4", marks=pytest.mark.zoo),
+    pytest.param("gemma3", "fp32", marks=pytest.mark.long),
+    pytest.param("gemma3", "int4", marks=pytest.mark.long),
+    pytest.param("qwen2_5_vl", "fp32", marks=pytest.mark.long),
+    pytest.param("qwen2_5_vl", "int4", marks=pytest.mark.long),
 ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import tiny_qwen
 from genai_answers import Genai, pixels, prompt_text
@@ -22,6 +23,7 @@ from vlmguard import GuardedVLM, GuardSpec, export, verify
 from vlmguard.exporter.checkpoints.convert import convert_checkpoint, load_model, read_config
 from vlmguard.exporter.families import find_family
 from vlmguard.exporter.packaging.genai import package_genai
+from vlmguard.exporter.packaging.genai_pictures import picture_sections
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.layouts import open_package
 from vlmguard.runtime.generation import Request
@@ -63,14 +65,23 @@ def picture(size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(noise)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", pytest.param("qwen2_vl", marks=pytest.mark.zoo)])
 def test_genai_answers_with_pictures_as_torch_does(
-    kind: str, models: Callable[[str], tuple[Path, Path]], tmp_path: Path
+    models: Callable[[str], tuple[Path, Path]], packaged: tuple[Path, Path, Path]
 ) -> None:
-    checkpoint, source = models(kind)
+    check_answers("qwen2_5_vl", models("qwen2_5_vl")[0], *packaged[1:])
+
+
+@pytest.mark.zoo
+def test_genai_answers_with_qwen2_vl(models: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    checkpoint, source = models("qwen2_vl")
     guarded = guard(source, tmp_path / "guarded", mode="project", positions="all")
     folder = package_genai(guarded, tmp_path / "genai").out
     assert verify(folder, source).ok
+    check_answers("qwen2_vl", checkpoint, guarded, folder)
+
+
+def check_answers(kind: str, checkpoint: Path, guarded: Path, folder: Path) -> None:
+    """genai, the folder that it was packaged from and torch with the guard as hooks give the same tokens."""
     vlm, genai, packaged = GuardedVLM.open(guarded), Genai(folder), GuardedVLM.open(folder)
     model = load_model(checkpoint, find_family(read_config(checkpoint), kind), "fp32", lambda _: None)
     hooked = hooked_project(random_directions(tiny_qwen.TEXT_WIDTH, range(tiny_qwen.LAYERS)))
@@ -101,8 +112,14 @@ def packaged(
 ) -> tuple[Path, Path, Path]:
     """Source, guarded folder, and the same for genai."""
     source, root = models("qwen2_5_vl")[1], tmp_path_factory.mktemp("packaged")
-    guarded = guard(source, root / "guarded", mode="restore", tau=-100.0)
+    guarded = guard(source, root / "guarded", mode="project", positions="all")
     return source, guarded, package_genai(guarded, root / "genai").out
+
+
+@pytest.fixture(scope="module")
+def supervised(models: Callable[[str], tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model in a mode whose decoder has a second input."""
+    return guard(models("qwen2_5_vl")[1], tmp_path_factory.mktemp("modes") / "supervised", mode="supervise", tau=0.0)
 
 
 def test_the_folder_is_proved_and_run_against_its_source(packaged: tuple[Path, Path, Path]) -> None:
@@ -162,9 +179,8 @@ def test_an_edited_part_fails_the_proof(
     assert check in failed
 
 
-def test_what_genai_cannot_run_is_refused(packaged: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    source, guarded, _ = packaged
-    supervised = guard(source, tmp_path / "supervised", mode="supervise", tau=0.0)
+def test_what_genai_cannot_run_is_refused(packaged: tuple[Path, Path, Path], supervised: Path, tmp_path: Path) -> None:
+    guarded = packaged[1]
     decoder = supervised / "onnx" / "decoder_model_merged.onnx"
     hidden = _edited(guarded, tmp_path / "hidden", "generation_config.json", pad_token_id=2)
     other = _edited(guarded, tmp_path / "other", "config.json", model_type="llava")
@@ -224,12 +240,10 @@ def tokens_of(vlm: VisionLanguageModel, request: Request) -> list[int]:
 
 
 def test_genai_does_not_run_a_supervised_decoder_without_its_input(
-    packaged: tuple[Path, Path, Path], tmp_path: Path
+    packaged: tuple[Path, Path, Path], supervised: Path, tmp_path: Path
 ) -> None:
     """What a picture pipeline is given with `set_model_input` does not reach the decoder; nothing is silently off."""
-    source, _, folder = packaged
-    supervised = guard(source, tmp_path / "supervised", mode="supervise", tau=0.0)
-    folder = Path(shutil.copytree(folder, tmp_path / "folder"))
+    folder = Path(shutil.copytree(packaged[2], tmp_path / "folder"))
     shutil.copyfile(supervised / "onnx" / "decoder_model_merged.onnx", folder / "model.onnx")
     genai = Genai(folder)
     params = genai.og.GeneratorParams(genai.model)
@@ -238,3 +252,19 @@ def test_genai_does_not_run_a_supervised_decoder_without_its_input(
     with pytest.raises(Exception, match=r"Missing Input: vlmguard\.supervisor"):
         generator.set_inputs(genai.inputs(prompt_text(folder, QUESTION, QWEN_MARKER), picture(SIZES[0])))
         generator.generate_next_token()
+
+
+def test_gemma_3_with_another_number_of_image_tokens_is_refused(tmp_path: Path) -> None:
+    config = {"model_type": "gemma3", "image_token_id": 9, "mm_tokens_per_image": 4}
+    vision = ir.Graph([], [], nodes=[])
+    sentence = (
+        f"{tmp_path}: mm_tokens_per_image is 4, and onnxruntime-genai writes 256 image tokens for every picture; keep the "
+        "layout that it has"
+    )
+    with pytest.raises(GuardError) as refused:
+        picture_sections(config, vision, tmp_path)
+    assert str(refused.value) == sentence
+    with pytest.raises(
+        GuardError, match=r"lacks an id or a number that onnxruntime-genai needs \('mm_tokens_per_image' is missing\)"
+    ):
+        picture_sections({"model_type": "gemma3", "image_token_id": 9}, vision, tmp_path)
