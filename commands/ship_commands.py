@@ -97,6 +97,13 @@ def engine_command(
             metavar="FILE",
         ),
     ] = None,
+    single_engine: Annotated[
+        bool,
+        engines_option(
+            "--single-engine",
+            help="Build one decoder engine for prefill and decode: half the memory for weights, more kernels per decode step.",
+        ),
+    ] = False,
     print_command: Annotated[
         bool,
         output_option(
@@ -109,6 +116,7 @@ def engine_command(
     """Build TensorRT engines from a guarded folder, and show that the guard is in them."""
     if print_command:
         require_effect(context, ("out_folder", "force"), "with --print-command, which writes nothing")
+        require_effect(context, ("single_engine",), "with --print-command, whose decoder is always one engine")
     if backend == "tensorrt_rtx":
         require_effect(context, ("timing_cache",), "with --backend tensorrt_rtx, which keeps none")
     if backend == "tensorrt":
@@ -138,6 +146,7 @@ def engine_command(
             profiles=profiles,
             shapes=shape or (),
             options=options,
+            single_engine=single_engine,
             force=force,
             report_progress=report_progress,
         )

@@ -11,7 +11,7 @@ from .lowerings.task import Written, WrittenWhole
 from .modes import guard_mode
 from .node_builder import NodeBuilder
 from .pairs import SUPERVISOR_KEY
-from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan, SitePlan
+from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan, SitePlan, number_input, number_of_input
 from .runtime_controls import (
     PRESENT_GATE_OUTPUT,
     SCORES_OUTPUT,
@@ -35,13 +35,15 @@ def declare_inputs(model: ir.Model, plan: GuardPlan, shapes: Mapping[str, ir.Sha
 
 
 def port_shapes(model: ir.Model, plan: GuardPlan) -> dict[str, ir.Shape]:
-    """`[batch, layers, m]` of coordinates, in and out; `[batch, layers]` of gates and scores."""
+    """`[batch, layers, m]` of coordinates, `[batch, 1, 1]` of a single one, `[batch, layers]` of gates and scores."""
     names = [name for name in (*plan.added_inputs, *plan.added_outputs) if name not in plan.knobs]
     if not names:
         return {}
-    of_gates: list[ir.SymbolicDim | int | str] = [_batch(model, plan), len(plan.layers)]
+    batch = _batch(model, plan)
+    of_gates: list[ir.SymbolicDim | int | str] = [batch, len(plan.layers)]
     ranked = {*SUPERVISOR_INPUTS, COORDINATES_OUTPUT}
-    return {name: ir.Shape([*of_gates, plan.sites[0].guard.rank] if name in ranked else of_gates) for name in names}
+    shapes = {name: ir.Shape([*of_gates, plan.sites[0].guard.rank] if name in ranked else of_gates) for name in names}
+    return shapes | {name: ir.Shape([batch, 1, 1]) for name in names if number_of_input(name) is not None}
 
 
 def _batch(model: ir.Model, plan: GuardPlan) -> ir.SymbolicDim | int | str:
@@ -59,14 +61,25 @@ def _batch(model: ir.Model, plan: GuardPlan) -> ir.SymbolicDim | int | str:
     )
 
 
-def supervisor_row(edit: SubgraphEdit, builder: NodeBuilder, planned: SitePlan) -> ir.Value | None:
-    """This layer's row of the input, `[batch, 1, m]`: it meets every token."""
-    supervisor = next((edit.given[name] for name in SUPERVISOR_INPUTS if name in edit.given), None)
+def supervisor_input(edit: SubgraphEdit) -> ir.Value | None:
+    """The text-only coordinates of all layers, `[batch, layers, m]`; `None` in a mode that has no such input."""
+    return next((edit.given[name] for name in SUPERVISOR_INPUTS if name in edit.given), None)
+
+
+def split_supervisor(edit: SubgraphEdit, builder: NodeBuilder) -> dict[int, ir.Value]:
+    """Each layer's row of the input, `[batch, 1, m]`: it meets every token."""
+    supervisor, layers = supervisor_input(edit), edit.plan.layers
     if supervisor is None:
-        return None
-    row = edit.plan.layers.index(planned.layer_index)
-    index = builder.integers(row)
-    return builder.op("supervisor", "Gather", [supervisor, index], axis=1)
+        return {}
+    return dict(zip(layers, builder.split("supervisor", supervisor, len(layers), axis=1), strict=True))
+
+
+def supervisor_numbers(edit: SubgraphEdit, planned: SitePlan) -> tuple[ir.Value, ...]:
+    """This layer's coordinates as single inputs, `[batch, 1, 1]` each; empty for a graph that takes them stacked."""
+    if edit.plan.supervisor != "numbers":
+        return ()
+    rows = range(edit.plan.text_rows(planned.guard))
+    return tuple(edit.given[number_input(planned.layer_index, row)] for row in rows)
 
 
 def keep_outputs(edit: SubgraphEdit, builder: NodeBuilder, written: Written | WrittenWhole) -> None:
@@ -93,6 +106,7 @@ def _score(edit: SubgraphEdit, builder: NodeBuilder, written: Written) -> ir.Val
     """The gate's score in its own unit, not in the power of two that the lowering reads it in."""
     made = written.gate
     assert made is not None and edit.ends is not None
+    assert made.score is not None, "shared gates keep the scores that are an output"
     if guard_mode(edit.plan.mode).decides_by_text:  # one score per row, whatever the token
         return builder.op("score_unscaled", "Squeeze", [made.score, builder.integers(-1)])
     value = builder.op("score_last", "GatherND", [made.score, edit.ends])

@@ -58,6 +58,8 @@ class DecoderRecord(BaseModel):
         path: relative to the folder.
         source: name and SHA-256 of the unguarded graph file, and of its external data (`None`: not hashed).
         plan, report, proof: as their `to_json` give them.
+        directions: file of a precision variant whose numbers were fitted to its own states, relative to the folder; `None`:
+            the folder's `directions.safetensors`.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -67,6 +69,7 @@ class DecoderRecord(BaseModel):
     plan: dict[str, Any]
     report: dict[str, Any]
     proof: list[dict[str, Any]]
+    directions: str | None = None
 
 
 class EngineRecord(BaseModel):
@@ -74,19 +77,21 @@ class EngineRecord(BaseModel):
 
     Attributes:
         path: relative to the folder.
-        role: which part of the model it is.
-        source: name and SHA-256 of the ONNX graph that was built; for a decoder the guarded one.
+        role: which part of the model it is; `decode_step`: the decoder for calls of one token, if it has an engine of its own.
+        source: name and SHA-256 of the ONNX graph that was built; for a decoder the guarded one. For `decode_step` also the
+            digest of the graph that was derived from it.
         backend, version: the builder's.
         capabilities: compute capabilities that it was built for; empty: the GPU of the machine that built it.
         profiles: per optimisation profile its name and, by input, smallest, typical and largest shape.
         layers: what the builder made, in numbers (`EngineLayers.to_json`).
         pads: of a decoder: whether rows of different lengths may share a batch.
+        proof: of the derived graph.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     path: str
-    role: Literal["decoder", "vision_encoder", "embed_tokens"]
+    role: Literal["decoder", "decode_step", "vision_encoder", "embed_tokens"]
     source: dict[str, str]
     backend: Literal["tensorrt", "tensorrt_rtx"]
     version: str
@@ -94,6 +99,12 @@ class EngineRecord(BaseModel):
     profiles: list[dict[str, Any]]
     layers: dict[str, Any]
     pads: bool = False
+    proof: list[dict[str, Any]] = []
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether the guard is in it."""
+        return self.role in ("decoder", "decode_step")
 
 
 class PackagedRecord(BaseModel):
@@ -166,14 +177,38 @@ class Manifest(BaseModel):
 
     @property
     def plan(self) -> dict[str, Any]:
-        """Of the decoder that runs; the others have the same mode, layers and numbers."""
+        """Of the decoder that runs; the others have the same mode and layers, and its numbers or numbers of their own."""
         return self.decoders[0].plan
+
+    def seen_from(self, path: str) -> Manifest:
+        """The manifest with this decoder first, and what was measured for it.
+
+        Args:
+            path: of the decoder, relative to the folder.
+        """
+        decoders = sorted(self.decoders, key=lambda record: record.path != path)
+        row = (self.variants or {}).get(path, {})
+        measured = {
+            "refusals": row.get("harmful", self.refusals),
+            "calibration": row.get("calibration", self.calibration),
+        }
+        return self.model_copy(update={"decoders": decoders, **measured})
+
+    @property
+    def calibrations(self) -> list[dict[str, Any]]:
+        """Records of what the folder's guards were calibrated on: the guard's, and those of variants."""
+        rows = (self.variants or {}).values()
+        kept = (self.calibration, self.choice, *(row.get("calibration") for row in rows))
+        return [record for record in kept if record is not None]
 
     def to_text(self) -> str:
         content = self.model_dump()
         for name in ("packaged", "export_parity", "variants"):  # so that older versions can read all other folders
             if content[name] is None:
                 del content[name]
+        for record in content["decoders"]:
+            if record["directions"] is None:
+                del record["directions"]
         return to_strict_json({"schema": content.pop("schema_"), **content}, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -270,7 +305,7 @@ def require_intact(
         ManifestMismatch: a file is missing, changed or extra.
     """
     where = folder / MANIFEST_NAME
-    runs = [engine.path for engine in manifest.engines if engine.role == "decoder"] if manifest.engines else None
+    runs = [engine.path for engine in manifest.engines if engine.is_decoder] if manifest.engines else None
     runs = [record.path for record in manifest.decoders] if runs is None else runs
     unlisted = next((path for path in runs if path not in manifest.files), None)
     if not manifest.decoders or not runs or unlisted is not None:

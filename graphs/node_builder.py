@@ -81,6 +81,25 @@ class NodeBuilder:
         self.nodes.append(node)
         return output
 
+    def split(self, name: str, value: ir.Value, count: int, axis: int) -> list[ir.Value]:
+        """Equal parts of a value along one axis, by one node; the value itself for one part.
+
+        Args:
+            name: of the node; the parts have its name and a number.
+            value: any tensor.
+            count: of parts.
+            axis: that is split.
+        """
+        if count == 1:
+            return [value]
+        parts = [ir.Value(name=f"{self.scope}/{name}_{number}") for number in range(count)]
+        # from opset 18 on the number is written, before it is the number of outputs
+        written = {"num_outputs": count} if self.home.opset_imports.get("", 18) >= 18 else {}
+        node = ir.node("Split", [value], {"axis": axis, **written}, outputs=parts, name=f"{self.scope}/{name}")
+        node.metadata_props.update(self.properties)
+        self.nodes.append(node)
+        return parts
+
     def _register(self, name: str, array: np.ndarray) -> ir.Value:
         if name in self.home.initializers:  # another branch has written it, or another part of the guard
             known = self.home.initializers[name]

@@ -71,4 +71,5 @@ def _task(plan: GuardPlan, planned: SitePlan) -> Task:
         dtype,
         given if guard_mode(plan.mode).supervisor else None,
         ir.Value(name="selected"),
+        outputs_coordinates=plan.takes_supervisor,
     )

@@ -49,7 +49,7 @@ def playground(
     Args:
         guarded: a folder of graphs in the onnx-community layout that `vlmguard-export` wrote.
         base: the unguarded model; default: the folder's own graph, the guard taken out in memory.
-        variant: of the decoder; default: the one that runs.
+        variant: precision variant of the decoder; `None`: the one that runs.
         prompts: labelled prompts to pick from; default: found beside the model, else built-in ones.
         assets: a `node_modules` with the libraries; default: the user's cache, filled from the npm registry.
         port: of the loopback address; 0 takes any that is free.

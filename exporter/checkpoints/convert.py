@@ -37,7 +37,7 @@ from ...graphs.proof.structure import Check
 from ...graphs.reasons import out_of_memory
 from ..families import find_family
 from ..families.family import PAST, SEQUENCE, TOTAL, Family
-from ..families.transformers_class import transformers_class
+from ..families.transformers_class import saved_class, transformers_class
 from .fit import fit
 from .foreign_failures import WHAT_TO_DO, in_one_line
 from .narrow import narrow_weights, round_weights
@@ -246,8 +246,9 @@ def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: Prog
             f"are not opened)"
         )
     model_class = transformers_class(family.model_class)
+    whole_class = saved_class(read_config(folder), model_class)
     try:
-        config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+        config = whole_class.config_class.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, StrictDataclassError) as failure:
         raise ModelUnreadable(
             f"{folder}: its config.json describes no {family.model_type} model ({first_line(failure)}); "
@@ -255,7 +256,7 @@ def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: Prog
         ) from failure
     try:
         with quiet():
-            model, loading = model_class.from_pretrained(
+            model, loading = whole_class.from_pretrained(
                 folder,
                 config=config,
                 dtype=torch.float16 if dtype == "fp16" else torch.float32,
@@ -290,7 +291,13 @@ def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: Prog
             0,
             1,
         )
-    return model.eval()
+    part = next((part for part in model.eval().modules() if isinstance(part, model_class)), None)
+    if part is None:
+        raise ModelUnreadable(
+            f"{folder}: its architecture {whole_class.__name__} has no part of the class {family.model_class}, which "
+            f"transformers lists for {family.model_type}; export it to ONNX with its own tools and guard that folder instead"
+        )
+    return part
 
 
 def save_part(graph: ir.Model, path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +43,13 @@ class Engine:
         plan: what is written to disk.
         layers: what the builder made.
         warnings: what the builder warned of.
+        graph_sha256: hexadecimal digest of the serialized graph that the parser was given.
     """
 
     plan: bytes
     layers: EngineLayers
     warnings: tuple[str, ...]
+    graph_sha256: str
 
 
 def build_engine(
@@ -74,7 +77,7 @@ def build_engine(
     with backend.log.recording() as messages:
         builder = trt.Builder(backend.log.logger)
         network = builder.create_network(_network_flags(backend))
-        _parse(backend, network, model, path, messages)
+        graph_sha256 = _parse(backend, network, model, path, messages)
         _require_ports(network, model, path)
         _make_attention_decomposable(backend, network)
         config = builder.create_builder_config()
@@ -93,7 +96,7 @@ def build_engine(
     if not layers.layers:
         layers = _inspected(backend, content)
     warnings = tuple(dict.fromkeys(m.text.strip() for m in messages if m.severity == "WARNING"))
-    return Engine(content, layers, warnings)
+    return Engine(content, layers, warnings, graph_sha256)
 
 
 def _network_flags(backend: Backend) -> int:
@@ -102,11 +105,12 @@ def _network_flags(backend: Backend) -> int:
     return 1 << int(flags.STRONGLY_TYPED) if backend.name == "tensorrt" and backend.major < 11 else 0
 
 
-def _parse(backend: Backend, network: Any, model: ir.Model, path: Path, messages: list[Message]) -> None:
+def _parse(backend: Backend, network: Any, model: ir.Model, path: Path, messages: list[Message]) -> str:
+    """Digest of what was parsed."""
     parser = backend.module.OnnxParser(network, backend.log.logger)
     content, folder = in_memory(model, path.parent, maps=False)
     if parser.parse(content, str(folder / path.name)):
-        return
+        return hashlib.sha256(content).hexdigest()
     if not parser.num_errors:
         raise GuardError(f"{path}: {backend.name} {backend.version} cannot parse it ({why(messages)})")
     error = parser.get_error(0)

@@ -3,7 +3,8 @@
     guarded folder ──► parts (decoder, vision encoder, embeddings) ──► readable? ──► profiles ──► build ──► guard in the layers?
                    ──► (run, where a GPU is) ──► folder (engines, tokenizer and configs, guard.json)
 
-The input is a folder that `vlmguard-export` wrote, so what goes into the builder is what was proved.
+The input is a folder that `vlmguard-export` wrote, so what goes into the builder is what was proved. Decode steps get an engine
+of their own where their guard can be cheaper (`step_graph`); its graph is derived and proved here.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from ...runtime.decoder_inputs import can_pad
 from ...runtime.guarded import open_guarded_package
 from ...runtime.tensorrt.backend import Backend, find_backend
 from ..artifact.guarded_folder import versions
+from ..proof.prove_decoder import require_all
 from ..sources import require_apart
 from .build_engine import BuildOptions, Engine, build_engine, require_capabilities
 from .layers import require_guard
@@ -52,9 +54,10 @@ from .profile import (
     require_within,
     shapes_to_json,
 )
+from .step_graph import DERIVED, StepGraph, derive_step_graph, prove_step_graph
 
 ENGINE_SUFFIX = ".engine"
-Role = Literal["decoder", "vision_encoder", "embed_tokens"]
+Role = Literal["decoder", "decode_step", "vision_encoder", "embed_tokens"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Part:
         guard: names of the guard's nodes in its layers that an engine has to show.
         pads: of a decoder: whether rows of different lengths may share a batch.
         settled: whether the file writes fixed sizes as names, which our builder puts right before TensorRT reads them.
+        step: the graph that is built in place of the file's; `None`: the file's.
     """
 
     role: Role
@@ -78,6 +82,7 @@ class Part:
     guard: tuple[str, ...] = ()
     pads: bool = False
     settled: bool = False
+    step: StepGraph | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ def build_engines(
     profiles: Sequence[EngineProfile] = (),
     shapes: Sequence[str] = (),
     options: BuildOptions | None = None,
+    single_engine: bool = False,
     force: bool = False,
     report_progress: ProgressCallback = ignore_progress,
 ) -> EngineResult:
@@ -123,6 +129,7 @@ def build_engines(
         profiles: shapes of the decoder's calls; default `default_profiles`.
         shapes: shapes of inputs without a profile (`parse_shapes`).
         options: options of the builder.
+        single_engine: one engine for prefill and decode, which keeps the weights once but has more kernels per decode step.
         force: replace OUT.
         report_progress: called with `(stage, done, total)`.
 
@@ -137,7 +144,8 @@ def build_engines(
     target = Path(out).absolute() if out is not None else folder.parent / f"{folder.name}-engine"
     require_apart(target, folder, package)
     require_writable(target, force)
-    parts = plan_parts(package, profiles, parse_shapes(shapes))
+    step = None if single_engine else _proved_step(folder, manifest, package, report_progress)
+    parts = plan_parts(package, profiles, parse_shapes(shapes), step)
     created = to_text(now())
     with staged(target, force) as stage:
         engines = [_build(chosen, part, options, stage, report_progress) for part in parts]
@@ -146,6 +154,19 @@ def build_engines(
         written = _record_folder(stage, manifest, records, chosen, created)
     warnings = {part.relative: engine.warnings for part, engine in zip(parts, engines, strict=True) if engine.warnings}
     return EngineResult(target, written, warnings)
+
+
+def _proved_step(
+    folder: Path, manifest: Manifest, package: ModelPackage, report_progress: ProgressCallback
+) -> StepGraph | None:
+    label = "proving the decode graph"
+    report_progress(label, 0, 1)
+    step = derive_step_graph(folder, manifest, package)
+    if step is not None:
+        step = replace(step, proof=prove_step_graph(step))
+        require_all(step.proof)
+    report_progress(label, 1, 1)
+    return step
 
 
 def open_buildable(folder: Path) -> tuple[Manifest, ModelPackage]:
@@ -173,9 +194,18 @@ def open_buildable(folder: Path) -> tuple[Manifest, ModelPackage]:
 
 
 def plan_parts(
-    package: ModelPackage, profiles: Sequence[EngineProfile], given: Mapping[str, Shapes]
+    package: ModelPackage,
+    profiles: Sequence[EngineProfile],
+    given: Mapping[str, Shapes],
+    step: StepGraph | None = None,
 ) -> tuple[Part, ...]:
     """The graphs to build, with the shapes of every input; raises before anything is built.
+
+    Args:
+        package: the model.
+        profiles: shapes of the decoder's calls; none: `default_profiles`.
+        given: shapes of other inputs.
+        step: the graph of an engine of its own for the profiles with one token per call, where there are others too.
 
     Raises:
         GuardError: TensorRT cannot read one of the graphs, or the shapes do not fit.
@@ -205,8 +235,20 @@ def plan_parts(
         raise GuardError(
             f"--shape names {sorted(unknown)[0]!r}, which no graph of {package.root} takes; look at its inputs"
         )
-    parts = (_part(package, role, path, model, chosen, given) for role, (path, model) in loaded.items())
-    return tuple(replace(part, settled=settled[part.role]) for part in parts)
+    steps = [profile for profile in chosen if profile.is_step] if step is not None else []
+    longer = [profile for profile in chosen if profile not in steps]
+    if step is None or not steps or not longer:
+        steps, longer = [], list(chosen)
+    parts = [
+        replace(
+            _part(package, role, path, model, longer if role == "decoder" else chosen, given), settled=settled[role]
+        )
+        for role, (path, model) in loaded.items()
+    ]
+    if step is not None and steps:
+        part = _part(package, "decode_step", package.decoder, step.model, steps, given)
+        parts.insert(1, replace(part, settled=settled["decoder"], step=step))
+    return tuple(parts)
 
 
 def _part(
@@ -217,9 +259,11 @@ def _part(
     profiles: Sequence[EngineProfile],
     given: Mapping[str, Shapes],
 ) -> Part:
-    relative = path.relative_to(package.root).with_suffix(ENGINE_SUFFIX).as_posix()
+    suffix = f".decode{ENGINE_SUFFIX}" if role == "decode_step" else ENGINE_SUFFIX
+    relative = path.relative_to(package.root).with_suffix(suffix).as_posix()
+    is_decoder = role in ("decoder", "decode_step")
     try:
-        if role == "decoder":
+        if is_decoder:
             heads = package.kv_heads, package.head_size
             shapes = tuple((one.name, decoder_shapes(model.graph, one, given, heads)) for one in profiles)
         else:
@@ -227,7 +271,7 @@ def _part(
     except GuardError as error:
         raise GuardError(f"{path}: {error}") from None
     guard = tuple(node.name or "" for node in model.graph.all_nodes() if _must_show(node))
-    pads = role == "decoder" and can_pad(model.graph)
+    pads = is_decoder and can_pad(model.graph)
     return Part(role, path, relative, shapes, guard, pads)
 
 
@@ -254,10 +298,13 @@ def _build(
         report_progress(f"{label}: {phase}", done, total)
 
     report_progress(label, 0, 1)
-    model = load_graph(part.path, trust_links=True)
-    settle_sizes(model)
+    if part.step is not None:
+        model = part.step.model
+    else:
+        model = load_graph(part.path, trust_links=True)
+        settle_sizes(model)
     engine = build_engine(backend, model, part.path, [shapes for _, shapes in part.profiles], options, report_phase)
-    if part.role == "decoder":
+    if part.role in ("decoder", "decode_step"):
         require_guard(engine.layers, part.guard, len(part.profiles), str(part.path))
     destination = stage / part.relative
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -276,16 +323,18 @@ def _bring_companions(package: ModelPackage, parts: Sequence[Part], stage: Path)
 
 
 def _record(backend: Backend, part: Part, engine: Engine, options: BuildOptions) -> EngineRecord:
+    derived = {} if part.step is None else {DERIVED: engine.graph_sha256}
     return EngineRecord(
         path=part.relative,
         role=part.role,
-        source={"graph": part.path.name, "sha256": sha256_file(part.path)},
+        source={"graph": part.path.name, "sha256": sha256_file(part.path), **derived},
         backend=backend.name,
         version=backend.version,
         capabilities=list(options.capabilities),
         profiles=[{"name": name, "shapes": shapes_to_json(shapes)} for name, shapes in part.profiles],
         layers=engine.layers.to_json(),
         pads=part.pads,
+        proof=[] if part.step is None else [check.to_json() for check in part.step.proof],
     )
 
 

@@ -18,6 +18,7 @@ from ...graphs.graph_content import is_graph
 from ...graphs.inventory import is_read
 from ...graphs.manifest import EngineRecord, Manifest, read_manifest
 from ...graphs.package import ModelPackage
+from ...graphs.plan import COORDINATES_OUTPUT
 from ...graphs.progress import ProgressCallback
 from ...graphs.proof.strip import strip_guard
 from ...graphs.proof.structure import Check, exact
@@ -30,6 +31,7 @@ from ..proof.make_inputs import make_proof_inputs
 from ..proof.prove_closed import roll
 from ..session import Session
 from ..sources import Source
+from .step_graph import check_step_engine, derive_step_graph
 
 # Prefill, and as many decode steps.
 STEPS = 16
@@ -39,7 +41,7 @@ def check_records(manifest: Manifest) -> list[Check]:
     """The builder showed the guard in every layer that the plan guards."""
     checks = []
     for engine in manifest.engines:
-        if engine.role != "decoder":
+        if not engine.is_decoder:
             continue
         shown = [profile.get("guard_nodes", {}) for profile in engine.layers.get("profiles", ())]
         wrong = [
@@ -56,7 +58,12 @@ def check_records(manifest: Manifest) -> list[Check]:
 def check_sources(manifest: Manifest, guarded: Path) -> list[Check]:
     """Every engine was built from the graph that has its role in that folder, and what lies around them is that folder's."""
     package = open_guarded_package(guarded, read_manifest(guarded))
-    parts = {"decoder": package.decoder, "vision_encoder": package.vision_encoder, "embed_tokens": package.embed_tokens}
+    parts = {
+        "decoder": package.decoder,
+        "decode_step": package.decoder,
+        "vision_encoder": package.vision_encoder,
+        "embed_tokens": package.embed_tokens,
+    }
     wrong = []
     for engine in manifest.engines:
         path = parts[engine.role]
@@ -66,7 +73,10 @@ def check_sources(manifest: Manifest, guarded: Path) -> list[Check]:
             )
         if sha256_file(path) != engine.source["sha256"]:
             wrong.append(engine.path)
-    return [exact("every engine was built from the guarded folder's graph", len(manifest.engines), wrong)]
+    checks = [exact("every engine was built from the guarded folder's graph", len(manifest.engines), wrong)]
+    if not wrong and any(engine.role == "decode_step" for engine in manifest.engines):
+        checks += check_step_engine(manifest, derive_step_graph(guarded, read_manifest(guarded), package))
+    return checks
 
 
 def check_around_engines(manifest: Manifest, guarded: Path) -> Check:
@@ -99,10 +109,10 @@ def check_by_running(folder: Path, manifest: Manifest, guarded: Path, report_pro
     Raises:
         GuardError: there is no GPU, or the engine does not run on it.
     """
-    record = next(engine for engine in manifest.engines if engine.role == "decoder")
+    records = [engine for engine in manifest.engines if engine.is_decoder]
     package = open_guarded_package(guarded, read_manifest(guarded))
     anatomy = dissect(package.load_decoder(), package.declared_layers)
-    inputs = _inputs(package, anatomy, _rows(record), report_progress)
+    inputs = _inputs(package, anatomy, min(map(_rows, records)), report_progress)
     found = rolled(GuardedVLM.open_unproved(folder).decoder, inputs)
     expected = rolled(open_decoder(package, runtime="onnxruntime-cpu"), inputs)
     stripped = package.load_decoder()
@@ -128,7 +138,10 @@ Rolled = list[dict[str, np.ndarray]]
 
 
 def rolled(session: DecoderSession, inputs: ProofInputs) -> Rolled:
-    """Every output of a prefill and of each decode step, batch by batch; in mode `supervise` after a text-only pass."""
+    """Every output of a prefill and of each decode step, batch by batch; in mode `supervise` after a text-only pass.
+
+    Coordinates are compared in prefills alone: in decode steps nothing reads them, and a decode engine does not output them.
+    """
     found: Rolled = []
     for batch, text in zip(inputs.batches, inputs.texts, strict=True):
         supervisor = None
@@ -136,7 +149,10 @@ def rolled(session: DecoderSession, inputs: ProofInputs) -> Rolled:
             outputs, _ = session.prefill(text, session.no_supervisor(text.size))
             supervisor = session.coordinates(outputs)
         outputs = roll(session, batch, supervisor, steps=STEPS)
-        found += [{name: np.asarray(call[name]) for name in call} for call in outputs]
+        found += [
+            {name: np.asarray(call[name]) for name in call if not (number and name == COORDINATES_OUTPUT)}
+            for number, call in enumerate(outputs)
+        ]
     return found
 
 

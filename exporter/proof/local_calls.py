@@ -11,7 +11,7 @@ import onnx_ir as ir
 from ...graphs.call_inputs import GrowingCache
 from ...graphs.dtypes import NUMPY_DTYPES
 from ...graphs.modes import guard_mode
-from ...graphs.plan import SUPERVISOR_INPUTS, GuardPlan
+from ...graphs.plan import SUPERVISOR_INPUTS, GuardPlan, number_of_input
 from ...graphs.proof.cut_out import Cut
 from ...graphs.reference import (
     call_end,
@@ -116,13 +116,16 @@ def call_feeds(cut: Cut, plan: GuardPlan, call: LocalCall, states: Mapping[str, 
             fed[name] = states[name]
         elif name in SUPERVISOR_INPUTS:
             fed[name] = np.stack([call.supervisors[number] for number in plan.layers], axis=1)
+        elif (number := number_of_input(name)) is not None:
+            layer, row = number
+            fed[name] = call.supervisors[layer][:, row, None, None]
         elif name == PAST_GATE_INPUT:
             assert call.held is not None
             fed[name] = call.held
         elif name in (STRENGTH_INPUT, OFFSET_INPUT):
-            number = call.strength if name == STRENGTH_INPUT else call.offset
-            if number is not None:
-                fed[name] = np.array(number, np.float32)
+            knob = call.strength if name == STRENGTH_INPUT else call.offset
+            if knob is not None:
+                fed[name] = np.array(knob, np.float32)
         elif cut.calls.mask is not None and name == cut.calls.mask.name:
             fed[name] = call.mask.mask.astype(_numpy(value))
         elif cut.calls.positions is not None and name == cut.calls.positions.name:

@@ -53,18 +53,19 @@ def prove_decoder(
     structure = prove_fold if decoder.plan.lowering == FOLD else prove_structure
     checks = structure(source, load_graph(path, trust_links=True), decoder.anatomy, decoder.plan, report)
     report_progress(label, 1, 2)
-    _require_all(checks)
+    require_all(checks)
     if locally:
         checks += prove_locally(path, decoder.plan, report)
     if inputs is not None:
         running = prove_fold_by_running if decoder.plan.lowering == FOLD else prove_by_running
         checks += running(decoder.package, path, decoder.plan, report, inputs, place)
     report_progress(label, 2, 2)
-    _require_all(checks)
+    require_all(checks)
     return checks
 
 
-def _require_all(checks: Sequence[Check]) -> None:
+def require_all(checks: Sequence[Check]) -> None:
+    """Raise `ProofFailed` for the first check that does not hold."""
     # The headroom first: if float16 overflows, every other check fails too, with a less useful message.
     for check in sorted(checks, key=lambda check: check.name != HEADROOM):
         if not check.ok:

@@ -43,7 +43,11 @@ def prove_locally(staged: Path, plan: GuardPlan, report: GuardReport) -> tuple[C
         staged: the guarded decoder's file, as it will ship.
         plan, report: what was planned and done; a lowering that writes nodes.
     """
-    graph = load_graph(staged, trust_links=True)
+    return prove_graph_locally(load_graph(staged, trust_links=True), plan, report)
+
+
+def prove_graph_locally(graph: ir.Model, plan: GuardPlan, report: GuardReport) -> tuple[Check, ...]:
+    """`prove_locally` of a graph in memory, which is not changed."""
     found = LocalFindings(plan)
     for body in plan.bodies:
         for layers in _parts(plan):

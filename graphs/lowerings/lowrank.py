@@ -19,7 +19,7 @@ import onnx_ir as ir
 from ..modes import guard_mode
 from ..node_builder import NodeBuilder
 from ..reference import LayerGuard
-from .gate import bounded, columns, combined_score, first_coordinate, gate
+from .gate import bounded, columns, combined_score, gate, text_gate
 from .task import Gate, Task, Written
 
 
@@ -43,7 +43,7 @@ def correction(builder: NodeBuilder, h: ir.Value, task: Task) -> Written:
         read = builder.cast("read_float32", read, "float32")
     c = columns(builder, "coordinates", read, 0, layer.rank) if guard_mode(mode).has_readout else read
     weights, opened = _WEIGHTS[mode](builder, read, c, task, units)
-    coordinates = _unscaled(builder, c, units) if task.supervisor is not None else None
+    coordinates = _unscaled(builder, c, units) if task.outputs_coordinates else None
     delta, rows = _write(builder, h, _at(builder, weights, task.selected), layer, units, "float32", dtype)
     return Written(delta, coordinates, opened, (rows,))
 
@@ -51,6 +51,21 @@ def correction(builder: NodeBuilder, h: ir.Value, task: Task) -> Written:
 def selects(mode: str, dtype: str) -> str:
     """The dtype of the selection that `w` is multiplied with."""
     return dtype if mode == "project" else "float32"
+
+
+def score_unit(mode: str, layer: LayerGuard, dtype: str) -> float:
+    """The power of two that the gate's score is read in.
+
+    Args:
+        mode: of the guard.
+        layer: its numbers.
+        dtype: of the stream.
+    """
+    row = guard_mode(mode)
+    if dtype != "float16" or row.toward_text:  # text-only coordinates come unscaled
+        return 1.0
+    units = _half_units(layer)
+    return units.score if row.has_readout else units.c
 
 
 def _at(builder: NodeBuilder, w: ir.Value, selected: ir.Value | None) -> ir.Value:
@@ -110,7 +125,7 @@ def _supervise(builder: NodeBuilder, read: ir.Value, c: ir.Value, task: Task, un
     """`g(a) (alpha (a - o) - (c - o))`; `a` comes unscaled."""
     layer, supervisor = task.layer, task.supervisor
     assert supervisor is not None
-    made = gate(builder, first_coordinate(builder, task), task)
+    made = text_gate(builder, task)
     origin = builder.constant("origin", layer.origin, "float32")
     wanted = builder.op("supervisor_centred", "Sub", [supervisor, origin])
     wanted = builder.op(
@@ -131,7 +146,7 @@ def _align(
         return builder.op("difference", "Sub", [text, c]), None
     wanted = task.supervisor
     assert wanted is not None
-    made = gate(builder, first_coordinate(builder, task), task)
+    made = text_gate(builder, task)
     if units.c != 1.0:
         wanted = builder.op("wanted", "Mul", [wanted, builder.constant("wanted_unit", np.array(units.c), "float32")])
     return builder.op("weights", "Mul", [made.opened, builder.op("difference", "Sub", [wanted, c])]), made

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from ..modes import guard_mode
 from ..node_builder import NodeBuilder
 from ..reference import LayerGuard
-from .gate import bounded, columns, combined_score, first_coordinate, gate
+from .gate import bounded, columns, combined_score, gate, text_gate
 from .task import Gate, Task, Written
 
 
@@ -55,7 +55,7 @@ def _gate(builder: NodeBuilder, h: ir.Value, c: list[ir.Value], task: Task) -> G
     if task.mode == "project" or task.text_ends is not None:
         return None
     if guard_mode(task.mode).toward_text:
-        return gate(builder, first_coordinate(builder, task), task)
+        return text_gate(builder, task)
     if task.mode == "steer":
         return gate(builder, c[0], task)
     readout = builder.constant("readout", task.layer.readout, "float32")
@@ -66,7 +66,7 @@ def _gate(builder: NodeBuilder, h: ir.Value, c: list[ir.Value], task: Task) -> G
 
 def _weights(builder: NodeBuilder, task: Task, c: list[ir.Value], opened: ir.Value | None) -> list[ir.Value]:
     """The numbers of `w`, each `[..., 1]` float32."""
-    mode, layer, supervisor = task.mode, task.layer, task.supervisor
+    mode, layer = task.mode, task.layer
     if mode == "project":
         wanted = [builder.op(f"minus_c_{number}", "Neg", [value]) for number, value in enumerate(c)]
     elif guard_mode(mode).has_readout:
@@ -78,8 +78,7 @@ def _weights(builder: NodeBuilder, task: Task, c: list[ir.Value], opened: ir.Val
         if mode == "steer":
             wanted = [builder.op(f"wanted_{number}", "Mul", [value, alpha]) for number, value in enumerate(c)]
         else:
-            assert supervisor is not None
-            wanted = _to_the_supervisor(builder, layer, c, supervisor, alpha)
+            wanted = _to_the_supervisor(builder, task, c, alpha)
     if opened is None:
         return wanted
     return [builder.op(f"w_{number}", "Mul", [opened, value]) for number, value in enumerate(wanted)]
@@ -99,14 +98,12 @@ def _to_the_target(builder: NodeBuilder, layer: LayerGuard, c: list[ir.Value]) -
     ]
 
 
-def _to_the_supervisor(
-    builder: NodeBuilder, layer: LayerGuard, c: list[ir.Value], supervisor: ir.Value, alpha: ir.Value
-) -> list[ir.Value]:
+def _to_the_supervisor(builder: NodeBuilder, task: Task, c: list[ir.Value], alpha: ir.Value) -> list[ir.Value]:
     """`alpha (a - o) - (c - o)`"""
     wanted = []
     for number, value in enumerate(c):
-        a = _text_coordinate(builder, layer, supervisor, number)
-        origin = builder.constant(f"origin_{number}", layer.origin[number], "float32")
+        a = _text_coordinate(builder, task, number)
+        origin = builder.constant(f"origin_{number}", task.layer.origin[number], "float32")
         aim = builder.op(f"a_{number}_centred", "Sub", [a, origin])
         aim = builder.op(f"a_{number}_strength", "Mul", [aim, alpha])
         present = builder.op(f"present_{number}", "Sub", [value, origin])
@@ -119,18 +116,22 @@ def _to_the_text(builder: NodeBuilder, task: Task, c: list[ir.Value]) -> list[ir
     if task.text_ends is not None:
         text = [builder.op(f"text_{number}", "GatherND", [value, task.text_ends]) for number, value in enumerate(c)]
     else:
-        assert task.supervisor is not None
-        text = [_text_coordinate(builder, task.layer, task.supervisor, number) for number in range(len(c))]
+        text = [_text_coordinate(builder, task, number) for number in range(len(c))]
     return [builder.op(f"wanted_{number}", "Sub", both) for number, both in enumerate(zip(text, c, strict=True))]
 
 
-def _text_coordinate(builder: NodeBuilder, layer: LayerGuard, supervisor: ir.Value, number: int) -> ir.Value:
+def _text_coordinate(builder: NodeBuilder, task: Task, number: int) -> ir.Value:
     """The text-only coordinate along one row, `[batch, 1, 1]`."""
-    return columns(builder, f"a_{number}", supervisor, number, number + 1) if layer.rank > 1 else supervisor
+    if task.numbers:
+        return task.numbers[number]
+    assert task.supervisor is not None
+    if task.layer.rank == 1:
+        return task.supervisor
+    return columns(builder, f"a_{number}", task.supervisor, number, number + 1)
 
 
 def _coordinates(builder: NodeBuilder, task: Task, c: list[ir.Value]) -> ir.Value | None:
     """`c` side by side, where the text-only pass must output it."""
-    if task.supervisor is None:
+    if not task.outputs_coordinates:
         return None
     return c[0] if len(c) == 1 else builder.op("coordinates", "Concat", c, axis=-1)

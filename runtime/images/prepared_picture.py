@@ -57,5 +57,8 @@ class Preprocessor(Protocol):
         ...
 
     def blank_image(self) -> Image.Image:
-        """A white picture of a size that the model sees as it is, or of its usual size."""
+        """A white picture of the size with the fewest image tokens that a user's picture could have.
+
+        Calibration shows it, and noise of the same size, beside hundreds of prompts.
+        """
         ...

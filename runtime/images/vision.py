@@ -144,17 +144,22 @@ class _One:
                 f"the vision encoder gives {count} features for {prepared.tokens or 'the'} image tokens; "
                 "the image processor's config is not this model's, copy the one that belongs to it"
             )
-        grid = prepared.grid
-        if grid is None and prepared.seen_size is not None:
-            grid = token_grid(prepared.seen_size, count)
         patches = prepared.arrays.get("image_grid_thw")
         return cls(
             rows=rows,
-            tokens=PictureTokens(count, grid, prepared.sizes if grid is not None else ()),
+            tokens=picture_tokens(prepared, count),
             deep={name: values for name, values in outputs.items() if is_features(name)},
             grid=patches,
             merge=1 if patches is None else math.isqrt(int(patches.prod()) // count),
         )
+
+
+def picture_tokens(prepared: PreparedPicture, count: int) -> PictureTokens:
+    """The image tokens of a prepared picture for which the vision encoder gives `count` rows."""
+    grid = prepared.grid
+    if grid is None and prepared.seen_size is not None:
+        grid = token_grid(prepared.seen_size, count)
+    return PictureTokens(count, grid, prepared.sizes if grid is not None else ())
 
 
 def fed(inputs: Mapping[str, Port], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from ...graphs.errors import ExtraMissing, GuardError, RunFailed
 from ...graphs.extras import install_command
 from ..device import DeviceTensor
 
-_SMALLEST = 256  # bytes: the alignment of cudaMalloc, which TensorRT requires
+ALIGNMENT = 256  # bytes: that of cudaMalloc, which TensorRT requires
 
 
 class Cuda:
@@ -174,6 +174,15 @@ class Buffer:
         self._pool._give_back(self.address, self.size)
 
 
+class BufferPart:
+    """Memory inside a buffer, which it keeps."""
+
+    __slots__ = ("_whole", "address")
+
+    def __init__(self, whole: Buffer, offset: int) -> None:
+        self._whole, self.address = whole, whole.address + offset
+
+
 class Pool:
     """Buffers of a few sizes for reuse: a warm decode step allocates nothing.
 
@@ -242,14 +251,14 @@ class Pool:
 
 
 def _rounded(size: int) -> int:
-    step = max(_SMALLEST, 1 << max(0, (size - 1).bit_length() - 3))  # an eighth of the power of two that holds it
-    return max(_SMALLEST, -(-size // step) * step)
+    step = max(ALIGNMENT, 1 << max(0, (size - 1).bit_length() - 3))  # an eighth of the power of two that holds it
+    return max(ALIGNMENT, -(-size // step) * step)
 
 
 class CudaTensor(DeviceTensor):
     """A C-contiguous tensor in a pool's buffer."""
 
-    def __init__(self, buffer: Buffer, pool: Pool, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    def __init__(self, buffer: Buffer | BufferPart, pool: Pool, shape: tuple[int, ...], dtype: np.dtype) -> None:
         self.buffer, self.pool = buffer, pool
         self._shape, self._dtype = shape, dtype
 

@@ -237,7 +237,7 @@ def test_a_folder_that_is_not_what_was_proved_is_refused(guarded: Guarded, tmp_p
         f"{guarded('restore') / DECODER}: is not the model that {DECODER} was made from (SHA-256 differs); give that one"
     )
     assert refused(guarded("restore"), variant="q4") == (
-        f"{guarded('restore')}: has no decoder of variant 'q4', but decoder_model_merged.onnx; name one of theirs"
+        f"{guarded('restore')}: the decoder has no variant 'q4', only ''; name one"
     )
 
 

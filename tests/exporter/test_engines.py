@@ -261,9 +261,10 @@ def engines(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_folder_of_engines(guarded: Guarded, engines: Path) -> None:
     manifest = read_manifest(engines)
-    assert [engine.role for engine in manifest.engines] == ["decoder", "vision_encoder", "embed_tokens"]
-    decoder = manifest.engines[0]
-    assert [profile["name"] for profile in decoder.profiles] == ["prefill", "decode"]
+    assert [engine.role for engine in manifest.engines] == ["decoder", "decode_step", "vision_encoder", "embed_tokens"]
+    decoder, step = manifest.engines[:2]
+    assert [profile["name"] for engine in (decoder, step) for profile in engine.profiles] == ["prefill", "decode"]
+    assert not list(step.layers["profiles"])[1:]
     for shown in decoder.layers["profiles"]:
         assert list(shown["guard_nodes"]) == [str(layer) for layer in manifest.plan["layers"]]
     assert (decoder.backend, decoder.pads, manifest.proved) == ("tensorrt_rtx", True, "structure")

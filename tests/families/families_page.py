@@ -23,7 +23,7 @@ def page(rows: Sequence[TypeRow]) -> str:
     rows = sorted(rows, key=lambda row: row.type)
     guarded = [row for row in rows if row.guarded]
     others = [row for row in rows if not row.guarded]
-    seen = sum(row.picture == "yes" for row in guarded)
+    seen = sum(row.picture.startswith("yes") for row in guarded)
     versions = ", ".join(sorted({row.transformers for row in rows if row.transformers}))
     lines = [
         _HEAD,

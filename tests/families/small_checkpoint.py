@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from vlmguard.exporter.families.image_tokens import image_token_id
 
 # A type of AutoModelForCausalLM that takes images all the same.
 EXTRA = {"phi4_multimodal": "Phi4MultimodalForCausalLM"}
+# Types whose checkpoints are saved by another class than the one that transformers lists, around it.
+_SAVED_BY = {"shieldgemma2": "ShieldGemma2ForImageClassification"}
 _WORDS = re.findall(r"\w+", "how do I make a cake for you sorry cannot help bake it describe what is in the picture")
 _TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] | upper }} : "
@@ -46,12 +49,13 @@ def save_small(model_type: str, folder: Path) -> Path:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    whole = getattr(transformers, types()[model_type])
+    whole = getattr(transformers, _SAVED_BY.get(model_type) or types()[model_type])
     content = shrunk(CONFIG_MAPPING[model_type]().to_dict())
     CHANGES.get(model_type, lambda config: None)(content)
-    config = whole.config_class.from_dict(content)
     torch.manual_seed(0)
-    model = whole(config).eval()
+    model = whole(whole.config_class.from_dict(deepcopy(content))).eval()
+    # timm writes functions to the config that it is given
+    config = model.config = whole.config_class.from_dict(content)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.is_floating_point():
@@ -170,8 +174,8 @@ _OPTIONS = {
         ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),
         lambda config: {
             "patch_size": config.vision_config.patch_size,
-            "scale_resolution": 128,
-            "max_slice_nums": 1,
+            "scale_resolution": 14 * config.vision_config.patch_size,
+            "max_slice_nums": 4,
         },
     ),
     **dict.fromkeys(
@@ -201,6 +205,18 @@ _OPTIONS = {
         },
     ),
     "kimi_k25": lambda config: {},
+    "perception_lm": lambda config: {"tile_size": 56, "max_num_tiles": 9},
+    "gemma4_unified": lambda config: {
+        "patch_size": config.vision_config.patch_size,
+        "pooling_kernel_size": config.vision_config.pooling_kernel_size,
+        "max_soft_tokens": 70,
+    },
+    "molmo2": lambda config: {
+        "size": dict(zip(("height", "width"), config.vision_config.image_size, strict=True)),
+        "patch_size": config.vision_config.patch_size,
+        "overlap_margins": [1, 1],
+        "max_crops": 4,
+    },
     "video_llama_3": lambda config: {
         "patch_size": config.vision_config.patch_size,
         "merge_size": 1,

@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
-from families.all_types import read_rows, run_all
+from families.all_types import every_row, read_rows, run_all, write_rows
 from families.families_page import page
 from families.one_type import TypeRow, run_type
 
@@ -62,15 +61,21 @@ def test_what_has_no_decoder_is_refused_by_its_config(config: dict[str, object],
     )
 
 
-def test_a_stopped_run_goes_on_and_the_page_has_every_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results, asked = tmp_path / "results.jsonl", []
+def test_a_stopped_run_goes_on_and_the_page_keeps_every_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, progress, asked = tmp_path / "results.jsonl", tmp_path / "progress.jsonl", []
     done = TypeRow("first", "5.23.0", "generic row", 1e-6, "4 of 4", "6 checks", True, "yes")
     refused = TypeRow("second", "5.23.0", reason="its decoder | is <odd>")
-    results.write_text(json.dumps(vars(done)) + "\n", encoding="utf-8")
+    write_rows(results, [refused, TypeRow("first", reason="an older row"), TypeRow("third", "5.22.0"), done])
+    write_rows(progress, [done])
     module = sys.modules["families.all_types"]
     monkeypatch.setattr(module, "run_in_process", lambda name: asked.append(name) or refused)
-    run_all(results, ["first", "second"])
-    assert asked == ["second"] and [row.type for row in read_rows(results)] == ["first", "second"]
+    run_all(results, ["first", "second"], progress)
+    assert asked == ["second"] and {row.type for row in read_rows(progress)} == {"first", "second"}
+    assert [row.type for row in read_rows(results)] == ["first", "second", "third"]
+    run_all(results, ["second"])  # named: run again
+    assert asked == ["second"] * 2
+    assert [row.type for row in every_row(results, ["first", "fourth"])][-1] == "fourth"
+    write_rows(results, read_rows(results)[:2])
     text = page(read_rows(results))
     assert (
         "2 types (transformers 5.23.0): 1 exported with parity, guarded and verified, 1 of them with a picture." in text

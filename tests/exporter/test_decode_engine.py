@@ -1,0 +1,268 @@
+"""The engine of decode steps: no kernel for the guard, the same numbers as the guarded decoder, and a proof of its graph."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from random_directions import random_directions
+from tiny_vlm_paths import SOURCE, Guarded
+from zoo.model import ZooModel
+from zoo_fixtures import zoo
+
+import vlmguard
+from vlmguard.exporter.engines import step_graph
+from vlmguard.exporter.engines.build_engine import BuildOptions, Engine, build_engine
+from vlmguard.exporter.engines.engine_folder import build_engines
+from vlmguard.exporter.engines.profile import EngineProfile, Span, decoder_shapes
+from vlmguard.exporter.engines.step_graph import StepGraph, derive_step_graph, prove_step_graph
+from vlmguard.exporter.proof.verify import verify
+from vlmguard.graphs.anatomy import dissect
+from vlmguard.graphs.decode_step import decode_step_plan
+from vlmguard.graphs.errors import ManifestMismatch, ProofFailed
+from vlmguard.graphs.graph_io import in_memory, load_graph
+from vlmguard.graphs.manifest import read_manifest
+from vlmguard.graphs.modes import Mode
+from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
+from vlmguard.graphs.planner import plan_guard
+from vlmguard.graphs.rewrite import rewrite
+from vlmguard.graphs.spec import GuardSpec
+from vlmguard.graphs.tensorrt import settle_sizes
+from vlmguard.runtime.guarded import open_guarded_package
+from vlmguard.runtime.runners import open_runner
+from vlmguard.runtime.tensorrt.backend import find_backend
+from vlmguard.runtime.tensorrt.number_inputs import NumberInputs
+
+pytest.importorskip("tensorrt_rtx")
+pytest_plugins = ("tiny_vlm_fixtures",)
+__all__ = ["zoo"]
+
+DECODE = EngineProfile("decode", Span(1, 2, 4), Span(1, 1, 1), Span(1, 16, 64))
+
+
+@cache
+def decode_engine(path: Path, mode: Mode | None) -> Engine:
+    """The engine of decode steps alone, guarded in every layer if a mode is given."""
+    model = load_graph(path)
+    settle_sizes(model)
+    if mode is not None:
+        anatomy = dissect(model)
+        directions = random_directions(anatomy.width, range(anatomy.layer_count), 2)
+        plan = decode_step_plan(plan_guard(model, anatomy, directions, GuardSpec(mode=mode, lowering="rank1")))
+        assert plan is not None
+        rewrite(model, plan)
+    shapes = decoder_shapes(model.graph, DECODE, {})
+    return build_engine(find_backend("tensorrt_rtx"), model, path, [shapes], BuildOptions(), lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "mode", ["restore", "supervise", *(pytest.param(mode, marks=pytest.mark.zoo) for mode in ("project", "steer"))]
+)
+def test_a_decode_step_has_no_kernel_more_than_without_the_guard(zoo: Callable[[str], ZooModel], mode: Mode) -> None:
+    """All layers guarded, positions `last`; the table in docs/tensorrt.md has these figures."""
+    path = zoo("llava-transformers-fp16").path
+    engine, bare = decode_engine(path, mode), decode_engine(path, None)
+    assert engine.layers.kernels == bare.layers.kernels
+    assert len(engine.layers.guard_nodes()) == zoo("llava-transformers-fp16").layers
+
+
+@pytest.mark.zoo
+def test_combined_needs_the_first_coordinate_alone(zoo: Callable[[str], ZooModel]) -> None:
+    path = zoo("llava-transformers-fp16").path
+    assert decode_engine(path, "combined").layers.kernels == decode_engine(path, None).layers.kernels
+
+
+# ------------------------------------------------------------------------------------------------------- the derived graph
+
+
+@pytest.fixture(scope="module")
+def for_tensorrt(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Mode], Path]:
+    """The tiny VLM guarded in a mode as `--target tensorrt` does it."""
+    folder = tmp_path_factory.mktemp("for-tensorrt")
+
+    @cache
+    def make(mode: Mode) -> Path:
+        spec, directions = GuardSpec(mode=mode, target="tensorrt"), guarded(mode) / "directions.safetensors"
+        vlmguard.export(SOURCE, folder / mode, spec=spec, directions=directions, proof="local")
+        return folder / mode
+
+    return make
+
+
+def derived(folder: Path) -> StepGraph:
+    manifest = read_manifest(folder)
+    step = derive_step_graph(folder, manifest, open_guarded_package(folder, manifest))
+    assert step is not None
+    return step
+
+
+@pytest.mark.parametrize("mode", ["restore", "supervise", pytest.param("combined", marks=pytest.mark.long)])
+def test_the_derived_graph_computes_what_the_guarded_decoder_does(
+    for_tensorrt: Callable[[Mode], Path], mode: Mode
+) -> None:
+    """A decode step of rows of which some are edited and some are not, on the bytes that the builder is given."""
+    folder = for_tensorrt(mode)
+    package = open_guarded_package(folder, read_manifest(folder))
+    step = derived(folder)
+    content, home = in_memory(step.model, package.decoder.parent, maps=False)
+    guarded, decode = open_runner(package.decoder, home), open_runner(content, home)
+    unguarded = open_runner(in_memory(step.unguarded, package.decoder.parent)[0], home)
+    random = np.random.default_rng(0)
+    rows, past = 4, 5
+    feeds = {
+        name: random.normal(size=[rows if axis == 0 else size or past for axis, size in enumerate(port.shape)])
+        for name, port in unguarded.inputs.items()
+    }
+    text = next(name for name in feeds if "embeds" in name)
+    feeds[text] = 3 * feeds[text][:, :1]
+    feeds["attention_mask"] = np.ones((rows, past + 1))
+    if "position_ids" in feeds:
+        feeds["position_ids"] = np.full((rows, 1), past)
+    fed = {name: value.astype(unguarded.inputs[name].dtype) for name, value in feeds.items()}
+    stacked, numbers = {}, {}
+    if step.plan.takes_supervisor:
+        rank = step.plan.guards[0].rank
+        coordinates = random.normal(scale=5, size=(rows, len(step.plan.layers), rank)).astype(np.float32)
+        coordinates[0] = -1e30  # no supervisor: no gate opens
+        stacked = {SUPERVISOR_INPUT: coordinates}
+        inputs = NumberInputs(decode.inputs, "the graph")
+        flat = coordinates[:, :, : inputs.rows].reshape(rows, -1)
+        numbers = {name: flat[:, at, None, None] for at, name in enumerate(inputs.names)}
+    expected, found, bare = (
+        runner.run(fed | more) for runner, more in ((guarded, stacked), (decode, numbers), (unguarded, {}))
+    )
+    assert found.keys() == expected.keys() - {COORDINATES_OUTPUT}
+    apart = max(float(np.abs(found[name] - expected[name]).max()) for name in found)
+    moved = max(float(np.abs(bare[name] - expected[name]).max()) for name in found)
+    assert apart < 1e-4 < 1e-2 < moved
+    assert {check.name for check in prove_step_graph(step) if check.ok} >= {
+        "decode graph: without its guard it is the guarded decoder without its guard",
+        "decode graph: every planned site guarded exactly once",
+        "decode graph: no path avoids a guard (dominators)",
+    }
+
+
+def test_where_nothing_is_saved_there_is_no_second_graph(
+    for_tensorrt: Callable[[Mode], Path], guarded: Guarded
+) -> None:
+    plan = derived(for_tensorrt("restore")).plan
+    assert decode_step_plan(plan) is None  # positions all, no supervisor
+    manifest = read_manifest(guarded("rows"))  # edits the prompt's end: its decode steps are the unguarded decoder's
+    assert derive_step_graph(guarded("rows"), manifest, open_guarded_package(guarded("rows"), manifest)) is None
+
+
+# ------------------------------------------------------------------------------------------------------- what is tampered with
+
+
+@pytest.fixture(scope="module")
+def engines(for_tensorrt: Callable[[Mode], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("engines") / "restore-engine"
+    build_engines(for_tensorrt("restore"), out, backend="tensorrt_rtx")
+    return out
+
+
+def test_the_folder_has_an_engine_for_each_phase_and_the_proof_of_both_graphs(
+    engines: Path, for_tensorrt: Callable[[Mode], Path]
+) -> None:
+    manifest = read_manifest(engines)
+    prefill, step = manifest.engines[:2]
+    assert [[profile["name"] for profile in engine.profiles] for engine in (prefill, step)] == [["prefill"], ["decode"]]
+    assert (step.role, step.source["sha256"]) == ("decode_step", prefill.source["sha256"])
+    assert step.proof and all(check["ok"] for check in step.proof) and not prefill.proof
+    found = verify(engines, for_tensorrt("restore"))
+    assert all(check.ok for check in found.checks)
+    names = [check.name for check in found.checks]
+    assert "the decode engine was built from the graph that the guarded folder gives" in names
+    assert names.count("the builder showed the guard's nodes in every guarded layer") == 2
+
+
+def edited(folder: Path, edit: Callable[[dict], None]) -> Path:
+    """The folder with another manifest."""
+    content = json.loads((folder / "guard.json").read_text())
+    edit(content)
+    (folder / "guard.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("edit", "failed"),
+    [
+        (
+            lambda content: content["engines"][1]["source"].update(derived_sha256="0" * 64),
+            "the decode engine was built from the graph that the guarded folder gives",
+        ),
+        (
+            lambda content: content["engines"][1]["source"].update(sha256="0" * 64),
+            "every engine was built from the guarded folder's graph",
+        ),
+        (
+            lambda content: content["engines"][1]["layers"]["profiles"][0]["guard_nodes"].popitem(),
+            "the builder showed the guard's nodes in every guarded layer",
+        ),
+        (lambda content: content["engines"][1].update(role="decoder"), "the folder holds the engines of its manifest"),
+        (lambda content: content["engines"].pop(1), "the folder holds the engines of its manifest"),
+    ],
+    ids=["derived graph", "guarded graph", "a layer's guard", "two prefill engines", "no record"],
+)
+def test_a_changed_record_of_the_decode_engine_is_detected(
+    engines: Path, for_tensorrt: Callable[[Mode], Path], tmp_path: Path, edit: Callable[[dict], None], failed: str
+) -> None:
+    copy = tmp_path / "engines"
+    shutil.copytree(engines, copy)
+    found = verify(edited(copy, edit), for_tensorrt("restore"))
+    assert any(not check.ok and check.name.startswith(failed) for check in found.checks)
+
+
+def test_a_changed_engine_or_guarded_graph_is_detected(
+    engines: Path, for_tensorrt: Callable[[Mode], Path], tmp_path: Path
+) -> None:
+    copy, source = tmp_path / "engines", tmp_path / "restore"
+    shutil.copytree(engines, copy)
+    prefill, step = read_manifest(copy).engines[:2]
+    shutil.copy(copy / prefill.path, copy / step.path)
+    with pytest.raises(ManifestMismatch, match="SHA-256 differs"):
+        verify(copy, for_tensorrt("restore"))
+    shutil.copytree(for_tensorrt("restore"), source)
+    decoder = open_guarded_package(source, read_manifest(source)).decoder
+    model = load_graph(decoder)
+    model.graph.node(0).name = "another"
+    ir.save(model, decoder)
+    with pytest.raises(ManifestMismatch, match="SHA-256 differs"):
+        verify(engines, source)
+
+
+def weaker(model: ir.Model) -> None:
+    """Every threshold of the guard out of reach."""
+    for name, value in model.graph.initializers.items():
+        if name.startswith("vlmguard/") and "tau" in name.rpartition("/")[2]:
+            assert value.const_value is not None
+            value.const_value = ir.tensor(np.full(value.const_value.shape, 1e28, np.float32), name=name)
+
+
+def without_its_last_guard(model: ir.Model) -> None:
+    last = [node for node in model.graph if (node.name or "").endswith("/guarded")][-1]
+    last.outputs[0].replace_all_uses_with(last.inputs[0])
+
+
+@pytest.mark.parametrize("tamper", [weaker, without_its_last_guard])
+def test_a_changed_derived_graph_fails_its_proof(
+    for_tensorrt: Callable[[Mode], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tamper: Callable
+) -> None:
+    def tampered(model: ir.Model, plan: object) -> object:
+        report = rewrite(model, plan)
+        tamper(model)
+        return report
+
+    folder = for_tensorrt("restore")
+    monkeypatch.setattr(step_graph, "rewrite", tampered)
+    failed = [check for check in prove_step_graph(derived(folder)) if not check.ok]
+    assert failed, tamper
+    with pytest.raises(ProofFailed, match="decode graph: "):
+        build_engines(folder, tmp_path / "out", backend="tensorrt_rtx")
+    assert not list(tmp_path.iterdir())
