@@ -53,7 +53,7 @@ def record(model: Any, ids: np.ndarray, mask: np.ndarray, given: Arrays, steps: 
     for name in TOKEN_TYPES:
         if name in forward or (given and name in rope_index_inputs(model)):
             inputs[name] = torch.from_numpy((ids == image_token_id(model.config)).astype(np.int64))
-    generators = [part for part in model.modules() if isinstance(part, GenerationMixin)]
+    generators: list[Any] = [part for part in model.modules() if isinstance(part, GenerationMixin)]
     # BLIP-2 lets its language model generate, and does not run itself
     speakers = generators if type(model).generate is not GenerationMixin.generate else [model]
     if any("logits_to_keep" in inspect.signature(type(part).forward).parameters for part in speakers):

@@ -36,7 +36,7 @@ def sample_pictures(folder: Path) -> list[Arrays]:
     height, width = SIZES[-1]
     for factor in _FACTORS:
         further = prepare((int(height * factor), int(width * factor)), len(pictures))
-        if (has_sub_pictures(further) or np.ndim(further.get("pixel_values")) == 5) and _has_other_axis(
+        if (has_sub_pictures(further) or further.get("pixel_values", np.zeros(0)).ndim == 5) and _has_other_axis(
             further, pictures
         ):
             pictures.append(further)

@@ -89,15 +89,16 @@ def test_a_model_within_a_classifier_is_the_one_that_is_exported(tmp_path: Path)
     torch.testing.assert_close(model.get_input_embeddings().weight, whole.get_input_embeddings().weight)
 
 
-class Table(torch.nn.Embedding):
+class Table(torch.nn.Module):
     """Embeddings of the tokens from `vocab_offset` on, as Gemma 3n has them for its marks of pictures and sounds."""
 
     def __init__(self, offset: int, size: int) -> None:
-        super().__init__(size, 2)
+        super().__init__()
+        self.rows = torch.nn.Embedding(size, 2)
         self.vocab_offset, self.vocab_size = offset, size
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return super().forward(input_ids - self.vocab_offset)
+        return self.rows(input_ids - self.vocab_offset)
 
 
 def test_a_token_is_embedded_by_the_table_that_has_it() -> None:
@@ -115,7 +116,8 @@ def test_a_token_is_embedded_by_the_table_that_has_it() -> None:
     model = Model()
     with torch.no_grad():
         rows = GenericDecoder(None).embeds(model, torch.tensor([[3, 9, 10, 12, 14]]))["inputs_embeds"][0]
-    words, pictures, sounds = (part.weight.detach() for part in (model.words, model.pictures, model.sounds))
+    tables = (model.words, model.pictures.rows, model.sounds.rows)
+    words, pictures, sounds = (table.weight.detach() for table in tables)
     assert torch.equal(rows, torch.stack([words[3], words[9], pictures[0], sounds[0], sounds[2]]))
 
 
