@@ -36,9 +36,8 @@ def sample_pictures(folder: Path) -> list[Arrays]:
     height, width = SIZES[-1]
     for factor in _FACTORS:
         further = prepare((int(height * factor), int(width * factor)), len(pictures))
-        if (has_sub_pictures(further) or further.get("pixel_values", np.zeros(0)).ndim == 5) and _has_other_axis(
-            further, pictures
-        ):
+        has_tiles = any(array.ndim == 5 for array in map(np.asarray, further.values()))
+        if (has_tiles or has_sub_pictures(further)) and _has_other_axis(further, pictures):
             pictures.append(further)
     return pictures
 

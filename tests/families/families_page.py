@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from families.shipped_types import shippers
+
 if TYPE_CHECKING:
     from families.one_type import TypeRow
 
@@ -40,8 +42,25 @@ def page(rows: Sequence[TypeRow]) -> str:
         "| type | parity | layers | reason |",
         "| --- | --- | --- | --- |",
         *(_other(row) for row in others),
+        *_shipped(rows),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _shipped(rows: Sequence[TypeRow]) -> list[str]:
+    """The types that runtimes ship: how many are guarded, and which."""
+    known = [(row, shippers(row.type)) for row in rows if shippers(row.type)]
+    if not known:
+        return []
+    return [
+        "\n## Shipped by transformers.js, onnxruntime-genai or OpenVINO\n",
+        f"{len(known)} types, {sum(row.guarded for row, _ in known)} of them guarded.\n",
+        "Sources: transformers.js's registry.js, the architectures of onnxruntime-genai's model builder, optimum-intel's list",
+        "of supported models and OpenVINO GenAI's table of VLMs (`tests/families/shipped_types.py`).\n",
+        "| type | shipped by | guarded |",
+        "| --- | --- | --- |",
+        *(f"| {row.type} | {by} | {'yes' if row.guarded else 'no'} |" for row, by in known),
+    ]
 
 
 def _guarded(row: TypeRow) -> str:

@@ -111,7 +111,7 @@ CHANGES: Mapping[str, Change] = {
         audio_token_offset=584,
         vision_config__codebook_size=64,
         vision_config__base_channels=32,
-        vision_config__channel_multiplier=[1, 1],
+        vision_config__channel_multiplier=[1, 1, 1, 1, 1],
         vision_config__num_res_blocks=1,
         vision_config__resolution=32,
         audio_config__codebook_size=64,
@@ -262,6 +262,7 @@ CHANGES: Mapping[str, Change] = {
             "ref_feat_shape": [4, 4],
         },
     ),
+    "phi4_multimodal": at(vision_config__crop_size=56, vision_config__patch_size=14, vision_config__image_token_id=400),
     "qwen2_5_omni_thinker": _OMNI,
     "qwen3_omni_moe_thinker": _OMNI,
     "qwen4_exp": text(
