@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from families.small_checkpoint import save_small
@@ -20,6 +21,7 @@ from transformers.models.shieldgemma2.modeling_shieldgemma2 import ShieldGemma2F
 
 from vlmguard.exporter.checkpoints import fit
 from vlmguard.exporter.checkpoints.convert import load_model
+from vlmguard.exporter.checkpoints.tidy import index_with_int64
 from vlmguard.exporter.families import find_family
 from vlmguard.exporter.families.encoder_texts import with_texts
 from vlmguard.exporter.families.family import Vision
@@ -251,3 +253,21 @@ def test_an_image_processor_that_lacks_an_input_is_named(tmp_path: Path, monkeyp
         f"{tmp_path}: its image processor does not return odd, pixel_values, which its vision encoder takes; "
         "prepare its inputs elsewhere, or use text-only prompts"
     )
+
+
+@pytest.mark.parametrize("kind", ["GatherND", "ScatterND"])
+def test_indices_of_an_exported_graph_are_int64(kind: str) -> None:
+    def graph_of(dtype: ir.DataType) -> ir.Graph:
+        data = ir.Value(name="data", shape=ir.Shape([4, 2]), type=ir.TensorType(ir.DataType.FLOAT))
+        indices = ir.Value(name="indices", shape=ir.Shape([3, 1]), type=ir.TensorType(dtype))
+        node = ir.node(kind, [data, indices, *([data] if kind == "ScatterND" else [])])
+        return ir.Graph([data, indices], node.outputs, nodes=[node], opset_imports={"": 18})
+
+    graph = graph_of(ir.DataType.INT32)
+    index_with_int64(graph)
+    cast, node = graph
+    assert (cast.op_type, cast.inputs[0].name, node.inputs[1]) == ("Cast", "indices", cast.outputs[0])  # type: ignore[union-attr]
+    assert cast.attributes["to"].as_int() == ir.DataType.INT64
+    untouched = graph_of(ir.DataType.INT64)
+    index_with_int64(untouched)
+    assert [node.op_type for node in untouched] == [kind]
