@@ -7,7 +7,7 @@ What nothing reproduces is refused, with the name of the piece, before any graph
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -97,7 +97,9 @@ def _fit_vision(model: Any, pictures: Sequence[Arrays], where: str) -> tuple[Vis
     pictures = _pair(model, pictures)
     given = joined(pictures[:2])
     singles = [{n: a for n, a in picture.items() if n in names} for picture in pictures]
-    run = partial(run_one_picture, fixed={n: a.tolist() for n, a in singles[0].items() if n in FIXED})
+    run: Callable[..., dict[str, Any]] = partial(
+        run_one_picture, fixed={n: a.tolist() for n, a in singles[0].items() if n in FIXED}
+    )
     features: list[dict[str, Any]] = []
     with torch.no_grad():
         for single in singles:
