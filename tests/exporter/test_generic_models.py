@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from families.small_checkpoint import save_small
+from PIL import Image
+from transformers.cache_utils import DynamicCache
 from transformers.models.blip_2.modeling_blip_2 import Blip2ForConditionalGeneration
 from transformers.models.gemma3.modeling_gemma3 import Gemma3ForConditionalGeneration
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerForConditionalGeneration
@@ -19,11 +22,13 @@ from vlmguard.exporter.checkpoints import fit
 from vlmguard.exporter.checkpoints.convert import load_model
 from vlmguard.exporter.families import find_family
 from vlmguard.exporter.families.encoder_texts import with_texts
+from vlmguard.exporter.families.family import Vision
 from vlmguard.exporter.families.generic import GenericDecoder
 from vlmguard.exporter.families.position_rules import counted
 from vlmguard.exporter.families.random_pixels import random_pixels, required_inputs
 from vlmguard.exporter.families.recorded import record, rope_index_inputs
-from vlmguard.exporter.families.transformers_class import saved_class
+from vlmguard.exporter.families.sample_pictures import joined
+from vlmguard.exporter.families.transformers_class import saved_class, transformers_class
 from vlmguard.graphs.errors import ModelUnreadable
 
 
@@ -128,20 +133,58 @@ def test_marks_stand_around_a_picture_where_positions_depend_on_them() -> None:
     assert fit._around(SimpleNamespace(config=config)) == ([], [])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("depends", [True, False])
-def test_prompts_have_pictures_of_one_size_where_features_depend_on_the_batch(depends: bool) -> None:
+@pytest.mark.parametrize("depends", ["values", "rows", ""])
+def test_prompts_have_pictures_of_one_size_where_features_depend_on_the_batch(depends: str) -> None:
     class Encoder:
         dtype = torch.float32
         config = SimpleNamespace()
 
         def get_image_features(self, pixel_values: torch.Tensor, return_dict: bool = True) -> torch.Tensor:
-            rows = pixel_values.sum(dim=(1, 2), keepdim=True)
-            return rows / pixel_values[0].numel() if depends else rows
+            rows = pixel_values.sum(dim=2) if depends == "rows" else pixel_values.sum(dim=(1, 2))[:, None]
+            return (rows / pixel_values[0].numel() if depends == "values" else rows)[..., None]
 
     wide, tall = ({"pixel_values": np.ones((1, *size), np.float32)} for size in ((2, 6), (5, 3)))
     pictures = fit._pair(Encoder(), [wide, tall, wide])
     assert len(pictures) == (4 if depends else 3)
     assert pictures[0] is wide and pictures[1] is (wide if depends else tall)
+
+
+def test_features_that_are_added_to_a_token_come_with_its_embedding() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = torch.nn.Embedding(4, 2)
+
+        def get_input_embeddings(self) -> torch.nn.Module:
+            return self.words
+
+    model, rows = Model(), torch.ones(3, 2)
+    vision = Vision(
+        lambda model: {}, lambda model: {}, lambda model: {"image_features": rows, "deep": rows}, lambda *_: {}
+    )
+    changed, (seen,) = fit._on_token(model, 2, vision, [{"image_features": rows.numpy(), "deep": rows.numpy()}])
+    outputs, expected = changed.run(model), 1 + model.words.weight[2].detach().expand(3, 2)
+    assert torch.equal(outputs["image_features"], expected) and torch.equal(outputs["deep"], rows)
+    np.testing.assert_array_equal(seen["image_features"], expected.numpy())
+    with pytest.raises(IndexError):
+        fit._on_token(model, 4, vision, [])
+
+
+@pytest.mark.parametrize("marks", ["mm_token_type_ids", ""])
+def test_marks_are_read_with_a_cache_too(marks: str) -> None:
+    class Model(torch.nn.Module):
+        def get_decoder(self) -> Any:
+            return self
+
+        def forward(self, past_key_values: Any, use_cache: bool, mm_token_type_ids: Any = None) -> Any:
+            prompt = not past_key_values.is_initialized
+            return SimpleNamespace(logits=mm_token_type_ids if prompt else None, past_key_values=past_key_values)
+
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2), 0)
+    inputs = {"token_type_ids": torch.ones(1, 1)} if marks else {}
+    output = GenericDecoder(None, marks).run(Model(), past_key_values=cache, **inputs)
+    assert (output.logits is not None) == bool(marks) and cache.is_initialized
 
 
 def test_a_decoder_that_embeds_pixels_gets_rows_of_them() -> None:
@@ -169,6 +212,28 @@ def test_an_encoder_that_reads_the_prompt_gets_a_text() -> None:
     assert first["qformer_input_ids"].shape == first["qformer_attention_mask"].shape == (1, 5)
     assert second["qformer_input_ids"].shape == (1, 8) and int(second["qformer_input_ids"].max()) < 30
     assert first["qformer_attention_mask"].all()
+
+
+def test_patches_of_pictures_in_a_batch_are_counted_on() -> None:
+    pooling = np.array([[0, 1], [2, -1]])
+    first = {"pixel_values": np.zeros((3, 4, 6), np.float32), "image_token_pooling": pooling}
+    second = {"pixel_values": np.zeros((1, 4, 6), np.float32), "image_token_pooling": pooling}
+    both = joined([first, second])
+    assert both["pixel_values"].shape == (4, 4, 6)
+    assert both["image_token_pooling"].tolist() == [[0, 1], [2, -1], [12, 13], [14, -1]]
+
+
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed; make families installs it")
+def test_pictures_are_put_together_as_molmo_does() -> None:
+    options = {"size": {"height": 56, "width": 56}, "overlap_margins": [1, 1], "max_crops": 4}
+    processor = transformers_class("Molmo2ImageProcessor")(**options)
+    random = np.random.default_rng(0)
+    images = [Image.fromarray(random.integers(0, 255, (*size, 3), np.uint8)) for size in ((60, 90), (120, 50))]
+    singles = [{n: t.numpy() for n, t in processor(images=[image], return_tensors="pt").items()} for image in images]
+    together, both = joined(singles), processor(images=images, return_tensors="pt")
+    assert together.keys() == both.keys()
+    for name, array in together.items():
+        np.testing.assert_array_equal(array, both[name].numpy())
 
 
 def test_an_image_processor_that_lacks_an_input_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

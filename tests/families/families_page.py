@@ -16,7 +16,11 @@ Every image-text-to-text type of transformers, from a small random checkpoint. `
 
 A type counts as guarded when its checkpoint is exported, the export agrees with torch (pictures of several sizes, a batch of
 two prompts with padding, eight decode steps), its decoder layers are found, and a guarded folder is proved and verified.
-*Picture* means that the light runtime prepares a picture and describes it without torch.
+*Picture* means that the light runtime prepares a picture and describes it without torch; *with torchvision* means that
+transformers has the image processor for torchvision only, which the user then installs with torch (docs/pictures.md).
+
+FastVLM, Gemma 3n and PerceptionLM have vision encoders of timm: install `timm` and `torchvision` to export their checkpoints.
+`make families` installs both, in the versions of `requirements/families.txt`.
 """
 
 

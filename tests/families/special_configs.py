@@ -274,6 +274,11 @@ CHANGES: Mapping[str, Change] = {
         rope_parameters=_PLAIN,
     ),
     **dict.fromkeys(("smolvlm", "idefics3", "granite_docling"), at(scale_factor=2, vision_config__patch_size=14)),
+    "unlimited_ocr": at(
+        vision_config__sam_config__downsample_channels=[16, 32],
+        vision_config__sam_config__image_size=128,
+        vision_config__encoder_config__image_size=28,
+    ),
     "vipllava": at(vision_feature_layers=[-1, -2]),
     "step3p7": text(
         layer_types=_HALVES * 2,
