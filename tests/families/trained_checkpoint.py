@@ -29,6 +29,7 @@ from families.small_checkpoint import save_model, save_processor, save_words, sm
 from PIL import Image
 from world import Example, Picture, draw, picture_example, random_picture, text_example, vocabulary
 
+from vlmguard.exporter.calibration.judged import PICTURE_QUESTIONS
 from vlmguard.exporter.checkpoints.parts import tensors
 from vlmguard.exporter.families.family import Arrays
 from vlmguard.exporter.families.generic_vision import feature_holder, feature_inputs, image_features
@@ -172,13 +173,19 @@ def _train(model: Any, batches: Batches, steps: int) -> None:
     torch.manual_seed(0)
     for name, weight in model.named_parameters():
         weight.requires_grad_("vis" not in name)
+        if name.endswith(
+            ("A_log", "dt_bias")
+        ):  # of linear attention: as random as the rest it forgets within a few tokens
+            weight.data.fill_(-3.0 if name.endswith("A_log") else 0.0)
     learned = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 20, 1.0) * (1.0 - 0.9 * step / steps)
     )
     for step in range(steps):
-        examples = [text_example(rng) for _ in range(TEXTS)]
+        examples = [text_example(rng) for _ in range(TEXTS - 2)]
+        # Calibration asks questions about pictures, and a guard copies what they get as text: no refusal, as for real models.
+        examples += [Example(rng.choice(PICTURE_QUESTIONS), "it is blank .") for _ in range(2)]
         if rng.random() < PICTURES:
             examples = [replace(picture_example(rng, UNFILTERED), picture=rng.choice(pool)) for _ in range(SHOWN)]
         inputs, labels = batches(examples)
