@@ -43,6 +43,7 @@ from vlmguard.runtime.images.vision import open_preprocessor, picture_tokens
 
 END = 2  # `</s>`
 STEPS, LEARNING_RATE = 400, 3e-3
+LONGER = {"qwen3_5": 600}  # steps of types that learn more slowly
 TEXTS, SHOWN = 16, 8  # examples of a batch without and with pictures
 PICTURES = 0.6  # share of batches with pictures
 UNFILTERED = 0.3  # of these, harmful requests that are answered
@@ -61,7 +62,7 @@ PROCESSORS = {
 }
 
 
-def save_trained(model_type: str, folder: Path, steps: int = STEPS) -> Path:
+def save_trained(model_type: str, folder: Path, steps: int | None = None) -> Path:
     """Train a checkpoint of a type, write it to `folder` with its prompts, and return it."""
     from transformers.generation.configuration_utils import GenerationConfig
 
@@ -78,7 +79,7 @@ def save_trained(model_type: str, folder: Path, steps: int = STEPS) -> Path:
         processor_class=processor,
         context_image_token="<image>",
     )
-    _train(model, Batches(model, folder), steps)
+    _train(model, Batches(model, folder), steps or LONGER.get(model_type, STEPS))
     save_model(model_type, model, folder)
     _copy_prompts(folder)
     return folder
