@@ -85,12 +85,24 @@ zoo: $(VENV)/.full
 	$(BIN)/python tests/zoo/coverage.py build/zoo docs/coverage.md && exit $$tested
 
 # Every image-text-to-text type of transformers from a small random checkpoint; then docs/families.md. A stopped run goes on where it
-# was; FRESH=1 begins again.
-FAMILIES_RESULTS := build/families.jsonl
-families: $(VENV)/.full
+# was; FRESH=1 begins again. TYPES="fuyu molmo2" runs these alone. The last result of every type is in tests/families/results.jsonl.
+# An environment of its own: with torchvision, transformers prepares pictures in other ways, which the other tests are not for.
+FAMILIES_VENV ?= .venv-families
+FAMILIES_RESULTS := tests/families/results.jsonl
+FAMILIES_PROGRESS := build/families.jsonl
+TYPES ?=
+families: $(FAMILIES_VENV)/.families
 	mkdir -p build
-	$(if $(FRESH),rm -f $(FAMILIES_RESULTS))
-	$(BIN)/python tests/families/all_types.py $(FAMILIES_RESULTS) docs/families.md
+	$(if $(FRESH),rm -f $(FAMILIES_PROGRESS))
+	$(FAMILIES_VENV)/bin/python tests/families/all_types.py $(FAMILIES_RESULTS) docs/families.md \
+		$(or $(TYPES),--all $(FAMILIES_PROGRESS))
+
+$(FAMILIES_VENV)/.families: pyproject.toml requirements/full.txt requirements/torch.txt requirements/families.txt
+	$(MAKE) --no-print-directory VENV=$(FAMILIES_VENV) $(FAMILIES_VENV)/.full
+	$(FAMILIES_VENV)/bin/python -m pip install --quiet --no-deps $(TORCH_OPTIONS) $$(grep ^torchvision requirements/families.txt)
+	$(FAMILIES_VENV)/bin/python -m pip install --quiet --no-deps -r requirements/families.txt
+	$(FAMILIES_VENV)/bin/python -c "import timm, torchvision"
+	touch $@
 
 # Whether docs/coverage.md is what the last `make zoo` found.
 coverage-check: $(VENV)/.full
@@ -132,6 +144,7 @@ real-model: $(VENV)/.full
 	OMP_NUM_THREADS=2 $(BIN)/python examples/real_model/build.py --data "$(DATA)" --seed $(SEED)
 	OMP_NUM_THREADS=2 $(BIN)/python examples/real_model/measure_guard.py --data "$(DATA)" --seed $(SEED)
 	OMP_NUM_THREADS=2 $(BIN)/python examples/real_model/tradeoff.py --data "$(DATA)" --seed $(SEED)
+	OMP_NUM_THREADS=2 $(BIN)/python examples/real_model/precisions.py --data "$(DATA)" --seed $(SEED)
 	$(BIN)/python examples/real_model/page.py
 
 # docs/report.png: the report of the tiny VLM, in Chromium (Debian's package `chromium`).

@@ -1,13 +1,13 @@
-"""What the guard costs when the model runs: guard on ALL layers against the unguarded graph, in ONNX Runtime on the CPU.
+"""What the guard costs when the model runs, against the unguarded graph, in ONNX Runtime on the CPU.
 
-    python benchmarks/inference.py                      # the default matrix: what the goals name, and each mode
+    python benchmarks/inference.py                      # what the goals name: the default guard, few layers, all layers
     python benchmarks/inference.py --full               # every mode, rank, lowering, position, gate and phase
     python benchmarks/inference.py --only int4/decode   # one part; the others keep their earlier figures
     python benchmarks/inference.py --profile            # besides: the guard's share of the time in nodes, for the goals alone
 
-`decode` is one token with 128 in the cache, `prefill` a prompt of 256. Every group has the unguarded graph twice: their
-ratio should be 1, and its distance from 1 is the error that more pairs of the same sessions do not remove. A part is one
-precision and phase; parts are written as they finish.
+`decode` is one token with 128 in the cache, `prefill` a prompt of 256. Every group has the unguarded graph twice: the
+interval of their ratio is the resolution, differences within it mean nothing. A part is one precision and phase; parts are
+written as they finish.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from decoder_call import Decoder
 from guarding import ALWAYS_CLOSED, ALWAYS_OPEN, guarded, write_directions
-from measure import QUICK, Budget, Spread, asked, interleaved, ratio, say
+from measure import QUICK, Budget, Opened, Spread, asked, opened_anew, resolution, say
 from record import parser, read_parts, write_result
 from shapes import SHAPES, Precision, Shape, built
 
@@ -37,11 +38,9 @@ from vlmguard.graphs.spec import GuardSpec
 RANKS = (1, 4, 8)
 PHASES = {"decode": (1, 128), "prefill": (256, 0)}  # tokens of the call, tokens in the cache
 # A float32 session of the 0.5B shape holds about 3 GB once its weights are packed, an int4 one a fifth of that.
-OPEN_AT_ONCE = {"int4": 4, "fp32": 2}
-BUDGETS = {"decode": Budget(least=10, most=500, seconds=25), "prefill": Budget(least=2, most=12, seconds=60)}
-# Where a session's weights happen to lie in memory makes up to 2% at decode, so sessions are opened anew: pairs of several
-# openings are pooled, in which that is chance and not a constant.
-OPENINGS = {"decode": 5, "prefill": 2}
+OPEN_AT_ONCE = {"int4": 5, "fp32": 3}
+BUDGETS = {"decode": Budget(least=100, most=1000, seconds=150), "prefill": Budget(least=12, most=60, seconds=200)}
+OPENINGS = {"decode": 10, "prefill": 6}
 UNGUARDED, AGAIN = "unguarded", "unguarded again"
 
 
@@ -54,11 +53,22 @@ class Variant:
     positions: str
     lowering: str = "lowrank"
     gate: str = "none"
+    layers: str = "all"
 
     @property
     def name(self) -> str:
         gate = "" if self.gate == "none" else f" {self.gate}"
-        return f"{self.mode} {self.lowering} rank {self.rank} {self.positions}{gate}"
+        return f"{self.mode} {self.lowering} rank {self.rank} {self.positions}{gate}, {self.layers} layers"
+
+    def layer_numbers(self, count: int) -> tuple[int, ...]:
+        """The guarded layers of a decoder of `count` layers, as calibration chooses them."""
+        middle = count * 2 // 3
+        return {
+            "all": tuple(range(count)),
+            "the later two thirds of the": tuple(range(count // 3, count)),
+            "3": (middle - 2, middle, middle + 2),
+            "1": (middle,),
+        }[self.layers]
 
     @property
     def spec(self) -> GuardSpec:
@@ -83,22 +93,14 @@ def gates(mode: str) -> tuple[str, ...]:
     return ("open", "closed") if guard_mode(mode).has_threshold else ("none",)
 
 
-def goals(phase: str) -> list[Variant]:
-    """What the goals name, in the mode with the most arithmetic."""
-    positions = ("last",) if phase == "decode" else ("last", "all")
-    return [Variant("restore", rank, where, gate="open") for where in positions for rank in RANKS]
+# What `vlmguard-export MODEL` writes without options: the mode, rank and layers that calibration checks first.
+DEFAULT = Variant("align", 8, "prompt", layers="the later two thirds of the")
 
 
-def default_matrix(precision: str, phase: str) -> list[Variant]:
-    if phase == "prefill":
-        return goals(phase) + ([Variant("project", 1, "all", "dense")] if precision == "int4" else [])
-    more = [Variant("restore", 4, "last", gate="closed"), Variant("project", 1, "all", "dense")]
-    if precision == "int4":
-        more += [
-            Variant(mode, rank, "last", gate=gates(mode)[0]) for mode in MODES if mode != "restore" for rank in (1, 8)
-        ]
-        more += [Variant("restore", 1, "last", "rank1", "open"), Variant("restore", 4, "all", gate="open")]
-    return goals(phase) + more
+def goals() -> list[Variant]:
+    """What the goals name: the default, and the mode with the most arithmetic in few layers and in all."""
+    few = [Variant("restore", 1, "last", gate="open", layers=layers) for layers in ("1", "3")]
+    return [DEFAULT, *few, *(Variant("restore", rank, "last", gate="open") for rank in (1, 8))]
 
 
 def full_matrix() -> list[Variant]:
@@ -106,7 +108,7 @@ def full_matrix() -> list[Variant]:
         Variant(mode, rank, positions, lowering, gate)
         for mode in MODES
         for rank in RANKS
-        for positions in ("last", "all")
+        for positions in [where for where in guard_mode(mode).positions if where != "prompt"] or ["prompt"]
         for lowering in (("lowrank", "rank1", "dense") if mode == "project" else ("lowrank", "rank1"))
         for gate in gates(mode)
     ]
@@ -146,7 +148,8 @@ class Workshop:
     def guarded(self, variant: Variant) -> Path:
         out = self.copies / variant.name.replace(" ", "-")
         if not out.is_dir():
-            guarded(self.model, out, self.directions, variant.spec)
+            layers = variant.layer_numbers(self.shape.num_hidden_layers)
+            guarded(self.model, out, self.directions, replace(variant.spec, layers=layers))
         return out / "model.onnx"
 
 
@@ -166,9 +169,9 @@ def _workshop(shape: Shape, precision: str, models: Path) -> Iterator[Workshop]:
 def measure(shop: Workshop, phase: str, args: argparse.Namespace) -> dict[str, Any]:
     """All variants of one part, a few sessions at a time, each group with the unguarded graph twice."""
     budget = asked(args, BUDGETS[phase])
-    variants = full_matrix() if args.full else default_matrix(shop.precision, phase)
+    variants = full_matrix() if args.full else goals()
     if args.quick:
-        variants = goals(phase)[:: len(RANKS)]  # the first rank, each position
+        variants = variants[:2]
     at_once = OPEN_AT_ONCE[shop.precision]
     groups = [variants[start : start + at_once] for start in range(0, len(variants), at_once)]
     rows = [row for group in groups for row in _group(shop, phase, args.threads, group, budget)]
@@ -191,43 +194,36 @@ def _group(
     paths: dict[str, Path] = {UNGUARDED: shop.model / "model.onnx", AGAIN: shop.model / "model.onnx"}
     paths |= {variant.name: shop.guarded(variant) for variant in variants}
     told = {variant.name: variant.supervisor for variant in variants}
-    openings = 1 if budget is QUICK else OPENINGS[phase]
-    share = replace(budget, seconds=budget.seconds / openings, most=max(1, budget.most // openings))
-    times: dict[str, list[np.ndarray]] = {name: [] for name in paths}
-    loads: dict[str, list[float]] = {name: [] for name in paths}
-    for number in range(openings):
-        order = [*list(paths)[number:], *list(paths)[:number]]  # no subject is always opened first
-        sessions = {name: Decoder(paths[name], shop.shape, threads) for name in order}
-        calls = {name: session.call(*PHASES[phase], told.get(name, 0.0)) for name, session in sessions.items()}
-        for name, taken in interleaved(calls, UNGUARDED, share).items():
-            times[name].append(taken)
-            loads[name].append(sessions[name].load_seconds)
-        del sessions, calls
-    pooled = {name: np.concatenate(taken) for name, taken in times.items()}
-    rows = [_row({"name": AGAIN}, pooled, times, loads)]
+    opens = {
+        name: partial(_opened, path, shop.shape, threads, phase, told.get(name, 0.0)) for name, path in paths.items()
+    }
+    opened = opened_anew(opens, UNGUARDED, budget, 1 if budget is QUICK else OPENINGS[phase])
+    again = opened.ratio(AGAIN, UNGUARDED)
+    say(f"  unguarded against itself: {again.median:.4f}x, resolution {resolution(again):.2%}")
+    rows = [_row({"name": AGAIN, "resolution": round(resolution(again), 6)}, opened)]
     for variant in variants:
         about = {"name": variant.name, **asdict(variant), "bytes": _size(paths[variant.name])}
-        rows.append(_row(about, pooled, times, loads))
+        rows.append(_row(about, opened))
         say(f"  {variant.name}: {rows[-1]['ratio']['median']:.4f}x in {rows[-1]['ratio']['count']} pairs")
     return rows
 
 
-def _row(
-    about: dict[str, Any],
-    pooled: dict[str, np.ndarray],
-    times: dict[str, list[np.ndarray]],
-    loads: dict[str, list[float]],
-) -> dict[str, Any]:
+def _opened(path: Path, shape: Shape, threads: int, phase: str, supervisor: float) -> Callable[[], object]:
+    return Decoder(path, shape, threads).call(*PHASES[phase], supervisor)
+
+
+def _row(about: dict[str, Any], opened: Opened) -> dict[str, Any]:
     name = about["name"]
-    by_opening = [ratio({"a": a, "b": b}, "b", "a").median for a, b in zip(times[UNGUARDED], times[name], strict=True)]
+    by_opening = zip(opened.taken[name], opened.taken[UNGUARDED], strict=True)
     return {
         **about,
-        "ratio": ratio(pooled, name, UNGUARDED).to_json(),
-        "by_opening": [round(value, 6) for value in by_opening],
-        "ms": Spread.of(pooled[name] * 1e3).to_json(),
-        "unguarded_ms": Spread.of(pooled[UNGUARDED] * 1e3).to_json(),
-        "load_seconds": round(float(np.median(loads[name])), 3),
-        "unguarded_load_seconds": round(float(np.median(loads[UNGUARDED])), 3),
+        "ratio": opened.ratio(name, UNGUARDED).to_json(),
+        "by_opening": [round(float(np.median(mine / other)), 6) for mine, other in by_opening],
+        "ms": Spread.of(opened.pooled(name) * 1e3).to_json(),
+        "unguarded_ms": Spread.of(opened.pooled(UNGUARDED) * 1e3).to_json(),
+        "load_seconds": round(float(np.median(opened.loads[name])), 3),
+        "unguarded_load_seconds": round(float(np.median(opened.loads[UNGUARDED])), 3),
+        "load_ratio": round(opened.load_ratio(name, UNGUARDED), 4),
     }
 
 
@@ -247,7 +243,7 @@ def profile(shop: Workshop, phase: str, args: argparse.Namespace) -> dict[str, A
     """
     tokens, past = PHASES[phase]
     rows = []
-    for variant in goals(phase):
+    for variant in goals():
         session = Decoder(shop.guarded(variant), shop.shape, args.threads, shop.copies / "profile")
         call = session.call(tokens, past, variant.supervisor)
         for _ in range(3 if args.quick or phase == "prefill" else 50):

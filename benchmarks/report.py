@@ -36,7 +36,7 @@ one result file, part by part, and keeps its models in `~/.cache/vlmguard-benchm
 
 ```
 python benchmarks/rewriting.py --compare   # guards 13.2 GB: time, memory, disk; compared with onnx and onnx_ir
-python benchmarks/inference.py             # the guard's cost at inference (--full for every combination, --resume)
+python benchmarks/inference.py             # the guard's cost: default, few layers, all (--full: every combination)
 python benchmarks/hooks.py                 # compared with PyTorch with forward hooks
 python benchmarks/extraction.py            # the cost of the taps
 python benchmarks/supervisors.py           # mode align: a text-only pass, or paired rows
@@ -48,16 +48,18 @@ make bench                                 # all of them with --quick: a test ru
 
 They need the extras `[cpu,torch,genai]` and an otherwise idle machine.
 
-**Method.** The compared subjects run alternately, side by side. Pairs consist of neighbouring runs.
+**Method.** The compared subjects run alternately, side by side. Pairs consist of neighbouring runs. Sessions are opened several
+times in a random order, because where their weights lie in memory makes up to 2%.
 
 | column | meaning |
 |---|---|
 | ratio | median over the pairs |
-| median's 95% | bootstrap interval of that median |
+| median's 95% | bootstrap interval of that median, over openings where there are several |
 | p10 to p90 | 10th and 90th percentile of single pairs |
 | pairs | number of pairs. A comparison stops when its interval is narrower than 0.5%, or at its time limit |
 
-*unguarded again* is the unguarded graph a second time: its distance from 1 is the error that more pairs do not remove."""
+*unguarded again* is the unguarded graph a second time. The end of its interval that is farther from 1 is the resolution:
+smaller differences mean nothing."""
 
 
 def main() -> int:

@@ -30,6 +30,7 @@ from .shared_options import (
     ProofInputs,
     Ray,
     RayWorkers,
+    RunVariant,
     Verbose,
     data_option,
     limits,
@@ -126,6 +127,7 @@ def evaluate_command(
             metavar="PATH",
         ),
     ] = None,
+    variant: RunVariant = None,
     judge_model: Annotated[
         Path | None,
         what(
@@ -174,6 +176,7 @@ def evaluate_command(
             max_new_tokens,
             batch_size,
             report_progress,
+            variant=variant,
             images=image or (),
             judge_model=judge_model,
             out=record,
@@ -187,7 +190,7 @@ def evaluate_command(
         console.print_json(result.to_json())
     else:
         show_evaluation(console.out, result)
-        render.show_next(console.out, render.next_after_evaluation(base, guarded))
+        render.show_next(console.out, render.next_after_evaluation(base, guarded, variant))
 
 
 @app.command(
@@ -254,6 +257,7 @@ def report_command(
             "--image", help="Picture to show with every text prompt. (default: those the prompts name)", metavar="FILE"
         ),
     ] = None,
+    variant: RunVariant = None,
     engine: Annotated[
         Path | None,
         data_option(
@@ -289,6 +293,7 @@ def report_command(
             output,
             prompts=prompts,
             source=source,
+            variant=variant,
             image=image,
             max_prompts=max_prompts,
             max_new_tokens=max_new_tokens,

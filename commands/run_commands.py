@@ -29,7 +29,6 @@ from .shared_options import (
     data_option,
     limits,
     output_option,
-    precision,
     what,
 )
 
@@ -277,14 +276,7 @@ def playground_command(
             metavar="FOLDER",
         ),
     ] = None,
-    variant: Annotated[
-        str | None,
-        precision(
-            "--variant",
-            help="Precision variant of the decoder: fp16, q4, ... (default: the one that runs)",
-            metavar="NAME",
-        ),
-    ] = None,
+    variant: RunVariant = None,
     port: Annotated[
         int,
         output_option("--port", min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.", metavar="PORT"),

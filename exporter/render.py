@@ -35,7 +35,7 @@ from .engines.engine_folder import EngineResult
 from .export_result import ExportResult
 from .packaging.repackage import Packaged
 from .terminal import show_found
-from .variants import VariantRow
+from .variants_table import show_variants
 
 
 def show_anatomy(out: Console, anatomy: DecoderAnatomy, model: str, full: bool = False) -> None:
@@ -221,10 +221,12 @@ def next_after_directions(
     return shlex.join(words)
 
 
-def next_after_evaluation(base: Path, guarded: Path) -> str:
+def next_after_evaluation(base: Path, guarded: Path, variant: str | None = None) -> str:
     """The command that shows the same in pictures, or checks the folder where the page cannot be drawn."""
-    words = ["report", "verify"][find_spec("plotly") is None]
-    return shlex.join(["vlmguard", words, str(guarded), "--source", str(base)])
+    if find_spec("plotly") is None:
+        return shlex.join(["vlmguard", "verify", str(guarded), "--source", str(base)])
+    chosen = ["--variant", variant] if variant is not None else []
+    return shlex.join(["vlmguard", "report", str(guarded), "--source", str(base), *chosen])
 
 
 def show_export(out: Console, result: ExportResult, verbose: bool = False) -> None:
@@ -247,7 +249,7 @@ def show_export(out: Console, result: ExportResult, verbose: bool = False) -> No
                 f"[bold]no effect[/bold] on {result.refusals.counted} harmful prompts, allowed with --allow-no-effect"
             )
     if result.variants:
-        _show_variants(out, result.variants)
+        show_variants(out, result.variants)
     if not result.written:
         out.print(f"dry run: nothing was written to {escape(str(result.out))}")
         return
@@ -256,17 +258,6 @@ def show_export(out: Console, result: ExportResult, verbose: bool = False) -> No
         show_proof(out, decoder.proof, decoder.path, verbose)
     out.print(f"proof: {result.proved.level}, {result.proved.why}", highlight=False, soft_wrap=True)
     out.print(f"[bold]guarded[/bold]: {escape(str(result.out))}", highlight=False, soft_wrap=True)
-
-
-def _show_variants(out: Console, variants: Sequence[VariantRow]) -> None:
-    """Refusals of each precision variant, over all settings."""
-    table = Table(title=f"refused without -> with the guard ({escape(variants[0].harmful.prompts)})")
-    for column in ("decoder", "harmful", "harmless"):
-        table.add_column(column, overflow="fold")
-    for row in variants:
-        shown = [f"{before} -> {after} of {asked}" for before, after, asked in map(row.counts, ("harmful", "harmless"))]
-        table.add_row(escape(row.decoder), *shown)
-    out.print(table)
 
 
 def _show_held_out(out: Console, held: HeldOut) -> None:

@@ -214,6 +214,13 @@ def extracted_directions(
             kept=kept,
             executors=request.executors,
         )
+    blind = [str(site.layer_index) for site in session.anatomy.sites if site.layer_index not in directions.layers]
+    if blind:
+        layers = "layer" if len(blind) == 1 else "layers"
+        session.notes.append(
+            f"no direction in {layers} {', '.join(blind)}: at the prompt's end the state is the same for harmful and "
+            "harmless anchors"
+        )
     return replace(directions, anchors=anchors.record())
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ..graphs.directions import DIRECTIONS_FILE, directions_bytes
+from ..graphs.directions import DIRECTIONS_FILE, Directions, directions_bytes
 from ..graphs.errors import GuardError
-from ..graphs.graph_io import external_files, save_graph
+from ..graphs.graph_io import GUARD_DATA, external_files, save_graph
 from ..graphs.modes import guard_mode
 from ..graphs.new_files import create_file
 from ..graphs.package import ModelPackage
@@ -28,6 +29,7 @@ from .artifact.guarded_folder import (
 from .artifact.signing import write_signature
 from .calibration.guard_config import CONFIG_NAME, config_of, to_toml
 from .calibration.judged import readable_images
+from .calibration.results import Calibration
 from .effect_check import ask_after, ask_before, with_separation
 from .export_job import ExportJob
 from .opened_decoder import OpenedDecoder, open_decoder_graph, require_alike
@@ -36,8 +38,8 @@ from .proof.level import choose_level, without_inputs
 from .proof.make_inputs import make_proof_inputs
 from .proof.prove_decoder import prove_decoder
 from .proof.signature import InputsUnknown
-from .resolve import DirectionsRequest, resolve_directions
-from .session import Session
+from .resolve import DirectionsRequest, calibrated_directions, resolve_directions
+from .session import CALIBRATION_FILES, Session
 from .variants import measure_variants
 
 
@@ -59,15 +61,10 @@ def resolve_guard(job: ExportJob) -> None:
     """Directions: given, found, or extracted and calibrated; and the mode, where it was open."""
     options = job.options
     given = options.directions if job.config is None else job.config.directions
-    request = DirectionsRequest(
-        job.requested,
+    request = _request(job)
+    request = replace(
+        request,
         given=None if given is None else Path(given),
-        anchors=options.anchors,
-        calibration=options.calibration,
-        images=readable_images(options.calibration_images),
-        budget=options.budget,
-        readout=options.readout,
-        seconds=options.calibration_seconds,
         estimator=options.estimator,
         accepts_foreign=options.force,
         keep_beside=None if options.dry_run else job.target,
@@ -80,7 +77,9 @@ def resolve_guard(job: ExportJob) -> None:
 
 def plan_guards(job: ExportJob) -> None:
     """Plan the changes of each decoder graph, with the reasons."""
-    job.planned = tuple(GuardedDecoder(graph.view, graph.anatomy, _plan(job, graph)) for graph in job.graphs)
+    job.planned = tuple(
+        GuardedDecoder(graph.view, graph.anatomy, _plan(job, graph, job.directions)) for graph in job.graphs
+    )
 
 
 def choose_proof(job: ExportJob) -> None:
@@ -117,17 +116,7 @@ def write_guarded(job: ExportJob) -> None:
     """Each guarded graph with its weights, proved on the file as it will ship; then the other files of the model."""
     done = []
     for graph, decoder in zip(job.graphs, job.planned, strict=True):
-        report = _write(job, graph, decoder.plan)
-        checks = prove_decoder(
-            decoder,
-            report,
-            job.folder,
-            job.inputs.get(graph.view.decoder),
-            job.report_progress,
-            locally=job.proved.level == "local",
-            place=job.session.place,
-        )
-        done.append(replace(decoder, report=report, proof=checks))
+        done.append(_write_proved(job, graph, decoder))
     job.decoders = tuple(done)
     bring_companions(job.source.package, job.folder, job.options.data)
     create_file(job.folder / DIRECTIONS_FILE, directions_bytes(job.directions))
@@ -147,7 +136,8 @@ def ask_variants(job: ExportJob) -> None:
     decoders = [(decoder.package, decoder.plan) for decoder in job.decoders]
     allowed = job.options.allow_no_effect
     runs = job.proved.level == "full"
-    job.variants = measure_variants(job.session, decoders, job.folder, allowed) if runs else ()
+    refit = partial(_refit, job)
+    job.variants = measure_variants(job.session, decoders, job.folder, allowed, refit) if runs else ()
 
 
 def write_records(job: ExportJob) -> None:
@@ -177,8 +167,79 @@ def _proof_files(job: ExportJob) -> tuple[Path, ...]:
     return tuple(map(Path, job.options.proof_inputs))
 
 
-def _plan(job: ExportJob, decoder: OpenedDecoder) -> GuardPlan:
-    plan = plan_guard(decoder.graph, decoder.anatomy, job.directions, job.spec)
+def _request(job: ExportJob) -> DirectionsRequest:
+    """The prompts of a calibration, and how to calibrate on them."""
+    options = job.options
+    return DirectionsRequest(
+        job.requested,
+        anchors=options.anchors,
+        calibration=options.calibration,
+        images=readable_images(options.calibration_images),
+        budget=options.budget,
+        readout=options.readout,
+        seconds=options.calibration_seconds,
+    )
+
+
+def _refit(job: ExportJob, number: int, error: GuardError) -> tuple[GuardPlan, Calibration]:
+    """Fit the numbers of a decoder to its own states; write and prove it again.
+
+    Args:
+        job: its decoders are written.
+        number: of the decoder.
+        error: why it falls short.
+
+    Raises:
+        GuardError: `error`, with the reason why there are no such numbers.
+    """
+    before = job.decoders[number]
+    plan = before.plan
+    if not number or not guard_mode(plan.mode).has_threshold or job.spec.tau is not None:  # nothing may be fitted
+        raise error
+    spec = replace(job.spec, mode=plan.mode, layers=plan.layers, rank=plan.guards[0].rank, positions=plan.positions)
+    source = replace(job.source, package=before.package)
+    session = Session(source, before.anatomy, job.report_progress, job.session.place)
+    request = replace(_request(job), spec=spec)
+    if request.anchors is None and request.calibration is None:
+        request = replace(request, calibration=session.find("calibration", CALIBRATION_FILES))
+    try:
+        calibration = calibrated_directions(session, request, job.directions)
+    except GuardError as reason:
+        raise type(error)(f"{error}; numbers of its own were not found: {reason}") from None
+    job.session.found |= session.found
+    graph = open_decoder_graph(before.package)
+    notes = ("the numbers of this variant were fitted to its own states", *session.notes)
+    again = _plan(job, graph, calibration.directions)
+    decoder = GuardedDecoder(
+        before.package, graph.anatomy, replace(again, notes=(*notes, *again.notes)), directions=calibration.directions
+    )
+    written = job.folder / decoder.path
+    for path in (written, written.with_name(written.name + GUARD_DATA)):
+        path.unlink(missing_ok=True)
+    decoder = _write_proved(job, graph, decoder)
+    assert decoder.directions_file is not None
+    create_file(job.folder / decoder.directions_file, directions_bytes(calibration.directions))
+    job.decoders = (*job.decoders[:number], decoder, *job.decoders[number + 1 :])
+    return decoder.plan, calibration
+
+
+def _write_proved(job: ExportJob, graph: OpenedDecoder, decoder: GuardedDecoder) -> GuardedDecoder:
+    """A decoder in the hidden folder, with its report and its proof."""
+    report = _write(job, graph, decoder.plan)
+    checks = prove_decoder(
+        decoder,
+        report,
+        job.folder,
+        job.inputs.get(graph.view.decoder),
+        job.report_progress,
+        locally=job.proved.level == "local",
+        place=job.session.place,
+    )
+    return replace(decoder, report=report, proof=checks)
+
+
+def _plan(job: ExportJob, decoder: OpenedDecoder, directions: Directions) -> GuardPlan:
+    plan = plan_guard(decoder.graph, decoder.anatomy, directions, job.spec)
     if any(site.guard.alpha == 0 and not _moves(plan.mode, site.guard) for site in plan.sites):
         raise GuardError(f"alpha 0 does nothing in mode {plan.mode}, and would ship as a guard; choose above 0")
     return replace(plan, notes=(*job.session.notes, *plan.notes, *notes_on_files(decoder.view)))

@@ -61,14 +61,18 @@ def _batch(model: ir.Model, plan: GuardPlan) -> ir.SymbolicDim | int | str:
     )
 
 
-def supervisor_row(edit: SubgraphEdit, builder: NodeBuilder, planned: SitePlan) -> ir.Value | None:
-    """This layer's row of the input, `[batch, 1, m]`: it meets every token."""
-    supervisor = next((edit.given[name] for name in SUPERVISOR_INPUTS if name in edit.given), None)
+def supervisor_input(edit: SubgraphEdit) -> ir.Value | None:
+    """The text-only coordinates of all layers, `[batch, layers, m]`; `None` in a mode that has no such input."""
+    return next((edit.given[name] for name in SUPERVISOR_INPUTS if name in edit.given), None)
+
+
+def split_supervisor(edit: SubgraphEdit, builder: NodeBuilder) -> dict[int, ir.Value]:
+    """Each layer's row of the input, `[batch, 1, m]`: it meets every token."""
+    supervisor, layers = supervisor_input(edit), edit.plan.layers
     if supervisor is None:
-        return None
-    row = edit.plan.layers.index(planned.layer_index)
-    index = builder.integers(row)
-    return builder.op("supervisor", "Gather", [supervisor, index], axis=1)
+        return {}
+    rows = builder.split("supervisor", supervisor, [f"layer_{layer}" for layer in layers], axis=1)
+    return dict(zip(layers, rows, strict=True))
 
 
 def supervisor_numbers(edit: SubgraphEdit, planned: SitePlan) -> tuple[ir.Value, ...]:
@@ -103,6 +107,7 @@ def _score(edit: SubgraphEdit, builder: NodeBuilder, written: Written) -> ir.Val
     """The gate's score in its own unit, not in the power of two that the lowering reads it in."""
     made = written.gate
     assert made is not None and edit.ends is not None
+    assert made.score is not None, "shared gates keep the scores that are an output"
     if guard_mode(edit.plan.mode).decides_by_text:  # one score per row, whatever the token
         return builder.op("score_unscaled", "Squeeze", [made.score, builder.integers(-1)])
     value = builder.op("score_last", "GatherND", [made.score, edit.ends])

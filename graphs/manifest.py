@@ -58,6 +58,8 @@ class DecoderRecord(BaseModel):
         path: relative to the folder.
         source: name and SHA-256 of the unguarded graph file, and of its external data (`None`: not hashed).
         plan, report, proof: as their `to_json` give them.
+        directions: file of a precision variant whose numbers were fitted to its own states, relative to the folder; `None`:
+            the folder's `directions.safetensors`.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -67,6 +69,7 @@ class DecoderRecord(BaseModel):
     plan: dict[str, Any]
     report: dict[str, Any]
     proof: list[dict[str, Any]]
+    directions: str | None = None
 
 
 class EngineRecord(BaseModel):
@@ -174,14 +177,38 @@ class Manifest(BaseModel):
 
     @property
     def plan(self) -> dict[str, Any]:
-        """Of the decoder that runs; the others have the same mode, layers and numbers."""
+        """Of the decoder that runs; the others have the same mode and layers, and its numbers or numbers of their own."""
         return self.decoders[0].plan
+
+    def seen_from(self, path: str) -> Manifest:
+        """The manifest with this decoder first, and what was measured for it.
+
+        Args:
+            path: of the decoder, relative to the folder.
+        """
+        decoders = sorted(self.decoders, key=lambda record: record.path != path)
+        row = (self.variants or {}).get(path, {})
+        measured = {
+            "refusals": row.get("harmful", self.refusals),
+            "calibration": row.get("calibration", self.calibration),
+        }
+        return self.model_copy(update={"decoders": decoders, **measured})
+
+    @property
+    def calibrations(self) -> list[dict[str, Any]]:
+        """Records of what the folder's guards were calibrated on: the guard's, and those of variants."""
+        rows = (self.variants or {}).values()
+        kept = (self.calibration, self.choice, *(row.get("calibration") for row in rows))
+        return [record for record in kept if record is not None]
 
     def to_text(self) -> str:
         content = self.model_dump()
         for name in ("packaged", "export_parity", "variants"):  # so that older versions can read all other folders
             if content[name] is None:
                 del content[name]
+        for record in content["decoders"]:
+            if record["directions"] is None:
+                del record["directions"]
         return to_strict_json({"schema": content.pop("schema_"), **content}, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -23,8 +23,8 @@ from .guard_ports import (
     names_of,
     port_shapes,
     record_guard,
+    split_supervisor,
     supervisor_numbers,
-    supervisor_row,
 )
 from .lowerings.fold import FOLD, fold
 from .lowerings.table import LOWERINGS
@@ -43,6 +43,7 @@ from .runtime_controls import (
     write_offset,
     write_strength,
 )
+from .shared_gates import shares_gates, write_shared_gates
 from .sites import find_node, sequence_stream
 from .subgraph_edit import SubgraphEdit
 from .subgraphs import find_bodies
@@ -198,6 +199,7 @@ def _fold(model: ir.Model, plan: GuardPlan) -> GuardReport:
 def _guard_body(edit: SubgraphEdit) -> list[GuardedSite]:
     _read_runtime_controls(edit)
     _find_last_token(edit)
+    _split_by_layer(edit)
     return [_guard_site(edit, site) for site in edit.sites]
 
 
@@ -267,13 +269,23 @@ def _guard_fused(edit: SubgraphEdit, planned: SitePlan, node: ir.Node, builder: 
 
 def _task(edit: SubgraphEdit, planned: SitePlan, builder: NodeBuilder) -> Task:
     mode, dtype = edit.plan.mode, planned.site.dtype
-    # Every token is read and `w` is multiplied with the selection: on one token, where time counts, that costs less than
-    # gathering it first, and a prefill's MatMuls hide it (benchmarks/spellings.py).
+    # Every token is read, and the selection closes the gate or is multiplied with `w`: on one token, where time counts, that
+    # costs less than gathering it first, and a prefill's MatMuls hide it (benchmarks/spellings.py).
     selected = edit.selections.get(edit.lowering.selects(mode, dtype))
-    supervisor, row = supervisor_row(edit, builder, planned), edit.plan.layers.index(planned.layer_index)
-    held = None if edit.held is None else held_at(builder, edit.held, row)
-    numbers, reads = supervisor_numbers(edit, planned), COORDINATES_OUTPUT in edit.plan.added_outputs
-    return Task(mode, planned.guard, dtype, supervisor, selected, edit.offset, held, edit.text_ends, numbers, reads)
+    layer, row = planned.layer_index, edit.plan.layers.index(planned.layer_index)
+    return Task(
+        mode,
+        planned.guard,
+        dtype,
+        supervisor=edit.supervisors.get(layer),
+        selected=selected,
+        offset=edit.offset,
+        held=None if edit.held is None else held_at(builder, edit.held, row),
+        text_ends=edit.text_ends,
+        numbers=supervisor_numbers(edit, planned),
+        outputs_coordinates=COORDINATES_OUTPUT in edit.plan.added_outputs,
+        shared=edit.shared_gates.get(layer),
+    )
 
 
 def _sum(builder: NodeBuilder, residual: ir.Value, branch: ir.Value, bias: ir.Value | None) -> ir.Value:
@@ -325,9 +337,9 @@ def _find_last_token(edit: SubgraphEdit) -> None:
     last = LastToken(builder, stream, call_inputs(edit.model.graph) if edit.plan.mask else CallInputs())
     pairs = PairedRows(builder, last) if edit.plan.paired else None
     if edit.plan.edits_last:
-        places = last.selected if pairs is None else last.selected_in(pairs.edited)
-        for dtype in _selected_dtypes(edit):
-            selected = builder.cast(f"selected_{dtype}", places, dtype)
+        edit.places = last.selected if pairs is None else last.selected_in(pairs.edited)
+        for dtype in () if shares_gates(edit) else _selected_dtypes(edit):
+            selected = builder.cast(f"selected_{dtype}", edit.places, dtype)
             edit.selections[dtype] = _with_strength(edit, builder, selected, dtype)
     if edit.plan.added_outputs:
         edit.ends = last.pairs
@@ -335,6 +347,17 @@ def _find_last_token(edit: SubgraphEdit) -> None:
         edit.text_ends = pairs.text_ends
         edit.step_tokens = pairs.step_tokens.name or ""
     _share(edit, builder)
+
+
+def _split_by_layer(edit: SubgraphEdit) -> None:
+    """Each layer's part of what is written once for all of them."""
+    supervisors = edit.builder("supervisor")
+    edit.supervisors = split_supervisor(edit, supervisors)
+    _share(edit, supervisors)
+    gates = edit.builder("gates")
+    if shares_gates(edit):
+        edit.shared_gates = write_shared_gates(edit, gates, edit.places)
+    _share(edit, gates)
 
 
 def _selected_dtypes(edit: SubgraphEdit) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from .ranks import BROADCAST, Ranks, words
+from .ranks import BROADCAST, PACKED_PRODUCTS, Ranks, words
 
 # Reads the sizes of its input alone, never the numbers.
 READ_SIZES = frozenset({"Shape", "Size"})
@@ -112,8 +112,8 @@ def rows_become(node: ir.Node, place: int, ranks: Ranks) -> Extent | None:
         return None if place == 0 else "rows"
     if kind == "Concat" or (kind in _KEEP_ROWS and place == 0):
         return "rows"
-    if kind in ("MatMul", "FusedMatMul", "MatMulNBits") and place == 0:
-        right = 2 if kind == "MatMulNBits" else ranks.of(node.inputs[1])  # more axes of it would come first
+    if kind in ("MatMul", "FusedMatMul", *PACKED_PRODUCTS) and place == 0:
+        right = 2 if kind in PACKED_PRODUCTS else ranks.of(node.inputs[1])  # more axes of it would come first
         plain = not any(node.attributes.get(name) for name in ("transA", "transBatchA", "transBatchB"))
         return "rows" if plain and right is not None and right <= 2 else "sizes"
     if kind == "Split" and place == 0:

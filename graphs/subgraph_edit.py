@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from .lowerings.table import Lowering
-from .lowerings.task import Held
+from .lowerings.task import Held, SharedGate
 from .node_builder import NodeBuilder
 from .plan import GuardPlan, SitePlan
 from .subgraphs import DecoderSubgraph
@@ -28,6 +28,9 @@ class SubgraphEdit:
     step_tokens: str = ""
     offset: ir.Value | None = None
     held: Held | None = None
+    supervisors: dict[int, ir.Value] = field(default_factory=dict)  # by layer, [batch, 1, m]
+    shared_gates: dict[int, SharedGate] = field(default_factory=dict)  # by layer
+    places: ir.Value | None = None  # tokens to edit, [batch, sequence, 1] bool
     selections: dict[str, ir.Value] = field(default_factory=dict)
     shared: list[str] = field(default_factory=list)
     initializers: list[str] = field(default_factory=list)

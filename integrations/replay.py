@@ -115,9 +115,26 @@ def _fed(folder: CaseFolder, fed: Mapping[str, Any], given: list[Feeds]) -> np.n
 
 
 def write_result(
-    name: str, runtime: str, version: str, modes: Mapping[str, Agreement], note: str = "", build: Path = BUILD
+    name: str,
+    runtime: str,
+    version: str,
+    modes: Mapping[str, Agreement],
+    note: str = "",
+    build: Path = BUILD,
+    precision: str = "fp32",
+    pictures: bool = True,
 ) -> int:
     """Write `build/integrations/NAME.json` and say it.
+
+    Args:
+        name: of the folder below `integrations/`.
+        runtime: its name in the table.
+        version: of the runtime.
+        modes: mode -> what was compared.
+        note: for the table.
+        build: folder of the results.
+        precision: of the decoder that ran.
+        pictures: whether prompts with pictures ran.
 
     Returns:
         an exit code: 0 where every mode agrees.
@@ -126,6 +143,8 @@ def write_result(
         "runtime": runtime,
         "version": version,
         "modes": {mode: asdict(agreement) for mode, agreement in modes.items()},
+        "precision": precision,
+        "pictures": pictures,
         "command": f"make integration NAME={name}",
         "note": note,
     }

@@ -56,11 +56,21 @@ def _read(path: Path) -> Iterator[Mapping[str, Any]]:
 
 def table(results: Mapping[str, list[Mapping[str, Any]] | None]) -> list[str]:
     """Markdown: a row per runtime."""
-    columns = ["runtime", "version", "modes that work", "same tokens", "largest difference", "command", "note"]
+    columns = [
+        "runtime",
+        "version",
+        "modes that work",
+        "precision",
+        "pictures",
+        "same tokens",
+        "largest difference",
+        "command",
+        "note",
+    ]
     lines = ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name, found in results.items():
         lines += [_row(one) for one in found or ()] or [
-            f"| {name} |  | not run |  |  | `make integration NAME={name}` |  |"
+            f"| {name} |  | not run |  |  |  |  | `make integration NAME={name}` |  |"
         ]
     return [*lines, ""]
 
@@ -79,6 +89,8 @@ def _row(result: Mapping[str, Any]) -> str:
         result["runtime"],
         result["version"],
         modes,
+        result["precision"],
+        "yes" if result["pictures"] else "no",
         tokens,
         f"{worst:.1e}",
         f"`{result['command']}`",

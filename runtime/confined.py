@@ -4,7 +4,7 @@ A chat template is a program, and a picture decoder is native code that a file c
 inside the process that answers. So a small helper process does the work (`confined_jobs`), and is killed when its time is up or
 its memory runs out; the next job starts a new one. A helper is kept for the next job, because starting one takes about 0.1 s.
 
-    TEMPLATES, PICTURES, TRANSFORMERS    the pools; `run` is safe to call from any thread, and after a fork
+    TEMPLATES, PICTURES, TRANSFORMERS, TORCHVISION    the pools; `run` is safe to call from any thread, and after a fork
 
 Helpers end with this process: their stdin ends then, even where it is killed.
 """
@@ -190,3 +190,5 @@ TEMPLATES = ConfinedPool(seconds=5, memory=512 << 20)
 PICTURES = ConfinedPool(seconds=10, memory=2 << 30, module="images.picture_files")
 # The address space of numpy's and transformers' libraries alone is about 2 GiB.
 TRANSFORMERS = ConfinedPool(seconds=30, memory=8 << 30, module="images.picture_files")
+# With torch, whose CUDA builds take 4 GiB more and start slowly.
+TORCHVISION = ConfinedPool(seconds=60, memory=16 << 30, module="images.picture_files")

@@ -85,7 +85,7 @@ def _decode(header: dict[str, Any], payload: bytes) -> Reply:
 def _describe(header: dict[str, Any], payload: bytes) -> Reply:
     from .images.transformers_job import describe
 
-    return {"size": describe(header["kind"], header["declared"])}, b""
+    return {"size": describe(header["kind"], header["half"], header["declared"])}, b""
 
 
 def _prepare(header: dict[str, Any], payload: bytes) -> Reply:
@@ -95,7 +95,7 @@ def _prepare(header: dict[str, Any], payload: bytes) -> Reply:
     from .images.transformers_job import prepare
 
     image = Image.frombytes("RGB", tuple(header["size"]), payload)
-    described, content = packed(prepare(header["kind"], header["declared"], header["call"], image))
+    described, content = packed(prepare(header["kind"], header["half"], header["declared"], header["call"], image))
     return {"arrays": described}, content
 
 

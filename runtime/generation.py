@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -24,11 +24,13 @@ class Request:
         image: path, Pillow image, uint8 array, bytes of an image file, or image features; several as a list or tuple; `None`
             for text only.
         history: earlier turns of the conversation. They have the first pictures (`Turn.pictures`), the prompt has the others.
+        pieces: the prompt's texts and pictures in their order, as `Turn.pieces`; empty: the pictures in front of the text.
     """
 
     prompt: str
     image: Shown | Sequence[Shown] | None = None
     history: tuple[Turn, ...] = ()
+    pieces: tuple[str | None, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
@@ -42,6 +44,12 @@ class Request:
             raise GuardError(
                 f"the request has {_images(len(self.images))}, and its earlier turns show {earlier}; give one for each"
             )
+        if self.pieces:
+            asked = self.turns[-1]
+            if (asked.text, asked.pictures) != (self.prompt, len(self.images) - earlier):
+                raise GuardError(
+                    "the request's pieces are not its prompt and its images; give the same texts and images"
+                )
 
     @property
     def images(self) -> tuple[Shown, ...]:
@@ -53,13 +61,15 @@ class Request:
     @property
     def turns(self) -> tuple[Turn, ...]:
         """The whole conversation, the question last."""
+        if self.pieces:
+            return (*self.history, Turn.of_pieces("user", self.pieces))
         earlier = sum(turn.pictures for turn in self.history)
         return (*self.history, Turn("user", self.prompt, len(self.images) - earlier))
 
     @property
     def text_only(self) -> Request:
         """The same words without the images."""
-        return Request(self.prompt, None, tuple(replace(turn, pictures=0) for turn in self.history))
+        return Request(self.prompt, None, tuple(turn.text_only for turn in self.history))
 
 
 def _images(number: int) -> str:

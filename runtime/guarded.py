@@ -27,7 +27,7 @@ class GuardedVLM(VisionLanguageModel):
     In mode `supervise` every answer takes a text-only pass first; nothing of that shows here.
 
     Attributes:
-        manifest: the folder's `guard.json`.
+        manifest: the folder's `guard.json`; the first of its decoders is the one that runs here.
     """
 
     def __init__(
@@ -169,8 +169,26 @@ def _open(
         if variant is not None:
             raise GuardError(f"{folder}: holds engines, which have no variants; leave the variant out")
         return _open_engines(cls, folder, manifest, runtime)
-    package = package_of(folder, manifest)
-    return cls(package if variant is None else variant_of(package, variant), manifest, runtime or "onnxruntime")
+    return cls(*open_variant(folder, manifest, variant), runtime or "onnxruntime")
+
+
+def open_variant(folder: Path, manifest: Manifest, variant: str | None) -> tuple[ModelPackage, Manifest]:
+    """The graphs of a guarded folder and its manifest, both seen from the decoder of one precision.
+
+    Args:
+        folder: the guarded folder.
+        manifest: of the folder.
+        variant: suffix of the decoder's file, "" for the plain one; `None`: the decoder that runs.
+
+    Raises:
+        ManifestMismatch: the folder holds other decoders than the manifest.
+        ModelUnreadable: the folder has no such variant.
+    """
+    package = open_guarded_package(folder, manifest)
+    if variant is None:
+        return package, manifest
+    package = variant_of(package, variant)
+    return package, manifest.seen_from(package.decoder.relative_to(folder).as_posix())
 
 
 def open_manifest(folder: Path, proved_only: bool = True, besides: str = "") -> Manifest:

@@ -49,7 +49,8 @@ def _images(pair: tuple[PromptBatch, PromptBatch], woven: Callable[..., np.ndarr
     positions, at, injected = None, None, {}
     if any(side.positions is not None for side in sides):
         both = zip(sides, pair, strict=True)
-        known = [text_positions(one.mask) if side.positions is None else side.positions for side, one in both]
+        axes = next(len(side.positions) for side in sides if side.positions is not None)
+        known = [text_positions(one.mask, axes) if side.positions is None else side.positions for side, one in both]
         positions = woven(*known, axis=1)
     if any(side.at is not None for side in sides):
         both = zip(sides, pair, strict=True)

@@ -32,7 +32,7 @@ from .generation import GREEDY, Choose, Chooser, Piece, Request, Sampling, Step
 from .images.deepstack import scatter
 from .images.image_features import ImageFeatures, Shown
 from .images.open_picture import open_image
-from .images.positions_mrope import mrope_positions
+from .images.positions_by_axes import positions_by_axes
 from .images.prepared_picture import Preprocessor
 from .images.prompt_images import PromptImages
 from .images.shown_pictures import see
@@ -41,6 +41,7 @@ from .knobs import AS_EXPORTED, Knobs
 from .paired_batches import PROMPTS, interleaved, rows_of
 from .runner_protocol import Runner
 from .runners import open_runner
+from .token_embeddings import embed
 
 OpenPart = Callable[[Path], Runner]  # one file of the package -> what runs it
 
@@ -315,7 +316,7 @@ class VisionLanguageModel:
     def images_have_grids(self) -> bool:
         """Whether an image's tokens are placed by its height and width (the Qwen family, Pixtral)."""
         placed = self.chat.placeholder is not None and self.chat.placeholder.by_place
-        return placed or self._takes_places
+        return placed or self._position_axes > 0
 
     @cached_property
     def _vision(self) -> Runner:
@@ -332,30 +333,20 @@ class VisionLanguageModel:
 
     def _embeds(self, ids: np.ndarray, at: np.ndarray | None = None, features: np.ndarray | None = None) -> np.ndarray:
         """Embeddings of the tokens, with the features `[image tokens, d]` at the positions `at`."""
-        (port,) = self._embed.inputs.values()
-        embeds = next(iter(self._embed.run({port.name: ids.astype(port.dtype)}).values()))
-        if at is None or features is None:
-            return embeds
-        if at.sum() != len(features):
-            raise GuardError(
-                f"the prompt has {at.sum()} image tokens for {len(features)} image features; check image_token"
-            )
-        embeds = embeds.copy()
-        embeds[at] = features.astype(embeds.dtype)
-        return embeds
+        return embed(self._embed, ids, at, features)
 
     def _placed(self, at: np.ndarray, mask: np.ndarray, seen: Seen) -> PromptImages:
         """Places of images, features between the layers, and positions of prompts if they depend on images."""
         positions = None
-        if seen.grids is not None and self._takes_places:
-            positions = mrope_positions(at, mask, seen.grids, seen.merge)
+        if seen.grids is not None:
+            positions = positions_by_axes(self._position_axes, at, mask, seen.grids, seen.merge)
         return PromptImages(positions, scatter(seen.outputs, at), at)
 
     @property
-    def _takes_places(self) -> bool:
-        """Whether the decoder takes time, row and column of each token (M-RoPE)."""
+    def _position_axes(self) -> int:
+        """How many positions the decoder takes of each token, where they have an axis of their own (M-RoPE: 3)."""
         port = self.decoder.runner.inputs.get(self.decoder.roles.positions or "")
-        return port is not None and len(port.shape) == 3
+        return port.shape[0] or 0 if port is not None and len(port.shape) == 3 else 0
 
     # Generation
 

@@ -21,7 +21,7 @@ from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.roles import input_roles
 from ...graphs.strict_json import to_strict_json
 from ...runtime.chat.chat import ChatTokenizer
-from ...runtime.images.images import ImagePreprocessor
+from ...runtime.images.vision import open_preprocessor
 from .facts import model_facts, require_page_model, token_checks, tokenizer_json
 from .libraries import LIBRARIES, find_libraries
 from .page_server import PlaygroundServer
@@ -49,7 +49,7 @@ def playground(
     Args:
         guarded: a folder of graphs in the onnx-community layout that `vlmguard-export` wrote.
         base: the unguarded model; default: the folder's own graph, the guard taken out in memory.
-        variant: of the decoder; default: the one that runs.
+        variant: precision variant of the decoder; `None`: the one that runs.
         prompts: labelled prompts to pick from; default: found beside the model, else built-in ones.
         assets: a `node_modules` with the libraries; default: the user's cache, filled from the npm registry.
         port: of the loopback address; 0 takes any that is free.
@@ -71,7 +71,7 @@ def _model_files(sides: Sides, prompts: str | None) -> dict[str, bytes | Path]:
     package = sides.package
     path = package.companion("tokenizer.json")
     chat = ChatTokenizer.open(path.parent if path is not None else package.root)
-    images = ImagePreprocessor.open(package.root)
+    images = open_preprocessor(package.root)
     samples = choose_samples(prompts, [sides.base_home.parent, package.root])
     title = prompts or "the prompts found beside the model"
     require_held_out_of(package.root, read_manifest(package.root), title, samples.prompts, "show the model")

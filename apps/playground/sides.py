@@ -12,11 +12,10 @@ import onnx_ir as ir
 
 from ...exporter.proof.both_sides import BothSides, open_both_sides
 from ...graphs.errors import GuardError
-from ...graphs.manifest import DecoderRecord, Manifest
 from ...graphs.modes import guard_mode
 from ...graphs.package import ModelPackage
 from ...graphs.plan import GuardPlan
-from ...runtime.guarded import open_guarded_package, open_manifest
+from ...runtime.guarded import open_manifest, open_variant
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def open_sides(folder: Path, source: Path | None = None, variant: str | None = N
 
     Args:
         source: the unguarded model, if the base shall be that and not the folder's own graph without its guard.
-        variant: of the decoder (`fp16`, `q4`, ...); default: the one that runs.
+        variant: precision variant of the decoder (`fp16`, `q4`, ...); `None`: the one that runs.
 
     Raises:
         ManifestMismatch: the folder is not guarded, differs from its manifest, or the source is not the guarded model.
@@ -56,10 +55,8 @@ def open_sides(folder: Path, source: Path | None = None, variant: str | None = N
         raise GuardError(
             f"{folder}: holds engines, no browser runs those; name the guarded folder that they were built from"
         )
-    package = open_guarded_package(folder, manifest)
-    record = _chosen(folder, manifest, variant)
-    view = next(view for view in package.views() if view.decoder == folder / record.path)
-    both = open_both_sides(view, manifest, record, source, "--base")
+    view, manifest = open_variant(folder, manifest, variant)
+    both = open_both_sides(view, manifest, manifest.decoders[0], source, "--base")
     return Sides(
         package=view,
         plan=both.plan,
@@ -68,17 +65,6 @@ def open_sides(folder: Path, source: Path | None = None, variant: str | None = N
         from_source=both.source is not None,
         guarded=_telling(both),
     )
-
-
-def _chosen(folder: Path, manifest: Manifest, variant: str | None) -> DecoderRecord:
-    """The decoder of that variant."""
-    if variant is None:
-        return manifest.decoders[0]
-    found = [record for record in manifest.decoders if Path(record.path).stem.endswith(f"_{variant}")]
-    if not found:
-        known = ", ".join(Path(record.path).name for record in manifest.decoders)
-        raise GuardError(f"{folder}: has no decoder of variant {variant!r}, but {known}; name one of theirs")
-    return found[0]
 
 
 def _telling(both: BothSides) -> ir.Model:

@@ -37,6 +37,7 @@ def report(
     *,
     prompts: Path | str | None = None,
     source: Path | str | None = None,
+    variant: str | None = None,
     image: Path | str | None = None,
     max_prompts: int = MAX_PROMPTS,
     max_new_tokens: int = MAX_NEW_TOKENS,
@@ -53,6 +54,7 @@ def report(
         output: the page; one file that needs nothing else.
         prompts: labelled, held-out prompts; default: `evaluation.jsonl` found beside the source or the folder.
         source: the unguarded model; default: the guard is taken out of the shipped graph in memory.
+        variant: precision variant of the decoder, guarded and unguarded; `None`: the one that runs.
         image: a picture to show with every text prompt, in place of the pictures that the prompts name.
         max_prompts: of each setting and label.
         max_new_tokens: longest answer.
@@ -69,7 +71,7 @@ def report(
     require_plotly()  # before minutes of work
     when = _now()
     _require_writable(output, Path(guarded).absolute(), force)
-    subject = open_subject(guarded, source)
+    subject = open_subject(guarded, source, variant)
     file, chosen = choose_prompts(
         subject, Path(prompts) if prompts is not None else None, Path(image) if image is not None else None, max_prompts
     )
@@ -95,7 +97,9 @@ def report(
         lambda done, total: report_progress("trying strengths", done, total),
     )
     data = ReportData(
-        name=subject.folder.name,
+        name=subject.folder.name
+        if variant is None
+        else f"{subject.folder.name}, {subject.guarded.package.decoder.name}",
         prompts_file=file.name,
         prompts=tuple(chosen),
         max_new_tokens=max_new_tokens,

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ...exporter.extraction.extract import tapped, with_states
 from ...exporter.proof.both_sides import BothSides, open_both_sides
+from ...exporter.proof.recorded_plan import recorded_directions
 from ...graphs.anatomy import DecoderAnatomy
-from ...graphs.directions import DIRECTIONS_FILE, Directions, read_directions
+from ...graphs.directions import Directions
 from ...graphs.errors import GuardError
 from ...graphs.manifest import Manifest, read_manifest
 from ...graphs.package import ModelPackage
@@ -26,7 +27,7 @@ class Subject:
     Attributes:
         guarded: the folder's model, as shipped.
         sides: the graphs of its decoder.
-        directions: the folder's own.
+        directions: of this decoder.
     """
 
     guarded: GuardedVLM
@@ -81,12 +82,13 @@ class Subject:
         return self.guarded.with_decoder(self.sides.rebuilt(replace(self.plan, sites=sites))[0])
 
 
-def open_subject(folder: Path | str, source: Path | str | None = None) -> Subject:
+def open_subject(folder: Path | str, source: Path | str | None = None, variant: str | None = None) -> Subject:
     """Open a guarded folder, guarded and unguarded.
 
     Args:
         folder: guarded folder of graphs.
         source: the unguarded model (file or folder); default: the guard is removed in memory.
+        variant: precision variant of the decoder; `None`: the one that runs.
 
     Raises:
         ManifestMismatch: a file differs from the manifest, or `source` is not the model that was guarded.
@@ -98,7 +100,7 @@ def open_subject(folder: Path | str, source: Path | str | None = None) -> Subjec
             f"{folder}: holds engines, whose states cannot be read; report on the guarded folder that they were built "
             "from, and give this one with --engine"
         )
-    guarded = GuardedVLM.open(folder)
+    guarded = GuardedVLM.open(folder, variant=variant)
     manifest = guarded.manifest
     sides = open_both_sides(guarded.package, manifest, manifest.decoders[0], source, "--source")
-    return Subject(guarded, sides, read_directions(folder / DIRECTIONS_FILE))
+    return Subject(guarded, sides, recorded_directions(folder, manifest, manifest.decoders[0]))

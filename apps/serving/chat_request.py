@@ -164,9 +164,10 @@ def _sampling(body: _Body, settings: ServeSettings) -> tuple[Sampling, bool]:
 def _request(body: _Body, settings: ServeSettings, sees: bool) -> Request:
     turns, images = [], []
     for number, message in enumerate(body.messages):
-        words = "\n".join(part.text for part in message.content if isinstance(part, _Text))
+        pieces: list[str | None] = []
         before = len(images)
         for place, part in enumerate(message.content):
+            pieces.append(part.text if isinstance(part, _Text) else None)
             if isinstance(part, _Image):
                 param = f"messages[{number}].content[{place}].image_url"
                 if message.role != "user":
@@ -178,11 +179,10 @@ def _request(body: _Body, settings: ServeSettings, sees: bool) -> Request:
                         f"this server takes {settings.max_images} images per conversation; leave the others out", param
                     )
                 images.append(image_bytes(part.image_url.url, settings.max_image, f"{param}.url"))
-        pictures = len(images) - before
-        if not words.strip() and not pictures:
-            raise _refusal(f"messages[{number}] is empty; write something", f"messages[{number}].content")
         role: Role = "system" if message.role == "developer" else message.role
-        turns.append(Turn(role, words, pictures))
+        turns.append(Turn.of_pieces(role, pieces))
+        if not turns[-1].text.strip() and len(images) == before:
+            raise _refusal(f"messages[{number}] is empty; write something", f"messages[{number}].content")
     if turns[-1].role != "user":
         raise _refusal(
             "the last message is not the user's, and no answer is continued; end with a question",
@@ -191,7 +191,7 @@ def _request(body: _Body, settings: ServeSettings, sees: bool) -> Request:
     if sum(len(turn.text) for turn in turns) > _CHARACTERS_PER_TOKEN * settings.max_prompt_tokens:
         raise too_long(settings.max_prompt_tokens)
     history = tuple(turns[:-1])
-    return Request(turns[-1].text, images or None, history)
+    return Request(turns[-1].text, images or None, history, turns[-1].pieces)
 
 
 def too_long(longest: int) -> ApiError:

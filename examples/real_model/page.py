@@ -11,6 +11,8 @@ from typing import Any
 
 from build import BUILD
 from cells import ASKED, QUESTIONS, RANDOM, SETTINGS, TOKENS, counted
+from precisions import RESULTS
+from precisions import table as precision_table
 from sets import HARMFUL_HELD_OUT
 from tradeoff import table
 
@@ -66,9 +68,17 @@ LIMITS = """## Limits
 
 
 def write_page(results: Sequence[dict[str, Any]], page: Path) -> None:
-    """Replace the page."""
-    parts = [INTRODUCTION, *(section for result in results for section in sections(result)), LIMITS]
-    page.write_text("\n".join(parts), encoding="utf-8")
+    """Write the sections of these results into the page; sections of other beds stay as they are."""
+    kept = sections_of(page.read_text(encoding="utf-8")) if page.is_file() else {}
+    kept.pop(LIMITS.split("\n", 1)[0], None)
+    written = {next(iter(sections(result))).strip(): "\n".join(sections(result)) for result in results}
+    page.write_text("\n".join([INTRODUCTION, *(kept | written).values(), LIMITS]), encoding="utf-8")
+
+
+def sections_of(text: str) -> dict[str, str]:
+    """The sections of a page by heading, in their order."""
+    blocks = text.split("\n## ")[1:]
+    return {f"## {block.splitlines()[0]}": f"## {block}" for block in blocks}
 
 
 def sections(result: dict[str, Any]) -> Iterable[str]:
@@ -76,6 +86,11 @@ def sections(result: dict[str, Any]) -> Iterable[str]:
     if "tradeoff" in result:
         yield f"## Seed {result['seed']}: layers and rank, with adversarial pictures\n"
         yield "\n".join(table(result["tradeoff"])) + "\n"
+        return
+    if "precisions" in result:
+        yield f"## Seed {result['seed']}: precisions of the decoder\n"
+        yield precision_words(result)
+        yield "\n".join(precision_table(result["precisions"])) + "\n"
         return
     exported, options = result["exported"], result["exported"].get("options")
     shown = "a given folder" if options is None else f"`{' '.join(['vlmguard-export MODEL', *options])}`"
@@ -98,6 +113,19 @@ def sections(result: dict[str, Any]) -> Iterable[str]:
     )
     yield "\n".join(refusal_table(cells)) + "\n"
     yield "\n".join(goal_table(cells)) + "\n"
+
+
+def precision_words(result: dict[str, Any]) -> str:
+    """What the table of precisions counts."""
+    plan, count = result["plan"], result["prompts"]
+    layers = ", ".join(map(str, plan["layers"]))
+    return (
+        f"Mode `{plan['mode']}`, layers {layers}, rank {plan['rank']}: `vlmguard-export --mode align` of the float32 decoder, "
+        "and the same guard in every other precision. Each guarded decoder is compared with the unguarded one of its own "
+        f"precision. Refusals are those of {count} prompts of each set beside held-out pictures of shapes: harmful ones of "
+        "HarmBench test and JailbreakBench, harmless ones of XSTest safe and the everyday tasks. Questions are about held-out "
+        f"pictures; the tower was trained for {result['tower_steps']} steps. {_machine(result['machine'])}\n"
+    )
 
 
 def asked_settings(cells: dict[str, Any]) -> list[str]:
@@ -239,13 +267,17 @@ def main() -> None:
     """Parse, read, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "results", nargs="*", type=Path, help="Files of measure_guard.py; default: all below the build folder."
+        "results",
+        nargs="*",
+        type=Path,
+        help="Files of measure_guard.py; default: all below the build folder, and precisions.json.",
     )
     parser.add_argument("--build", type=Path, default=BUILD, help="Build folder of build.py.")
     parser.add_argument("--out", type=Path, default=PAGE, help="The page.")
     given = parser.parse_args()
     found = sorted(given.build.glob("seed-*/measured/*.json"))
-    paths = given.results or [path for path in found if path.stem != REDUCED]
+    kept = [RESULTS] if RESULTS.is_file() else []
+    paths = given.results or [*(path for path in found if path.stem != REDUCED), *kept]
     if not paths:
         raise SystemExit(f"{given.build}: holds no results; run measure_guard.py first")
     write_page([json.loads(path.read_text(encoding="utf-8")) for path in paths], given.out)

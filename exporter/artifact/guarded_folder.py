@@ -12,6 +12,7 @@ from typing import Any
 from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.clock import Stamp, to_text
 from ...graphs.digests import sha256_files
+from ...graphs.directions import DIRECTIONS_FILE, Directions
 from ...graphs.graph_io import external_files
 from ...graphs.manifest import SCHEMA, DecoderRecord, Manifest, may_go_unhashed, record_files, write_manifest
 from ...graphs.new_files import Data, create_file
@@ -38,6 +39,7 @@ class GuardedDecoder:
         package: the unguarded model, seen from this graph.
         anatomy, plan: of it.
         report, proof: what was done to it and why to believe it; none before that.
+        directions: its own, where its numbers were fitted to its own states.
     """
 
     package: ModelPackage
@@ -45,6 +47,12 @@ class GuardedDecoder:
     plan: GuardPlan
     report: GuardReport | None = None
     proof: tuple[Check, ...] = ()
+    directions: Directions | None = None
+
+    @property
+    def directions_file(self) -> str | None:
+        """The file of its own directions, relative to the folder."""
+        return f"{self.path.removesuffix('.onnx')}.{DIRECTIONS_FILE}" if self.directions is not None else None
 
     @property
     def path(self) -> str:
@@ -162,6 +170,7 @@ def _record(done: GuardedDecoder, digests: dict[Path, str]) -> DecoderRecord:
         plan=done.plan.to_json(),
         report=done.report.to_json(),
         proof=[check.to_json() for check in done.proof],
+        directions=done.directions_file,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import numpy as np
 
 from ...graphs.errors import ModelUnreadable, first_line
 from ...graphs.progress import ProgressCallback, ignore_progress
-from ...runtime.images.deepstack import is_features
-from ..families.family import IMAGE_FEATURES, Arrays, Decoder, Family, Turn, Vision
+from ...runtime.images.deepstack import is_features, layer_number
+from ..families.encoder_texts import with_texts
+from ..families.family import IMAGE_FEATURES, Arrays, Decoder, Family, Shapes, Turn, Vision
 from ..families.generic import PER_LAYER, GenericDecoder
 from ..families.generic_vision import (
+    FIXED,
     feature_holder,
     feature_inputs,
     feature_shapes,
@@ -30,8 +33,8 @@ from ..families.generic_vision import (
 )
 from ..families.image_tokens import image_token_id
 from ..families.position_rules import Rule, find_rule
-from ..families.random_pixels import random_pixels
-from ..families.recorded import TOKEN_TYPES, Recording, record
+from ..families.random_pixels import random_pixels, required_inputs
+from ..families.recorded import TOKEN_TYPES, Recording, record, rope_index_inputs
 from ..families.sample_pictures import joined, sample_pictures
 from .parity_prompts import sample_prompt, turns
 from .parts import tensors
@@ -71,7 +74,14 @@ def fit(
     model.config.image_token_id = token
     pictures = _pictures(model, folder, report_progress)
     vision, seen = _fit_vision(model, pictures, where)
-    decoder = _fit_decoder(model, vision, seen, texts, where)
+    try:
+        decoder = _fit_decoder(model, vision, seen, texts, where)
+    except ModelUnreadable as refusal:
+        try:
+            vision, seen = _on_token(model, token, vision, seen)
+            decoder = _fit_decoder(model, vision, seen, texts, where)
+        except (ModelUnreadable, IndexError):  # or the token is beyond the table
+            raise refusal from None
     return replace(
         family,
         vision=vision,
@@ -84,29 +94,89 @@ def _fit_vision(model: Any, pictures: Sequence[Arrays], where: str) -> tuple[Vis
     import torch
 
     names = feature_inputs(feature_holder(model))
+    pictures = _pair(model, pictures)
     given = joined(pictures[:2])
     singles = [{n: a for n, a in picture.items() if n in names} for picture in pictures]
+    run = partial(run_one_picture, fixed={n: a.tolist() for n, a in singles[0].items() if n in FIXED})
     features: list[dict[str, Any]] = []
     with torch.no_grad():
         for single in singles:
             inputs = tensors(model, single)
             features.append(image_features(model, **inputs))
             taken = tensors(model, graph_inputs(model, single))
-            _require_same(features[-1], run_one_picture(model, **taken), model, f"{where}: its vision encoder")
+            _require_same(features[-1], run(model, **taken), model, f"{where}: its vision encoder")
     taken = [graph_inputs(model, single) for single in singles]
     shapes, outputs = traced_shapes(taken), feature_shapes(features)
     vision = Vision(
         inputs=lambda model: shapes,
         outputs=lambda model: outputs,
-        run=run_one_picture,
+        run=run,
+        around=lambda config: _around(model),
         sample=lambda model, random: given,
         calls=lambda given: singles[:2],
-        # An axis of length 1 would be baked.
-        traced=max(taken, key=lambda single: min(size for array in single.values() for size in array.shape)),
+        traced=max(taken, key=lambda single: _shortest(single, shapes)),
         others=tuple(singles[2:]),
         held=False,
     )
     return vision, [{name: rows.float().numpy() for name, rows in given.items()} for given in features[:2]]
+
+
+def _pair(model: Any, pictures: Sequence[Arrays]) -> Sequence[Arrays]:
+    """The pictures, the first two of them such that a batch of both gives what each of them gives alone.
+
+    Emu3's codes of a picture depend on the padding to the size of the largest one in its batch. PerceptionLM takes the tiles
+    that fill up a batch for tiles of the picture. Then the first picture is there twice.
+    """
+    import torch
+
+    names = feature_inputs(feature_holder(model))
+    first, second = ({n: a for n, a in picture.items() if n in names} for picture in pictures[:2])
+    if all(first[name].shape[1:] == second[name].shape[1:] for name in first):
+        return pictures
+    with torch.no_grad():
+        alone = torch.cat(
+            [image_features(model, **tensors(model, single))[IMAGE_FEATURES] for single in (first, second)]
+        )
+        together = image_features(model, **tensors(model, joined([first, second])))[IMAGE_FEATURES]
+    if alone.shape == together.shape and float((alone - together).abs().max()) <= 1e-3 * float(together.abs().max()):
+        return pictures
+    return [pictures[0], *pictures]
+
+
+def _around(model: Any) -> tuple[list[int], list[int]]:
+    """The tokens before and after a picture where positions depend on them (Qwen's Omni models); else none."""
+    taken = rope_index_inputs(model)
+    names = ("vision_start_token_id", "vision_end_token_id")
+    before, after = (getattr(model.config, name, None) for name in names)
+    if not taken or TOKEN_TYPES[0] in taken or not isinstance(before, int):
+        return [], []
+    return [before], [after] if isinstance(after, int) else []
+
+
+def _on_token(model: Any, token: int, vision: Vision, seen: list[Arrays]) -> tuple[Vision, list[Arrays]]:
+    """The same with the image token's embedding added to every row: Molmo 2 adds features to it, and puts none in its place."""
+    import torch
+
+    with torch.no_grad():
+        row = model.get_input_embeddings()(torch.tensor([token])).clone()
+
+    def run(model: Any, **inputs: Any) -> dict[str, Any]:
+        outputs = dict(vision.run(model, **inputs))
+        return {**outputs, IMAGE_FEATURES: outputs[IMAGE_FEATURES] + row}
+
+    rows = row.float().numpy()
+    return replace(vision, run=run), [{**given, IMAGE_FEATURES: given[IMAGE_FEATURES] + rows} for given in seen]
+
+
+def _shortest(single: Arrays, shapes: Shapes) -> int:
+    """The shortest axis of those whose length differs between pictures: one of length 1 would be baked by the tracer."""
+    lengths = (
+        array.shape[axis]
+        for name, array in single.items()
+        for axis, size in enumerate(shapes[name])
+        if isinstance(size, str)
+    )
+    return min(lengths, default=0)
 
 
 def _pictures(model: Any, folder: Path, report_progress: ProgressCallback) -> list[Arrays]:
@@ -118,7 +188,13 @@ def _pictures(model: Any, folder: Path, report_progress: ProgressCallback) -> li
             image_features(model, **tensors(model, arrays))
 
     try:
-        return sample_pictures(folder)
+        pictures = with_texts(model, sample_pictures(folder))
+        if absent := required_inputs(model) - pictures[0].keys():
+            raise ModelUnreadable(
+                f"{folder}: its image processor does not return {', '.join(sorted(absent))}, which its vision encoder takes; "
+                "prepare its inputs elsewhere, or use text-only prompts"
+            )
+        return pictures
     except ModelUnreadable as reason:
         pixels = random_pixels(model, run)
         if pixels is None:
@@ -140,7 +216,7 @@ def _fit_decoder(
     positions = [_array(call.get("position_ids")) for call in recording.decoder_inputs]
     rule = find_rule(model.config, list(zip(calls, positions, strict=True)))
     reasons: list[str] = []
-    for decoder in _ways(model, rule, sum(map(is_features, together))):
+    for decoder in _ways(model, rule, tuple(layer_number(name) for name in together if is_features(name))):
         try:
             difference = _difference(model, decoder, calls, recording)
         except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, KeyError) as failure:
@@ -156,7 +232,7 @@ def _fit_decoder(
     raise ModelUnreadable(f"{where}: its decoder, run from embeddings, {reasons[0]}")
 
 
-def _ways(model: Any, rule: Rule | None, deepstack: int) -> Iterator[GenericDecoder]:
+def _ways(model: Any, rule: Rule | None, deepstack: tuple[int, ...]) -> Iterator[GenericDecoder]:
     forward = inspect.signature(type(model).forward).parameters
     per_layer = PER_LAYER in forward and bool(model.config.get_text_config().hidden_size_per_layer_input)
     if deepstack:

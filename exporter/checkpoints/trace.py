@@ -13,10 +13,13 @@ from typing import Any
 import onnx_ir as ir
 
 from ...graphs.decoder_state import COMMUNITY_PAST
+from ..families.complex_pairs import complex_as_pairs
 from ..families.family import TOTAL
 from ..families.gated_delta import delta_rule_by_scan
 from ..families.generic_vision import as_written
+from ..families.grouped_experts import experts_in_groups
 from .parts import Part
+from .small_constants import small_constants_kept
 
 
 def trace_some_way(model: Any, part: Part, opset: int) -> ir.Model:
@@ -43,7 +46,15 @@ def trace(model: Any, part: Part, opset: int) -> ir.Model:
         # Else a comparison of two lengths in the model ("is the mask as long as the input?") forbids the sample's own.
         prefer_deferred_runtime_asserts_over_guards=True,
     )
-    with quiet(), _runs_as(model, part), delta_rule_by_scan(model), as_written(model):
+    with (
+        quiet(),
+        _runs_as(model, part),
+        delta_rule_by_scan(model),
+        complex_as_pairs(model),
+        experts_in_groups(model),
+        as_written(model),
+        small_constants_kept(),
+    ):
         graph = OnnxExporter().export(model, dict(part.sample), config).program
     if part.finish is not None:
         part.finish(graph.graph)
@@ -59,7 +70,8 @@ def _dynamic_shapes(part: Part) -> dict[str, Any]:
     held = Counter(word for shape in part.inputs.values() for word in shape if word != TOTAL)
 
     if part.finish is not None:
-        return {name: dict.fromkeys(range(tensor.ndim), Dim.AUTO) for name, tensor in part.sample.items()}
+        behind = {name: sum(isinstance(size, int) for size in shape[1:]) for name, shape in part.inputs.items()}
+        return {name: dict.fromkeys(range(t.ndim - behind[name]), Dim.AUTO) for name, t in part.sample.items()}
 
     def axes(shape: tuple[str | int, ...]) -> dict[int, Any]:
         named = {axis: name for axis, name in enumerate(shape) if isinstance(name, str)}

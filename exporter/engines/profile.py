@@ -18,6 +18,7 @@ from ...graphs.errors import GuardError
 from ...graphs.plan import is_supervisor_input
 from ...graphs.roles import TOKENS, InputRoles, input_roles
 from ...graphs.runtime_controls import PAST_GATE_INPUT
+from ...runtime.decoder_inputs import PER_LAYER, TOKEN_TYPES
 
 # Smallest, typical and largest shape of one input.
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -179,15 +180,19 @@ def _decoder_axes(
     pair = next((pair for pair in roles.states if pair.past == name), None)
     if pair is not None or is_past_name(name):
         grows = pair.axis if pair is not None else 2
-        fixed = {axis: Span(size, size, size) for axis, size in ((1, heads[0]), (3, heads[1])) if size is not None}
-        return {0: batch, **(fixed if rank == 4 else {}), **({} if grows is None else {grows: profile.past})}
+        fixed = {}
+        for axis, size in ((1, heads[0]), (3, heads[1])) if rank == 4 else ():
+            # layers differ in their heads (Gemma 4): what the graph itself says of a layer counts
+            if size is not None and not isinstance((value.shape or ())[axis], int):
+                fixed[axis] = Span(size, size, size)
+        return {0: batch, **fixed, **({} if grows is None else {grows: profile.past})}
     if name == roles.mask:
         return {0: batch, 1: total} if rank == 2 else {0: batch, rank - 2: sequence, rank - 1: total}
     if name == roles.positions:
         return {rank - 2: batch, rank - 1: sequence}
     if is_supervisor_input(name) or name == PAST_GATE_INPUT:
         return {0: batch}
-    if name in {roles.tokens, roles.embeds, "token_type_ids"} or rank == 3:
+    if name in {roles.tokens, roles.embeds, TOKEN_TYPES, PER_LAYER} or rank == 3:
         return {0: batch, 1: sequence}
     return {}
 

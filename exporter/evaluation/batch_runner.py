@@ -131,7 +131,7 @@ class Asking:
 
 @dataclass(frozen=True)
 class AskBoth:
-    """Opens the models of an evaluation in another process; paths are absolute."""
+    """Opens the models of an evaluation in another process; paths are absolute, `variant` is of both decoders."""
 
     base: Path
     guarded: Path
@@ -139,17 +139,20 @@ class AskBoth:
     max_new_tokens: int
     read_gates: bool
     keep_answers: bool
+    variant: str | None = None
 
     def files(self) -> list[Path]:
         manifest = read_manifest(self.guarded)
-        files = [*model_files(open_package(self.base)), self.guarded / MANIFEST_NAME]
+        files = [*model_files(open_package(self.base, self.variant)), self.guarded / MANIFEST_NAME]
         files += [self.guarded / name for name in manifest.files]
         return files + ([path for path in sorted(self.judge.iterdir()) if path.is_file()] if self.judge else [])
 
     def open(self) -> Asking:
-        vlm = GuardedVLM.open(self.guarded)
+        vlm = GuardedVLM.open(self.guarded, variant=self.variant)
         gates = open_gates(vlm)[0] if self.read_gates else None
-        return Asking(open_model(self.base), vlm, self.max_new_tokens, gates, self.open_judge(), self.keep_answers)
+        return Asking(
+            open_model(self.base, self.variant), vlm, self.max_new_tokens, gates, self.open_judge(), self.keep_answers
+        )
 
     def open_judge(self) -> GuardModel | None:
         return GuardModel(self.judge) if self.judge is not None else None

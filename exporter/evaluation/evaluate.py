@@ -47,6 +47,7 @@ def compare(
     batch_size: int = 32,
     report_progress: ProgressCallback = ignore_progress,
     *,
+    variant: str | None = None,
     images: Sequence[Path | str] = (),
     judge_model: Path | str | None = None,
     out: Path | str | None = None,
@@ -65,6 +66,7 @@ def compare(
         max_new_tokens: longest answer.
         batch_size: prompts per call.
         report_progress: called with `(stage, done, total)`.
+        variant: precision variant of both models' decoders, which are in onnx-community folders; `None`: those that run.
         images: pictures to show with prompts whose source has none.
         judge_model: a checkpoint folder of a LlamaGuard-style model, as a second judge.
         out: a file of JSON lines, one per prompt; a killed run resumes from it.
@@ -79,7 +81,7 @@ def compare(
             belongs to another evaluation.
     """
     require_unmarked(base)
-    unguarded, vlm = open_model(base), GuardedVLM.open(guarded)
+    unguarded, vlm = open_model(base, variant), GuardedVLM.open(guarded, variant=variant)
     beside = find_file(unguarded.package.root, EVALUATION_FILES) if prompts is None else None
     sources = prompts if prompts is not None else beside or BUILTIN
     title = ", ".join(listed(sources))
@@ -96,6 +98,7 @@ def compare(
         max_new_tokens,
         read_gates,
         keep_answers,
+        variant,
     )
     judge = asking.open_judge()
     settings = {
@@ -106,6 +109,7 @@ def compare(
         "judge": judge.identity if judge is not None else None,
         "gates": read_gates,
         "answers": keep_answers,
+        **({"variant": variant} if variant is not None else {}),
     }
     file = RecordFile(out, _identity(unguarded, vlm) | settings) if out is not None else None
     gates, unread = open_gates(vlm) if read_gates else (None, "not requested")

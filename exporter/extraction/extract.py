@@ -33,6 +33,8 @@ from .estimators import DEFAULT_ESTIMATOR, ESTIMATORS, require_known
 from .kept_states import KeptStates, model_files
 from .loud_channels import held_out_auc, quiet_rows
 
+_ROUNDING = 1e-5  # of a channel's largest state
+
 
 def extract_all_layers(
     model: VisionLanguageModel,
@@ -45,7 +47,7 @@ def extract_all_layers(
     kept: KeptStates | None = None,
     executors: ExecutorFactory = local_executors,
 ) -> Directions:
-    """The SSD of every layer, with its evidence.
+    """The SSD of every layer that sees the anchors' difference, with its evidence.
 
     Args:
         model: unguarded.
@@ -81,10 +83,18 @@ def directions_from_states(
         rank: rows per layer.
         estimator: a key of `ESTIMATORS`.
         model_sha256: digest of the decoder file; `None` if there is no file.
+
+    Returns:
+        Directions of all these layers but those that do not see what the anchors differ in (`sees_difference`).
+
+    Raises:
+        GuardError: no layer sees it.
     """
     harmful, harmless = states[0::2], states[1::2]
     found, evidence = {}, {}
-    for number in layers:
+    layers = list(layers)
+    seeing = [number for number in layers if sees_difference(harmful[:, number], harmless[:, number])]
+    for number in seeing or layers:  # where none does, the estimate reports it
         found[number], evidence[str(number)] = _direction(harmful[:, number], harmless[:, number], rank, estimator)
     return Directions(
         width=states.shape[-1],
@@ -249,6 +259,19 @@ def collect_answer_states(
                     rows[index].append(step.outputs[STATES_OUTPUT][row])
             tokens = step.tokens
     return [np.stack(row) if row else np.zeros((0, 0, 0), np.float32) for row in rows]
+
+
+def sees_difference(harmful: np.ndarray, harmless: np.ndarray) -> bool:
+    """Whether the states of some pair differ by more than rounding.
+
+    The first layers of a decoder with short convolutions see a few tokens at the prompt's end alone. There the chat template
+    has written the same ones behind every prompt.
+
+    Args:
+        harmful, harmless: states of one layer, `[pairs, d]`.
+    """
+    loudest = np.abs(np.concatenate([harmful, harmless])).max(axis=0)
+    return bool((np.abs(harmful - harmless) > _ROUNDING * np.maximum(loudest, np.median(loudest))).any())
 
 
 def _direction(

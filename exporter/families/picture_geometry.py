@@ -22,7 +22,13 @@ def replacements(patches: int, windows: list[torch.Tensor]) -> Mapping[str, Any]
     Args:
         windows: gets the mask of the windows, `[patches, patches]` bool, where the tower attends within windows.
     """
-    of_patches = (get_vision_position_ids, get_vision_interpolation_indices_and_weights)
+    of_patches = (
+        get_vision_position_ids,
+        get_vision_interpolation_indices_and_weights,
+        get_vision_frame_index,
+        get_vision_temporal_merge_index,
+        get_vision_pixel_shuffle_index,
+    )
     named = {function.__name__: partial(function, patches=patches) for function in of_patches}
     return {
         **named,
@@ -112,6 +118,47 @@ def get_vision_interpolation_indices_and_weights(
     columns, column_weights = taps_of(column, grid_thw[0, 2].expand(patches), *how)
     entries = (rows[:, :, None] * side + columns[:, None, :]).flatten(1)
     return entries, (row_weights[:, :, None] * column_weights[:, None, :]).flatten(1)
+
+
+def get_vision_frame_index(grid_thw: torch.Tensor, *args: Any, patches: int, **more: Any) -> torch.Tensor:
+    """Each patch's entry in a table of frames, of which a picture has none: `[patches]`."""
+    import torch
+
+    return torch.zeros(patches, dtype=torch.int64)
+
+
+def get_vision_temporal_merge_index(
+    grid_thw: torch.Tensor, kernel_height: int, kernel_width: int, *, patches: int, **more: Any
+) -> torch.Tensor:
+    """The patches that become one token, `[tokens, 1, kernel_height * kernel_width]`; the axis of length 1 is the frame.
+
+    Args:
+        grid_thw, kernel_height, kernel_width, more: as for the function of transformers that this replaces.
+        patches: number of patches, which come row by row.
+    """
+    import torch
+
+    token, corner = torch.arange(patches // (kernel_height * kernel_width)), torch.arange(kernel_height * kernel_width)
+    width = grid_thw[0, 2]
+    per_row = width // kernel_width
+    row = (token // per_row * kernel_height)[:, None] + corner // kernel_width
+    column = (token % per_row * kernel_width)[:, None] + corner % kernel_width
+    return (row * width + column)[:, None]
+
+
+def get_vision_pixel_shuffle_index(
+    grid_thw: torch.Tensor, merge_size: int, *, patches: int, **more: Any
+) -> torch.Tensor:
+    """The patches, which come row by row, square by square of `merge_size` to a side: `[patches]`."""
+    return get_vision_temporal_merge_index(grid_thw, merge_size, merge_size, patches=patches).flatten()
+
+
+def pixel_unshuffle(hidden_states: torch.Tensor, grid_thw: torch.Tensor, merge_sizes: torch.Tensor) -> torch.Tensor:
+    """VideoLLaMA 3's merging of squares of patches, which come one after the other: the mean of those in a square's middle."""
+    merge = int(merge_sizes[0])
+    middle = [(merge - 1) // 2, merge // 2]
+    squares = hidden_states.reshape(-1, merge, merge, hidden_states.shape[-1])
+    return squares[:, middle][:, :, middle].mean(dim=(1, 2))
 
 
 def _places(grid_thw: torch.Tensor, merge: int, patches: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...graphs.errors import GuardError
+from ...runtime.images.positions_by_image import AXES, positions_by_image
 from ...runtime.images.positions_mrope import mrope_positions, text_positions
 from .family import BATCH, SEQUENCE, Shape, Turn, positions
 
@@ -30,6 +31,14 @@ def by_place(config: Any, turn: Turn) -> np.ndarray:
     return mrope_positions(turn.of_image, turn.mask, grids, merge)[..., -turn.length :]
 
 
+def by_image(config: Any, turn: Turn) -> np.ndarray:
+    """Number, column, row and image, `[4, batch, length]`: HunYuan-VL."""
+    if "image_grid_thw" not in turn.given:
+        return text_positions(turn.mask, AXES)[..., -turn.length :]
+    grids = turn.given["image_grid_thw"]
+    return positions_by_image(turn.of_image, turn.mask, grids, over_batch=True)[..., -turn.length :]
+
+
 def counted_from_one(config: Any, turn: Turn) -> np.ndarray:
     """The token's number within its prompt, from 1."""
     return positions(turn) + 1
@@ -39,6 +48,7 @@ RULES: Mapping[Rule, Shape] = {
     counted: (BATCH, SEQUENCE),
     counted_from_one: (BATCH, SEQUENCE),
     by_place: (3, BATCH, SEQUENCE),
+    by_image: (AXES, BATCH, SEQUENCE),
 }
 
 

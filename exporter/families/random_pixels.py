@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from .family import Arrays
-from .generic_vision import feature_holder
+from .generic_vision import feature_holder, feature_inputs
 from .position_rules import merge_of
 
 _TILES = (1, 2, 3, 2)
 _GRIDS = ((4, 6), (6, 4), (4, 10), (2, 4))  # rows and columns of merged patches
+_TILE_GRIDS = ((1, 2), (2, 1), (2, 2), (1, 1))  # rows and columns of tiles
+_EDGE = 16  # pixels, where nothing says how large a patch is
 
 
 def random_pixels(model: Any, runs: Callable[[Arrays], None]) -> list[Arrays] | None:
@@ -25,19 +27,38 @@ def random_pixels(model: Any, runs: Callable[[Arrays], None]) -> list[Arrays] | 
     Args:
         runs: runs the encoder, and raises what transformers raises for other shapes.
     """
-    parameters = inspect.signature(feature_holder(model).get_image_features).parameters.values()
-    needed = {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    has_grid = any(p.name == "image_grid_thw" for p in parameters)
+    has_grid = "image_grid_thw" in feature_inputs(feature_holder(model))
     vision = getattr(model.config, "vision_config", None)
-    if vision is None or not needed <= {"pixel_values", "image_grid_thw"}:
+    required = required_inputs(model)
+    if required == {"image_pixel_values", "image_sizes", "image_attention_mask"}:
+        return _cropped(vision)
+    if not required <= {"pixel_values", "image_grid_thw", "image_sizes"}:
         return None
-    for pictures in _patches(model, vision) if has_grid else _tiles(vision):
+    if vision is None:
+        return _flat_patches(model.config)
+    shapes = _patches(model, vision) if has_grid else _sized(vision) if "image_sizes" in required else _tiles(vision)
+    for pictures in shapes:
         try:
             runs(pictures[0])
         except (RuntimeError, ValueError, TypeError, IndexError):
             continue
         return pictures
     return None
+
+
+def required_inputs(model: Any) -> set[str]:
+    """Names of what its `get_image_features` cannot run without."""
+    parameters = inspect.signature(feature_holder(model).get_image_features).parameters.values()
+    return {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+
+
+def _flat_patches(config: Any) -> list[Arrays] | None:
+    """Pictures as rows of pixels, a row a patch, for a decoder that embeds pixels without an encoder (Fuyu)."""
+    patch = getattr(config, "patch_size", None)
+    if not isinstance(patch, int):
+        return None
+    row = _channels(config) * patch**2
+    return [_random({"pixel_values": (1, rows * columns, row)}, seed) for seed, (rows, columns) in enumerate(_GRIDS)]
 
 
 def _tiles(vision: Any) -> Iterator[list[Arrays]]:
@@ -56,6 +77,32 @@ def _tiles(vision: Any) -> Iterator[list[Arrays]]:
     ]
 
 
+def _cropped(vision: Any) -> list[Arrays]:
+    """Pictures of one tile to four, part of the last ones without picture, and the whole one before them."""
+    edge, pictures = vision.crop_size, []
+    patches = edge // vision.patch_size
+    for seed, (rows, columns) in enumerate(_TILE_GRIDS):
+        seen = np.ones((rows * patches, columns * patches), np.float32)
+        outside = slice(-(patches // 2), None)
+        seen[(outside, slice(None)) if seed % 2 else (slice(None), outside)] = 0
+        tiles = seen.reshape(rows, patches, columns, patches).swapaxes(1, 2).reshape(-1, patches, patches)
+        whole = np.ones((1, patches, patches), np.float32)
+        pixels = {"image_pixel_values": (1, 1 + rows * columns, _channels(vision), edge, edge)}
+        sizes = np.array([[rows * edge, columns * edge]], np.int64)
+        mask = np.ascontiguousarray(np.concatenate([whole, tiles])[None])
+        pictures.append({**_random(pixels, seed), "image_sizes": sizes, "image_attention_mask": mask})
+    return pictures
+
+
+def _sized(vision: Any) -> Iterator[list[Arrays]]:
+    """Pictures of several sizes, each with its height and width."""
+    yield [
+        _random({"pixel_values": (1, _channels(vision), rows * _EDGE, columns * _EDGE)}, seed)
+        | {"image_sizes": np.array([[rows * _EDGE, columns * _EDGE]], np.int64)}
+        for seed, (rows, columns) in enumerate(_GRIDS)
+    ]
+
+
 def _patches(model: Any, vision: Any) -> Iterator[list[Arrays]]:
     """Pictures as patches with their grid: of one frame or of two, flat or as squares."""
     patch, merge = getattr(vision, "patch_size", None), merge_of(model.config)
@@ -71,8 +118,8 @@ def _patches(model: Any, vision: Any) -> Iterator[list[Arrays]]:
         ]
 
 
-def _channels(vision: Any) -> int:
-    return _first_number(vision, ("num_channels", "in_channels", "in_chans"), 3)
+def _channels(config: Any) -> int:
+    return _first_number(config, ("num_channels", "in_channels", "in_chans"), 3)
 
 
 def _first_number(vision: Any, names: Sequence[str], otherwise: int) -> int:

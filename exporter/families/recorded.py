@@ -46,28 +46,28 @@ def record(model: Any, ids: np.ndarray, mask: np.ndarray, given: Arrays, steps: 
         steps: number of tokens.
     """
     import torch
+    from transformers.generation.utils import GenerationMixin
 
-    forward = inspect.signature(type(model).forward).parameters
-    inputs: dict[str, Any] = {name: torch.from_numpy(array) for name, array in given.items() if name in forward}
-    holders = (model, getattr(model, "model", None))
-    for name in TOKEN_TYPES:
-        if name in forward or (name == TOKEN_TYPES[0] and given and any(hasattr(h, "get_rope_index") for h in holders)):
-            inputs[name] = torch.from_numpy((ids == image_token_id(model.config)).astype(np.int64))
-    if "logits_to_keep" in forward:
+    inputs = picture_inputs(model, ids, given)
+    generators = [part for part in model.modules() if isinstance(part, GenerationMixin)]
+    # BLIP-2 lets its language model generate, and does not run itself
+    speakers = generators if type(model).generate is not GenerationMixin.generate else [model]
+    if any("logits_to_keep" in inspect.signature(type(part).forward).parameters for part in speakers):
         inputs["logits_to_keep"] = 0
     calls: list[Mapping[str, Any]] = []
-    logits: list[np.ndarray] = []
+    logits: dict[Any, list[np.ndarray]] = {part: [] for part in speakers}
 
     def keep_inputs(_: Any, args: Any, named: Mapping[str, Any]) -> None:
         calls.append({name: value.clone() if torch.is_tensor(value) else None for name, value in named.items()})
 
-    def keep_logits(_: Any, args: Any, output: Any) -> None:
-        logits.append(output.logits.numpy())
+    def keep_logits(part: Any, args: Any, output: Any) -> None:
+        logits[part].append(output.logits.numpy())
 
     with torch.no_grad(), ExitStack() as stack:
-        stack.enter_context(_endless(model))
+        for part in speakers:
+            stack.enter_context(_endless(part))
+            stack.callback(part.register_forward_hook(keep_logits).remove)
         stack.callback(decoder_of(model).register_forward_pre_hook(keep_inputs, with_kwargs=True).remove)
-        stack.callback(model.register_forward_hook(keep_logits).remove)
         answer = model.generate(
             input_ids=torch.from_numpy(ids),
             attention_mask=torch.from_numpy(mask),
@@ -80,8 +80,36 @@ def record(model: Any, ids: np.ndarray, mask: np.ndarray, given: Arrays, steps: 
         )
     tokens = answer.sequences[:, -steps - 1 :].numpy()
     return Recording(
-        tuple(logits), tuple(tokens[:, step : step + 1] for step in range(steps)), tuple(calls), answer.past_key_values
+        tuple(next(filter(None, logits.values()), [])),
+        tuple(tokens[:, step : step + 1] for step in range(steps)),
+        tuple(calls),
+        answer.past_key_values,
     )
+
+
+def picture_inputs(model: Any, ids: np.ndarray, given: Arrays) -> dict[str, Any]:
+    """What transformers' own forward takes for pictures besides `input_ids`, as tensors by name.
+
+    Args:
+        model: of transformers.
+        ids: of the prompts, `[batch, sequence]` int64.
+        given: the image processor's output for their pictures; empty for text.
+    """
+    import torch
+
+    forward = inspect.signature(type(model).forward).parameters
+    inputs: dict[str, Any] = {name: torch.from_numpy(array) for name, array in given.items() if name in forward}
+    for name in TOKEN_TYPES:
+        if name in forward or (given and name in rope_index_inputs(model)):
+            inputs[name] = torch.from_numpy((ids == image_token_id(model.config)).astype(np.int64))
+    return inputs
+
+
+def rope_index_inputs(model: Any) -> tuple[str, ...]:
+    """Names of what the model's `get_rope_index` takes; none if it has no such function."""
+    holders = (model, getattr(model, "model", None))
+    functions = (getattr(holder, "get_rope_index", None) for holder in holders)
+    return tuple(name for function in functions if function for name in inspect.signature(function).parameters)
 
 
 @contextmanager

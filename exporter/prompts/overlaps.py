@@ -79,7 +79,7 @@ def require_held_out_of(
         PromptsUnusable: it used some of them; the message has the number.
         DirectionMismatch: the folder's directions cannot be read.
     """
-    kept = [(record or {}).get("prompt_fingerprints", ()) for record in (manifest.calibration, manifest.choice)]
+    kept = [record.get("prompt_fingerprints", ()) for record in manifest.calibrations]
     calibrated = [mark for marks in kept for mark in marks]
     require_held_out(title, prompts, calibrated, "were calibrated on", verb)
     file = folder / DIRECTIONS_FILE

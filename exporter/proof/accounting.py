@@ -81,7 +81,7 @@ def check_graphs(
     unlisted = [
         f"{name} keeps weights in {path.name}" for name, path in data if _relative(folder, path) not in manifest.files
     ]
-    strays = [f"{name} is {what}" for name in manifest.files if name not in code and (what := _stray(name))]
+    strays = _strays(manifest, code)
     misled, configs = _misled(folder, manifest, set(graphs))
     return [
         exact("every graph is a verified decoder or holds none", len(graphs), wrong),
@@ -102,7 +102,7 @@ def check_engine_files(folder: Path, manifest: Manifest) -> list[Check]:
     roles = [engine.role for engine in manifest.engines]
     if len(set(named)) != len(named) or len(set(roles)) != len(roles) or "decoder" not in roles:
         wrong.append("the manifest does not name one engine of the decoder, and each engine and each role once")
-    strays = [f"{name} is {what}" for name in manifest.files if (what := _stray(name))]
+    strays = _strays(manifest)
     return [
         exact("the folder holds the engines of its manifest, and no graph", len(engines), wrong),
         exact("no code and no checkpoint lies in the folder", len(manifest.files), strays),
@@ -133,12 +133,19 @@ def _judged(folder: Path, name: str, decoder: ir.Model, anatomy: DecoderAnatomy)
     return f"{name} {reason}, and is no verified decoder" if reason else ""
 
 
+def _strays(manifest: Manifest, code: frozenset[str] = frozenset()) -> list[str]:
+    """The files that do not belong in a guarded folder, each with its kind; `code` does."""
+    directions = {DIRECTIONS_FILE, *(record.directions for record in manifest.decoders)}
+    others = [name for name in manifest.files if name not in code and name not in directions]
+    return [f"{name} is {what}" for name in others if (what := _stray(name))]
+
+
 def _stray(name: str) -> str:
     """Kind of a file that does not belong in a guarded folder, or ""."""
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in CODE:
         return "code"
-    return "a checkpoint, which is unguarded" if suffix in CHECKPOINTS and name != DIRECTIONS_FILE else ""
+    return "a checkpoint, which is unguarded" if suffix in CHECKPOINTS else ""
 
 
 def _misled(folder: Path, manifest: Manifest, graphs: set[str]) -> tuple[list[str], int]:

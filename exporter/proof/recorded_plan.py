@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from ...graphs.anatomy import DecoderAnatomy
 from ...graphs.digests import sha256_file
-from ...graphs.directions import DIRECTIONS_FILE, read_directions
+from ...graphs.directions import DIRECTIONS_FILE, Directions, read_directions
 from ...graphs.errors import GuardError, ManifestMismatch
 from ...graphs.layouts import open_package
 from ...graphs.manifest import DecoderRecord, Manifest
@@ -32,6 +32,26 @@ def originals_of(source: Path | str, manifest: Manifest) -> dict[str, ModelPacka
                 f"{original.decoder}: is not the model that {record.path} was made from (SHA-256 differs); give that one"
             )
     return found
+
+
+def recorded_directions(folder: Path, manifest: Manifest, record: DecoderRecord) -> Directions:
+    """The directions of one decoder: its own, if its numbers were fitted to its own states, else the folder's.
+
+    Args:
+        folder: the guarded folder.
+        manifest: of the folder.
+        record: the decoder's record in the manifest.
+
+    Raises:
+        ManifestMismatch: the record names a file that is none of the manifest's.
+        DirectionMismatch: the file cannot be read.
+    """
+    name = record.directions or DIRECTIONS_FILE
+    if record.directions is not None and name not in manifest.files:
+        raise ManifestMismatch(
+            f"{folder}: {record.path} has its directions in {name!r}, which the manifest does not list; export again"
+        )
+    return read_directions(folder / name)
 
 
 # Of a plan: what was measured or remarked at export. It decides nothing, and cannot be made again from the folder's files.
@@ -58,7 +78,7 @@ def plan_again(
         spec = GuardSpec(**settings)
     except TypeError as error:
         raise ManifestMismatch(f"{folder}: the manifest's spec cannot be read ({error}); export again") from None
-    directions = read_directions(folder / DIRECTIONS_FILE)
+    directions = recorded_directions(folder, manifest, record)
     try:
         plan = plan_guard(stripped, anatomy, directions, spec)
     except GuardError as error:

@@ -151,17 +151,18 @@ def paired_masks() -> list[Masked]:
     return [step, Masked(np.ones((KINDS - 1, TOKENS), np.int64)), Masked(absent, _PAST)]
 
 
-def supervisor_of(seed: int, mode: str, layer: LayerGuard, turned: int) -> np.ndarray:
+def supervisor_of(number: int, mode: str, layer: LayerGuard, turned: int) -> np.ndarray:
     """One layer's text-only coordinates `[KINDS, m]` float32: the first on both sides of the threshold and, in `supervise`,
     at it and one step above.
 
     Args:
-        seed: of the random numbers.
+        number: of the layer. Layers differ in the side of a row, so a gate that reads another layer's row is seen.
         mode: the guard's mode.
         layer: the guard's numbers.
         turned: rotation of the sides among the rows.
     """
-    random = np.random.default_rng([seed, 7, turned])
+    random = np.random.default_rng([number, 7, turned])
+    turned += number
     coordinates = random.normal(size=(KINDS, layer.rank)).astype(np.float32)
     edge = np.float32(layer.threshold - layer.text_shift)
     size = 1.0 + abs(layer.threshold) + abs(layer.text_shift)

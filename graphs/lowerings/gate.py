@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..node_builder import NodeBuilder
-from ..reference import SCORE_CAP
+from ..reference import SCORE_CAP, LayerGuard
 from .task import Gate, Task
 
 # In a float16 graph no channel is moved by more than this (half of float16's range, 65504, minus room for rounding). The
@@ -27,7 +27,10 @@ def gate(builder: NodeBuilder, score: ir.Value, task: Task, unit: float = 1.0) -
         task: the guard of the layer.
         unit: a power of two.
     """
-    threshold = tau = builder.constant("tau", np.array(task.layer.threshold * unit), "float32")
+    if task.shared is not None and task.shared.level is not None:
+        opened = builder.cast("gate", builder.op("opens", "Greater", [score, task.shared.level]), "float32")
+        return Gate(score, opened, task.shared.threshold, unit)
+    threshold = tau = threshold_of(builder, task.layer, unit)
     if task.offset is not None:
         tau = builder.op("threshold", "Add", [tau, _in_unit(builder, task.offset, unit)])
     opened = builder.cast("gate", builder.op("opens", "Greater", [score, tau]), "float32")
@@ -35,6 +38,18 @@ def gate(builder: NodeBuilder, score: ir.Value, task: Task, unit: float = 1.0) -
         opened = builder.op("gate_now", "Mul", [opened, task.held.deciding])
         opened = builder.op("gate_held", "Add", [opened, task.held.is_open])
     return Gate(score, opened, threshold, unit)
+
+
+def text_gate(builder: NodeBuilder, task: Task) -> Gate:
+    """The gate of a mode that reads the text-only query alone."""
+    if task.shared is not None and task.shared.decided is not None:
+        return task.shared.decided
+    return gate(builder, first_coordinate(builder, task), task)
+
+
+def threshold_of(builder: NodeBuilder, layer: LayerGuard, unit: float = 1.0) -> ir.Value:
+    """The layer's threshold as an initializer, `[1]` float32, times `unit`."""
+    return builder.constant("tau", np.array([layer.threshold * unit]), "float32")
 
 
 def first_coordinate(builder: NodeBuilder, task: Task) -> ir.Value:

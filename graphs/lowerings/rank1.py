@@ -17,7 +17,7 @@ import onnx_ir as ir
 from ..modes import guard_mode
 from ..node_builder import NodeBuilder
 from ..reference import LayerGuard
-from .gate import bounded, columns, combined_score, first_coordinate, gate
+from .gate import bounded, columns, combined_score, gate, text_gate
 from .task import Gate, Task, Written
 
 
@@ -55,7 +55,7 @@ def _gate(builder: NodeBuilder, h: ir.Value, c: list[ir.Value], task: Task) -> G
     if task.mode == "project" or task.text_ends is not None:
         return None
     if guard_mode(task.mode).toward_text:
-        return gate(builder, first_coordinate(builder, task), task)
+        return text_gate(builder, task)
     if task.mode == "steer":
         return gate(builder, c[0], task)
     readout = builder.constant("readout", task.layer.readout, "float32")

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from ..errors import GuardError
 from ..modes import MODES
 from ..node_builder import NodeBuilder
+from ..reference import LayerGuard
 from ..spec import MAX_RANK, Target
 from . import dense, lowrank, rank1
 from .fold import FOLD
@@ -38,6 +39,8 @@ class Lowering:
         target: the runtime that it was made for.
         most_rank: the largest rank that it is chosen for by itself.
         whole: `h'` in one step, for a lowering that can sometimes do without a correction, else `None`.
+        score_unit: `(mode, numbers, dtype of the stream) -> power of two` that a gate's score is read in, for a lowering whose
+            gates are written together for all layers (`graphs.shared_gates`); `None`: each layer has its gate to itself.
         supports_runtime_controls: whether each call can change strength and threshold (`graphs.runtime_controls`).
         takes_numbers: whether the text-only coordinates may come as single numbers (`Task.numbers`).
     """
@@ -50,6 +53,7 @@ class Lowering:
     target: Target = "onnxruntime"
     most_rank: int = MAX_RANK
     whole: Callable[[NodeBuilder, ir.Value, Task], WrittenWhole | None] = _never_whole
+    score_unit: Callable[[str, LayerGuard, str], float] | None = None
     supports_runtime_controls: bool = True
     takes_numbers: bool = False
 
@@ -74,6 +78,7 @@ LOWERINGS: tuple[Lowering, ...] = (
         lowrank.correction,
         lowrank.selects,
         "two skinny MatMuls per layer, the cheapest on ONNX Runtime, and every mode (on TensorRT rank1 is cheaper)",
+        score_unit=lowrank.score_unit,
     ),
     Lowering(
         "rank1",

@@ -27,6 +27,7 @@ class Task:
         numbers: in place of `supervisor`, the text-only coordinates along the first rows, as many as the mode reads,
             `[batch, 1, 1]` float32 each; only for lowerings with `takes_numbers`.
         outputs_coordinates: whether `Written.coordinates` is needed.
+        shared: the layer's part of what the gates of all layers compute together; `None`: the layer has its gate to itself.
     """
 
     mode: str
@@ -39,6 +40,23 @@ class Task:
     text_ends: ir.Value | None = None
     numbers: tuple[ir.Value, ...] = ()
     outputs_coordinates: bool = False
+    shared: SharedGate | None = None
+
+
+@dataclass(frozen=True)
+class SharedGate:
+    """One layer's part of gates that are written together, the selection of tokens included.
+
+    Attributes:
+        threshold: the layer's own initializer, as in `Gate`.
+        level: what the score is compared with, `[batch, sequence, 1]` float32: the threshold at the tokens to edit, elsewhere
+            more than any score; `None` where the gate is decided.
+        decided: the gate, where it reads the text-only query alone; `None` where it reads the state.
+    """
+
+    threshold: ir.Value
+    level: ir.Value | None = None
+    decided: Gate | None = None
 
 
 @dataclass(frozen=True)
@@ -59,13 +77,15 @@ class Gate:
     """A gate as it was written.
 
     Attributes:
-        score: what it compares, `[batch, sequence, 1]` float32 (`supervise`: `[batch, 1, 1]`), times `unit`.
-        opened: 1 where it is open, else 0, of the same shape.
+        score: what it compares, `[batch, sequence, 1]` float32 (by text: `[batch, 1, 1]`), times `unit`; `None` where nothing
+            outside the gate reads it.
+        opened: 1 where it is open, else 0, `[batch, sequence or 1, 1]`; 0 at tokens that are not edited where the selection
+            is part of it.
         threshold: the initializer that the score is compared with, float32, times `unit`.
         unit: the power of two that the score is read in.
     """
 
-    score: ir.Value
+    score: ir.Value | None
     opened: ir.Value
     threshold: ir.Value
     unit: float = 1.0

@@ -58,7 +58,9 @@ def main() -> int:
     paired = compare_rows(rows, [prompts[one] for one in ASKED])
     assert paired.ok, paired
     note = NOTE.format(paired.tokens, paired.largest_difference)
-    return write_result("genai", "onnxruntime-genai (CPU)", version("onnxruntime-genai"), agreements, note)
+    return write_result(
+        "genai", "onnxruntime-genai (CPU)", version("onnxruntime-genai"), agreements, note, pictures=False
+    )
 
 
 def build(out: Path) -> None:

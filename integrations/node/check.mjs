@@ -138,6 +138,6 @@ for (const { runtime, version, run, note } of RUNTIMES) {
     console.log(`${runtime} ${version}, ${mode}: ${found.ok ? "agrees" : "DIFFERS"}, ${tokens} tokens, ${difference.toExponential(1)}`);
     if (!found.ok) process.exitCode = 1;
   }
-  results.push({ runtime, version, modes: agreements, command, note });
+  results.push({ runtime, version, modes: agreements, precision: "fp32", pictures: true, command, note });
 }
 writeFileSync(join(ROOT, "build", "integrations", "node.json"), `${JSON.stringify(results, null, 2)}\n`);

@@ -23,7 +23,7 @@ One thing is stricter than in transformers. There, a prompt that contains `<imag
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -43,7 +43,7 @@ from .special_tokens import (
 )
 from .tokenizer_calls import tokenizer_calls
 from .turn_markers import TurnMarkers
-from .turns import Content, Turn, in_front, message, parts
+from .turns import Content, Turn, lines, message, parts
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,9 @@ class ChatTokenizer:
     def render_turns(self, turns: Sequence[Turn]) -> str:
         """The text of a conversation, up to where the model answers; a placeholder for each picture, not yet replaced.
 
-        Without a chat template a question itself is the text, and pictures go in front of it, as LLaVA was trained:
-        `<image>`, a newline, the prompt. The same where a template of a vision-language model takes strings only.
+        The template gets each turn's texts and pictures in their order. Without a chat template a question itself is the text,
+        and a picture is a line of it, as LLaVA was trained: `<image>`, a newline, the prompt. The same where a template of a
+        vision-language model takes strings only.
 
         Raises:
             PromptsUnusable: a turn contains a control token or a turn marker, or the folder's template cannot write this
@@ -141,7 +142,10 @@ class ChatTokenizer:
         """
         pictures = sum(turn.pictures for turn in turns)
         for turn in turns:
-            self._refuse_control_tokens(turn.text)
+            for between in (
+                ("\n", " ", "") if turn.pieces else ("",)
+            ):  # a template may write its texts behind one another
+                self._refuse_control_tokens(between.join(piece for piece in turn.in_order if piece is not None))
         if pictures and self.image_refusal is not None:
             raise GuardError(f"{self.folder}: {self.image_refusal}")
         written = self.placeholder.written if self.placeholder is not None else None
@@ -152,7 +156,7 @@ class ChatTokenizer:
                 f"{self.folder}: its chat template writes the image token {written!r} {times} times for "
                 f"{pictures} images; use the chat template that belongs to this model"
             )
-        if len(turns) > 1:
+        if len(turns) > 1 or turns[0].pieces:
             self._require_said(turns, text)
         return text
 
@@ -163,11 +167,13 @@ class ChatTokenizer:
         if self.template is None and self._pictures_first:
             return self._behind_pictures((written or "") * turns[0].pictures, turns[0].text)
         if self.template is None:
-            return in_front(turns[0], written)
+            return lines(turns[0], written)
+        if self._pictures_first:
+            turns = [replace(turn, pieces=()) for turn in turns]
         if self.content == "parts":
-            text = self.template.render([message(turn.role, parts(turn.text, turn.pictures)) for turn in turns])
+            text = self.template.render([message(turn.role, parts(*turn.in_order)) for turn in turns])
         else:
-            text = self.template.render([message(turn.role, in_front(turn, written)) for turn in turns])
+            text = self.template.render([message(turn.role, lines(turn, written)) for turn in turns])
         if not self._pictures_first:
             return text
         pictures, last, words = text.rpartition(written or "\0")
@@ -236,9 +242,10 @@ class ChatTokenizer:
     def _require_said(self, turns: Sequence[Turn], text: str) -> None:
         """Some templates leave out what they do not expect, a system message first of all: the caller must get an error."""
         for turn in turns:
-            if turn.text.strip() not in text:
+            left_out = [piece for piece in turn.in_order if piece is not None and piece.strip() not in text]
+            if left_out:
                 raise PromptsUnusable(
-                    f"{self.folder}: its chat template leaves the {turn.role} message {_shortened(turn.text)!r} out; "
+                    f"{self.folder}: its chat template leaves the {turn.role} message {_shortened(left_out[0])!r} out; "
                     "remove it, or move its text into the question"
                 )
 

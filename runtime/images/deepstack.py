@@ -1,4 +1,4 @@
-"""DeepStack (arXiv 2406.04334), as Qwen3-VL has it: image features that go in between the decoder's first layers.
+"""DeepStack (arXiv 2406.04334), as Qwen3-VL and Granite 4 Vision have it: image features that go in between decoder layers.
 
 The vision encoder gives `deepstack_features_{i}`, one row per image token. The decoder takes `deepstack_embeds_{i}`, one
 row per token of the sequence, and adds it to what leaves its layer `i`. Rows that belong to no image token are zero, so
@@ -32,6 +32,15 @@ def is_embeds(name: str) -> bool:
 def is_features(name: str) -> bool:
     """Whether an output of a vision encoder is for DeepStack."""
     return name.startswith(_FEATURES)
+
+
+def layer_number(name: str) -> int:
+    """The decoder's layer that such an output is for.
+
+    >>> layer_number("deepstack_features_11")
+    11
+    """
+    return int(name.removeprefix(_FEATURES))
 
 
 def scatter(seen: Mapping[str, np.ndarray], is_image: np.ndarray) -> dict[str, np.ndarray]:

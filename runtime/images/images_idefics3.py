@@ -83,8 +83,12 @@ class Idefics3ImagePreprocessor:
         return PreparedPicture(arrays, grid, (1,) * len(frames))
 
     def blank_image(self) -> Image.Image:
-        """A white square."""
-        return Image.new("RGB", (self.tile, self.tile), "white")
+        """A white picture of one row of tiles: as it is as long as every picture, no other is cut into fewer."""
+        if not self.splits or self.longest_edge is None or self.longest_edge <= self.tile:
+            return Image.new("RGB", (self.tile, self.tile), "white")
+        longest = min(self.longest_edge, _LONGEST)
+        height = longest // math.ceil(longest / self.tile)
+        return Image.new("RGB", (longest, height - height % 2), "white")
 
     def _frames(self, image: Image.Image) -> tuple[list[np.ndarray], tuple[int, int] | None]:
         """The tiles and the small copy, `[edge, edge, 3]` uint8 each; rows and columns, `None` for one tile."""

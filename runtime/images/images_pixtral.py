@@ -27,6 +27,7 @@ _PIXTRAL: Mapping[str, Any] = {
     "do_center_crop": False,
     "do_pad": True,
 }
+_BLANK = 4  # tokens per side of the blank picture
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,11 @@ class PixtralImagePreprocessor:
         return PreparedPicture(arrays, seen_size=(image.height, image.width))
 
     def blank_image(self) -> Image.Image:
-        """A white picture of 16 x 16 tokens, or of the largest size below."""
-        longest = self.longest or (16 * self.edge[0], 16 * self.edge[1])
-        height, width = (max(1, min(16, most // edge)) * edge for most, edge in zip(longest, self.edge, strict=True))
+        """A white picture of 4 x 4 tokens, or of the largest size below: pictures are kept as small as they come."""
+        longest = self.longest or (_BLANK * self.edge[0], _BLANK * self.edge[1])
+        height, width = (
+            max(1, min(_BLANK, most // edge)) * edge for most, edge in zip(longest, self.edge, strict=True)
+        )
         return Image.new("RGB", (width, height), "white")
 
     def _fitting_size(self, height: int, width: int) -> tuple[int, int]:

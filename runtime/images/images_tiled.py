@@ -84,9 +84,10 @@ class TiledImagePreprocessor:
         return PreparedPicture({"pixel_values": values}, grid, (1,) * len(frames))
 
     def blank_image(self) -> Image.Image:
-        """A white picture of one tile's size, which is not cut where one tile is enough."""
+        """A white picture of the fewest tiles, in one row."""
         height, width = self.tile
-        return Image.new("RGB", (width, height), "white")
+        # the ratio of a picture's sides decides how many tiles lie side by side, whatever the shape of a tile
+        return Image.new("RGB", (width, height) if self.most == 1 else (height * self.fewest, height), "white")
 
 
 def closest_grid(size: tuple[int, int], tile: tuple[int, int], fewest: int, most: int) -> tuple[int, int]:

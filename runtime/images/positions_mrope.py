@@ -57,10 +57,10 @@ def mrope_positions(is_image: np.ndarray, mask: np.ndarray, grids: np.ndarray, m
     return positions
 
 
-def text_positions(mask: np.ndarray) -> np.ndarray:
-    """Positions `[3, batch, sequence]` of prompts without images: each token's number, three times; 0 for padding."""
+def text_positions(mask: np.ndarray, axes: int = 3) -> np.ndarray:
+    """Positions `[axes, batch, sequence]` of prompts without images: each token's number on every axis; 0 for padding."""
     numbers = np.where(mask, np.cumsum(mask, axis=1) - 1, 0)
-    return np.broadcast_to(numbers, (3, *mask.shape)).astype(np.int64)
+    return np.broadcast_to(numbers, (axes, *mask.shape)).astype(np.int64)
 
 
 def _runs(is_image: np.ndarray) -> Iterator[tuple[bool, int]]:

@@ -13,8 +13,8 @@ class PromptImages:
     """For one batch of prompts; tokens that are generated after them are text.
 
     Attributes:
-        positions: of the prompts' tokens, `[3, batch, sequence]` int64 with 0 for padding (`positions_mrope`); `None`
-            where positions count tokens, whatever they are.
+        positions: of the prompts' tokens, `[axes, batch, sequence]` int64 with 0 for padding (`positions_mrope`,
+            `positions_by_image`); `None` where positions count tokens, whatever they are.
         injected: by the decoder's input (`deepstack`), `[batch, sequence, d]` each.
         at: where image tokens are, `[batch, sequence]` bool; `None` is nowhere.
     """
@@ -24,13 +24,15 @@ class PromptImages:
     at: np.ndarray | None = None
 
     def positions_between(self, first: int, last: int) -> np.ndarray | None:
-        """Positions `[3, batch, last - first]` of tokens `first` to `last`; after the prompt they increase by one."""
+        """Positions `[axes, batch, last - first]` of tokens `first` to `last`; after the prompt they increase by one."""
         if self.positions is None:
             return None
         length = self.positions.shape[-1]
         largest = self.positions.max(axis=(0, 2))[:, None]  # [batch, 1]
         after = largest + 1 + np.arange(max(last - length, 0))
-        return np.concatenate([self.positions, np.broadcast_to(after, (3, *after.shape))], axis=-1)[..., first:last]
+        return np.concatenate([self.positions, np.broadcast_to(after, (len(self.positions), *after.shape))], axis=-1)[
+            ..., first:last
+        ]
 
     def injected_between(self, name: str, first: int, last: int) -> np.ndarray | None:
         """Values of input `name` at tokens `first` to `last`: `[batch, last - first, d]`; `None`: zeros."""

@@ -1,6 +1,7 @@
 """Pictures by transformers' own image processors, for the types that have none in numpy here. An optional extra.
 
-The processors run in a confined process (`confined`): their options come from the model's folder, which is untrusted.
+The processors run in a confined process (`confined`): their options come from the model's folder, which is untrusted. Where a
+class has no half that works with Pillow alone, its other half is run if torch and torchvision are installed.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -17,7 +18,7 @@ from PIL import Image
 from ...graphs.errors import GuardError, ModelUnreadable
 from ...graphs.extras import install_command
 from ...graphs.json_files import read_json
-from ..confined import TRANSFORMERS, ConfinedFailure
+from ..confined import TORCHVISION, TRANSFORMERS, ConfinedFailure
 from .array_frames import unpacked
 from .pixel_steps import declared_processor, processor_name
 from .prepared_picture import PreparedPicture
@@ -27,6 +28,9 @@ _CALLS: Mapping[str, Mapping[str, Any]] = {
     "AriaProcessor": {"max_image_size": 980, "split_image": False},
     "DeepseekOcr2Processor": {"crop_to_patches": True, "min_patches": 2, "max_patches": 6},
 }
+Half = Literal["pil", "torchvision"]
+_TORCH = ("torch", "torchvision")
+_POOLS = {"pil": TRANSFORMERS, "torchvision": TORCHVISION}
 _USUAL = {"height": 448, "width": 448}  # of a blank picture, where the processor has no fixed size
 
 
@@ -40,6 +44,7 @@ class TransformersPreprocessor:
         declared: its options.
         call: further arguments of each call.
         size: height and width of a blank picture.
+        half: `pil`, or `torchvision` where the class has no other half.
     """
 
     folder: Path
@@ -47,6 +52,7 @@ class TransformersPreprocessor:
     declared: Mapping[str, Any]
     call: Mapping[str, Any]
     size: Mapping[str, int]
+    half: Half = "pil"
 
     keeps_count = False
 
@@ -67,21 +73,22 @@ class TransformersPreprocessor:
                 f"`{install_command('images')}`, or use text-only prompts"
             )
         try:
-            reply, _ = TRANSFORMERS.run("describe", {"kind": kind, "declared": declared})
+            half, size = _working_half(kind, declared)
         except (GuardError, ConfinedFailure) as error:
+            missing = [name for name in _TORCH if find_spec(name) is None] if "torch" in str(error).lower() else []
+            install = f"install {' and '.join(missing)}, " if missing else ""
             raise ModelUnreadable(
-                f"{folder}: its image processor {kind} cannot be run here ({error}); "
+                f"{folder}: its image processor {kind} cannot be run here ({error}); {install}"
                 "prepare its inputs elsewhere, or use text-only prompts"
             ) from None
         call = _CALLS.get(str(read_json(folder / "processor_config.json").get("processor_class")), {})
-        size = reply["size"] if len(reply["size"]) == len(_USUAL) else _USUAL
-        return cls(folder, kind, declared, call, size)
+        return cls(folder, kind, declared, call, size if len(size) == len(_USUAL) else _USUAL, half)
 
     def prepare(self, image: Image.Image, alone: bool = True) -> PreparedPicture:
         """Whatever the processor gives."""
-        header = {"kind": self.kind, "declared": self.declared, "call": self.call}
+        header = {"kind": self.kind, "half": self.half, "declared": self.declared, "call": self.call}
         try:
-            reply, content = TRANSFORMERS.run("prepare", {**header, "size": image.size}, image.tobytes())
+            reply, content = _POOLS[self.half].run("prepare", {**header, "size": image.size}, image.tobytes())
         except ConfinedFailure as error:
             raise GuardError(
                 f"{self.folder}: its image processor {self.kind} cannot take the image ({error}); send another one"
@@ -93,6 +100,21 @@ class TransformersPreprocessor:
     def blank_image(self) -> Image.Image:
         """A white picture of the processor's size."""
         return Image.new("RGB", (self.size["width"], self.size["height"]), "white")
+
+
+def _working_half(kind: str, declared: Mapping[str, Any]) -> tuple[Half, Mapping[str, int]]:
+    """The half of a class to run, and what `_described` returns for it."""
+    try:
+        return "pil", _described(kind, "pil", declared)
+    except (GuardError, ConfinedFailure):
+        if any(find_spec(name) is None for name in _TORCH):
+            raise
+        return "torchvision", _described(kind, "torchvision", declared)
+
+
+def _described(kind: str, half: Half, declared: Mapping[str, Any]) -> Mapping[str, int]:
+    """The processor's `size`, if it has a height and a width."""
+    return _POOLS[half].run("describe", {"kind": kind, "half": half, "declared": declared})[0]["size"]
 
 
 def _cut(arrays: Mapping[str, np.ndarray]) -> tuple[tuple[int, int] | None, tuple[int, ...]]:

@@ -139,16 +139,23 @@ def test_a_conversation_goes_through_the_models_template(served: Served, vlm: Gu
     assert got.usage is not None and got.usage.prompt_tokens == vlm.batch([request]).ids.shape[1]
 
 
+def texts(*words: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in words]
+
+
 def test_several_pictures_stand_where_their_messages_have_them(served: Served, vlm: GuardedVLM) -> None:
     picture = {"type": "image_url", "image_url": {"url": data_url()}}
     messages = [
-        {"role": "user", "content": [picture, {"type": "text", "text": "what color is this image"}, picture]},
+        {"role": "user", "content": [picture, *texts("what color", "is this image"), picture]},
         {"role": "assistant", "content": "red ."},
-        {"role": "user", "content": [{"type": "text", "text": HARMLESS}, picture]},
+        {"role": "user", "content": [*texts(HARMLESS), picture]},
     ]
     got = served.openai.chat.completions.create(model=NAME, messages=messages)  # type: ignore[arg-type]
-    history = (Turn("user", "what color is this image", pictures=2), Turn("assistant", "red ."))
-    request = Request(HARMLESS, [PICTURE] * 3, history)
+    first = "what color\nis this image"
+    history = (Turn("user", first, 2, (None, first, None)), Turn("assistant", "red ."))
+    request = Request(HARMLESS, [PICTURE] * 3, history, (HARMLESS, None))
+    body = {"model": NAME, "messages": messages}
+    assert read_chat_request(body, served.service.settings, sees=True).request.turns == request.turns
     assert [got.choices[0].message.content] == vlm.answer([request])
     assert got.usage is not None and got.usage.prompt_tokens == vlm.batch([request]).ids.shape[1]
 

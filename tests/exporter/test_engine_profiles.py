@@ -73,6 +73,25 @@ def test_the_shapes_of_every_input_of_a_decoder() -> None:
     assert found["past_key_values.0.key"] == ((1, 2, 0, 16), (2, 2, 10, 16), (4, 2, 20, 16))
 
 
+def test_embeddings_for_each_layer_and_layers_with_other_heads() -> None:
+    """Gemma 4: what the graph says of a layer's heads counts, and the config's where it says nothing."""
+    profile = EngineProfile("any", Span(1, 2, 4), Span(1, 3, 5), Span(0, 10, 20))
+    found = decoder_shapes(
+        graph(
+            inputs_embeds=["b", "s", 64],
+            per_layer_inputs=["b", "s", 4, 8],
+            past_key_values__0__key=["b", "h", "p", 16],
+            past_key_values__1__key=["b", 1, "p", 512],
+        ),
+        profile,
+        {},
+        heads=(2, 16),
+    )
+    assert found["per_layer_inputs"] == ((1, 1, 4, 8), (2, 3, 4, 8), (4, 5, 4, 8))
+    assert found["past_key_values.0.key"] == ((1, 2, 0, 16), (2, 2, 10, 16), (4, 2, 20, 16))
+    assert found["past_key_values.1.key"] == ((1, 1, 0, 512), (2, 1, 10, 512), (4, 1, 20, 512))
+
+
 def test_a_profile_outside_the_graph_is_refused() -> None:
     with pytest.raises(GuardError, match=r"has size 8 on axis 0, profile any has 1:2:4"):
         decoder_shapes(graph(input_ids=[8, "s"]), EngineProfile("any", Span(1, 2, 4), Span(1, 1, 1), Span(0, 0, 0)), {})

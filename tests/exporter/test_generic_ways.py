@@ -13,16 +13,29 @@ from vlmguard.exporter.families.random_pixels import random_pixels
 SCALE = 0.25
 
 
+class Layer(torch.nn.Module):
+    """Doubles what it gets, and returns it with something else or alone."""
+
+    def __init__(self, alone: bool) -> None:
+        super().__init__()
+        self.alone = alone
+
+    def forward(self, states: Any) -> Any:
+        return states * 2 if self.alone else (states * 2, "weights")
+
+
 class Decoder(torch.nn.Module):
-    """Adds features, if it is given any, to what it got."""
+    """Two layers."""
 
-    def forward(self, inputs_embeds: Any, use_cache: bool, deepstack_visual_embeds: Any = None) -> Any:
-        for rows in deepstack_visual_embeds or ():
-            inputs_embeds = self._deepstack_process(inputs_embeds, None, rows)
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Layer(True), Layer(False)])
+
+    def forward(self, inputs_embeds: Any, use_cache: bool) -> Any:
+        for layer in self.layers:
+            states = layer(inputs_embeds)
+            inputs_embeds = states[0] if isinstance(states, tuple) else states
         return SimpleNamespace(last_hidden_state=inputs_embeds, past_key_values="cache")
-
-    def _deepstack_process(self, states: Any, mask: Any, rows: Any) -> Any:
-        return states[mask] + rows
 
 
 class Whole(torch.nn.Module):
@@ -39,7 +52,7 @@ class Whole(torch.nn.Module):
         return torch.nn.Identity()
 
     def forward(self, inputs_embeds: Any, use_cache: bool) -> Any:
-        output = self.decoder(inputs_embeds, use_cache, deepstack_visual_embeds=None)
+        output = self.decoder(inputs_embeds, use_cache)
         return SimpleNamespace(logits=output.last_hidden_state * SCALE, past_key_values=output.past_key_values)
 
 
@@ -47,9 +60,9 @@ def test_features_reach_the_decoder_with_and_without_the_head_of_the_model() -> 
     model, embeds, first, second = Whole(), *(torch.full((1, 2, 3), number) for number in (1.0, 2.0, 4.0))
     for inner, scale in ((True, 1.0), (False, SCALE)):
         features = {"deepstack_embeds_0": first, "deepstack_embeds_1": second}
-        output = GenericDecoder(None, inner=inner, deepstack=2).run(model, inputs_embeds=embeds, **features)
-        assert torch.equal(output.logits, torch.full((1, 2, 3), 7.0 * scale))
-    assert vars(model.decoder).keys().isdisjoint({"forward", "_deepstack_process"})
+        output = GenericDecoder(None, inner=inner, deepstack=(0, 1)).run(model, inputs_embeds=embeds, **features)
+        assert torch.equal(output.logits, torch.full((1, 2, 3), (2.0 * (2 + 2) + 4) * scale))
+    assert all("forward" not in vars(layer) for layer in model.decoder.layers)
 
 
 def test_random_pixels_have_the_frames_that_a_vision_encoder_takes() -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hand_graphs import WIDTH, copy_of, decoder, directions, guard_model, merged
+from hand_graphs import WIDTH, copy_of, decoder, directions, guard_model, layer_directions, merged
 from onnx import helper, numpy_helper
 
 from vlmguard.exporter.proof.local_findings import BITS, GUARD_OUTPUTS, READS, STATES
 from vlmguard.exporter.proof.prove_local import prove_locally
+from vlmguard.graphs.directions import Directions
 from vlmguard.graphs.graph_io import save_graph
 from vlmguard.graphs.modes import MODES, guard_mode
 from vlmguard.graphs.proof.structure import Check
@@ -27,10 +28,16 @@ Tamper = Callable[[onnx.ModelProto], None]
 
 
 def prove(
-    folder: Path, spec: GuardSpec, tamper: Tamper | None = None, make: Callable[..., Any] = decoder, **options: Any
+    folder: Path,
+    spec: GuardSpec,
+    tamper: Tamper | None = None,
+    make: Callable[..., Any] = decoder,
+    found: Directions | None = None,
+    **options: Any,
 ) -> dict[str, Check]:
     """Guard layers 0 and 1, write the file, change it, and prove each guard by itself."""
-    done = guard_model(make(layers=2, **options), directions((0, 1), alpha=2.0), spec)
+    found = directions((0, 1), alpha=2.0) if found is None else found
+    done = guard_model(make(layers=2, **options), found, spec)
     staged = folder / "guarded.onnx"
     save_graph(done.model, staged)
     if tamper is not None:
@@ -141,7 +148,7 @@ DAMAGES: dict[str, tuple[str, Tamper, set[str]]] = {
     "V of the projection": ("project", numbers("layer_1/ssd", lambda a: 0.99 * a), {STATES}),
     "the rows that are read": (
         "restore",
-        numbers("layer_0/rows", lambda a: np.roll(a, 1, axis=0)),
+        numbers("layer_0/rows", lambda a: np.roll(a, 1, axis=1)),
         {STATES, GUARD_OUTPUTS},
     ),
     "target": ("restore", numbers("layer_1/target", lambda a: a + 0.1), {STATES}),
@@ -172,7 +179,7 @@ DAMAGES: dict[str, tuple[str, Tamper, set[str]]] = {
         {STATES, BITS, GUARD_OUTPUTS},
     ),
     "a gate turned round": ("restore", operator("layer_0/opens", "Less"), {STATES, BITS, GUARD_OUTPUTS}),
-    "a gate that is not strict": ("supervise", operator("layer_0/opens", "GreaterOrEqual"), {STATES, BITS}),
+    "a gate that is not strict": ("supervise", operator("gates/opens", "GreaterOrEqual"), {STATES, BITS}),
     "another token": (
         "restore",
         reads("positions/last", 1, "vlmguard/positions/here_int"),
@@ -219,6 +226,34 @@ def test_a_damaged_guard_is_not_proved(tmp_path: Path, what: str) -> None:
         assert READS in failed and "which is neither its stream nor one of its inputs" in checks[READS].note
     else:
         assert failed == expected, {name: check.note for name, check in checks.items()}
+
+
+SHARED_DAMAGES = {
+    "thresholds in another order": ("restore", {}, reads("gates/thresholds", 0, "vlmguard/layer_1/tau")),
+    "the level of another layer": ("restore", {}, reads("layer_1/opens", 1, "vlmguard/gates/level_of_layer_0")),
+    "tokens that are edited nowhere": ("steer", {}, reads("gates/floor", 1, "vlmguard/gates/beyond")),
+    "tokens that are edited everywhere": ("combined", {}, reads("gates/floor", 2, "vlmguard/gates/below")),
+    "an offset that no gate obeys": (
+        "restore",
+        {"knobs": True},
+        reads("gates/levels_selected", 0, "vlmguard/gates/thresholds"),
+    ),
+    "the decision of another layer": ("supervise", {}, reads("layer_1/weights", 0, "vlmguard/gates/gate_of_layer_0")),
+    "a decision at every token": ("supervise", {}, reads("gates/gates_selected", 1, "vlmguard/gates/gates")),
+    "the text of another layer": (
+        "supervise",
+        {},
+        reads("layer_1/supervisor_centred", 0, "vlmguard/supervisor/layer_0"),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SHARED_DAMAGES)
+def test_damage_to_what_all_layers_share_is_not_proved(tmp_path: Path, what: str) -> None:
+    mode, controls, tamper = SHARED_DAMAGES[what]
+    apart = {number: layer_directions(seed=number, threshold=0.125 - 0.5 * number) for number in (0, 1)}
+    checks = prove(tmp_path, GuardSpec(mode, **controls), tamper, found=Directions(width=WIDTH, layers=apart))  # type: ignore[arg-type]
+    assert STATES in failing(checks), {name: check.note for name, check in checks.items()}
 
 
 def test_every_check_can_fail() -> None:

@@ -27,6 +27,7 @@ from vlmguard.exporter.checkpoints.convert import read_config
 from vlmguard.exporter.families import FAMILIES, find_family
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.spec import GuardSpec
+from vlmguard.runtime.images.vision import open_preprocessor
 
 Kind = Literal["own row", "generic row", "text", ""]
 NEW_TOKENS = 4
@@ -45,7 +46,7 @@ class TypeRow:
         anatomy: layers found, of layers in the config.
         guard: how many checks the proof of a guarded folder made.
         verified: whether `verify` finds the guard again.
-        picture: whether the guarded folder describes a picture; else why not.
+        picture: `yes` where the guarded folder describes a picture, and what the picture's preparation needs; else why not.
         reason: what stopped it.
         seconds: how long all of it took.
     """
@@ -115,7 +116,9 @@ def _described(guarded: Path) -> str:
         )
     except GuardError as refusal:
         return str(refusal).replace(f"{guarded}", "").removeprefix(": ")
-    return "yes" if isinstance(answer, str) else f"no answer ({type(answer).__name__})"
+    half = getattr(open_preprocessor(guarded), "half", "pil")
+    seen = "yes" if half == "pil" else f"yes, with {half}"
+    return seen if isinstance(answer, str) else f"no answer ({type(answer).__name__})"
 
 
 def _declared_layers(config: Any) -> int | None:

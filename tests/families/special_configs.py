@@ -54,6 +54,10 @@ _OMNI = at(
     audio_config__encoder_ffn_dim=32,
     audio_config__encoder_layers=2,
     audio_config__output_dim=64,
+    vision_start_token_id=440,
+    vision_end_token_id=441,
+    audio_start_token_id=442,
+    audio_end_token_id=443,
     text_config__rope_parameters=_rotation([4, 2, 2], theta=1e6),
 )
 # Names of image codes for the types whose vocabulary maps text to them.
@@ -73,6 +77,22 @@ _GEMMA4_TOWER = {
     "position_embedding_size": 128,
     "hidden_activation": "gelu_pytorch_tanh",
 }
+# Gemma 3n's vision encoder, one block of each kind, in the notation of timm.
+_MOBILE_NET = [
+    ["er_r1_k3_s2_e4_c16"],
+    ["uir_r1_a3_k5_s2_e6_c16"],
+    ["uir_r1_a5_k5_s2_e6_c32", "mqa_r1_k3_h2_v2_s1_d16_c32", "uir_r1_a0_k0_s1_e2_c32"],
+    ["uir_r1_a5_k5_s2_e6_c32", "mqa_r1_k3_h2_s1_d16_c32", "uir_r1_a0_k0_s1_e2_c32"],
+]
+
+
+def _mobile_net(config: dict[str, Any]) -> None:
+    from timm.models._efficientnet_builder import decode_arch_def
+
+    blocks = {"block_args": decode_arch_def(_MOBILE_NET), "stem_size": 16, "msfa_output_resolution": 4}
+    config["vision_config"]["model_args"] = blocks
+
+
 _PLAIN = _rotation([4, 2, 2])
 _PARTIAL = _rotation([2, 1, 1], 0.5)
 
@@ -91,7 +111,7 @@ CHANGES: Mapping[str, Change] = {
         audio_token_offset=584,
         vision_config__codebook_size=64,
         vision_config__base_channels=32,
-        vision_config__channel_multiplier=[1, 1],
+        vision_config__channel_multiplier=[1, 1, 1, 1, 1],
         vision_config__num_res_blocks=1,
         vision_config__resolution=32,
         audio_config__codebook_size=64,
@@ -144,7 +164,28 @@ CHANGES: Mapping[str, Change] = {
         vq_config__codebook_size=16,
     ),
     "ernie4_5_vl_moe": text(rope_parameters=_rotation([3, 3, 2], theta=500000.0)),
-    "gemma3n": at(audio_config=None, text_config__activation_sparsity_pattern=[0.0] * 4),
+    "fast_vlm": at(
+        vision_config__hidden_size=64,
+        vision_config__image_size=128,
+        vision_config__model_args={"inference_mode": True, "layers": [1] * 5, "embed_dims": [8, 16, 32, 32, 32]},
+    ),
+    "gemma3n": both(
+        at(
+            text_config__activation_sparsity_pattern=[0.0] * 4,
+            # tokens from `eoi_token_id` on have no entry in the tables of text, but in those of pictures and sounds
+            text_config__vocab_size_per_layer_input=401,
+            vision_config__vocab_offset=401,
+            vision_config__vocab_size=3,
+            audio_config__vocab_offset=404,
+            audio_config__vocab_size=108,
+            audio_config__conf_num_hidden_layers=1,
+            audio_config__conf_num_attention_heads=2,
+            vision_soft_tokens_per_image=16,
+            vision_config__hidden_size=2048,
+            vision_config__image_size=128,
+        ),
+        _mobile_net,
+    ),
     "gemma4": at(vision_config=_GEMMA4_TOWER),
     "glm5_next": text(num_key_value_heads=4, qk_nope_head_dim=16, qk_head_dim=16),
     "granite4_vision": both(
@@ -154,7 +195,7 @@ CHANGES: Mapping[str, Change] = {
             qformer_config__hidden_size=64,
             downsample_rate="1/2",
             deepstack_layer_map=[[0, 1], [1, 0]],
-            spatial_target_layers=[1, 2],
+            spatial_target_layers=[2, 3],
             vision_config__image_size=64,
             vision_config__patch_size=16,
             image_grid_pinpoints=[[64, 128], [128, 64], [128, 128]],
@@ -172,7 +213,7 @@ CHANGES: Mapping[str, Change] = {
     ),
     "llava_onevision": at(image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]]),
     "llama4": both(
-        text(no_rope_layers=[1, 0, 1, 0], attn_temperature_tuning=True),
+        text(no_rope_layers=[1, 0, 1, 0], attn_temperature_tuning=True, attention_chunk_size=6, floor_scale=8),
         at(vision_config__intermediate_size=128, vision_config__projector_input_dim=64),
     ),
     **dict.fromkeys(
@@ -182,6 +223,20 @@ CHANGES: Mapping[str, Change] = {
     "mistral4": text(num_key_value_heads=4, n_group=1),
     "mistral_large4": text(
         num_key_value_heads=4, head_dim=8, layer_types=["indexed_attention"] * 4, no_rope_layers=[1, 0, 1, 0]
+    ),
+    "gemma4_unified": at(
+        vision_config={
+            "model_type": "gemma4_unified_vision",
+            "patch_size": 4,
+            "mm_embed_dim": 32,
+            "mm_posemb_size": 128,
+            "output_proj_dims": 32,
+        }
+    ),
+    "molmo2": at(
+        image_patch_id=460,
+        vision_config__num_position_embeddings=16,
+        adapter_config__vision_feature_layer=[-1, -2],
     ),
     "mllama": text(cross_attention_layers=[1]),
     "muse_glimmer": at(out_hidden_size=128),
@@ -207,6 +262,7 @@ CHANGES: Mapping[str, Change] = {
             "ref_feat_shape": [4, 4],
         },
     ),
+    "phi4_multimodal": at(vision_config__crop_size=56, vision_config__patch_size=14, vision_config__image_token_id=400),
     "qwen2_5_omni_thinker": _OMNI,
     "qwen3_omni_moe_thinker": _OMNI,
     "qwen4_exp": text(
@@ -218,6 +274,11 @@ CHANGES: Mapping[str, Change] = {
         rope_parameters=_PLAIN,
     ),
     **dict.fromkeys(("smolvlm", "idefics3", "granite_docling"), at(scale_factor=2, vision_config__patch_size=14)),
+    "unlimited_ocr": at(
+        vision_config__sam_config__downsample_channels=[16, 32],
+        vision_config__sam_config__image_size=128,
+        vision_config__encoder_config__image_size=28,
+    ),
     "vipllava": at(vision_feature_layers=[-1, -2]),
     "step3p7": text(
         layer_types=_HALVES * 2,

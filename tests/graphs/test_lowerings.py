@@ -503,16 +503,17 @@ def lowrank_nodes(mode: str, rank: int, dtype: str) -> int:
 
     project: read, delta, guarded
     steer: read, opens, gate, strength, weights, delta, guarded
-    restore: read, coordinates, score, difference, opens, gate, weights, delta, guarded
-    combined: those of restore; supervisor, first_shifted, either, first_capped and score, own_last, own
-    supervise: read, supervisor, opens, gate, centred, wanted, present, difference, weights, delta, guarded, own_last, own
-    align: read, supervisor, opens, gate, difference, weights, delta, guarded, own_last, own
-    From rank 2 on the gate's coordinate is cut out; `restore` cuts out its readout anyway. In a float16 graph the edit is
-    clipped, and behind the read a gate makes all float32, one Cast in and one out; `supervise` and `combined` tell
-    coordinates unscaled, and `combined` and `align` scale what they were told.
+    restore: read, read_parts, difference, opens, gate, weights, delta, guarded
+    combined: those of restore; first_shifted, either, first_capped and score, own_last, own
+    supervise: read, centred, wanted, present, difference, weights, delta, guarded, own_last, own
+    align: read, difference, weights, delta, guarded, own_last, own
+    The gates of supervise and align are shared. From rank 2 on the gate's coordinate is cut out of the state, and in
+    `combined` the first text-only coordinate. In a float16 graph the edit is clipped, and behind the read a gate makes all
+    float32, one Cast in and one out; `supervise` and `combined` tell coordinates unscaled, and `combined` and `align` scale
+    what they were told.
     """
-    nodes = {"project": 3, "steer": 7, "restore": 9, "supervise": 13, "combined": 9 + 7, "align": 10}[mode]
-    nodes += mode in {"steer", "supervise", "combined", "align"} and rank > 1
+    nodes = {"project": 3, "steer": 7, "restore": 8, "supervise": 10, "combined": 8 + 6, "align": 7}[mode]
+    nodes += mode in {"steer", "combined"} and rank > 1
     half = {"project": 1, "steer": 3, "restore": 3, "supervise": 4, "combined": 5, "align": 5}
     return nodes + (dtype == "float16") * half[mode]
 
@@ -526,7 +527,7 @@ def rank1_nodes(mode: str, rank: int, dtype: str) -> int:
     """Per row products, c, w and edit; one Add fewer than rows, and the Add to the stream.
 
     steer and restore have wanted, and supervise a_centred, a_strength, present and wanted per row; a gate has opens and
-    gate, that of restore reads products and score. supervise and combined have supervisor, own_last and own; combined has
+    gate, that of restore reads products and score. supervise and combined have own_last and own; combined has
     the gate of restore, and first_shifted, either, first_capped and score. From rank 2 on supervise cuts out each row,
     and both the gate's; their coordinates are put together. In a float16 graph: two Casts, and the edit is clipped.
     """
@@ -535,9 +536,9 @@ def rank1_nodes(mode: str, rank: int, dtype: str) -> int:
         "project": 0,
         "steer": 2,
         "restore": 4,
-        "supervise": 2 + 1 + 2,
-        "combined": 4 + 4 + 1 + 2,
-        "align": 2 + 1 + 2,
+        "supervise": 2 + 2,
+        "combined": 4 + 4 + 2,
+        "align": 2 + 2,
     }[mode]
     columns = {"supervise": rank + 2, "align": rank + 2, "combined": 2}.get(mode, 0) * (rank > 1)
     return rows + gate + columns + (dtype == "float16") * 3
@@ -549,8 +550,28 @@ FUSED_SITE = {"add": 0, "skip_norm": 1, "skip_norm_bias": 2}
 
 
 def selecting(lowering: str, mode: str, rank: int) -> int:
-    """`last`: one Mul with the selection; but in `rank1` without a gate it is the gate, and each row's edit meets it."""
+    """`last`: one Mul with the selection; but in `rank1` without a gate it is the gate, and each row's edit meets it.
+
+    In `lowrank` the selection is part of the gates that all layers share.
+    """
+    if lowering == "lowrank" and mode != "project":
+        return 0
     return rank if (lowering, mode) == ("rank1", "project") else 1
+
+
+def sharing(lowering: str, mode: str, positions: str, rank: int) -> int:
+    """Once per graph, on two layers: what one node cuts into a part for each layer.
+
+    The text-only coordinates; in `lowrank` the gates. Where they read the text: row, thresholds, opens, gates and their parts,
+    and first from rank 2 on. Where they read the state: floor, thresholds, levels_selected and their parts. The Cast of the
+    selection serves one more Mul by text, and is not needed by state.
+    """
+    supervisor = 1 if guard_mode(mode).supervisor else 0
+    if lowering != "lowrank" or mode == "project":
+        return supervisor
+    if guard_mode(mode).toward_text:
+        return supervisor + 5 + (rank > 1) + (positions != "all")
+    return supervisor + (4 - 1) * (positions != "all")
 
 
 # Once per graph: which token is the last one (19 nodes where a mask says it, 7 without), the selection to write by and its
@@ -577,6 +598,7 @@ def test_the_nodes_of_a_site_are_counted(lowering: str, mode: str, kind: Kind, d
         assert [len(site.nodes) for site in report.sites] == [expected] * 2
         shared = LAST_WITH_MASK if positions == "last" or guard_mode(mode).supervisor else 0
         shared += SELECTION * (positions == "last") + PAIRS_AND_COORDINATES * (guard_mode(mode).supervisor)
+        shared += sharing(lowering, mode, positions, rank)
         assert len(report.shared_nodes) == shared
         assert len(model.graph) - before == report.node_count == shared + 2 * expected
 
@@ -621,19 +643,36 @@ def test_the_initializers_of_a_site_are_counted(lowering: str, mode: str) -> Non
 
 
 def test_no_node_is_one_that_engines_reject() -> None:
-    """No If (TensorRT wants static shapes for it), no Where, no ScatterND; every operator of the standard domain."""
+    """No If (TensorRT wants static shapes for it), no ScatterND, every operator of the standard domain; and no Where, which
+    is an engine layer more, but for one of all layers in `lowrank`, which is not made for engines."""
     used = set()
     for lowering, mode in PAIRS:
         for positions in (positions for positions in POSITIONS if possible(mode, positions)):
             spec = GuardSpec(mode=mode, lowering=lowering, positions=positions)  # type: ignore[arg-type]
             guarded = guard_model(decoder(), directions(), spec)
+            wheres = [node.name for node in guarded.model.graph if node.op_type == "Where"]
+            assert wheres in ([], ["vlmguard/gates/floor"]) and (not wheres or lowering == "lowrank")
             used |= {
                 (node.domain, node.op_type) for node in guarded.model.graph if (node.name or "").startswith("vlmguard/")
             }
     assert {domain for domain, _ in used} == {""}
     assert {op_type for _, op_type in used} == {
         *("Add", "Cast", "Concat", "Equal", "Gather", "GatherND", "Greater", "Less", "MatMul", "Max", "Min"),
-        *("Mul", "Neg", "Range", "ReduceMax", "ReduceSum", "Reshape", "Shape", "Slice", "Sub", "Unsqueeze"),
+        *(
+            "Mul",
+            "Neg",
+            "Range",
+            "ReduceMax",
+            "ReduceSum",
+            "Reshape",
+            "Shape",
+            "Slice",
+            "Split",
+            "Sub",
+            "Transpose",
+            "Unsqueeze",
+            "Where",
+        ),
     }
 
 

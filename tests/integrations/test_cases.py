@@ -152,12 +152,14 @@ def test_the_table_says_what_ran_what_differs_and_what_did_not(tmp_path: Path) -
         (folder / name / "run.sh").touch()
     good, bad = Agreement(1e-6, 12, True), Agreement(0.5, 12, False)
     assert write_result("one", "One", "1.0", dict.fromkeys(MODES, good), build=build) == 0
-    assert write_result("two", "Two", "2.0", {"restore": good, "steer": bad}, "no inputs", build=build) == 1
+    assert (
+        write_result("two", "Two", "2.0", {"restore": good, "steer": bad}, "text", build, "int8", pictures=False) == 1
+    )
     lines = results.table(results.read_results(build, folder))
     assert lines[3:6] == [
-        "| One | 1.0 | all six | 72 of 72 | 1.0e-06 | `make integration NAME=one` |  |",
-        "| three |  | not run |  |  | `make integration NAME=three` |  |",
-        "| Two | 2.0 | `restore`; DIFFERENT: `steer` | 12 of 24 | 5.0e-01 | `make integration NAME=two` | no inputs |",
+        "| One | 1.0 | all six | fp32 | yes | 72 of 72 | 1.0e-06 | `make integration NAME=one` |  |",
+        "| three |  | not run |  |  |  |  | `make integration NAME=three` |  |",
+        "| Two | 2.0 | `restore`; DIFFERENT: `steer` | int8 | no | 12 of 24 | 5.0e-01 | `make integration NAME=two` | text |",
     ]
 
 

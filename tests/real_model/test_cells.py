@@ -187,6 +187,7 @@ def test_a_stopped_measurement_has_the_settings_that_are_complete(result, tmp_pa
 
 def test_without_results_the_page_stays(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["page.py", "--build", str(tmp_path), "--out", str(tmp_path / "page.md")])
+    monkeypatch.setattr("page.RESULTS", tmp_path / "precisions.json")
     with pytest.raises(SystemExit, match=r"holds no results; run measure_guard\.py first"):
         main()
     assert not (tmp_path / "page.md").exists()

@@ -138,6 +138,26 @@ def test_a_blank_image_is_white(tmp_path: Path, name: str) -> None:
         assert (values == values[..., :1, :1]).all() and np.ptp(values[..., 0, 0, 0]) == 0
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(("gemma4", "pixtral"))])
+def test_no_picture_is_cut_into_fewer_parts_than_the_blank_one(tmp_path: Path, name: str) -> None:
+    ours, _ = case(tmp_path, name)
+
+    def parts(picture: Image.Image) -> int:
+        return math.prod(ours.prepare(picture).arrays["pixel_values"].shape[:-3])
+
+    assert parts(ours.blank_image()) <= min(parts(noise(size)) for size in (*SIZES, (400, 100), (100, 400)))
+
+
+@pytest.mark.parametrize("longest", [20, 28, 84, 90, 97, 112, 1456])
+@pytest.mark.parametrize("tile", [14, 27, 28, 364])
+def test_the_blank_picture_of_idefics3_is_one_row_of_tiles(tmp_path: Path, longest: int, tile: int) -> None:
+    sizes = {"size": {"longest_edge": longest}, "max_image_size": {"longest_edge": tile}}
+    ours = open_preprocessor(write(tmp_path, image_processor_type="SmolVLMImageProcessor", **sizes))
+    grid = ours.prepare(ours.blank_image()).grid
+    across = math.ceil(min(longest, 4096) / tile)
+    assert grid == (None if across == 1 else (1, across))
+
+
 def test_internvl_cuts_whatever_its_image_processor_declares(tmp_path: Path) -> None:
     write(tmp_path, image_processor_type="GotOcr2ImageProcessorFast", crop_to_patches=False, **SQUARE)
     assert len(open_preprocessor(tmp_path).prepare(noise((90, 28))).arrays["pixel_values"]) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,19 @@ def test_the_arrays_are_those_of_the_class(tmp_path: Path, kind: str) -> None:
     assert preprocessor.prepare(noise(90, 40)).grid == grid
 
 
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed; make families installs it")
+@pytest.mark.parametrize("kind", ["Cohere2VisionImageProcessor", "Llama4ImageProcessor"])
+def test_a_class_without_a_half_for_pillow_runs_with_torchvision(tmp_path: Path, kind: str) -> None:
+    preprocessor = open_preprocessor(folder_with(tmp_path, kind))
+    assert isinstance(preprocessor, TransformersPreprocessor) and preprocessor.half == "torchvision"
+    prepared = preprocessor.prepare(noise(90, 40))
+    expected = getattr(transformers, kind)()(images=[noise(90, 40)], return_tensors="pt")
+    for name, array in prepared.arrays.items():
+        tensor = expected[name]
+        np.testing.assert_array_equal(array, tensor.float() if tensor.is_floating_point() else tensor)
+    assert prepared.arrays["pixel_values"].size
+
+
 def test_parts_are_counted_by_what_the_encoder_gives(tmp_path: Path) -> None:
     """MiniCPM-V: the small copy and each slice have tokens in proportion to their patches."""
 
@@ -73,6 +87,26 @@ def test_parts_are_counted_by_what_the_encoder_gives(tmp_path: Path) -> None:
     row = LAYOUTS["MiniCPMV4_6Processor"]
     text = Placeholder("T", "T", row, {name: usual for name, (_, usual) in row.markers.items()}).text_of(tokens)
     assert text.count("T") == tokens.count and text.count("<slice>") == 3
+
+
+def test_tiles_that_an_encoder_does_not_take_are_not_dropped(tmp_path: Path) -> None:
+    """DeepSeek-OCR 2, exported with pictures that are not cut: a larger one has tiles besides the whole."""
+
+    class Encoder:
+        inputs = {"pixel_values": Port("pixel_values", np.dtype(np.float32), (None, 3, 64, 64))}  # noqa: RUF012
+        outputs: dict[str, Port] = {}  # noqa: RUF012
+
+        def run(self, feeds: Any) -> dict[str, np.ndarray]:
+            return {"image_features": np.zeros((4, 8), np.float32)}
+
+    options = {"size": {"height": 64, "width": 64}, "tile_size": 64}
+    folder = folder_with(tmp_path, "DeepseekOcr2ImageProcessor", "DeepseekOcr2Processor", **options)
+    preprocessor = open_preprocessor(folder)
+    assert look(Encoder(), preprocessor, [(noise(60, 40), True)], None).features.shape == (4, 8)
+    assert line(lambda: look(Encoder(), preprocessor, [(noise(90, 40), True)], None), GuardError) == (
+        "the image processor also gives pixel_values_local for this picture, which the vision encoder does not take; "
+        "send a smaller picture"
+    )
 
 
 def test_a_processors_arguments_reach_its_image_processor(tmp_path: Path) -> None:
@@ -93,11 +127,17 @@ def line(call: Any, kind: type[GuardError]) -> str:
 
 
 def test_processors_that_cannot_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in ("Llama4ImageProcessor", "NobodysImageProcessor"):
+    without_torchvision = {"torch": object(), "transformers": object()}
+    monkeypatch.setattr(transformers_pictures, "find_spec", without_torchvision.get)
+    reasons = {
+        "Llama4ImageProcessor": " that works without torchvision); install torchvision, ",
+        "NobodysImageProcessor": "); ",
+    }
+    for kind, reason in reasons.items():
         folder = folder_with(tmp_path, kind)
         assert line(lambda folder=folder: open_preprocessor(folder), ModelUnreadable) == (
-            f"{tmp_path}: its image processor {kind} cannot be run here (transformers has no class of that name that works "
-            "without torchvision); prepare its inputs elsewhere, or use text-only prompts"
+            f"{tmp_path}: its image processor {kind} cannot be run here (transformers has no class of that name{reason}"
+            "prepare its inputs elsewhere, or use text-only prompts"
         )
         assert unknown_processor(folder) == kind
     # one whose Pillow half needs torch, and one with options that it cannot follow
