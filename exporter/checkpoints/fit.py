@@ -7,11 +7,7 @@ What nothing reproduces is refused, with the name of the piece, before any graph
 from __future__ import annotations
 
 import inspect
-<<<<<<< HEAD
 from collections.abc import Callable, Iterator, Mapping, Sequence
-=======
-from collections.abc import Iterator, Sequence
->>>>>>> main
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
