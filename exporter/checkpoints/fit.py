@@ -7,7 +7,7 @@ What nothing reproduces is refused, with the name of the piece, before any graph
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,12 +163,16 @@ def _on_token(model: Any, token: int, vision: Vision, seen: list[Arrays]) -> tup
     with torch.no_grad():
         row = model.get_input_embeddings()(torch.tensor([token])).clone()
 
-    def run(model: Any, **inputs: Any) -> dict[str, Any]:
-        outputs = dict(vision.run(model, **inputs))
-        return {**outputs, IMAGE_FEATURES: outputs[IMAGE_FEATURES] + row}
+    def on_token(features: Callable[..., Mapping[str, Any]]) -> Callable[..., dict[str, Any]]:
+        def added(model: Any, **inputs: Any) -> dict[str, Any]:
+            outputs = features(model, **inputs)
+            return {**outputs, IMAGE_FEATURES: outputs[IMAGE_FEATURES] + row}
+
+        return added
 
     rows = row.float().numpy()
-    return replace(vision, run=run), [{**given, IMAGE_FEATURES: given[IMAGE_FEATURES] + rows} for given in seen]
+    changed = replace(vision, run=on_token(vision.run), reference=on_token(image_features))
+    return changed, [{**given, IMAGE_FEATURES: given[IMAGE_FEATURES] + rows} for given in seen]
 
 
 def _shortest(single: Arrays, shapes: Shapes) -> int:

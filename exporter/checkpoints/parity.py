@@ -99,9 +99,7 @@ def answer_with_torch(
     with torch.no_grad():
         rows: list[Any] = []
         if vision is not None and family.generic:
-            rows = [
-                image_features(model, **tensors(model, call))[IMAGE_FEATURES] for call in vision.calls(vision_inputs)
-            ]
+            rows = [_features(vision, model, call)[IMAGE_FEATURES] for call in vision.calls(vision_inputs)]
         elif vision is not None:
             found = model.get_image_features(**pictures, return_dict=True).pooler_output
             rows = [image.flatten(0, -2) for image in found]
@@ -148,8 +146,14 @@ def _states(cache: Any) -> Arrays:
 
 def _others(model: Any, vision: Vision | None) -> tuple[Arrays, ...]:
     """torch's results for further pictures, by name."""
-    pictures = vision.others if vision is not None else ()
-    return tuple({n: t.numpy() for n, t in image_features(model, **tensors(model, p)).items()} for p in pictures)
+    if vision is None:
+        return ()
+    return tuple({n: t.numpy() for n, t in _features(vision, model, p).items()} for p in vision.others)
+
+
+def _features(vision: Vision, model: Any, picture: Arrays) -> Mapping[str, Any]:
+    """What transformers computes for one picture."""
+    return (vision.reference or image_features)(model, **tensors(model, picture))
 
 
 def answer_with_onnxruntime(

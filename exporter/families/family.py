@@ -106,6 +106,8 @@ class Vision:
         traced: the inputs for tracing; default: the sample.
         others: further inputs for the comparison with torch, one call each.
         held: whether the axes keep their names while the graph is traced, so that one name is one length.
+        reference: `reference(model, **inputs)`, what transformers computes for one picture, by the names of the outputs, where
+            that is not `get_image_features` alone. Of the generic row.
     """
 
     inputs: Callable[[Any], Shapes]
@@ -118,6 +120,7 @@ class Vision:
     traced: Arrays | None = None
     others: Sequence[Arrays] = ()
     held: bool = True
+    reference: Callable[..., Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)

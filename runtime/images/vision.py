@@ -181,7 +181,7 @@ def fed(inputs: Mapping[str, Port], arrays: Mapping[str, np.ndarray]) -> dict[st
     Raises:
         GuardError: the graph takes something else.
     """
-    left_out = [name for name in arrays if name.startswith("pixel_values") and name not in inputs]
+    left_out = [name for name in arrays if name.startswith("pixel_values_") and name not in inputs]
     if left_out and inputs.keys() & arrays.keys():
         raise GuardError(
             f"the image processor also gives {', '.join(left_out)} for this picture, which the vision encoder does not take; "

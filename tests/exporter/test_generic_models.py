@@ -170,6 +170,7 @@ def test_features_that_are_added_to_a_token_come_with_its_embedding() -> None:
     outputs, expected = changed.run(model), 1 + model.words.weight[2].detach().expand(3, 2)
     assert torch.equal(outputs["image_features"], expected) and torch.equal(outputs["deep"], rows)
     np.testing.assert_array_equal(seen["image_features"], expected.numpy())
+    assert changed.reference is not None
     with pytest.raises(IndexError):
         fit._on_token(model, 4, vision, [])
 
