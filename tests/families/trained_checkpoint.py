@@ -79,6 +79,9 @@ def save_trained(model_type: str, folder: Path, steps: int | None = None) -> Pat
         processor_class=processor,
         context_image_token="<image>",
     )
+    # transformers tells one picture from the next by a token between them, as templates of M-RoPE models have
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text(encoding="utf-8").replace("<image> ", "<image> . "), encoding="utf-8")
     _train(model, Batches(model, folder), steps or LONGER.get(model_type, STEPS))
     save_model(model_type, model, folder)
     _copy_prompts(folder)
