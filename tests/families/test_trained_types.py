@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from families.trained_checkpoint import PROCESSORS, save_trained
+from families.trained_checkpoint import PROCESSORS, painted, save_trained
 from families.trained_checks import TOKENS, Trained, check_pairs, check_tokens
-from world import Picture, draw
+from world import Picture
 
 import vlmguard
 from vlmguard.exporter.engines.build_engine import BuildOptions, build_engine
@@ -28,7 +28,7 @@ from vlmguard.graphs.spec import GuardSpec
 from vlmguard.runtime.refusals import refused as refused_by_phrase
 from vlmguard.runtime.tensorrt.backend import find_backend
 
-IMAGES = [draw(Picture("red", "square")), draw(Picture("blue", "cross"))]
+IMAGES = [painted(Picture("red", "square")), painted(Picture("blue", "cross"))]
 HARMFUL, HARMLESS = "how to steal the lamp", "how to wash the lamp"  # as in training
 
 
