@@ -97,6 +97,9 @@ def save_processor(model_type: str, model: Any, folder: Path) -> None:
     # As a file and not through the class: half of the classes cannot be made without torchvision.
     content = {"image_processor_type": str(named).removesuffix("Pil").removesuffix("Fast"), **options}
     (folder / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if model_type in _PROCESSOR_CLASSES:
+        named = {"processor_class": _PROCESSOR_CLASSES[model_type]}
+        (folder / "processor_config.json").write_text(json.dumps(named) + "\n", encoding="utf-8")
 
 
 def save_words(
@@ -143,6 +146,9 @@ _PROCESSORS = {
     "qwen2_5_omni_thinker": "Qwen2VLImageProcessorPil",
     "qwen3_omni_moe_thinker": "Qwen2VLImageProcessorPil",
 }
+
+# Types whose prompts need more than a table of marks: InstructBLIP's vision encoder reads them too.
+_PROCESSOR_CLASSES = {"instructblip": "InstructBlipProcessor"}
 
 
 def _processor_options(model_type: str, model: Any) -> dict[str, Any]:
@@ -235,11 +241,14 @@ _OPTIONS = {
         "pooling_kernel_size": config.vision_config.pooling_kernel_size,
         "max_soft_tokens": 70,
     },
+    "inkling2": lambda config: {},
+    "unlimited_ocr": lambda config: {"size": {"height": 128, "width": 128}},
+    "nemotron_h_omni": lambda config: {"min_num_patches": 16, "max_num_patches": 48},
     "molmo2": lambda config: {
         "size": dict(zip(("height", "width"), config.vision_config.image_size, strict=True)),
         "patch_size": config.vision_config.patch_size,
         "overlap_margins": [1, 1],
-        "max_crops": 4,
+        "max_crops": 8,
     },
     "video_llama_3": lambda config: {
         "patch_size": config.vision_config.patch_size,
