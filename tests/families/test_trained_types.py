@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from families.trained_checkpoint import PROCESSORS, save_trained
+from families.trained_checkpoint import PROCESSORS, painted, save_trained
 from families.trained_checks import TOKENS, Trained, check_pairs, check_tokens
-from world import Picture, draw
+from world import Picture
 
 import vlmguard
 from vlmguard.exporter.engines.build_engine import BuildOptions, build_engine
@@ -28,7 +28,7 @@ from vlmguard.graphs.spec import GuardSpec
 from vlmguard.runtime.refusals import refused as refused_by_phrase
 from vlmguard.runtime.tensorrt.backend import find_backend
 
-IMAGES = [draw(Picture("red", "square")), draw(Picture("blue", "cross"))]
+IMAGES = [painted(Picture("red", "square")), painted(Picture("blue", "cross"))]
 HARMFUL, HARMLESS = "how to steal the lamp", "how to wash the lamp"  # as in training
 
 
@@ -97,14 +97,12 @@ def test_an_engine_of_a_decoder_with_embeddings_for_each_layer(tmp_path: Path) -
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("mode", ["restore", "combined"])
-@pytest.mark.parametrize("model_type", ["gemma4", "qwen3_5"])
-def test_a_fitted_mode(model_type: str, mode: str, tmp_path: Path) -> None:
-    """Trial graphs of calibration, with embeddings for each layer and with recurrent states."""
+def test_a_fitted_mode(tmp_path: Path) -> None:
+    """Thresholds and targets fitted with pictures in the calibration, where no mode is left open."""
     checkpoint, guarded = tmp_path / "checkpoint", tmp_path / "guarded"
     checkpoint.mkdir()
-    save_trained(model_type, checkpoint)
-    vlmguard.export(checkpoint, guarded, spec=GuardSpec(mode=mode))  # type: ignore[arg-type]
+    save_trained("internvl", checkpoint)
+    vlmguard.export(checkpoint, guarded, spec=GuardSpec(mode="restore"))
     assert all(check.ok for check in vlmguard.verify(guarded).checks)
     refusals = read_manifest(guarded).refusals
     assert refusals is not None

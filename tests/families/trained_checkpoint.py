@@ -42,6 +42,7 @@ from vlmguard.runtime.chat.turns import Turn
 from vlmguard.runtime.images.vision import open_preprocessor, picture_tokens
 
 END = 2  # `</s>`
+EDGE = 64  # pixels of a picture
 STEPS, LEARNING_RATE = 400, 3e-3
 LONGER = {"qwen3_5": 600}  # steps of types that learn more slowly
 TEXTS, SHOWN = 16, 8  # examples of a batch without and with pictures
@@ -79,6 +80,9 @@ def save_trained(model_type: str, folder: Path, steps: int | None = None) -> Pat
         processor_class=processor,
         context_image_token="<image>",
     )
+    # transformers tells one picture from the next by a token between them, as templates of M-RoPE models have
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text(encoding="utf-8").replace("<image> ", "<image> . "), encoding="utf-8")
     _train(model, Batches(model, folder), steps or LONGER.get(model_type, STEPS))
     save_model(model_type, model, folder)
     _copy_prompts(folder)
@@ -104,6 +108,17 @@ def _copy_prompts(folder: Path) -> None:
         lines = (source / name).read_text(encoding="utf-8").splitlines(keepends=True)
         few = (line for line in lines if json.loads(line)["id"].endswith(("-0", "-is", "-color")))
         (own / name).write_text("".join(few), encoding="utf-8")
+    for path in (own / "images").glob("*.png"):
+        _enlarged(Image.open(path)).save(path)
+
+
+def painted(picture: Picture) -> Image.Image:
+    """A picture of the world, large enough for several image tokens where pictures keep their size."""
+    return _enlarged(draw(picture))
+
+
+def _enlarged(image: Image.Image) -> Image.Image:
+    return image.convert("RGB").resize((EDGE, EDGE), Image.Resampling.NEAREST)
 
 
 @dataclass
@@ -133,7 +148,7 @@ class Batches:
     def seen(self, picture: Picture | None) -> tuple[Arrays, PictureTokens]:
         """A picture's arrays and tokens; of the blank one for `None`."""
         if picture not in self._seen:
-            self._seen[picture] = self.prepared(self.processor.blank_image() if picture is None else draw(picture))
+            self._seen[picture] = self.prepared(self.processor.blank_image() if picture is None else painted(picture))
         return self._seen[picture]
 
     def prepared(self, image: Image.Image, alone: bool = True) -> tuple[Arrays, PictureTokens]:
