@@ -183,7 +183,8 @@ def export_command(
         ExporterName | None,
         precision(
             "--exporter",
-            help="Exporter of a checkpoint; genai and optimum write the text decoder only. (default: transformers)",
+            help="Exporter of a checkpoint. optimum writes the text decoder only, so does genai, but for Gemma 3 and "
+            "Qwen2.5-VL. (default: transformers)",
             metavar=one_of(ExporterName),
         ),
     ] = None,

@@ -172,7 +172,12 @@ def package_command(
         Path | None, what("--triton", metavar="DIR", help="Write a Triton Inference Server model repository.")
     ] = None,
     genai: Annotated[
-        Path | None, what("--genai", metavar="DIR", help="Write a folder for onnxruntime-genai (text decoders).")
+        Path | None,
+        what(
+            "--genai",
+            metavar="DIR",
+            help="Write a folder for onnxruntime-genai: a text decoder, or with pictures Qwen2-VL and Qwen2.5-VL.",
+        ),
     ] = None,
     onnx_community: Annotated[
         Path | None,

@@ -34,7 +34,7 @@ from .decoder_inputs import (
     mask_for,
     needs_more,
 )
-from .device import DeviceOutputs, Tensor, last, where_it_is
+from .device import DeviceOutputs, FirstTokens, Tensor, last, where_it_is
 from .images.deepstack import is_embeds
 from .images.prompt_images import PromptImages
 from .runner_protocol import ClosableRunner, DeviceRunner, OverridableRunner, Runner
@@ -207,6 +207,16 @@ class DecoderSession:
             return False
         text = self.runner.inputs[self.roles.text]
         return len(text.shape) > 1 and text.shape[1] == 1
+
+    def written(self, outputs: Mapping[str, np.ndarray], tokens: int) -> Mapping[str, np.ndarray]:
+        """Outputs of a call without the room that ring caches keep for later tokens, which onnxruntime does not initialise.
+
+        Args:
+            outputs: of a call.
+            tokens: per row so far, those of the call included.
+        """
+        rings = [pair for pair in self._states.values() if pair.axis is not None and tokens < (pair.capacity or 0)]
+        return FirstTokens(outputs, {pair.present: pair.axis or 0 for pair in rings}, tokens) if rings else outputs
 
     @property
     def call_length(self) -> int | None:

@@ -75,19 +75,11 @@ class DeviceOutputs(Mapping[str, np.ndarray]):
         return len(self.tensors)
 
 
-class SomeRows(Mapping[str, np.ndarray]):
-    """Some rows of a call's outputs, each `[batch, ...]`; none is copied to the host before it is read.
+class _View(Mapping[str, np.ndarray]):
+    """A call's outputs, seen through a subclass; none is copied to the host before it is read."""
 
-    Attributes:
-        outputs: those of all rows.
-        rows: which.
-    """
-
-    def __init__(self, outputs: Mapping[str, np.ndarray], rows: slice) -> None:
-        self.outputs, self.rows = outputs, rows
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.outputs[name][self.rows]
+    def __init__(self, outputs: Mapping[str, np.ndarray]) -> None:
+        self.outputs = outputs
 
     def __contains__(self, name: object) -> bool:
         return name in self.outputs
@@ -97,6 +89,39 @@ class SomeRows(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.outputs)
+
+
+class FirstTokens(_View):
+    """Outputs, some of them up to a token.
+
+    Attributes:
+        axes: name -> axis of tokens of those that are cut.
+        tokens: how many remain.
+    """
+
+    def __init__(self, outputs: Mapping[str, np.ndarray], axes: Mapping[str, int], tokens: int) -> None:
+        super().__init__(outputs)
+        self.axes, self.tokens = axes, tokens
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        whole = self.outputs[name]
+        return whole[(slice(None),) * self.axes[name] + (slice(self.tokens),)] if name in self.axes else whole
+
+
+class SomeRows(_View):
+    """Some rows of a call's outputs, each `[batch, ...]`; none is copied to the host before it is read.
+
+    Attributes:
+        outputs: those of all rows.
+        rows: which.
+    """
+
+    def __init__(self, outputs: Mapping[str, np.ndarray], rows: slice) -> None:
+        super().__init__(outputs)
+        self.rows = rows
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.outputs[name][self.rows]
 
 
 def where_it_is(outputs: Mapping[str, np.ndarray], name: str) -> Tensor:

@@ -41,6 +41,7 @@ from .knobs import AS_EXPORTED, Knobs
 from .paired_batches import PROMPTS, interleaved, rows_of
 from .runner_protocol import Runner
 from .runners import open_runner
+from .token_embeddings import embed
 
 OpenPart = Callable[[Path], Runner]  # one file of the package -> what runs it
 
@@ -332,17 +333,7 @@ class VisionLanguageModel:
 
     def _embeds(self, ids: np.ndarray, at: np.ndarray | None = None, features: np.ndarray | None = None) -> np.ndarray:
         """Embeddings of the tokens, with the features `[image tokens, d]` at the positions `at`."""
-        (port,) = self._embed.inputs.values()
-        embeds = next(iter(self._embed.run({port.name: ids.astype(port.dtype)}).values()))
-        if at is None or features is None:
-            return embeds
-        if at.sum() != len(features):
-            raise GuardError(
-                f"the prompt has {at.sum()} image tokens for {len(features)} image features; check image_token"
-            )
-        embeds = embeds.copy()
-        embeds[at] = features.astype(embeds.dtype)
-        return embeds
+        return embed(self._embed, ids, at, features)
 
     def _placed(self, at: np.ndarray, mask: np.ndarray, seen: Seen) -> PromptImages:
         """Places of images, features between the layers, and positions of prompts if they depend on images."""

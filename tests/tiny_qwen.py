@@ -2,6 +2,7 @@
 
 `save_tiny_qwen(kind, folder)` is the whole interface; `KINDS` says which there are. Images keep their shape and become
 patches of 4 x 4 pixels, four to a token, between `PIXELS` in all; a window of Qwen2.5-VL is 4 x 4 patches.
+`save_byte_qwen` writes the same with a byte-level tokenizer, which onnxruntime-genai reads.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+
+from byte_tokenizer import save_byte_tokenizer
 
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 LAYERS = 2
@@ -48,13 +51,25 @@ def save_tiny_qwen(kind: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def tiny_qwen(kind: str, seed: int = 0) -> Any:
+def save_byte_qwen(kind: str, folder: Path, seed: int = 0) -> Path:
+    """The same with a token for each byte; the special tokens have the same ids."""
+    tiny_qwen(kind, seed, len(SPECIAL_TOKENS) + 256).save_pretrained(folder)
+    save_tokenizer(kind, folder)
+    save_byte_tokenizer(folder, SPECIAL_TOKENS, "Qwen2Tokenizer")
+    (folder / "chat_template.jinja").write_text(
+        CHAT_TEMPLATE.replace("> {{", ">{{").replace("> a", ">a"), encoding="utf-8"
+    )
+    return folder
+
+
+def tiny_qwen(kind: str, seed: int = 0, vocabulary_size: int | None = None) -> Any:
     """The model; no weight of it is left at a default."""
     import torch
     import transformers
 
+    text = _text(kind, vocabulary_size or VOCABULARY_SIZE)
     config = getattr(transformers, f"{_CLASSES[kind]}Config")(
-        text_config=_text(kind), vision_config=_VISION[kind], tie_word_embeddings=False, **_TOKENS
+        text_config=text, vision_config=_VISION[kind], tie_word_embeddings=False, **_TOKENS
     )
     torch.manual_seed(seed)
     model = getattr(transformers, f"{_CLASSES[kind]}ForConditionalGeneration")(config).eval()
@@ -89,14 +104,14 @@ _VISION = {
 }
 
 
-def _text(kind: str) -> dict[str, Any]:
+def _text(kind: str, vocabulary_size: int) -> dict[str, Any]:
     return {
         "hidden_size": TEXT_WIDTH,
         "intermediate_size": 2 * TEXT_WIDTH,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
-        "vocab_size": VOCABULARY_SIZE,
+        "vocab_size": vocabulary_size,
         "max_position_embeddings": 256,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
         "bos_token_id": None,

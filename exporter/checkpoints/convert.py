@@ -37,12 +37,13 @@ from ...graphs.proof.structure import Check
 from ...graphs.reasons import out_of_memory
 from ..families import find_family
 from ..families.family import PAST, SEQUENCE, TOTAL, Family
+from ..families.phi4_multimodal import with_image_features
 from ..families.transformers_class import saved_class, transformers_class
 from .fit import fit
 from .foreign_failures import WHAT_TO_DO, in_one_line
 from .narrow import narrow_weights, round_weights
 from .parity import answer_with_torch, check_parity, require_onnxruntime
-from .parts import parts_of
+from .parts import Part, parts_of
 from .prompt_text import prompt_texts
 from .save_inline import save_inline
 from .tidy import tidy, weight_bytes
@@ -141,16 +142,7 @@ def convert_checkpoint(
             parts = parts_of(family, model)
     for number, part in enumerate(parts, 1):
         report_progress(f"exporting ({number}/{len(parts)}) {part.name}", 0, 1)
-        with in_one_line(f"{checkpoint}: torch cannot export its {part.name}"):
-            graph = trace_some_way(model, part, opset)
-        sums = {f"{PAST} + {SEQUENCE}": TOTAL}
-        named = {"float32_inputs": part.float32_inputs, "state_names": part.state_names}
-        try:
-            tidy(graph, part.inputs, part.outputs, sums=sums, **named)
-        except ModelUnreadable as otherwise:
-            raise ModelUnreadable(
-                f"{checkpoint}: torch exports its {part.name} as another graph than the model is ({otherwise}); {WHAT_TO_DO}"
-            ) from None
+        graph = export_part(model, part, opset, checkpoint)
         if dtype == "w16a32":
             narrow_weights(graph.graph)
         graphs.append(_save_part(graph, out, part.name, dtype))
@@ -174,6 +166,31 @@ def convert_checkpoint(
     seconds = time.monotonic() - start
     report_progress(f"exported {checkpoint} in {seconds:.0f} s", 1, 1)
     return ConversionReport(str(checkpoint), family.model_type, dtype, opset, tuple(graphs), copied, parity, seconds)
+
+
+def export_part(model: Any, part: Part, opset: int, checkpoint: str | Path) -> ir.Model:
+    """One graph of a checkpoint.
+
+    Args:
+        model: the checkpoint in transformers.
+        part: what to trace.
+        opset: ONNX opset of the graph.
+        checkpoint: its name, for errors.
+
+    Raises:
+        ModelUnreadable: torch cannot export it, or exports another graph than the model is.
+    """
+    with in_one_line(f"{checkpoint}: torch cannot export its {part.name}"):
+        graph = trace_some_way(model, part, opset)
+    sums = {f"{PAST} + {SEQUENCE}": TOTAL}
+    named = {"float32_inputs": part.float32_inputs, "state_names": part.state_names}
+    try:
+        tidy(graph, part.inputs, part.outputs, sums=sums, **named)
+    except ModelUnreadable as otherwise:
+        raise ModelUnreadable(
+            f"{checkpoint}: torch exports its {part.name} as another graph than the model is ({otherwise}); {WHAT_TO_DO}"
+        ) from None
+    return graph
 
 
 def locate(checkpoint: str | Path) -> Path:
@@ -281,18 +298,24 @@ def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: Prog
             f"{folder}: its architecture {whole_class.__name__} has no part of the class {family.model_class}, which "
             f"transformers lists for {family.model_type}; export it to ONNX with its own tools and guard that folder instead"
         )
-    return part
+    return with_image_features(part)
 
 
-def _save_part(graph: ir.Model, out: Path, part: str, dtype: Dtype) -> GraphFile:
-    """Write one graph; its weights go to `<file>_data` beside it only if one file would be too large."""
-    path = out / "onnx" / f"{part}{SUFFIXES[dtype]}.onnx"
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save_part(graph: ir.Model, path: Path) -> bool:
+    """Write one graph; whether its weights went to `<file>_data` beside it, because one file would be too large."""
     external = weight_bytes(graph) > EXTERNAL_DATA_ABOVE
     if external:
         ir.save(graph, path, external_data=f"{path.name}_data")
     else:
         save_inline(graph, path)
+    return external
+
+
+def _save_part(graph: ir.Model, out: Path, part: str, dtype: Dtype) -> GraphFile:
+    """Write one graph of the onnx-community layout."""
+    path = out / "onnx" / f"{part}{SUFFIXES[dtype]}.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    external = save_part(graph, path)
     files = [path, *([path.with_name(f"{path.name}_data")] if external else [])]
     return GraphFile(
         part=part,

@@ -2,7 +2,8 @@
 
     transformers   vision encoder, embeddings, decoder (onnx-community layout; a text-only model is one graph), compared with
                    torch; in fp32, fp16 or w16a32 (weights in float16, arithmetic in float32)         extra torch
-    genai          onnxruntime-genai's builder: the text decoder, fused, in fp32, fp16 or int4       extra genai
+    genai          onnxruntime-genai's builder: the decoder, fused, in fp32, fp16 or int4; with the graphs around it where
+                   genai runs the model with pictures (`genai_around_decoder`)                       extra genai
     optimum        optimum-onnx: the text decoder as one `model.onnx` with a cache                    extra optimum
 
 optimum-onnx needs transformers 4.57, the others need 5: it lives in an environment of its own.
@@ -27,6 +28,7 @@ from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.proof.structure import Check
 from ..choices import ExporterName, Precision
 from .convert import convert_checkpoint, copy_companions, locate, read_config
+from .genai_around_decoder import add_pictures, has_pipeline
 
 DEFAULT_EXPORTER: ExporterName = "transformers"
 OPTIMUM_NEEDS = "transformers 4.57"
@@ -128,13 +130,14 @@ def _with_genai(job: Job) -> tuple[Check, ...]:
                 f"exporter genai needs {module}, which is not installed; run: {install_command('genai')}"
             )
     folder = locate(job.checkpoint)
-    read_config(folder)
+    pictures = has_pipeline(read_config(folder), job.checkpoint)
     job.report_progress(f"building {job.checkpoint} with onnxruntime-genai", 0, 1)
     # Its half precision is for CUDA and named so; a CPU runs the same graph.
     provider = "cuda" if job.dtype == "fp16" else "cpu"
     with tempfile.TemporaryDirectory(prefix="vlmguard-genai-") as cache:
         command = [sys.executable, "-m", _BUILDER, "-i", str(folder), "-o", str(job.out)]
         command += ["-p", job.dtype, "-e", provider, "-c", cache, "--extra_options", "hf_token=false"]
+        command += ["exclude_embeds=true"] if pictures else []
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # everything is in the folder
         built = subprocess.run(command, capture_output=True, text=True, errors="replace", env={**os.environ, **offline})
     if built.returncode or not (job.out / "genai_config.json").is_file():
@@ -142,6 +145,8 @@ def _with_genai(job: Job) -> tuple[Check, ...]:
             f"{job.checkpoint}: onnxruntime-genai's builder cannot export it ({_last_line(built.stderr)}); "
             f"try --exporter {DEFAULT_EXPORTER}"
         )
+    if pictures:
+        add_pictures(folder, job.checkpoint, job.out, job.dtype, job.report_progress)
     return ()
 
 

@@ -59,7 +59,13 @@ def parts_of(family: Family, model: Any) -> tuple[Part, ...]:
     """
     if family.vision is None:
         return (_text_decoder(family, model),)
-    return _vision_encoder(family.vision, model), _embed_tokens(family, model), _decoder(family, model)
+    return *around_decoder(family, model), _decoder(family, model)
+
+
+def around_decoder(family: Family, model: Any) -> tuple[Part, Part]:
+    """The vision encoder and the embeddings of a multimodal model."""
+    assert family.vision is not None
+    return _vision_encoder(family.vision, model), _embed_tokens(family, model)
 
 
 def tensors(model: Any, arrays: Arrays) -> dict[str, torch.Tensor]:

@@ -1,21 +1,30 @@
-"""`vlmguard package --genai`: a folder that onnxruntime-genai opens, for decoders that take token ids.
+"""`vlmguard package --genai`: a folder that onnxruntime-genai opens.
 
-genai's vision models need an embedding graph that inserts the image features (inputs `input_ids` and `image_features`). In the
-onnx-community layout the app inserts them, so only text decoders can be packaged.
+A decoder that takes token ids is the whole folder. One that takes embeddings is the last of three graphs, and the folder is one
+of genai's picture pipelines (`genai_pictures`).
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from ...graphs.errors import GuardError
 from ...graphs.graph_io import load_graph
 from ...graphs.manifest import Manifest
 from ...graphs.new_files import Data
 from ...graphs.package import ModelPackage
 from ...graphs.progress import ProgressCallback, ignore_progress
-from ...graphs.roles import EMBEDS
-from .genai_config import FED, GRAPH, RUNTIME, config_bytes
+from .genai_config import FED_TEXT, GRAPH, config_bytes, takes_pictures
+from .genai_pictures import (
+    EMBEDDING,
+    FED_PICTURES,
+    RUNTIME,
+    VISION,
+    embedding_bytes,
+    require_graphs,
+    require_padding_apart,
+)
+from .genai_processor import PROCESSOR, processor_bytes
 from .known_inputs import require_known
 from .repackage import FolderLayout, Packaged, loose_files, repackage, require_other_layout, with_data
 
@@ -47,15 +56,22 @@ def arrange(manifest: Manifest, package: ModelPackage) -> FolderLayout:
     """
     require_other_layout(package, "genai", RUNTIME)
     decoder = load_graph(package.decoder, trust_links=True)
-    inputs = [str(value.name) for value in decoder.graph.inputs]
-    if EMBEDS in inputs:
-        raise GuardError(
-            f"{package.decoder}: takes inputs_embeds, and {RUNTIME} needs an embedding graph that mixes image features in, "
-            "which this folder has not; export the checkpoint with --exporter genai, or keep the layout that it has"
-        )
-    require_known(decoder, str(package.decoder), RUNTIME, FED)
+    pictures = takes_pictures(decoder)
+    if pictures:
+        require_graphs(package)
+    require_known(decoder, str(package.decoder), RUNTIME, FED_PICTURES if pictures else FED_TEXT)
     brought = {name: name for name in loose_files(manifest, package) if not name.startswith("onnx/")}
     brought |= with_data(package.decoder, package.root, GRAPH)
     config = config_bytes(package, decoder)
+    written = {"genai_config.json": config}
+    rewritten: dict[str, str] = {}
+    if pictures:
+        vision, embed_tokens = package.vision_encoder, package.embed_tokens
+        assert vision is not None and embed_tokens is not None  # `require_graphs` requires both
+        require_padding_apart(package.root, json.loads(config)["model"]["pad_token_id"])
+        brought |= with_data(vision, package.root, VISION) | with_data(embed_tokens, package.root, EMBEDDING)
+        rewritten = {brought.pop(EMBEDDING): EMBEDDING}
+        written[EMBEDDING] = embedding_bytes(package, load_graph(embed_tokens, trust_links=True))
+        written[PROCESSOR] = processor_bytes(package.root)
     there = package.decoder.relative_to(package.root).as_posix()
-    return FolderLayout("genai", {there: GRAPH}, brought, {"genai_config.json": config})
+    return FolderLayout("genai", {there: GRAPH}, brought, written, rewritten=rewritten)

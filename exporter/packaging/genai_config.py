@@ -8,14 +8,20 @@ import onnx_ir as ir
 
 from ...graphs.decoder_state import COMMUNITY_PAST, COMMUNITY_PRESENT
 from ...graphs.errors import GuardError
+from ...graphs.graph_io import load_graph
 from ...graphs.json_files import read_json
 from ...graphs.package import ModelPackage
-from ...graphs.roles import LOGITS, MASK, POSITIONS, TOKENS
+from ...graphs.roles import EMBEDS, LOGITS, MASK, POSITIONS, TOKENS
 from ...graphs.strict_json import to_strict_json
+from .genai_pictures import FED_PICTURES, RUNTIME, SESSION, picture_sections
 
-RUNTIME = "onnxruntime-genai"
-FED = (TOKENS, MASK, POSITIONS)
+FED_TEXT = (TOKENS, MASK, POSITIONS)
 GRAPH = "model.onnx"
+
+
+def takes_pictures(decoder: ir.Model) -> bool:
+    """Whether the decoder is part of a picture pipeline: it takes embeddings in place of tokens."""
+    return any(value.name == EMBEDS for value in decoder.graph.inputs)
 
 
 def config_bytes(package: ModelPackage, decoder: ir.Model) -> bytes:
@@ -33,7 +39,9 @@ def _config(package: ModelPackage, decoder: ir.Model) -> dict[str, Any]:
         values = (part.get(name) for name in names for part in (generation, text, config))
         return next((value for value in values if value is not None), None)
 
-    inputs = {name: name for name in FED if any(value.name == name for value in decoder.graph.inputs)}
+    pictures = takes_pictures(decoder)
+    fed = FED_PICTURES if pictures else FED_TEXT
+    inputs = {name: name for name in fed if any(value.name == name for value in decoder.graph.inputs)}
     longest, heads = package.longest_sequence, said("num_attention_heads", "n_head")
     known = {
         "eos_token_id": said("eos_token_id"),
@@ -44,6 +52,8 @@ def _config(package: ModelPackage, decoder: ir.Model) -> dict[str, Any]:
         "head_dim": package.head_size,
         "hidden_size": said("hidden_size", "n_embd"),
         "max_position_embeddings": longest,
+        # a prompt's tokens of this id are padding to genai: another one than the model's would hide tokens of the prompt
+        **({"pad_token_id": said("pad_token_id")} if pictures else {}),
     }
     missing = [name for name, value in known.items() if value is None]
     if missing:
@@ -59,7 +69,7 @@ def _config(package: ModelPackage, decoder: ir.Model) -> dict[str, Any]:
             "bos_token_id": said("bos_token_id") if said("bos_token_id") is not None else first,
             "context_length": longest,
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": SESSION,
                 "filename": GRAPH,
                 "head_size": known["head_dim"],
                 "hidden_size": known["hidden_size"],
@@ -74,7 +84,13 @@ def _config(package: ModelPackage, decoder: ir.Model) -> dict[str, Any]:
             "pad_token_id": said("pad_token_id") if said("pad_token_id") is not None else first,
             "type": said("model_type"),
             "vocab_size": known["vocab_size"],
+            **(_picture_sections(package) if pictures else {}),
         },
         # One buffer for past and present is GroupQueryAttention's alone.
         "search": {"do_sample": False, "max_length": longest, "past_present_share_buffer": shares},
     }
+
+
+def _picture_sections(package: ModelPackage) -> dict[str, Any]:
+    assert package.vision_encoder is not None  # `require_graphs`
+    return picture_sections(package.config, load_graph(package.vision_encoder, trust_links=True).graph, package.root)

@@ -19,6 +19,8 @@ _WHY = {
     SUPERVISOR_INPUT: "modes supervise and combined need a text-only pass before each answer; export in mode restore",
     PROMPT_SUPERVISOR_INPUT: "a guard at the prompt's end needs a text-only pass before each answer; export with --supervisor "
     "rows where the app can batch the text with the prompt, else in mode restore",
+    "token_type_ids": "in this decoder the tokens of a picture see one another; for onnxruntime-genai export the checkpoint "
+    "with --exporter genai, whose decoder does without",
     PAST_GATE_INPUT: "a gate that is held needs its state carried from call to call; export without --gate prompt",
 }
 

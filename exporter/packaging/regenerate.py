@@ -6,8 +6,10 @@ left out, and the record must agree.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
+
+import onnx_ir as ir
 
 from ...graphs import triton
 from ...graphs.graph_io import external_files, load_graph
@@ -16,6 +18,8 @@ from ...graphs.manifest import Manifest
 from ...graphs.package import ModelPackage
 from ...graphs.proof.structure import Check, exact
 from . import community_config, genai_config
+from .genai_pictures import EMBEDDING, embedding_bytes, without_image_features
+from .genai_processor import PROCESSOR, processor_bytes
 
 _GENERATION = "generation_config.json"
 
@@ -65,10 +69,28 @@ def regenerated(
         written: files recorded as written; only configs converted from another layout depend on it.
     """
     if package.layout == "genai":
-        return {"genai_config.json": genai_config.config_bytes(package, load_graph(package.decoder, trust_links=True))}
+        return _genai_files(package)
     if package.layout == "onnx-community":
         return _community_configs(package, original, written)
     return {}
+
+
+def _genai_files(package: ModelPackage) -> dict[str, bytes | None]:
+    decoder = load_graph(package.decoder, trust_links=True)
+    files: dict[str, bytes | None] = {"genai_config.json": genai_config.config_bytes(package, decoder)}
+    if genai_config.takes_pictures(decoder):
+        assert package.embed_tokens is not None  # the config was made of it
+        embedding = load_graph(package.embed_tokens, trust_links=True)
+        without_image_features(embedding)
+        files[EMBEDDING] = embedding_bytes(package, embedding)
+        files[PROCESSOR] = processor_bytes(package.root)
+    return files
+
+
+def restored_graphs(manifest: Manifest, package: ModelPackage) -> dict[str, Callable[[ir.Model], None]]:
+    """By path, what undoes the layout's changes in a graph other than a decoder, in place, to compare it with the source's."""
+    changed = manifest.packaged is not None and package.layout == "genai" and EMBEDDING in manifest.packaged.written
+    return {EMBEDDING: without_image_features} if changed else {}
 
 
 def is_left_out(layout: str, name: str) -> bool:

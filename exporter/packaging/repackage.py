@@ -30,10 +30,11 @@ class FolderLayout:
 
     Attributes:
         layout: name of the layout.
-        decoders: new path -> old path of each decoder graph; the first is the one that runs.
-        brought: old path -> new path of every file that is kept unchanged, including decoder graphs.
+        decoders: old path -> new path of each decoder graph; the first is the one that runs.
+        brought: new path -> old path of every file that is kept unchanged, including decoder graphs.
         written: new path -> content of the files created for this layout.
         options: options of the packaging.
+        rewritten: old path -> new path of each other graph that the layout has in another form, a file of `written`.
     """
 
     layout: Layout
@@ -41,6 +42,7 @@ class FolderLayout:
     brought: dict[str, str]
     written: Mapping[str, bytes]
     options: Mapping[str, Any] = field(default_factory=dict)
+    rewritten: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,9 @@ def with_data(graph: Path, root: Path, here: str) -> dict[str, str]:
 
 def _record_folder(stage: Path, source: Manifest, planned: FolderLayout) -> Manifest:
     by_path = {record.path: record for record in source.decoders}
-    came = {here: there for there, here in planned.decoders.items()}  # with their data named otherwise, perhaps
-    known = {*planned.brought.values(), *planned.decoders}
+    # with their data named otherwise, perhaps
+    came = {here: there for there, here in {**planned.decoders, **planned.rewritten}.items()}
+    known = {*planned.brought.values(), *planned.decoders, *planned.rewritten}
     manifest = source.model_copy(
         update={
             "files": hash_files(stage),

@@ -6,7 +6,7 @@ whatever the file is called here. So neither a manifest nor a name decides which
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -20,7 +20,7 @@ from ...graphs.inventory import is_read
 from ...graphs.manifest import Manifest
 from ...graphs.package import SBOM_NAME, ModelPackage
 from ...graphs.proof.structure import Check, exact, same_graph
-from ..packaging.regenerate import is_left_out, regenerated
+from ..packaging.regenerate import is_left_out, regenerated, restored_graphs
 
 
 class Contents:
@@ -82,13 +82,14 @@ def check_around(
     data = {_relative(folder, path) for name in (*graphs, *decoders) for path in external_files(folder / name)}
     known = dict(_source_files(original))
     here = _places(package, original)
+    restored = restored_graphs(manifest, package)
     wrong, compared = [], 0
     for name in graphs:
         source = here.get(name, known.get(name))
         compared += 1
         if source is None:
             wrong.append(f"{name} is not in the source")
-        elif not _same_graph(folder / name, source, contents):
+        elif not _same_graph(folder / name, source, contents, restored.get(name)):
             wrong.append(f"{name} is not the source's")
     record = manifest.packaged
     packaged = regenerated(package, original, record.written) if record is not None else {}
@@ -128,12 +129,15 @@ def _places(package: ModelPackage, original: ModelPackage) -> dict[str, Path]:
     return found if package.layout != original.layout else {}
 
 
-def _same_graph(here: Path, there: Path, contents: Contents) -> bool:
+def _same_graph(here: Path, there: Path, contents: Contents, restore: Callable[[ir.Model], None] | None) -> bool:
+    """Whether a graph is the source's, after `restore` undid what its layout changes in it."""
     files = [*external_files(here), *external_files(there)]
-    digests = contents.of([here, there])
-    if not files:
+    if not files and restore is None:
+        digests = contents.of([here, there])
         return digests[here] == digests[there]
     models = [load_graph(here, trust_links=True), load_graph(there, trust_links=True)]
+    if restore is not None:
+        restore(models[0])
     for model, path in zip(models, (here, there), strict=True):
         prepare(model)
         contents.refer(model, path)

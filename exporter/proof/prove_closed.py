@@ -188,7 +188,7 @@ def roll(
         steps: number of decode steps.
     """
     outputs, state = session.prefill(batch, supervisor, runtime_controls)
-    rolled = [outputs]
+    rolled = [session.written(outputs, batch.mask.shape[1])]
     if batch.given is not None or not session.can_step:
         return rolled
     if session.call_length not in (None, 1):  # every call has as many tokens as the first
@@ -196,7 +196,8 @@ def roll(
     for step in range(1, steps + 1):
         at = -1 - step % batch.ids.shape[1]
         embeds = None if batch.embeds is None else batch.embeds[:, at][:, None]
-        rolled.append(session.step(state, batch.ids[:, at][:, None], embeds))
+        outputs = session.step(state, batch.ids[:, at][:, None], embeds)
+        rolled.append(session.written(outputs, state.mask.shape[1]))
     return rolled
 
 

@@ -13,22 +13,19 @@ import pytest
 import tiny_qwen
 import torch
 from PIL import Image
+from qwen_torch import ANSWER, hooked_project, torch_answers, torch_inputs
 from random_directions import random_directions, write_directions
 from tiny_qwen import (
     DEEPSTACK,
     HEAD_WIDTH,
-    IMAGE_TOKEN_ID,
     KINDS,
     KV_HEADS,
     LAYERS,
     MERGE,
     PATCH_WIDTH,
     TEXT_WIDTH,
-    VOCABULARY,
     VOCABULARY_SIZE,
 )
-from torch_hooks import HookedGuard
-from transformers import Qwen2VLImageProcessorPil
 
 from vlmguard.exporter.checkpoints.convert import ConversionReport, convert_checkpoint, load_model, read_config
 from vlmguard.exporter.families import find_family
@@ -37,13 +34,12 @@ from vlmguard.exporter.pipeline import export
 from vlmguard.graphs.directions import Directions
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.spec import GuardSpec
-from vlmguard.runtime.generation import Request, Sampling
+from vlmguard.runtime.generation import Request
 from vlmguard.runtime.guarded import GuardedVLM
 from vlmguard.runtime.vlm import VisionLanguageModel
 
 SUFFIX = {"fp32": "", "fp16": "_fp16"}
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}
-ANSWER = Sampling(max_new_tokens=9)
 
 # What `make test` converts; `make zoo` adds the rest. Qwen2-VL is Qwen2.5-VL without windows.
 _FIRST = ("qwen2_5_vl",)
@@ -210,30 +206,6 @@ REQUESTS = (
 TEXTS = (Request("how do I make a cake"), Request("help"))
 
 
-def torch_inputs(checkpoint: Path, vlm: VisionLanguageModel, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
-    """What transformers' processor would give: its own image processor, ids of its chat template, padded on the left."""
-    pictures = [request.image for request in requests if request.image is not None]
-    given: dict[str, torch.Tensor] = {}
-    counts = [0] * len(requests)
-    if pictures:
-        processed = Qwen2VLImageProcessorPil.from_pretrained(checkpoint)(images=pictures, return_tensors="pt")
-        given = dict(processed)
-        counts = (processed["image_grid_thw"].prod(1) // MERGE**2).tolist()
-    rows = [vlm.chat.encode(request.prompt, count) for request, count in zip(requests, counts, strict=True)]
-    longest = max(map(len, rows))
-    pad = VOCABULARY["<|endoftext|>"]
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    is_image = (ids == IMAGE_TOKEN_ID).int()
-    return {"input_ids": ids, "attention_mask": mask, **given, **({"mm_token_type_ids": is_image} if given else {})}
-
-
-def torch_answers(model: Any, vlm: VisionLanguageModel, given: dict[str, torch.Tensor]) -> list[str]:
-    with torch.no_grad():
-        told = model.generate(**given, max_new_tokens=ANSWER.max_new_tokens, do_sample=False, use_cache=True)
-    return [vlm.chat.decode(row[given["input_ids"].shape[1] :]).strip() for row in told.tolist()]
-
-
 def test_answers_are_those_of_torch(converted: Converted) -> None:
     """`generate` of transformers, with prompts that its own image processor prepared; batches and single prompts."""
     if converted.dtype == "fp16":
@@ -292,27 +264,13 @@ def guarded(model: Path, tmp_path: Path) -> tuple[Directions, Path]:
 def check_guard(checkpoint: Path, model: Any, directions: Directions, out: Path) -> None:
     """The guarded folder answers as transformers' own model does with the guard as forward hooks."""
     vlm = GuardedVLM.open(out)
-    nothing = np.zeros(0, np.float32)
-    numbers = {layer: _Numbers(found.ssd, nothing, nothing, nothing) for layer, found in directions.layers.items()}
-    hooked = HookedGuard(numbers, "project", "all")
+    hooked = hooked_project(directions)
     for requests in (REQUESTS, TEXTS):
         given = torch_inputs(checkpoint, vlm, requests)
         unguarded = torch_answers(model, vlm, given)
         with hooked.attached(model.model.language_model.layers):
             expected = torch_answers(model, vlm, given)
         assert vlm.answer(requests, ANSWER) == expected != unguarded
-
-
-@dataclasses.dataclass(frozen=True)
-class _Numbers:
-    """Of a layer, what `project` reads."""
-
-    ssd: np.ndarray
-    origin: np.ndarray
-    target: np.ndarray
-    readout: np.ndarray
-    threshold: float = 0.0
-    alpha: float = 1.0
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=_marks(kind)) for kind in KINDS])

@@ -129,9 +129,8 @@ def test_what_a_runtime_would_not_feed_is_refused(guarded: Guarded, text_model: 
         (
             package_genai,
             vlm,
-            f"{vlm / 'onnx' / 'decoder_model_merged.onnx'}: takes inputs_embeds, and onnxruntime-genai needs an embedding "
-            "graph that mixes image features in, which this folder has not; export the checkpoint with --exporter genai, or "
-            "keep the layout that it has",
+            f"{vlm}: is of type llava, with which onnxruntime-genai cannot be given pictures here, only gemma3, "
+            "qwen2_5_vl, qwen2_vl; keep the layout that it has",
         ),
         (
             package_onnx_community,

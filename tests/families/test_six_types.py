@@ -17,6 +17,8 @@ import pytest
 from families.all_types import every_row, read_rows, run_all, write_rows
 from families.families_page import page
 from families.one_type import TypeRow, run_type
+from families.shipped_types import SHIPPED_BY
+from families.small_checkpoint import types
 from onnxruntime.quantization import quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -149,3 +151,16 @@ def test_a_stopped_run_goes_on_and_the_page_keeps_every_type(tmp_path: Path, mon
     )
     assert "| first | generic row | 1e-06 | 4 of 4 | 6 checks, verified | yes |" in text
     assert "| second | - | - | its decoder \\| is &lt;odd> |" in text
+
+
+def test_the_page_counts_the_types_that_runtimes_ship() -> None:
+    guarded = TypeRow("gemma3", "5.23.0", "own row", 1e-6, "4 of 4", "6 checks", True, "yes")
+    refused, unshipped = TypeRow("florence2", reason="no decoder"), TypeRow("emu3", reason="differs")
+    text = page([guarded, refused, unshipped])
+    assert "2 types, 1 of them guarded." in text
+    assert "| gemma3 | transformers.js, onnxruntime-genai, OpenVINO | yes |" in text
+    assert "| florence2 | transformers.js | no |" in text and "| emu3 |  |" not in text
+
+
+def test_shipped_types_are_types_of_transformers() -> None:
+    assert {name for names in SHIPPED_BY.values() for name in names} <= set(types())

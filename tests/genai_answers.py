@@ -1,0 +1,66 @@
+"""What onnxruntime-genai answers: greedy tokens of a folder for a prompt, with its own image processor and tokenizer."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlmguard.runtime.chat.chat import ChatTokenizer
+
+
+class Genai:
+    """One folder of a picture pipeline, open."""
+
+    def __init__(self, folder: Path) -> None:
+        import onnxruntime_genai
+
+        self.og: Any = onnxruntime_genai
+        self.folder = folder
+        self.model: Any = self.og.Model(str(folder))
+        self.processor = self.model.create_multimodal_processor()
+
+    def inputs(self, prompt: str, image: Image.Image | None) -> Any:
+        """The named tensors that genai makes of a chat prompt as text, and a picture."""
+        return self.processor(prompt) if image is None else self.processor(prompt, images=self.images(image))
+
+    def images(self, image: Image.Image) -> Any:
+        """A picture as genai opens it."""
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        return self.og.Images.open_bytes(file.getvalue())
+
+    def tokens(self, prompt: str, image: Image.Image | None, count: int) -> list[int]:
+        """The first tokens of the answer, fewer if it ends."""
+        inputs = self.inputs(prompt, image)
+        length = inputs["input_ids"].shape()[1]
+        params = self.og.GeneratorParams(self.model)
+        # the folder's own max_length: a windowed cache must have room for the window
+        params.set_search_options(do_sample=False)
+        generator = self.og.Generator(self.model, params)
+        generator.set_inputs(inputs)
+        for _ in range(count):
+            if generator.is_done():
+                break
+            generator.generate_next_token()
+        return [int(token) for token in generator.get_sequence(0)][length:]
+
+
+def prompt_text(folder: Path, prompt: str, marker: str | None) -> str:
+    """The chat prompt as an app writes it for genai.
+
+    Args:
+        folder: with its tokenizer.
+        prompt: the question.
+        marker: text that stands for the picture; `None` for a prompt without one.
+    """
+    chat = ChatTokenizer.open(folder)
+    text = chat.tokenizer.decode(chat.encode(prompt), skip_special_tokens=False)
+    return text if marker is None else text.replace(prompt, f"{marker}{prompt}")
+
+
+def pixels(inputs: Any) -> np.ndarray:
+    return inputs["pixel_values"].as_numpy()
