@@ -148,7 +148,8 @@ class Manifest(BaseModel):
         engines: the engines of a folder built from a guarded one; empty for a folder of graphs.
         packaged: how the folder was packaged, if it was.
         export_parity: difference between the exported graphs and the checkpoint in torch; only for checkpoints.
-        variants: decoder path -> refusals of this precision variant without and with the guard; only where there are several.
+        variants: decoder path -> refusals of this precision variant without and with the guard, and its calibration if it has
+            one of its own; only where there are several.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
