@@ -71,7 +71,8 @@ def split_supervisor(edit: SubgraphEdit, builder: NodeBuilder) -> dict[int, ir.V
     supervisor, layers = supervisor_input(edit), edit.plan.layers
     if supervisor is None:
         return {}
-    return dict(zip(layers, builder.split("supervisor", supervisor, len(layers), axis=1), strict=True))
+    rows = builder.split("supervisor", supervisor, [f"layer_{layer}" for layer in layers], axis=1)
+    return dict(zip(layers, rows, strict=True))
 
 
 def supervisor_numbers(edit: SubgraphEdit, planned: SitePlan) -> tuple[ir.Value, ...]:

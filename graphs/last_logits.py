@@ -16,13 +16,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from .ranks import PACKED_PRODUCTS
 from .roles import input_roles
 
 _SCOPE = "vlmguard.last_logits"
 _MARK = f"{_SCOPE}.in_place"  # in the metadata of a graph
 # Operators between the head's product and the logits that treat each position by itself: caps, scales, biases.
 _BY_POSITION = frozenset({"Add", "Cast", "Div", "Identity", "Mul", "Sub", "Tanh"})
-_PRODUCTS = frozenset({"MatMul", "MatMulNBits", "FusedMatMul"})
+_PRODUCTS = frozenset({"MatMul", "FusedMatMul"}) | PACKED_PRODUCTS
 _OF_WEIGHTS = frozenset({"Cast", "DequantizeLinear", "Identity", "Transpose"})
 _DEEPEST = 8
 
@@ -79,7 +80,7 @@ def _slice(graph: ir.Graph, head: ir.Node, between: list[ir.Value]) -> bool:
     """Put the Slice in front of the head, and correct the shapes behind it."""
     states, weights = head.inputs[0], head.inputs[1]
     # The logits have rank 3 and the weights rank 2, so the states have rank 3: many exporters write no shapes in between.
-    if states is None or weights is None or states.is_graph_input() or not _is_matrix(weights):
+    if states is None or weights is None or states.is_graph_input() or not _is_matrix(head, weights):
         return False
     bounds = [_integer(graph, name, number) for name, number in (("start", -1), ("end", 2**62), ("axis", 1))]
     last = ir.Value(name=f"{_SCOPE}/last", type=states.type)
@@ -128,11 +129,11 @@ def _multiply_by_table(graph: ir.Graph, head: ir.Node, last: ir.Value, table: ir
         graph.remove(node, safe=True)
 
 
-def _is_matrix(weights: ir.Value) -> bool:
+def _is_matrix(head: ir.Node, weights: ir.Value) -> bool:
     """Whether this is a matrix of the file, perhaps cast, transposed or unpacked; what depends on the inputs is no head."""
     for _ in range(_DEEPEST):
         if weights.const_value is not None:
-            return len(weights.const_value.shape) in (2, 3)  # MatMulNBits packs blocks into a third axis
+            return len(weights.const_value.shape) in (2, 3) or head.op_type in PACKED_PRODUCTS
         node = weights.producer()
         if node is None or node.op_type not in _OF_WEIGHTS or node.inputs[0] is None:
             return False

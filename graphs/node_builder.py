@@ -81,24 +81,33 @@ class NodeBuilder:
         self.nodes.append(node)
         return output
 
-    def split(self, name: str, value: ir.Value, count: int, axis: int) -> list[ir.Value]:
-        """Equal parts of a value along one axis, by one node; the value itself for one part.
+    def split(
+        self, name: str, value: ir.Value, parts: Sequence[str], axis: int, sizes: Sequence[int] | None = None
+    ) -> list[ir.Value]:
+        """Parts of a value along one axis, by one node; the value itself for one part.
 
         Args:
-            name: of the node; the parts have its name and a number.
+            name: of the node.
             value: any tensor.
-            count: of parts.
+            parts: names of the parts.
             axis: that is split.
+            sizes: of the parts; `None`: equal ones.
         """
-        if count == 1:
+        if len(parts) == 1:
             return [value]
-        parts = [ir.Value(name=f"{self.scope}/{name}_{number}") for number in range(count)]
-        # from opset 18 on the number is written, before it is the number of outputs
-        written = {"num_outputs": count} if self.home.opset_imports.get("", 18) >= 18 else {}
-        node = ir.node("Split", [value], {"axis": axis, **written}, outputs=parts, name=f"{self.scope}/{name}")
+        outputs = [ir.Value(name=f"{self.scope}/{part}") for part in parts]
+        # from opset 18 on the number of equal parts is written, before it is the number of outputs
+        counted = sizes is None and self.home.opset_imports.get("", 18) >= 18
+        node = ir.node(
+            "Split",
+            [value] if sizes is None else [value, self.integers(*sizes)],
+            {"axis": axis} | ({"num_outputs": len(parts)} if counted else {}),
+            outputs=outputs,
+            name=f"{self.scope}/{name}",
+        )
         node.metadata_props.update(self.properties)
         self.nodes.append(node)
-        return parts
+        return outputs
 
     def _register(self, name: str, array: np.ndarray) -> ir.Value:
         if name in self.home.initializers:  # another branch has written it, or another part of the guard

@@ -31,6 +31,8 @@ BROADCAST = words(
     Sub Sum Where Xor
     """
 )
+# Products with a matrix that is packed in blocks: they compute what a MatMul with `[columns, N]` computes.
+PACKED_PRODUCTS = frozenset({"MatMulNBits", "MatMulBnb4"})
 _MATMULS = frozenset({"MatMul", "MatMulInteger", "FusedMatMul"})
 _STANDARD = frozenset({"", "ai.onnx", "com.microsoft"})
 
@@ -68,7 +70,7 @@ class Ranks:
         inputs = [self.of(value) for value in node.inputs if value is not None]
         first = inputs[0] if inputs else None
         kind = node.op_type
-        if kind in _AS_FIRST:
+        if kind in _AS_FIRST or kind in PACKED_PRODUCTS:
             return first
         if kind in BROADCAST or kind in _MATMULS:
             known = [rank for rank in inputs if rank is not None]

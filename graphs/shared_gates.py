@@ -8,6 +8,8 @@ is not just the threshold but the decision that all layers share.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import onnx_ir as ir
 
@@ -52,7 +54,7 @@ def write_shared_gates(edit: SubgraphEdit, builder: NodeBuilder, selected: ir.Va
     assert selected is not None, "shares_gates asks for a selection"
     ends = [builder.constant(name, np.array(end), "float32") for name, end in (("below", -BEYOND), ("beyond", BEYOND))]
     floor = builder.op("floor", "Where", [selected, *ends])
-    levels = builder.split("level", builder.op("levels_selected", "Max", [level, floor]), len(thresholds), axis=-1)
+    levels = _by_layer(builder, "level", builder.op("levels_selected", "Max", [level, floor]), thresholds, axis=-1)
     return {
         layer: SharedGate(threshold, part) for (layer, threshold), part in zip(thresholds.items(), levels, strict=True)
     }
@@ -66,21 +68,25 @@ def _decided(
     thresholds: dict[int, ir.Value],
 ) -> dict[int, SharedGate]:
     """Gates that read the text-only query alone: one decision per row and layer, at the tokens to edit."""
-    supervisor, count = supervisor_input(edit), len(thresholds)
+    supervisor = supervisor_input(edit)
     assert supervisor is not None, "such a mode has the input"
     score = columns(builder, "first", supervisor, 0, 1) if edit.plan.sites[0].guard.rank > 1 else supervisor
     row = builder.op("row", "Transpose", [score], perm=[0, 2, 1])  # [batch, 1, layers]
     opened = builder.cast("gates", builder.op("opens", "Greater", [row, level]), "float32")
     if selected is not None:
         opened = builder.op("gates_selected", "Mul", [opened, builder.cast("selection", selected, "float32")])
-    gates = builder.split("gate", opened, count, axis=-1)
-    scores: list[ir.Value] | list[None] = [None] * count
+    gates = _by_layer(builder, "gate", opened, thresholds, axis=-1)
+    scores: list[ir.Value] | list[None] = [None] * len(thresholds)
     if SCORES_OUTPUT in edit.plan.added_outputs:
-        scores = builder.split("score", score, count, axis=1)
+        scores = _by_layer(builder, "score", score, thresholds, axis=1)
     return {
         layer: SharedGate(threshold, decided=Gate(own, gate, threshold))
         for (layer, threshold), own, gate in zip(thresholds.items(), scores, gates, strict=True)
     }
+
+
+def _by_layer(builder: NodeBuilder, name: str, value: ir.Value, layers: Iterable[int], axis: int) -> list[ir.Value]:
+    return builder.split(name, value, [f"{name}_of_layer_{layer}" for layer in layers], axis)
 
 
 def _thresholds(edit: SubgraphEdit) -> tuple[dict[int, ir.Value], list[float]]:

@@ -36,6 +36,7 @@ _INSTEAD = {
     "FusedMatMul": _PLAIN,
     "SkipLayerNormalization": _PLAIN,
     "MatMulNBits": _QDQ,
+    "MatMulBnb4": _QDQ,
     "GatherBlockQuantized": _QDQ,
     "QMoE": _QDQ,
     "MatMulInteger": _QDQ,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from .axis_sizes import BATCH, TOKENS, Axis, AxisSizes, constant_dims, joined, reshaped, whole_size
-from .ranks import Ranks, words
+from .ranks import PACKED_PRODUCTS, Ranks, words
 
 _STANDARD = frozenset({"", "ai.onnx", "com.microsoft"})
 _ELEMENTWISE = words(
@@ -304,7 +304,7 @@ _RULES: Mapping[str, _Rule] = {
     **dict.fromkeys(_NORMS, _norm),
     **dict.fromkeys(_PRODUCTS, _matmul),
     "Gemm": _gemm,
-    "MatMulNBits": _quantized_matmul,
+    **dict.fromkeys(PACKED_PRODUCTS, _quantized_matmul),
     "Gather": _gather,
     "Slice": _slice,
     "Concat": _concat,

@@ -11,18 +11,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...graphs.errors import GuardError
-from ...graphs.graph_io import load_graph
 from ...graphs.modes import guard_mode
 from ...graphs.plan import GuardPlan
 from ...graphs.roles import EMBEDS, MASK, POSITIONS, input_roles
 from ...runtime.chat.chat import ChatTokenizer
 from ...runtime.chat.folder_configs import FolderConfigs, find_template
-from ...runtime.images.images import PROCESSORS, ImagePreprocessor
-from ...runtime.images.pixel_steps import declared_processor, processor_name
+from ...runtime.chat.picture_layouts import PictureTokens
+from ...runtime.chat.turns import Turn
+from ...runtime.images.prepared_picture import Preprocessor
+from .picture_facts import image_facts, layout_facts, require_page_pictures, sample_cuts
 from .sides import Sides
 
-PROCESSOR = "LlavaProcessor"
-_FAMILIES = f"LLaVA-like ones alone ({PROCESSOR} with {', '.join(sorted(PROCESSORS))})"
 # Inputs that the page feeds to a decoder, besides the cache.
 _FED = (EMBEDS, MASK, POSITIONS, "use_cache_branch", "num_logits_to_keep")
 # A character that occurs in no text. The page's tokenizer lacks the WordLevel model; a WordPiece model without word parts is
@@ -49,15 +48,7 @@ def require_page_model(sides: Sides) -> None:
         raise GuardError(
             f"{root}: has no vision encoder or no embed_tokens graph; the page runs vision-language models alone"
         )
-    kind = FolderConfigs.read(root).processor_class or PROCESSOR
-    if kind != PROCESSOR:
-        raise GuardError(f"{root}: its pictures are prepared by {kind}, the page prepares those of {_FAMILIES}")
-    name = processor_name(declared_processor(root))
-    if name not in PROCESSORS:
-        raise GuardError(f"{root}: its pictures are prepared by {name}, the page prepares those of {_FAMILIES}")
-    inputs = [value.name or "" for value in load_graph(package.vision_encoder, trust_links=True).graph.inputs]
-    if len(inputs) != 1:
-        raise GuardError(f"{package.vision_encoder}: takes {', '.join(inputs)}, the page gives pixel_values alone")
+    require_page_pictures(package, package.vision_encoder)
     roles = input_roles(sides.base.graph)
     names = [value.name or "" for value in sides.base.graph.inputs]
     unknown = [name for name in names if name not in _FED and name not in roles.pasts]
@@ -68,7 +59,7 @@ def require_page_model(sides: Sides) -> None:
         )
 
 
-def model_facts(sides: Sides, chat: ChatTokenizer, images: ImagePreprocessor) -> dict[str, Any]:
+def model_facts(sides: Sides, chat: ChatTokenizer, images: Preprocessor) -> dict[str, Any]:
     """Facts about the model that do not depend on a prompt."""
     plan, package = sides.plan, sides.package
     return {
@@ -111,21 +102,10 @@ def chat_facts(chat: ChatTokenizer) -> dict[str, Any]:
         "controlTokens": {str(number): text for number, text in chat.control_tokens.items()},
         "multimodal": chat.multimodal,
         "eosIds": sorted(chat.eos_ids),
-        "imageToken": chat.image_token,
+        "imageToken": chat.placeholder.image,
         "imageTokenId": chat.image_token_id,
-    }
-
-
-def image_facts(images: ImagePreprocessor) -> dict[str, Any]:
-    return {
-        "padToSquare": images.pad_to_square,
-        "shortestEdge": images.shortest_edge,
-        "resizeTo": images.resize_to,
-        "resample": images.steps.resample.name.lower(),
-        "cropTo": images.crop_to,
-        "rescaleFactor": images.steps.rescale_factor,
-        "mean": images.steps.mean,
-        "std": images.steps.std,
+        "written": chat.placeholder.written,
+        "layout": layout_facts(chat.placeholder),
     }
 
 
@@ -144,11 +124,23 @@ def tokenizer_json(chat: ChatTokenizer) -> bytes:
 
 
 def token_checks(chat: ChatTokenizer, prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """Prompts and their ids, without and with an image of two tokens. If the page's tokenizer gives other ids, the page
-    shows an
-    error and runs nothing."""
+    """Prompts and their ids, without a picture and with one of each kind of text around its tokens.
+
+    If the page's tokenizer gives other ids, the page shows an error and runs nothing.
+    """
+    assert chat.placeholder is not None  # or `chat_facts` refused it
+    pictures = [None, *sample_cuts(chat.placeholder)]
     return [
-        {"prompt": prompt, "imageTokens": tokens, "ids": chat.encode(prompt, tokens)}
+        {
+            "prompt": prompt,
+            "picture": None if picture is None else {"count": picture.count, "grid": picture.grid},
+            "ids": _ids(chat, prompt, picture),
+        }
         for prompt in prompts
-        for tokens in (0, 2)
+        for picture in pictures
     ]
+
+
+def _ids(chat: ChatTokenizer, prompt: str, picture: PictureTokens | None) -> list[int]:
+    pictures = [] if picture is None else [picture]
+    return chat.encode_turns([Turn("user", prompt, len(pictures))], pictures)

@@ -21,7 +21,7 @@ from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.roles import input_roles
 from ...graphs.strict_json import to_strict_json
 from ...runtime.chat.chat import ChatTokenizer
-from ...runtime.images.images import ImagePreprocessor
+from ...runtime.images.vision import open_preprocessor
 from .facts import model_facts, require_page_model, token_checks, tokenizer_json
 from .libraries import LIBRARIES, find_libraries
 from .page_server import PlaygroundServer
@@ -71,7 +71,7 @@ def _model_files(sides: Sides, prompts: str | None) -> dict[str, bytes | Path]:
     package = sides.package
     path = package.companion("tokenizer.json")
     chat = ChatTokenizer.open(path.parent if path is not None else package.root)
-    images = ImagePreprocessor.open(package.root)
+    images = open_preprocessor(package.root)
     samples = choose_samples(prompts, [sides.base_home.parent, package.root])
     title = prompts or "the prompts found beside the model"
     require_held_out_of(package.root, read_manifest(package.root), title, samples.prompts, "show the model")

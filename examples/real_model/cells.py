@@ -58,11 +58,26 @@ def random_tokens(vlm: VisionLanguageModel) -> list[ImageFeatures]:
 
 
 def all_cells(
-    sets: Sets, images: Path, blank: Image.Image, random_rows: Sequence[ImageFeatures], count: int, seed: int
+    sets: Sets,
+    images: Path,
+    blank: Image.Image,
+    random_rows: Sequence[ImageFeatures],
+    count: int,
+    seed: int,
+    settings: Sequence[str] = SETTINGS,
 ) -> Iterator[Cell]:
     """Every cell: questions about pictures, then the same `count` prompts of each held-out set in each setting.
 
     Pictures of a kind take turns.
+
+    Args:
+        sets: the prompts.
+        images: folder with pictures of each kind.
+        blank: a white picture.
+        random_rows: in the place of pictures' tokens.
+        count: prompts of each set.
+        seed: of the drawing.
+        settings: names of `SETTINGS`.
     """
     pictures: dict[str, Sequence[Picture]] = {"text": [None], "blank": [blank], RANDOM: random_rows}
     pictures |= {kind: sorted(images.glob(f"{kind}-*.png")) for kind in ("adversarial", "picture", "noise")}
@@ -73,7 +88,7 @@ def all_cells(
     yield Cell(
         QUESTIONS, "picture", tuple(Request(q.text, d) for q, d in zip(questions, drawn, strict=True)), questions
     )
-    for setting in SETTINGS:
+    for setting in settings:
         if not pictures[setting]:
             raise SystemExit(f"{images}: holds no {setting}-*.png; build the bed again")
         for name in ASKED:

@@ -8,7 +8,7 @@ are attacks.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -21,18 +21,34 @@ COUNTS = {"noise": 2, "picture": 4, "adversarial": 2}  # of each family
 
 
 def make_images(
-    checkpoint: Path, folder: Path, harmful: Sequence[str], seed: int, settings: Attack
+    checkpoint: Path,
+    folder: Path,
+    harmful: Sequence[str],
+    seed: int,
+    settings: Attack,
+    counts: Mapping[str, int] = COUNTS,
 ) -> dict[str, object]:
-    """Write both families to `folder`; attacks use the prompts `harmful`, which are of the training set."""
+    """Write both families.
+
+    Args:
+        checkpoint: the model that is attacked.
+        folder: for the pictures.
+        harmful: prompts of the training set, for the attacks.
+        seed: of pictures and attacks.
+        settings: of the attacks.
+        counts: pictures of each kind in each family.
+    """
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
     for family in FAMILIES:
         (folder / family).mkdir()
         rng = random.Random(f"pictures {family} {seed}")
-        for number in range(COUNTS["noise"]):
+        for number in range(counts["noise"]):
             noise(f"{family} {seed} {number}").save(folder / family / f"noise-{number}.png")
-        for number in range(COUNTS["picture"]):
+        for number in range(counts["picture"]):
             draw(random_scene(rng)).save(folder / family / f"picture-{number}.png")
+    if not counts.get("adversarial"):
+        return {}
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
     processor = LlavaProcessor.from_pretrained(checkpoint)
     with ThreadPoolExecutor(2) as workers:  # an attack's products are too small for two threads each
@@ -41,7 +57,7 @@ def make_images(
                 attack, model, processor, own_half(harmful, family), f"{family} {seed} {number}", settings
             )
             for family in FAMILIES
-            for number in range(COUNTS["adversarial"])
+            for number in range(counts["adversarial"])
         }
         for path, picture in attacks.items():
             picture.result().save(path)

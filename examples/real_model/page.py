@@ -122,9 +122,9 @@ def precision_words(result: dict[str, Any]) -> str:
     return (
         f"Mode `{plan['mode']}`, layers {layers}, rank {plan['rank']}: `vlmguard-export --mode align` of the float32 decoder, "
         "and the same guard in every other precision. Each guarded decoder is compared with the unguarded one of its own "
-        f"precision. Refusals are those of {count} prompts of each set beside adversarial pictures, which were "
-        "trained against the float32 decoder: harmful ones of HarmBench test and JailbreakBench, harmless ones of XSTest safe "
-        f"and the everyday tasks. Questions are about held-out pictures. {_machine(result['machine'])}\n"
+        f"precision. Refusals are those of {count} prompts of each set beside held-out pictures of shapes: harmful ones of "
+        "HarmBench test and JailbreakBench, harmless ones of XSTest safe and the everyday tasks. Questions are about held-out "
+        f"pictures; the tower was trained for {result['tower_steps']} steps. {_machine(result['machine'])}\n"
     )
 
 

@@ -2,10 +2,10 @@
 
 1. `precisions`         the ONNX folder of `measure_guard.py` with more decoders: see `PRECISIONS`
 2. `guarded/precision-` `vlmguard-export` of each: float32 in mode align, the others with the guard that float32 got
-3. `asked/precision-`   held-out prompts beside the held-out adversarial pictures, and questions about held-out pictures
+3. `asked/precision-`   held-out prompts as text and beside held-out pictures, and questions about held-out pictures
 
 The counts are written to `precisions.json` beside this file, which `page.py` reads. Embeddings and vision encoder stay in
-float32, and the adversarial pictures were trained against the float32 model. A stopped run goes on.
+float32. `--quick` takes the bed of `build.py --quick`. A stopped run goes on.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from build import BUILD
-from cells import ASKED, QUESTIONS, all_cells, ask_cell, counted, random_tokens
+from build import BUILD, bed
+from cells import ASKED, BATCH, QUESTIONS, TOKENS, all_cells, counted
 from measure_guard import convert, export, machine
+from scenes import blank
 from sets import HARMFUL_HELD_OUT, read_sets
 from stages import digest_of, key_of, run_stage, stage_record
 
 from vlmguard.exporter.checkpoints.narrow import narrow_weights
-from vlmguard.exporter.sources import open_model
+from vlmguard.exporter.last_token_model import last_token_model
 from vlmguard.graphs.graph_io import external_files, load_graph, save_graph
-from vlmguard.runtime.guarded import GuardedVLM
+from vlmguard.graphs.layouts import open_package
+from vlmguard.runtime.decoder_place import DecoderPlace
+from vlmguard.runtime.generation import Sampling
+from vlmguard.runtime.refusals import refused
 
 # Suffix of the decoder's file -> what it is.
 PRECISIONS = {
@@ -39,8 +43,8 @@ PRECISIONS = {
     "int8": "int8 weights and activations",
     "q4": "int4 weights, blocks of 32",
 }
-PROMPTS = 8  # of each set
-SETTING = "adversarial"
+PROMPTS = 6  # of each set
+SETTING = "picture"
 RESULTS = Path(__file__).parent / "precisions.json"
 DECODER = "onnx/decoder_model_merged{}.onnx"
 
@@ -114,13 +118,20 @@ def ask_precision(
         data: the folder with the public prompt sets.
         count: prompts of each set, and half the number of questions.
     """
-    base, vlm = open_model(model, precision), GuardedVLM.open(guarded)
-    shown = base.blank_image(), random_tokens(base)
-    asked = {}
-    for cell in all_cells(read_sets(data), seed_folder / "images" / "evaluation", *shown, count, 0):
-        if cell.setting in ("text", SETTING) or cell.set == QUESTIONS:
-            asked[cell.name] = ask_cell(cell, base, vlm, lambda done: None)
-            print(f"  {precision or 'plain'}: {cell.name}", flush=True)
+    place = DecoderPlace()  # one decoder at a time
+    images, settings = seed_folder / "images" / "evaluation", ("text", SETTING)
+    cells = list(all_cells(read_sets(data), images, blank(), (), count, 0, settings))
+    asked: dict[str, dict[str, list[bool]]] = {cell.name: {} for cell in cells}
+    for who, folder in (("base", model), ("guarded", guarded)):
+        vlm = last_token_model(open_package(folder, precision, trust_links=True), place)
+        for cell in cells:
+            if who == "guarded" and cell.setting == "text":
+                continue  # the reference is the unguarded model
+            answers = vlm.answer(cell.requests, Sampling(TOKENS), BATCH)
+            asked[cell.name][f"{who}_refused"] = [refused(answer) for answer in answers]
+            pairs = zip(cell.questions, answers, strict=False)
+            asked[cell.name][f"{who}_right"] = [question.answered_by(answer) for question, answer in pairs]
+            print(f"  {precision or 'plain'}, {who}: {cell.name}", flush=True)
     return row_of(asked)
 
 
@@ -140,7 +151,6 @@ def row_of(asked: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             "unguarded": sum(questions["base_right"]),
             "guarded": sum(questions["guarded_right"]),
         },
-        "text_answers_changed": sum(not same for name in ASKED for same in asked[f"{name}, text"]["same"]),
     }
 
 
@@ -178,8 +188,10 @@ def measure(seed_folder: Path, data: Path, count: int, out: Path) -> Path:
         )
         rows.append(row | stage_record(asked)["facts"])
     plan = json.loads((guard(model, seed_folder, "") / "model" / "guard.json").read_text())["decoders"][0]["plan"]
+    safety, vision = (stage_record(seed_folder / stage) for stage in ("safety", "vision"))
     results = {
-        "seed": stage_record(seed_folder / "safety")["key"]["seed"],
+        "seed": safety["key"]["seed"],
+        "tower_steps": vision["facts"]["recipe"]["steps"],
         "prompts": count,
         "plan": {"mode": plan["mode"], "layers": plan["layers"], "rank": plan["sites"][0]["rank"]},
         "machine": machine(),
@@ -193,22 +205,22 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The lines of a Markdown table, one row per precision."""
     lines = [
         "| decoder | MiB | harmful as text | unguarded | guarded | harmless as text | unguarded | guarded | "
-        "questions, unguarded | guarded | text answers changed |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "questions, unguarded | guarded |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         start = f"| {row['precision']} | {row['bytes'] / 2**20:.0f} |"
         if "refused_export" in row:
-            lines.append(f"{start} the export was refused: {row['refused_export']} |" + " |" * 8)
+            lines.append(f"{start} the export was refused: {row['refused_export']} |" + " |" * 7)
             continue
-        refused = [
+        refusals = [
             f"{row[label][key]} of {row[label]['count']}" if key == "text" else str(row[label][key])
             for label in ("harmful", "harmless")
             for key in ("text", "unguarded", "guarded")
         ]
         questions = row["questions"]
         right = f"{questions['unguarded']} of {questions['count']}", str(questions["guarded"])
-        lines.append(f"{start} {' | '.join((*refused, *right, str(row['text_answers_changed'])))} |")
+        lines.append(f"{start} {' | '.join((*refusals, *right))} |")
     return lines
 
 
@@ -219,9 +231,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="Which bed.")
     parser.add_argument("--build", type=Path, default=BUILD, help="Build folder of build.py.")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="Prompts of each set.")
+    parser.add_argument("--quick", action="store_true", help="Measure the bed of build.py --quick.")
     parser.add_argument("--out", type=Path, default=RESULTS, help="File for the counts.")
     given = parser.parse_args()
-    path = measure(given.build / f"seed-{given.seed}", given.data, given.prompts, given.out)
+    path = measure(bed(given.build, given.seed, given.quick), given.data, given.prompts, given.out)
     print("\n".join(table(json.loads(path.read_text())["precisions"])))
 
 

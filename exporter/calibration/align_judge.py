@@ -105,9 +105,11 @@ class Figures:
         refused = f"{self.setting}: {self.harmful.guarded} of {self.harmful.asked} harmful prompts refused"
         if self.setting == "text":
             return refused
+        asked = self.pictures
+        questions = f", {asked.refused} of {asked.asked} questions about the picture" if asked.refused else ""
         return (
             f"{refused} (as text {self.harmful.text}, unguarded {self.harmful.unguarded}), {self.harmless.extra} of "
-            f"{self.harmless.asked} harmless refused beyond text"
+            f"{self.harmless.asked} harmless refused beyond text{questions}"
         )
 
 

@@ -37,6 +37,7 @@ from ...graphs.proof.structure import Check
 from ...graphs.reasons import out_of_memory
 from ..families import find_family
 from ..families.family import PAST, SEQUENCE, TOTAL, Family
+from ..families.phi4_multimodal import with_image_features
 from ..families.transformers_class import saved_class, transformers_class
 from .fit import fit
 from .foreign_failures import WHAT_TO_DO, in_one_line
@@ -297,7 +298,7 @@ def load_model(folder: Path, family: Family, dtype: Dtype, report_progress: Prog
             f"{folder}: its architecture {whole_class.__name__} has no part of the class {family.model_class}, which "
             f"transformers lists for {family.model_type}; export it to ONNX with its own tools and guard that folder instead"
         )
-    return part
+    return with_image_features(part)
 
 
 def save_part(graph: ir.Model, path: Path) -> bool:

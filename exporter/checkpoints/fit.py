@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,14 @@ def fit(
     model.config.image_token_id = token
     pictures = _pictures(model, folder, report_progress)
     vision, seen = _fit_vision(model, pictures, where)
-    decoder = _fit_decoder(model, vision, seen, texts, where)
+    try:
+        decoder = _fit_decoder(model, vision, seen, texts, where)
+    except ModelUnreadable as refusal:
+        try:
+            vision, seen = _on_token(model, token, vision, seen)
+            decoder = _fit_decoder(model, vision, seen, texts, where)
+        except (ModelUnreadable, IndexError):  # or the token is beyond the table
+            raise refusal from None
     return replace(
         family,
         vision=vision,
@@ -90,7 +96,11 @@ def _fit_vision(model: Any, pictures: Sequence[Arrays], where: str) -> tuple[Vis
     pictures = _pair(model, pictures)
     given = joined(pictures[:2])
     singles = [{n: a for n, a in picture.items() if n in names} for picture in pictures]
-    run = partial(run_one_picture, fixed={n: a.tolist() for n, a in singles[0].items() if n in FIXED})
+    fixed = {n: a.tolist() for n, a in singles[0].items() if n in FIXED}
+
+    def run(model: Any, **inputs: Any) -> dict[str, Any]:
+        return run_one_picture(model, fixed, **inputs)
+
     features: list[dict[str, Any]] = []
     with torch.no_grad():
         for single in singles:
@@ -117,8 +127,8 @@ def _fit_vision(model: Any, pictures: Sequence[Arrays], where: str) -> tuple[Vis
 def _pair(model: Any, pictures: Sequence[Arrays]) -> Sequence[Arrays]:
     """The pictures, the first two of them such that a batch of both gives what each of them gives alone.
 
-    Emu3's codes of a picture depend on the padding to the size of the largest one in its batch. Then the first picture is there
-    twice.
+    Emu3's codes of a picture depend on the padding to the size of the largest one in its batch. PerceptionLM takes the tiles
+    that fill up a batch for tiles of the picture. Then the first picture is there twice.
     """
     import torch
 
@@ -131,10 +141,9 @@ def _pair(model: Any, pictures: Sequence[Arrays]) -> Sequence[Arrays]:
             [image_features(model, **tensors(model, single))[IMAGE_FEATURES] for single in (first, second)]
         )
         together = image_features(model, **tensors(model, joined([first, second])))[IMAGE_FEATURES]
-    differ = alone.shape == together.shape and float((alone - together).abs().max()) > 1e-3 * float(
-        together.abs().max()
-    )
-    return [pictures[0], *pictures] if differ else pictures
+    if alone.shape == together.shape and float((alone - together).abs().max()) <= 1e-3 * float(together.abs().max()):
+        return pictures
+    return [pictures[0], *pictures]
 
 
 def _around(model: Any) -> tuple[list[int], list[int]]:
@@ -145,6 +154,21 @@ def _around(model: Any) -> tuple[list[int], list[int]]:
     if not taken or TOKEN_TYPES[0] in taken or not isinstance(before, int):
         return [], []
     return [before], [after] if isinstance(after, int) else []
+
+
+def _on_token(model: Any, token: int, vision: Vision, seen: list[Arrays]) -> tuple[Vision, list[Arrays]]:
+    """The same with the image token's embedding added to every row: Molmo 2 adds features to it, and puts none in its place."""
+    import torch
+
+    with torch.no_grad():
+        row = model.get_input_embeddings()(torch.tensor([token])).clone()
+
+    def run(model: Any, **inputs: Any) -> dict[str, Any]:
+        outputs = dict(vision.run(model, **inputs))
+        return {**outputs, IMAGE_FEATURES: outputs[IMAGE_FEATURES] + row}
+
+    rows = row.float().numpy()
+    return replace(vision, run=run), [{**given, IMAGE_FEATURES: given[IMAGE_FEATURES] + rows} for given in seen]
 
 
 def _shortest(single: Arrays, shapes: Shapes) -> int:

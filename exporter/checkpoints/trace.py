@@ -70,7 +70,8 @@ def _dynamic_shapes(part: Part) -> dict[str, Any]:
     held = Counter(word for shape in part.inputs.values() for word in shape if word != TOTAL)
 
     if part.finish is not None:
-        return {name: dict.fromkeys(range(tensor.ndim), Dim.AUTO) for name, tensor in part.sample.items()}
+        behind = {name: sum(isinstance(size, int) for size in shape[1:]) for name, shape in part.inputs.items()}
+        return {name: dict.fromkeys(range(t.ndim - behind[name]), Dim.AUTO) for name, t in part.sample.items()}
 
     def axes(shape: tuple[str | int, ...]) -> dict[int, Any]:
         named = {axis: name for axis, name in enumerate(shape) if isinstance(name, str)}

@@ -66,6 +66,9 @@ def fresh_cache(model: Any) -> Any:
     """An empty cache of the model's own layout that forgets nothing.
 
     A caller's cache is as long as its mask in every layer, and the attention mask hides what is outside a sliding window.
+
+    Raises:
+        ModelUnreadable: the model has a window of another kind.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -74,7 +77,7 @@ def fresh_cache(model: Any) -> Any:
         if type(layer) is DynamicSlidingWindowLayer:
             cache.layers[index] = DynamicLayer()
         elif isinstance(layer, DynamicSlidingWindowLayer):  # a convolution beside sliding attention
-            cache.layers[index] = _without_window(layer)
+            cache.layers[index] = _without_window(layer, model)
     return cache
 
 
@@ -120,10 +123,15 @@ def is_past(name: str) -> bool:
     return name.startswith((f"{COMMUNITY_PAST}.", "past_conv.", "past_recurrent."))
 
 
-def _without_window(layer: Any) -> Any:
+def _without_window(layer: Any, model: Any) -> Any:
     """The same kind of layer with whole attention in place of its window."""
     from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 
+    if not hasattr(layer, "number_of_states"):  # Unlimited-OCR: tokens of the prompt are never outside
+        raise ModelUnreadable(
+            f"{_whose(model)} keeps a window of its own kind ({type(layer).__name__}), which an attention mask over all tokens "
+            "does not describe; only caches with whole or sliding windows are exported"
+        )
     return LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states)
 
 

@@ -25,7 +25,8 @@ def with_texts(model: Any, pictures: Sequence[Arrays]) -> list[Arrays]:
     filled = [dict(picture) for picture in pictures]
     for part in parts:
         vocabulary = getattr(model.config, f"{part}_config").vocab_size
-        for arrays, length in zip(filled, _LENGTHS, strict=False):
+        for number, arrays in enumerate(filled):
+            length = _LENGTHS[number % len(_LENGTHS)]
             arrays[part + _IDS] = random.integers(0, vocabulary, (1, length))
             if part + _MASK in names:
                 arrays[part + _MASK] = np.ones((1, length), np.int64)

@@ -19,6 +19,7 @@ import numpy as np
 
 from ...runtime.images.deepstack import embeds_name, scatter
 from .family import BATCH, SEQUENCE, Arrays, Family, Shapes, Turn
+from .phi4_multimodal import MODEL_CLASS, MODEL_TYPE
 from .position_rules import RULES, Rule
 from .transformers_class import transformers_class
 
@@ -31,7 +32,7 @@ def generic_family(config: Mapping[str, Any]) -> Family | None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as classes
 
     model_type = config.get("model_type")
-    named = classes.get(model_type) if isinstance(model_type, str) else None
+    named = ({**classes, MODEL_TYPE: MODEL_CLASS}).get(model_type) if isinstance(model_type, str) else None
     model_class = named[0] if isinstance(named, tuple) else named
     if model_type is None or model_class is None:
         return None
@@ -52,7 +53,7 @@ def why_no_decoder(config: Mapping[str, Any], model_class: str) -> str | None:
         return f"{kind} is an encoder-decoder; only decoder-only language models can be guarded"
     if not hasattr(whole, "generate") or "inputs_embeds" not in inspect.signature(whole.forward).parameters:
         return f"{model_class} does not generate from embeddings; only decoder-only language models can be guarded"
-    if not sees(whole):
+    if not sees(whole) and kind != MODEL_TYPE:
         return f"{model_class} has no get_image_features, so its vision encoder cannot be cut out of it"
     return None
 
@@ -115,15 +116,17 @@ class GenericDecoder:
         """`inputs_embeds [batch, sequence, width]`, and `per_layer_inputs [batch, sequence, layers, width]` where there are
         such.
 
-        Image tokens, which may be beyond the table, are looked up as the padding token: their rows are replaced.
+        Image tokens that are beyond the table are looked up as the padding token: their rows are replaced. Others keep their
+        row, for a model that answers with one; Gemma 4 itself takes padding for it.
         """
         import torch
 
-        config = model.config
+        config, table = model.config, model.get_input_embeddings()
         pad = getattr(config.get_text_config(), "pad_token_id", None)  # which Molmo 2 has not
-        if isinstance(config.image_token_id, int):
-            ids = torch.where(ids == config.image_token_id, pad if isinstance(pad, int) and pad >= 0 else 0, ids)
-        embeds = _other_tables(model, ids, model.get_input_embeddings()(ids))
+        image, rows = config.image_token_id, len(table.weight) if hasattr(table, "weight") else 0
+        if isinstance(image, int) and (self.per_layer or image >= rows):
+            ids = torch.where(ids == image, pad if isinstance(pad, int) and pad >= 0 else 0, ids)
+        embeds = _other_tables(model, ids, table(ids))
         if not self.per_layer:
             return {"inputs_embeds": embeds}
         layers = decoder_of(model).get_per_layer_inputs
@@ -135,7 +138,8 @@ class GenericDecoder:
         if self.marks:
             inputs[self.marks] = inputs.pop(_MARKS)
         decoder = decoder_of(model)
-        with _added(decoder, {number: inputs.pop(embeds_name(number)) for number in self.deepstack}):
+        added = {number: inputs.pop(embeds_name(number)) for number in self.deepstack}
+        with _added(decoder, added), _marks_count(bool(self.marks)):
             if not self.inner:
                 return type(model).forward(model, use_cache=True, **inputs)
             outputs = decoder(use_cache=True, **inputs)
@@ -158,6 +162,17 @@ def _other_tables(model: Any, ids: Any, embeds: Any) -> Any:
         last = table.vocab_offset + table.vocab_size - 1
         embeds = torch.where(within[..., None], table(input_ids=torch.where(within, ids, last).clamp(max=last)), embeds)
     return embeds
+
+
+@contextmanager
+def _marks_count(marked: bool) -> Iterator[None]:
+    """Within, a model that reads marks at the prompt only (Molmo 2) reads them at every call. Later calls have none set."""
+    from transformers.cache_utils import Cache
+
+    with ExitStack() as stack:
+        if marked:
+            stack.enter_context(mock.patch.object(Cache, "is_initialized", property(lambda cache: False)))
+        yield
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def run_one_picture(
     inputs |= {name: torch.tensor(numbers) for name, numbers in (fixed or {}).items()}
     with one_picture(model, inputs):
         if _SIZES in feature_inputs(feature_holder(model)) and _SIZES not in inputs:
-            inputs[_SIZES] = [inputs["pixel_values"].shape[-2:]]  # type: ignore[assignment]
+            inputs[_SIZES] = _Sizes([inputs["pixel_values"].shape[-2:]])  # type: ignore[assignment]
         return image_features(model, **inputs)
 
 
@@ -162,6 +162,14 @@ def one_picture(model: Any, inputs: Mapping[str, torch.Tensor]) -> Iterator[None
                 counted = _returns_counts(part.pack_image_features)
                 patch(mock.patch.object(part, "pack_image_features", partial(_packed, model.config, counted)))
         yield
+
+
+class _Sizes(list[Any]):
+    """Sizes of pictures that may be symbols of a trace, for models that take a tensor of them apart."""
+
+    def tolist(self) -> list[Any]:
+        """The sizes."""
+        return list(self)
 
 
 def _takes_bounds(part: Any) -> bool:
@@ -232,7 +240,8 @@ def _returns_counts(pack_image_features: Any) -> bool:
 
 def _has_size(arrays: Arrays) -> bool:
     """Whether the pixels are one picture `[1, channels, height, width]`, so that its size is theirs."""
-    return arrays["pixel_values"].ndim == 4 and len(arrays["pixel_values"]) == 1
+    pixels = arrays.get("pixel_values")
+    return pixels is not None and pixels.ndim == 4 and len(pixels) == 1
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from .position_rules import merge_of
 
 _TILES = (1, 2, 3, 2)
 _GRIDS = ((4, 6), (6, 4), (4, 10), (2, 4))  # rows and columns of merged patches
+_TILE_GRIDS = ((1, 2), (2, 1), (2, 2), (1, 1))  # rows and columns of tiles
 _EDGE = 16  # pixels, where nothing says how large a patch is
 
 
@@ -29,6 +30,8 @@ def random_pixels(model: Any, runs: Callable[[Arrays], None]) -> list[Arrays] | 
     has_grid = "image_grid_thw" in feature_inputs(feature_holder(model))
     vision = getattr(model.config, "vision_config", None)
     required = required_inputs(model)
+    if required == {"image_pixel_values", "image_sizes", "image_attention_mask"}:
+        return _cropped(vision)
     if not required <= {"pixel_values", "image_grid_thw", "image_sizes"}:
         return None
     if vision is None:
@@ -72,6 +75,23 @@ def _tiles(vision: Any) -> Iterator[list[Arrays]]:
     yield [
         _random({"pixel_values": (tiles, _channels(vision), height, width)}, seed) for seed, tiles in enumerate(_TILES)
     ]
+
+
+def _cropped(vision: Any) -> list[Arrays]:
+    """Pictures of one tile to four, part of the last ones without picture, and the whole one before them."""
+    edge, pictures = vision.crop_size, []
+    patches = edge // vision.patch_size
+    for seed, (rows, columns) in enumerate(_TILE_GRIDS):
+        seen = np.ones((rows * patches, columns * patches), np.float32)
+        outside = slice(-(patches // 2), None)
+        seen[(outside, slice(None)) if seed % 2 else (slice(None), outside)] = 0
+        tiles = seen.reshape(rows, patches, columns, patches).swapaxes(1, 2).reshape(-1, patches, patches)
+        whole = np.ones((1, patches, patches), np.float32)
+        pixels = {"image_pixel_values": (1, 1 + rows * columns, _channels(vision), edge, edge)}
+        sizes = np.array([[rows * edge, columns * edge]], np.int64)
+        mask = np.ascontiguousarray(np.concatenate([whole, tiles])[None])
+        pictures.append({**_random(pixels, seed), "image_sizes": sizes, "image_attention_mask": mask})
+    return pictures
 
 
 def _sized(vision: Any) -> Iterator[list[Arrays]]:

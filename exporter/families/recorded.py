@@ -48,14 +48,11 @@ def record(model: Any, ids: np.ndarray, mask: np.ndarray, given: Arrays, steps: 
     import torch
     from transformers.generation.utils import GenerationMixin
 
-    forward = inspect.signature(type(model).forward).parameters
-    inputs: dict[str, Any] = {name: torch.from_numpy(array) for name, array in given.items() if name in forward}
-    for name in TOKEN_TYPES:
-        if name in forward or (given and name in rope_index_inputs(model)):
-            inputs[name] = torch.from_numpy((ids == image_token_id(model.config)).astype(np.int64))
-    generators = [part for part in model.modules() if isinstance(part, GenerationMixin)]
+    inputs = picture_inputs(model, ids, given)
+    mixin: Any = GenerationMixin
+    generators = [part for part in model.modules() if isinstance(part, mixin)]
     # BLIP-2 lets its language model generate, and does not run itself
-    speakers = generators if type(model).generate is not GenerationMixin.generate else [model]
+    speakers = generators if type(model).generate is not mixin.generate else [model]
     if any("logits_to_keep" in inspect.signature(type(part).forward).parameters for part in speakers):
         inputs["logits_to_keep"] = 0
     calls: list[Mapping[str, Any]] = []
@@ -89,6 +86,24 @@ def record(model: Any, ids: np.ndarray, mask: np.ndarray, given: Arrays, steps: 
         tuple(calls),
         answer.past_key_values,
     )
+
+
+def picture_inputs(model: Any, ids: np.ndarray, given: Arrays) -> dict[str, Any]:
+    """What transformers' own forward takes for pictures besides `input_ids`, as tensors by name.
+
+    Args:
+        model: of transformers.
+        ids: of the prompts, `[batch, sequence]` int64.
+        given: the image processor's output for their pictures; empty for text.
+    """
+    import torch
+
+    forward = inspect.signature(type(model).forward).parameters
+    inputs: dict[str, Any] = {name: torch.from_numpy(array) for name, array in given.items() if name in forward}
+    for name in TOKEN_TYPES:
+        if name in forward or (given and name in rope_index_inputs(model)):
+            inputs[name] = torch.from_numpy((ids == image_token_id(model.config)).astype(np.int64))
+    return inputs
 
 
 def rope_index_inputs(model: Any) -> tuple[str, ...]:

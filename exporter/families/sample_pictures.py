@@ -14,6 +14,8 @@ from .sub_pictures import has_sub_pictures
 
 # Height and width of the pictures that every vision encoder is compared on: wide, tall, and nearly square.
 SIZES = ((224, 336), (360, 240), (280, 520), (244, 240))
+# Molmo 2: the numbers of the patches that become one token, among those of all pictures.
+_POOLED = "image_token_pooling"
 # How much larger further ones are, which may have more tiles, or fewer, where a graph takes any number of them.
 _FACTORS = (4, 0.25)
 
@@ -34,7 +36,8 @@ def sample_pictures(folder: Path) -> list[Arrays]:
     height, width = SIZES[-1]
     for factor in _FACTORS:
         further = prepare((int(height * factor), int(width * factor)), len(pictures))
-        if (has_sub_pictures(further) or further["pixel_values"].ndim == 5) and _has_other_axis(further, pictures):
+        has_tiles = any(array.ndim == 5 for array in map(np.asarray, further.values()))
+        if (has_tiles or has_sub_pictures(further)) and _has_other_axis(further, pictures):
             pictures.append(further)
     return pictures
 
@@ -45,7 +48,16 @@ def joined(pictures: Sequence[Arrays]) -> Arrays:
     arrays = {name: _joined([np.atleast_1d(picture[name]) for picture in pictures]) for name in pictures[0]}
     if has_sub_pictures(arrays):  # whose patches are one row
         arrays["pixel_values"] = np.concatenate([picture["pixel_values"] for picture in pictures], axis=-1)
+    if _POOLED in arrays:
+        arrays[_POOLED] = np.concatenate(_counted_on(pictures))
     return arrays
+
+
+def _counted_on(pictures: Sequence[Arrays]) -> list[np.ndarray]:
+    """Each picture's `_POOLED`, counted on from the patches of the pictures before it; -1, for none, stays."""
+    patches = [int(np.prod(picture["pixel_values"].shape[:2])) for picture in pictures]
+    before = np.cumsum([0, *patches[:-1]])
+    return [np.where(p[_POOLED] >= 0, p[_POOLED] + offset, -1) for p, offset in zip(pictures, before, strict=True)]
 
 
 def _has_other_axis(picture: Arrays, others: Sequence[Arrays]) -> bool:

@@ -35,14 +35,19 @@ def correction(builder: NodeBuilder, h: ir.Value, task: Task) -> Written:
     """`delta = w V`; a closed gate makes `w`, and so `delta`, exactly zero."""
     mode, layer, dtype = task.mode, task.layer, task.dtype
     units = _half_units(layer) if dtype == "float16" else _Units()
-    read = builder.op("read", "MatMul", [h, builder.constant("rows", _rows(mode, layer, units).T, dtype)])
+    # Three axes: ONNX Runtime packs a constant matrix of two, padded to 16 columns, which costs more than these few need
+    # (benchmarks/spellings.py).
+    read = builder.op("read", "MatMul", [h, builder.constant("rows", _rows(mode, layer, units).T[None], dtype)])
     if mode == "project":
         delta, rows = _write(builder, h, _at(builder, read, task.selected), layer, units, dtype, dtype)
         return Written(delta, weights=(rows,))
     if dtype != "float32":
         read = builder.cast("read_float32", read, "float32")
-    c = columns(builder, "coordinates", read, 0, layer.rank) if guard_mode(mode).has_readout else read
-    weights, opened = _WEIGHTS[mode](builder, read, c, task, units)
+    c, score = read, None
+    if guard_mode(mode).has_readout:
+        parts = ("coordinates", "score" if mode == "restore" else "score_read")
+        c, score = builder.split("read_parts", read, parts, axis=-1, sizes=(layer.rank, 1))
+    weights, opened = _WEIGHTS[mode](builder, score, c, task, units)
     coordinates = _unscaled(builder, c, units) if task.outputs_coordinates else None
     delta, rows = _write(builder, h, _at(builder, weights, task.selected), layer, units, "float32", dtype)
     return Written(delta, coordinates, opened, (rows,))
@@ -77,7 +82,7 @@ def _write(
     builder: NodeBuilder, h: ir.Value, w: ir.Value, layer: LayerGuard, units: _Units, dtype: str, stream: str
 ) -> tuple[ir.Value, ir.Value]:
     """`w V` in the dtype of `w`, then in the stream's; and the initializer that holds `V`."""
-    rows = builder.constant("ssd", layer.ssd.astype(np.float64) / units.c, dtype)
+    rows = builder.constant("ssd", layer.ssd[None].astype(np.float64) / units.c, dtype)
     bounded_after, cast_after = stream == "float16", dtype != stream
     delta = builder.op("product" if bounded_after or cast_after else "delta", "MatMul", [w, rows])
     if bounded_after:
@@ -112,7 +117,9 @@ def _unscaled(builder: NodeBuilder, c: ir.Value, units: _Units) -> ir.Value:
     return builder.op("coordinates_unscaled", "Mul", [c, builder.constant("unit", np.array(1 / units.c), "float32")])
 
 
-def _steer(builder: NodeBuilder, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
+def _steer(
+    builder: NodeBuilder, score: ir.Value | None, c: ir.Value, task: Task, units: _Units
+) -> tuple[ir.Value, Gate]:
     """`alpha g c`"""
     layer = task.layer
     first = columns(builder, "first", c, 0, 1) if layer.rank > 1 else c
@@ -121,7 +128,9 @@ def _steer(builder: NodeBuilder, read: ir.Value, c: ir.Value, task: Task, units:
     return builder.op("weights", "Mul", [strength, c]), made
 
 
-def _supervise(builder: NodeBuilder, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
+def _supervise(
+    builder: NodeBuilder, score: ir.Value | None, c: ir.Value, task: Task, units: _Units
+) -> tuple[ir.Value, Gate]:
     """`g(a) (alpha (a - o) - (c - o))`; `a` comes unscaled."""
     layer, supervisor = task.layer, task.supervisor
     assert supervisor is not None
@@ -138,7 +147,7 @@ def _supervise(builder: NodeBuilder, read: ir.Value, c: ir.Value, task: Task, un
 
 
 def _align(
-    builder: NodeBuilder, read: ir.Value, c: ir.Value, task: Task, units: _Units
+    builder: NodeBuilder, score: ir.Value | None, c: ir.Value, task: Task, units: _Units
 ) -> tuple[ir.Value, Gate | None]:
     """`g(a) (a - c)`; `a` comes unscaled, or is read from another row of `c`."""
     if task.text_ends is not None:
@@ -152,10 +161,12 @@ def _align(
     return builder.op("weights", "Mul", [made.opened, builder.op("difference", "Sub", [wanted, c])]), made
 
 
-def _restore(builder: NodeBuilder, read: ir.Value, c: ir.Value, task: Task, units: _Units) -> tuple[ir.Value, Gate]:
+def _restore(
+    builder: NodeBuilder, score: ir.Value | None, c: ir.Value, task: Task, units: _Units
+) -> tuple[ir.Value, Gate]:
     """`g (t - c)`; in `combined` the gate also reads the supervisor"""
     layer = task.layer
-    score = columns(builder, "score" if task.mode == "restore" else "score_read", read, layer.rank, layer.rank + 1)
+    assert score is not None, "the mode has a readout"
     if task.mode == "combined":
         score = combined_score(builder, score, task, units.score)
     difference = builder.op("difference", "Sub", [builder.constant("target", layer.target * units.c, "float32"), c])

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 from browser import CHROMIUM, NO_CHROMIUM, Browser  # tests/browser.py
 
 from integrations.replay import BUILD, Agreement, CaseFolder, mode_folders, write_result
+from integrations.tiny_smolvlm import write_smolvlm
 from vlmguard.apps.playground.libraries import LIBRARIES
 from vlmguard.apps.playground.open import playground
 from vlmguard.graphs.layouts import open_package
@@ -41,39 +43,91 @@ ASK = """async ({ provider, prompt, picture, most }) => {
 Rows = Sequence[tuple[np.ndarray, int]]  # logits at the last position and the token, call by call
 
 
+@dataclass(frozen=True)
+class Question:
+    """A prompt with a picture or without one, and what both sides compute in Python."""
+
+    prompt: str
+    picture: Path | None
+    guarded: Rows
+    base: Rows
+
+
 def main() -> int:
     if CHROMIUM is None:
         sys.exit(NO_CHROMIUM)
     version = next(library.version for library in LIBRARIES if library.name == "onnxruntime-web")
+    smolvlm = write_smolvlm()
     parts, codes = [], []
+
+    def write(runtime: str, modes: Mapping[str, Agreement], note: str) -> None:
+        codes.append(write_result(NAME, runtime, version, modes, note))
+        parts.append(json.loads((BUILD / f"{NAME}.json").read_text(encoding="utf-8")))
+
     for provider, title in (("wasm", "WebAssembly"), ("webgpu", "WebGPU")):
-        with Browser(gpu=provider == "webgpu") as browser:
-            modes = {mode: ask_the_page(browser, folder, provider) for mode, folder in mode_folders()}
         note = "`vlmguard playground`, in Chromium"
         note += " on SwiftShader, a GPU in software" if provider == "webgpu" else ""
-        codes.append(write_result(NAME, f"onnxruntime-web ({title})", version, modes, note))
-        parts.append(json.loads((BUILD / f"{NAME}.json").read_text(encoding="utf-8")))
+        with Browser(gpu=provider == "webgpu") as browser:
+            modes = {
+                mode: ask_the_page(browser, folder.folder / "model", mode_questions(folder), provider)
+                for mode, folder in mode_folders()
+            }
+            write(f"onnxruntime-web ({title})", modes, note)
+            agreement = ask_the_page(browser, smolvlm / "model", tile_questions(smolvlm), provider)
+            shapes = "a tiny random SmolVLM, pictures of nine sizes as tiles"
+            write(f"onnxruntime-web ({title}), SmolVLM's layout", {"restore": agreement}, f"{note}; {shapes}")
     (BUILD / f"{NAME}.json").write_text(json.dumps(parts, indent=2) + "\n", encoding="utf-8")
     return max(codes)
 
 
-def ask_the_page(browser: Browser, folder: CaseFolder, provider: str) -> Agreement:
-    """Every case of a mode, both sides.
+def mode_questions(folder: CaseFolder) -> list[Question]:
+    """Every case of a mode of the tiny VLM."""
+    unguarded = VisionLanguageModel(open_package(SOURCE), runtime="onnxruntime-cpu")
+    questions = []
+    for case in folder.content["cases"]:
+        picture = folder.folder / "images" / case["image"] if case["image"] else None
+        base = _asked(unguarded, case["prompt"], picture, len(case["tokens"]))
+        questions.append(Question(case["prompt"], picture, _expected(folder, case), base))
+    return questions
+
+
+def tile_questions(folder: Path) -> list[Question]:
+    """Every case of `integrations/tiny_smolvlm.py`."""
+
+    def rows(answer: Mapping[str, Any]) -> Rows:
+        return [(np.array(row), token) for row, token in zip(answer["logits"], answer["tokens"], strict=True)]
+
+    cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))["cases"]
+    return [
+        Question(
+            case["prompt"],
+            folder / "images" / case["image"] if case["image"] else None,
+            rows(case),
+            rows(case["unguarded"]),
+        )
+        for case in cases
+    ]
+
+
+def ask_the_page(browser: Browser, model: Path, questions: Sequence[Question], provider: str) -> Agreement:
+    """Every question to a guarded folder's page, both sides.
+
+    Args:
+        browser: with a GPU, if the provider needs one.
+        model: the guarded folder.
+        questions: with what both sides compute in Python.
+        provider: `wasm` or `webgpu`.
 
     Raises:
         AssertionError: the page said something in the console, or asked another server.
     """
-    unguarded = VisionLanguageModel(open_package(SOURCE), runtime="onnxruntime-cpu")
-    with page_of(folder.folder / "model") as url:
+    with page_of(model) as url:
         browser.open(url, "[data-ready=true]", 1200)
         agreements = []
-        for case in folder.content["cases"]:
-            picture = folder.folder / "images" / case["image"] if case["image"] else None
-            steps = browser.page.evaluate(ASK, _question(case, picture, provider))
-            agreements.append(_agreement(steps, "guarded", _expected(folder, case)))
-            agreements.append(
-                _agreement(steps, "base", _asked(unguarded, case["prompt"], picture, len(case["tokens"])))
-            )
+        for question in questions:
+            steps = browser.page.evaluate(ASK, _message(question, provider))
+            agreements.append(_agreement(steps, "guarded", question.guarded))
+            agreements.append(_agreement(steps, "base", question.base))
         assert browser.said == [], browser.said
         assert all(address.startswith((url, f"blob:{url}")) for address in browser.asked), browser.asked
     worst = float(np.max([agreement.largest_difference for agreement in agreements]))  # NaN stays
@@ -90,9 +144,11 @@ def page_of(guarded: Path) -> Iterator[str]:
         server.shutdown()
 
 
-def _question(case: Mapping[str, Any], picture: Path | None, provider: str) -> dict[str, Any]:
-    content = None if picture is None else base64.b64encode(picture.read_bytes()).decode()
-    return {"provider": provider, "prompt": case["prompt"], "picture": content, "most": len(case["tokens"])}
+def _message(question: Question, provider: str) -> dict[str, Any]:
+    """`ASK`'s argument."""
+    picture = None if question.picture is None else base64.b64encode(question.picture.read_bytes()).decode()
+    most = max(len(question.guarded), len(question.base))
+    return {"provider": provider, "prompt": question.prompt, "picture": picture, "most": most}
 
 
 def _expected(folder: CaseFolder, case: Mapping[str, Any]) -> Rows:
@@ -107,12 +163,10 @@ def _asked(model: VisionLanguageModel, prompt: str, picture: Path | None, most: 
 
 
 def _agreement(steps: Sequence[Mapping[str, Any]], side: str, expected: Rows) -> Agreement:
-    found = [step for step in steps if step["side"] == side]
-    assert expected and len(found) == len(expected), (side, len(found), len(expected))
-    worst = np.max(
-        [np.abs(np.array(s["logits"]) - logits).max() for s, (logits, _) in zip(found, expected, strict=True)]
-    )
-    same = all(s["token"] == token for s, (_, token) in zip(found, expected, strict=True))
+    shown = [step for step in steps if step["side"] == side]
+    assert expected and len(shown) == len(expected), (side, len(shown), len(expected))
+    worst = np.max([np.abs(np.array(s["logits"]) - row).max() for s, (row, _) in zip(shown, expected, strict=True)])
+    same = all(s["token"] == token for s, (_, token) in zip(shown, expected, strict=True))
     return Agreement(float(worst), len(expected), same)
 
 

@@ -109,7 +109,7 @@ class Lfm2ImagePreprocessor:
             values[part, : len(cut)] = cut
             mask[part, : len(cut)] = 1
         arrays = {"pixel_values": values, "pixel_attention_mask": mask, "spatial_shapes": shapes}
-        return PreparedPicture(arrays, grid, tuple(int(size) for size in shapes.prod(axis=1)))
+        return PreparedPicture(arrays, grid, tuple(int(size) for size in shapes.prod(axis=1)), apart=True)
 
     def blank_image(self) -> Image.Image:
         """A white square of the smallest size that is not resized."""

@@ -22,6 +22,7 @@ class PreparedPicture:
         sizes: relative sizes of its parts in the order of `arrays`, as `PictureTokens.sizes`.
         seen_size: height and width that the vision encoder sees, pixels, where they differ from picture to picture.
         tokens: how many image tokens the processor's config gives it; `None`: only the vision encoder determines that.
+        apart: whether its parts, one in each row of every array, are pictures of their own to the vision encoder.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -29,6 +30,7 @@ class PreparedPicture:
     sizes: tuple[int, ...] = ()
     seen_size: tuple[int, int] | None = None
     tokens: int | None = None
+    apart: bool = False
 
 
 class Preprocessor(Protocol):

@@ -23,9 +23,13 @@ def describe(kind: str, half: str, declared: Mapping[str, Any]) -> dict[str, Any
     """The `size` of a processor with these options: `{"height", "width"}`, or empty where it has another kind of size.
 
     Raises:
-        GuardError: no such half of such a class exists in transformers.
+        GuardError: no such half of such a class exists in transformers, or it returns no `pixel_values` (Fuyu's returns images,
+            which another class cuts into patches).
     """
-    size = getattr(_processor(kind, half, declared), "size", None) or {}
+    processor = _processor(kind, half, declared)
+    if not any("pixel_values" in name for name in processor.model_input_names):
+        raise GuardError(f"it returns {processor.model_input_names[0]} and no pixel_values")
+    size = getattr(processor, "size", None) or {}
     sides = ("height", "width")
     numbers = {side: size.get(side) if isinstance(size, Mapping) else getattr(size, side, None) for side in sides}
     return {side: int(number) for side, number in numbers.items() if number}

@@ -112,7 +112,7 @@ def look(
     for image, alone in pictures:
         if (id(image), alone) not in known:
             prepared = preprocessor.prepare(image, alone)
-            outputs = encoder.run(fed(encoder.inputs, prepared.arrays))
+            outputs = _encode(encoder, prepared)
             known[id(image), alone] = _One.of(prepared, place(prepared, outputs), outputs)
     ones = [known[id(image), alone] for image, alone in pictures]
     grids = [picture.grid for picture in ones if picture.grid is not None]
@@ -124,6 +124,17 @@ def look(
         grids=np.concatenate(grids) if grids else None,
         merge=ones[0].merge,
     )
+
+
+def _encode(encoder: Runner, prepared: PreparedPicture) -> dict[str, np.ndarray]:
+    """Outputs of the vision encoder for one picture; a graph that takes one part at a time is run for each part."""
+    feeds = fed(encoder.inputs, prepared.arrays)
+    parts = {len(array) for array in feeds.values()}
+    takes_one = all(port.shape[0] == 1 for port in encoder.inputs.values())
+    if not (prepared.apart and takes_one and len(parts) == 1):
+        return encoder.run(feeds)
+    calls = [encoder.run({name: array[[part]] for name, array in feeds.items()}) for part in range(parts.pop())]
+    return {name: np.concatenate([call[name] for call in calls]) for name in calls[0]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +181,12 @@ def fed(inputs: Mapping[str, Port], arrays: Mapping[str, np.ndarray]) -> dict[st
     Raises:
         GuardError: the graph takes something else.
     """
+    left_out = [name for name in arrays if name.startswith("pixel_values") and name not in inputs]
+    if left_out and inputs.keys() & arrays.keys():
+        raise GuardError(
+            f"the image processor also gives {', '.join(left_out)} for this picture, which the vision encoder does not take; "
+            "send a smaller picture"
+        )
     feeds = {}
     for name, port in inputs.items():
         array = arrays.get(name)

@@ -205,7 +205,7 @@ def test_the_tokenizer_says_the_same_in_the_pages_words(guarded: Guarded) -> Non
         expected = chat.tokenizer.encode(text, add_special_tokens=False).ids
         assert again.encode(text, add_special_tokens=False).ids == expected
     checks = token_checks(chat, [PROMPT])
-    assert [(row["imageTokens"], len(row["ids"])) for row in checks] == [(0, 10), (2, 12)]
+    assert [(row["picture"], len(row["ids"])) for row in checks] == [(None, 10), ({"count": 2, "grid": None}, 12)]
 
 
 def test_samples_without_a_file_are_the_built_in_ones(tmp_path: Path) -> None:
@@ -249,11 +249,13 @@ def test_a_model_that_the_page_would_prepare_otherwise_is_refused(
     config = folder / "processor_config.json"
     plain = json.loads(config.read_text())
     families = (
-        "LLaVA-like ones alone (LlavaProcessor with CLIPImageProcessor, Gemma3ImageProcessor, LlavaImageProcessor, "
-        "SiglipImageProcessor)"
+        "LLaVA-like ones (LlavaProcessor with CLIPImageProcessor, Gemma3ImageProcessor, LlavaImageProcessor, "
+        "SiglipImageProcessor) and Idefics3-like ones (GraniteDoclingProcessor, Idefics3Processor, SmolVLMProcessor with "
+        "Idefics3ImageProcessor, SmolVLMImageProcessor) alone"
     )
     for change, kind in (
         ({"processor_class": "Qwen2VLProcessor"}, "Qwen2VLProcessor"),
+        ({"processor_class": "SmolVLMProcessor"}, "CLIPImageProcessor"),
         (
             {"image_processor": plain["image_processor"] | {"image_processor_type": "Idefics3ImageProcessor"}},
             "Idefics3ImageProcessor",
@@ -290,7 +292,9 @@ def test_layouts_and_inputs_that_the_page_does_not_know_are_refused(
     assert said(vision_encoder=None) == (
         f"{root}: has no vision encoder or no embed_tokens graph; the page runs vision-language models alone"
     )
-    assert said(vision_encoder=sides.package.decoder).startswith(f"{sides.package.decoder}: takes inputs_embeds, ")
+    refusal = said(vision_encoder=sides.package.decoder)
+    assert refusal.startswith(f"{sides.package.decoder}: takes inputs_embeds, ")
+    assert refusal.endswith(", the page gives pixel_values alone; export the model again")
     sides.base.graph.inputs[0].name = "input_ids"
     assert said() == (
         f"{sides.package.decoder}: takes 'input_ids'; the page runs decoders that take inputs_embeds, attention_mask, "

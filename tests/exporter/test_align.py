@@ -9,6 +9,7 @@ import pytest
 from tiny_vlm_paths import CALIBRATION, SOURCE, Guarded
 
 import vlmguard
+from vlmguard.exporter.calibration.align_judge import Counts, Figures, PictureCounts, keeps_budget
 from vlmguard.exporter.calibration.guard_config import CONFIG_NAME, read_config
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.directions import read_directions
@@ -74,3 +75,12 @@ def test_given_directions_are_taken_as_they_are(guarded: Guarded, tmp_path: Path
         f"{directions}: mode align copies along these directions as they are, so --anchors has no effect; leave one of the two "
         "out"
     )
+
+
+def test_figures_name_refused_questions_about_the_picture() -> None:
+    """They count against the budget as harmless prompts do, so a candidate that they rule out says so."""
+    harmful, harmless = Counts(20, 20, 0, 20, 20, 0, 20), Counts(12, 0, 0, 0, 0, 0, 0)
+    said = "blank: 20 of 20 harmful prompts refused (as text 20, unguarded 0), 0 of 12 harmless refused beyond text"
+    assert str(Figures("blank", harmful, harmless, PictureCounts(4, 0, 1))) == said
+    refused = Figures("blank", harmful, harmless, PictureCounts(4, 4, 4))
+    assert str(refused) == f"{said}, 4 of 4 questions about the picture" and not keeps_budget([refused], 0.01)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from families.small_checkpoint import save_small
+from PIL import Image
+from transformers.cache_utils import DynamicCache
 from transformers.models.blip_2.modeling_blip_2 import Blip2ForConditionalGeneration
 from transformers.models.gemma3.modeling_gemma3 import Gemma3ForConditionalGeneration
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerForConditionalGeneration
@@ -17,13 +21,16 @@ from transformers.models.shieldgemma2.modeling_shieldgemma2 import ShieldGemma2F
 
 from vlmguard.exporter.checkpoints import fit
 from vlmguard.exporter.checkpoints.convert import load_model
+from vlmguard.exporter.checkpoints.tidy import index_with_int64
 from vlmguard.exporter.families import find_family
 from vlmguard.exporter.families.encoder_texts import with_texts
+from vlmguard.exporter.families.family import Vision
 from vlmguard.exporter.families.generic import GenericDecoder
 from vlmguard.exporter.families.position_rules import counted
 from vlmguard.exporter.families.random_pixels import random_pixels, required_inputs
 from vlmguard.exporter.families.recorded import record, rope_index_inputs
-from vlmguard.exporter.families.transformers_class import saved_class
+from vlmguard.exporter.families.sample_pictures import joined
+from vlmguard.exporter.families.transformers_class import saved_class, transformers_class
 from vlmguard.graphs.errors import ModelUnreadable
 
 
@@ -84,15 +91,16 @@ def test_a_model_within_a_classifier_is_the_one_that_is_exported(tmp_path: Path)
     torch.testing.assert_close(model.get_input_embeddings().weight, whole.get_input_embeddings().weight)
 
 
-class Table(torch.nn.Embedding):
+class Table(torch.nn.Module):
     """Embeddings of the tokens from `vocab_offset` on, as Gemma 3n has them for its marks of pictures and sounds."""
 
     def __init__(self, offset: int, size: int) -> None:
-        super().__init__(size, 2)
+        super().__init__()
+        self.rows = torch.nn.Embedding(size, 2)
         self.vocab_offset, self.vocab_size = offset, size
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return super().forward(input_ids - self.vocab_offset)
+        return self.rows(input_ids - self.vocab_offset)
 
 
 def test_a_token_is_embedded_by_the_table_that_has_it() -> None:
@@ -110,7 +118,8 @@ def test_a_token_is_embedded_by_the_table_that_has_it() -> None:
     model = Model()
     with torch.no_grad():
         rows = GenericDecoder(None).embeds(model, torch.tensor([[3, 9, 10, 12, 14]]))["inputs_embeds"][0]
-    words, pictures, sounds = (part.weight.detach() for part in (model.words, model.pictures, model.sounds))
+    tables = (model.words, model.pictures.rows, model.sounds.rows)
+    words, pictures, sounds = (table.weight.detach() for table in tables)
     assert torch.equal(rows, torch.stack([words[3], words[9], pictures[0], sounds[0], sounds[2]]))
 
 
@@ -128,20 +137,58 @@ def test_marks_stand_around_a_picture_where_positions_depend_on_them() -> None:
     assert fit._around(SimpleNamespace(config=config)) == ([], [])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("depends", [True, False])
-def test_prompts_have_pictures_of_one_size_where_features_depend_on_the_batch(depends: bool) -> None:
+@pytest.mark.parametrize("depends", ["values", "rows", ""])
+def test_prompts_have_pictures_of_one_size_where_features_depend_on_the_batch(depends: str) -> None:
     class Encoder:
         dtype = torch.float32
         config = SimpleNamespace()
 
         def get_image_features(self, pixel_values: torch.Tensor, return_dict: bool = True) -> torch.Tensor:
-            rows = pixel_values.sum(dim=(1, 2), keepdim=True)
-            return rows / pixel_values[0].numel() if depends else rows
+            rows = pixel_values.sum(dim=2) if depends == "rows" else pixel_values.sum(dim=(1, 2))[:, None]
+            return (rows / pixel_values[0].numel() if depends == "values" else rows)[..., None]
 
     wide, tall = ({"pixel_values": np.ones((1, *size), np.float32)} for size in ((2, 6), (5, 3)))
     pictures = fit._pair(Encoder(), [wide, tall, wide])
     assert len(pictures) == (4 if depends else 3)
     assert pictures[0] is wide and pictures[1] is (wide if depends else tall)
+
+
+def test_features_that_are_added_to_a_token_come_with_its_embedding() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = torch.nn.Embedding(4, 2)
+
+        def get_input_embeddings(self) -> torch.nn.Module:
+            return self.words
+
+    model, rows = Model(), torch.ones(3, 2)
+    vision = Vision(
+        lambda model: {}, lambda model: {}, lambda model: {"image_features": rows, "deep": rows}, lambda *_: {}
+    )
+    changed, (seen,) = fit._on_token(model, 2, vision, [{"image_features": rows.numpy(), "deep": rows.numpy()}])
+    outputs, expected = changed.run(model), 1 + model.words.weight[2].detach().expand(3, 2)
+    assert torch.equal(outputs["image_features"], expected) and torch.equal(outputs["deep"], rows)
+    np.testing.assert_array_equal(seen["image_features"], expected.numpy())
+    with pytest.raises(IndexError):
+        fit._on_token(model, 4, vision, [])
+
+
+@pytest.mark.parametrize("marks", ["mm_token_type_ids", ""])
+def test_marks_are_read_with_a_cache_too(marks: str) -> None:
+    class Model(torch.nn.Module):
+        def get_decoder(self) -> Any:
+            return self
+
+        def forward(self, past_key_values: Any, use_cache: bool, mm_token_type_ids: Any = None) -> Any:
+            prompt = not past_key_values.is_initialized
+            return SimpleNamespace(logits=mm_token_type_ids if prompt else None, past_key_values=past_key_values)
+
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2), 0)
+    inputs = {"token_type_ids": torch.ones(1, 1)} if marks else {}
+    output = GenericDecoder(None, marks).run(Model(), past_key_values=cache, **inputs)
+    assert (output.logits is not None) == bool(marks) and cache.is_initialized
 
 
 def test_a_decoder_that_embeds_pixels_gets_rows_of_them() -> None:
@@ -171,6 +218,28 @@ def test_an_encoder_that_reads_the_prompt_gets_a_text() -> None:
     assert first["qformer_attention_mask"].all()
 
 
+def test_patches_of_pictures_in_a_batch_are_counted_on() -> None:
+    pooling = np.array([[0, 1], [2, -1]])
+    first = {"pixel_values": np.zeros((3, 4, 6), np.float32), "image_token_pooling": pooling}
+    second = {"pixel_values": np.zeros((1, 4, 6), np.float32), "image_token_pooling": pooling}
+    both = joined([first, second])
+    assert both["pixel_values"].shape == (4, 4, 6)
+    assert both["image_token_pooling"].tolist() == [[0, 1], [2, -1], [12, 13], [14, -1]]
+
+
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed; make families installs it")
+def test_pictures_are_put_together_as_molmo_does() -> None:
+    options = {"size": {"height": 56, "width": 56}, "overlap_margins": [1, 1], "max_crops": 4}
+    processor = transformers_class("Molmo2ImageProcessor")(**options)
+    random = np.random.default_rng(0)
+    images = [Image.fromarray(random.integers(0, 255, (*size, 3), np.uint8)) for size in ((60, 90), (120, 50))]
+    singles = [{n: t.numpy() for n, t in processor(images=[image], return_tensors="pt").items()} for image in images]
+    together, both = joined(singles), processor(images=images, return_tensors="pt")
+    assert together.keys() == both.keys()
+    for name, array in together.items():
+        np.testing.assert_array_equal(array, both[name].numpy())
+
+
 def test_an_image_processor_that_lacks_an_input_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Encoder:
         config = SimpleNamespace(vision_config=SimpleNamespace(patch_size=4))
@@ -184,3 +253,21 @@ def test_an_image_processor_that_lacks_an_input_is_named(tmp_path: Path, monkeyp
         f"{tmp_path}: its image processor does not return odd, pixel_values, which its vision encoder takes; "
         "prepare its inputs elsewhere, or use text-only prompts"
     )
+
+
+@pytest.mark.parametrize("kind", ["GatherND", "ScatterND"])
+def test_indices_of_an_exported_graph_are_int64(kind: str) -> None:
+    def graph_of(dtype: ir.DataType) -> ir.Graph:
+        data = ir.Value(name="data", shape=ir.Shape([4, 2]), type=ir.TensorType(ir.DataType.FLOAT))
+        indices = ir.Value(name="indices", shape=ir.Shape([3, 1]), type=ir.TensorType(dtype))
+        node = ir.node(kind, [data, indices, *([data] if kind == "ScatterND" else [])])
+        return ir.Graph([data, indices], node.outputs, nodes=[node], opset_imports={"": 18})
+
+    graph = graph_of(ir.DataType.INT32)
+    index_with_int64(graph)
+    cast, node = graph
+    assert (cast.op_type, cast.inputs[0].name, node.inputs[1]) == ("Cast", "indices", cast.outputs[0])  # type: ignore[union-attr]
+    assert cast.attributes["to"].as_int() == ir.DataType.INT64
+    untouched = graph_of(ir.DataType.INT64)
+    index_with_int64(untouched)
+    assert [node.op_type for node in untouched] == [kind]

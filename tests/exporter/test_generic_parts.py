@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families.small_checkpoint import small_model
 from transformers import vision_utils
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.qwen3_5 import modeling_qwen3_5
@@ -20,6 +21,7 @@ from vlmguard.exporter.checkpoints.traced_state import names_of, present_of
 from vlmguard.exporter.families.anyres_packing import best_resolution, pack
 from vlmguard.exporter.families.family import Turn
 from vlmguard.exporter.families.gated_delta import by_token
+from vlmguard.exporter.families.generic import GenericDecoder, decoder_of
 from vlmguard.exporter.families.generic_vision import image_features, traced_shapes
 from vlmguard.exporter.families.image_tokens import image_token_id
 from vlmguard.exporter.families.picture_geometry import replacements
@@ -209,3 +211,33 @@ def test_a_state_of_no_width_is_compared_by_its_shape_alone() -> None:
         _compare("state", [(empty, empty, None)], 1e-4, "")
     with pytest.raises(ProofFailed, match="torch gives shape"):
         _compare("state", [(empty, full, None)], 1e-4, "")
+
+
+@pytest.mark.parametrize("model_type", ["aya_vision", "qwen3_vl_moe", "gemma4"])
+def test_a_model_that_answers_with_an_image_token_reads_what_transformers_reads(model_type: str) -> None:
+    """Behind the prompt no picture's row replaces it. Gemma 4 alone reads padding there."""
+    model = small_model(model_type)
+    token = image_token_id(model.config)
+    assert token is not None
+    model.config.image_token_id = token
+    per_layer = model_type == "gemma4"
+    ids = torch.tensor([[5, token, 7]])
+    seen: list[torch.Tensor] = []
+    handle = decoder_of(model).register_forward_pre_hook(
+        lambda _, args, named: seen.append(named["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(input_ids=ids)
+        handle.remove()
+        embeds = GenericDecoder(None, per_layer=per_layer).embeds(model, ids)["inputs_embeds"]
+    assert torch.equal(embeds, seen[0])
+
+
+def test_an_image_token_beyond_the_table_is_looked_up_as_padding() -> None:
+    model: Any = torch.nn.Module()
+    model.table = table = torch.nn.Embedding(8, 4)
+    text = SimpleNamespace(pad_token_id=3)
+    model.config = SimpleNamespace(image_token_id=9, get_text_config=lambda: text)
+    model.get_input_embeddings = lambda: table
+    embeds = GenericDecoder(None).embeds(model, torch.tensor([[1, 9]]))["inputs_embeds"]
+    assert torch.equal(embeds[0], table(torch.tensor([1, 3])))

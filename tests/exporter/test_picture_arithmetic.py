@@ -152,7 +152,7 @@ class Sighted:
     def __init__(self, output: Any, multiplier: float = 1.0) -> None:
         self.output = output
         text = SimpleNamespace(embedding_multiplier=multiplier)
-        self.config = SimpleNamespace(get_text_config=lambda: text)
+        self.config = SimpleNamespace(get_text_config=lambda: text, vision_config=SimpleNamespace())
 
     def get_image_features(self, pixel_values: Any, return_dict: bool) -> Any:
         return self.output

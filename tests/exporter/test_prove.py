@@ -239,7 +239,7 @@ TAMPERINGS = {
     "V written with the other sign": ("restore", numbers("layer_4/ssd", np.negative), BOTH),
     "V off by a hundredth": ("restore", numbers("layer_2/ssd", lambda a: 1.01 * a), BOTH),
     "V of the projection": ("project", numbers("layer_2/ssd", lambda a: np.roll(a, 1)), {REFERENCE}),
-    "readout and V read wrongly": ("restore", numbers("layer_2/rows", lambda a: np.roll(a, 1, axis=0)), BOTH),
+    "readout and V read wrongly": ("restore", numbers("layer_2/rows", lambda a: np.roll(a, 1, axis=1)), BOTH),
     "target": ("restore", numbers("layer_4/target", lambda a: a + 0.1), BOTH),
     # A gate that is forced open no longer has the threshold that was tampered with.
     "tau, so that the gate never opens": ("restore", numbers("layer_2/tau", lambda a: a + 1e6), {REFERENCE}),

@@ -148,7 +148,7 @@ DAMAGES: dict[str, tuple[str, Tamper, set[str]]] = {
     "V of the projection": ("project", numbers("layer_1/ssd", lambda a: 0.99 * a), {STATES}),
     "the rows that are read": (
         "restore",
-        numbers("layer_0/rows", lambda a: np.roll(a, 1, axis=0)),
+        numbers("layer_0/rows", lambda a: np.roll(a, 1, axis=1)),
         {STATES, GUARD_OUTPUTS},
     ),
     "target": ("restore", numbers("layer_1/target", lambda a: a + 0.1), {STATES}),
@@ -230,7 +230,7 @@ def test_a_damaged_guard_is_not_proved(tmp_path: Path, what: str) -> None:
 
 SHARED_DAMAGES = {
     "thresholds in another order": ("restore", {}, reads("gates/thresholds", 0, "vlmguard/layer_1/tau")),
-    "the level of another layer": ("restore", {}, reads("layer_1/opens", 1, "vlmguard/gates/level_0")),
+    "the level of another layer": ("restore", {}, reads("layer_1/opens", 1, "vlmguard/gates/level_of_layer_0")),
     "tokens that are edited nowhere": ("steer", {}, reads("gates/floor", 1, "vlmguard/gates/beyond")),
     "tokens that are edited everywhere": ("combined", {}, reads("gates/floor", 2, "vlmguard/gates/below")),
     "an offset that no gate obeys": (
@@ -238,12 +238,12 @@ SHARED_DAMAGES = {
         {"knobs": True},
         reads("gates/levels_selected", 0, "vlmguard/gates/thresholds"),
     ),
-    "the decision of another layer": ("supervise", {}, reads("layer_1/weights", 0, "vlmguard/gates/gate_0")),
+    "the decision of another layer": ("supervise", {}, reads("layer_1/weights", 0, "vlmguard/gates/gate_of_layer_0")),
     "a decision at every token": ("supervise", {}, reads("gates/gates_selected", 1, "vlmguard/gates/gates")),
     "the text of another layer": (
         "supervise",
         {},
-        reads("layer_1/supervisor_centred", 0, "vlmguard/supervisor/supervisor_0"),
+        reads("layer_1/supervisor_centred", 0, "vlmguard/supervisor/layer_0"),
     ),
 }
 

@@ -11,28 +11,37 @@ import onnx
 import onnx.numpy_helper
 import pytest
 from onnxruntime.quantization import quantize_dynamic
+from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+from onnxruntime.transformers.float16 import convert_float_to_float16
 from rich.console import Console
 from tiny_vlm_paths import CALIBRATION, DECODER, EVALUATION, SOURCE, Guarded
 
 from vlmguard import GuardedVLM, cli
 from vlmguard.apps.playground.sides import open_sides
-from vlmguard.apps.report.build_report import report
 from vlmguard.apps.report.subject import open_subject
-from vlmguard.exporter import render
+from vlmguard.exporter import render, stages
+from vlmguard.exporter.calibration.results import Calibration
 from vlmguard.exporter.evaluation.evaluate import compare, tally
 from vlmguard.exporter.export_result import ExportResult
 from vlmguard.exporter.pipeline import export
 from vlmguard.exporter.prompts.labelled import read_prompts
 from vlmguard.exporter.prompts.thinning import thinned
 from vlmguard.exporter.proof.verify import verify
+from vlmguard.exporter.resolve import DirectionsRequest
+from vlmguard.exporter.session import Session
 from vlmguard.exporter.sources import open_model
-from vlmguard.graphs.errors import ManifestMismatch, ModelUnreadable, NoEffect, OutputRefused
+from vlmguard.graphs.directions import Directions
+from vlmguard.graphs.errors import GuardError, ManifestMismatch, ModelUnreadable, NoEffect, OutputRefused
 from vlmguard.graphs.graph_io import graph_bytes, load_graph
+from vlmguard.graphs.last_logits import keep_last_logits
 from vlmguard.graphs.manifest import read_manifest
+from vlmguard.graphs.tensorrt import require_readable
+from vlmguard.runtime.generation import Request
 
 pytest_plugins = ("tiny_vlm_fixtures",)
 
-INT8 = "onnx/decoder_model_merged_int8.onnx"
+BNB4, INT8, Q4F16 = (f"onnx/decoder_model_merged_{name}.onnx" for name in ("bnb4", "int8", "q4f16"))
 
 
 def few_lines(source: Path, target: Path, most: int) -> Path:
@@ -46,11 +55,23 @@ def few_lines(source: Path, target: Path, most: int) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny VLM with its decoder in float32 and with int8 weights, and a few prompts of its language."""
+    """The tiny VLM with its decoder in float32, int8, q4f16 and bnb4, and a few prompts of its language."""
     folder = shutil.copytree(SOURCE, tmp_path_factory.mktemp("variants") / "tiny")
     few_lines(CALIBRATION, folder / "calibration.jsonl", 8)
     quantize_dynamic(folder / DECODER, folder / INT8)
+    half = convert_float_to_float16(onnx.load(folder / DECODER), keep_io_types=False)
+    nbits = MatMulNBitsQuantizer(half, bits=4, block_size=32, is_symmetric=True)
+    nbits.process()
+    onnx.save(nbits.model.model, folder / Q4F16)
+    bnb4 = MatMulBnb4Quantizer(onnx.load(folder / DECODER), MatMulBnb4Quantizer.NF4, 64)
+    bnb4.process()
+    onnx.save(bnb4.model.model, folder / BNB4)
     return folder
+
+
+def with_plain_decoder(folder: Path, target: Path) -> Path:
+    """The folder without its other precisions."""
+    return shutil.copytree(folder, target, ignore=shutil.ignore_patterns("decoder_model_merged_*"))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +81,12 @@ def result(folder: Path, guarded: Guarded, tmp_path_factory: pytest.TempPathFact
 
 
 def test_each_variant_has_a_row(result: ExportResult) -> None:
-    assert [row.decoder for row in result.variants] == [DECODER, INT8]
+    assert [row.decoder for row in result.variants] == [DECODER, BNB4, INT8, Q4F16]
+    assert all(row.calibration is None for row in result.variants)
+    assert {decoder.path: decoder.plan.sites[0].site.dtype for decoder in result.decoders} == {
+        **dict.fromkeys((DECODER, BNB4, INT8), "float32"),
+        Q4F16: "float16",
+    }
     for row in result.variants:
         before, after, asked = row.counts("harmful")
         assert 0 <= before < after <= asked
@@ -85,23 +111,50 @@ def test_one_variant_has_no_rows(guarded: Guarded) -> None:
     assert read_manifest(guarded("restore")).variants is None
 
 
-def test_a_variant_that_the_guard_does_not_change_is_refused(folder: Path, guarded: Guarded, tmp_path: Path) -> None:
+def test_tensorrt_names_what_it_cannot_read(folder: Path) -> None:
+    for path, operator in ((BNB4, "MatMulBnb4"), (Q4F16, "MatMulNBits")):
+        with pytest.raises(GuardError) as caught:
+            require_readable(load_graph(folder / path), path)
+        message = str(caught.value)
+        assert (
+            message.startswith(f"{path}: ") and operator in message and "static QDQ" in message and "\n" not in message
+        )
+
+
+def test_the_head_of_a_packed_product_computes_the_last_logits_alone(folder: Path) -> None:
+    """Its weights have one axis in bnb4, and three in MatMulNBits."""
+    prompt = [Request("how to wash the boat")]
+    for name, path in (("bnb4", BNB4), ("q4f16", Q4F16)):
+        whole, graph = open_model(folder, name), load_graph(folder / path)
+        assert keep_last_logits(graph)
+        short = whole.with_decoder(graph)
+        rows = [model.prefill(prompt)["logits"][:, -1] for model in (whole, short)]
+        assert np.abs(rows[0] - rows[1]).max() <= 5e-3 * np.abs(rows[0]).max()
+
+
+def test_a_variant_that_the_guard_does_not_change_is_refused(
+    folder: Path, guarded: Guarded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Here because its head is all zeros: every logit is the same, whatever the guard does."""
-    model = shutil.copytree(folder, tmp_path / "tiny")
-    few_lines(CALIBRATION, model / "calibration.jsonl", 4)
+
+    def nothing(session: Session, request: DirectionsRequest, given: Directions) -> Calibration:
+        assert session.package.decoder == dead and request.spec.layers == (3,) and 3 in given.layers
+        raise GuardError("no candidate refuses more")
+
+    model = with_plain_decoder(folder, tmp_path / "tiny")
+    monkeypatch.setattr(stages, "calibrated_directions", nothing)  # the search itself takes seconds
     proto = onnx.load(model / DECODER)
     for tensor in proto.graph.initializer:
         if "lm_head" in tensor.name:
             tensor.CopyFrom(
                 onnx.numpy_helper.from_array(np.zeros_like(onnx.numpy_helper.to_array(tensor)), tensor.name)
             )
-    (model / INT8).unlink()
     dead = model / "onnx" / "decoder_model_merged_q4.onnx"
     onnx.save(proto, dead)
     with pytest.raises(NoEffect) as caught:
         export(model, tmp_path / "out", directions=guarded("restore") / "directions.safetensors", mode="restore")
     assert str(caught.value).startswith(f"onnx/{dead.name}: the guard has no effect on ")
-    assert "; numbers of its own were not found: " in str(caught.value)
+    assert str(caught.value).endswith("; numbers of its own were not found: no candidate refuses more")
     assert not (tmp_path / "out").exists()
 
 
@@ -127,8 +180,7 @@ def with_quarter_stream(folder: Path, target: Path) -> None:
 
 
 def test_a_variant_with_other_states_gets_numbers_of_its_own(folder: Path, guarded: Guarded, tmp_path: Path) -> None:
-    model = shutil.copytree(folder, tmp_path / "tiny")
-    (model / INT8).unlink()
+    model = with_plain_decoder(folder, tmp_path / "tiny")
     other = "onnx/decoder_model_merged_q4.onnx"
     with_quarter_stream(model, model / other)
     result = export(model, tmp_path / "out", directions=guarded("restore") / "directions.safetensors", mode="restore")
@@ -169,7 +221,10 @@ def test_a_variant_is_opened_by_its_suffix(result: ExportResult, capsys: pytest.
     assert GuardedVLM.open(result.out).package.decoder.name == Path(DECODER).name
     with pytest.raises(ModelUnreadable) as caught:
         GuardedVLM.open(result.out, variant="q4")
-    assert str(caught.value) == f"{result.out}: the decoder has no variant 'q4', only '', 'int8'; name one"
+    assert (
+        str(caught.value)
+        == f"{result.out}: the decoder has no variant 'q4', only '', 'bnb4', 'int8', 'q4f16'; name one"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +239,7 @@ def test_a_manifest_is_seen_from_the_decoder_that_runs(result: ExportResult) -> 
     assert (plain.decoder, int8.decoder) == (DECODER, INT8)
     assert sorted(record.path for record in int8.decoders) == sorted(record.path for record in plain.decoders)
     assert int8.plan["sites"][0]["value"] == int8.decoders[0].plan["sites"][0]["value"]
-    assert int8.refusals == result.variants[1].harmful.to_json()
+    assert int8.refusals == result.variants[2].harmful.to_json()
 
 
 def test_a_guarded_variant_is_compared_with_the_same_unguarded_variant(
@@ -200,12 +255,12 @@ def test_a_guarded_variant_is_compared_with_the_same_unguarded_variant(
         compare(folder, result.out, prompts, 4, out=records)
 
 
-def test_a_report_is_about_one_variant(result: ExportResult, prompts: Path, tmp_path: Path) -> None:
-    pytest.importorskip("plotly")
-    page = tmp_path / "page.html"
-    data = report(result.out, page, prompts=prompts, variant="int8", max_prompts=2, max_new_tokens=2)
-    assert data.manifest.decoder == INT8 and data.name == f"{result.out.name}, {Path(INT8).name}"
-    assert Path(INT8).name in page.read_text()
+def test_a_report_is_about_one_variant(folder: Path, result: ExportResult) -> None:
+    for source in (None, folder):
+        subject = open_subject(result.out, source, "int8")
+        assert subject.manifest.decoder == INT8 and subject.guarded.package.decoder == result.out / INT8
+        kinds = {node.op_type for node in subject.sides.unguarded().graph}
+        assert "MatMulInteger" in kinds and subject.anatomy.layer_count == 6
 
 
 def test_the_playground_shows_one_variant(folder: Path, result: ExportResult) -> None:
@@ -231,5 +286,5 @@ def test_an_unknown_variant_is_an_error_of_every_command(
     with pytest.raises(SystemExit) as ended:
         cli._run([command, *arguments, "--variant", "q4"])
     root = folder / "onnx" if command == "evaluate" else result.out
-    sentence = f"{root}: the decoder has no variant 'q4', only '', 'int8'; name one"
+    sentence = f"{root}: the decoder has no variant 'q4', only '', 'bnb4', 'int8', 'q4f16'; name one"
     assert ended.value.code == 1 and sentence in " ".join(capsys.readouterr().err.split())

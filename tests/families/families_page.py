@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from families.shipped_types import shippers
+
 if TYPE_CHECKING:
     from families.one_type import TypeRow
 
@@ -14,7 +16,11 @@ Every image-text-to-text type of transformers, from a small random checkpoint. `
 
 A type counts as guarded when its checkpoint is exported, the export agrees with torch (pictures of several sizes, a batch of
 two prompts with padding, eight decode steps), its decoder layers are found, and a guarded folder is proved and verified.
-*Picture* means that the light runtime prepares a picture and describes it without torch.
+*Picture* means that the light runtime prepares a picture and describes it without torch; *with torchvision* means that
+transformers has the image processor for torchvision only, which the user then installs with torch (docs/pictures.md).
+
+FastVLM, Gemma 3n and PerceptionLM have vision encoders of timm: install `timm` and `torchvision` to export their checkpoints.
+`make families` installs both, in the versions of `requirements/families.txt`.
 """
 
 
@@ -36,8 +42,25 @@ def page(rows: Sequence[TypeRow]) -> str:
         "| type | parity | layers | reason |",
         "| --- | --- | --- | --- |",
         *(_other(row) for row in others),
+        *_shipped(rows),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _shipped(rows: Sequence[TypeRow]) -> list[str]:
+    """The types that runtimes ship: how many are guarded, and which."""
+    known = [(row, shippers(row.type)) for row in rows if shippers(row.type)]
+    if not known:
+        return []
+    return [
+        "\n## Shipped by transformers.js, onnxruntime-genai or OpenVINO\n",
+        f"{len(known)} types, {sum(row.guarded for row, _ in known)} of them guarded.\n",
+        "Sources: transformers.js's registry.js, the architectures of onnxruntime-genai's model builder, optimum-intel's list",
+        "of supported models and OpenVINO GenAI's table of VLMs (`tests/families/shipped_types.py`).\n",
+        "| type | shipped by | guarded |",
+        "| --- | --- | --- |",
+        *(f"| {row.type} | {by} | {'yes' if row.guarded else 'no'} |" for row, by in known),
+    ]
 
 
 def _guarded(row: TypeRow) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,15 @@ def default_config(model_type: str) -> dict[str, Any]:
 
 def save_small(model_type: str, folder: Path) -> Path:
     """Write a small random checkpoint of a type to `folder` and return it."""
+    model = small_model(model_type)
+    save_model(model_type, model, folder)
+    save_processor(model_type, model, folder)
+    save_words(model.config, folder)
+    return folder
+
+
+def small_model(model_type: str) -> Any:
+    """A small random model of a type."""
     import torch
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -55,7 +64,7 @@ def save_small(model_type: str, folder: Path) -> Path:
     torch.manual_seed(0)
     model = whole(whole.config_class.from_dict(deepcopy(content))).eval()
     # timm writes functions to the config that it is given
-    config = model.config = whole.config_class.from_dict(content)
+    model.config = whole.config_class.from_dict(content)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.is_floating_point():
@@ -65,13 +74,15 @@ def save_small(model_type: str, folder: Path) -> Path:
                 if any(norm in name for norm in ("q_norm", "k_norm")):
                     # Gemma 4 divides scores by nothing but these; larger ones make attention so sharp that rounding shows.
                     weight.mul_(0.4)
+    return model
+
+
+def save_model(model_type: str, model: Any, folder: Path) -> None:
+    """Write the weights and the config."""
     model.save_pretrained(folder)
-    if type(config).model_type != model_type:  # a type that is opened with the class of another
+    if type(model.config).model_type != model_type:  # a type that is opened with the class of another
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"model_type": model_type}
         (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
-    save_processor(model_type, model, folder)
-    save_words(model.config, folder)
-    return folder
 
 
 def save_processor(model_type: str, model: Any, folder: Path) -> None:
@@ -86,25 +97,41 @@ def save_processor(model_type: str, model: Any, folder: Path) -> None:
     # As a file and not through the class: half of the classes cannot be made without torchvision.
     content = {"image_processor_type": str(named).removesuffix("Pil").removesuffix("Fast"), **options}
     (folder / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if model_type in _PROCESSOR_CLASSES:
+        named = {"processor_class": _PROCESSOR_CLASSES[model_type]}
+        (folder / "processor_config.json").write_text(json.dumps(named) + "\n", encoding="utf-8")
 
 
-def save_words(config: Any, folder: Path) -> None:
-    """Write a tokenizer of a few words, whose `<image>` is the config's image token, and a chat template."""
+def save_words(
+    config: Any, folder: Path, words: Sequence[str] = _WORDS, markers: Sequence[str] = (), **named: str
+) -> None:
+    """Write a tokenizer of a few words, whose `<image>` is the config's image token, and a chat template.
+
+    Args:
+        config: of the model.
+        folder: of the checkpoint.
+        words: its vocabulary.
+        markers: further special tokens.
+        named: further entries of the tokenizer's config.
+    """
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
     image = image_token_id(config)
     special = ["<pad>", "<s>", "</s>", "<unk>"]
-    names = [*special, "USER", "ASSISTANT", "SYSTEM", ":", "?", "!", ".", ",", *_WORDS]
+    names = list(dict.fromkeys([*special, "USER", "ASSISTANT", "SYSTEM", ":", "?", "!", ".", ",", *words]))
+    assert len(names) + len(markers) < FIRST_SPECIAL_TOKEN
+    names += markers
     names += [f"word{number}" for number in range(len(names), VOCABULARY_SIZE)]
     if image is not None and len(special) <= image < VOCABULARY_SIZE:
         names[image] = "<image>"
     tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    added = [*special, *(["<image>"] if "<image>" in names else [])]
+    added = [*special, *markers, *(["<image>"] if "<image>" in names else [])]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
     tokenizer.save(str(folder / "tokenizer.json"))
     content = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     content |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", "image_token": "<image>"}
+    content |= named
     (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (folder / "chat_template.jinja").write_text(_TEMPLATE, encoding="utf-8")
 
@@ -119,6 +146,9 @@ _PROCESSORS = {
     "qwen2_5_omni_thinker": "Qwen2VLImageProcessorPil",
     "qwen3_omni_moe_thinker": "Qwen2VLImageProcessorPil",
 }
+
+# Types whose prompts need more than a table of marks: InstructBLIP's vision encoder reads them too.
+_PROCESSOR_CLASSES = {"instructblip": "InstructBlipProcessor"}
 
 
 def _processor_options(model_type: str, model: Any) -> dict[str, Any]:
@@ -211,11 +241,14 @@ _OPTIONS = {
         "pooling_kernel_size": config.vision_config.pooling_kernel_size,
         "max_soft_tokens": 70,
     },
+    "inkling2": lambda config: {},
+    "unlimited_ocr": lambda config: {"size": {"height": 128, "width": 128}},
+    "nemotron_h_omni": lambda config: {"min_num_patches": 16, "max_num_patches": 48},
     "molmo2": lambda config: {
         "size": dict(zip(("height", "width"), config.vision_config.image_size, strict=True)),
         "patch_size": config.vision_config.patch_size,
         "overlap_margins": [1, 1],
-        "max_crops": 4,
+        "max_crops": 8,
     },
     "video_llama_3": lambda config: {
         "patch_size": config.vision_config.patch_size,

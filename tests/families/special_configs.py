@@ -111,7 +111,7 @@ CHANGES: Mapping[str, Change] = {
         audio_token_offset=584,
         vision_config__codebook_size=64,
         vision_config__base_channels=32,
-        vision_config__channel_multiplier=[1, 1],
+        vision_config__channel_multiplier=[1, 1, 1, 1, 1],
         vision_config__num_res_blocks=1,
         vision_config__resolution=32,
         audio_config__codebook_size=64,
@@ -235,6 +235,8 @@ CHANGES: Mapping[str, Change] = {
     ),
     "molmo2": at(
         image_patch_id=460,
+        vision_config__image_size=[112, 112],  # smaller ones would be cut into as many parts as are allowed, always
+        vision_config__patch_size=28,
         vision_config__num_position_embeddings=16,
         adapter_config__vision_feature_layer=[-1, -2],
     ),
@@ -262,6 +264,7 @@ CHANGES: Mapping[str, Change] = {
             "ref_feat_shape": [4, 4],
         },
     ),
+    "phi4_multimodal": at(vision_config__crop_size=56, vision_config__patch_size=14, vision_config__image_token_id=400),
     "qwen2_5_omni_thinker": _OMNI,
     "qwen3_omni_moe_thinker": _OMNI,
     "qwen4_exp": text(
@@ -273,6 +276,11 @@ CHANGES: Mapping[str, Change] = {
         rope_parameters=_PLAIN,
     ),
     **dict.fromkeys(("smolvlm", "idefics3", "granite_docling"), at(scale_factor=2, vision_config__patch_size=14)),
+    "unlimited_ocr": at(
+        vision_config__sam_config__downsample_channels=[16, 32],
+        vision_config__sam_config__image_size=128,
+        vision_config__encoder_config__image_size=28,
+    ),
     "vipllava": at(vision_feature_layers=[-1, -2]),
     "step3p7": text(
         layer_types=_HALVES * 2,

@@ -25,7 +25,7 @@ def asked():
     as_text, unguarded, guarded = REFUSED
     cells = {}
     for name in ASKED:
-        cells[f"{name}, text"] = {"base_refused": as_text, "guarded_refused": as_text, "same": [True] * 3 + [False]}
+        cells[f"{name}, text"] = {"base_refused": as_text, "guarded_refused": as_text}
         cells[f"{name}, {SETTING}"] = {"base_refused": unguarded, "guarded_refused": guarded}
     cells[f"{QUESTIONS}, picture"] = {"base_right": [True, True, False], "guarded_right": [True, False, False]}
     return cells
@@ -37,7 +37,6 @@ def test_a_row_counts_both_harmful_and_both_harmless_sets(asked):
         "harmful": refused,
         "harmless": refused,
         "questions": {"count": 3, "unguarded": 2, "guarded": 1},
-        "text_answers_changed": 4,
     }
 
 
@@ -48,10 +47,10 @@ def test_the_page_has_a_row_per_precision_and_keeps_other_sections(asked, tmp_pa
     ]
     machine = {"cores": 2, "processor": "a cpu", "libraries": {"onnxruntime": "1"}}
     plan = {"mode": "align", "layers": [6, 7], "rank": 8}
-    result = {"seed": 4, "prompts": 4, "plan": plan, "machine": machine, "precisions": rows}
+    result = {"seed": 4, "tower_steps": 9, "prompts": 4, "plan": plan, "machine": machine, "precisions": rows}
     assert table(rows)[2:] == [
-        "| float32 | 2 | 4 of 8 | 0 | 4 | 4 of 8 | 0 | 4 | 2 of 3 | 1 | 4 |",
-        "| int8 | 1 | the export was refused: it removes safety |" + " |" * 8,
+        "| float32 | 2 | 4 of 8 | 0 | 4 | 4 of 8 | 0 | 4 | 2 of 3 | 1 |",
+        "| int8 | 1 | the export was refused: it removes safety |" + " |" * 7,
     ]
     target = tmp_path / "page.md"
     page.write_page([{"seed": 3, "tradeoff": {"harmbench": {"text": [True]}}}], target)

@@ -89,6 +89,26 @@ def test_parts_are_counted_by_what_the_encoder_gives(tmp_path: Path) -> None:
     assert text.count("T") == tokens.count and text.count("<slice>") == 3
 
 
+def test_tiles_that_an_encoder_does_not_take_are_not_dropped(tmp_path: Path) -> None:
+    """DeepSeek-OCR 2, exported with pictures that are not cut: a larger one has tiles besides the whole."""
+
+    class Encoder:
+        inputs = {"pixel_values": Port("pixel_values", np.dtype(np.float32), (None, 3, 64, 64))}  # noqa: RUF012
+        outputs: dict[str, Port] = {}  # noqa: RUF012
+
+        def run(self, feeds: Any) -> dict[str, np.ndarray]:
+            return {"image_features": np.zeros((4, 8), np.float32)}
+
+    options = {"size": {"height": 64, "width": 64}, "tile_size": 64}
+    folder = folder_with(tmp_path, "DeepseekOcr2ImageProcessor", "DeepseekOcr2Processor", **options)
+    preprocessor = open_preprocessor(folder)
+    assert look(Encoder(), preprocessor, [(noise(60, 40), True)], None).features.shape == (4, 8)
+    assert line(lambda: look(Encoder(), preprocessor, [(noise(90, 40), True)], None), GuardError) == (
+        "the image processor also gives pixel_values_local for this picture, which the vision encoder does not take; "
+        "send a smaller picture"
+    )
+
+
 def test_a_processors_arguments_reach_its_image_processor(tmp_path: Path) -> None:
     options = {"size": {"height": 64, "width": 64}, "tile_size": 32, "crop_to_patches": False}
     folder = folder_with(tmp_path, "DeepseekOcr2ImageProcessor", "DeepseekOcr2Processor", **options)

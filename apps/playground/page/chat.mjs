@@ -2,6 +2,7 @@
 
 import { Template } from "./lib/jinja.mjs";
 import { Tokenizer } from "./lib/tokenizers.mjs";
+import { pictureText } from "./markers.mjs";
 import { Refused } from "./refused.mjs";
 
 export class Chat {
@@ -16,13 +17,14 @@ export class Chat {
     this.control = new Map(Object.entries(facts.controlTokens).map(([id, text]) => [Number(id), text]));
   }
 
-  /** Ids of one user turn; `imageTokens` is how many the picture takes, 0 without one. */
-  encode(prompt, imageTokens = 0) {
+  /** Ids of one user turn; `picture` is its picture's image tokens, `{count, grid}`, or `null`. */
+  encode(prompt, picture = null) {
     this.#refuseControlTokens(prompt);
-    let text = this.#render(prompt, imageTokens > 0);
+    let text = this.#render(prompt, picture !== null);
     const special = this.#addsSpecialTokens(text);
-    const { imageToken, imageTokenId } = this.facts;
-    if (imageTokens > 0) text = text.replaceAll(imageToken, imageToken.repeat(imageTokens));
+    const { imageToken, imageTokenId, written, layout } = this.facts;
+    const imageTokens = picture?.count ?? 0;
+    if (picture !== null) text = text.split(written).join(pictureText(picture, imageToken, layout));
     const ids = this.#ids(text, special);
     if (ids.length === 0) throw new Refused("The prompt gives no tokens; write a prompt.");
     const found = ids.filter((id) => id === imageTokenId).length;
@@ -43,8 +45,8 @@ export class Chat {
 
   /** The text of one user turn, the image placeholder in it once. */
   #render(prompt, withImage) {
-    const { content, imageToken, specialTokens } = this.facts;
-    const inFront = withImage ? `${imageToken}\n` : "";
+    const { content, written, specialTokens } = this.facts;
+    const inFront = withImage ? `${written}\n` : "";
     if (this.template === null) return inFront + prompt;
     const parts = [...(withImage ? [{ type: "image" }] : []), { type: "text", text: prompt }];
     const text = this.template.render({
@@ -52,8 +54,8 @@ export class Chat {
       add_generation_prompt: true,
       ...specialTokens,
     });
-    if (text.split(imageToken).length - 1 !== Number(withImage)) {
-      throw new Refused("The chat template does not write one image token for one picture; it is not this model's.");
+    if (text.split(written).length - 1 !== Number(withImage)) {
+      throw new Refused("The chat template does not write one placeholder for one picture; it is not this model's.");
     }
     return text;
   }
@@ -80,8 +82,8 @@ export class Chat {
 
 /** Check that this browser tokenizes the sample prompts like Python; otherwise the models would get other prompts. */
 export function requireSameTokens(chat, checks) {
-  for (const { prompt, imageTokens, ids } of checks) {
-    const found = chat.encode(prompt, imageTokens);
+  for (const { prompt, picture, ids } of checks) {
+    const found = chat.encode(prompt, picture);
     if (found.join() !== ids.join()) {
       throw new Refused(`The page's tokenizer reads ${JSON.stringify(prompt)} otherwise than vlmguard does; it cannot ask this model.`);
     }

@@ -4,9 +4,10 @@ import { Chat, requireSameTokens } from "./chat.mjs";
 import { Decoder, gateScores, lastLogits, likeliest } from "./decoder.mjs";
 import { fetchAll, fetchJson } from "./files.mjs";
 import { readPicture } from "./picture.mjs";
-import { pixelValues } from "./pixels.mjs";
+import { preparePicture } from "./prepare.mjs";
 import { Refused } from "./refused.mjs";
-import { cast, tensor } from "./tensors.mjs";
+import { tensor } from "./tensors.mjs";
+import { look } from "./vision.mjs";
 
 export const SIDES = ["base", "guarded"];
 
@@ -41,8 +42,8 @@ export class Model {
    *   one token; `text` is the whole answer so far, `scores` what the gates compared at the token before
    */
   async *answer({ prompt, picture, name, most }) {
-    const features = picture === null ? null : await this.#look(await readPicture(picture, name));
-    const embeds = await this.#embeds(this.chat.encode(prompt, features === null ? 0 : features.dims.at(-2)), features);
+    const seen = picture === null ? null : await look(this.ort, this.vision, preparePicture(await readPicture(picture, name), this.facts.image));
+    const embeds = await this.#embeds(this.chat.encode(prompt, seen), seen?.features ?? null);
     const text = await this.#embeds(this.chat.encode(prompt), null);
     const runs = [];
     try {
@@ -76,14 +77,6 @@ export class Model {
   #said(tokens, complete) {
     const text = this.chat.decode(tokens);
     return complete ? text : text.replace(/\uFFFD$/, "");
-  }
-
-  /** A picture's features, `[1, image tokens, width]`. */
-  async #look(picture) {
-    const { dims, data } = pixelValues(picture, this.facts.image);
-    const [port] = this.vision.inputMetadata;
-    const outputs = await this.vision.run({ [port.name]: cast(this.ort, new this.ort.Tensor("float32", data, dims), port.type) });
-    return outputs[this.vision.outputNames[0]];
   }
 
   /** Embeddings of the tokens, with the features where the picture is. */

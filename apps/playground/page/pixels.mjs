@@ -1,6 +1,7 @@
-// Pixels to `pixel_values`, as the model's image processor does it: the steps, order and roundings of vlmguard's
+// Pixels to `pixel_values` of one size, as CLIP, SigLIP and LLaVA do it: the steps, order and roundings of vlmguard's
 // runtime/images/images.py, which are those of transformers.
 
+import { normalised, withoutAlpha } from "./pixel_steps.mjs";
 import { resize } from "./resize.mjs";
 
 /**
@@ -15,12 +16,6 @@ export function pixelValues(picture, facts) {
   if (size !== null) made = resize(made, size[1], size[0], facts.resample);
   if (facts.cropTo !== null) made = centerCropped(made, ...facts.cropTo);
   return { dims: [1, 3, made.height, made.width], data: normalised(made, facts) };
-}
-
-function withoutAlpha({ width, height, data }) {
-  const out = new Uint8ClampedArray(width * height * 3);
-  for (let from = 0, to = 0; from < data.length; from += 4, to += 3) out.set(data.subarray(from, from + 3), to);
-  return { width, height, data: out };
 }
 
 /** `[height, width]` after resizing, `null` to leave it; the longer side is rounded down. */
@@ -55,20 +50,4 @@ function pasted({ width: fromWidth, height: fromHeight, data }, height, width, t
     }
   }
   return { width, height, data: out };
-}
-
-/** Channels first; rounded to float32 after each operation, as numpy does. */
-function normalised({ width, height, data }, { rescaleFactor, mean, std }) {
-  const plane = width * height;
-  const values = new Float32Array(3 * plane);
-  for (let channel = 0; channel < 3; channel++) {
-    for (let at = 0; at < plane; at++) {
-      let value = Math.fround(data[at * 3 + channel] * (rescaleFactor ?? 1));
-      if (mean !== null && std !== null) {
-        value = Math.fround(value - Math.fround(mean[channel])) / Math.fround(std[channel]);
-      }
-      values[channel * plane + at] = value;
-    }
-  }
-  return values;
 }
