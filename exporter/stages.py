@@ -24,6 +24,7 @@ from .artifact.guarded_folder import (
     bring_companions,
     bring_weights,
     notes_on_files,
+    notes_on_runtime,
     record_export,
 )
 from .artifact.signing import write_signature
@@ -242,7 +243,8 @@ def _plan(job: ExportJob, decoder: OpenedDecoder, directions: Directions) -> Gua
     plan = plan_guard(decoder.graph, decoder.anatomy, directions, job.spec)
     if any(site.guard.alpha == 0 and not _moves(plan.mode, site.guard) for site in plan.sites):
         raise GuardError(f"alpha 0 does nothing in mode {plan.mode}, and would ship as a guard; choose above 0")
-    return replace(plan, notes=(*job.session.notes, *plan.notes, *notes_on_files(decoder.view)))
+    of_folder = (*notes_on_files(decoder.view), *notes_on_runtime(decoder.view, plan))
+    return replace(plan, notes=(*job.session.notes, *plan.notes, *of_folder))
 
 
 def _moves(mode: str, guard: LayerGuard) -> bool:

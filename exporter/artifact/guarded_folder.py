@@ -88,6 +88,16 @@ def notes_on_files(package: ModelPackage) -> Iterator[str]:
         yield f"left out, because they would be unguarded decoders: {', '.join(graphs)}"
 
 
+def notes_on_runtime(package: ModelPackage, plan: GuardPlan) -> Iterator[str]:
+    """What the layout's own runtime cannot do with this guard."""
+    required = [name for name in plan.added_inputs if name not in plan.knobs]
+    if package.layout == "genai" and package.vision_encoder is not None and required:
+        yield (
+            f"onnxruntime-genai does not feed {' and '.join(required)} to the decoder of a picture pipeline and stops with an "
+            "error; for genai choose mode restore, or align with --supervisor rows, without --gate prompt"
+        )
+
+
 def record_export(
     stage: Path,
     decoders: Sequence[GuardedDecoder],

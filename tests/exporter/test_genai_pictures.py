@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +21,14 @@ from random_directions import random_directions, write_directions
 from transformers import Gemma3ImageProcessorPil
 
 from vlmguard import GuardedVLM, GuardSpec, export, verify
+from vlmguard.exporter.artifact.guarded_folder import notes_on_runtime
 from vlmguard.exporter.checkpoints.convert import load_model, read_config
 from vlmguard.exporter.checkpoints.exporters import export_checkpoint
 from vlmguard.exporter.families import find_family
 from vlmguard.graphs.directions import Directions
+from vlmguard.graphs.package import ModelPackage
+from vlmguard.graphs.plan import SUPERVISOR_INPUT
+from vlmguard.graphs.runtime_controls import PAST_GATE_INPUT, STRENGTH_INPUT
 from vlmguard.runtime.generation import Request, Sampling
 
 pytest.importorskip("onnxruntime_genai")
@@ -64,6 +70,22 @@ def guarded_in(source: Path, out: Path, **wish: Any) -> Path:
 
 def picture(size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 3), np.uint8))
+
+
+def test_a_guard_that_genai_does_not_feed_is_noted(tmp_path: Path) -> None:
+    """At the export of a picture pipeline; a text decoder of genai's can be fed, and other layouts are not genai's."""
+    pictures = ModelPackage(tmp_path, tmp_path / "model.onnx", "genai", vision_encoder=tmp_path / "vision.onnx")
+    text, other = replace(pictures, vision_encoder=None), replace(pictures, layout="onnx-community")
+    supervised: Any = SimpleNamespace(
+        added_inputs=(SUPERVISOR_INPUT, PAST_GATE_INPUT, STRENGTH_INPUT), knobs=(STRENGTH_INPUT,)
+    )
+    assert list(notes_on_runtime(pictures, supervised)) == [
+        "onnxruntime-genai does not feed vlmguard.supervisor and vlmguard.past_gate to the decoder of a picture pipeline and "
+        "stops with an error; for genai choose mode restore, or align with --supervisor rows, without --gate prompt"
+    ]
+    alone: Any = SimpleNamespace(added_inputs=(STRENGTH_INPUT,), knobs=(STRENGTH_INPUT,))
+    cases = ((text, supervised), (other, supervised), (pictures, alone))
+    assert [list(notes_on_runtime(*case)) for case in cases] == [[], [], []]
 
 
 BUILDS = [
