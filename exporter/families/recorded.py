@@ -49,7 +49,7 @@ def record(model: Any, ids: np.ndarray, mask: np.ndarray, given: Arrays, steps: 
     from transformers.generation.utils import GenerationMixin
 
     inputs = picture_inputs(model, ids, given)
-    generators = [part for part in model.modules() if isinstance(part, GenerationMixin)]
+    generators: list[Any] = [part for part in model.modules() if isinstance(part, GenerationMixin)]
     # BLIP-2 lets its language model generate, and does not run itself
     speakers = generators if type(model).generate is not GenerationMixin.generate else [model]
     if any("logits_to_keep" in inspect.signature(type(part).forward).parameters for part in speakers):
