@@ -34,6 +34,22 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def kernels_words(part: Parts) -> list[str]:
+    """The counts of `kernels.py`: kernels added in prefill / decode."""
+    names = ("one engine, all", "one engine, last", "two engines, last")
+    columns = ["lowering", "mode", "one engine, all", "one engine, last", "two engines, last", "of one row"]
+    rows = []
+    for row in part["rows"]:
+        counts = [" / ".join(f"{count:+d}" if count else "0" for count in row[name][:2]) for name in names]
+        rows.append([f"`{row['lowering']}`", row["mode"], *counts, f"{row[names[-1]][2]:+d}"])
+    bare, apart = ("{} / {}".format(*part[name][:2]) for name in ("bare", "bare_separate"))
+    about = (
+        f"{part['builder']}, {part['layers']} layers, every one guarded, rank {part['rank']}; kernels of prefill / decode. "
+        f"Without a guard: {bare} (one engine), {apart} (two engines), {part['bare_separate'][2]} in decode steps of one row."
+    )
+    return [about, markdown_table(columns, rows)]
+
+
 def measured_on(parts: Iterable[Parts]) -> str:
     """One line per distinct machine and set of versions."""
     told = []

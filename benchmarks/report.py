@@ -1,4 +1,4 @@
-"""Write docs/performance.md, and the times in docs/tensorrt.md and docs/serving.md, from the result files.
+"""Write docs/performance.md, the tables in docs/tensorrt.md and the load in docs/serving.md, from the result files.
 
     python benchmarks/report.py             # writes all three
     python benchmarks/report.py --check     # compares them with the result files, writes nothing
@@ -20,11 +20,12 @@ from page_sections import (
     Section,
     work_words,
 )
-from page_words import Parts, goal_words, markdown_table, measured_on, ratio_cells
+from page_words import Parts, goal_words, kernels_words, markdown_table, measured_on, ratio_cells
 from record import RESULTS, ResultsUnusable, read_parts
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, GPU_PAGE, SERVING_PAGE = "performance.md", "tensorrt.md", "serving.md"
+KERNEL_MARKS = "<!-- begin: kernels -->", "<!-- end: kernels -->"
 GPU_MARKS = "<!-- begin: benchmarks/report.py -->", "<!-- end: benchmarks/report.py -->"
 LOAD_MARKS = "<!-- begin: load -->", "<!-- end: load -->"
 
@@ -71,7 +72,12 @@ def main() -> int:
     try:
         pages = {
             args.docs / PAGE: report(args.results, args.quick),
-            args.docs / GPU_PAGE: with_times(args.docs / GPU_PAGE, args.results / "gpu.json", args.quick),
+            args.docs / GPU_PAGE: with_times(
+                with_kernels(args.docs / GPU_PAGE, args.results / "kernels.json"),
+                args.docs / GPU_PAGE,
+                args.results / "gpu.json",
+                args.quick,
+            ),
             args.docs / SERVING_PAGE: with_load(args.docs / SERVING_PAGE, args.results / "serving.json", args.quick),
         }
     except ResultsUnusable as refusal:
@@ -117,33 +123,50 @@ def _required(path: Path, section: Section, quick: bool) -> Parts:
 # On a GPU
 
 
-def with_times(page: Path, results: Path, quick: bool) -> str:
+def with_kernels(page: Path, results: Path) -> str:
+    """The text of the page with the counts of `kernels.py` between their marks; unchanged without results."""
+    text, parts = _text(page, KERNEL_MARKS), read_parts(results)
+    return _between(text, page, KERNEL_MARKS, kernels_words(parts["kernels"])) if parts else text
+
+
+def with_times(text: str, page: Path, results: Path, quick: bool) -> str:
     """The page with the last results of `gpu.py` between its two marks, or a sentence that there are none.
+
+    Args:
+        text: of the page.
+        page: its file, for messages.
+        results: of `gpu.py`.
+        quick: accept results of --quick.
 
     Raises:
         ResultsUnusable: the page has no such marks, or the results come from --quick or the tiny shape.
     """
     parts = _in_earnest(results, quick)
     nothing = ["**Not yet run.** There are no measurements of engines on a GPU."]
-    return _between(page, GPU_MARKS, _gpu(parts) if parts else nothing)
+    return _between(text, page, GPU_MARKS, _gpu(parts) if parts else nothing)
 
 
 def with_load(page: Path, results: Path, quick: bool) -> str:
     """The page with the last results of `serving.py` between its two marks; as `with_times`."""
     parts = _in_earnest(results, quick)
-    return _between(page, LOAD_MARKS, _load(parts) if parts else ["**Not yet measured.**"])
+    return _between(_text(page, LOAD_MARKS), page, LOAD_MARKS, _load(parts) if parts else ["**Not yet measured.**"])
 
 
 def _in_earnest(results: Path, quick: bool) -> Parts:
     parts = read_parts(results)
-    toys = [name for name, part in parts.items() if part["quick"] or "tiny:" in part.get("shape", "")]
+    toys = [
+        name for name, part in parts.items() if part["quick"] or part.get("dry_run") or "tiny:" in part.get("shape", "")
+    ]
     if toys and not quick:
         raise ResultsUnusable(f"{results}: part {toys[0]!r} is from --quick or the tiny shape; run it without them")
     return parts
 
 
-def _between(page: Path, marks: tuple[str, str], blocks: Sequence[str]) -> str:
-    text = page.read_text(encoding="utf-8") if page.is_file() else "\n".join((*marks, ""))
+def _text(page: Path, marks: tuple[str, str]) -> str:
+    return page.read_text(encoding="utf-8") if page.is_file() else "\n".join((*marks, ""))
+
+
+def _between(text: str, page: Path, marks: tuple[str, str], blocks: Sequence[str]) -> str:
     before, begin, rest = text.partition(marks[0])
     _, end, after = rest.partition(marks[1])
     if not begin or not end:
@@ -188,7 +211,7 @@ def _gpu(parts: Parts) -> list[str]:
         )
         blocks.append(f"{part['shape']}; float16, random weights, guard in every layer, rank {part['rank']}. {phases}.")
         if part["agreement"]:
-            columns = ["mode", "agrees with ONNX Runtime on the CPU", "largest difference", "limit", "note"]
+            columns = ["guard", "agrees with ONNX Runtime on the CPU", "largest difference", "limit", "note"]
             blocks.append(markdown_table(columns, [_agreement_cells(one) for one in part["agreement"]]))
         columns = [
             "guard",
@@ -212,7 +235,7 @@ def _gpu(parts: Parts) -> list[str]:
 
 def _agreement_cells(check: Mapping[str, Any]) -> list[str]:
     return [
-        check["mode"],
+        check["subject"],
         "yes" if check["ok"] else "**no**",
         f"{check['worst']:.1e}",
         f"{check['limit']:.0e}",

@@ -11,6 +11,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from .constants import constant
 from .ranks import BROADCAST, PACKED_PRODUCTS, Ranks, words
 
 # Reads the sizes of its input alone, never the numbers.
@@ -19,6 +20,9 @@ READ_SIZES = frozenset({"Shape", "Size"})
 _MICROSOFT = "com.microsoft"
 _STANDARD = frozenset({"", "ai.onnx", _MICROSOFT})
 
+_REDUCTIONS = tuple(
+    f"Reduce{what}" for what in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
+)
 # Operator -> places of the inputs whose numbers decide sizes.
 _BY_NUMBERS: Mapping[str, Collection[int]] = {
     "Reshape": (1,),
@@ -40,13 +44,7 @@ _BY_NUMBERS: Mapping[str, Collection[int]] = {
     "Unique": (0,),
     "GroupQueryAttention": (5, 6),  # seqlens_k, total_sequence_length: how long the caches come out
     "SparseAttention": (7, 8, 9),
-    **dict.fromkeys(
-        [
-            f"Reduce{what}"
-            for what in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
-        ],
-        (1,),
-    ),
+    **dict.fromkeys(_REDUCTIONS, (1,)),
 }
 # Operators whose outputs are as large as their first input: what is written into it may be of any length.
 _AS_FIRST = frozenset({"ScatterND", "ScatterElements", "Scatter", "TensorScatter", "CumSum", "CastLike", "Trilu"})
@@ -120,11 +118,23 @@ def rows_become(node: ir.Node, place: int, ranks: Ranks) -> Extent | None:
         axis, rank = node.attributes.get("axis"), ranks.of(node.inputs[0])
         at = 0 if axis is None else None if axis.is_ref() else axis.as_int()
         return "rows" if at is not None and rank and at % rank != 0 else "sizes"
+    if kind in _REDUCTIONS and place == 0:
+        axes, rank = _reduced_axes(node), ranks.of(node.inputs[0])
+        return "rows" if axes and rank and all(axis % rank for axis in axes) else "sizes"
     if kind in BROADCAST:
         known = [ranks.of(value) for value in node.inputs if value is not None]
         mine = ranks.of(node.inputs[place])
         return "rows" if mine is not None and all(rank is not None and rank <= mine for rank in known) else "sizes"
     return "sizes"
+
+
+def _reduced_axes(node: ir.Node) -> list[int] | None:
+    """The axes that a reduction is over; `None` where no constant says them."""
+    attribute = node.attributes.get("axes")
+    if attribute is not None:
+        return None if attribute.is_ref() else list(attribute.as_ints())
+    tensor = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    return [int(axis) for axis in tensor.numpy().reshape(-1)] if tensor is not None else None
 
 
 def sized_by_numbers(node: ir.Node) -> tuple[ir.Value, ...]:

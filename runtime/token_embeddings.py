@@ -43,7 +43,7 @@ def embed(
 
 
 def _rows(port: Port, features: np.ndarray | None, width: int) -> np.ndarray:
-    """The rows in the shape that the graph takes; an axis of any length but the last two is one of pictures."""
+    """The rows in the shape that the graph takes; of three axes, the first one counts pictures."""
     rows = features.astype(port.dtype) if features is not None else np.zeros((0, width), port.dtype)
     if len(port.shape) != 3:  # or no shape is declared, and any will do
         return rows

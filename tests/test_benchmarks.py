@@ -25,6 +25,7 @@ SCRIPTS = {
     "extraction": [],
     "spellings": ["--rank", "2"],
     "gpu": ["--runtime", "onnxruntime-cpu", "--runtime", "torch", "--only", "restore rank1 last"],
+    "kernels": [],
     "serving": [],
 }
 
@@ -110,6 +111,28 @@ def test_the_gpu_page_tells_agreement_cost_and_what_does_not_run(results: Path, 
     assert text.count("| restore rank1 last |") == 2 and "Not yet run" not in text
     if not parts["torch/tiny"]["runs"]:  # no GPU here
         assert "**Does not run here:** torch finds no CUDA device" in text
+
+
+@pytest.mark.long
+def test_a_dry_run_of_the_gpu_benchmark_stops_in_time_and_goes_on_where_it_stopped(
+    results: Path, tmp_path: Path
+) -> None:
+    """Engines are really built; without a GPU, ONNX Runtime on the CPU runs in their place, and no page takes that."""
+    pytest.importorskip("tensorrt_rtx")
+    out = tmp_path / "gpu.json"
+    common = ["--quick", "--shape", "tiny", "--threads", "1", "--models", results.parent / "models", "--out", out]
+    dry = (*common, "--dry-run", "--runtime", "tensorrt_rtx", "--only", "supervise rank1 last")
+    stopped = run("gpu", *dry, "--minutes", "0", check=False)
+    assert stopped.returncode == 1 and "run the same command again for 1 more" in stopped.stderr and not out.exists()
+    assert run("gpu", *dry).returncode == 0
+    part = json.loads(out.read_text())["parts"]["tensorrt_rtx/tiny"]
+    assert part["runs"] and part["dry_run"] and [one["ok"] for one in part["agreement"]] == [True]
+    assert [row["kernels_added"][1] for row in part["rows"]] == [0, 0]  # of the decode engine
+    again = run("gpu", *dry)
+    assert "kept; --again measures it again" in again.stderr
+    here = run("gpu", *common, "--runtime", "tensorrt_rtx", "--only", "supervise rank1 last")  # no GPU, no dry run
+    found = json.loads(out.read_text())["parts"]["tensorrt_rtx/tiny"]
+    assert found["runs"] or "tensorrt_rtx was left out: " in here.stderr
 
 
 @pytest.mark.long

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,11 @@ def _fit_vision(model: Any, pictures: Sequence[Arrays], where: str) -> tuple[Vis
     pictures = _pair(model, pictures)
     given = joined(pictures[:2])
     singles = [{n: a for n, a in picture.items() if n in names} for picture in pictures]
-    run = partial(run_one_picture, fixed={n: a.tolist() for n, a in singles[0].items() if n in FIXED})
+    fixed = {n: a.tolist() for n, a in singles[0].items() if n in FIXED}
+
+    def run(model: Any, **inputs: Any) -> dict[str, Any]:
+        return run_one_picture(model, fixed, **inputs)
+
     features: list[dict[str, Any]] = []
     with torch.no_grad():
         for single in singles:

@@ -86,7 +86,7 @@ def add_pictures(
         report_progress(f"exporting ({number}/{len(parts)}) {part.name}", 0, 1)
         graphs.append(export_part(model, part, DEFAULT_OPSET, checkpoint))
     vision, embedding = graphs
-    insert_image_features(embedding, image_token(config), features_of(vision.graph))
+    insert_image_features(embedding, image_token(config, checkpoint), features_of(vision.graph))
     save_part(vision, out / VISION)
     save_part(embedding, out / EMBEDDING)
     content = read_json(out / CONFIG)

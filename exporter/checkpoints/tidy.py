@@ -2,7 +2,7 @@
 
 1. inputs and outputs get the names the onnx-community layout uses, and images come in as float32
 2. dimensions get words for torch's symbols: `batch_size`, not `s43`
-3. norms read and scale in one type, as onnxruntime requires
+3. norms read and scale in one type, and indices are int64, as onnxruntime requires
 4. nodes, values and weights are named after their module: `model.language_model.layers.0.mlp.down_proj.MatMul`
 5. traces of the exporting machine are removed: stack traces, torch's metadata, doc strings
 """
@@ -49,6 +49,7 @@ def tidy(
         accept_float32(model.graph, name)
     name_dimensions(model.graph, inputs, outputs, sums)
     read_as_scaled(model.graph)
+    index_with_int64(model.graph)
     name_after_modules(model.graph)
     strip_traces(model)
     model.producer_name, model.producer_version = "vlmguard", version("vlmguard")
@@ -157,6 +158,19 @@ def read_as_scaled(graph: ir.Graph) -> None:
         cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(scale.dtype), states.shape
         node.replace_input_with(0, cast.outputs[0])
         graph.insert_before(node, cast)
+
+
+def index_with_int64(graph: ir.Graph) -> None:
+    """Cast the indices of GatherND and ScatterND, which torch's exporter leaves in the model's own type, int32 for instance."""
+    for node in list(graph):
+        if node.op_type not in ("GatherND", "ScatterND"):
+            continue
+        indices = node.inputs[1]
+        if indices is not None and indices.dtype not in (None, ir.DataType.INT64):
+            cast = ir.node("Cast", [indices], {"to": ir.DataType.INT64})
+            cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType.INT64), indices.shape
+            node.replace_input_with(1, cast.outputs[0])
+            graph.insert_before(node, cast)
 
 
 # 4. names

@@ -49,9 +49,10 @@ def record(model: Any, ids: np.ndarray, mask: np.ndarray, given: Arrays, steps: 
     from transformers.generation.utils import GenerationMixin
 
     inputs = picture_inputs(model, ids, given)
-    generators = [part for part in model.modules() if isinstance(part, GenerationMixin)]
+    mixin: Any = GenerationMixin
+    generators = [part for part in model.modules() if isinstance(part, mixin)]
     # BLIP-2 lets its language model generate, and does not run itself
-    speakers = generators if type(model).generate is not GenerationMixin.generate else [model]
+    speakers = generators if type(model).generate is not mixin.generate else [model]
     if any("logits_to_keep" in inspect.signature(type(part).forward).parameters for part in speakers):
         inputs["logits_to_keep"] = 0
     calls: list[Mapping[str, Any]] = []

@@ -62,6 +62,8 @@ class PicturePipeline:
         """
         try:
             ids = {new: next(config[key] for key in keys if key in config) for new, keys in self.tokens.items()}
+            if wrong := [name for name, number in ids.items() if type(number) is not int]:
+                raise TypeError(f"{wrong[0]} is no number")
             return ids, self.numbers(config)
         except GuardError as error:
             raise GuardError(f"{where}: {error}") from None
@@ -109,7 +111,7 @@ _GEMMA3 = PicturePipeline(
 PIPELINES: Mapping[str, PicturePipeline] = {"gemma3": _GEMMA3, "qwen2_vl": _QWEN, "qwen2_5_vl": _QWEN}
 
 
-def pipeline_of(model_type: str, where: Path) -> PicturePipeline:
+def pipeline_of(model_type: str, where: str | Path) -> PicturePipeline:
     """The pipeline of a type of model.
 
     Args:
@@ -163,7 +165,7 @@ def require_padding_apart(where: Path, padding: int) -> None:
         )
 
 
-def picture_sections(config: Mapping[str, Any], vision: ir.Graph, where: Path) -> dict[str, Any]:
+def picture_sections(config: Mapping[str, Any], vision: ir.Graph, where: str | Path) -> dict[str, Any]:
     """The entries of `model` in `genai_config.json` that pictures need besides the decoder's.
 
     Args:
@@ -196,9 +198,18 @@ def picture_sections(config: Mapping[str, Any], vision: ir.Graph, where: Path) -
     }
 
 
-def image_token(config: Mapping[str, Any]) -> int:
-    """Id of the token that a row of image features replaces."""
-    return next(int(config[name]) for name in IMAGE_TOKEN_KEYS if name in config)
+def image_token(config: Mapping[str, Any], where: str | Path) -> int:
+    """Id of the token that a row of image features replaces.
+
+    Args:
+        config: the content of a model's `config.json`.
+        where: the model, for errors.
+
+    Raises:
+        GuardError: as for `pipeline_of` and `PicturePipeline.require`.
+    """
+    ids, _ = pipeline_of(str(config.get("model_type")), where).require(config, where)
+    return ids["image_token_id"]
 
 
 def features_of(vision: ir.Graph) -> ir.Value:
@@ -214,8 +225,9 @@ def embedding_bytes(package: ModelPackage, embed_tokens: ir.Model) -> bytes:
     """
     assert package.vision_encoder is not None
     features = features_of(load_graph(package.vision_encoder, trust_links=True).graph)
+    token = image_token(package.config, package.root)
     try:
-        insert_image_features(embed_tokens, image_token(package.config), features)
+        insert_image_features(embed_tokens, token, features)
     except GuardError as error:
         raise GuardError(f"{package.embed_tokens}: {error}") from None
     return graph_bytes(embed_tokens)

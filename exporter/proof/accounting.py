@@ -135,7 +135,9 @@ def _judged(folder: Path, name: str, decoder: ir.Model, anatomy: DecoderAnatomy)
 
 def _strays(manifest: Manifest, code: frozenset[str] = frozenset()) -> list[str]:
     """The files that do not belong in a guarded folder, each with its kind; `code` does."""
-    directions = {DIRECTIONS_FILE, *(record.directions for record in manifest.decoders)}
+    directions = {DIRECTIONS_FILE}
+    if not manifest.engines:  # graphs are planned again from these, which reads them
+        directions |= {record.directions for record in manifest.decoders if record.directions is not None}
     others = [name for name in manifest.files if name not in code and name not in directions]
     return [f"{name} is {what}" for name in others if (what := _stray(name))]
 

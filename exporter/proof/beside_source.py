@@ -93,7 +93,10 @@ def check_around(
             wrong.append(f"{name} is not the source's")
     record = manifest.packaged
     packaged = regenerated(package, original, record.written) if record is not None else {}
-    directions = {DIRECTIONS_FILE, *(record.directions for record in manifest.decoders)}
+    directions = {
+        DIRECTIONS_FILE,
+        *(record.directions for record in manifest.decoders if record.directions is not None),
+    }
     ours = {SBOM_NAME, *directions, *decoders, *graphs, *data}
     if package.layout == "triton":
         ours |= set(manifest.packaged.written) if manifest.packaged is not None else set()  # compared byte for byte

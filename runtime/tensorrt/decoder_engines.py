@@ -46,9 +46,13 @@ class DecoderEngines:
     def _require_stacked(self, feeds: Mapping[str, Tensor]) -> None:
         """Coordinates have the prefill engine's sizes in every call; the step engine does not know all of them."""
         port, fed = self.inputs.get(SUPERVISOR_INPUT), feeds.get(SUPERVISOR_INPUT)
-        if port is not None and fed is not None and tuple(fed.shape[1:]) != port.shape[1:]:
-            sizes = ", ".join(map(str, port.shape[1:]))
-            raise RunFailed(f"input {port.name!r} has shape {tuple(fed.shape)}, the engine takes (batch, {sizes})")
+        if port is None or fed is None:
+            return
+        open_batch = [name for name, other in self.inputs.items() if len(other.shape) > 1 and other.shape[0] is None]
+        rows = {feeds[name].shape[0] for name in open_batch if name in feeds and name != SUPERVISOR_INPUT}
+        if tuple(fed.shape[1:]) != port.shape[1:] or any(fed.shape[0] != number for number in rows):
+            wanted = ", ".join(map(str, (*sorted(rows), *port.shape[1:])))
+            raise RunFailed(f"input {port.name!r} has shape {tuple(fed.shape)}, these prompts need ({wanted})")
 
     def close(self) -> None:
         """Free both engines' memory."""

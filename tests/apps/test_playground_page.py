@@ -16,9 +16,9 @@ from PIL import Image
 from tiny_vlm_paths import DECODER, EVALUATION, SOURCE, Guarded
 
 import vlmguard
-from vlmguard.apps.playground.facts import image_facts
 from vlmguard.apps.playground.libraries import find_libraries
 from vlmguard.apps.playground.open import playground
+from vlmguard.apps.playground.picture_facts import image_facts
 from vlmguard.apps.playground.samples import png
 from vlmguard.apps.playground.sides import Sides, open_sides
 from vlmguard.exporter.prompts.labelled import read_prompts

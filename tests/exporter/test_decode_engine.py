@@ -242,11 +242,12 @@ def weaker(model: ir.Model) -> None:
     for name, value in model.graph.initializers.items():
         if name.startswith("vlmguard/") and "tau" in name.rpartition("/")[2]:
             assert value.const_value is not None
-            value.const_value = ir.tensor(np.full(value.const_value.shape, 1e28, np.float32), name=name)
+            value.const_value = ir.tensor(np.full_like(value.const_value.numpy(), 1e28), name=name)
 
 
 def without_its_last_guard(model: ir.Model) -> None:
     last = [node for node in model.graph if (node.name or "").endswith("/guarded")][-1]
+    assert last.inputs[0] is not None
     last.outputs[0].replace_all_uses_with(last.inputs[0])
 
 

@@ -36,18 +36,18 @@ SIZES = ((32, 32), (40, 24), (300, 200))
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Any], tuple[Path, Path]]:
     """Checkpoint and genai's folder of a type of model, in a precision."""
-    made: dict[tuple[str, str], tuple[Path, Path]] = {}
+    folders: dict[tuple[str, str], tuple[Path, Path]] = {}
 
     def get(kind: str, dtype: Any) -> tuple[Path, Path]:
-        if (kind, dtype) not in made:
+        if (kind, dtype) not in folders:
             root = tmp_path_factory.mktemp(f"{kind}-{dtype}")
             if kind == "gemma3":
                 checkpoint = tiny_gemma3.save_tiny_gemma3(root / "checkpoint")
             else:
                 checkpoint = tiny_qwen.save_byte_qwen(kind, root / "checkpoint")
             export_checkpoint(checkpoint, root / "genai", "genai", dtype)
-            made[kind, dtype] = checkpoint, root / "genai"
-        return made[kind, dtype]
+            folders[kind, dtype] = checkpoint, root / "genai"
+        return folders[kind, dtype]
 
     return get
 

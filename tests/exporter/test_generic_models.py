@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from families.small_checkpoint import save_small
@@ -20,6 +21,7 @@ from transformers.models.shieldgemma2.modeling_shieldgemma2 import ShieldGemma2F
 
 from vlmguard.exporter.checkpoints import fit
 from vlmguard.exporter.checkpoints.convert import load_model
+from vlmguard.exporter.checkpoints.tidy import index_with_int64
 from vlmguard.exporter.families import find_family
 from vlmguard.exporter.families.encoder_texts import with_texts
 from vlmguard.exporter.families.family import Vision
@@ -89,15 +91,16 @@ def test_a_model_within_a_classifier_is_the_one_that_is_exported(tmp_path: Path)
     torch.testing.assert_close(model.get_input_embeddings().weight, whole.get_input_embeddings().weight)
 
 
-class Table(torch.nn.Embedding):
+class Table(torch.nn.Module):
     """Embeddings of the tokens from `vocab_offset` on, as Gemma 3n has them for its marks of pictures and sounds."""
 
     def __init__(self, offset: int, size: int) -> None:
-        super().__init__(size, 2)
+        super().__init__()
+        self.rows = torch.nn.Embedding(size, 2)
         self.vocab_offset, self.vocab_size = offset, size
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return super().forward(input_ids - self.vocab_offset)
+        return self.rows(input_ids - self.vocab_offset)
 
 
 def test_a_token_is_embedded_by_the_table_that_has_it() -> None:
@@ -115,7 +118,8 @@ def test_a_token_is_embedded_by_the_table_that_has_it() -> None:
     model = Model()
     with torch.no_grad():
         rows = GenericDecoder(None).embeds(model, torch.tensor([[3, 9, 10, 12, 14]]))["inputs_embeds"][0]
-    words, pictures, sounds = (part.weight.detach() for part in (model.words, model.pictures, model.sounds))
+    tables = (model.words, model.pictures.rows, model.sounds.rows)
+    words, pictures, sounds = (table.weight.detach() for table in tables)
     assert torch.equal(rows, torch.stack([words[3], words[9], pictures[0], sounds[0], sounds[2]]))
 
 
@@ -249,3 +253,21 @@ def test_an_image_processor_that_lacks_an_input_is_named(tmp_path: Path, monkeyp
         f"{tmp_path}: its image processor does not return odd, pixel_values, which its vision encoder takes; "
         "prepare its inputs elsewhere, or use text-only prompts"
     )
+
+
+@pytest.mark.parametrize("kind", ["GatherND", "ScatterND"])
+def test_indices_of_an_exported_graph_are_int64(kind: str) -> None:
+    def graph_of(dtype: ir.DataType) -> ir.Graph:
+        data = ir.Value(name="data", shape=ir.Shape([4, 2]), type=ir.TensorType(ir.DataType.FLOAT))
+        indices = ir.Value(name="indices", shape=ir.Shape([3, 1]), type=ir.TensorType(dtype))
+        node = ir.node(kind, [data, indices, *([data] if kind == "ScatterND" else [])])
+        return ir.Graph([data, indices], node.outputs, nodes=[node], opset_imports={"": 18})
+
+    graph = graph_of(ir.DataType.INT32)
+    index_with_int64(graph)
+    cast, node = graph
+    assert (cast.op_type, cast.inputs[0].name, node.inputs[1]) == ("Cast", "indices", cast.outputs[0])  # type: ignore[union-attr]
+    assert cast.attributes["to"].as_int() == ir.DataType.INT64
+    untouched = graph_of(ir.DataType.INT64)
+    index_with_int64(untouched)
+    assert [node.op_type for node in untouched] == [kind]

@@ -321,6 +321,17 @@ def without_numbers(model: onnx.ModelProto) -> None:
         model.graph.initializer.remove(tensor)
 
 
+def one_gate(model: onnx.ModelProto) -> None:
+    """The gates of all layers as they are written for layer 0 alone."""
+    for name in ("thresholds", "level"):
+        model.graph.node.remove(next(node for node in model.graph.node if node.name == f"vlmguard/gates/{name}"))
+    for node in model.graph.node:
+        for old, new in (("thresholds", "layer_0/tau"), ("level_of_layer_0", "gates/levels_selected")):
+            for index, name in enumerate(node.input):
+                if name == f"vlmguard/gates/{old}":
+                    node.input[index] = f"vlmguard/{new}"
+
+
 def metadata(model: onnx.ModelProto, key: str, value: str) -> None:
     entry = next((entry for entry in model.metadata_props if entry.key == key), None)
     (entry if entry is not None else model.metadata_props.add(key=key)).value = value
@@ -330,6 +341,7 @@ def fewer_layers_everywhere(folder: Path) -> None:
     """The guard of layer 1 is gone from the graph, the plan and the spec."""
     edit_graph(folder, without_guard)
     edit_graph(folder, without_numbers)
+    edit_graph(folder, one_gate)
     edit_graph(folder, lambda model: metadata(model, "vlmguard.layers", "0"))
     edit_manifest(folder, lambda manifest: manifest["spec"].update(layers=[0]))
     plan_says(fewer_layers)(folder)

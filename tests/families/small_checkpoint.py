@@ -248,7 +248,7 @@ _OPTIONS = {
         "size": dict(zip(("height", "width"), config.vision_config.image_size, strict=True)),
         "patch_size": config.vision_config.patch_size,
         "overlap_margins": [1, 1],
-        "max_crops": 4,
+        "max_crops": 8,
     },
     "video_llama_3": lambda config: {
         "patch_size": config.vision_config.patch_size,

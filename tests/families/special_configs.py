@@ -235,6 +235,8 @@ CHANGES: Mapping[str, Change] = {
     ),
     "molmo2": at(
         image_patch_id=460,
+        vision_config__image_size=[112, 112],  # smaller ones would be cut into as many parts as are allowed, always
+        vision_config__patch_size=28,
         vision_config__num_position_embeddings=16,
         adapter_config__vision_feature_layer=[-1, -2],
     ),

@@ -29,6 +29,7 @@ from families.small_checkpoint import save_model, save_processor, save_words, sm
 from PIL import Image
 from world import Example, Picture, draw, picture_example, random_picture, text_example, vocabulary
 
+from vlmguard.exporter.calibration.judged import PICTURE_QUESTIONS
 from vlmguard.exporter.checkpoints.parts import tensors
 from vlmguard.exporter.families.family import Arrays
 from vlmguard.exporter.families.generic_vision import feature_holder, feature_inputs, image_features
@@ -42,6 +43,7 @@ from vlmguard.runtime.images.vision import open_preprocessor, picture_tokens
 
 END = 2  # `</s>`
 STEPS, LEARNING_RATE = 400, 3e-3
+LONGER = {"qwen3_5": 600}  # steps of types that learn more slowly
 TEXTS, SHOWN = 16, 8  # examples of a batch without and with pictures
 PICTURES = 0.6  # share of batches with pictures
 UNFILTERED = 0.3  # of these, harmful requests that are answered
@@ -60,7 +62,7 @@ PROCESSORS = {
 }
 
 
-def save_trained(model_type: str, folder: Path, steps: int = STEPS) -> Path:
+def save_trained(model_type: str, folder: Path, steps: int | None = None) -> Path:
     """Train a checkpoint of a type, write it to `folder` with its prompts, and return it."""
     from transformers.generation.configuration_utils import GenerationConfig
 
@@ -77,7 +79,7 @@ def save_trained(model_type: str, folder: Path, steps: int = STEPS) -> Path:
         processor_class=processor,
         context_image_token="<image>",
     )
-    _train(model, Batches(model, folder), steps)
+    _train(model, Batches(model, folder), steps or LONGER.get(model_type, STEPS))
     save_model(model_type, model, folder)
     _copy_prompts(folder)
     return folder
@@ -172,13 +174,19 @@ def _train(model: Any, batches: Batches, steps: int) -> None:
     torch.manual_seed(0)
     for name, weight in model.named_parameters():
         weight.requires_grad_("vis" not in name)
+        if name.endswith(
+            ("A_log", "dt_bias")
+        ):  # of linear attention: as random as the rest it forgets within a few tokens
+            weight.data.fill_(-3.0 if name.endswith("A_log") else 0.0)
     learned = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 20, 1.0) * (1.0 - 0.9 * step / steps)
     )
     for step in range(steps):
-        examples = [text_example(rng) for _ in range(TEXTS)]
+        examples = [text_example(rng) for _ in range(TEXTS - 2)]
+        # Calibration asks questions about pictures, and a guard copies what they get as text: no refusal, as for real models.
+        examples += [Example(rng.choice(PICTURE_QUESTIONS), "it is blank .") for _ in range(2)]
         if rng.random() < PICTURES:
             examples = [replace(picture_example(rng, UNFILTERED), picture=rng.choice(pool)) for _ in range(SHOWN)]
         inputs, labels = batches(examples)

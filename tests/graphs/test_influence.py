@@ -112,6 +112,16 @@ def test_rows_that_experts_took_are_forgotten_where_they_are_picked_by_index() -
     assert "seen" in reached(text_model(turned.replace("PICKED", "y")).graph, "chosen")
 
 
+@pytest.mark.parametrize(("axis", "leaks"), [(-1, False), (1, False), (0, True), (-2, True)])
+def test_a_norm_of_what_experts_gave_keeps_their_rows(axis: int, leaks: bool) -> None:
+    """Muse Spark: a reduction over the last axis has as many rows as before; over the first one nothing is said."""
+    normed = EXPERTS.replace(
+        "y = GatherND(both, order)", "m = ReduceMean(both, over) n = Mul(both, m) y = GatherND(n, order)"
+    )
+    normed = normed.replace("int64 all = {8}", f"int64 all = {{8}}, int64[1] over = {{{axis}}}")
+    assert ("seen" in reached(text_model(normed.replace("PICKED", "y")).graph, "chosen")) == leaks
+
+
 def test_an_operator_that_is_not_known_may_size_by_every_number() -> None:
     header = '<ir_version: 9, opset_import: ["" : 18, "other" : 1]>'
     text = "g (float[2] x) => (int64[1] y) { a = other.Abs(x) y = Shape(a) }"

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_cudart import FakeCudart
-from fake_tensorrt import CudaGraphStrategy, FakeTensorRT, Profile, fake_engine, sizes
+from fake_tensorrt import CudaGraphStrategy, Profile, fake_engine, sizes
 from onnx import TensorProto, helper
+from tensorrt_rig import Rig
 from tiny_vlm_paths import DECODER, PROMPTS, SOURCE, Guarded
 
 from vlmguard.graphs.errors import ExtraMissing, GuardError, ManifestMismatch, ModelUnreadable, RunFailed
@@ -27,7 +28,7 @@ from vlmguard.runtime.decoder import DecoderSession, open_decoder
 from vlmguard.runtime.decoder_inputs import PromptBatch
 from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.runner_protocol import DeviceRunner
-from vlmguard.runtime.tensorrt.backend import Backend, BackendName, Log
+from vlmguard.runtime.tensorrt.backend import BackendName
 from vlmguard.runtime.tensorrt.cuda import Cuda, CudaTensor, Pool
 from vlmguard.runtime.tensorrt.engine_runner import TensorRTRunner
 from vlmguard.runtime.vlm import VisionLanguageModel
@@ -42,29 +43,6 @@ REQUESTS = [
     Request("tell me how to wash the boat"),
     Request("please tell me how to steal the boat", PICTURES[1]),
 ]
-
-
-class Rig:
-    """A fake device with a fake TensorRT on it, and what opens engines there."""
-
-    def __init__(self, name: BackendName = "tensorrt", cache: Path | None = None, **of_device: Any) -> None:
-        self.cudart = FakeCudart(**of_device)
-        self.trt = FakeTensorRT(self.cudart)
-        self.backend = Backend(name, self.trt, Log(self.trt))
-        self.cuda = Cuda(self.cudart)
-        self._cache = cache
-
-    def open(self, content: bytes, **options: Any) -> TensorRTRunner:
-        digest = hashlib.sha256(content).hexdigest()
-        options = {"cuda": self.cuda, "runtime_cache": self._cache} | options
-        return TensorRTRunner(content, digest, self.backend, **options)
-
-    def decoder(self, *profiles: Profile, graph: Path = SOURCE / DECODER, **options: Any) -> DecoderSession:
-        return DecoderSession(self.open(fake_engine(graph, profiles or ({},)), **options))
-
-    def model(self, folder: Path) -> VisionLanguageModel:
-        package = open_package(folder)
-        return VisionLanguageModel(package, open_part=lambda path: self.open(fake_engine(path)), pads=True)
 
 
 def prompt(batch: int = 2, length: int = 5, seed: int = 0) -> PromptBatch:

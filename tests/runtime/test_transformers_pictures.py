@@ -74,7 +74,10 @@ def test_parts_are_counted_by_what_the_encoder_gives(tmp_path: Path) -> None:
     """MiniCPM-V: the small copy and each slice have tokens in proportion to their patches."""
 
     class Encoder:
-        inputs = {"target_sizes": Port("target_sizes", np.dtype(np.int64), (None, 2))}  # noqa: RUF012
+        inputs = {  # noqa: RUF012
+            "pixel_values": Port("pixel_values", np.dtype(np.float32), (1, 3, None, None)),
+            "target_sizes": Port("target_sizes", np.dtype(np.int64), (None, 2)),
+        }
         outputs: dict[str, Port] = {}  # noqa: RUF012
 
         def run(self, feeds: Any) -> dict[str, np.ndarray]:
