@@ -32,15 +32,16 @@ Run = Callable[[Feeds], Feeds]  # every input by name -> every output by name
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a runtime compares with onnxruntime's CPU provider in one mode."""
+    """How a runtime compares with onnxruntime's CPU provider in one mode; `limit` bounds the difference."""
 
     largest_difference: float
     tokens: int
     same_tokens: bool
+    limit: float = LIMIT
 
     @property
     def ok(self) -> bool:
-        return self.same_tokens and self.tokens > 0 and self.largest_difference <= LIMIT  # and so not NaN
+        return self.same_tokens and self.tokens > 0 and self.largest_difference <= self.limit  # and so not NaN
 
 
 @dataclass(frozen=True)

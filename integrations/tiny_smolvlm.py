@@ -4,8 +4,9 @@
 
     model/, unguarded/   the guarded folder, and the model that it was made from
     images/              the pictures
-    cases.json           cases[]: name, prompt, image (a file of images/, or null), input_ids, tokens (with the end-of-sequence
-                         token), answer, logits[]: at the last position of each call; unguarded: its tokens, answer and logits
+    cases.json           cases[]: name, prompt, image (a file of images/, or null), one_colour (whether the picture is of one),
+                         input_ids, tokens (with the end-of-sequence token), answer, logits[] (at each call's last position);
+                         unguarded: its tokens, answer and logits
 
 SmolVLM's own chat template, its markers around each tile, and `<end_of_utterance>` as the end of an answer. The model knows
 nothing: what matters is that another runtime computes the same.
@@ -47,6 +48,17 @@ CHAT_TEMPLATE = (
     "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+# Of SmolVLM's preprocessor_config.json, but for its sizes.
+IMAGE_PROCESSOR = {
+    "processor_class": "SmolVLMProcessor",
+    **dict.fromkeys(
+        ("do_convert_rgb", "do_image_splitting", "do_normalize", "do_pad", "do_rescale", "do_resize"), True
+    ),
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "resample": 1,
+    "rescale_factor": 1 / 255,
+}
 TILE, MOST = 16, 3  # pixels; tiles in a row
 # `(width, height)`. The model resizes the longer side to 48 pixels and cuts tiles of 16.
 SIZES = {"wide": (61, 30), "tall": (20, 47), "band": (90, 14), "column": (9, 70), "small": (5, 3), "grid": (32, 32)}
@@ -100,7 +112,7 @@ def _checkpoint(folder: Path) -> Path:
     end = tokenizer.token_to_id(END)
     _edit(folder / "tokenizer_config.json", bos_token=START, eos_token=END)
     _edit(folder / "generation_config.json", eos_token_id=end, bos_token_id=tokenizer.token_to_id(START))
-    _edit(folder / "preprocessor_config.json", size={"longest_edge": MOST * TILE})
+    _edit(folder / "preprocessor_config.json", size={"longest_edge": MOST * TILE}, **IMAGE_PROCESSOR)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"][end] *= 2  # so that some answers end
@@ -138,6 +150,7 @@ def _write_cases(folder: Path) -> None:
             "name": name,
             "prompt": request.prompt,
             "image": f"{name}.png" if picture is not None else None,
+            "one_colour": name in COLOURS,
             "input_ids": guarded.batch([request]).ids[0].tolist(),
         }
         cases.append(case | _answer(guarded, request) | {"unguarded": _answer(unguarded, request)})

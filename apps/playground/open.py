@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from ...exporter.prompts.overlaps import require_held_out_of
 from ...graphs.errors import GuardError
-from ...graphs.graph_io import external_files, graph_bytes
+from ...graphs.graph_io import external_files, graph_bytes, load_graph
 from ...graphs.manifest import read_manifest
 from ...graphs.progress import ProgressCallback, ignore_progress
 from ...graphs.roles import input_roles
@@ -95,13 +95,18 @@ def _model_files(sides: Sides, prompts: str | None) -> dict[str, bytes | Path]:
     return files
 
 
-# How the page opens one graph: its address, where its external data is, and which outputs refill the cache.
+# How the page opens one graph: its address, where its external data is, which nodes stay on the CPU beside WebGPU, and which
+# outputs refill the cache.
 Part = dict[str, object]
+# onnxruntime-web 1.30 on WebGPU computes a wrong `And` in one graph after one of other shapes in another graph, as in SmolVLM's
+# vision encoder and then its decoder's attention mask: it runs the other graph's shader.
+_CPU_OPERATORS = frozenset({"And"})
 
 
 def _on_disk(files: dict[str, bytes | Path], name: str, graph: Path) -> Part:
     files[f"{name}.onnx"] = graph
-    return _part(files, name, {str(path.relative_to(graph.parent)): path for path in external_files(graph)})
+    data = {str(path.relative_to(graph.parent)): path for path in external_files(graph)}
+    return _part(files, name, data, load_graph(graph, trust_links=True))
 
 
 def _in_memory(files: dict[str, bytes | Path], name: str, graph: ir.Model, home: Path) -> Part:
@@ -109,19 +114,18 @@ def _in_memory(files: dict[str, bytes | Path], name: str, graph: ir.Model, home:
     tensors = (value.const_value for value in graph.graph.initializers.values())
     names = {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
     cache = {pair.past: pair.present for pair in input_roles(graph.graph).states}
-    return _part(files, name, {location: home / location for location in sorted(names)}, cache)
+    return _part(files, name, {location: home / location for location in sorted(names)}, graph) | {"cache": cache}
 
 
-def _part(
-    files: dict[str, bytes | Path], name: str, data: Mapping[str, Path], cache: Mapping[str, str] | None = None
-) -> Part:
+def _part(files: dict[str, bytes | Path], name: str, data: Mapping[str, Path], graph: ir.Model) -> Part:
     """One model file with its external data, which is served under numbered URLs because file names are untrusted."""
     addresses = {location: f"{name}-{number}.data" for number, location in enumerate(data)}
     files |= {addresses[location]: path for location, path in data.items()}
     return {
         "graph": f"{name}.onnx",
         "data": [{"path": p, "address": a} for p, a in addresses.items()],
-        "cache": dict(cache or {}),
+        "cpuNodes": [node.name for node in graph.graph if node.op_type in _CPU_OPERATORS and node.name],
+        "cache": {},
     }
 
 

@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -39,6 +39,10 @@ ASK = """async ({ provider, prompt, picture, most }) => {
   }
   return steps;
 }"""
+
+# WebGPU's sin and cos may be off by 2^-11, which the rotary positions pass on: a model with random weights attends more sharply
+# than a trained one. A wrong attention mask was off by 0.36 and more.
+RANDOM_ON_WEBGPU = 5e-3
 
 Rows = Sequence[tuple[np.ndarray, int]]  # logits at the last position and the token, call by call
 
@@ -73,7 +77,7 @@ def main() -> int:
                 for mode, folder in mode_folders()
             }
             write(f"onnxruntime-web ({title})", modes, note)
-            agreement = ask_the_page(browser, smolvlm / "model", tile_questions(smolvlm), provider)
+            agreement = ask_about_tiles(browser, smolvlm, provider)
             shapes = "a tiny random SmolVLM, pictures of nine sizes as tiles"
             write(f"onnxruntime-web ({title}), SmolVLM's layout", {"restore": agreement}, f"{note}; {shapes}")
     (BUILD / f"{NAME}.json").write_text(json.dumps(parts, indent=2) + "\n", encoding="utf-8")
@@ -107,6 +111,12 @@ def tile_questions(folder: Path) -> list[Question]:
         )
         for case in cases
     ]
+
+
+def ask_about_tiles(browser: Browser, smolvlm: Path, provider: str) -> Agreement:
+    """Every case of `integrations/tiny_smolvlm.py`, pictures first, then text: as `ask_the_page`."""
+    agreement = ask_the_page(browser, smolvlm / "model", tile_questions(smolvlm), provider)
+    return replace(agreement, limit=RANDOM_ON_WEBGPU) if provider == "webgpu" else agreement
 
 
 def ask_the_page(browser: Browser, model: Path, questions: Sequence[Question], provider: str) -> Agreement:

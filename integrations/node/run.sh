@@ -5,6 +5,7 @@ here="$(cd "$(dirname "$0")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
 work="$root/build/integrations/node"
 command -v npm >/dev/null || { echo "npm is not there: install Node.js 20 or later" >&2; exit 1; }
+(cd "$root" && PYTHONPATH=tests python -m integrations.tiny_smolvlm)
 mkdir -p "$work"
 cp "$here"/*.mjs "$here/package.json" "$work/"
 # The CPU library comes with the package; its install script would fetch CUDA's from elsewhere, so no scripts run.

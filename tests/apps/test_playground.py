@@ -161,6 +161,8 @@ def test_the_site_of_a_guarded_folder(guarded: Guarded, libraries: None) -> None
     assert facts["guard"]["layers"] == manifest.plan["layers"]
     assert facts["guard"]["thresholds"] == [row["tau"] for row in manifest.plan["sites"]]
     assert facts["base"] == "stripped"
+    ands = [node.name for node in load_graph(guarded("restore") / DECODER).graph if node.op_type == "And"]
+    assert facts["parts"]["guarded"]["cpuNodes"] == ands == facts["parts"]["base"]["cpuNodes"] and ands
     wanted = {f"/model/{part['graph']}" for part in facts["parts"].values()}
     wanted |= {f"/model/{picture['name']}.png" for picture in facts["samples"]["pictures"]} | {"/model/blank.png"}
     assert wanted <= site.keys()

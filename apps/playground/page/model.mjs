@@ -96,9 +96,10 @@ export class Model {
   }
 }
 
-/** On a GPU the decoder's cache stays there from call to call. */
+/** On a GPU the decoder's cache stays there from call to call, and the nodes that it would compute wrongly do not run there. */
 async function openSession(ort, provider, part, { graph, externalData }) {
-  const options = { executionProviders: [provider], externalData, logSeverityLevel: 3 };
+  const onCpu = provider === "webgpu" && part.cpuNodes.length > 0 ? { forceCpuNodeNames: part.cpuNodes } : {};
+  const options = { executionProviders: [{ name: provider, ...onCpu }], externalData, logSeverityLevel: 3 };
   if (provider === "webgpu") options.preferredOutputLocation = Object.fromEntries(Object.values(part.cache).map((name) => [name, "gpu-buffer"]));
   return ort.InferenceSession.create(graph, options);
 }
