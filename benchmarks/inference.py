@@ -40,7 +40,7 @@ PHASES = {"decode": (1, 128), "prefill": (256, 0)}  # tokens of the call, tokens
 # A float32 session of the 0.5B shape holds about 3 GB once its weights are packed, an int4 one a fifth of that.
 OPEN_AT_ONCE = {"int4": 5, "fp32": 3}
 BUDGETS = {"decode": Budget(least=100, most=1000, seconds=150), "prefill": Budget(least=12, most=60, seconds=200)}
-OPENINGS = {"decode": 10, "prefill": 6}
+OPENINGS = {"decode": 6, "prefill": 4}
 UNGUARDED, AGAIN = "unguarded", "unguarded again"
 
 
