@@ -251,7 +251,7 @@ def _teach(folder: Path, words: list[str]) -> None:
         ({"model_type": "bert"}, "bert is an encoder; only decoder-only language models can be guarded"),
         (
             {"model_type": "phi4_multimodal", "vision_config": {"hidden_size": 8}},
-            "phi4_multimodal is multimodal (its config.json has a vision_config), and this multimodal family is not supported",
+            "mllama is multimodal (its config.json has a vision_config), and this multimodal family is not supported",
         ),
     ],
 )
