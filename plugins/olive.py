@@ -32,6 +32,7 @@ from olive.passes.pass_config import ParamCategory, PassConfigParam  # pyright: 
 
 from .. import __version__
 from ..exporter.calibration.guard_config import read_config
+from ..exporter.options import ExportOptions
 from ..exporter.pipeline import export
 from ..exporter.prompts.labelled import listed
 from ..graphs.digests import sha256_file
@@ -41,8 +42,8 @@ from ..graphs.spec import GuardSpec, parse_layers
 
 _log = logging.getLogger("olive.passes.vlmguard")  # below Olive's own, so that its log level holds
 
-# Arguments of `export` besides the spec. `proof` is not among them: this pass always runs the guard.
-_EXPORT_ARGUMENTS = (
+# Options of `export` besides the spec. `proof` is not among them: this pass always runs the guard.
+_EXPORT_OPTIONS = (
     "config",
     "directions",
     "anchors",
@@ -120,7 +121,7 @@ def _refusing() -> Iterator[None]:
         raise GuardRefused(f"VLMGuard: {error}") from None
 
 
-# Settings, derived from the signatures and docstrings of `GuardSpec` and `export`
+# Settings, derived from the fields and docstrings of `GuardSpec` and `ExportOptions`
 
 
 def _wish_params() -> dict[str, PassConfigParam]:
@@ -135,20 +136,21 @@ def _wish_params() -> dict[str, PassConfigParam]:
 
 
 def _export_params() -> dict[str, PassConfigParam]:
-    hints, described, parameters = get_type_hints(export), _described(export), inspect.signature(export).parameters
+    hints, described = get_type_hints(ExportOptions), _described(ExportOptions)
+    options = {field.name: field for field in fields(ExportOptions)}
     return {
         name: PassConfigParam(
             type_=hints[name],
-            default_value=parameters[name].default,
+            default_value=options[name].default,
             description=described[name],
             category=ParamCategory.PATH if hints[name] == Path | str | None else ParamCategory.NONE,
         )
-        for name in _EXPORT_ARGUMENTS
+        for name in _EXPORT_OPTIONS
     }
 
 
 def _described(documented: Any) -> dict[str, str]:
-    """Description of each attribute or argument in a docstring; `a, b: text` describes both."""
+    """Description of each attribute in a docstring; `a, b: text` describes both."""
     found: dict[str, str] = {}
     names: list[str] = []
     for line in (inspect.getdoc(documented) or "").splitlines():
@@ -172,7 +174,7 @@ def _spec(config: Any) -> GuardSpec | None:
 
 
 def _options(config: Any) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in _EXPORT_ARGUMENTS}
+    return {name: getattr(config, name) for name in _EXPORT_OPTIONS}
 
 
 def _content(config: Any) -> str:
