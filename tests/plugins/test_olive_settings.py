@@ -1,4 +1,4 @@
-"""The settings of Olive's pass are those of the exporter: derived with a stand-in for Olive, which has an environment of its own."""
+"""The settings of Olive's pass are the exporter's: derived with a stand-in for Olive, which has an environment of its own."""
 
 from __future__ import annotations
 
