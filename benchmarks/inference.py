@@ -40,7 +40,9 @@ PHASES = {"decode": (1, 128), "prefill": (256, 0)}  # tokens of the call, tokens
 # A float32 session of the 0.5B shape holds about 3 GB once its weights are packed, an int4 one a fifth of that.
 OPEN_AT_ONCE = {"int4": 5, "fp32": 3}
 BUDGETS = {"decode": Budget(least=100, most=1000, seconds=150), "prefill": Budget(least=12, most=60, seconds=200)}
-OPENINGS = {"decode": 6, "prefill": 4}
+# Two openings of one graph differ by 2% at a decode step, so many openings tell more than many pairs of one; a float32
+# session takes seconds to open.
+OPENINGS = {"int4": {"decode": 24, "prefill": 4}, "fp32": {"decode": 6, "prefill": 4}}
 UNGUARDED, AGAIN = "unguarded", "unguarded again"
 
 
@@ -197,7 +199,7 @@ def _group(
     opens = {
         name: partial(_opened, path, shop.shape, threads, phase, told.get(name, 0.0)) for name, path in paths.items()
     }
-    opened = opened_anew(opens, UNGUARDED, budget, 1 if budget is QUICK else OPENINGS[phase])
+    opened = opened_anew(opens, UNGUARDED, budget, 1 if budget is QUICK else OPENINGS[shop.precision][phase])
     again = opened.ratio(AGAIN, UNGUARDED)
     say(f"  unguarded against itself: {again.median:.4f}x, resolution {resolution(again):.2%}")
     rows = [_row({"name": AGAIN, "resolution": round(resolution(again), 6)}, opened)]

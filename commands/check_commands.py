@@ -247,7 +247,7 @@ def report_command(
         Path | None,
         data_option(
             "--source",
-            help="The unguarded model. (default: GUARDED's graph with the guard taken console.out, in memory)",
+            help="The unguarded model. (default: GUARDED's graph with the guard taken out, in memory)",
             metavar="MODEL",
         ),
     ] = None,

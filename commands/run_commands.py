@@ -256,7 +256,7 @@ def playground_command(
         Path | None,
         data_option(
             "--base",
-            help="The unguarded model. (default: GUARDED's graph with the guard taken console.out, in memory)",
+            help="The unguarded model. (default: GUARDED's graph with the guard taken out, in memory)",
             metavar="MODEL",
         ),
     ] = None,
