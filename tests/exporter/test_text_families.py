@@ -250,7 +250,7 @@ def _teach(folder: Path, words: list[str]) -> None:
         ({"model_type": "bart"}, "bart is an encoder-decoder; only decoder-only language models can be guarded"),
         ({"model_type": "bert"}, "bert is an encoder; only decoder-only language models can be guarded"),
         (
-            {"model_type": "phi4_multimodal", "vision_config": {"hidden_size": 8}},
+            {"model_type": "mllama", "vision_config": {"hidden_size": 8}},
             "mllama is multimodal (its config.json has a vision_config), and this multimodal family is not supported",
         ),
     ],
