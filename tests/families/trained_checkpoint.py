@@ -44,7 +44,7 @@ from vlmguard.runtime.images.vision import open_preprocessor, picture_tokens
 END = 2  # `</s>`
 EDGE = 64  # pixels of a picture
 STEPS, LEARNING_RATE = 400, 3e-3
-LONGER = {"qwen3_5": 600}  # steps of types that learn more slowly
+LONGER = {"lfm2_vl": 600, "qwen3_5": 600}  # steps of types that learn more slowly
 TEXTS, SHOWN = 16, 8  # examples of a batch without and with pictures
 PICTURES = 0.6  # share of batches with pictures
 UNFILTERED = 0.3  # of these, harmful requests that are answered
