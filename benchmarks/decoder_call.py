@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,11 +29,7 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
 
 
 class Decoder:
-    """A session on the CPU with a fixed number of threads.
-
-    Attributes:
-        load_seconds: what opening took.
-    """
+    """A session on the CPU with a fixed number of threads."""
 
     def __init__(self, path: Path, shape: Shape, threads: int, profile: Path | None = None) -> None:
         self.shape = shape
@@ -42,9 +37,7 @@ class Decoder:
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
-        began = time.perf_counter()
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.load_seconds = time.perf_counter() - began
 
     def call(self, tokens: int, past: int, supervisor: float = 0.0) -> Callable[[], None]:
         """Run `tokens` tokens of one sequence on a cache of `past`; every call does the same again.

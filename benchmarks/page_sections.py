@@ -109,7 +109,7 @@ def _inference(parts: Parts) -> list[str]:
 
 
 def _goals(parts: Parts, precision: str, phase: str) -> list[str]:
-    """The goals of one part, with its resolution, within which nothing is told apart from 1."""
+    """The goals of one part, its resolution first: smaller differences mean nothing."""
     rows, part = parts[f"{precision}/{phase}"]["rows"], f"{precision} {phase}"
     finest = max(row["resolution"] for row in rows if "resolution" in row)
     said = [goal_words(f"{part}, resolution (unguarded against itself)", finest, 0.005, "{:.2%}")]

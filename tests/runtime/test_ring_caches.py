@@ -1,4 +1,4 @@
-"""Ring caches of sliding windows: what of their outputs holds tokens, the rest being memory that nobody wrote."""
+"""Ring caches of sliding windows: which part of their outputs contains tokens. The rest is uninitialised memory."""
 
 from __future__ import annotations
 
