@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -83,39 +83,11 @@ def supervisor_numbers(edit: SubgraphEdit, planned: SitePlan) -> tuple[ir.Value,
     return tuple(edit.given[number_input(planned.layer_index, row)] for row in rows)
 
 
-def keep_outputs(edit: SubgraphEdit, builder: NodeBuilder, written: Written | WrittenWhole) -> None:
-    """Write this layer's outputs at the last token: coordinates `[batch, 1, m]`, scores and gates `[batch, 1]`."""
+def keep_outputs(edit: SubgraphEdit, written: Written | WrittenWhole) -> None:
+    """Keep this layer's part of the outputs, for `add_output`."""
     for output in edit.plan.added_outputs:
         assert isinstance(written, Written), "a guard written as one matrix has no outputs"
-        if output == COORDINATES_OUTPUT:
-            value = _own_coordinates(edit, builder, written)
-        elif output == SCORES_OUTPUT:
-            value = _score(edit, builder, written)
-        else:
-            assert output == PRESENT_GATE_OUTPUT and written.gate is not None, output
-            value = builder.op("present_gate", "GatherND", [written.gate.opened, edit.ends])
-        edit.guard_outputs[output].append(value)
-
-
-def _own_coordinates(edit: SubgraphEdit, builder: NodeBuilder, written: Written) -> ir.Value:
-    assert written.coordinates is not None and edit.ends is not None
-    c = builder.op("own_last", "GatherND", [written.coordinates, edit.ends])
-    return builder.op("own", "Unsqueeze", [c, builder.integers(1)])
-
-
-def _score(edit: SubgraphEdit, builder: NodeBuilder, written: Written) -> ir.Value:
-    """The gate's score in its own unit, not in the power of two that the lowering reads it in."""
-    made = written.gate
-    assert made is not None and edit.ends is not None
-    assert made.score is not None, "shared gates keep the scores that are an output"
-    if guard_mode(edit.plan.mode).decides_by_text:  # one score per row, whatever the token
-        return builder.op("score_unscaled", "Squeeze", [made.score, builder.integers(-1)])
-    value = builder.op("score_last", "GatherND", [made.score, edit.ends])
-    if made.unit == 1.0:
-        return value
-    return builder.op(
-        "score_unscaled", "Mul", [value, builder.constant("score_unscaled_unit", np.array(1 / made.unit), "float32")]
-    )
+        edit.guard_outputs[output].append(written)
 
 
 def add_output(model: ir.Model, edits: list[SubgraphEdit], output: str, shape: ir.Shape) -> None:
@@ -130,11 +102,57 @@ def add_output(model: ir.Model, edits: list[SubgraphEdit], output: str, shape: i
     given: dict[DecoderSubgraph, ir.Value] = {}
     for edit in edits:
         builder = edit.builder(output.removeprefix("vlmguard."))
-        given[edit.body] = builder.op("all_layers", "Concat", edit.guard_outputs[output], axis=1)
+        given[edit.body] = _WRITERS[output](edit, builder, edit.guard_outputs[output])
         builder.place_last()
         edit.shared += names_of(builder)
         edit.initializers += builder.initializers
     surface(model, given, output, shape)
+
+
+def _write_coordinates(edit: SubgraphEdit, builder: NodeBuilder, layers: list[Written]) -> ir.Value:
+    """`[batch, layers, m]`, in their own unit, not in the power of two that the lowering reads them in."""
+    rank = edit.plan.sites[0].guard.rank
+    last = _at_last_token(edit, builder, [written.coordinates for written in layers])
+    last = _in_own_units(builder, last, np.repeat([written.unit for written in layers], rank))
+    return builder.op("all_layers", "Reshape", [last, builder.integers(0, len(layers), rank)])
+
+
+def _write_scores(edit: SubgraphEdit, builder: NodeBuilder, layers: list[Written]) -> ir.Value:
+    """`[batch, layers]`, in their own units."""
+    gates = [written.gate for written in layers if written.gate is not None]
+    scores = [gate.score for gate in gates]
+    if guard_mode(edit.plan.mode).decides_by_text:  # one score per row, whatever the token
+        return builder.op("all_layers", "Squeeze", [_side_by_side(builder, scores), builder.integers(1)])
+    last = _at_last_token(edit, builder, scores)
+    return _in_own_units(builder, last, np.array([gate.unit for gate in gates]))
+
+
+def _write_gates(edit: SubgraphEdit, builder: NodeBuilder, layers: list[Written]) -> ir.Value:
+    """`[batch, layers]`"""
+    return _at_last_token(edit, builder, [written.gate and written.gate.opened for written in layers])
+
+
+_WRITERS = {COORDINATES_OUTPUT: _write_coordinates, SCORES_OUTPUT: _write_scores, PRESENT_GATE_OUTPUT: _write_gates}
+
+
+def _at_last_token(edit: SubgraphEdit, builder: NodeBuilder, values: Sequence[ir.Value | None]) -> ir.Value:
+    """`[batch, layers * k]` at each row's last token, of one `[batch, sequence, k]` per layer."""
+    assert edit.ends is not None
+    return builder.op("last", "GatherND", [_side_by_side(builder, values), edit.ends])
+
+
+def _in_own_units(builder: NodeBuilder, value: ir.Value, units: np.ndarray) -> ir.Value:
+    """Divided by the powers of two that the columns are in."""
+    if (units == 1.0).all():
+        return value
+    return builder.op("unscaled", "Mul", [value, builder.constant("units", 1 / units, "float32")])
+
+
+def _side_by_side(builder: NodeBuilder, values: Sequence[ir.Value | None]) -> ir.Value:
+    """Values of all layers along the last axis: what follows is then written once, and not once per layer."""
+    known = [value for value in values if value is not None]
+    assert len(known) == len(values), "a lowering writes every value that the plan outputs"
+    return known[0] if len(known) == 1 else builder.op("layers", "Concat", known, axis=-1)
 
 
 def record_guard(model: ir.Model, plan: GuardPlan) -> None:

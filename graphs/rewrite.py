@@ -38,7 +38,6 @@ from .runtime_controls import (
     OFFSET_INPUT,
     PAST_GATE_INPUT,
     STRENGTH_INPUT,
-    held_at,
     write_held,
     write_offset,
     write_strength,
@@ -242,7 +241,7 @@ def _guard_value(edit: SubgraphEdit, planned: SitePlan, node: ir.Node, builder: 
     """Every reader of the sum, or of what stands behind it, reads the guarded one."""
     raw = node.outputs[0]
     new, written = edit.lowering.guarded(builder, raw, _task(edit, planned, builder))
-    keep_outputs(edit, builder, written)
+    keep_outputs(edit, written)
     new.type, new.shape = raw.type, raw.shape
     readers = _redirect(edit.graph, raw, new, builder)
     builder.place_after(node)
@@ -260,7 +259,7 @@ def _guard_fused(edit: SubgraphEdit, planned: SitePlan, node: ir.Node, builder: 
     total = _sum(builder, residual, branch, bias)
     written = edit.lowering.correction(builder, total, _task(edit, planned, builder))
     new = builder.op("guarded", "Add", [branch, written.delta], like=branch)
-    keep_outputs(edit, builder, written)
+    keep_outputs(edit, written)
     node.replace_input_with(at, new)
     builder.place_before(node)
     names = branch.name or "", new.name or "", names_of(builder)
@@ -272,7 +271,7 @@ def _task(edit: SubgraphEdit, planned: SitePlan, builder: NodeBuilder) -> Task:
     # Every token is read, and the selection closes the gate or is multiplied with `w`: on one token, where time counts, that
     # costs less than gathering it first, and a prefill's MatMuls hide it (benchmarks/spellings.py).
     selected = edit.selections.get(edit.lowering.selects(mode, dtype))
-    layer, row = planned.layer_index, edit.plan.layers.index(planned.layer_index)
+    layer = planned.layer_index
     return Task(
         mode,
         planned.guard,
@@ -280,7 +279,7 @@ def _task(edit: SubgraphEdit, planned: SitePlan, builder: NodeBuilder) -> Task:
         supervisor=edit.supervisors.get(layer),
         selected=selected,
         offset=edit.offset,
-        held=None if edit.held is None else held_at(builder, edit.held, row),
+        held=edit.held.get(layer),
         text_ends=edit.text_ends,
         numbers=supervisor_numbers(edit, planned),
         outputs_coordinates=COORDINATES_OUTPUT in edit.plan.added_outputs,
@@ -322,7 +321,7 @@ def _read_runtime_controls(edit: SubgraphEdit) -> None:
     _share(edit, knobs)
     gate = edit.builder("gate")
     if (past := edit.given.get(PAST_GATE_INPUT)) is not None:
-        edit.held = write_held(gate, past)
+        edit.held = write_held(gate, past, edit.plan.layers)
     _share(edit, gate)
 
 

@@ -15,7 +15,7 @@ A held gate is a state in the style of the KV cache, `[batch, guarded layers]` f
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -103,22 +103,25 @@ def write_offset(builder: NodeBuilder, offset: ir.Value) -> ir.Value:
     return bounded(builder, "threshold_offset", offset, "float32", LARGEST_OFFSET)
 
 
-def write_held(builder: NodeBuilder, past: ir.Value) -> Held:
-    """The held gates of all layers at the start of a call: `[batch, layers, 1]`. Negative values and NaN mean undecided."""
+def write_held(builder: NodeBuilder, past: ir.Value, layers: Sequence[int]) -> dict[int, Held]:
+    """The held gates at the start of a call, by layer, `[batch, 1, 1]`. Negative values and NaN mean undecided.
+
+    Args:
+        builder: adds the nodes.
+        past: the input, `[batch, layers]` float32.
+        layers: the guarded layers, in the order of its columns.
+    """
     zero = builder.constant("zero", np.array(0), "float32")
     column = builder.op("column", "Unsqueeze", [past, builder.integers(-1)])
     undecided = builder.op("undecided", "Not", [builder.op("decided", "GreaterOrEqual", [column, zero])])
-    deciding = builder.cast("deciding", undecided, "float32")
-    return Held(deciding, builder.cast("is_open", builder.op("opened", "Greater", [column, zero]), "float32"))
-
-
-def held_at(builder: NodeBuilder, held: Held, row: int) -> Held:
-    """One layer's part of it, `[batch, 1, 1]`: it meets every token."""
-    index = builder.integers(row)
-    return Held(
-        builder.op("deciding", "Gather", [held.deciding, index], axis=1),
-        builder.op("is_open", "Gather", [held.is_open, index], axis=1),
-    )
+    parts = [
+        builder.split(name, builder.cast(f"{name}_in_all", value, "float32"), [f"{name}_{n}" for n in layers], axis=1)
+        for name, value in (
+            ("deciding", undecided),
+            ("is_open", builder.op("opened", "Greater", [column, zero])),
+        )
+    ]
+    return {layer: Held(*both) for layer, both in zip(layers, zip(*parts, strict=True), strict=True)}
 
 
 def notes_on(knobs: Collection[str], gate: str) -> list[str]:

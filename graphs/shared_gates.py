@@ -34,7 +34,7 @@ def shares_gates(edit: SubgraphEdit) -> bool:
     row = guard_mode(edit.plan.mode)
     if tuple(site.layer_index for site in edit.sites) != edit.plan.layers:
         return False  # this body holds some of the layers: the guard's inputs have rows for all
-    if edit.lowering.score_unit is None or row.gate is None or edit.held is not None or edit.plan.paired:
+    if edit.lowering.score_unit is None or row.gate is None or edit.held or edit.plan.paired:
         return False
     return row.toward_text or edit.plan.edits_last
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from .lowerings.table import Lowering
-from .lowerings.task import Held, SharedGate
+from .lowerings.task import Held, SharedGate, Written
 from .node_builder import NodeBuilder
 from .plan import GuardPlan, SitePlan
 from .subgraphs import DecoderSubgraph
@@ -27,14 +27,14 @@ class SubgraphEdit:
     text_ends: ir.Value | None = None
     step_tokens: str = ""
     offset: ir.Value | None = None
-    held: Held | None = None
+    held: dict[int, Held] = field(default_factory=dict)  # by layer
     supervisors: dict[int, ir.Value] = field(default_factory=dict)  # by layer, [batch, 1, m]
     shared_gates: dict[int, SharedGate] = field(default_factory=dict)  # by layer
     places: ir.Value | None = None  # tokens to edit, [batch, sequence, 1] bool
     selections: dict[str, ir.Value] = field(default_factory=dict)
     shared: list[str] = field(default_factory=list)
     initializers: list[str] = field(default_factory=list)
-    guard_outputs: dict[str, list[ir.Value]] = field(default_factory=lambda: defaultdict(list))
+    guard_outputs: dict[str, list[Written]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def graph(self) -> ir.Graph:

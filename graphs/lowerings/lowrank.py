@@ -48,9 +48,8 @@ def correction(builder: NodeBuilder, h: ir.Value, task: Task) -> Written:
         parts = ("coordinates", "score" if mode == "restore" else "score_read")
         c, score = builder.split("read_parts", read, parts, axis=-1, sizes=(layer.rank, 1))
     weights, opened = _WEIGHTS[mode](builder, score, c, task, units)
-    coordinates = _unscaled(builder, c, units) if task.outputs_coordinates else None
     delta, rows = _write(builder, h, _at(builder, weights, task.selected), layer, units, "float32", dtype)
-    return Written(delta, coordinates, opened, (rows,))
+    return Written(delta, c if task.outputs_coordinates else None, opened, (rows,), units.c)
 
 
 def selects(mode: str, dtype: str) -> str:
@@ -108,13 +107,6 @@ def _rows(mode: str, layer: LayerGuard, units: _Units) -> np.ndarray:
     if guard_mode(mode).has_readout:
         return np.vstack([rows, layer.readout[None, :].astype(np.float64) * units.score])
     return rows
-
-
-def _unscaled(builder: NodeBuilder, c: ir.Value, units: _Units) -> ir.Value:
-    """`c` in its own unit, not in the power of two that it was read in."""
-    if units.c == 1.0:
-        return c
-    return builder.op("coordinates_unscaled", "Mul", [c, builder.constant("unit", np.array(1 / units.c), "float32")])
 
 
 def _steer(

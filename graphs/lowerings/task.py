@@ -97,15 +97,17 @@ class Written:
 
     Attributes:
         delta: of `h' = h + delta`, in the stream's dtype.
-        coordinates: `c`, `[batch, sequence, m]` float32; `None` if they are not needed.
+        coordinates: `c`, `[batch, sequence, m]` float32, times `unit`; `None` if they are not needed.
         gate: `None` where every selected token is edited: `project`, and paired rows.
         weights: the initializers that the edit is linear in: with zeros in their place nothing is edited.
+        unit: the power of two that the coordinates are read in.
     """
 
     delta: ir.Value
     coordinates: ir.Value | None = None
     gate: Gate | None = None
     weights: tuple[ir.Value, ...] = ()
+    unit: float = 1.0
 
 
 @dataclass(frozen=True)

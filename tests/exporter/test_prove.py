@@ -210,10 +210,10 @@ def leaking_gate(model: onnx.ModelProto) -> None:
 
 def quiet_coordinates(model: onnx.ModelProto) -> None:
     """The text-only pass tells half of what it hears in layer 2."""
-    unsqueeze = named(model, "layer_2/own")
+    layers = named(model, "coordinates/layers")
     model.graph.initializer.append(numpy_helper.from_array(np.array(0.5, np.float32), "tampered/half"))
-    before(model, unsqueeze, [helper.make_node("Mul", [unsqueeze.input[0], "tampered/half"], ["tampered/own"])])
-    unsqueeze.input[0] = "tampered/own"
+    before(model, layers, [helper.make_node("Mul", [layers.input[1], "tampered/half"], ["tampered/own"])])
+    layers.input[1] = "tampered/own"
 
 
 def before(model: onnx.ModelProto, node: onnx.NodeProto, new: list[onnx.NodeProto]) -> None:

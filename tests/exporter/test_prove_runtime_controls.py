@@ -149,13 +149,13 @@ def reads(name: str, at: int, source: str) -> Callable[[onnx.ModelProto], None]:
 
 
 def swapped_scores(model: onnx.ModelProto) -> None:
-    told = node(model, "gate_scores/all_layers")
+    told = node(model, "gate_scores/layers")
     told.input[:] = list(reversed(told.input))
 
 
 def always_closed(model: onnx.ModelProto) -> None:
     """What is told to be carried on is that every gate is closed: the guard would end with the prompt."""
-    told = node(model, "present_gate/all_layers")
+    told = node(model, "present_gate/last")
     model.graph.initializer.append(numpy_helper.from_array(np.array(0, np.float32), "nothing"))
     told.output[0], name = "told", told.output[0]
     model.graph.node.append(helper.make_node("Mul", ["told", "nothing"], [name], name="muted"))

@@ -504,17 +504,17 @@ def lowrank_nodes(mode: str, rank: int, dtype: str) -> int:
     project: read, delta, guarded
     steer: read, opens, gate, strength, weights, delta, guarded
     restore: read, read_parts, difference, opens, gate, weights, delta, guarded
-    combined: those of restore; first_shifted, either, first_capped and score, own_last, own
-    supervise: read, centred, wanted, present, difference, weights, delta, guarded, own_last, own
-    align: read, difference, weights, delta, guarded, own_last, own
+    combined: those of restore; first_shifted, either, first_capped and score
+    supervise: read, centred, wanted, present, difference, weights, delta, guarded
+    align: read, difference, weights, delta, guarded
     The gates of supervise and align are shared. From rank 2 on the gate's coordinate is cut out of the state, and in
     `combined` the first text-only coordinate. In a float16 graph the edit is clipped, and behind the read a gate makes all
     float32, one Cast in and one out; `supervise` and `combined` tell coordinates unscaled, and `combined` and `align` scale
     what they were told.
     """
-    nodes = {"project": 3, "steer": 7, "restore": 8, "supervise": 10, "combined": 8 + 6, "align": 7}[mode]
+    nodes = {"project": 3, "steer": 7, "restore": 8, "supervise": 8, "combined": 8 + 4, "align": 5}[mode]
     nodes += mode in {"steer", "combined"} and rank > 1
-    half = {"project": 1, "steer": 3, "restore": 3, "supervise": 4, "combined": 5, "align": 5}
+    half = {"project": 1, "steer": 3, "restore": 3, "supervise": 3, "combined": 4, "align": 4}
     return nodes + (dtype == "float16") * half[mode]
 
 
@@ -527,7 +527,7 @@ def rank1_nodes(mode: str, rank: int, dtype: str) -> int:
     """Per row products, c, w and edit; one Add fewer than rows, and the Add to the stream.
 
     steer and restore have wanted, and supervise a_centred, a_strength, present and wanted per row; a gate has opens and
-    gate, that of restore reads products and score. supervise and combined have own_last and own; combined has
+    gate, that of restore reads products and score. combined has
     the gate of restore, and first_shifted, either, first_capped and score. From rank 2 on supervise cuts out each row,
     and both the gate's; their coordinates are put together. In a float16 graph: two Casts, and the edit is clipped.
     """
@@ -536,9 +536,9 @@ def rank1_nodes(mode: str, rank: int, dtype: str) -> int:
         "project": 0,
         "steer": 2,
         "restore": 4,
-        "supervise": 2 + 2,
-        "combined": 4 + 4 + 2,
-        "align": 2 + 2,
+        "supervise": 2,
+        "combined": 4 + 4,
+        "align": 2,
     }[mode]
     columns = {"supervise": rank + 2, "align": rank + 2, "combined": 2}.get(mode, 0) * (rank > 1)
     return rows + gate + columns + (dtype == "float16") * 3
@@ -575,9 +575,9 @@ def sharing(lowering: str, mode: str, positions: str, rank: int) -> int:
 
 
 # Once per graph: which token is the last one (19 nodes where a mask says it, 7 without), the selection to write by and its
-# Cast to the stream's dtype (positions `last`), the pairs to read by and the Concat of all layers' coordinates (with a
-# supervisor).
-LAST_WITH_MASK, LAST_WITHOUT, SELECTION, PAIRS_AND_COORDINATES = 19, 7, 5 + 1, 4 + 1
+# Cast to the stream's dtype (positions `last`), the pairs to read by and the coordinates of all layers (with a supervisor):
+# layers, last, all_layers, and unscaled where `lowrank` reads float16.
+LAST_WITH_MASK, LAST_WITHOUT, SELECTION, PAIRS_AND_COORDINATES = 19, 7, 5 + 1, 4 + 3
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -598,6 +598,7 @@ def test_the_nodes_of_a_site_are_counted(lowering: str, mode: str, kind: Kind, d
         assert [len(site.nodes) for site in report.sites] == [expected] * 2
         shared = LAST_WITH_MASK if positions == "last" or guard_mode(mode).supervisor else 0
         shared += SELECTION * (positions == "last") + PAIRS_AND_COORDINATES * (guard_mode(mode).supervisor)
+        shared += guard_mode(mode).supervisor and lowering == "lowrank" and dtype == "float16"
         shared += sharing(lowering, mode, positions, rank)
         assert len(report.shared_nodes) == shared
         assert len(model.graph) - before == report.node_count == shared + 2 * expected
