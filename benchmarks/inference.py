@@ -26,7 +26,19 @@ from typing import Any, cast
 import numpy as np
 from decoder_call import Decoder
 from guarding import ALWAYS_CLOSED, ALWAYS_OPEN, guarded, write_directions
-from measure import QUICK, Budget, Opened, Spread, asked, opened_anew, resolution, say
+from measure import (
+    QUICK,
+    Budget,
+    Opened,
+    Spread,
+    asked,
+    in_huge_pages,
+    interleaved,
+    opened_anew,
+    ratio,
+    resolution,
+    say,
+)
 from record import parser, read_parts, write_result
 from shapes import SHAPES, Precision, Shape, built
 
@@ -37,12 +49,15 @@ from vlmguard.graphs.spec import GuardSpec
 
 RANKS = (1, 4, 8)
 PHASES = {"decode": (1, 128), "prefill": (256, 0)}  # tokens of the call, tokens in the cache
+OPENING = "opening"  # of a session, as a part of its own
 # A float32 session of the 0.5B shape holds about 3 GB once its weights are packed, an int4 one a fifth of that.
 OPEN_AT_ONCE = {"int4": 5, "fp32": 3}
 BUDGETS = {"decode": Budget(least=100, most=1000, seconds=150), "prefill": Budget(least=12, most=60, seconds=200)}
-# Two openings of one graph differ by 2% at a decode step, so many openings tell more than many pairs of one; a float32
-# session takes seconds to open.
-OPENINGS = {"int4": {"decode": 24, "prefill": 4}, "fp32": {"decode": 6, "prefill": 4}}
+BUDGETS[OPENING] = Budget(least=10, most=40, seconds=120)
+# Two openings of one graph differ even in huge pages (fp32: by 2%), so many openings tell more than many pairs of one.
+OPENINGS = {"int4": {"decode": 16, "prefill": 4}, "fp32": {"decode": 12, "prefill": 4}}
+# The first two int4 sessions of a process are 13% and 2% slower; float32 ones are not, and too large to keep.
+UNTIMED = {"int4": 2, "fp32": 0}
 UNGUARDED, AGAIN = "unguarded", "unguarded again"
 
 
@@ -127,13 +142,14 @@ def main() -> None:
     shape = SHAPES[args.shape]
     done = read_parts(args.out) if args.resume else {}
     for precision in args.precision or OPEN_AT_ONCE:
-        for phase in PHASES:
+        for phase in PHASES if args.profile else (*PHASES, OPENING):
             part = f"{precision}/{phase}"
             written = f"{part}/nodes" if args.profile else part
             if args.only not in (None, part) or written in done:
                 continue
             with _workshop(shape, precision, args.models) as shop:
-                found = profile(shop, phase, args) if args.profile else measure(shop, phase, args)
+                work = profile if args.profile else measure_opening if phase == OPENING else measure
+                found = work(shop, phase, args)
                 write_result(args, "inference", found, written)
 
 
@@ -199,7 +215,8 @@ def _group(
     opens = {
         name: partial(_opened, path, shop.shape, threads, phase, told.get(name, 0.0)) for name, path in paths.items()
     }
-    opened = opened_anew(opens, UNGUARDED, budget, 1 if budget is QUICK else OPENINGS[shop.precision][phase])
+    openings = 1 if budget is QUICK else OPENINGS[shop.precision][phase]
+    opened = opened_anew(opens, UNGUARDED, budget, openings, untimed=UNTIMED[shop.precision])
     again = opened.ratio(AGAIN, UNGUARDED)
     say(f"  unguarded against itself: {again.median:.4f}x, resolution {resolution(again):.2%}")
     rows = [_row({"name": AGAIN, "resolution": round(resolution(again), 6)}, opened)]
@@ -223,10 +240,23 @@ def _row(about: dict[str, Any], opened: Opened) -> dict[str, Any]:
         "by_opening": [round(float(np.median(mine / other)), 6) for mine, other in by_opening],
         "ms": Spread.of(opened.pooled(name) * 1e3).to_json(),
         "unguarded_ms": Spread.of(opened.pooled(UNGUARDED) * 1e3).to_json(),
-        "load_seconds": round(float(np.median(opened.loads[name])), 3),
-        "unguarded_load_seconds": round(float(np.median(opened.loads[UNGUARDED])), 3),
-        "load_ratio": round(opened.load_ratio(name, UNGUARDED), 4),
     }
+
+
+def measure_opening(shop: Workshop, phase: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Sessions that are opened and closed again, one at a time."""
+    variants = goals()[: 2 if args.quick else None]
+    paths = {UNGUARDED: shop.model / "model.onnx", AGAIN: shop.model / "model.onnx"}
+    paths |= {variant.name: shop.guarded(variant) for variant in variants}
+    opens = {name: partial(Decoder, path, shop.shape, args.threads) for name, path in paths.items()}
+    times = interleaved(opens, UNGUARDED, asked(args, BUDGETS[phase]), warm_up=1)  # closing is not timed
+    rows = []
+    for name in opens:
+        found = ratio(times, name, UNGUARDED)
+        say(f"{shop.precision}/{phase} {name}: {found.median:.4f}x")
+        spreads = {"ratio": found.to_json(), "ms": Spread.of(times[name] * 1e3).to_json()}
+        rows.append({"name": name, "guarded": name not in (UNGUARDED, AGAIN), **spreads})
+    return {"shape": shop.shape.told, "precision": shop.precision, "rows": rows}
 
 
 def _size(model: Path) -> int:
@@ -282,4 +312,5 @@ def shares(trace: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    in_huge_pages()
     main()

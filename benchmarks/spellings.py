@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 from decoder_call import session_options
-from measure import Budget, Spread, asked, interleaved, say
+from measure import Budget, Spread, asked, in_huge_pages, interleaved, say
 from record import parser, write_result
 from shapes import SHAPES
 
@@ -384,4 +384,5 @@ def _require_agreement(outputs: dict[str, np.ndarray]) -> None:
 
 
 if __name__ == "__main__":
+    in_huge_pages()
     main()

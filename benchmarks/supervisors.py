@@ -22,7 +22,7 @@ import numpy as np
 import onnxruntime
 from decoder_call import session_options, token_ids
 from guarding import guarded, write_directions
-from measure import QUICK, Budget, Spread, asked, opened_anew, say
+from measure import QUICK, Budget, Spread, asked, in_huge_pages, opened_anew, say
 from record import parser, write_result
 from shapes import SHAPES, Shape, built
 
@@ -211,4 +211,5 @@ class Session:
 
 
 if __name__ == "__main__":
+    in_huge_pages()
     main()
