@@ -222,8 +222,8 @@ def _requests(part: Mapping[str, Any]) -> list[str]:
         f"### request: {part['text']} tokens of text, {part['image']} of an image, {part['steps']} of the answer",
         markdown_table(["mode", "ratio", "median's 95%", "p10 to p90", "pairs", "ms", "unguarded ms"], rows),
         "\n".join(goals),
-        "What both prompts begin with, a role and a system prompt, is computed twice. A cache that both use would save that part "
-        "of one prefill, and needs a graph whose cache can be cut; it is not built.",
+        "What both prompts begin with, a role and a system prompt, is computed twice. A cache that both use would save that "
+        "part of one prefill, and needs a graph whose cache can be cut; it is not built.",
     ]
 
 

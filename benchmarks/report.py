@@ -48,9 +48,9 @@ make bench                                 # all of them with --quick: a test ru
 
 They need the extras `[cpu,torch,genai]` and an otherwise idle machine.
 
-**Method.** The compared subjects run alternately, side by side. Pairs consist of neighbouring runs. Where a session's weights lie
-in memory makes up to 20% at a decode step (`benchmarks/measure.py`). So memory is in huge pages (on Linux with glibc), the first
-int4 sessions of a process are not timed, and sessions are opened several times in a random order.
+**Method.** The compared subjects run alternately, side by side. Pairs consist of neighbouring runs. Where a session's weights
+lie in memory makes up to 20% at a decode step (`benchmarks/measure.py`). So memory is in huge pages (on Linux with glibc), the
+first int4 sessions of a process are not timed, and sessions are opened several times in a random order.
 
 | column | meaning |
 |---|---|
