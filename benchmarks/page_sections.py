@@ -245,7 +245,6 @@ def _extraction(parts: Parts) -> list[str]:
         goal_words(f"{part['prompts']} prompts, {part['model'].partition(':')[0]}", part["total_ratio"], 1.1, "{:.3f}x")
         for part in (parts["tiny-vlm"], parts["decoder"])
     ]
-    goals += [_opening_goal(parts, precision) for precision in PRECISIONS]
     return [*blocks, "\n".join(goals)]
 
 
@@ -269,7 +268,9 @@ def _spellings(parts: Parts) -> list[str]:
 
 SECTIONS = (
     Section("rewriting", ("export", "export with digests", "onnx", "onnx_ir"), _rewriting),
-    Section("inference", tuple(f"{p}/{phase}" for p in PRECISIONS for phase in ("decode", "prefill", "opening")), _inference),
+    Section(
+        "inference", tuple(f"{p}/{phase}" for p in PRECISIONS for phase in ("decode", "prefill", "opening")), _inference
+    ),
     Section("hooks", ("hooks",), _hooks),
     Section("supervisors", ("prefill", "decode", "request"), _supervisors),
     Section("extraction", ("tiny-vlm", "decoder"), _extraction),
