@@ -22,7 +22,7 @@ _FACTORS = (4, 0.25)
 
 def sample_pictures(folder: Path) -> list[Arrays]:
     """Pictures of random colours by the names that transformers' image processors use: one of each of
-    `SIZES`, and a larger and a smaller one where those have as many tiles each.
+    `SIZES`, and a larger and a smaller one where those of `SIZES` are all cut into the same number of tiles.
 
     Raises:
         ModelUnreadable: the folder declares no image processor, or one that cannot be run here.
@@ -36,8 +36,8 @@ def sample_pictures(folder: Path) -> list[Arrays]:
     height, width = SIZES[-1]
     for factor in _FACTORS:
         further = prepare((int(height * factor), int(width * factor)), len(pictures))
-        has_tiles = any(array.ndim == 5 for array in map(np.asarray, further.values()))
-        if (has_tiles or has_sub_pictures(further)) and _has_other_axis(further, pictures):
+        is_cut = any(_has_tiles(picture) or has_sub_pictures(picture) for picture in (further, *pictures))
+        if is_cut and _has_other_axis(further, pictures):
             pictures.append(further)
     return pictures
 
@@ -58,6 +58,12 @@ def _counted_on(pictures: Sequence[Arrays]) -> list[np.ndarray]:
     patches = [int(np.prod(picture["pixel_values"].shape[:2])) for picture in pictures]
     before = np.cumsum([0, *patches[:-1]])
     return [np.where(p[_POOLED] >= 0, p[_POOLED] + offset, -1) for p, offset in zip(pictures, before, strict=True)]
+
+
+def _has_tiles(picture: Arrays) -> bool:
+    """Whether the picture is cut: `[1, tiles, 3, height, width]`, or `[tiles, 3, height, width]` with more than one tile."""
+    arrays = map(np.asarray, picture.values())
+    return any(array.ndim == 5 or (array.ndim == 4 and len(array) > 1) for array in arrays)
 
 
 def _has_other_axis(picture: Arrays, others: Sequence[Arrays]) -> bool:

@@ -22,10 +22,11 @@ from transformers.models.shieldgemma2.modeling_shieldgemma2 import ShieldGemma2F
 from vlmguard.exporter.checkpoints import fit
 from vlmguard.exporter.checkpoints.convert import load_model
 from vlmguard.exporter.checkpoints.tidy import index_with_int64
-from vlmguard.exporter.families import find_family
+from vlmguard.exporter.families import find_family, sample_pictures
 from vlmguard.exporter.families.encoder_texts import with_texts
 from vlmguard.exporter.families.family import Vision
 from vlmguard.exporter.families.generic import GenericDecoder
+from vlmguard.exporter.families.generic_vision import traced_shapes
 from vlmguard.exporter.families.position_rules import counted
 from vlmguard.exporter.families.random_pixels import random_pixels, required_inputs
 from vlmguard.exporter.families.recorded import record, rope_index_inputs
@@ -217,6 +218,22 @@ def test_an_encoder_that_reads_the_prompt_gets_a_text() -> None:
     assert first["qformer_input_ids"].shape == first["qformer_attention_mask"].shape == (1, 5)
     assert second["qformer_input_ids"].shape == (1, 8) and int(second["qformer_input_ids"].max()) < 30
     assert first["qformer_attention_mask"].all()
+
+
+@pytest.mark.parametrize("leading", [(), (1,)], ids=["tiles, 3, height, width", "1, tiles, 3, height, width"])
+def test_pictures_that_are_all_cut_alike_are_joined_by_one_with_other_tiles(
+    leading: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cohere 2 Vision's: a graph that is traced on thirteen tiles each would take no other number of them."""
+
+    def prepare(image: Image.Image) -> Any:
+        tiles = 13 if image.height >= 200 else 1
+        return SimpleNamespace(arrays={"pixel_values": np.zeros((*leading, tiles, 3, 8, 8), np.float32)})
+
+    processor = SimpleNamespace(prepare=prepare)
+    monkeypatch.setattr(sample_pictures, "open_preprocessor", lambda folder: processor)
+    shapes = traced_shapes(sample_pictures.sample_pictures(tmp_path))
+    assert shapes == {"pixel_values": (*leading, "num_images", 3, 8, 8)}
 
 
 def test_patches_of_pictures_in_a_batch_are_counted_on() -> None:
