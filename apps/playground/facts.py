@@ -100,6 +100,10 @@ def chat_facts(chat: ChatTokenizer) -> dict[str, Any]:
         "content": chat.content,
         "specialTokens": dict(chat.special_tokens),
         "controlTokens": {str(number): text for number, text in chat.control_tokens.items()},
+        "turnMarkers": [
+            {"spellings": rule.spellings, "anyCase": rule.any_case, "beginsWord": rule.begins_word}
+            for rule in chat.markers.rules
+        ],
         "multimodal": chat.multimodal,
         "eosIds": sorted(chat.eos_ids),
         "imageToken": chat.placeholder.image,

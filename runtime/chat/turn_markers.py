@@ -29,15 +29,48 @@ _SHORT = 4  # letters; "Q:" counts at the beginning of a word only
 
 
 @dataclass(frozen=True)
+class MarkerRule:
+    """How one marker is found in a text, as data: the playground's page builds its own pattern from it.
+
+    Attributes:
+        spellings: words and signs of each spelling, between which white space does not matter: "ASSISTANT :", "[ /INST ]".
+        any_case: whether a spelling in other cases counts too.
+        begins_word: whether it counts only where no letter or digit stands before it.
+    """
+
+    spellings: tuple[tuple[str, ...], ...]
+    any_case: bool
+    begins_word: bool
+
+    @classmethod
+    def of(cls, marker: str, same: Callable[[str, str], bool]) -> MarkerRule:
+        """The rule of a marker that `_plain` has simplified."""
+        written = sorted({marker, marker.upper(), marker.title(), marker.capitalize()})
+        return cls(
+            tuple(tuple(re.findall(r"\w+|[^\w\s]", spelling)) for spelling in written),
+            all(same(marker, other) for other in (marker.lower(), marker.upper())),
+            marker[0].isalnum() and sum(map(str.isalpha, marker)) < _SHORT,
+        )
+
+    @property
+    def pattern(self) -> str:
+        body = "|".join(r"\s*".join(map(re.escape, parts)) for parts in self.spellings)
+        before = r"(?<![^\W_])" if self.begins_word else ""
+        return f"{before}{'(?i:' if self.any_case else '(?:'}{body})"
+
+
+@dataclass(frozen=True)
 class TurnMarkers:
     """The plain-text markers of one template.
 
     Attributes:
         texts: as the template writes them, without white space around them.
+        rules: one per text.
         pattern: finds them in a text that `_plain` has simplified; `None` if there are none.
     """
 
     texts: tuple[str, ...] = ()
+    rules: tuple[MarkerRule, ...] = ()
     pattern: re.Pattern[str] | None = None
 
     @classmethod
@@ -59,8 +92,8 @@ class TurnMarkers:
                 texts |= dict.fromkeys(_candidates(piece))
         if not texts:
             return cls()
-        patterns = [_pattern(_plain(text), same) for text in texts]
-        return cls(tuple(texts), re.compile("|".join(patterns)))
+        rules = tuple(MarkerRule.of(_plain(text), same) for text in texts)
+        return cls(tuple(texts), rules, re.compile("|".join(rule.pattern for rule in rules)))
 
     def found_in(self, text: str) -> str | None:
         """The first marker in a text, as the text writes it; `None` if there is none."""
@@ -87,21 +120,6 @@ def _candidates(piece: str) -> Iterator[str]:
         sentence = line[-1] in ".!?,;"
         if len(line) <= _LONGEST and any(map(str.isalpha, line)) and not plain_word and not sentence:
             yield line
-
-
-def _pattern(marker: str, same: Callable[[str, str], bool]) -> str:
-    spellings = {marker, marker.upper(), marker.title(), marker.capitalize()}
-    folded = all(same(marker, other) for other in (marker.lower(), marker.upper()))
-    body = "|".join(_spaced(spelling) for spelling in sorted(spellings))
-    flags = "(?i:" if folded else "(?:"
-    before = r"(?<![^\W_])" if marker[0].isalnum() and sum(map(str.isalpha, marker)) < _SHORT else ""
-    return f"{before}{flags}{body})"
-
-
-def _spaced(spelling: str) -> str:
-    """White space between a marker's words and signs does not matter: "ASSISTANT :", "[ /INST ]"."""
-    parts = re.findall(r"\w+|[^\w\s]", spelling)
-    return r"\s*".join(map(re.escape, parts))
 
 
 def _plain(text: str) -> str:

@@ -4,6 +4,7 @@ import { Template } from "./lib/jinja.mjs";
 import { Tokenizer } from "./lib/tokenizers.mjs";
 import { pictureText } from "./markers.mjs";
 import { Refused } from "./refused.mjs";
+import { TurnMarkers } from "./turn_markers.mjs";
 
 export class Chat {
   /**
@@ -14,6 +15,7 @@ export class Chat {
     this.facts = facts;
     this.tokenizer = new Tokenizer(tokenizer, {});
     this.template = facts.template === null ? null : new Template(facts.template);
+    this.markers = new TurnMarkers(facts.turnMarkers);
     this.control = new Map(Object.entries(facts.controlTokens).map(([id, text]) => [Number(id), text]));
   }
 
@@ -73,6 +75,10 @@ export class Chat {
       [...this.control.values()].find((text) => prompt.includes(text)) ??
       this.control.get(this.#ids(prompt, false).find((id) => this.control.has(id)));
     if (found !== undefined) throw new Refused(`The prompt contains ${found}, a control token of this model; remove it.`);
+    const marker = this.markers.foundIn(prompt);
+    if (marker !== null) {
+      throw new Refused(`The prompt contains ${marker}, which this model's chat template writes between turns; write it in another way.`);
+    }
   }
 
   #ids(text, special) {
