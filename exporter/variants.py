@@ -71,8 +71,6 @@ class VariantRow:
         """
         for label in ("harmful", "harmless"):
             (_, own, asked), (_, theirs, of) = self.counts(label), first.counts(label)
-            if not asked or not of:
-                continue
             (low, high), (least, most) = clopper_pearson(own, asked), clopper_pearson(theirs, of)
             if high < least if label == "harmful" else low > most:
                 raise GuardWeakens(
@@ -126,7 +124,10 @@ def measure_variants(
             rows.append(answers.row(session, plan, first, allow_no_effect))
         except (GuardWeakens, NoEffect) as error:
             plan, calibration = refit(number, error)
-            rows.append(replace(answers.row(session, plan, first, allow_no_effect), calibration=calibration))
+            try:
+                rows.append(replace(answers.row(session, plan, first, allow_no_effect), calibration=calibration))
+            except (GuardWeakens, NoEffect) as still:
+                raise type(still)(f"{still}; its numbers were fitted to its own states, which was not enough") from None
     session.report_progress("asking the variants", len(decoders), len(decoders))
     return tuple(rows)
 
@@ -168,7 +169,8 @@ class _Answers:
             if first is not None and guard_mode(plan.mode).has_threshold:
                 row.require_like(first)
         except (GuardWeakens, NoEffect) as error:
-            raise type(error)(f"{path}: {error}, with this variant alone (--variant)") from None
+            alone = f"--variant '{variant_name(self.guarded.decoder)}' exports it alone"
+            raise type(error)(f"{path}: {error} ({alone})") from None
         return row
 
 

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx_ir.external_data import set_base_dir
 
 from .errors import GuardError, ModelUnreadable, first_line
+from .external_weights import CheckedWeight, trust_places
 from .graph_file import LARGEST_FILE, read_graph_file
 from .inline_weights import InFile, referring_proto, total, weights_in_files, whole_pieces
 from .new_files import new_file
@@ -43,6 +44,7 @@ def load_graph(path: Path, trust_links: bool = False) -> ir.Model:
         raise ModelUnreadable(f"{path}: is not a valid ONNX model ({first_line(error)}); export it again") from None
     _leave_in_file(model, path, [(proto.graph.initializer[index].name, place) for index, place in places.items()])
     set_base_dir(model.graph, str(path.parent))
+    trust_places(model)
     idle = next((node for node in model.graph.all_nodes() if not node.outputs), None)
     if idle is not None:
         raise ModelUnreadable(f"{path}: node {idle.name!r} ({idle.op_type}) has no outputs; export it again")
@@ -135,16 +137,8 @@ def _move_out(model: ir.Model, names: Collection[str], data: Path) -> bool:
 
 
 def relocated(tensor: ir.ExternalTensor, location: str) -> ir.ExternalTensor:
-    """The same reference into a file of another name."""
-    return ir.ExternalTensor(
-        location,
-        tensor.offset,
-        tensor.length,
-        tensor.dtype,
-        shape=ir.Shape(tensor.shape),
-        name=tensor.name or "",
-        base_dir=tensor.base_dir,
-    )
+    """The same numbers in a file of another name; they can be read as before."""
+    return CheckedWeight.of(tensor, location)
 
 
 def graph_bytes(model: ir.Model) -> bytes:

@@ -45,10 +45,14 @@ class InFile(ir.LazyTensor):
         super().__init__(self._mapped, dtype=dtype, shape=ir.Shape(shape), name=name)
 
     def _mapped(self) -> ir.ExternalTensor:
-        return self.reference(self.file.name)
+        # No base folder: onnx_ir would refuse a file with two names, and exports hard-link large files (`staging.bring`).
+        return self._at(str(self.file), "")
 
     def reference(self, location: str) -> ir.ExternalTensor:
         """The same numbers as external data."""
+        return self._at(location, self.file.parent)
+
+    def _at(self, location: str, folder: Path | str) -> ir.ExternalTensor:
         return ir.ExternalTensor(
             location,
             self.offset,
@@ -56,7 +60,7 @@ class InFile(ir.LazyTensor):
             self.dtype,
             name=self.name or "",
             shape=ir.Shape(self._sizes),
-            base_dir=self.file.parent,
+            base_dir=folder,
         )
 
     def same_bytes(self, other: InFile) -> bool:
