@@ -146,6 +146,7 @@ UNWRITTEN: Mapping[str, str] = {
     "gemma4": _GEMMA4,
     "gemma4_unified": _GEMMA4,
     "lfm2_vl": _STATES,
+    "mistral3": f"{RUNTIME} rounds a picture's sides to the nearest whole tokens, where its image processor rounds up",
     "phi3_v": _REMOTE,
     "qwen3_5": _STATES,
     "qwen3_5_moe": _STATES,
