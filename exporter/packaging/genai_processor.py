@@ -59,7 +59,7 @@ def processor_bytes(folder: Path) -> bytes:
 _Steps = list[dict[str, Any]]
 
 
-def _step(kind: str, inputs: Sequence[str] = (), **attrs: Any) -> dict[str, Any]:
+def _step(kind: str, inputs: Sequence[str] = (), /, **attrs: Any) -> dict[str, Any]:
     """One operation of onnxruntime-extensions; without `inputs` it takes all that the one before gives."""
     named = (("type", kind), ("inputs", list(inputs)), ("attrs", attrs))
     return {name: value for name, value in named if value}

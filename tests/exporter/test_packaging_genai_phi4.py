@@ -26,6 +26,7 @@ from vlmguard.exporter.packaging.genai import package_genai
 from vlmguard.exporter.packaging.genai_pipelines import PIPELINES
 from vlmguard.exporter.packaging.genai_processor import processor_bytes
 from vlmguard.graphs.errors import GuardError
+from vlmguard.graphs.progress import ignore_progress
 from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.images.image_features import ImageFeatures
 from vlmguard.runtime.runners import open_runner
@@ -57,7 +58,7 @@ def test_genai_answers_with_pictures_as_torch_does(tmp_path: Path) -> None:
     assert (described["type"], described["speech"]["filename"]) == ("phi4mm", "")
     vlm, genai, packaged = GuardedVLM.open(guarded), Genai(folder), GuardedVLM.open(folder)
     encoder = open_runner(folder / "vision.onnx", folder, "onnxruntime-cpu")
-    model = load_model(checkpoint, find_family(read_config(checkpoint), "phi4"), "fp32", lambda _: None)
+    model = load_model(checkpoint, find_family(read_config(checkpoint), "phi4"), "fp32", ignore_progress)
     hooked, answers = hooked_project(directions), []
     for size in (*SIZES, None):
         given, image = _inputs(genai, folder, size)
