@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator, Coroutine
 from datetime import datetime
@@ -164,10 +165,12 @@ async def _read(answering: Answering) -> None:
 
 
 def _fingerprint(vlm: GuardedVLM) -> str:
-    """Of the decoder that answers: the same graph, the same guard."""
+    """Of the decoder that answers, in all its engines: the same graph, the same guard."""
     manifest = vlm.manifest
-    engine = next((engine.path for engine in manifest.engines if engine.role == "decoder"), None)
-    return f"fp_{(manifest.files[engine or manifest.decoder].sha256 or 'none')[:12]}"
+    parts = [engine.path for engine in manifest.engines if engine.is_decoder] or [manifest.decoder]
+    digests = [manifest.files[part].sha256 or "none" for part in parts]
+    whole = digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    return f"fp_{whole[:12]}"
 
 
 def _routes(service: Service) -> FastAPI:

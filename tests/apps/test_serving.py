@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -28,6 +29,7 @@ from tiny_vlm_paths import DECODER, PROMPTS, SOURCE, Guarded
 
 from vlmguard import cli
 from vlmguard.apps.serving import server as server_module
+from vlmguard.apps.serving.app import _fingerprint
 from vlmguard.apps.serving.chat_request import _Body, read_chat_request
 from vlmguard.apps.serving.http_errors import ApiError
 from vlmguard.apps.serving.parameters import MESSAGE_NEUTRAL, NEUTRAL, NOTES
@@ -966,3 +968,18 @@ def test_many_at_once_are_answered_as_alone(served: Served, vlm: GuardedVLM) -> 
     assert [one["choices"][0]["message"]["content"] for one in together] == alone * 4
     assert len({one["id"] for one in together}) == len(together)
     assert threading.active_count() < 30
+
+
+def test_the_fingerprint_covers_every_engine_of_the_decoder() -> None:
+    def fingerprint(prompts: str, steps: str | None, vision: str) -> str:
+        digests = {"decoder": prompts, "decode_step": steps, "vision_encoder": vision}
+        engines = [
+            SimpleNamespace(path=role, is_decoder=role.startswith("deco")) for role, digest in digests.items() if digest
+        ]
+        files = {role: SimpleNamespace(sha256=digest) for role, digest in digests.items()}
+        return _fingerprint(cast(GuardedVLM, SimpleNamespace(manifest=SimpleNamespace(engines=engines, files=files))))
+
+    whole = fingerprint("a" * 64, "b" * 64, "c" * 64)
+    assert whole == fingerprint("a" * 64, "b" * 64, "d" * 64)
+    assert len({whole, fingerprint("a" * 64, "e" * 64, "c" * 64), fingerprint("e" * 64, "b" * 64, "c" * 64)}) == 3
+    assert fingerprint("a" * 64, None, "c" * 64) == "fp_" + 12 * "a"
