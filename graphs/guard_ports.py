@@ -11,7 +11,7 @@ from .lowerings.task import Written, WrittenWhole
 from .modes import guard_mode
 from .node_builder import NodeBuilder
 from .pairs import SUPERVISOR_KEY
-from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan, SitePlan, number_input, number_of_input
+from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan
 from .runtime_controls import (
     PRESENT_GATE_OUTPUT,
     SCORES_OUTPUT,
@@ -20,6 +20,7 @@ from .runtime_controls import (
 from .sites import find_node
 from .subgraph_edit import SubgraphEdit
 from .subgraphs import DecoderSubgraph, find_bodies, surface
+from .token_layout import at_every_token, in_rows
 
 
 def declare_inputs(model: ir.Model, plan: GuardPlan, shapes: Mapping[str, ir.Shape]) -> dict[str, ir.Value]:
@@ -35,15 +36,14 @@ def declare_inputs(model: ir.Model, plan: GuardPlan, shapes: Mapping[str, ir.Sha
 
 
 def port_shapes(model: ir.Model, plan: GuardPlan) -> dict[str, ir.Shape]:
-    """`[batch, layers, m]` of coordinates, `[batch, 1, 1]` of a single one, `[batch, layers]` of gates and scores."""
+    """`[batch, layers, m]` of coordinates, `[batch, layers]` of gates and scores."""
     names = [name for name in (*plan.added_inputs, *plan.added_outputs) if name not in plan.knobs]
     if not names:
         return {}
     batch = _batch(model, plan)
     of_gates: list[ir.SymbolicDim | int | str] = [batch, len(plan.layers)]
     ranked = {*SUPERVISOR_INPUTS, COORDINATES_OUTPUT}
-    shapes = {name: ir.Shape([*of_gates, plan.sites[0].guard.rank] if name in ranked else of_gates) for name in names}
-    return shapes | {name: ir.Shape([batch, 1, 1]) for name in names if number_of_input(name) is not None}
+    return {name: ir.Shape([*of_gates, plan.sites[0].guard.rank] if name in ranked else of_gates) for name in names}
 
 
 def _batch(model: ir.Model, plan: GuardPlan) -> ir.SymbolicDim | int | str:
@@ -75,12 +75,17 @@ def split_supervisor(edit: SubgraphEdit, builder: NodeBuilder) -> dict[int, ir.V
     return dict(zip(layers, rows, strict=True))
 
 
-def supervisor_numbers(edit: SubgraphEdit, planned: SitePlan) -> tuple[ir.Value, ...]:
-    """This layer's coordinates as single inputs, `[batch, 1, 1]` each; empty for a graph that takes them stacked."""
-    if edit.plan.supervisor != "numbers":
-        return ()
-    rows = range(edit.plan.text_rows(planned.guard))
-    return tuple(edit.given[number_input(planned.layer_index, row)] for row in rows)
+def supervisor_numbers(edit: SubgraphEdit, builder: NodeBuilder, stream: ir.Value) -> dict[int, tuple[ir.Value, ...]]:
+    """The coordinates that each layer reads, `[batch, sequence, 1]` each, in the layout of the stream."""
+    supervisor, layers, guard = supervisor_input(edit), edit.plan.layers, edit.plan.guards[0]
+    if supervisor is None:
+        return {}
+    coordinates = at_every_token(builder, "coordinates", supervisor, stream, len(layers) * guard.rank)
+    rows = range(edit.plan.text_rows(guard))
+    return {
+        layer: tuple(in_rows(builder, f"layer_{layer}_{row}", coordinates, place * guard.rank + row) for row in rows)
+        for place, layer in enumerate(layers)
+    }
 
 
 def keep_outputs(edit: SubgraphEdit, written: Written | WrittenWhole) -> None:

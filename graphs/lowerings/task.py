@@ -25,7 +25,7 @@ class Task:
         offset: added to the threshold, a float32 scalar, where the guard has that knob.
         held: gates that the prompt may have decided, where they are held.
         numbers: in place of `supervisor`, the text-only coordinates along the first rows, as many as the mode reads,
-            `[batch, 1, 1]` float32 each; only for lowerings with `takes_numbers`.
+            `[batch, sequence, 1]` float32 each; only for lowerings with `takes_numbers`.
         outputs_coordinates: whether `Written.coordinates` is needed.
         shared: the layer's part of what the gates of all layers compute together; `None`: the layer has its gate to itself.
     """

@@ -1,0 +1,41 @@
+"""The guard of the graphs that TensorRT builds engines from: the same edits, with no kernel of their own in a layer.
+
+One engine is for prompts, one for decode steps. Both take fewer calls than the guarded decoder, which any runtime may run. A
+mask has a column for each token so far and no more: one reduction finds the last token (`whole_mask`). A decode step has one
+token: positions `last` and `all` are the same edit. In both, numbers of the guard that belong to a token are laid out as the
+stream is (`token_layout`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .lowerings.table import LOWERINGS
+from .plan import Calls, GuardPlan
+
+
+def prompt_plan(plan: GuardPlan) -> GuardPlan | None:
+    """The plan of the same guard for masks of past + sequence columns; `None` where the guarded decoder serves as well.
+
+    Guards that read paired rows keep their graph: what an edit reads lies in another row, which is a kernel of its own in any
+    spelling.
+    """
+    if not _writes_nodes(plan) or plan.paired or not (plan.edits_last or plan.added_outputs):
+        return None
+    return replace(plan, calls="whole")
+
+
+def decode_step_plan(plan: GuardPlan) -> GuardPlan | None:
+    """The plan of the same guard for calls of one token; `None` where the guard is the same in both.
+
+    Guards that edit the end of the prompt alone keep their graph: what they do in a decode step is decided by the selection.
+    """
+    if not _writes_nodes(plan) or plan.edits_prompt_end or not (plan.edits_last or plan.takes_supervisor):
+        return None
+    calls: Calls = "step" if plan.takes_supervisor else "any"
+    # Without a mask, each row's last token is at the last index of the call, here the only one.
+    return replace(plan, positions="all", mask="", calls=calls)
+
+
+def _writes_nodes(plan: GuardPlan) -> bool:
+    return any(lowering.name == plan.lowering for lowering in LOWERINGS)
