@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
+from typing import IO
 
 import onnx_ir as ir
 from onnx_ir.external_data import set_base_dir
@@ -99,12 +101,16 @@ def save_graph(model: ir.Model, path: Path, own_data: Collection[str] = ()) -> P
             "--lowering lowrank"
         ) from None
     with new_file(path) as file:
-        for piece in pieces:
-            if isinstance(piece, InFile):
-                piece.copy_to(file)
-            else:
-                file.write(piece)
+        _write(pieces, file)
     return data if moved else None
+
+
+def _write(pieces: Iterable[bytes | InFile], file: IO[bytes]) -> None:
+    for piece in pieces:
+        if isinstance(piece, InFile):
+            piece.copy_to(file)
+        else:
+            file.write(piece)
 
 
 def _move_out(model: ir.Model, names: Collection[str], data: Path) -> bool:
@@ -142,8 +148,11 @@ def relocated(tensor: ir.ExternalTensor, location: str) -> ir.ExternalTensor:
 
 
 def graph_bytes(model: ir.Model) -> bytes:
-    """The serialized graph; external tensors stay references."""
-    return ir.to_proto(model).SerializeToString(deterministic=True)
+    """The serialized graph; external tensors stay references, weights inside a graph file are inline again."""
+    weights = weights_in_files(model)
+    content = BytesIO()
+    _write(whole_pieces(referring_proto(model, weights), weights), content)
+    return content.getvalue()
 
 
 def in_memory(model: ir.Model, folder: Path, maps: bool = True) -> tuple[bytes, Path]:

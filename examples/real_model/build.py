@@ -33,9 +33,9 @@ BUILD = Path(__file__).parents[2] / "build" / "real-model"
 THREADS = 2
 
 
-# A tower that is trained for a third of the steps on a quarter of the pictures; no attacks.
+# A tower that is trained for a third of the steps on a quarter of the pictures; one attack of each family.
 QUICK_VISION = VisionRecipe(steps=500, pictures=2000)
-QUICK_COUNTS = {"noise": 2, "picture": 4}
+QUICK_COUNTS = {"noise": 2, "picture": 4, "adversarial": 1}
 
 
 def bed(folder: Path, seed: int, quick: bool) -> Path:
@@ -51,7 +51,7 @@ def build(folder: Path, data: Path, seed: int, model: str | None = None, quick: 
         data: the folder with the public prompt sets (`sets.py` names the files).
         seed: of every training and attack.
         model: a Gemma 3 text checkpoint (folder or id) in place of the packages.
-        quick: train the tower for fewer steps, and make no adversarial pictures.
+        quick: train the tower for fewer steps, and make fewer adversarial pictures.
     """
     torch.set_num_threads(THREADS)
     sets = read_sets(data)
@@ -97,7 +97,7 @@ def main() -> None:
     )
     parser.add_argument("--build", type=Path, default=BUILD, help="Folder for results and downloads.")
     parser.add_argument(
-        "--quick", action="store_true", help="Train the tower briefly and make no adversarial pictures."
+        "--quick", action="store_true", help="Train the tower briefly and make fewer adversarial pictures."
     )
     options = parser.parse_args()
     print(build(options.build, options.data, options.seed, options.model, options.quick))

@@ -60,6 +60,8 @@ LIMITS = """## Limits
   one left out ([method.md](method.md#choosing-the-mode)). How the default export judges a guard was developed on seed 2.
   Seeds 3 and 4 were built afterwards; between them only the recipe of the alignment and the length of a search changed.
 - The language model takes no part in the training on pictures, and the vision tower recognises only coloured shapes.
+- Precisions were compared on few prompts of one seed. int8 activations and int4 weights cost this small model its answers about
+  pictures, without a guard too. An `align` guard has no numbers that could be fitted to a precision's own states.
 - 64 random tokens garble answers, so refusals do not measure how well they work as an attack.
 - The attacks were optimized on the unguarded model. An attack on the guard itself was not tried.
 - A question about a picture is harmless as text too. This page does not measure harm that is only in the
@@ -117,15 +119,28 @@ def sections(result: dict[str, Any]) -> Iterable[str]:
 
 def precision_words(result: dict[str, Any]) -> str:
     """What the table of precisions counts."""
-    plan, count = result["plan"], result["prompts"]
+    plan, count, adversarial = result["plan"], result["prompts"], "adversarial" in precision_settings(result)
     layers = ", ".join(map(str, plan["layers"]))
+    reduced = (
+        f"Measured on the reduced bed of `build.py --quick`, whose tower was trained for {result['tower_steps']} steps. "
+        if result["reduced"]
+        else ""
+    )
+    beside = "held-out pictures of shapes" + (", and beside adversarial ones" if adversarial else "")
     return (
         f"Mode `{plan['mode']}`, layers {layers}, rank {plan['rank']}: `vlmguard-export --mode align` of the float32 decoder, "
         "and the same guard in every other precision. Each guarded decoder is compared with the unguarded one of its own "
-        f"precision. Refusals are those of {count} prompts of each set beside held-out pictures of shapes: harmful ones of "
-        "HarmBench test and JailbreakBench, harmless ones of XSTest safe and the everyday tasks. Questions are about held-out "
-        f"pictures; the tower was trained for {result['tower_steps']} steps. {_machine(result['machine'])}\n"
+        f"precision. Refusals are those of {count} prompts of each set, as text and beside {beside}: harmful ones of "
+        "HarmBench test and JailbreakBench, harmless ones of XSTest safe and the everyday tasks. Questions are "
+        f"{2 * count} about held-out pictures. {reduced}Where an unguarded decoder answers no question, or refuses few prompts "
+        "as text, its precision broke the model, and the guard has little to bring back. "
+        f"{_machine(result['machine'])}\n"
     )
+
+
+def precision_settings(result: dict[str, Any]) -> set[str]:
+    """The kinds of pictures that some precision was asked beside."""
+    return {setting for row in result["precisions"] for setting in row.get("settings", ())}
 
 
 def asked_settings(cells: dict[str, Any]) -> list[str]:

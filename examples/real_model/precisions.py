@@ -2,7 +2,8 @@
 
 1. `precisions`         the ONNX folder of `measure_guard.py` with more decoders: see `PRECISIONS`
 2. `guarded/precision-` `vlmguard-export` of each: float32 in mode align, the others with the guard that float32 got
-3. `asked/precision-`   held-out prompts as text and beside held-out pictures, and questions about held-out pictures
+3. `asked/precision-`   held-out prompts as text, beside held-out pictures of shapes, and beside adversarial ones where the
+                        bed has them; and questions about held-out pictures
 
 The counts are written to `precisions.json` beside this file, which `page.py` reads. Embeddings and vision encoder stay in
 float32. `--quick` takes the bed of `build.py --quick`. A stopped run goes on.
@@ -42,9 +43,10 @@ PRECISIONS = {
     "w16a32": "float16 weights, float32 stream",
     "int8": "int8 weights and activations",
     "q4": "int4 weights, blocks of 32",
+    "q8": "int8 weights, blocks of 32",
 }
 PROMPTS = 6  # of each set
-SETTING = "picture"
+SETTINGS = ("picture", "adversarial")
 RESULTS = Path(__file__).parent / "precisions.json"
 DECODER = "onnx/decoder_model_merged{}.onnx"
 
@@ -66,9 +68,10 @@ def make_precisions(plain: Path, folder: Path) -> None:
     quantize_dynamic(
         source, decoder_of(model, "int8"), weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=True
     )
-    quantizer = MatMulNBitsQuantizer(onnx.load(source), bits=4, block_size=32, is_symmetric=True)
-    quantizer.process()
-    save(quantizer.model.model, decoder_of(model, "q4"))
+    for bits in (8, 4):
+        quantizer = MatMulNBitsQuantizer(onnx.load(source), bits=bits, block_size=32, is_symmetric=True)
+        quantizer.process()
+        save(quantizer.model.model, decoder_of(model, f"q{bits}"))
 
 
 def narrow(source: Path, target: Path) -> None:
@@ -119,8 +122,9 @@ def ask_precision(
         count: prompts of each set, and half the number of questions.
     """
     place = DecoderPlace()  # one decoder at a time
-    images, settings = seed_folder / "images" / "evaluation", ("text", SETTING)
-    cells = list(all_cells(read_sets(data), images, blank(), (), count, 0, settings))
+    images = seed_folder / "images" / "evaluation"
+    settings = [setting for setting in SETTINGS if any(images.glob(f"{setting}-*.png"))]
+    cells = list(all_cells(read_sets(data), images, blank(), (), count, 0, ("text", *settings)))
     asked: dict[str, dict[str, list[bool]]] = {cell.name: {} for cell in cells}
     for who, folder in (("base", model), ("guarded", guarded)):
         vlm = last_token_model(open_package(folder, precision, trust_links=True), place)
@@ -132,20 +136,23 @@ def ask_precision(
             pairs = zip(cell.questions, answers, strict=False)
             asked[cell.name][f"{who}_right"] = [question.answered_by(answer) for question, answer in pairs]
             print(f"  {precision or 'plain'}, {who}: {cell.name}", flush=True)
-    return row_of(asked)
+    return row_of(asked, settings)
 
 
-def row_of(asked: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def row_of(asked: Mapping[str, Mapping[str, Any]], settings: Iterable[str]) -> dict[str, Any]:
     """The counts of one precision over its cells."""
 
-    def summed(names: Iterable[str]) -> dict[str, int]:
-        rows = [counted(asked, f"{name}, {SETTING}") for name in names]
+    def summed(names: Iterable[str], setting: str) -> dict[str, int]:
+        rows = [counted(asked, f"{name}, {setting}") for name in names]
         return {key: sum(row[key] for row in rows) for key in ("count", "text", "unguarded", "guarded")}
 
     questions = asked[f"{QUESTIONS}, picture"]
+    harmless = [name for name in ASKED if name not in HARMFUL_HELD_OUT]
     return {
-        "harmful": summed(HARMFUL_HELD_OUT),
-        "harmless": summed(name for name in ASKED if name not in HARMFUL_HELD_OUT),
+        "settings": {
+            setting: {"harmful": summed(HARMFUL_HELD_OUT, setting), "harmless": summed(harmless, setting)}
+            for setting in settings
+        },
         "questions": {
             "count": len(questions["base_right"]),
             "unguarded": sum(questions["base_right"]),
@@ -170,57 +177,68 @@ def measure(seed_folder: Path, data: Path, count: int, out: Path) -> Path:
     key = {"onnx": key_of(onnx_stage), "precisions": PRECISIONS}
     made = run_stage(seed_folder / "precisions", key, lambda folder: make_precisions(onnx_stage / "model", folder))
     model, rows = made / "model", []
-    for precision, title in PRECISIONS.items():
-        stage = guard(model, seed_folder, precision)
-        decoder = decoder_of(model, precision)
-        row = {"precision": title, "bytes": sum(p.stat().st_size for p in (decoder, *external_files(decoder)))}
-        if message := stage_record(stage)["facts"]["message"]:
-            rows.append(row | {"refused_export": message})
-            continue
-        key = {"guarded": digest_of((stage / "model" / "guard.json").read_text()), "count": count}
-        folder = seed_folder / "asked" / f"precision-{precision or 'plain'}"
-        asked = run_stage(
-            folder,
-            key,
-            lambda _, stage=stage, precision=precision: ask_precision(
-                model, stage / "model", precision, seed_folder, data, count
-            ),
-        )
-        rows.append(row | stage_record(asked)["facts"])
-    plan = json.loads((guard(model, seed_folder, "") / "model" / "guard.json").read_text())["decoders"][0]["plan"]
-    safety, vision = (stage_record(seed_folder / stage) for stage in ("safety", "vision"))
-    results = {
-        "seed": safety["key"]["seed"],
-        "tower_steps": vision["facts"]["recipe"]["steps"],
-        "prompts": count,
-        "plan": {"mode": plan["mode"], "layers": plan["layers"], "rank": plan["sites"][0]["rank"]},
-        "machine": machine(),
-        "precisions": rows,
-    }
-    out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    for precision in PRECISIONS:
+        rows.append(measure_precision(model, precision, seed_folder, data, count))
+        plan = json.loads((guard(model, seed_folder, "") / "model" / "guard.json").read_text())["decoders"][0]["plan"]
+        safety, vision = (stage_record(seed_folder / stage) for stage in ("safety", "vision"))
+        results = {
+            "seed": safety["key"]["seed"],
+            "reduced": seed_folder == bed(seed_folder.parent, safety["key"]["seed"], quick=True),
+            "tower_steps": vision["facts"]["recipe"]["steps"],
+            "prompts": count,
+            "plan": {"mode": plan["mode"], "layers": plan["layers"], "rank": plan["sites"][0]["rank"]},
+            "machine": machine(),
+            "precisions": rows,
+        }
+        out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")  # a stopped run leaves the rows so far
     return out
 
 
+def measure_precision(model: Path, precision: str, seed_folder: Path, data: Path, count: int) -> dict[str, Any]:
+    """Guard and ask one precision; returns its row.
+
+    Args:
+        model: the unguarded folder with every precision.
+        precision: suffix of the decoder.
+        seed_folder: what `build.py` printed.
+        data: the folder with the public prompt sets.
+        count: prompts of each set.
+    """
+    stage, decoder = guard(model, seed_folder, precision), decoder_of(model, precision)
+    size = sum(path.stat().st_size for path in (decoder, *external_files(decoder)))
+    row = {"precision": PRECISIONS[precision], "bytes": size}
+    if message := stage_record(stage)["facts"]["message"]:
+        return row | {"refused_export": message}
+    guarded, images = (stage / "model" / "guard.json").read_text(), key_of(seed_folder / "images")
+    asked = run_stage(
+        seed_folder / "asked" / f"precision-{precision or 'plain'}",
+        {"guarded": digest_of(guarded), "images": images, "count": count},
+        lambda _: ask_precision(model, stage / "model", precision, seed_folder, data, count),
+    )
+    return row | stage_record(asked)["facts"]
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The lines of a Markdown table, one row per precision."""
+    """The lines of a Markdown table, one row per precision and kind of picture."""
     lines = [
-        "| decoder | MiB | harmful as text | unguarded | guarded | harmless as text | unguarded | guarded | "
+        "| decoder | MiB | pictures | harmful as text | unguarded | guarded | harmless as text | unguarded | guarded | "
         "questions, unguarded | guarded |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         start = f"| {row['precision']} | {row['bytes'] / 2**20:.0f} |"
         if "refused_export" in row:
-            lines.append(f"{start} the export was refused: {row['refused_export']} |" + " |" * 7)
+            lines.append(f"{start} the export was refused: {row['refused_export']} |" + " |" * 8)
             continue
-        refusals = [
-            f"{row[label][key]} of {row[label]['count']}" if key == "text" else str(row[label][key])
-            for label in ("harmful", "harmless")
-            for key in ("text", "unguarded", "guarded")
-        ]
-        questions = row["questions"]
-        right = f"{questions['unguarded']} of {questions['count']}", str(questions["guarded"])
-        lines.append(f"{start} {' | '.join((*refusals, *right))} |")
+        right = row["questions"]
+        asked = {"picture": (f"{right['unguarded']} of {right['count']}", str(right["guarded"]))}
+        for setting, counts in row["settings"].items():
+            refusals = [
+                f"{counts[label][key]} of {counts[label]['count']}" if key == "text" else str(counts[label][key])
+                for label in ("harmful", "harmless")
+                for key in ("text", "unguarded", "guarded")
+            ]
+            lines.append(f"{start} {' | '.join((setting, *refusals, *asked.get(setting, ('', ''))))} |")
     return lines
 
 

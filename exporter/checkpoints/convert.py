@@ -134,10 +134,7 @@ def convert_checkpoint(
 
     graphs = []
     with quiet():
-        if family.generic:
-            report_progress("comparing ways to run it with transformers", 0, 1)
-            with in_one_line(f"{checkpoint}: transformers cannot run it on a picture"):
-                family = fit(family, model, folder, prompt_texts(folder, model.config), report_progress)
+        family = fitted(family, model, folder, checkpoint, report_progress)
         with in_one_line(f"{checkpoint}: transformers cannot run its decoder"):
             parts = parts_of(family, model)
     for number, part in enumerate(parts, 1):
@@ -166,6 +163,28 @@ def convert_checkpoint(
     seconds = time.monotonic() - start
     report_progress(f"exported {checkpoint} in {seconds:.0f} s", 1, 1)
     return ConversionReport(str(checkpoint), family.model_type, dtype, opset, tuple(graphs), copied, parity, seconds)
+
+
+def fitted(
+    family: Family, model: Any, folder: Path, checkpoint: str | Path, report_progress: ProgressCallback
+) -> Family:
+    """The row with what this model's graphs compute: itself, unless it is the generic one (`fit`).
+
+    Args:
+        family: the row.
+        model: the checkpoint in transformers.
+        folder: of the checkpoint.
+        checkpoint: its name, for errors.
+        report_progress: called with `(stage, done, total)`.
+
+    Raises:
+        ModelUnreadable: a piece that cannot be made to compute what transformers computes.
+    """
+    if not family.generic:
+        return family
+    report_progress("comparing ways to run it with transformers", 0, 1)
+    with in_one_line(f"{checkpoint}: transformers cannot run it on a picture"):
+        return fit(family, model, folder, prompt_texts(folder, model.config), report_progress)
 
 
 def export_part(model: Any, part: Part, opset: int, checkpoint: str | Path) -> ir.Model:

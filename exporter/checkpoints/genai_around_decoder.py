@@ -26,15 +26,15 @@ from ..choices import Precision
 from ..families import find_family
 from ..packaging.genai_pictures import (
     EMBEDDING,
-    PIPELINES,
     VISION,
     features_of,
     image_token,
     picture_sections,
     require_padding_apart,
 )
+from ..packaging.genai_pipelines import PIPELINES
 from ..packaging.genai_processor import PROCESSOR, processor_bytes
-from .convert import DEFAULT_OPSET, export_part, load_model, save_part
+from .convert import DEFAULT_OPSET, export_part, fitted, load_model, save_part
 from .foreign_failures import in_one_line
 from .parts import around_decoder
 from .trace import quiet
@@ -79,8 +79,10 @@ def add_pictures(
     config = read_json(out / "config.json")
     family = find_family(config, str(checkpoint))
     model = load_model(folder, family, "fp16" if dtype == "fp16" else "fp32", report_progress)
-    with quiet(), in_one_line(f"{checkpoint}: transformers cannot run its vision encoder"):
-        parts = around_decoder(family, model)
+    with quiet():
+        family = fitted(family, model, folder, checkpoint, report_progress)
+        with in_one_line(f"{checkpoint}: transformers cannot run its vision encoder"):
+            parts = around_decoder(family, model)
     graphs = []
     for number, part in enumerate(parts, 1):
         report_progress(f"exporting ({number}/{len(parts)}) {part.name}", 0, 1)

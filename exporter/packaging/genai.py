@@ -18,12 +18,12 @@ from .genai_config import FED_TEXT, GRAPH, config_bytes, takes_pictures
 from .genai_pictures import (
     EMBEDDING,
     FED_PICTURES,
-    RUNTIME,
     VISION,
     embedding_bytes,
     require_graphs,
     require_padding_apart,
 )
+from .genai_pipelines import RUNTIME
 from .genai_processor import PROCESSOR, processor_bytes
 from .known_inputs import require_known
 from .repackage import FolderLayout, Packaged, loose_files, repackage, require_other_layout, with_data

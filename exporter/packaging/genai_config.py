@@ -13,7 +13,8 @@ from ...graphs.json_files import read_json
 from ...graphs.package import ModelPackage
 from ...graphs.roles import EMBEDS, LOGITS, MASK, POSITIONS, TOKENS
 from ...graphs.strict_json import to_strict_json
-from .genai_pictures import FED_PICTURES, RUNTIME, SESSION, picture_sections
+from .genai_pictures import FED_PICTURES, SESSION, picture_sections
+from .genai_pipelines import RUNTIME
 
 FED_TEXT = (TOKENS, MASK, POSITIONS)
 GRAPH = "model.onnx"

@@ -6,7 +6,7 @@ it would swap red and blue.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,16 @@ from ...graphs.errors import GuardError
 from ...graphs.strict_json import to_strict_json
 from ...runtime.images.images import ImagePreprocessor
 from ...runtime.images.images_qwen import QwenImagePreprocessor
-from ...runtime.images.pixel_steps import PixelSteps
+from ...runtime.images.pixel_steps import (
+    HALF,
+    STEPS,
+    PixelSteps,
+    count_option,
+    declared_processor,
+    fixed_size,
+    opened,
+    processor_name,
+)
 from ...runtime.images.vision import open_preprocessor
 
 PROCESSOR = "genai_processor.json"
@@ -38,25 +47,60 @@ def processor_bytes(folder: Path) -> bytes:
         ModelUnreadable: it declares no image processor, or one that cannot be followed.
         GuardError: its steps have no counterpart in onnxruntime-extensions.
     """
-    processor = open_preprocessor(folder)
-    if isinstance(processor, QwenImagePreprocessor):
-        steps = _qwen(processor)
-    elif isinstance(processor, ImagePreprocessor):
-        steps = _fixed_size(folder, processor)
+    if processor_name(declared_processor(folder)) == _PHI4:  # which cannot be run here, and need not
+        steps, more = opened(folder, _PHI4, _PHI4_OPTIONS, _phi4), {"output_aligner": "phi4-vision-aligner"}
     else:
-        raise GuardError(
-            f"{folder}: its image processor has no counterpart in onnxruntime-genai; keep the layout that it has"
-        )
-    operations = [
-        {"operation": {"name": f"step_{number}", "type": kind, **({"attrs": attrs} if attrs else {})}}
-        for number, (kind, attrs) in enumerate(steps)
-    ]
-    content = {"processor": {"name": "image_processor", "transforms": operations}}
+        steps, more = _own_steps(folder), {}
+    operations = [{"operation": {"name": f"step_{number}", **step}} for number, step in enumerate(steps)]
+    content = {"processor": {"name": "image_processor", "transforms": operations, **more}}
     return (to_strict_json(content, indent=2) + "\n").encode()
 
 
-_Steps = list[tuple[str, dict[str, Any]]]
-_DECODE = ("DecodeImage", {"color_space": "RGB"})
+_Steps = list[dict[str, Any]]
+
+
+def _step(kind: str, inputs: Sequence[str] = (), /, **attrs: Any) -> dict[str, Any]:
+    """One operation of onnxruntime-extensions; without `inputs` it takes all that the one before gives."""
+    named = (("type", kind), ("inputs", list(inputs)), ("attrs", attrs))
+    return {name: value for name, value in named if value}
+
+
+_DECODE = _step("DecodeImage", color_space="RGB")
+_CHANNELS_FIRST = _step("Permute3D", dims=[2, 0, 1])
+_FIRST = ":0"  # what the step before gives, the first of it
+_PHI4 = "Phi4MultimodalImageProcessor"
+_PHI4_OPTIONS: Mapping[str, Any] = {
+    **STEPS,
+    "image_mean": HALF,
+    "image_std": HALF,
+    "size": {"height": 448, "width": 448},
+    "dynamic_hd": 36,
+}
+
+
+def _own_steps(folder: Path) -> _Steps:
+    """The steps of an image processor that runs here too."""
+    processor = open_preprocessor(folder)
+    if isinstance(processor, QwenImagePreprocessor):
+        return _qwen(processor)
+    if isinstance(processor, ImagePreprocessor):
+        return _fixed_size(folder, processor)
+    raise GuardError(
+        f"{folder}: its image processor has no counterpart in onnxruntime-genai; keep the layout that it has"
+    )
+
+
+def _phi4(options: Mapping[str, Any]) -> _Steps:
+    """Tiles, the whole picture small before them, and masks of what is picture."""
+    tile = fixed_size("size", options["size"])[0]
+    tiles = count_option("dynamic_hd", options["dynamic_hd"])
+    steps = PixelSteps.of(options)
+    return [
+        _DECODE,
+        _step("Phi4VisionDynamicPreprocess", dynamic_hd=tiles, dyhd_base_resolution=tile),
+        *_values(steps, [_FIRST]),
+        _step("Phi4VisionProcessor", [_FIRST, "step_1:1"], dyhd_base_resolution=tile, **_filter(steps)),
+    ]
 
 
 def _qwen(processor: QwenImagePreprocessor) -> _Steps:
@@ -64,11 +108,14 @@ def _qwen(processor: QwenImagePreprocessor) -> _Steps:
     cut = {"patch_size": processor.patch, "merge_size": processor.merge}
     resize: _Steps = []
     if processor.pixels is not None:
-        least, most = processor.pixels
-        limits = {"min_pixels": least, "max_pixels": most}
-        resize = [("Resize", {"smart_resize": 1, **limits, **cut, **_filter(processor.steps)})]
-    patches = ("PatchImage", {**cut, "temporal_patch_size": processor.temporal})
+        resize = [_within(processor.steps, processor.pixels, **cut)]
+    patches = _step("PatchImage", **cut, temporal_patch_size=processor.temporal)
     return [_DECODE, *resize, *_values(processor.steps), patches]
+
+
+def _within(steps: PixelSteps, pixels: tuple[int, int], **cut: int) -> dict[str, Any]:
+    """Resize to a multiple of a token's edge, with so many pixels at least and at most."""
+    return _step("Resize", smart_resize=1, min_pixels=pixels[0], max_pixels=pixels[1], **cut, **_filter(steps))
 
 
 def _fixed_size(folder: Path, processor: ImagePreprocessor) -> _Steps:
@@ -81,16 +128,16 @@ def _fixed_size(folder: Path, processor: ImagePreprocessor) -> _Steps:
     resize: _Steps = []
     if processor.resize_to is not None:
         height, width = processor.resize_to
-        resize = [("Resize", {"height": height, "width": width, "keep_aspect_ratio": 0, **_filter(processor.steps)})]
-    return [_DECODE, *resize, *_values(processor.steps), ("Permute3D", {"dims": [2, 0, 1]})]
+        resize = [_step("Resize", height=height, width=width, keep_aspect_ratio=0, **_filter(processor.steps))]
+    return [_DECODE, *resize, *_values(processor.steps), _CHANNELS_FIRST]
 
 
-def _values(steps: PixelSteps) -> _Steps:
+def _values(steps: PixelSteps, inputs: Sequence[str] = ()) -> _Steps:
     """Pixels to numbers. `Rescale` is also what converts them to float32."""
-    scaled: _Steps = [("Rescale", {"rescale_factor": 1.0 if steps.rescale_factor is None else steps.rescale_factor})]
+    scaled = [_step("Rescale", inputs, rescale_factor=1.0 if steps.rescale_factor is None else steps.rescale_factor)]
     if steps.mean is None or steps.std is None:
         return scaled
-    return [*scaled, ("Normalize", {"mean": list(steps.mean), "std": list(steps.std)})]
+    return [*scaled, _step("Normalize", mean=list(steps.mean), std=list(steps.std))]
 
 
 def _filter(steps: PixelSteps) -> dict[str, str]:

@@ -24,7 +24,8 @@ from vlmguard.exporter.checkpoints import convert
 from vlmguard.exporter.checkpoints.convert import convert_checkpoint, load_model, read_config
 from vlmguard.exporter.families import find_family
 from vlmguard.exporter.packaging.genai import package_genai
-from vlmguard.exporter.packaging.genai_pictures import FED_PICTURES, RUNTIME, picture_sections
+from vlmguard.exporter.packaging.genai_pictures import FED_PICTURES, picture_sections
+from vlmguard.exporter.packaging.genai_pipelines import PIPELINES, RUNTIME, UNWRITTEN, pipeline_of
 from vlmguard.exporter.packaging.known_inputs import require_known
 from vlmguard.graphs.errors import GuardError
 from vlmguard.graphs.layouts import open_package
@@ -208,13 +209,23 @@ def test_what_genai_cannot_run_is_refused(packaged: tuple[Path, Path, Path], tmp
         (
             other,
             f"{other}: is of type llava, with which onnxruntime-genai cannot be given pictures here, only gemma3, "
-            "qwen2_5_vl, qwen2_vl; keep the layout that it has",
+            "phi4_multimodal, qwen2_5_vl, qwen2_vl; keep the layout that it has",
         ),
     ):
         with pytest.raises(GuardError) as refused:
             package_genai(folder, tmp_path / "out")
         assert str(refused.value) == sentence
         assert not (tmp_path / "out").exists()
+
+
+def test_a_type_that_genai_runs_and_that_is_not_written_is_refused_with_its_reason() -> None:
+    assert not PIPELINES.keys() & UNWRITTEN.keys()
+    with pytest.raises(GuardError) as refused:
+        pipeline_of("qwen3_vl", "here")
+    assert str(refused.value) == (
+        "here: is of type qwen3_vl, which onnxruntime-genai runs with pictures, but its decoder takes features behind its "
+        "first layers (DeepStack), which onnxruntime-genai does not feed; keep the layout that it has"
+    )
 
 
 def _edited(guarded: Path, folder: Path, name: str, **changes: Any) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,12 @@ def test_the_loaded_graph_is_the_whole_one(path: Path, tmp_path: Path) -> None:
     check = same_graph("same", whole, loaded)
     assert check.ok, check.note
     assert graph_bytes(loaded) == path.read_bytes()
+
+
+def test_a_file_with_another_hard_link_is_serialized_too(path: Path, tmp_path: Path) -> None:
+    """As the embedding graph of a guarded folder has, which `package` writes anew for onnxruntime-genai."""
+    os.link(path, tmp_path / "linked.onnx")
+    assert graph_bytes(load_graph(path)) == path.read_bytes()
 
 
 def test_a_weight_that_is_said_to_be_inside_is_left_there_too(path: Path) -> None:

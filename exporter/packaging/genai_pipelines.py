@@ -1,0 +1,178 @@
+"""The picture pipelines of onnxruntime-genai: one row for each kind, and why the others cannot be written.
+
+genai decides by `model.type` how a picture is fed and where its tokens stand in the prompt, so only the types below can be
+written. Its own builder and processors know others too; a new type is a new row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...graphs.errors import GuardError, first_line
+from ...runtime.chat.folder_configs import IMAGE_TOKEN_KEYS
+
+RUNTIME = "onnxruntime-genai"
+
+
+@dataclass(frozen=True)
+class PicturePipeline:
+    """One kind of picture pipeline.
+
+    Attributes:
+        genai_type: genai's name of it, `model.type`.
+        vision_inputs: genai's name of each input that it feeds the vision encoder -> the graph's.
+        tokens: ids of `model`, each with the keys that it may have in `config.json` or its `vision_config`.
+        numbers: numbers of `model.vision`, from `config.json`; raises GuardError for a model that genai cannot run.
+        fixed: ids that genai has in its code, whatever its config has.
+        silent: whether genai would also open a graph for sound; it is told that there is none.
+    """
+
+    genai_type: str
+    vision_inputs: Mapping[str, str]
+    tokens: Mapping[str, tuple[str, ...]]
+    numbers: Callable[[Mapping[str, Any]], dict[str, Any]]
+    fixed: Mapping[str, int] = field(default_factory=dict)
+    silent: bool = False
+
+    def require(self, config: Mapping[str, Any], where: str | Path) -> tuple[dict[str, int], dict[str, Any]]:
+        """The ids and numbers of a model, from its `config.json`.
+
+        Args:
+            config: its content.
+            where: the model, for errors.
+
+        Raises:
+            GuardError: one is missing, or genai cannot run a model with this one.
+        """
+        try:
+            parts = (config, config.get("vision_config") or {})
+            ids = {
+                new: next(part[key] for part in parts for key in keys if key in part)
+                for new, keys in self.tokens.items()
+            }
+            if wrong := [name for name, number in ids.items() if type(number) is not int]:
+                raise TypeError(f"{wrong[0]} is no number")
+            self._require_fixed(ids)
+            return ids, self.numbers(config)
+        except GuardError as error:
+            raise GuardError(f"{where}: {error}") from None
+        except (KeyError, StopIteration, TypeError, ValueError) as error:
+            raise GuardError(
+                f"{where}: its config.json lacks an id or a number that {RUNTIME} needs ({first_line(error)}); copy the "
+                "model's again"
+            ) from None
+
+    def _require_fixed(self, ids: Mapping[str, int]) -> None:
+        for name, number in self.fixed.items():
+            if ids[name] != number:
+                raise GuardError(
+                    f"{name} is {ids[name]}, and {RUNTIME} writes {number} for every model of this type; keep the layout that "
+                    "it has"
+                )
+
+
+def _qwen_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    vision = config["vision_config"]
+    return {
+        "patch_size": vision["patch_size"],
+        "spatial_merge_size": vision["spatial_merge_size"],
+        "tokens_per_second": float(vision.get("tokens_per_second", 2)),  # of videos
+    }
+
+
+def _gemma3_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    if config["mm_tokens_per_image"] != _GEMMA3_TOKENS:
+        raise GuardError(
+            f"mm_tokens_per_image is {config['mm_tokens_per_image']}, and {RUNTIME} writes {_GEMMA3_TOKENS} image tokens for "
+            "every picture; keep the layout that it has"
+        )
+    return {}
+
+
+def _phi4_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    vision = config["vision_config"]
+    tile = (vision["crop_size"], vision["patch_size"])
+    if tile != _PHI4_TILE:
+        raise GuardError(
+            f"its tiles have {tile[0]} pixels and patches of {tile[1]}, and {RUNTIME} counts the tokens of tiles of "
+            f"{_PHI4_TILE[0]} and {_PHI4_TILE[1]}; keep the layout that it has"
+        )
+    return {}
+
+
+_GEMMA3_TOKENS = 256
+_PHI4_TILE = (448, 14)
+_IMAGE_TOKEN = {"image_token_id": IMAGE_TOKEN_KEYS}
+_QWEN = PicturePipeline(
+    genai_type="qwen2_5_vl",
+    vision_inputs={name: name for name in ("pixel_values", "image_grid_thw")},
+    tokens={name: (name,) for name in ("image_token_id", "video_token_id", "vision_start_token_id")},
+    numbers=_qwen_numbers,
+)
+_GEMMA3 = PicturePipeline(
+    genai_type="gemma3",
+    vision_inputs={"pixel_values": "pixel_values"},
+    tokens=_IMAGE_TOKEN,
+    numbers=_gemma3_numbers,
+)
+_PHI4 = PicturePipeline(
+    genai_type="phi4mm",
+    vision_inputs={
+        "pixel_values": "image_pixel_values",
+        "attention_mask": "image_attention_mask",
+        "image_sizes": "image_sizes",
+    },
+    tokens=_IMAGE_TOKEN,
+    numbers=_phi4_numbers,
+    fixed={"image_token_id": 200_010},
+    silent=True,
+)
+# By `model_type` of config.json. Qwen2-VL differs from Qwen2.5-VL inside its vision encoder alone.
+PIPELINES: Mapping[str, PicturePipeline] = {
+    "gemma3": _GEMMA3,
+    "phi4_multimodal": _PHI4,
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+}
+
+_REMOTE = "transformers has it as code of the checkpoint only, which is not run"
+_STATES = f"{RUNTIME} does not feed its decoder's states beside the KV cache by the names that they have here"
+_GEMMA4 = f"{RUNTIME} puts blank lines around a picture's tokens, which the model was not trained with"
+# Types that genai runs with pictures, by their `model_type`, and why they are not written.
+UNWRITTEN: Mapping[str, str] = {
+    "gemma4": _GEMMA4,
+    "gemma4_unified": _GEMMA4,
+    "lfm2_vl": _STATES,
+    "mistral3": f"{RUNTIME} rounds a picture's sides to the nearest whole tokens, where its image processor rounds up",
+    "phi3_v": _REMOTE,
+    "qwen3_5": _STATES,
+    "qwen3_5_moe": _STATES,
+    "qwen3_vl": f"its decoder takes features behind its first layers (DeepStack), which {RUNTIME} does not feed",
+    "videochat_flash_qwen": _REMOTE,
+}
+
+
+def pipeline_of(model_type: str, where: str | Path) -> PicturePipeline:
+    """The pipeline of a type of model.
+
+    Args:
+        model_type: of `config.json`.
+        where: the folder, for the error.
+
+    Raises:
+        GuardError: genai has none for it, or none that can be written.
+    """
+    if model_type in UNWRITTEN:
+        raise GuardError(
+            f"{where}: is of type {model_type}, which {RUNTIME} runs with pictures, but {UNWRITTEN[model_type]}; keep the "
+            "layout that it has"
+        )
+    if model_type not in PIPELINES:
+        raise GuardError(
+            f"{where}: is of type {model_type}, with which {RUNTIME} cannot be given pictures here, only "
+            f"{', '.join(sorted(PIPELINES))}; keep the layout that it has"
+        )
+    return PIPELINES[model_type]
