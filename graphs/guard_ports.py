@@ -11,7 +11,8 @@ from .lowerings.task import Written, WrittenWhole
 from .modes import guard_mode
 from .node_builder import NodeBuilder
 from .pairs import SUPERVISOR_KEY
-from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan
+from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan, SitePlan, number_input, number_of_input
+from .reference import LayerGuard
 from .runtime_controls import (
     PRESENT_GATE_OUTPUT,
     SCORES_OUTPUT,
@@ -36,14 +37,15 @@ def declare_inputs(model: ir.Model, plan: GuardPlan, shapes: Mapping[str, ir.Sha
 
 
 def port_shapes(model: ir.Model, plan: GuardPlan) -> dict[str, ir.Shape]:
-    """`[batch, layers, m]` of coordinates, `[batch, layers]` of gates and scores."""
+    """`[batch, layers, m]` of coordinates, `[batch, 1, 1]` of a single one, `[batch, layers]` of gates and scores."""
     names = [name for name in (*plan.added_inputs, *plan.added_outputs) if name not in plan.knobs]
     if not names:
         return {}
     batch = _batch(model, plan)
     of_gates: list[ir.SymbolicDim | int | str] = [batch, len(plan.layers)]
     ranked = {*SUPERVISOR_INPUTS, COORDINATES_OUTPUT}
-    return {name: ir.Shape([*of_gates, plan.sites[0].guard.rank] if name in ranked else of_gates) for name in names}
+    shapes = {name: ir.Shape([*of_gates, plan.sites[0].guard.rank] if name in ranked else of_gates) for name in names}
+    return shapes | {name: ir.Shape([batch, 1, 1]) for name in names if number_of_input(name) is not None}
 
 
 def _batch(model: ir.Model, plan: GuardPlan) -> ir.SymbolicDim | int | str:
@@ -75,17 +77,39 @@ def split_supervisor(edit: SubgraphEdit, builder: NodeBuilder) -> dict[int, ir.V
     return dict(zip(layers, rows, strict=True))
 
 
-def supervisor_numbers(edit: SubgraphEdit, builder: NodeBuilder, stream: ir.Value) -> dict[int, tuple[ir.Value, ...]]:
-    """The coordinates that each layer reads, `[batch, sequence, 1]` each, in the layout of the stream."""
-    supervisor, layers, guard = supervisor_input(edit), edit.plan.layers, edit.plan.guards[0]
+def supervisor_numbers(edit: SubgraphEdit, planned: SitePlan) -> tuple[ir.Value, ...]:
+    """This layer's coordinates as single inputs, `[batch, 1, 1]` each; empty for a graph that takes them stacked."""
+    if edit.plan.supervisor != "numbers":
+        return ()
+    rows = range(edit.plan.text_rows(planned.guard))
+    return tuple(edit.given[number_input(planned.layer_index, row)] for row in rows)
+
+
+def numbers_of_tokens(edit: SubgraphEdit, builder: NodeBuilder, stream: ir.Value) -> None:
+    """What each layer reads of the text-only coordinates, in the layout of the stream: `Task.numbers` and `Task.aims`."""
+    supervisor, layers, guards = supervisor_input(edit), edit.plan.layers, edit.plan.guards
     if supervisor is None:
-        return {}
-    coordinates = at_every_token(builder, "coordinates", supervisor, stream, len(layers) * guard.rank)
-    rows = range(edit.plan.text_rows(guard))
-    return {
-        layer: tuple(in_rows(builder, f"layer_{layer}_{row}", coordinates, place * guard.rank + row) for row in rows)
-        for place, layer in enumerate(layers)
-    }
+        return
+    rank, mode = guards[0].rank, edit.plan.mode
+    coordinates = at_every_token(builder, "coordinates", supervisor, stream, len(layers) * rank)
+    aims = coordinates
+    if mode == "supervise":
+        aims = at_every_token(builder, "aims", _aims(builder, supervisor, guards), stream, len(layers) * rank)
+    for place, layer in enumerate(layers):
+        edit.numbers[layer] = (in_rows(builder, f"layer_{layer}_first", coordinates, place * rank),)
+        if guard_mode(mode).toward_text:
+            columns = range(place * rank, (place + 1) * rank)
+            edit.aims[layer] = tuple(
+                in_rows(builder, f"layer_{layer}_aim_{row}", aims, column) for row, column in enumerate(columns)
+            )
+
+
+def _aims(builder: NodeBuilder, supervisor: ir.Value, guards: Sequence[LayerGuard]) -> ir.Value:
+    """`alpha (a - o) + o`, `[batch, layers, m]`: what the coordinates become in mode `supervise`."""
+    origins = builder.constant("origins", np.stack([guard.origin for guard in guards]), "float32")
+    alphas = builder.constant("alphas", np.array([[guard.alpha] for guard in guards]), "float32")
+    strong = builder.op("strength", "Mul", [builder.op("centred", "Sub", [supervisor, origins]), alphas])
+    return builder.op("aims", "Add", [strong, origins])
 
 
 def keep_outputs(edit: SubgraphEdit, written: Written | WrittenWhole) -> None:

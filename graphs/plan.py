@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -23,10 +24,27 @@ SUPERVISOR_INPUT = "vlmguard.supervisor"
 # name differs, because a runner that feeds the coordinates in every call would garble answers.
 PROMPT_SUPERVISOR_INPUT = "vlmguard.prompt_supervisor"
 SUPERVISOR_INPUTS = (SUPERVISOR_INPUT, PROMPT_SUPERVISOR_INPUT)
+# The same coordinates as one input for each number, `[batch, 1, 1]`: no node has to slice them (TensorRT, one token a call).
+_NUMBER_INPUT = re.compile(re.escape(SUPERVISOR_INPUT) + r"\.([0-9]{1,9})\.([0-9]{1,9})")
 COORDINATES_OUTPUT = "vlmguard.coordinates"
-# The calls that a graph takes: any; or, in graphs that are derived for TensorRT engines (`engine_plans`), those whose mask has
-# a column for each token so far and no more (`whole`), or those of one token per row (`step`).
-Calls = Literal["any", "whole", "step"]
+# The calls that a graph takes: any, or those whose mask has a column for each token so far and no more (`engine_plans`).
+Calls = Literal["any", "whole"]
+
+
+def number_input(layer: int, row: int) -> str:
+    """Name of the input for one layer's text-only coordinate along one row of its direction."""
+    return f"{SUPERVISOR_INPUT}.{layer}.{row}"
+
+
+def number_of_input(name: str) -> tuple[int, int] | None:
+    """`(layer, row)` of an input named by `number_input`; `None` for any other name."""
+    match = _NUMBER_INPUT.fullmatch(name)
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
+def is_supervisor_input(name: str) -> bool:
+    """Whether an input carries text-only coordinates, stacked or as single numbers."""
+    return name in SUPERVISOR_INPUTS or number_of_input(name) is not None
 
 
 @dataclass(frozen=True)
@@ -81,9 +99,10 @@ class GuardPlan:
         notes: notes for the user, each a sentence.
         knobs: names of the inputs with defaults, empty without `--knobs`.
         telemetry, gate: as in `GuardSpec`.
-        supervisor: as in `GuardSpec`.
-        separation: how well each guarded layer's direction separates harmful from harmless prompts, where that is known.
+        supervisor: as in `GuardSpec`; or `numbers` for a graph of decode steps: each coordinate is an input of its own, and
+            the graph does not output its own coordinates.
         calls: which calls the graph takes. Other than `any`: the graph is for TensorRT alone.
+        separation: how well each guarded layer's direction separates harmful from harmless prompts, where that is known.
     """
 
     mode: str
@@ -146,9 +165,16 @@ class GuardPlan:
     @property
     def added_inputs(self) -> tuple[str, ...]:
         """In their order; the knobs come last, because they may be left out."""
-        supervisor = PROMPT_SUPERVISOR_INPUT if self.edits_prompt_end else SUPERVISOR_INPUT
-        inputs = {supervisor: self.takes_supervisor, PAST_GATE_INPUT: self.gate == "prompt"}
-        return (*(name for name, is_added in inputs.items() if is_added), *self.knobs)
+        supervisor = self.supervisor_inputs if self.takes_supervisor else ()
+        return (*supervisor, *((PAST_GATE_INPUT,) if self.gate == "prompt" else ()), *self.knobs)
+
+    @property
+    def supervisor_inputs(self) -> tuple[str, ...]:
+        """Names of the inputs for the text-only coordinates of a graph that takes them."""
+        if self.supervisor != "numbers":
+            return (PROMPT_SUPERVISOR_INPUT if self.edits_prompt_end else SUPERVISOR_INPUT,)
+        layers = zip(self.layers, self.guards, strict=True)
+        return tuple(number_input(layer, row) for layer, guard in layers for row in range(self.text_rows(guard)))
 
     def text_rows(self, guard: LayerGuard) -> int:
         """How many of a layer's text-only coordinates its guard reads: the gate the first, an edit toward the text all."""
@@ -158,7 +184,7 @@ class GuardPlan:
     def added_outputs(self) -> tuple[str, ...]:
         """In their order."""
         outputs = {
-            COORDINATES_OUTPUT: self.takes_supervisor and self.calls != "step",  # a text-only pass is a prompt
+            COORDINATES_OUTPUT: self.takes_supervisor and self.supervisor != "numbers",
             SCORES_OUTPUT: self.telemetry,
             PRESENT_GATE_OUTPUT: self.gate == "prompt",
         }

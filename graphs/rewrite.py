@@ -21,6 +21,7 @@ from .guard_ports import (
     declare_inputs,
     keep_outputs,
     names_of,
+    numbers_of_tokens,
     port_shapes,
     record_guard,
     split_supervisor,
@@ -283,7 +284,8 @@ def _task(edit: SubgraphEdit, planned: SitePlan, builder: NodeBuilder) -> Task:
         offset=edit.offset,
         held=edit.held.get(layer),
         text_ends=edit.text_ends,
-        numbers=edit.numbers.get(layer, ()),
+        numbers=edit.numbers.get(layer) or supervisor_numbers(edit, planned),
+        aims=edit.aims.get(layer, ()),
         outputs_coordinates=COORDINATES_OUTPUT in edit.plan.added_outputs,
         shared=edit.shared_gates.get(layer),
     )
@@ -354,7 +356,7 @@ def _split_by_layer(edit: SubgraphEdit) -> None:
     """Each layer's part of what is written once for all of them."""
     supervisors = edit.builder("supervisor")
     if edit.plan.calls != "any" and edit.lowering.takes_numbers:
-        edit.numbers = supervisor_numbers(edit, supervisors, _stream(edit))
+        numbers_of_tokens(edit, supervisors, _stream(edit))
     else:
         edit.supervisors = split_supervisor(edit, supervisors)
     _share(edit, supervisors)

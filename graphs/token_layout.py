@@ -34,8 +34,11 @@ def at_every_token(builder: NodeBuilder, name: str, value: ir.Value, stream: ir.
         stream: `[batch, sequence, d]`.
         numbers: of each row.
     """
-    of_row = builder.op(f"{name}_of_row", "Reshape", [value, builder.integers(0, 1, numbers)])
-    sizes = builder.op(f"{name}_stream_shape", "Shape", [stream])
-    leading = builder.op(f"{name}_leading_sizes", "Slice", [sizes, builder.integers(0), builder.integers(2)])
+    shape = builder.op(f"{name}_stream_shape", "Shape", [stream])
+    # the stream's own number of rows: TensorRT cannot know that an input has as many
+    batch = builder.op(f"{name}_batch", "Slice", [shape, builder.integers(0), builder.integers(1)])
+    sizes = builder.op(f"{name}_row_sizes", "Concat", [batch, builder.integers(1, numbers)], axis=0)
+    of_row = builder.op(f"{name}_of_row", "Reshape", [value, sizes])
+    leading = builder.op(f"{name}_leading_sizes", "Slice", [shape, builder.integers(0), builder.integers(2)])
     sizes = builder.op(f"{name}_sizes", "Concat", [leading, builder.integers(numbers)], axis=0)
     return builder.op(f"{name}_of_tokens", "Expand", [of_row, sizes])

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from ...graphs.decoder_state import is_past_name
 from ...graphs.errors import GuardError
-from ...graphs.plan import SUPERVISOR_INPUTS
+from ...graphs.plan import is_supervisor_input
 from ...graphs.roles import TOKENS, InputRoles, input_roles
 from ...graphs.runtime_controls import PAST_GATE_INPUT
 from ...runtime.decoder_inputs import PER_LAYER, TOKEN_TYPES
@@ -190,7 +190,7 @@ def _decoder_axes(
         return {0: batch, 1: total} if rank == 2 else {0: batch, rank - 2: sequence, rank - 1: total}
     if name == roles.positions:
         return {rank - 2: batch, rank - 1: sequence}
-    if name in SUPERVISOR_INPUTS or name == PAST_GATE_INPUT:
+    if is_supervisor_input(name) or name == PAST_GATE_INPUT:
         return {0: batch}
     if name in {roles.tokens, roles.embeds, TOKEN_TYPES, PER_LAYER} or rank == 3:
         return {0: batch, 1: sequence}

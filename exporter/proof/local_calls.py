@@ -11,7 +11,7 @@ import onnx_ir as ir
 from ...graphs.call_inputs import GrowingCache
 from ...graphs.dtypes import NUMPY_DTYPES
 from ...graphs.modes import guard_mode
-from ...graphs.plan import SUPERVISOR_INPUTS, GuardPlan
+from ...graphs.plan import SUPERVISOR_INPUTS, GuardPlan, number_of_input
 from ...graphs.proof.cut_out import Cut
 from ...graphs.reference import (
     call_end,
@@ -129,6 +129,9 @@ def call_feeds(cut: Cut, plan: GuardPlan, call: LocalCall, states: Mapping[str, 
             fed[name] = states[name]
         elif name in SUPERVISOR_INPUTS:
             fed[name] = np.stack([call.supervisors[number] for number in plan.layers], axis=1)
+        elif (number := number_of_input(name)) is not None:
+            layer, row = number
+            fed[name] = call.supervisors[layer][:, row, None, None]
         elif name == PAST_GATE_INPUT:
             assert call.held is not None
             fed[name] = call.held

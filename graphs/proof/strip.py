@@ -11,7 +11,7 @@ import onnx_ir as ir
 from ..errors import GuardIncomplete
 from ..lowerings.fold import SCOPE, original_name
 from ..node_builder import PREFIX
-from ..plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS
+from ..plan import COORDINATES_OUTPUT, is_supervisor_input
 from ..runtime_controls import DEFAULTS, PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT, take_back_inputs
 from ..subgraphs import branches, branching, unsurface
 
@@ -35,7 +35,7 @@ def strip_guard(model: ir.Model) -> None:
         _strip_body(body, [node for node in body if node in members], members)
     # also remove a constant of the guard that was turned into an input: the comparison then shows that it is missing
     names = {value.name or "" for value in graph.inputs}
-    fed = {name for name in names if name.startswith(PREFIX) or name in SUPERVISOR_INPUTS}
+    fed = {name for name in names if name.startswith(PREFIX) or is_supervisor_input(name)}
     take_back_inputs(graph, {PAST_GATE_INPUT, *DEFAULTS, *fed})
     for name in [name for name in graph.initializers if name.startswith(PREFIX)]:
         graph.initializers.pop(name)

@@ -44,7 +44,7 @@ class DecoderEngines:
         return (self.step if fits else self.prefill).run_on_device(feeds, step)
 
     def _require_stacked(self, feeds: Mapping[str, Tensor]) -> None:
-        """Coordinates for as many rows as the call has: an engine's ranges are those of each input alone."""
+        """Coordinates have the prefill engine's sizes in every call; the step engine does not know all of them."""
         port, fed = self.inputs.get(SUPERVISOR_INPUT), feeds.get(SUPERVISOR_INPUT)
         if port is None or fed is None:
             return

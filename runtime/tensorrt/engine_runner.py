@@ -19,12 +19,14 @@ import ml_dtypes
 import numpy as np
 
 from ...graphs.errors import GuardError, ManifestMismatch, ModelUnreadable, RunFailed, first_line
+from ...graphs.plan import SUPERVISOR_INPUT, number_of_input
 from ..device import Tensor
 from ..runner_protocol import Port
 from .backend import Backend, why
 from .cuda import Cuda, CudaTensor, Pool
 from .execution_contexts import Call, Contexts, Shapes
 from .kernel_cache import default_path
+from .number_inputs import NumberInputs
 
 _NUMPY = {
     "FLOAT": np.float32,
@@ -73,10 +75,12 @@ class TensorRTRunner:
             names = [loaded.get_tensor_name(number) for number in range(loaded.num_io_tensors)]
             modes, host = backend.module.TensorIOMode, backend.module.TensorLocation.HOST
             self._on_host = {name for name in names if loaded.get_tensor_location(name) == host}
-            self.inputs = {name: _port(loaded, name) for name in names if loaded.get_tensor_mode(name) == modes.INPUT}
+            self._ports = {name: _port(loaded, name) for name in names if loaded.get_tensor_mode(name) == modes.INPUT}
             self.outputs = {name: _port(loaded, name) for name in names if loaded.get_tensor_mode(name) == modes.OUTPUT}
             numbers = range(loaded.num_optimization_profiles)
-            self._profiles = [_profile(loaded, number, self.inputs, self._on_host) for number in numbers]
+            self._profiles = [_profile(loaded, number, self._ports, self._on_host) for number in numbers]
+            self._numbers = NumberInputs(self._ports, where) if any(map(number_of_input, self._ports)) else None
+            self.inputs = self._ports if self._numbers is None else _stacked(self._ports, self._numbers)
             path = runtime_cache or default_path(sha256.lower())
             self._contexts = Contexts(backend, loaded, self._cuda, cuda_graph, path)
         except BaseException:
@@ -100,12 +104,12 @@ class TensorRTRunner:
         if not self._pool.open:
             raise RunFailed("the runner was closed; open the model again")
         self._require_ports(feeds)
-        shapes = {name: tuple(feeds[name].shape) for name in self.inputs}
-        values = {name: np.array(feeds[name], order="C") for name in self.inputs if name in self._on_host}
+        shapes = self._shapes(feeds)
+        values = {name: np.array(feeds[name], order="C") for name in self._ports if name in self._on_host}
         profile = self._fitting(shapes, values)
         given = self._contexts.at(profile).shape(shapes, values)
         # These buffers may be released once the call is enqueued: their next user comes later in the stream.
-        placed = {name: self._placed(feeds[name]) for name in self.inputs if name not in self._on_host}
+        placed = self._all_placed(feeds)
         tensors = {n: self._output(port, given[n]) for n, port in self.outputs.items()}
         call = Call(profile, shapes, {name: _address(tensor) for name, tensor in (values | placed | tensors).items()})
         self._contexts.execute(call, step and not self._on_host)  # values on the host may change unseen
@@ -117,17 +121,24 @@ class TensorRTRunner:
 
     def close(self) -> None:
         """Free the device's memory, except tensors with references. Calling it again has no effect."""
+        if self._numbers is not None:
+            self._numbers.close()
         self._finalizer()
 
     def fits(self, feeds: Mapping[str, Tensor]) -> bool:
         """Whether some profile takes these shapes.
 
         Raises:
-            RunFailed: an input is missing, unknown, or of another dtype.
+            RunFailed: an input is missing, unknown, of another dtype, or not of the coordinates' shape.
         """
         self._require_ports(feeds)
-        shapes = {name: tuple(feeds[name].shape) for name in self.inputs}
+        shapes = self._shapes(feeds)
         return any(profile.takes(shapes, {}) for profile in self._profiles)
+
+    def _shapes(self, feeds: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """Of the engine's own inputs."""
+        shapes = {name: tuple(feeds[name].shape) for name in self._ports if name in feeds}
+        return shapes if self._numbers is None else shapes | self._numbers.shapes(feeds[SUPERVISOR_INPUT])
 
     def _require_ports(self, feeds: Mapping[str, Tensor]) -> None:
         """The device reads bytes: an input that is left out or of another type would be computed with, not refused."""
@@ -156,6 +167,14 @@ class TensorRTRunner:
         shown = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise RunFailed(
             f"no one profile of the engine takes these together: {shown[:300]}; build it with a wider profile"
+        )
+
+    def _all_placed(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The engine's own inputs on the device."""
+        names = [name for name in self._ports if name in feeds and name not in self._on_host]
+        placed: dict[str, Tensor] = {name: self._placed(feeds[name]) for name in names}
+        return (
+            placed if self._numbers is None else {**placed, **self._numbers.placed(feeds[SUPERVISOR_INPUT], self._pool)}
         )
 
     def _placed(self, fed: Tensor) -> CudaTensor:
@@ -252,6 +271,12 @@ def _port(engine: Any, name: str) -> Port:
         raise GuardError(f"the engine's {name!r} is of type {kind}, which cannot be fed or read; build it otherwise")
     shape = tuple(None if size < 0 else int(size) for size in engine.get_tensor_shape(name))
     return Port(name, np.dtype(_NUMPY[kind]), shape)
+
+
+def _stacked(ports: Mapping[str, Port], numbers: NumberInputs) -> dict[str, Port]:
+    """The inputs that a caller feeds: one tensor in place of the single coordinates."""
+    own = {name: port for name, port in ports.items() if name not in numbers.names}
+    return own | {numbers.port.name: numbers.port}
 
 
 def _profile(engine: Any, number: int, inputs: Mapping[str, Port], on_host: Collection[str]) -> _Profile:

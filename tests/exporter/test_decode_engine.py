@@ -29,14 +29,15 @@ from vlmguard.graphs.errors import ManifestMismatch, ProofFailed, RunFailed
 from vlmguard.graphs.graph_io import in_memory, load_graph
 from vlmguard.graphs.manifest import read_manifest
 from vlmguard.graphs.modes import Mode
-from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
+from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, GuardPlan
 from vlmguard.graphs.planner import plan_guard
-from vlmguard.graphs.rewrite import rewrite
+from vlmguard.graphs.rewrite import GuardReport, rewrite
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.graphs.tensorrt import settle_sizes
 from vlmguard.runtime.guarded import open_guarded_package
 from vlmguard.runtime.runners import open_runner
 from vlmguard.runtime.tensorrt.backend import find_backend
+from vlmguard.runtime.tensorrt.number_inputs import NumberInputs
 
 pytest.importorskip("tensorrt_rtx")
 pytest_plugins = ("tiny_vlm_fixtures",)
@@ -50,7 +51,6 @@ DECODE = EngineProfile("decode", Span(1, 2, 4), Span(1, 1, 1), Span(1, 16, 64))
 def engine_for(path: Path, mode: Mode | None, profile: EngineProfile) -> Engine:
     """The engine of prompts or of decode steps alone, guarded in every layer if a mode is given."""
     model = load_graph(path)
-    settle_sizes(model)
     if mode is not None:
         anatomy = dissect(model)
         directions = random_directions(anatomy.width, range(anatomy.layer_count), 2)
@@ -58,6 +58,7 @@ def engine_for(path: Path, mode: Mode | None, profile: EngineProfile) -> Engine:
         plan = derive(plan_guard(model, anatomy, directions, GuardSpec(mode=mode, lowering="rank1")))
         assert plan is not None
         rewrite(model, plan)
+    settle_sizes(model)
     shapes = decoder_shapes(model.graph, profile, {})
     one_gpu = BuildOptions(capabilities=("8.9",))
     return build_engine(find_backend("tensorrt_rtx"), model, path, [shapes], one_gpu, lambda *_: None)
@@ -136,7 +137,7 @@ def test_the_derived_graph_computes_what_the_guarded_decoder_does(
     unguarded = open_runner(in_memory(graph.unguarded, package.decoder.parent)[0], home)
     random = np.random.default_rng(0)
     rows, tokens, past = 4, 6 if role == "decoder" else 1, 5
-    feeds = {
+    feeds: dict[str, np.ndarray] = {
         name: random.normal(size=[rows if axis == 0 else size or past for axis, size in enumerate(port.shape)])
         for name, port in unguarded.inputs.items()
     }
@@ -149,14 +150,20 @@ def test_the_derived_graph_computes_what_the_guarded_decoder_does(
     if "position_ids" in feeds:
         feeds["position_ids"] = np.tile(past + np.arange(tokens), (rows, 1))
     fed = {name: value.astype(unguarded.inputs[name].dtype) for name, value in feeds.items()}
-    stacked = {}
+    stacked, numbers = {}, {}
     if graph.plan.takes_supervisor:
         rank = graph.plan.guards[0].rank
         coordinates = random.normal(scale=5, size=(rows, len(graph.plan.layers), rank)).astype(np.float32)
+        for layer, guard in enumerate(graph.plan.guards):  # the gates of supervise read the first coordinate
+            coordinates[:, layer, 0] = guard.threshold + 1 + np.abs(coordinates[:, layer, 0])
         coordinates[0] = -1e30  # no supervisor: no gate opens
-        stacked = {SUPERVISOR_INPUT: coordinates}
+        stacked = numbers = {SUPERVISOR_INPUT: coordinates}
+        if role == "decode_step":
+            inputs = NumberInputs(decode.inputs, "the graph")
+            flat = coordinates[:, :, : inputs.rows].reshape(rows, -1)
+            numbers = {name: flat[:, at, None, None] for at, name in enumerate(inputs.names)}
     expected, found, bare = (
-        runner.run(fed | more) for runner, more in ((guarded, stacked), (decode, stacked), (unguarded, {}))
+        runner.run(fed | more) for runner, more in ((guarded, stacked), (decode, numbers), (unguarded, {}))
     )
     lacking = {COORDINATES_OUTPUT} if role == "decode_step" else set()
     assert found.keys() == expected.keys() - lacking
@@ -175,7 +182,7 @@ def test_the_derived_graph_computes_what_the_guarded_decoder_does(
         assert checks["prompt graph: a mask with more columns than tokens is an error"].compared > 0
         longer = np.hstack([fed["attention_mask"], np.zeros((rows, 2), fed["attention_mask"].dtype)])
         with pytest.raises(RunFailed):
-            decode.run(fed | stacked | {"attention_mask": longer})
+            decode.run(fed | numbers | {"attention_mask": longer})
 
 
 def test_where_nothing_is_saved_there_is_no_second_graph(
@@ -305,7 +312,7 @@ def test_a_changed_derived_graph_fails_its_proof(
     tamper: Callable,
     role: DecoderRole,
 ) -> None:
-    def tampered(model: ir.Model, plan: object) -> object:
+    def tampered(model: ir.Model, plan: GuardPlan) -> GuardReport:
         report = rewrite(model, plan)
         tamper(model)
         return report

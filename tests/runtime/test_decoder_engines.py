@@ -17,11 +17,11 @@ from tiny_vlm_paths import PROMPTS, Guarded
 from vlmguard.exporter.engines.profile import EngineProfile, Span, decoder_shapes
 from vlmguard.graphs.anatomy import dissect
 from vlmguard.graphs.directions import read_directions
-from vlmguard.graphs.engine_plans import decode_step_plan, prompt_plan
-from vlmguard.graphs.errors import RunFailed
+from vlmguard.graphs.engine_plans import decode_step_plan
+from vlmguard.graphs.errors import ModelUnreadable, RunFailed
 from vlmguard.graphs.graph_io import in_memory
 from vlmguard.graphs.layouts import open_package
-from vlmguard.graphs.plan import SUPERVISOR_INPUT
+from vlmguard.graphs.plan import SUPERVISOR_INPUT, number_input
 from vlmguard.graphs.planner import plan_guard
 from vlmguard.graphs.proof.strip import strip_guard
 from vlmguard.graphs.rewrite import rewrite
@@ -31,6 +31,7 @@ from vlmguard.runtime.device import Tensor
 from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.tensorrt.cuda import CudaTensor
 from vlmguard.runtime.tensorrt.decoder_engines import DecoderEngines
+from vlmguard.runtime.tensorrt.number_inputs import NumberInputs
 from vlmguard.runtime.vlm import VisionLanguageModel
 
 pytest_plugins = ("tiny_vlm_fixtures",)
@@ -75,9 +76,10 @@ def opened(rig: Rig, folder: Path) -> tuple[VisionLanguageModel, Counted]:
         anatomy = dissect(model)
         directions = read_directions(folder / "directions.safetensors")
         plan = plan_guard(model, anatomy, directions, GuardSpec(lowering="rank1"))
-        derived = (decode_step_plan if step else prompt_plan)(plan)
-        assert derived is not None
-        rewrite(model, derived)
+        if step:
+            plan = decode_step_plan(plan)
+            assert plan is not None
+        rewrite(model, plan)
         graphs.append(engine_of(model, package.decoder.parent, DECODE if step else PREFILL))
     pair = Counted(*(rig.open(graph) for graph in graphs))
 
@@ -99,7 +101,7 @@ def test_prompts_and_steps_run_on_their_engines_and_answer_as_onnxruntime(guarde
 
 
 def test_the_text_only_pass_shares_the_profile_of_prompts(guarded: Guarded) -> None:
-    """No engine, profile or execution context of its own, and no copy of the coordinates to the host."""
+    """No engine, profile or execution context of its own, and no copy of the coordinates before the first step."""
     rig = Rig()
     model, pair = opened(rig, guarded("supervise"))
     batch = model.batch(REQUESTS[:1])
@@ -112,10 +114,12 @@ def test_the_text_only_pass_shares_the_profile_of_prompts(guarded: Guarded) -> N
     assert len(pair.prefill._profiles) == len(pair.step._profiles) == 1
     token, embeds = batch.ids[:, :1], None if batch.embeds is None else batch.embeds[:, :1]
     model.decoder.step(state, token, embeds)
-    assert rig.cudart.to_host == []
+    first = list(rig.cudart.to_host)
+    assert first == [np.asarray(supervisor).nbytes]
+    copied = len(rig.cudart.to_host)
     for _ in range(3):
         model.decoder.step(state, token, embeds)
-    assert rig.cudart.to_host == [] and pair.ran == {"prefill": 2, "step": 4}
+    assert len(rig.cudart.to_host) == copied and pair.ran == {"prefill": 2, "step": 4}
 
 
 def feeds_of(model: VisionLanguageModel, tokens: int, past: int, rows: int = 2) -> dict[str, np.ndarray]:
@@ -155,7 +159,7 @@ def test_missing_and_wrongly_shaped_coordinates_are_errors_in_both_phases(guarde
         with pytest.raises(RunFailed, match="as float32, not as float64"):
             pair.run_on_device(whole | {SUPERVISOR_INPUT: np.zeros((2, layers, rank))})
     with pytest.raises(RunFailed, match="has no input"):
-        pair.step.run_on_device(feeds_of(model, 1, 5) | {"another": np.zeros((2, 1, 1), np.float32)})
+        pair.step.run_on_device(feeds_of(model, 1, 5) | {number_input(0, 0): np.zeros((2, 1, 1), np.float32)})
 
 
 def test_a_step_beyond_the_range_is_refused_with_the_range_of_steps(guarded: Guarded) -> None:
@@ -164,6 +168,29 @@ def test_a_step_beyond_the_range_is_refused_with_the_range_of_steps(guarded: Gua
     assert pair.run_on_device(feeds_of(model, 1, 160), step=True) and pair.ran == {"prefill": 1, "step": 1}
     with pytest.raises(RunFailed, match=r"the engine was built for \(1, 2\)\.\.\(4, 161\)"):
         pair.run_on_device(feeds_of(model, 1, 161), step=True)
+
+
+def test_every_coordinate_reaches_its_own_input() -> None:
+    """Layers 3 and 11 with two rows each: sorted as numbers, one copy, places that TensorRT accepts."""
+    rig = Rig()
+    names = [number_input(layer, row) for layer in (11, 3) for row in (1, 0)]
+    inputs = NumberInputs(["embeds", *names], "the engine")
+    assert inputs.names == tuple(number_input(layer, row) for layer in (3, 11) for row in (0, 1))
+    from vlmguard.runtime.tensorrt.cuda import Pool
+
+    stacked = np.arange(70 * 2 * 2, dtype=np.float32).reshape(70, 2, 2)
+    placed = inputs.placed(stacked, Pool(rig.cuda))
+    for number, name in enumerate(inputs.names):
+        tensor = placed[name]
+        assert isinstance(tensor, CudaTensor) and tensor.buffer.address % 256 == 0 and tensor.shape == (70, 1, 1)
+        np.testing.assert_array_equal(tensor.numpy().ravel(), stacked[:, number // 2, number % 2])
+    assert len(rig.cudart.to_device) == 1
+    stacked += 1  # an array that is changed in place is read again
+    np.testing.assert_array_equal(
+        np.asarray(inputs.placed(stacked, Pool(rig.cuda))[names[-1]]).ravel(), stacked[:, 0, 0]
+    )
+    with pytest.raises(ModelUnreadable, match="different numbers of coordinates"):
+        NumberInputs(names[1:], "the engine")
 
 
 def test_both_engines_give_their_memory_back(guarded: Guarded) -> None:
