@@ -19,8 +19,8 @@ from guarding import ALWAYS_OPEN, guarded, write_directions
 from shapes import Shape, llava_folder
 
 from vlmguard.exporter.engines.build_engine import BuildOptions, Engine, build_engine, capabilities_of
+from vlmguard.exporter.engines.engine_graphs import derive_engine_graph
 from vlmguard.exporter.engines.profile import EngineProfile, decoder_shapes
-from vlmguard.exporter.engines.step_graph import derive_step_graph
 from vlmguard.exporter.engines.verify_engines import Rolled, rolled
 from vlmguard.exporter.proof.inputs import ProofInputs
 from vlmguard.graphs.extras import install_command
@@ -175,8 +175,10 @@ def _graphs(package: ModelPackage, subject: Subject | None) -> tuple[ir.Model, i
     prefill, decode = package.load_decoder(), package.load_decoder()
     if subject is not None:
         manifest = read_manifest(package.root)
-        step = derive_step_graph(package.root, manifest, open_guarded_package(package.root, manifest))
-        decode = decode if step is None else step.model
+        folder = package.root, manifest, open_guarded_package(package.root, manifest)
+        prompts, steps = derive_engine_graph(*folder, "decoder"), derive_engine_graph(*folder, "decode_step")
+        prefill = prefill if prompts is None else prompts.model
+        decode = decode if steps is None else steps.model
     for model in (prefill, decode):
         settle_sizes(model)
         require_readable(model, str(package.decoder))

@@ -24,8 +24,8 @@ from shapes import SHAPES, llava_folder
 from vlmguard.exporter.engines.build_engine import BuildOptions, build_engine
 from vlmguard.exporter.engines.profile import EngineProfile, decoder_shapes
 from vlmguard.graphs.anatomy import dissect
-from vlmguard.graphs.decode_step import decode_step_plan
 from vlmguard.graphs.directions import read_directions
+from vlmguard.graphs.engine_plans import decode_step_plan, prompt_plan
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.modes import Mode, Positions
 from vlmguard.graphs.package import ModelPackage
@@ -89,8 +89,7 @@ def _guarded(
     anatomy = dissect(model, package.declared_layers)
     spec = GuardSpec(mode=mode, lowering=lowering, positions=cast(Positions, positions), **_numbers(mode))
     plan = plan_guard(model, anatomy, read_directions(directions), spec)
-    if step:
-        plan = decode_step_plan(plan) or plan
+    plan = (decode_step_plan if step else prompt_plan)(plan) or plan
     rewrite(model, plan)
     return model
 

@@ -12,6 +12,7 @@ from .modes import guard_mode
 from .node_builder import NodeBuilder
 from .pairs import SUPERVISOR_KEY
 from .plan import COORDINATES_OUTPUT, SUPERVISOR_INPUTS, GuardPlan, SitePlan, number_input, number_of_input
+from .reference import LayerGuard
 from .runtime_controls import (
     PRESENT_GATE_OUTPUT,
     SCORES_OUTPUT,
@@ -20,6 +21,7 @@ from .runtime_controls import (
 from .sites import find_node
 from .subgraph_edit import SubgraphEdit
 from .subgraphs import DecoderSubgraph, find_bodies, surface
+from .token_layout import at_every_token, in_rows
 
 
 def declare_inputs(model: ir.Model, plan: GuardPlan, shapes: Mapping[str, ir.Shape]) -> dict[str, ir.Value]:
@@ -81,6 +83,33 @@ def supervisor_numbers(edit: SubgraphEdit, planned: SitePlan) -> tuple[ir.Value,
         return ()
     rows = range(edit.plan.text_rows(planned.guard))
     return tuple(edit.given[number_input(planned.layer_index, row)] for row in rows)
+
+
+def numbers_of_tokens(edit: SubgraphEdit, builder: NodeBuilder, stream: ir.Value) -> None:
+    """What each layer reads of the text-only coordinates, in the layout of the stream: `Task.numbers` and `Task.aims`."""
+    supervisor, layers, guards = supervisor_input(edit), edit.plan.layers, edit.plan.guards
+    if supervisor is None:
+        return
+    rank, mode = guards[0].rank, edit.plan.mode
+    coordinates = at_every_token(builder, "coordinates", supervisor, stream, len(layers) * rank)
+    aims = coordinates
+    if mode == "supervise":
+        aims = at_every_token(builder, "aims", _aims(builder, supervisor, guards), stream, len(layers) * rank)
+    for place, layer in enumerate(layers):
+        edit.numbers[layer] = (in_rows(builder, f"layer_{layer}_first", coordinates, place * rank),)
+        if guard_mode(mode).toward_text:
+            columns = range(place * rank, (place + 1) * rank)
+            edit.aims[layer] = tuple(
+                in_rows(builder, f"layer_{layer}_aim_{row}", aims, column) for row, column in enumerate(columns)
+            )
+
+
+def _aims(builder: NodeBuilder, supervisor: ir.Value, guards: Sequence[LayerGuard]) -> ir.Value:
+    """`alpha (a - o) + o`, `[batch, layers, m]`: what the coordinates become in mode `supervise`."""
+    origins = builder.constant("origins", np.stack([guard.origin for guard in guards]), "float32")
+    alphas = builder.constant("alphas", np.array([[guard.alpha] for guard in guards]), "float32")
+    strong = builder.op("strength", "Mul", [builder.op("centred", "Sub", [supervisor, origins]), alphas])
+    return builder.op("aims", "Add", [strong, origins])
 
 
 def keep_outputs(edit: SubgraphEdit, written: Written | WrittenWhole) -> None:

@@ -78,8 +78,8 @@ class EngineRecord(BaseModel):
     Attributes:
         path: relative to the folder.
         role: which part of the model it is; `decode_step`: the decoder for calls of one token, if it has an engine of its own.
-        source: name and SHA-256 of the ONNX graph that was built; for a decoder the guarded one. For `decode_step` also the
-            digest of the graph that was derived from it.
+        source: name and SHA-256 of the ONNX graph that was built; for a decoder the guarded one, and the digest of the graph
+            that was derived from it, if that was built.
         backend, version: the builder's.
         capabilities: compute capabilities that it was built for; empty: the GPU of the machine that built it.
         profiles: per optimisation profile its name and, by input, smallest, typical and largest shape.

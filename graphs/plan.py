@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,6 +27,8 @@ SUPERVISOR_INPUTS = (SUPERVISOR_INPUT, PROMPT_SUPERVISOR_INPUT)
 # The same coordinates as one input for each number, `[batch, 1, 1]`: no node has to slice them (TensorRT, one token a call).
 _NUMBER_INPUT = re.compile(re.escape(SUPERVISOR_INPUT) + r"\.([0-9]{1,9})\.([0-9]{1,9})")
 COORDINATES_OUTPUT = "vlmguard.coordinates"
+# The calls that a graph takes: any, or those whose mask has a column for each token so far and no more (`engine_plans`).
+Calls = Literal["any", "whole"]
 
 
 def number_input(layer: int, row: int) -> str:
@@ -99,6 +101,7 @@ class GuardPlan:
         telemetry, gate: as in `GuardSpec`.
         supervisor: as in `GuardSpec`; or `numbers` for a graph of decode steps: each coordinate is an input of its own, and
             the graph does not output its own coordinates.
+        calls: which calls the graph takes. Other than `any`: the graph is for TensorRT alone.
         separation: how well each guarded layer's direction separates harmful from harmless prompts, where that is known.
     """
 
@@ -116,6 +119,7 @@ class GuardPlan:
     gate: str = "token"
     separation: tuple[Separation, ...] = ()
     supervisor: str = "input"
+    calls: Calls = "any"
 
     def with_separation(self, found: tuple[Separation, ...]) -> GuardPlan:
         """The plan with other figures, and the warnings that they give."""
@@ -203,6 +207,7 @@ class GuardPlan:
             "added_inputs": list(self.added_inputs),
             "added_outputs": list(self.added_outputs),
             **({"supervisor": self.supervisor} if self.supervisor != "input" else {}),
+            **({"calls": self.calls} if self.calls != "any" else {}),
             "sites": [site.to_json(self.mode) for site in self.sites],
             "notes": list(self.notes),
             **({"separation": [one.to_json() for one in self.separation]} if self.separation else {}),

@@ -82,11 +82,15 @@ class LastToken:
             is_last = self._op("is_either", "Or", [is_last, is_earlier])
         if rows is not None:
             is_last = self._op("is_edited", "And", [is_last, rows])
+        return self._with_sizes_of_stream(is_last)
+
+    def _with_sizes_of_stream(self, selected: ir.Value) -> ir.Value:
+        """`[batch, sequence, 1]` of a selection `[batch, sequence]`."""
         # Reshaped to the stream's own sizes, not unsqueezed: a mask's sizes have other names, and TensorRT no longer fuses
         # the attention behind a stream whose sizes it is not sure of (docs/tensorrt.md).
         leading = self._op("leading_sizes", "Slice", [self._shape, self._integers(0), self._integers(2)])
         sizes = self._op("sizes", "Concat", [leading, self._integers(1)], axis=0)
-        return self._op("selected", "Reshape", [is_last, sizes])
+        return self._op("selected", "Reshape", [selected, sizes])
 
     @cached_property
     def _column(self) -> ir.Value:

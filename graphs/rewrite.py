@@ -21,6 +21,7 @@ from .guard_ports import (
     declare_inputs,
     keep_outputs,
     names_of,
+    numbers_of_tokens,
     port_shapes,
     record_guard,
     split_supervisor,
@@ -46,6 +47,8 @@ from .shared_gates import shares_gates, write_shared_gates
 from .sites import find_node, sequence_stream
 from .subgraph_edit import SubgraphEdit
 from .subgraphs import find_bodies
+from .token_layout import in_rows
+from .whole_mask import WholeMask
 
 
 @dataclass(frozen=True)
@@ -281,7 +284,8 @@ def _task(edit: SubgraphEdit, planned: SitePlan, builder: NodeBuilder) -> Task:
         offset=edit.offset,
         held=edit.held.get(layer),
         text_ends=edit.text_ends,
-        numbers=supervisor_numbers(edit, planned),
+        numbers=edit.numbers.get(layer) or supervisor_numbers(edit, planned),
+        aims=edit.aims.get(layer, ()),
         outputs_coordinates=COORDINATES_OUTPUT in edit.plan.added_outputs,
         shared=edit.shared_gates.get(layer),
     )
@@ -327,18 +331,18 @@ def _read_runtime_controls(edit: SubgraphEdit) -> None:
 
 def _find_last_token(edit: SubgraphEdit) -> None:
     """Each row's last token, computed once before the first site: `ends` to read by, `selections` to write by."""
-    first = edit.sites[0].site
-    node = _first_node(edit)
-    residual = next(value for value in node.inputs[:2] if value is not None and value.name == first.residual)
-    stream = sequence_stream(residual)
-    assert stream is not None, "dissect refuses such a site"
     builder = edit.builder("positions")
-    last = LastToken(builder, stream, call_inputs(edit.model.graph) if edit.plan.mask else CallInputs())
+    found = call_inputs(edit.model.graph) if edit.plan.mask else CallInputs()
+    last = (WholeMask if found.mask is not None and edit.plan.calls == "whole" else LastToken)(
+        builder, _stream(edit), found
+    )
     pairs = PairedRows(builder, last) if edit.plan.paired else None
     if edit.plan.edits_last:
         edit.places = last.selected if pairs is None else last.selected_in(pairs.edited)
         for dtype in () if shares_gates(edit) else _selected_dtypes(edit):
             selected = builder.cast(f"selected_{dtype}", edit.places, dtype)
+            if edit.plan.calls != "any":
+                selected = in_rows(builder, f"selected_{dtype}_in_rows", selected)
             edit.selections[dtype] = _with_strength(edit, builder, selected, dtype)
     if edit.plan.added_outputs:
         edit.ends = last.pairs
@@ -351,12 +355,27 @@ def _find_last_token(edit: SubgraphEdit) -> None:
 def _split_by_layer(edit: SubgraphEdit) -> None:
     """Each layer's part of what is written once for all of them."""
     supervisors = edit.builder("supervisor")
-    edit.supervisors = split_supervisor(edit, supervisors)
+    if edit.plan.calls != "any" and edit.lowering.takes_numbers:
+        numbers_of_tokens(edit, supervisors, _stream(edit))
+    else:
+        edit.supervisors = split_supervisor(edit, supervisors)
     _share(edit, supervisors)
     gates = edit.builder("gates")
     if shares_gates(edit):
         edit.shared_gates = write_shared_gates(edit, gates, edit.places)
     _share(edit, gates)
+
+
+def _stream(edit: SubgraphEdit) -> ir.Value:
+    """`[batch, sequence, d]`, as the first guarded layer reads it."""
+    residual = next(
+        value
+        for value in _first_node(edit).inputs[:2]
+        if value is not None and value.name == edit.sites[0].site.residual
+    )
+    stream = sequence_stream(residual)
+    assert stream is not None, "dissect refuses such a site"
+    return stream
 
 
 def _selected_dtypes(edit: SubgraphEdit) -> list[str]:

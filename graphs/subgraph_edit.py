@@ -29,6 +29,8 @@ class SubgraphEdit:
     offset: ir.Value | None = None
     held: dict[int, Held] = field(default_factory=dict)  # by layer
     supervisors: dict[int, ir.Value] = field(default_factory=dict)  # by layer, [batch, 1, m]
+    numbers: dict[int, tuple[ir.Value, ...]] = field(default_factory=dict)  # `Task.numbers`, by layer
+    aims: dict[int, tuple[ir.Value, ...]] = field(default_factory=dict)  # `Task.aims`, by layer
     shared_gates: dict[int, SharedGate] = field(default_factory=dict)  # by layer
     places: ir.Value | None = None  # tokens to edit, [batch, sequence, 1] bool
     selections: dict[str, ir.Value] = field(default_factory=dict)

@@ -4,7 +4,8 @@
                    ──► (run, where a GPU is) ──► folder (engines, tokenizer and configs, guard.json)
 
 The input is a folder that `vlmguard-export` wrote, so what goes into the builder is what was proved. Decode steps get an engine
-of their own where their guard can be cheaper (`step_graph`); its graph is derived and proved here.
+of their own where their guard can be cheaper. The graphs of both engines are derived from the folder's decoder and proved here
+(`engine_graphs`).
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from ..artifact.guarded_folder import versions
 from ..proof.prove_decoder import require_all
 from ..sources import require_apart
 from .build_engine import BuildOptions, Engine, build_engine, require_capabilities
+from .engine_graphs import DERIVED, DecoderRole, EngineGraph, derive_engine_graph, prove_engine_graph
 from .layers import require_guard
 from .profile import (
     EngineProfile,
@@ -54,7 +56,6 @@ from .profile import (
     require_within,
     shapes_to_json,
 )
-from .step_graph import DERIVED, StepGraph, derive_step_graph, prove_step_graph
 
 ENGINE_SUFFIX = ".engine"
 Role = Literal["decoder", "decode_step", "vision_encoder", "embed_tokens"]
@@ -72,7 +73,7 @@ class Part:
         guard: names of the guard's nodes in its layers that an engine has to show.
         pads: of a decoder: whether rows of different lengths may share a batch.
         settled: whether the file writes fixed sizes as names, which our builder puts right before TensorRT reads them.
-        step: the graph that is built in place of the file's; `None`: the file's.
+        derived: the graph that is built in place of the file's; `None`: the file's.
     """
 
     role: Role
@@ -82,7 +83,7 @@ class Part:
     guard: tuple[str, ...] = ()
     pads: bool = False
     settled: bool = False
-    step: StepGraph | None = None
+    derived: EngineGraph | None = None
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ def build_engines(
     target = Path(out).absolute() if out is not None else folder.parent / f"{folder.name}-engine"
     require_apart(target, folder, package)
     require_writable(target, force)
-    step = None if single_engine else _proved_step(folder, manifest, package, report_progress)
-    parts = plan_parts(package, profiles, parse_shapes(shapes), step)
+    graphs = _proved_graphs(folder, manifest, package, single_engine, report_progress)
+    parts = plan_parts(package, profiles, parse_shapes(shapes), graphs)
     created = to_text(now())
     with staged(target, force) as stage:
         engines = [_build(chosen, part, options, stage, report_progress) for part in parts]
@@ -156,17 +157,20 @@ def build_engines(
     return EngineResult(target, written, warnings)
 
 
-def _proved_step(
-    folder: Path, manifest: Manifest, package: ModelPackage, report_progress: ProgressCallback
-) -> StepGraph | None:
-    label = "proving the decode graph"
-    report_progress(label, 0, 1)
-    step = derive_step_graph(folder, manifest, package)
-    if step is not None:
-        step = replace(step, proof=prove_step_graph(step))
-        require_all(step.proof)
-    report_progress(label, 1, 1)
-    return step
+def _proved_graphs(
+    folder: Path, manifest: Manifest, package: ModelPackage, single_engine: bool, report_progress: ProgressCallback
+) -> dict[DecoderRole, EngineGraph]:
+    label = "proving the engines' graphs"
+    roles: tuple[DecoderRole, ...] = ("decoder",) if single_engine else ("decoder", "decode_step")
+    graphs: dict[DecoderRole, EngineGraph] = {}
+    for number, role in enumerate(roles):
+        report_progress(label, number, len(roles))
+        graph = derive_engine_graph(folder, manifest, package, role)
+        if graph is not None:
+            graphs[role] = replace(graph, proof=prove_engine_graph(graph))
+            require_all(graphs[role].proof)
+    report_progress(label, len(roles), len(roles))
+    return graphs
 
 
 def open_buildable(folder: Path) -> tuple[Manifest, ModelPackage]:
@@ -197,7 +201,7 @@ def plan_parts(
     package: ModelPackage,
     profiles: Sequence[EngineProfile],
     given: Mapping[str, Shapes],
-    step: StepGraph | None = None,
+    derived: Mapping[DecoderRole, EngineGraph] | None = None,
 ) -> tuple[Part, ...]:
     """The graphs to build, with the shapes of every input; raises before anything is built.
 
@@ -205,11 +209,13 @@ def plan_parts(
         package: the model.
         profiles: shapes of the decoder's calls; none: `default_profiles`.
         given: shapes of other inputs.
-        step: the graph of an engine of its own for the profiles with one token per call, where there are others too.
+        derived: the graphs of the decoder's engines, where they are not the package's own; that of `decode_step` is for the
+            profiles with one token per call, where there are others too.
 
     Raises:
         GuardError: TensorRT cannot read one of the graphs, or the shapes do not fit.
     """
+    derived = derived or {}
     graphs: dict[Role, Path | None] = {
         "decoder": package.decoder,
         "vision_encoder": package.vision_encoder,
@@ -235,19 +241,20 @@ def plan_parts(
         raise GuardError(
             f"--shape names {sorted(unknown)[0]!r}, which no graph of {package.root} takes; look at its inputs"
         )
-    steps = [profile for profile in chosen if profile.is_step] if step is not None else []
+    steps = [profile for profile in chosen if profile.is_step] if "decode_step" in derived else []
     longer = [profile for profile in chosen if profile not in steps]
-    if step is None or not steps or not longer:
+    if not steps or not longer:
         steps, longer = [], list(chosen)
-    parts = [
-        replace(
-            _part(package, role, path, model, longer if role == "decoder" else chosen, given), settled=settled[role]
-        )
-        for role, (path, model) in loaded.items()
-    ]
-    if step is not None and steps:
-        part = _part(package, "decode_step", package.decoder, step.model, steps, given)
-        parts.insert(1, replace(part, settled=settled["decoder"], step=step))
+    parts: list[Part] = []
+    for role, (path, model) in loaded.items():
+        graph = derived.get("decoder") if role == "decoder" else None
+        of_role = longer if role == "decoder" else chosen
+        part = _part(package, role, path, model if graph is None else graph.model, of_role, given)
+        parts.append(replace(part, settled=settled[role], derived=graph))
+    if steps:
+        graph = derived["decode_step"]
+        part = _part(package, "decode_step", package.decoder, graph.model, steps, given)
+        parts.insert(1, replace(part, settled=settled["decoder"], derived=graph))
     return tuple(parts)
 
 
@@ -298,8 +305,8 @@ def _build(
         report_progress(f"{label}: {phase}", done, total)
 
     report_progress(label, 0, 1)
-    if part.step is not None:
-        model = part.step.model
+    if part.derived is not None:
+        model = part.derived.model
     else:
         model = load_graph(part.path, trust_links=True)
         settle_sizes(model)
@@ -323,7 +330,7 @@ def _bring_companions(package: ModelPackage, parts: Sequence[Part], stage: Path)
 
 
 def _record(backend: Backend, part: Part, engine: Engine, options: BuildOptions) -> EngineRecord:
-    derived = {} if part.step is None else {DERIVED: engine.graph_sha256}
+    derived = {} if part.derived is None else {DERIVED: engine.graph_sha256}
     return EngineRecord(
         path=part.relative,
         role=part.role,
@@ -334,7 +341,7 @@ def _record(backend: Backend, part: Part, engine: Engine, options: BuildOptions)
         profiles=[{"name": name, "shapes": shapes_to_json(shapes)} for name, shapes in part.profiles],
         layers=engine.layers.to_json(),
         pads=part.pads,
-        proof=[] if part.step is None else [check.to_json() for check in part.step.proof],
+        proof=[] if part.derived is None else [check.to_json() for check in part.derived.proof],
     )
 
 

@@ -31,7 +31,7 @@ from ..proof.make_inputs import make_proof_inputs
 from ..proof.prove_closed import roll
 from ..session import Session
 from ..sources import Source
-from .step_graph import check_step_engine, derive_step_graph
+from .engine_graphs import check_engine_graphs
 
 # Prefill, and as many decode steps.
 STEPS = 16
@@ -57,7 +57,8 @@ def check_records(manifest: Manifest) -> list[Check]:
 
 def check_sources(manifest: Manifest, guarded: Path) -> list[Check]:
     """Every engine was built from the graph that has its role in that folder, and what lies around them is that folder's."""
-    package = open_guarded_package(guarded, read_manifest(guarded))
+    source = read_manifest(guarded)
+    package = open_guarded_package(guarded, source)
     parts = {
         "decoder": package.decoder,
         "decode_step": package.decoder,
@@ -74,9 +75,7 @@ def check_sources(manifest: Manifest, guarded: Path) -> list[Check]:
         if sha256_file(path) != engine.source["sha256"]:
             wrong.append(engine.path)
     checks = [exact("every engine was built from the guarded folder's graph", len(manifest.engines), wrong)]
-    if not wrong and any(engine.role == "decode_step" for engine in manifest.engines):
-        checks += check_step_engine(manifest, derive_step_graph(guarded, read_manifest(guarded), package))
-    return checks
+    return checks if wrong else [*checks, *check_engine_graphs(manifest, guarded, source, package)]
 
 
 def check_around_engines(manifest: Manifest, guarded: Path) -> Check:

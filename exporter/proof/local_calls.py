@@ -55,7 +55,7 @@ def local_calls(plan: GuardPlan, layers: Sequence[int]) -> Iterator[LocalCall]:
         return {number: supervisor_of(number, plan.mode, guards[number], turned) for number in chosen}
 
     silent = {number: no_supervisor_row(guards[number].rank) for number in plan.layers if supervised}
-    whole, *others = masks() if plan.mask else masks()[:1]
+    whole, *others = [mask for mask in masks() if _takes(plan, mask)] if plan.mask else masks()[:1]
     others += paired_masks() if plan.paired else []
     undecided = np.full((KINDS, len(plan.layers)), -1, np.float32) if plan.gate == "prompt" else None
     plain = LocalCall(whole, supervisors(0), held=undecided)
@@ -76,6 +76,19 @@ def local_calls(plan: GuardPlan, layers: Sequence[int]) -> Iterator[LocalCall]:
         yield from (replace(plain, held=states[(turns + turned) % len(states)]) for turned in range(3))
     if gated:
         yield from (replace(plain, forced=forced, supervisors=supervisors(0)) for forced in (True, False))
+
+
+def refused_calls(plan: GuardPlan) -> list[LocalCall]:
+    """Calls that the graph must answer with an error; none for a graph that takes any call."""
+    supervised = plan.layers if plan.takes_supervisor else ()
+    silent = {layer: no_supervisor_row(guard.rank) for layer, guard in zip(plan.layers, plan.guards, strict=True)}
+    undecided = np.full((KINDS, len(plan.layers)), -1, np.float32) if plan.gate == "prompt" else None
+    refused = [mask for mask in masks() if not _takes(plan, mask)] if plan.mask else []
+    return [LocalCall(mask, {layer: silent[layer] for layer in supervised}, held=undecided) for mask in refused]
+
+
+def _takes(plan: GuardPlan, masked: Masked) -> bool:
+    return plan.calls == "any" or masked.mask.shape[1] == masked.past + masked.tokens
 
 
 def guard_streams(cut: Cut, plan: GuardPlan) -> dict[str, np.ndarray]:

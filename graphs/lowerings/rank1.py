@@ -71,6 +71,9 @@ def _weights(builder: NodeBuilder, task: Task, c: list[ir.Value], opened: ir.Val
         wanted = [builder.op(f"minus_c_{number}", "Neg", [value]) for number, value in enumerate(c)]
     elif guard_mode(mode).has_readout:
         wanted = _to_the_target(builder, layer, c)
+    elif task.aims:
+        pairs = zip(task.aims, c, strict=True)
+        wanted = [builder.op(f"wanted_{number}", "Sub", pair) for number, pair in enumerate(pairs)]
     elif mode == "align":
         wanted = _to_the_text(builder, task, c)
     else:

@@ -26,6 +26,8 @@ class Task:
         held: gates that the prompt may have decided, where they are held.
         numbers: in place of `supervisor`, the text-only coordinates along the first rows, as many as the mode reads,
             `[batch, 1, 1]` float32 each; only for lowerings with `takes_numbers`.
+        aims: what the stream's coordinates become, one `[batch, sequence, 1]` float32 per row, where they are computed for all
+            layers at once; with them `numbers` holds the first coordinate alone, of the same shape.
         outputs_coordinates: whether `Written.coordinates` is needed.
         shared: the layer's part of what the gates of all layers compute together; `None`: the layer has its gate to itself.
     """
@@ -39,6 +41,7 @@ class Task:
     held: Held | None = None
     text_ends: ir.Value | None = None
     numbers: tuple[ir.Value, ...] = ()
+    aims: tuple[ir.Value, ...] = ()
     outputs_coordinates: bool = False
     shared: SharedGate | None = None
 

@@ -1,4 +1,4 @@
-"""A decoder of two engines: one for prompts, one for decode steps (`exporter.engines.step_graph`)."""
+"""A decoder of two engines: one for prompts, one for decode steps (`exporter.engines.engine_graphs`)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The text-only coordinates of an engine that takes each of them as an input of its own.
 
 Callers feed one tensor `[batch, layers, rank]`, as to any other runner. The engine of decode steps has an input `[batch, 1, 1]`
-for each number (`graphs.decode_step`): TensorRT fuses those, but would start a new kernel to slice one tensor in each layer.
+for each number (`graphs.engine_plans`): TensorRT fuses those, but would start a new kernel to slice one tensor in each layer.
 """
 
 from __future__ import annotations

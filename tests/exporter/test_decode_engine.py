@@ -1,4 +1,4 @@
-"""The engine of decode steps: no kernel for the guard, the same numbers as the guarded decoder, and a proof of its graph."""
+"""The decoder's engines: kernels of the guard, the same numbers as the guarded decoder, and a proof of the derived graphs."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from zoo.model import ZooModel
 from zoo_fixtures import zoo
 
 import vlmguard
-from vlmguard.exporter.engines import step_graph
+from vlmguard.exporter.engines import engine_graphs
 from vlmguard.exporter.engines.build_engine import BuildOptions, Engine, build_engine
 from vlmguard.exporter.engines.engine_folder import build_engines
+from vlmguard.exporter.engines.engine_graphs import DecoderRole, EngineGraph, derive_engine_graph, prove_engine_graph
 from vlmguard.exporter.engines.profile import EngineProfile, Span, decoder_shapes
-from vlmguard.exporter.engines.step_graph import StepGraph, derive_step_graph, prove_step_graph
 from vlmguard.exporter.proof.verify import verify
 from vlmguard.graphs.anatomy import dissect
-from vlmguard.graphs.decode_step import decode_step_plan
-from vlmguard.graphs.errors import ManifestMismatch, ProofFailed
+from vlmguard.graphs.engine_plans import decode_step_plan, prompt_plan
+from vlmguard.graphs.errors import ManifestMismatch, ProofFailed, RunFailed
 from vlmguard.graphs.graph_io import in_memory, load_graph
 from vlmguard.graphs.manifest import read_manifest
 from vlmguard.graphs.modes import Mode
-from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT
+from vlmguard.graphs.plan import COORDINATES_OUTPUT, SUPERVISOR_INPUT, GuardPlan
 from vlmguard.graphs.planner import plan_guard
-from vlmguard.graphs.rewrite import rewrite
+from vlmguard.graphs.rewrite import GuardReport, rewrite
 from vlmguard.graphs.spec import GuardSpec
 from vlmguard.graphs.tensorrt import settle_sizes
 from vlmguard.runtime.guarded import open_guarded_package
@@ -43,22 +43,25 @@ pytest.importorskip("tensorrt_rtx")
 pytest_plugins = ("tiny_vlm_fixtures",)
 __all__ = ["zoo"]
 
+PROMPTS = EngineProfile("prefill", Span(1, 2, 4), Span(1, 16, 64), Span(0, 0, 0))
 DECODE = EngineProfile("decode", Span(1, 2, 4), Span(1, 1, 1), Span(1, 16, 64))
 
 
 @cache
-def decode_engine(path: Path, mode: Mode | None) -> Engine:
-    """The engine of decode steps alone, guarded in every layer if a mode is given."""
+def engine_for(path: Path, mode: Mode | None, profile: EngineProfile) -> Engine:
+    """The engine of prompts or of decode steps alone, guarded in every layer if a mode is given."""
     model = load_graph(path)
-    settle_sizes(model)
     if mode is not None:
         anatomy = dissect(model)
         directions = random_directions(anatomy.width, range(anatomy.layer_count), 2)
-        plan = decode_step_plan(plan_guard(model, anatomy, directions, GuardSpec(mode=mode, lowering="rank1")))
+        derive = decode_step_plan if profile is DECODE else prompt_plan
+        plan = derive(plan_guard(model, anatomy, directions, GuardSpec(mode=mode, lowering="rank1")))
         assert plan is not None
         rewrite(model, plan)
-    shapes = decoder_shapes(model.graph, DECODE, {})
-    return build_engine(find_backend("tensorrt_rtx"), model, path, [shapes], BuildOptions(), lambda *_: None)
+    settle_sizes(model)
+    shapes = decoder_shapes(model.graph, profile, {})
+    one_gpu = BuildOptions(capabilities=("8.9",))
+    return build_engine(find_backend("tensorrt_rtx"), model, path, [shapes], one_gpu, lambda *_: None)
 
 
 @pytest.mark.parametrize(
@@ -67,15 +70,33 @@ def decode_engine(path: Path, mode: Mode | None) -> Engine:
 def test_a_decode_step_has_no_kernel_more_than_without_the_guard(zoo: Callable[[str], ZooModel], mode: Mode) -> None:
     """All layers guarded, positions `last`; the table in docs/tensorrt.md has these figures."""
     path = zoo("llava-transformers-fp16").path
-    engine, bare = decode_engine(path, mode), decode_engine(path, None)
+    engine, bare = engine_for(path, mode, DECODE), engine_for(path, None, DECODE)
     assert engine.layers.kernels == bare.layers.kernels
+    assert len(engine.layers.guard_nodes()) == zoo("llava-transformers-fp16").layers
+
+
+@pytest.mark.parametrize(
+    ("mode", "added"),
+    [("restore", 1), ("supervise", 2), *(pytest.param(m, 1, marks=pytest.mark.zoo) for m in ("project", "steer"))],
+)
+def test_a_prompt_has_one_kernel_more_and_one_for_the_coordinates(
+    zoo: Callable[[str], ZooModel], mode: Mode, added: int
+) -> None:
+    """Per engine, not per layer: one finds each row's last token, one outputs the text-only pass's coordinates."""
+    path = zoo("llava-transformers-fp16").path
+    engine, bare = engine_for(path, mode, PROMPTS), engine_for(path, None, PROMPTS)
+    assert engine.layers.kernels == bare.layers.kernels + added
     assert len(engine.layers.guard_nodes()) == zoo("llava-transformers-fp16").layers
 
 
 @pytest.mark.zoo
 def test_combined_needs_the_first_coordinate_alone(zoo: Callable[[str], ZooModel]) -> None:
     path = zoo("llava-transformers-fp16").path
-    assert decode_engine(path, "combined").layers.kernels == decode_engine(path, None).layers.kernels
+    for profile, added in ((DECODE, 0), (PROMPTS, 2)):
+        assert (
+            engine_for(path, "combined", profile).layers.kernels
+            == engine_for(path, None, profile).layers.kernels + added
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- the derived graph
@@ -95,57 +116,73 @@ def for_tensorrt(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> 
     return make
 
 
-def derived(folder: Path) -> StepGraph:
+def derived(folder: Path, role: DecoderRole = "decode_step") -> EngineGraph:
     manifest = read_manifest(folder)
-    step = derive_step_graph(folder, manifest, open_guarded_package(folder, manifest))
-    assert step is not None
-    return step
+    graph = derive_engine_graph(folder, manifest, open_guarded_package(folder, manifest), role)
+    assert graph is not None
+    return graph
 
 
 @pytest.mark.parametrize("mode", ["restore", "supervise", pytest.param("combined", marks=pytest.mark.long)])
+@pytest.mark.parametrize("role", ["decoder", "decode_step"])
 def test_the_derived_graph_computes_what_the_guarded_decoder_does(
-    for_tensorrt: Callable[[Mode], Path], mode: Mode
+    for_tensorrt: Callable[[Mode], Path], mode: Mode, role: DecoderRole
 ) -> None:
-    """A decode step of rows of which some are edited and some are not, on the bytes that the builder is given."""
+    """A call of rows of which some are edited and some are not, on the bytes that the builder is given."""
     folder = for_tensorrt(mode)
     package = open_guarded_package(folder, read_manifest(folder))
-    step = derived(folder)
-    content, home = in_memory(step.model, package.decoder.parent, maps=False)
+    graph = derived(folder, role)
+    content, home = in_memory(graph.model, package.decoder.parent, maps=False)
     guarded, decode = open_runner(package.decoder, home), open_runner(content, home)
-    unguarded = open_runner(in_memory(step.unguarded, package.decoder.parent)[0], home)
+    unguarded = open_runner(in_memory(graph.unguarded, package.decoder.parent)[0], home)
     random = np.random.default_rng(0)
-    rows, past = 4, 5
-    feeds = {
+    rows, tokens, past = 4, 6 if role == "decoder" else 1, 5
+    feeds: dict[str, np.ndarray] = {
         name: random.normal(size=[rows if axis == 0 else size or past for axis, size in enumerate(port.shape)])
         for name, port in unguarded.inputs.items()
     }
     text = next(name for name in feeds if "embeds" in name)
-    feeds[text] = 3 * feeds[text][:, :1]
-    feeds["attention_mask"] = np.ones((rows, past + 1))
+    feeds[text] = 3 * random.normal(size=(rows, tokens, feeds[text].shape[-1]))
+    feeds["attention_mask"] = np.ones((rows, past + tokens))
+    if role == "decoder":
+        feeds["attention_mask"][1, -2:] = 0  # padded on the right
+        feeds["attention_mask"][2, :past] = 0  # on the left
     if "position_ids" in feeds:
-        feeds["position_ids"] = np.full((rows, 1), past)
+        feeds["position_ids"] = np.tile(past + np.arange(tokens), (rows, 1))
     fed = {name: value.astype(unguarded.inputs[name].dtype) for name, value in feeds.items()}
     stacked, numbers = {}, {}
-    if step.plan.takes_supervisor:
-        rank = step.plan.guards[0].rank
-        coordinates = random.normal(scale=5, size=(rows, len(step.plan.layers), rank)).astype(np.float32)
+    if graph.plan.takes_supervisor:
+        rank = graph.plan.guards[0].rank
+        coordinates = random.normal(scale=5, size=(rows, len(graph.plan.layers), rank)).astype(np.float32)
+        for layer, guard in enumerate(graph.plan.guards):  # the gates of supervise read the first coordinate
+            coordinates[:, layer, 0] = guard.threshold + 1 + np.abs(coordinates[:, layer, 0])
         coordinates[0] = -1e30  # no supervisor: no gate opens
-        stacked = {SUPERVISOR_INPUT: coordinates}
-        inputs = NumberInputs(decode.inputs, "the graph")
-        flat = coordinates[:, :, : inputs.rows].reshape(rows, -1)
-        numbers = {name: flat[:, at, None, None] for at, name in enumerate(inputs.names)}
+        stacked = numbers = {SUPERVISOR_INPUT: coordinates}
+        if role == "decode_step":
+            inputs = NumberInputs(decode.inputs, "the graph")
+            flat = coordinates[:, :, : inputs.rows].reshape(rows, -1)
+            numbers = {name: flat[:, at, None, None] for at, name in enumerate(inputs.names)}
     expected, found, bare = (
         runner.run(fed | more) for runner, more in ((guarded, stacked), (decode, numbers), (unguarded, {}))
     )
-    assert found.keys() == expected.keys() - {COORDINATES_OUTPUT}
+    lacking = {COORDINATES_OUTPUT} if role == "decode_step" else set()
+    assert found.keys() == expected.keys() - lacking
     apart = max(float(np.abs(found[name] - expected[name]).max()) for name in found)
-    moved = max(float(np.abs(bare[name] - expected[name]).max()) for name in found)
+    moved = max(float(np.abs(bare[name] - expected[name]).max()) for name in bare)
     assert apart < 1e-4 < 1e-2 < moved
-    assert {check.name for check in prove_step_graph(step) if check.ok} >= {
-        "decode graph: without its guard it is the guarded decoder without its guard",
-        "decode graph: every planned site guarded exactly once",
-        "decode graph: no path avoids a guard (dominators)",
+    kind = "prompt" if role == "decoder" else "decode"
+    checks = {check.name: check for check in prove_engine_graph(graph)}
+    assert all(check.ok for check in checks.values())
+    assert checks.keys() >= {
+        f"{kind} graph: without its guard it is the guarded decoder without its guard",
+        f"{kind} graph: every planned site guarded exactly once",
+        f"{kind} graph: no path avoids a guard (dominators)",
     }
+    if role == "decoder":  # a static mask would show another token as the last one
+        assert checks["prompt graph: a mask with more columns than tokens is an error"].compared > 0
+        longer = np.hstack([fed["attention_mask"], np.zeros((rows, 2), fed["attention_mask"].dtype)])
+        with pytest.raises(RunFailed):
+            decode.run(fed | numbers | {"attention_mask": longer})
 
 
 def test_where_nothing_is_saved_there_is_no_second_graph(
@@ -154,7 +191,9 @@ def test_where_nothing_is_saved_there_is_no_second_graph(
     plan = derived(for_tensorrt("restore")).plan
     assert decode_step_plan(plan) is None  # positions all, no supervisor
     manifest = read_manifest(guarded("rows"))  # edits the prompt's end: its decode steps are the unguarded decoder's
-    assert derive_step_graph(guarded("rows"), manifest, open_guarded_package(guarded("rows"), manifest)) is None
+    for role in ("decoder", "decode_step"):
+        package = open_guarded_package(guarded("rows"), manifest)
+        assert derive_engine_graph(guarded("rows"), manifest, package, role) is None
 
 
 # ------------------------------------------------------------------------------------------------------- what is tampered with
@@ -174,11 +213,13 @@ def test_the_folder_has_an_engine_for_each_phase_and_the_proof_of_both_graphs(
     prefill, step = manifest.engines[:2]
     assert [[profile["name"] for profile in engine.profiles] for engine in (prefill, step)] == [["prefill"], ["decode"]]
     assert (step.role, step.source["sha256"]) == ("decode_step", prefill.source["sha256"])
-    assert step.proof and all(check["ok"] for check in step.proof) and not prefill.proof
+    for engine, kind in ((prefill, "prompt"), (step, "decode")):
+        assert engine.proof and all(check["ok"] and check["name"].startswith(kind) for check in engine.proof)
     found = verify(engines, for_tensorrt("restore"))
     assert all(check.ok for check in found.checks)
     names = [check.name for check in found.checks]
-    assert "the decode engine was built from the graph that the guarded folder gives" in names
+    for kind in ("prompt", "decode"):
+        assert f"the {kind} engine was built from the graph that the guarded folder gives" in names
     assert names.count("the builder showed the guard's nodes in every guarded layer") == 2
 
 
@@ -198,6 +239,10 @@ def edited(folder: Path, edit: Callable[[dict], None]) -> Path:
             "the decode engine was built from the graph that the guarded folder gives",
         ),
         (
+            lambda content: content["engines"][0]["source"].pop("derived_sha256"),
+            "the prompt engine was built from the graph that the guarded folder gives",
+        ),
+        (
             lambda content: content["engines"][1]["source"].update(sha256="0" * 64),
             "every engine was built from the guarded folder's graph",
         ),
@@ -208,7 +253,14 @@ def edited(folder: Path, edit: Callable[[dict], None]) -> Path:
         (lambda content: content["engines"][1].update(role="decoder"), "the folder holds the engines of its manifest"),
         (lambda content: content["engines"].pop(1), "the folder holds the engines of its manifest"),
     ],
-    ids=["derived graph", "guarded graph", "a layer's guard", "two prefill engines", "no record"],
+    ids=[
+        "derived graph",
+        "derived prompt graph",
+        "guarded graph",
+        "a layer's guard",
+        "two prefill engines",
+        "no record",
+    ],
 )
 def test_a_changed_record_of_the_decode_engine_is_detected(
     engines: Path, for_tensorrt: Callable[[Mode], Path], tmp_path: Path, edit: Callable[[dict], None], failed: str
@@ -251,19 +303,24 @@ def without_its_last_guard(model: ir.Model) -> None:
     last.outputs[0].replace_all_uses_with(last.inputs[0])
 
 
+@pytest.mark.parametrize("role", ["decoder", "decode_step"])
 @pytest.mark.parametrize("tamper", [weaker, without_its_last_guard])
 def test_a_changed_derived_graph_fails_its_proof(
-    for_tensorrt: Callable[[Mode], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tamper: Callable
+    for_tensorrt: Callable[[Mode], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tamper: Callable,
+    role: DecoderRole,
 ) -> None:
-    def tampered(model: ir.Model, plan: object) -> object:
+    def tampered(model: ir.Model, plan: GuardPlan) -> GuardReport:
         report = rewrite(model, plan)
         tamper(model)
         return report
 
     folder = for_tensorrt("restore")
-    monkeypatch.setattr(step_graph, "rewrite", tampered)
-    failed = [check for check in prove_step_graph(derived(folder)) if not check.ok]
+    monkeypatch.setattr(engine_graphs, "rewrite", tampered)
+    failed = [check for check in prove_engine_graph(derived(folder, role)) if not check.ok]
     assert failed, tamper
-    with pytest.raises(ProofFailed, match="decode graph: "):
+    with pytest.raises(ProofFailed, match="prompt graph: "):
         build_engines(folder, tmp_path / "out", backend="tensorrt_rtx")
     assert not list(tmp_path.iterdir())

@@ -16,8 +16,8 @@ from tiny_vlm_paths import PROMPTS, Guarded
 
 from vlmguard.exporter.engines.profile import EngineProfile, Span, decoder_shapes
 from vlmguard.graphs.anatomy import dissect
-from vlmguard.graphs.decode_step import decode_step_plan
 from vlmguard.graphs.directions import read_directions
+from vlmguard.graphs.engine_plans import decode_step_plan
 from vlmguard.graphs.errors import ModelUnreadable, RunFailed
 from vlmguard.graphs.graph_io import in_memory
 from vlmguard.graphs.layouts import open_package
