@@ -444,7 +444,7 @@ def test_names_are_text(browser: Browser, guarded: Guarded, serve: Callable[...,
 def test_a_mode_without_a_gate_says_so(browser: Browser, serve: Callable[..., str], in_mode: Guarded) -> None:
     page = browser.open(serve(in_mode("project"), base=SOURCE), READY, 1200)
     assert page.inner_text("#gates-about") == (
-        "Mode project has no gate: it edits every token it is meant for, whatever is asked."
+        "Mode project has no gate: it edits the planned tokens of every request."
     )
     assert page.locator("#gates-table").is_hidden() and page.locator(".gate").count() == 0
 
