@@ -52,8 +52,11 @@ PHASES = {"decode": (1, 128), "prefill": (256, 0)}  # tokens of the call, tokens
 OPENING = "opening"  # of a session, as a part of its own
 # A float32 session of the 0.5B shape holds about 3 GB once its weights are packed, an int4 one a fifth of that.
 OPEN_AT_ONCE = {"int4": 5, "fp32": 3}
-BUDGETS = {"decode": Budget(least=100, most=1000, seconds=150), "prefill": Budget(least=12, most=60, seconds=200)}
-BUDGETS[OPENING] = Budget(least=10, most=40, seconds=120)
+BUDGETS = {
+    "decode": Budget(least=100, most=1000, seconds=150),
+    "prefill": Budget(least=12, most=60, seconds=200),
+    OPENING: Budget(least=10, most=40, seconds=120),
+}
 # Two openings of one graph differ even in huge pages (fp32: by 2%), so many openings tell more than many pairs of one.
 OPENINGS = {"int4": {"decode": 16, "prefill": 4}, "fp32": {"decode": 12, "prefill": 4}}
 # The first two int4 sessions of a process are 13% and 2% slower; float32 ones are not, and too large to keep.
@@ -170,6 +173,11 @@ class Workshop:
             guarded(self.model, out, self.directions, replace(variant.spec, layers=layers))
         return out / "model.onnx"
 
+    def subjects(self, variants: Sequence[Variant]) -> dict[str, Path]:
+        """Subject -> its graph: the unguarded one twice, then each variant."""
+        plain = self.model / "model.onnx"
+        return {UNGUARDED: plain, AGAIN: plain} | {variant.name: self.guarded(variant) for variant in variants}
+
 
 @contextmanager
 def _workshop(shape: Shape, precision: str, models: Path) -> Iterator[Workshop]:
@@ -209,8 +217,7 @@ def _group(
     shop: Workshop, phase: str, threads: int, variants: Sequence[Variant], budget: Budget
 ) -> list[dict[str, Any]]:
     say(f"{shop.precision}/{phase}: {', '.join(variant.name for variant in variants)}")
-    paths: dict[str, Path] = {UNGUARDED: shop.model / "model.onnx", AGAIN: shop.model / "model.onnx"}
-    paths |= {variant.name: shop.guarded(variant) for variant in variants}
+    paths = shop.subjects(variants)
     told = {variant.name: variant.supervisor for variant in variants}
     opens = {
         name: partial(_opened, path, shop.shape, threads, phase, told.get(name, 0.0)) for name, path in paths.items()
@@ -246,9 +253,7 @@ def _row(about: dict[str, Any], opened: Opened) -> dict[str, Any]:
 def measure_opening(shop: Workshop, phase: str, args: argparse.Namespace) -> dict[str, Any]:
     """Sessions that are opened and closed again, one at a time."""
     variants = goals()[: 2 if args.quick else None]
-    paths = {UNGUARDED: shop.model / "model.onnx", AGAIN: shop.model / "model.onnx"}
-    paths |= {variant.name: shop.guarded(variant) for variant in variants}
-    opens = {name: partial(Decoder, path, shop.shape, args.threads) for name, path in paths.items()}
+    opens = {name: partial(Decoder, path, shop.shape, args.threads) for name, path in shop.subjects(variants).items()}
     times = interleaved(opens, UNGUARDED, asked(args, BUDGETS[phase]), warm_up=1)  # closing is not timed
     rows = []
     for name in opens:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .lowerings.table import LOWERINGS
+from .lowerings.table import lowering_named
 from .plan import GuardPlan
 
 
@@ -24,8 +24,7 @@ def prompt_plan(plan: GuardPlan) -> GuardPlan | None:
     Guards that read paired rows keep their graph: what an edit reads lies in another row, which is a kernel of its own in any
     spelling.
     """
-    lowering = next((lowering for lowering in LOWERINGS if lowering.name == plan.lowering), None)
-    if lowering is None or plan.paired or not (plan.edits_last or plan.added_outputs):
+    if lowering_named(plan.lowering) is None or plan.paired or not (plan.edits_last or plan.added_outputs):
         return None
     return replace(plan, calls="whole")
 
@@ -35,7 +34,7 @@ def decode_step_plan(plan: GuardPlan) -> GuardPlan | None:
 
     Guards that edit the end of the prompt alone keep their graph: what they do in a decode step is decided by the selection.
     """
-    lowering = next((lowering for lowering in LOWERINGS if lowering.name == plan.lowering), None)
+    lowering = lowering_named(plan.lowering)
     if lowering is None or plan.edits_prompt_end:
         return None
     as_numbers = plan.takes_supervisor and lowering.takes_numbers

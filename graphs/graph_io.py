@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.external_data import set_base_dir
 
 from .errors import GuardError, ModelUnreadable, first_line
-from .external_weights import CheckedWeight, trust_places
+from .external_weights import trust_places
 from .graph_file import LARGEST_FILE, read_graph_file
 from .inline_weights import InFile, referring_proto, total, weights_in_files, whole_pieces
 from .new_files import new_file
@@ -140,11 +140,6 @@ def _move_out(model: ir.Model, names: Collection[str], data: Path) -> bool:
             file.write(bytes(padding))
             offset += padding
     return True
-
-
-def relocated(tensor: ir.ExternalTensor, location: str) -> ir.ExternalTensor:
-    """The same numbers in a file of another name; they can be read as before."""
-    return CheckedWeight.of(tensor, location)
 
 
 def graph_bytes(model: ir.Model) -> bytes:

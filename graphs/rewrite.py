@@ -25,7 +25,7 @@ from .guard_ports import (
     supervisor_numbers,
 )
 from .lowerings.fold import FOLD, fold
-from .lowerings.table import LOWERINGS
+from .lowerings.table import lowering_named
 from .lowerings.task import Task, Written, WrittenWhole
 from .node_builder import NodeBuilder
 from .plan import COORDINATES_OUTPUT, GuardPlan, SitePlan
@@ -150,7 +150,8 @@ def rewrite(model: ir.Model, plan: GuardPlan) -> GuardReport:
         raise GuardIncomplete("the plan names no layer to guard; nothing was written")
     if plan.lowering == FOLD:
         return _fold(model, plan)
-    lowering = next(lowering for lowering in LOWERINGS if lowering.name == plan.lowering)
+    lowering = lowering_named(plan.lowering)
+    assert lowering is not None, plan.lowering
     shapes = port_shapes(model, plan)  # while the graph is as the exporter wrote it
     declared = declare_inputs(model, plan, shapes)
     edits = [SubgraphEdit(model, body, plan, lowering, declared) for body in find_bodies(model, plan.bodies)]

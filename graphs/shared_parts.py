@@ -42,9 +42,8 @@ def _find_last_token(edit: SubgraphEdit) -> None:
     """Each row's last token, computed once before the first site: `ends` to read by, `selections` to write by."""
     builder = edit.builder("positions")
     found = call_inputs(edit.model.graph) if edit.plan.mask else CallInputs()
-    last = (WholeMask if found.mask is not None and edit.plan.calls == "whole" else LastToken)(
-        builder, _stream(edit), found
-    )
+    reads_mask = WholeMask if found.mask is not None and edit.plan.calls == "whole" else LastToken
+    last = reads_mask(builder, _stream(edit), found)
     pairs = PairedRows(builder, last) if edit.plan.paired else None
     if edit.plan.edits_last:
         edit.places = last.selected if pairs is None else last.selected_in(pairs.edited)

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .dtypes import IR_DTYPES
-from .lowerings.table import LOWERINGS
+from .lowerings.table import lowering_named
 from .lowerings.task import Task
 from .modes import guard_mode
 from .node_builder import NodeBuilder
@@ -37,7 +37,8 @@ def widened(guard: LayerGuard, rank: int) -> LayerGuard:
 
 def guard_numbers(plan: GuardPlan) -> dict[str, np.ndarray]:
     """Name of each initializer that `rewrite` gives the planned sites -> its array, as the lowering writes it."""
-    lowering = next(lowering for lowering in LOWERINGS if lowering.name == plan.lowering)
+    lowering = lowering_named(plan.lowering)
+    assert lowering is not None, plan.lowering
     found: dict[str, np.ndarray] = {}
     for planned in plan.sites:
         # The lowering writes into a temporary graph: only its numbers are used, not its arithmetic.

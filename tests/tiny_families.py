@@ -34,7 +34,7 @@ def save_tiny(family: str, folder: Path, seed: int = 0) -> Path:
     """Write a tiny random checkpoint of `family`, a key of `TINY`, to `folder` and return it."""
     import transformers
 
-    _save_random(getattr(transformers, _CLASSES[family]), TINY[family](), folder, seed)
+    random_model(getattr(transformers, _CLASSES[family]), TINY[family](), seed).save_pretrained(folder)
     save_tokenizer(folder)
     _PROCESSORS[family](folder)
     return folder
@@ -137,7 +137,7 @@ def save_tiny_llama(folder: Path, seed: int = 0) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**text(hidden_size=64, intermediate_size=128, head_dim=16, num_hidden_layers=3, vocab_size=96))
-    _save_random(LlamaForCausalLM, config, folder, seed)
+    random_model(LlamaForCausalLM, config, seed).save_pretrained(folder)
     save_tokenizer(folder)
     for name in ("preprocessor_config.json", "processor_config.json"):
         (folder / name).unlink()
@@ -152,7 +152,7 @@ def save_tiny_text(model_type: str, folder: Path, seed: int = 0, **more: Any) ->
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(model_type, **text(**TEXTS.get(model_type, {}), **more))
-    _save_random(AutoModelForCausalLM._model_mapping[type(config)], config, folder, seed)
+    random_model(AutoModelForCausalLM._model_mapping[type(config)], config, seed).save_pretrained(folder)
     save_tokenizer(folder)
     for name in ("preprocessor_config.json", "processor_config.json"):
         (folder / name).unlink()
@@ -172,7 +172,8 @@ def with_huge_bos(folder: Path, size: float, channel: int = 3) -> Path:
     return folder
 
 
-def _save_random(model_class: Any, config: Any, folder: Path, seed: int) -> None:
+def random_model(model_class: Any, config: Any, seed: int) -> Any:
+    """A model whose numbers are random, norms near 1."""
     import torch
 
     torch.manual_seed(seed)
@@ -181,7 +182,7 @@ def _save_random(model_class: Any, config: Any, folder: Path, seed: int) -> None
         for name, weight in model.named_parameters():
             noise = torch.randn_like(weight) / (weight.shape[-1] ** 0.5 if weight.ndim > 1 else 4)
             weight.copy_(noise + 1 if "norm" in name and name.endswith("weight") else noise)
-    model.save_pretrained(folder)
+    return model
 
 
 def text(**more: Any) -> dict[str, Any]:

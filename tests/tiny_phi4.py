@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from byte_tokenizer import save_byte_tokenizer
+from tiny_families import random_model
 
 LAYERS, WIDTH, HEAD_WIDTH = 2, 32, 8
 VOCABULARY_SIZE = 200_064
@@ -48,7 +49,6 @@ def save_tiny_phi4(folder: Path, seed: int = 0) -> Path:
 
 def tiny_phi4(seed: int = 0) -> Any:
     """The model; no weight of it is left at a default."""
-    import torch
     from transformers import Phi4MultimodalForCausalLM
     from transformers.models.phi4_multimodal.configuration_phi4_multimodal import Phi4MultimodalConfig
 
@@ -86,10 +86,4 @@ def tiny_phi4(seed: int = 0) -> Any:
             "audio_token_id": AUDIO,
         },
     )
-    torch.manual_seed(seed)
-    model = Phi4MultimodalForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = torch.randn_like(weight) / (weight.shape[-1] ** 0.5 if weight.ndim > 1 else 4)
-            weight.copy_(noise + 1 if "norm" in name and name.endswith("weight") else noise)
-    return model
+    return random_model(Phi4MultimodalForCausalLM, config, seed)

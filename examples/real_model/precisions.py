@@ -177,19 +177,19 @@ def measure(seed_folder: Path, data: Path, count: int, out: Path) -> Path:
     key = {"onnx": key_of(onnx_stage), "precisions": PRECISIONS}
     made = run_stage(seed_folder / "precisions", key, lambda folder: make_precisions(onnx_stage / "model", folder))
     model, rows = made / "model", []
+    plan = json.loads((guard(model, seed_folder, "") / "model" / "guard.json").read_text())["decoders"][0]["plan"]
+    safety, vision = (stage_record(seed_folder / stage) for stage in ("safety", "vision"))
+    about = {
+        "seed": safety["key"]["seed"],
+        "reduced": seed_folder == bed(seed_folder.parent, safety["key"]["seed"], quick=True),
+        "tower_steps": vision["facts"]["recipe"]["steps"],
+        "prompts": count,
+        "plan": {"mode": plan["mode"], "layers": plan["layers"], "rank": plan["sites"][0]["rank"]},
+        "machine": machine(),
+    }
     for precision in PRECISIONS:
         rows.append(measure_precision(model, precision, seed_folder, data, count))
-        plan = json.loads((guard(model, seed_folder, "") / "model" / "guard.json").read_text())["decoders"][0]["plan"]
-        safety, vision = (stage_record(seed_folder / stage) for stage in ("safety", "vision"))
-        results = {
-            "seed": safety["key"]["seed"],
-            "reduced": seed_folder == bed(seed_folder.parent, safety["key"]["seed"], quick=True),
-            "tower_steps": vision["facts"]["recipe"]["steps"],
-            "prompts": count,
-            "plan": {"mode": plan["mode"], "layers": plan["layers"], "rank": plan["sites"][0]["rank"]},
-            "machine": machine(),
-            "precisions": rows,
-        }
+        results = {**about, "precisions": rows}
         out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")  # a stopped run leaves the rows so far
     return out
 

@@ -27,7 +27,7 @@ class PicturePipeline:
         tokens: ids of `model`, each with the keys that it may have in `config.json` or its `vision_config`.
         numbers: numbers of `model.vision`, from `config.json`; raises GuardError for a model that genai cannot run.
         fixed: ids that genai has in its code, whatever its config has.
-        silent: whether genai would also open a graph for sound; it is told that there is none.
+        silent: whether the config has to say that there is no graph for sound, which genai opens otherwise.
     """
 
     genai_type: str

@@ -12,7 +12,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ...graphs.errors import GuardError
-from ...graphs.graph_io import external_files, graph_bytes, load_graph, relocated
+from ...graphs.external_weights import CheckedWeight
+from ...graphs.graph_io import external_files, graph_bytes, load_graph
 from ...graphs.manifest import Manifest
 from ...graphs.new_files import Data
 from ...graphs.package import ModelPackage
@@ -115,5 +116,5 @@ def _referring(graph: Path, renamed: Mapping[str, str]) -> bytes:
         for value in part.initializers.values():
             tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor):
-                value.const_value = relocated(tensor, renamed[Path(tensor.location).as_posix()])
+                value.const_value = CheckedWeight.of(tensor, renamed[Path(tensor.location).as_posix()])
     return graph_bytes(model)

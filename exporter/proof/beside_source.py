@@ -14,8 +14,9 @@ import onnx_ir as ir
 from ...graphs.anatomy import prepare
 from ...graphs.digests import sha256_files
 from ...graphs.directions import DIRECTIONS_FILE
+from ...graphs.external_weights import CheckedWeight
 from ...graphs.graph_content import is_graph
-from ...graphs.graph_io import GUARD_DATA, external_files, load_graph, relocated
+from ...graphs.graph_io import GUARD_DATA, external_files, load_graph
 from ...graphs.inventory import is_read
 from ...graphs.manifest import Manifest
 from ...graphs.package import SBOM_NAME, ModelPackage
@@ -43,7 +44,7 @@ class Contents:
             for value in part.initializers.values():
                 tensor = value.const_value
                 if isinstance(tensor, ir.ExternalTensor):
-                    value.const_value = relocated(
+                    value.const_value = CheckedWeight.of(
                         tensor, files.get(graph.parent / str(tensor.location), str(tensor.location))
                     )
 

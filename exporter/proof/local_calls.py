@@ -54,10 +54,9 @@ def local_calls(plan: GuardPlan, layers: Sequence[int]) -> Iterator[LocalCall]:
         chosen = plan.layers if supervised else ()
         return {number: supervisor_of(number, plan.mode, guards[number], turned) for number in chosen}
 
-    silent = {number: no_supervisor_row(guards[number].rank) for number in plan.layers if supervised}
+    silent, undecided = _silent(plan), _undecided(plan)
     whole, *others = [mask for mask in masks() if _takes(plan, mask)] if plan.mask else masks()[:1]
     others += paired_masks() if plan.paired else []
-    undecided = np.full((KINDS, len(plan.layers)), -1, np.float32) if plan.gate == "prompt" else None
     plain = LocalCall(whole, supervisors(0), held=undecided)
     yield plain
     for number, mask in enumerate((*others, whole) if supervised else others, start=1):
@@ -80,11 +79,20 @@ def local_calls(plan: GuardPlan, layers: Sequence[int]) -> Iterator[LocalCall]:
 
 def refused_calls(plan: GuardPlan) -> list[LocalCall]:
     """Calls that the graph must answer with an error; none for a graph that takes any call."""
-    supervised = plan.layers if plan.takes_supervisor else ()
-    silent = {layer: no_supervisor_row(guard.rank) for layer, guard in zip(plan.layers, plan.guards, strict=True)}
-    undecided = np.full((KINDS, len(plan.layers)), -1, np.float32) if plan.gate == "prompt" else None
     refused = [mask for mask in masks() if not _takes(plan, mask)] if plan.mask else []
-    return [LocalCall(mask, {layer: silent[layer] for layer in supervised}, held=undecided) for mask in refused]
+    return [LocalCall(mask, _silent(plan), held=_undecided(plan)) for mask in refused]
+
+
+def _silent(plan: GuardPlan) -> dict[int, np.ndarray]:
+    """The supervisor of a listening pass, by layer; empty for a guard without one."""
+    if not plan.takes_supervisor:
+        return {}
+    return {layer: no_supervisor_row(guard.rank) for layer, guard in zip(plan.layers, plan.guards, strict=True)}
+
+
+def _undecided(plan: GuardPlan) -> np.ndarray | None:
+    """Held gates at the start of a prompt, `[KINDS, layers]`; `None` where no gate is held."""
+    return np.full((KINDS, len(plan.layers)), -1, np.float32) if plan.gate == "prompt" else None
 
 
 def _takes(plan: GuardPlan, masked: Masked) -> bool:

@@ -71,10 +71,7 @@ def _weights(builder: NodeBuilder, task: Task, c: list[ir.Value], opened: ir.Val
         wanted = [builder.op(f"minus_c_{number}", "Neg", [value]) for number, value in enumerate(c)]
     elif guard_mode(mode).has_readout:
         wanted = _to_the_target(builder, layer, c)
-    elif task.aims:
-        pairs = zip(task.aims, c, strict=True)
-        wanted = [builder.op(f"wanted_{number}", "Sub", pair) for number, pair in enumerate(pairs)]
-    elif mode == "align":
+    elif task.aims or mode == "align":
         wanted = _to_the_text(builder, task, c)
     else:
         alpha = builder.constant("alpha", np.array(layer.alpha), "float32")
@@ -115,8 +112,10 @@ def _to_the_supervisor(builder: NodeBuilder, task: Task, c: list[ir.Value], alph
 
 
 def _to_the_text(builder: NodeBuilder, task: Task, c: list[ir.Value]) -> list[ir.Value]:
-    """`a - c`"""
-    if task.text_ends is not None:
+    """`a - c`, or the difference to the aims that were computed for all layers at once."""
+    if task.aims:
+        text = list(task.aims)
+    elif task.text_ends is not None:
         text = [builder.op(f"text_{number}", "GatherND", [value, task.text_ends]) for number, value in enumerate(c)]
     else:
         text = [_text_coordinate(builder, task, number) for number in range(len(c))]

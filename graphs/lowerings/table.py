@@ -143,3 +143,8 @@ def choose_lowering(name: str, mode: str, target: Target = "onnxruntime", rank: 
         able = [lowering.name for lowering in LOWERINGS if mode in lowering.modes]
         raise GuardError(f"lowering {name!r} cannot write mode {mode!r}; choose {' or '.join(able)}")
     return by_name[name], f"as requested: {by_name[name].why}"
+
+
+def lowering_named(name: str) -> Lowering | None:
+    """The lowering of this name; `None` for one that writes no nodes (`fold`)."""
+    return next((lowering for lowering in LOWERINGS if lowering.name == name), None)
