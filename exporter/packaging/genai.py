@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ...graphs.graph_io import load_graph
+from ...graphs.graph_io import graph_bytes, load_graph
 from ...graphs.manifest import Manifest
 from ...graphs.new_files import Data
 from ...graphs.package import ModelPackage
@@ -20,6 +20,7 @@ from .genai_pictures import (
     FED_PICTURES,
     VISION,
     embedding_bytes,
+    mark_pictures,
     require_graphs,
     require_padding_apart,
 )
@@ -59,11 +60,15 @@ def arrange(manifest: Manifest, package: ModelPackage) -> FolderLayout:
     pictures = takes_pictures(decoder)
     if pictures:
         require_graphs(package)
+    marked = pictures and mark_pictures(package, decoder)
     require_known(decoder, str(package.decoder), RUNTIME, FED_PICTURES if pictures else FED_TEXT)
     brought = {name: name for name in loose_files(manifest, package) if not name.startswith("onnx/")}
     brought |= with_data(package.decoder, package.root, GRAPH)
     config = config_bytes(package, decoder)
     written = {"genai_config.json": config}
+    if marked:
+        brought.pop(GRAPH)
+        written[GRAPH] = graph_bytes(decoder)
     rewritten: dict[str, str] = {}
     if pictures:
         vision, embed_tokens = package.vision_encoder, package.embed_tokens

@@ -28,6 +28,7 @@ class PicturePipeline:
         numbers: numbers of `model.vision`, from `config.json`; raises GuardError for a model that genai cannot run.
         fixed: ids that genai has in its code, whatever its config has.
         silent: whether the config has to say that there is no graph for sound, which genai opens otherwise.
+        marks: whether a decoder may take token types, which are 1 for a picture's tokens (`graphs/genai_token_types.py`).
     """
 
     genai_type: str
@@ -36,6 +37,7 @@ class PicturePipeline:
     numbers: Callable[[Mapping[str, Any]], dict[str, Any]]
     fixed: Mapping[str, int] = field(default_factory=dict)
     silent: bool = False
+    marks: bool = False
 
     def require(self, config: Mapping[str, Any], where: str | Path) -> tuple[dict[str, int], dict[str, Any]]:
         """The ids and numbers of a model, from its `config.json`.
@@ -117,6 +119,7 @@ _GEMMA3 = PicturePipeline(
     vision_inputs={"pixel_values": "pixel_values"},
     tokens=_IMAGE_TOKEN,
     numbers=_gemma3_numbers,
+    marks=True,
 )
 _PHI4 = PicturePipeline(
     genai_type="phi4mm",

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from ...graphs.decoder_state import COMMUNITY_PAST, COMMUNITY_PRESENT
 from ...graphs.errors import GuardError
 from ...graphs.plan import PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUT
-from ...graphs.roles import LOGITS, input_roles
+from ...graphs.roles import LOGITS, TOKEN_TYPES, input_roles
 from ...graphs.runtime_controls import PAST_GATE_INPUT
 
 # Cache inputs supported by the runtimes: keys and values of a layer, with the names of the onnx-community layout.
@@ -19,8 +19,8 @@ _WHY = {
     SUPERVISOR_INPUT: "modes supervise and combined need a text-only pass before each answer; export in mode restore",
     PROMPT_SUPERVISOR_INPUT: "a guard at the prompt's end needs a text-only pass before each answer; export with --supervisor "
     "rows where the app can batch the text with the prompt, else in mode restore",
-    "token_type_ids": "in this decoder the tokens of a picture see one another; for onnxruntime-genai export the checkpoint "
-    "with --exporter genai, whose decoder does without",
+    TOKEN_TYPES: "in this decoder the tokens of a picture see one another; package it with --genai, or keep the layout that "
+    "it has",
     PAST_GATE_INPUT: "a gate that is held needs its state carried from call to call; export without --gate prompt",
 }
 
