@@ -25,8 +25,8 @@ class Genai:
         self.processor = self.model.create_multimodal_processor()
 
     def inputs(self, prompt: str, image: Image.Image | Sequence[Image.Image] | None) -> Any:
-        """The named tensors that genai makes of a chat prompt as text, and its pictures."""
-        pictures = [image] if isinstance(image, Image.Image) else image
+        """The named tensors that genai makes of a chat prompt as text, and a picture or several."""
+        pictures = [image] if isinstance(image, Image.Image) else list(image or ())
         return self.processor(prompt, images=self.images(*pictures)) if pictures else self.processor(prompt)
 
     def images(self, *pictures: Image.Image) -> Any:

@@ -24,7 +24,7 @@ from .genai_pictures import (
     require_graphs,
     require_padding_apart,
 )
-from .genai_pipelines import RUNTIME
+from .genai_pipelines import RUNTIME, pipeline_of
 from .genai_processor import PROCESSOR, processor_bytes
 from .known_inputs import require_known
 from .repackage import FolderLayout, Packaged, loose_files, repackage, require_other_layout, with_data
@@ -58,10 +58,12 @@ def arrange(manifest: Manifest, package: ModelPackage) -> FolderLayout:
     require_other_layout(package, "genai", RUNTIME)
     decoder = load_graph(package.decoder, trust_links=True)
     pictures = takes_pictures(decoder)
+    states: dict[str, str] = {}
     if pictures:
         require_graphs(package)
+        states = dict(pipeline_of(str(package.config.get("model_type")), package.root).states.values())
     marked = pictures and mark_pictures(package, decoder)
-    require_known(decoder, str(package.decoder), RUNTIME, FED_PICTURES if pictures else FED_TEXT)
+    require_known(decoder, str(package.decoder), RUNTIME, FED_PICTURES if pictures else FED_TEXT, states)
     brought = {name: name for name in loose_files(manifest, package) if not name.startswith("onnx/")}
     brought |= with_data(package.decoder, package.root, GRAPH)
     config = config_bytes(package, decoder)

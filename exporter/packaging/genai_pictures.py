@@ -96,6 +96,7 @@ def picture_sections(config: Mapping[str, Any], vision: ir.Graph, where: str | P
             "filename": VISION,
             "config_filename": PROCESSOR,
             **numbers,
+            **pipeline.of_vision(vision),
             "inputs": {name: fed for name, fed in pipeline.vision_inputs.items() if fed in there},
             "outputs": {FEATURES: FEATURES},
         },

@@ -209,7 +209,7 @@ def test_what_genai_cannot_run_is_refused(packaged: tuple[Path, Path, Path], tmp
         (
             other,
             f"{other}: is of type llava, with which onnxruntime-genai cannot be given pictures here, only gemma3, "
-            "phi4_multimodal, qwen2_5_vl, qwen2_vl; keep the layout that it has",
+            "lfm2_vl, mistral3, phi4_multimodal, qwen2_5_vl, qwen2_vl; keep the layout that it has",
         ),
     ):
         with pytest.raises(GuardError) as refused:
