@@ -12,28 +12,39 @@ from .anatomy import DecoderAnatomy, dissect, find_sink, prepare
 from .avoidance import Surroundings
 from .decoder_state import is_longer, is_state_name, state_pairs
 from .errors import AnatomyNotFound
-from .influence import spread
+from .influence import Influence, spread
+from .roles import LOGITS
+from .token_wise import TokenWise
 
 
-def decoder_in(model: ir.Model, decoder: ir.Model, anatomy: DecoderAnatomy, is_head: bool = False) -> str:
+def decoder_in(model: ir.Model, decoder: ir.Model, anatomy: DecoderAnatomy) -> str:
     """Why a graph is, or holds, a part of a decoder; "" where it does not.
 
     Args:
         model: the graph; functions are inlined in it.
         decoder, anatomy: the decoder that it stands beside.
-        is_head: whether the runtime runs it behind the decoder; it may output logits if it takes the last states alone.
     """
     prepare(model)
-    if any(value.name == "logits" for value in model.graph.outputs) or _answers(model, decoder, anatomy.width):
-        inputs = [value.name for value in model.graph.inputs if value.name not in model.graph.initializers]
-        if not is_head or inputs != [find_sink(decoder.graph).name]:
-            return "outputs logits"
+    speaks = any(value.name == LOGITS for value in model.graph.outputs) or _answers(model, decoder, anatomy.width)
+    if speaks and not _is_head(model.graph):
+        return "outputs logits"
     cache = _cache(model)
     if cache is not None:
         return f"keeps a cache ({cache!r})"
     if _attends_to_text(model, anatomy.width):
         return "has an attention that sees text"
     return "holds decoder layers" if _has_layers(model, anatomy.width) else ""
+
+
+def _is_head(graph: ir.Graph) -> bool:
+    """Whether it makes the logits of each token of that token's last state alone, which no decoder can."""
+    inputs = [value for value in graph.inputs if value.name not in graph.initializers]
+    if len(inputs) != 1 or inputs[0].shape is None or len(inputs[0].shape) != 3:
+        return False
+    cells = Influence(graph)
+    reached = spread(cells, dict.fromkeys(cells.of(inputs, "numbers"), 1), {})
+    rows = TokenWise(graph, {inputs[0]: 0}, lambda value: any(reached[cell] for cell in cells.of([value])))
+    return all(rows.of(value) is not None for value in graph.outputs)
 
 
 def _answers(model: ir.Model, decoder: ir.Model, width: int) -> bool:

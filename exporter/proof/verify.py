@@ -195,7 +195,7 @@ def _verify_folder(
     stripped = guarded.load_decoder()
     strip_guard(stripped)
     code = frozenset(own_code()) if guarded.layout == "triton" else frozenset()
-    checks = check_graphs(folder, manifest, stripped, dissect(stripped, guarded.declared_layers), code, guarded.head)
+    checks = check_graphs(folder, manifest, stripped, dissect(stripped, guarded.declared_layers), code)
     if manifest.packaged is not None:
         checks.append(check_packaged(folder, manifest, guarded, original))
         if guarded.layout == "triton":

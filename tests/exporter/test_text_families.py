@@ -105,7 +105,11 @@ def test_it_is_guarded_as_hooks_guard_it_in_torch(converted: Converted, tmp_path
     actual = vlm.prefill(PROMPTS)["logits"][:, -1]
     model = AutoModelForCausalLM.from_pretrained(converted.checkpoint).eval()
     guard = HookedGuard(dict(zip(result.plan.layers, result.plan.guards, strict=True)), "restore")
-    feeds = {"input_ids": torch.from_numpy(batch.ids), "attention_mask": torch.from_numpy(batch.mask)}
+    positions = np.maximum(
+        batch.mask.cumsum(-1) - 1, 0
+    )  # as generate() counts them: from the first token behind the padding
+    given_by_name = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": positions}
+    feeds = {name: torch.from_numpy(array) for name, array in given_by_name.items()}
     layers = decoder_layers(model.get_decoder(), 2)
     assert layers is not None
     with torch.no_grad():

@@ -38,3 +38,27 @@ def test_rows_that_go_through_are_no_cache(whole: ir.Model) -> None:
     assert decoder_in(projector, whole, dissect(whole)) == ""
     tiles = text_model("g (float[B, 3, H, W] x) => (float[B, 3, H, W] y) { y = Neg(x) }")
     assert decoder_in(tiles, whole, dissect(whole)) == ""
+
+
+HEADS = {
+    "a product": ("", "y = MatMul(x, table)"),
+    "a norm, and logits that are capped": ("", "n = Neg(x) z = MatMul(n, table) y = Tanh(z)"),
+}
+NO_HEADS = {
+    "sums over tokens": ("", "total = CumSum(x, one) y = MatMul(total, table)"),
+    "an attention over tokens": (
+        "",
+        "t = Transpose <perm = [0, 2, 1]> (x) s = MatMul(x, t) p = Softmax(s) z = MatMul(p, x) y = MatMul(z, table)",
+    ),
+    "another input": (", float[B, S, 7] more", "z = MatMul(x, table) y = Add(z, more)"),
+}
+
+
+@pytest.mark.parametrize(("more", "nodes"), [*HEADS.values(), *NO_HEADS.values()], ids=[*HEADS, *NO_HEADS])
+def test_a_head_makes_logits_of_one_state_at_a_time(whole: ir.Model, more: str, nodes: str) -> None:
+    """It may output logits, whatever its input is called; what sees several tokens may not."""
+    text = f"g (float[B, S, 16] x{more}) => (float[B, S, 7] y) <float[16, 7] table, int64 one = {{1}}> {{ {nodes} }}"
+    model = text_model(text)
+    model.graph.outputs[0].name = "logits"
+    said = "" if (more, nodes) in HEADS.values() else "outputs logits"
+    assert decoder_in(model, whole, dissect(whole)) == said
