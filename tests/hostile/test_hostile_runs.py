@@ -16,7 +16,9 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="cases are forke
 
 def run(script: str, *arguments: str) -> str:
     """A process without a runtime's threads, to fork from."""
-    done = subprocess.run([sys.executable, str(HERE / script), *arguments], capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(
+        [sys.executable, str(HERE / script), *arguments], capture_output=True, text=True, timeout=1200
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     return done.stdout
 
