@@ -15,16 +15,19 @@ from .errors import AnatomyNotFound
 from .influence import spread
 
 
-def decoder_in(model: ir.Model, decoder: ir.Model, anatomy: DecoderAnatomy) -> str:
+def decoder_in(model: ir.Model, decoder: ir.Model, anatomy: DecoderAnatomy, is_head: bool = False) -> str:
     """Why a graph is, or holds, a part of a decoder; "" where it does not.
 
     Args:
         model: the graph; functions are inlined in it.
         decoder, anatomy: the decoder that it stands beside.
+        is_head: whether the runtime runs it behind the decoder; it may output logits if it takes the last states alone.
     """
     prepare(model)
     if any(value.name == "logits" for value in model.graph.outputs) or _answers(model, decoder, anatomy.width):
-        return "outputs logits"
+        inputs = [value.name for value in model.graph.inputs if value.name not in model.graph.initializers]
+        if not is_head or inputs != [find_sink(decoder.graph).name]:
+            return "outputs logits"
     cache = _cache(model)
     if cache is not None:
         return f"keeps a cache ({cache!r})"

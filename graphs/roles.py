@@ -25,6 +25,8 @@ from .whole_numbers import whole_number
 
 # The names that exporters agree on (transformers, optimum, onnxruntime-genai, onnx-community).
 TOKENS, EMBEDS, MASK, POSITIONS, LOGITS = "input_ids", "inputs_embeds", "attention_mask", "position_ids", "logits"
+# 1 for the tokens of an image, which see one another in both directions, 0 for text (Gemma 3).
+TOKEN_TYPES = "token_type_ids"
 _DECLARED = "vlmguard.declared_names"
 _GUARD = "vlmguard."
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})

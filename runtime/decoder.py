@@ -19,14 +19,13 @@ from ..graphs.last_logits import reads_in_place
 from ..graphs.package import ModelPackage
 from ..graphs.plan import COORDINATES_OUTPUT, PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUTS
 from ..graphs.reference import NO_SUPERVISOR, UNDECIDED
-from ..graphs.roles import InputRoles, roles_by_name
+from ..graphs.roles import TOKEN_TYPES, TOKENS, InputRoles, roles_by_name
 from ..graphs.runtime_controls import PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT
 from .decoder_inputs import (
     CACHE_BRANCH,
     GUARD_INPUTS,
     KEPT_LOGITS,
     PER_LAYER,
-    TOKEN_TYPES,
     DecoderState,
     PromptBatch,
     empty_state,
@@ -293,8 +292,8 @@ class DecoderSession:
         if self.takes_embeds:
             assert embeds is not None
             feeds[roles.embeds] = embeds.astype(ports[roles.embeds].dtype)
-        else:
-            feeds[roles.tokens] = current.astype(ports[roles.tokens].dtype)
+        for name in {roles.tokens, TOKENS} & ports.keys():  # beside embeddings they show which tokens are an image's
+            feeds[name] = current.astype(ports[name].dtype)
         if roles.mask:
             feeds[roles.mask] = mask_for(state.mask, current.shape[1], ports[roles.mask], self.can_step)
         if roles.positions:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from ..graphs.decoder_state import StatePair
 from ..graphs.errors import GuardError
 from ..graphs.plan import SUPERVISOR_INPUTS
-from ..graphs.roles import InputRoles, input_roles
+from ..graphs.roles import TOKEN_TYPES, TOKENS, InputRoles, input_roles
 from ..graphs.runtime_controls import PAST_GATE_INPUT
 from .device import DeviceTensor, Tensor
 from .images.deepstack import is_embeds
@@ -27,8 +27,6 @@ SWITCHES = frozenset({CACHE_BRANCH, KEPT_LOGITS})
 GUARD_INPUTS = frozenset({*SUPERVISOR_INPUTS, PAST_GATE_INPUT})
 # Embeddings of the tokens for every layer, `[batch, sequence, layers, size]`, which the embedding graph gives too (Gemma 4).
 PER_LAYER = "per_layer_inputs"
-# 1 for the tokens of an image, which see one another in both directions, 0 for text (Gemma 3).
-TOKEN_TYPES = "token_type_ids"
 
 
 class FurtherInputs(Protocol):
@@ -125,6 +123,7 @@ def needs_more(inputs: Iterable[str], roles: InputRoles, embedded: Collection[st
         *embedded,
         roles.embeds,
         roles.tokens,
+        TOKENS,
         roles.mask,
         roles.positions,
         *roles.pasts,

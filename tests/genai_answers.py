@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,19 @@ class Genai:
         self.model: Any = self.og.Model(str(folder))
         self.processor = self.model.create_multimodal_processor()
 
-    def inputs(self, prompt: str, image: Image.Image | None) -> Any:
-        """The named tensors that genai makes of a chat prompt as text, and a picture."""
-        return self.processor(prompt) if image is None else self.processor(prompt, images=self.images(image))
+    def inputs(self, prompt: str, image: Image.Image | Sequence[Image.Image] | None) -> Any:
+        """The named tensors that genai makes of a chat prompt as text, and a picture or several."""
+        pictures = [image] if isinstance(image, Image.Image) else list(image or ())
+        return self.processor(prompt, images=self.images(*pictures)) if pictures else self.processor(prompt)
 
-    def images(self, image: Image.Image) -> Any:
-        """A picture as genai opens it."""
-        file = io.BytesIO()
-        image.save(file, "PNG")
-        return self.og.Images.open_bytes(file.getvalue())
+    def images(self, *pictures: Image.Image) -> Any:
+        """Pictures as genai opens them."""
+        files = [io.BytesIO() for _ in pictures]
+        for picture, file in zip(pictures, files, strict=True):
+            picture.save(file, "PNG")
+        return self.og.Images.open_bytes(*(file.getvalue() for file in files))
 
-    def tokens(self, prompt: str, image: Image.Image | None, count: int) -> list[int]:
+    def tokens(self, prompt: str, image: Image.Image | Sequence[Image.Image] | None, count: int) -> list[int]:
         """The first tokens of the answer, fewer if it ends."""
         inputs = self.inputs(prompt, image)
         length = inputs["input_ids"].shape()[1]

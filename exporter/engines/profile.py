@@ -16,9 +16,9 @@ import onnx_ir as ir
 from ...graphs.decoder_state import is_past_name
 from ...graphs.errors import GuardError
 from ...graphs.plan import is_supervisor_input
-from ...graphs.roles import TOKENS, InputRoles, input_roles
+from ...graphs.roles import TOKEN_TYPES, TOKENS, InputRoles, input_roles
 from ...graphs.runtime_controls import PAST_GATE_INPUT
-from ...runtime.decoder_inputs import PER_LAYER, TOKEN_TYPES
+from ...runtime.decoder_inputs import PER_LAYER
 
 # Smallest, typical and largest shape of one input.
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ...graphs.graph_io import load_graph
+from ...graphs.graph_io import graph_bytes, load_graph
 from ...graphs.manifest import Manifest
 from ...graphs.new_files import Data
 from ...graphs.package import ModelPackage
@@ -20,10 +20,11 @@ from .genai_pictures import (
     FED_PICTURES,
     VISION,
     embedding_bytes,
+    mark_pictures,
     require_graphs,
     require_padding_apart,
 )
-from .genai_pipelines import RUNTIME
+from .genai_pipelines import RUNTIME, pipeline_of
 from .genai_processor import PROCESSOR, processor_bytes
 from .known_inputs import require_known
 from .repackage import FolderLayout, Packaged, loose_files, repackage, require_other_layout, with_data
@@ -57,13 +58,19 @@ def arrange(manifest: Manifest, package: ModelPackage) -> FolderLayout:
     require_other_layout(package, "genai", RUNTIME)
     decoder = load_graph(package.decoder, trust_links=True)
     pictures = takes_pictures(decoder)
+    states: dict[str, str] = {}
     if pictures:
         require_graphs(package)
-    require_known(decoder, str(package.decoder), RUNTIME, FED_PICTURES if pictures else FED_TEXT)
+        states = dict(pipeline_of(str(package.config.get("model_type")), package.root).states.values())
+    marked = pictures and mark_pictures(package, decoder)
+    require_known(decoder, str(package.decoder), RUNTIME, FED_PICTURES if pictures else FED_TEXT, states)
     brought = {name: name for name in loose_files(manifest, package) if not name.startswith("onnx/")}
     brought |= with_data(package.decoder, package.root, GRAPH)
     config = config_bytes(package, decoder)
     written = {"genai_config.json": config}
+    if marked:
+        brought.pop(GRAPH)
+        written[GRAPH] = graph_bytes(decoder)
     rewritten: dict[str, str] = {}
     if pictures:
         vision, embed_tokens = package.vision_encoder, package.embed_tokens

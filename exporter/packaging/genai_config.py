@@ -14,7 +14,7 @@ from ...graphs.package import ModelPackage
 from ...graphs.roles import EMBEDS, LOGITS, MASK, POSITIONS, TOKENS
 from ...graphs.strict_json import to_strict_json
 from .genai_pictures import FED_PICTURES, SESSION, picture_sections
-from .genai_pipelines import RUNTIME
+from .genai_pipelines import RUNTIME, PicturePipeline, pipeline_of
 
 FED_TEXT = (TOKENS, MASK, POSITIONS)
 GRAPH = "model.onnx"
@@ -62,6 +62,9 @@ def _config(package: ModelPackage, decoder: ir.Model) -> dict[str, Any]:
             f"{package.root}: its configs do not contain {missing[0]}, which {RUNTIME} needs; put the model's config.json "
             "beside it"
         )
+    pipeline = pipeline_of(str(config.get("model_type")), package.root) if pictures else None
+    states = pipeline.states if pipeline is not None else {}
+    layers = _layers(pipeline, package, decoder) if pipeline is not None else {}
     shares = any(node.op_type == "GroupQueryAttention" for node in decoder.graph.all_nodes())
     eos = known["eos_token_id"]
     first = eos[0] if isinstance(eos, list) else eos
@@ -74,12 +77,16 @@ def _config(package: ModelPackage, decoder: ir.Model) -> dict[str, Any]:
                 "filename": GRAPH,
                 "head_size": known["head_dim"],
                 "hidden_size": known["hidden_size"],
-                "inputs": inputs | {f"past_{kind}_names": f"{COMMUNITY_PAST}.%d.{kind}" for kind in ("key", "value")},
+                "inputs": inputs
+                | {f"past_{kind}_names": f"{COMMUNITY_PAST}.%d.{kind}" for kind in ("key", "value")}
+                | {f"past_{kind}_names": f"{past}.%d" for kind, (past, _) in states.items()},
                 "outputs": {LOGITS: LOGITS}
-                | {f"present_{kind}_names": f"{COMMUNITY_PRESENT}.%d.{kind}" for kind in ("key", "value")},
+                | {f"present_{kind}_names": f"{COMMUNITY_PRESENT}.%d.{kind}" for kind in ("key", "value")}
+                | {f"present_{kind}_names": f"{present}.%d" for kind, (_, present) in states.items()},
                 "num_attention_heads": heads,
                 "num_hidden_layers": known["num_hidden_layers"],
                 "num_key_value_heads": known["num_key_value_heads"],
+                **layers,
             },
             "eos_token_id": eos,
             "pad_token_id": said("pad_token_id") if said("pad_token_id") is not None else first,
@@ -90,6 +97,14 @@ def _config(package: ModelPackage, decoder: ir.Model) -> dict[str, Any]:
         # One buffer for past and present is GroupQueryAttention's alone.
         "search": {"do_sample": False, "max_length": longest, "past_present_share_buffer": shares},
     }
+
+
+def _layers(pipeline: PicturePipeline, package: ModelPackage, decoder: ir.Model) -> dict[str, Any]:
+    """The entries about layers that only this type has."""
+    try:
+        return pipeline.of_decoder(package.expected_layers or 0, decoder.graph)
+    except GuardError as error:
+        raise GuardError(f"{package.decoder}: {error}") from None
 
 
 def _picture_sections(package: ModelPackage) -> dict[str, Any]:

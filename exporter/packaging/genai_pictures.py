@@ -2,7 +2,7 @@
 
     vision.onnx      the vision encoder, unchanged
     embedding.onnx   the embedding graph, with image features at the image tokens (`genai_embedding`)
-    model.onnx       the guarded decoder, unchanged
+    model.onnx       the guarded decoder, unchanged but for token types (`genai_token_types`)
 
 What each type of model needs is in `genai_pipelines`.
 """
@@ -17,17 +17,18 @@ import onnx_ir as ir
 
 from ...graphs.errors import GuardError
 from ...graphs.genai_embedding import FEATURES, insert_image_features
+from ...graphs.genai_token_types import insert_token_types
 from ...graphs.graph_io import graph_bytes, load_graph
 from ...graphs.package import ModelPackage
 from ...graphs.proof.strip import strip_guard
-from ...graphs.roles import EMBEDS, MASK, POSITIONS, TOKENS
+from ...graphs.roles import EMBEDS, MASK, POSITIONS, TOKEN_TYPES, TOKENS
 from ...graphs.runtime_controls import take_back_inputs
 from ...runtime.chat.chat import ChatTokenizer
 from .genai_pipelines import RUNTIME, pipeline_of
 from .genai_processor import PROCESSOR
 
 VISION, EMBEDDING = "vision.onnx", "embedding.onnx"
-FED_PICTURES = (EMBEDS, MASK, POSITIONS)
+FED_PICTURES = (EMBEDS, TOKENS, MASK, POSITIONS)
 SESSION = {"log_id": RUNTIME, "provider_options": []}
 
 
@@ -95,6 +96,7 @@ def picture_sections(config: Mapping[str, Any], vision: ir.Graph, where: str | P
             "filename": VISION,
             "config_filename": PROCESSOR,
             **numbers,
+            **pipeline.of_vision(vision),
             "inputs": {name: fed for name, fed in pipeline.vision_inputs.items() if fed in there},
             "outputs": {FEATURES: FEATURES},
         },
@@ -135,6 +137,26 @@ def embedding_bytes(package: ModelPackage, embed_tokens: ir.Model) -> bytes:
     except GuardError as error:
         raise GuardError(f"{package.embed_tokens}: {error}") from None
     return graph_bytes(embed_tokens)
+
+
+def mark_pictures(package: ModelPackage, decoder: ir.Model) -> bool:
+    """Let a decoder that takes token types make them of token ids, in place; whether it is such a decoder.
+
+    Args:
+        package: the model.
+        decoder: its guarded decoder.
+
+    Raises:
+        GuardError: as for `pipeline_of` and `insert_token_types`.
+    """
+    pipeline = pipeline_of(str(package.config.get("model_type")), package.root)
+    if not pipeline.marks or all(value.name != TOKEN_TYPES for value in decoder.graph.inputs):
+        return False
+    try:
+        insert_token_types(decoder, image_token(package.config, package.root))
+    except GuardError as error:
+        raise GuardError(f"{package.decoder}: {error}") from None
+    return True
 
 
 def without_image_features(embedding: ir.Model) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from ...graphs.errors import GuardError, first_line
 from ...runtime.chat.folder_configs import IMAGE_TOKEN_KEYS
 
@@ -28,6 +30,11 @@ class PicturePipeline:
         numbers: numbers of `model.vision`, from `config.json`; raises GuardError for a model that genai cannot run.
         fixed: ids that genai has in its code, whatever its config has.
         silent: whether the config has to say that there is no graph for sound, which genai opens otherwise.
+        marks: whether a decoder may take token types, which are 1 for a picture's tokens (`graphs/genai_token_types.py`).
+        states: genai's kind of each state beside the KV cache -> how the names of its inputs and outputs begin.
+        of_vision: more numbers of `model.vision`, from the graph of the vision encoder.
+        of_decoder: more entries of `model.decoder`, from its number of layers and its graph; raises GuardError for a graph that
+            genai cannot feed.
     """
 
     genai_type: str
@@ -36,6 +43,10 @@ class PicturePipeline:
     numbers: Callable[[Mapping[str, Any]], dict[str, Any]]
     fixed: Mapping[str, int] = field(default_factory=dict)
     silent: bool = False
+    marks: bool = False
+    states: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    of_vision: Callable[[ir.Graph], dict[str, Any]] = lambda vision: {}
+    of_decoder: Callable[[int, ir.Graph], dict[str, Any]] = lambda layers, decoder: {}
 
     def require(self, config: Mapping[str, Any], where: str | Path) -> tuple[dict[str, int], dict[str, Any]]:
         """The ids and numbers of a model, from its `config.json`.
@@ -103,6 +114,34 @@ def _phi4_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _mistral3_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"patch_size": config["vision_config"]["patch_size"], "spatial_merge_size": config["spatial_merge_size"]}
+
+
+def _lfm2_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"patch_size": config["vision_config"]["patch_size"], "spatial_merge_size": config["downsample_factor"]}
+
+
+def _lfm2_patches(vision: ir.Graph) -> dict[str, Any]:
+    """The length of a picture's list of patches, where the graph takes one length alone."""
+    shape = next((value.shape for value in vision.inputs if value.name == "pixel_values"), None)
+    return {"max_num_patches": shape[1]} if shape is not None and isinstance(shape[1], int) else {}
+
+
+def _lfm2_layers(layers: int, decoder: ir.Graph) -> dict[str, Any]:
+    """Which layers have a convolution, and how many tokens its state holds."""
+    past = f"{_LFM2_STATE[0]}."
+    windows = {str(value.name): value.shape for value in decoder.inputs if str(value.name).startswith(past)}
+    sizes = {None if shape is None else shape[-1] for shape in windows.values()}
+    if len(sizes) != 1 or not isinstance(size := sizes.pop(), int):
+        raise GuardError(
+            f"its convolutions have no state of one size, as {RUNTIME} feeds it; keep the layout that it has"
+        )
+    kinds = ["conv" if f"{past}{layer}" in windows else "full_attention" for layer in range(layers)]
+    return {"layer_types": kinds, "conv_cache_size": size}
+
+
+_LFM2_STATE = ("past_conv", "present_conv")
 _GEMMA3_TOKENS = 256
 _PHI4_TILE = (448, 14)
 _IMAGE_TOKEN = {"image_token_id": IMAGE_TOKEN_KEYS}
@@ -117,6 +156,7 @@ _GEMMA3 = PicturePipeline(
     vision_inputs={"pixel_values": "pixel_values"},
     tokens=_IMAGE_TOKEN,
     numbers=_gemma3_numbers,
+    marks=True,
 )
 _PHI4 = PicturePipeline(
     genai_type="phi4mm",
@@ -130,9 +170,30 @@ _PHI4 = PicturePipeline(
     fixed={"image_token_id": 200_010},
     silent=True,
 )
+_LFM2 = PicturePipeline(
+    genai_type="lfm2_vl",
+    vision_inputs={
+        "pixel_values": "pixel_values",
+        "attention_mask": "pixel_attention_mask",
+        "image_sizes": "spatial_shapes",
+    },
+    tokens=_IMAGE_TOKEN,
+    numbers=_lfm2_numbers,
+    states={"conv": _LFM2_STATE},
+    of_vision=_lfm2_patches,
+    of_decoder=_lfm2_layers,
+)
+_MISTRAL3 = PicturePipeline(
+    genai_type="mistral3",
+    vision_inputs={"pixel_values": "pixel_values"},
+    tokens=_IMAGE_TOKEN,
+    numbers=_mistral3_numbers,
+)
 # By `model_type` of config.json. Qwen2-VL differs from Qwen2.5-VL inside its vision encoder alone.
 PIPELINES: Mapping[str, PicturePipeline] = {
     "gemma3": _GEMMA3,
+    "lfm2_vl": _LFM2,
+    "mistral3": _MISTRAL3,
     "phi4_multimodal": _PHI4,
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
@@ -145,8 +206,6 @@ _GEMMA4 = f"{RUNTIME} puts blank lines around a picture's tokens, which the mode
 UNWRITTEN: Mapping[str, str] = {
     "gemma4": _GEMMA4,
     "gemma4_unified": _GEMMA4,
-    "lfm2_vl": _STATES,
-    "mistral3": f"{RUNTIME} rounds a picture's sides to the nearest whole tokens, where its image processor rounds up",
     "phi3_v": _REMOTE,
     "qwen3_5": _STATES,
     "qwen3_5_moe": _STATES,

@@ -15,6 +15,8 @@ from PIL import Image
 from ...graphs.errors import GuardError
 from ...graphs.strict_json import to_strict_json
 from ...runtime.images.images import ImagePreprocessor
+from ...runtime.images.images_lfm2 import Lfm2ImagePreprocessor
+from ...runtime.images.images_pixtral import PixtralImagePreprocessor
 from ...runtime.images.images_qwen import QwenImagePreprocessor
 from ...runtime.images.pixel_steps import (
     HALF,
@@ -29,8 +31,8 @@ from ...runtime.images.pixel_steps import (
 from ...runtime.images.vision import open_preprocessor
 
 PROCESSOR = "genai_processor.json"
+# Its config has a name for NEAREST too, with which it fails when it resizes.
 _FILTERS: Mapping[Image.Resampling, str] = {
-    Image.Resampling.NEAREST: "NEAREST",
     Image.Resampling.BILINEAR: "LINEAR",
     Image.Resampling.BICUBIC: "CUBIC",
     Image.Resampling.LANCZOS: "LANCZOS",
@@ -83,6 +85,11 @@ def _own_steps(folder: Path) -> _Steps:
     processor = open_preprocessor(folder)
     if isinstance(processor, QwenImagePreprocessor):
         return _qwen(processor)
+    if isinstance(processor, PixtralImagePreprocessor):
+        return _pixtral(folder, processor)
+    if isinstance(processor, Lfm2ImagePreprocessor):
+        least, most = (count * processor.edge**2 for count in processor.tokens)
+        return _whole(processor.steps, (least, most), patch_size=processor.patch, merge_size=processor.merge)
     if isinstance(processor, ImagePreprocessor):
         return _fixed_size(folder, processor)
     raise GuardError(
@@ -116,6 +123,20 @@ def _qwen(processor: QwenImagePreprocessor) -> _Steps:
 def _within(steps: PixelSteps, pixels: tuple[int, int], **cut: int) -> dict[str, Any]:
     """Resize to a multiple of a token's edge, with so many pixels at least and at most."""
     return _step("Resize", smart_resize=1, min_pixels=pixels[0], max_pixels=pixels[1], **cut, **_filter(steps))
+
+
+def _pixtral(folder: Path, processor: PixtralImagePreprocessor) -> _Steps:
+    """Resize to the nearest whole tokens, with as many pixels as the largest picture has at most."""
+    edge, longest = processor.edge, processor.longest
+    if edge[0] != edge[1] or longest is None:
+        raise GuardError(f"{folder}: its tokens are no squares, or it does not resize; keep the layout that it has")
+    pixels = (edge[0] ** 2, max(1, longest[0] // edge[0]) * max(1, longest[1] // edge[1]) * edge[0] ** 2)
+    return _whole(processor.steps, pixels, patch_size=edge[0], merge_size=1)
+
+
+def _whole(steps: PixelSteps, pixels: tuple[int, int], **cut: int) -> _Steps:
+    """Resize to whole tokens, channels first, with the size after resizing."""
+    return [_DECODE, _within(steps, pixels, **cut), *_values(steps), _CHANNELS_FIRST, _step("PixtralImageSizes")]
 
 
 def _fixed_size(folder: Path, processor: ImagePreprocessor) -> _Steps:

@@ -12,13 +12,14 @@ from pathlib import Path, PurePosixPath
 import onnx_ir as ir
 
 from ...graphs import triton
-from ...graphs.graph_io import external_files, load_graph
+from ...graphs.genai_token_types import take_out_token_types
+from ...graphs.graph_io import external_files, graph_bytes, load_graph
 from ...graphs.json_files import read_json
 from ...graphs.manifest import Manifest
 from ...graphs.package import ModelPackage
 from ...graphs.proof.structure import Check, exact
 from . import community_config, genai_config
-from .genai_pictures import EMBEDDING, embedding_bytes, without_image_features
+from .genai_pictures import EMBEDDING, embedding_bytes, mark_pictures, without_image_features
 from .genai_processor import PROCESSOR, processor_bytes
 
 _GENERATION = "generation_config.json"
@@ -84,13 +85,31 @@ def _genai_files(package: ModelPackage) -> dict[str, bytes | None]:
         without_image_features(embedding)
         files[EMBEDDING] = embedding_bytes(package, embedding)
         files[PROCESSOR] = processor_bytes(package.root)
+        take_out_token_types(decoder)
+        if mark_pictures(package, decoder):
+            files[genai_config.GRAPH] = graph_bytes(decoder)
     return files
 
 
 def restored_graphs(manifest: Manifest, package: ModelPackage) -> dict[str, Callable[[ir.Model], None]]:
-    """By path, what undoes the layout's changes in a graph other than a decoder, in place, to compare it with the source's."""
-    changed = manifest.packaged is not None and package.layout == "genai" and EMBEDDING in manifest.packaged.written
-    return {EMBEDDING: without_image_features} if changed else {}
+    """By path, what undoes the layout's changes in a graph, in place, to compare it with the source's."""
+    written = manifest.packaged.written if manifest.packaged is not None and package.layout == "genai" else ()
+    undo = {EMBEDDING: without_image_features, genai_config.GRAPH: take_out_token_types}
+    return {name: restore for name, restore in undo.items() if name in written}
+
+
+def load_restored(manifest: Manifest, package: ModelPackage) -> ir.Model:
+    """The guarded decoder without the layout's changes, a fresh copy; `check_packaged` proves those.
+
+    Args:
+        manifest: of the folder.
+        package: the opened folder.
+    """
+    model = package.load_decoder()
+    restore = restored_graphs(manifest, package).get(_relative(package, package.decoder))
+    if restore is not None:
+        restore(model)
+    return model
 
 
 def is_left_out(layout: str, name: str) -> bool:

@@ -2,7 +2,8 @@
 
     guarded folder ──► verified ──► arrangement (moved, written, left out) ──► folder ──► guard.json ──► verified ──► DIR
 
-The graphs stay as they are, byte for byte, unless the layout's names for external data force other references to it.
+The graphs stay as they are, byte for byte, unless the layout's names for external data force other references to it, or its
+runtime feeds other inputs (`genai_pictures`).
 """
 
 from __future__ import annotations

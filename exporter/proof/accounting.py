@@ -64,7 +64,12 @@ def check_layout(manifest: Manifest, package: ModelPackage) -> Check:
 
 
 def check_graphs(
-    folder: Path, manifest: Manifest, decoder: ir.Model, anatomy: DecoderAnatomy, code: frozenset[str] = frozenset()
+    folder: Path,
+    manifest: Manifest,
+    decoder: ir.Model,
+    anatomy: DecoderAnatomy,
+    code: frozenset[str] = frozenset(),
+    head: Path | None = None,
 ) -> list[Check]:
     """Check that every graph is a verified decoder or contains none, and that data, configs and code are accounted for.
 
@@ -73,10 +78,12 @@ def check_graphs(
         manifest: of the folder.
         decoder, anatomy: the decoder that runs, without its guard.
         code: programs that another check compares with our own.
+        head: the graph that outputs logits from the decoder's last states, where it is a graph of its own.
     """
     graphs = graphs_of(folder, manifest)
     decoders = {record.path for record in manifest.decoders}
-    wrong = [said for name in graphs if name not in decoders and (said := _judged(folder, name, decoder, anatomy))]
+    others = [name for name in graphs if name not in decoders]
+    wrong = [said for name in others if (said := _judged(folder, name, decoder, anatomy, folder / name == head))]
     data = [(name, path) for name in graphs if not wrong for path in external_files(folder / name)]
     unlisted = [
         f"{name} keeps weights in {path.name}" for name, path in data if _relative(folder, path) not in manifest.files
@@ -122,12 +129,12 @@ def require_kind(folder: Path, manifest: Manifest) -> None:
         raise ManifestMismatch(f"{folder}: {what}, its manifest lists {listed}; do not use it, or build it again")
 
 
-def _judged(folder: Path, name: str, decoder: ir.Model, anatomy: DecoderAnatomy) -> str:
+def _judged(folder: Path, name: str, decoder: ir.Model, anatomy: DecoderAnatomy, is_head: bool) -> str:
     """The fault of a graph beside the decoders; "" if there is none."""
     if is_engine(folder / name) or name.lower().endswith(".ort"):
         return f"{name} is compiled, and cannot be judged"
     try:
-        reason = decoder_in(load_graph(folder / name, trust_links=True), decoder, anatomy)
+        reason = decoder_in(load_graph(folder / name, trust_links=True), decoder, anatomy, is_head)
     except GuardError as error:
         return f"{name} cannot be judged ({error})"
     return f"{name} {reason}, and is no verified decoder" if reason else ""

@@ -21,6 +21,7 @@ from ...graphs.plan import GuardPlan
 from ...graphs.proof.strip import strip_guard
 from ...graphs.proof.structure import same_graph
 from ...graphs.rewrite import GuardReport, rewrite
+from ..packaging.regenerate import load_restored
 from .recorded_plan import originals_of, plan_again
 
 
@@ -55,15 +56,18 @@ class BothSides:
         dissect(graph, self.package.declared_layers)  # infers the types that the rewrite copies
         return graph, rewrite(graph, plan)
 
-    def _require_shipped(self) -> None:
+    def _require_shipped(self, shipped: ir.Model) -> None:
         """Require that the new guard equals the shipped one; a guard in the weights is not written anew.
+
+        Args:
+            shipped: the guarded decoder, without what its layout inserted.
 
         Raises:
             ManifestMismatch: the shipped guard differs from the one of the folder's plan and directions.
         """
         if self.folded:
             return
-        check = same_graph("", self.rebuilt(self.plan)[0], self.package.load_decoder())
+        check = same_graph("", self.rebuilt(self.plan)[0], shipped)
         if not check.ok:
             raise ManifestMismatch(
                 f"{self.package.decoder}: its guard is not what its plan and directions make ({check.note}); run "
@@ -94,7 +98,7 @@ def open_both_sides(
     graph = original.load_decoder() if original is not None else stripped(package)
     anatomy = dissect(graph, package.declared_layers)
     sides = BothSides(package, original, anatomy, plan_again(folder, manifest, record, graph, anatomy))
-    sides._require_shipped()
+    sides._require_shipped(load_restored(manifest, package))
     return sides
 
 

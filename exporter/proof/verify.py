@@ -40,7 +40,7 @@ from ..artifact.signing import check_signature
 from ..calibration.guard_config import CONFIG_NAME
 from ..calibration.refusal_regression import Refusals
 from ..engines.verify_engines import check_around_engines, check_by_running, check_records, check_sources
-from ..packaging.regenerate import check_packaged
+from ..packaging.regenerate import check_packaged, load_restored
 from ..packaging.triton_files import check_repository, own_code
 from ..session import Session
 from ..sources import Source
@@ -195,7 +195,7 @@ def _verify_folder(
     stripped = guarded.load_decoder()
     strip_guard(stripped)
     code = frozenset(own_code()) if guarded.layout == "triton" else frozenset()
-    checks = check_graphs(folder, manifest, stripped, dissect(stripped, guarded.declared_layers), code)
+    checks = check_graphs(folder, manifest, stripped, dissect(stripped, guarded.declared_layers), code, guarded.head)
     if manifest.packaged is not None:
         checks.append(check_packaged(folder, manifest, guarded, original))
         if guarded.layout == "triton":
@@ -265,7 +265,7 @@ def _verify_decoder(
     contents: Contents,
 ) -> list[Check]:
     """One decoder; with `locally` each of its guards is run by itself."""
-    shipped, stripped = package.load_decoder(), package.load_decoder()
+    shipped, stripped = load_restored(manifest, package), package.load_decoder()
     strip_guard(stripped)
     left = [f"{name!r} is left" for name in names_left(stripped)]
     anatomy = dissect(stripped, package.declared_layers)

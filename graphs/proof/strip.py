@@ -9,6 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ..errors import GuardIncomplete
+from ..genai_token_types import take_out_token_types
 from ..lowerings.fold import SCOPE, original_name
 from ..node_builder import PREFIX
 from ..plan import COORDINATES_OUTPUT, is_supervisor_input
@@ -19,11 +20,12 @@ _OWN = (PREFIX, "vlmguard.")
 
 
 def strip_guard(model: ir.Model) -> None:
-    """Undo `rewrite` in place.
+    """Undo `rewrite` in place, and `insert_token_types`, which a layout may add.
 
     Raises:
         GuardIncomplete: there is no guard in the graph, or its nodes do not lead back to an unguarded value.
     """
+    take_out_token_types(model)
     graph = model.graph
     own = [node for node in graph.all_nodes() if (node.name or "").startswith(PREFIX)]
     if not (own or unfold(model)):

@@ -209,7 +209,7 @@ def test_what_genai_cannot_run_is_refused(packaged: tuple[Path, Path, Path], tmp
         (
             other,
             f"{other}: is of type llava, with which onnxruntime-genai cannot be given pictures here, only gemma3, "
-            "phi4_multimodal, qwen2_5_vl, qwen2_vl; keep the layout that it has",
+            "lfm2_vl, mistral3, phi4_multimodal, qwen2_5_vl, qwen2_vl; keep the layout that it has",
         ),
     ):
         with pytest.raises(GuardError) as refused:
@@ -298,8 +298,7 @@ def test_gemma_3_with_another_number_of_image_tokens_is_refused(tmp_path: Path) 
     [
         (
             "token_type_ids",
-            "in this decoder the tokens of a picture see one another; for onnxruntime-genai export the checkpoint with "
-            "--exporter genai, whose decoder does without",
+            "in this decoder the tokens of a picture see one another; package it with --genai, or keep the layout that it has",
         ),
         (
             SUPERVISOR_INPUT,
@@ -308,7 +307,7 @@ def test_gemma_3_with_another_number_of_image_tokens_is_refused(tmp_path: Path) 
     ],
 )
 def test_a_decoder_with_an_input_that_genai_does_not_feed_is_refused(name: str, reason: str) -> None:
-    """Gemma 3 of the default exporter, whose decoder needs to know which tokens are a picture's; a mode of two passes."""
+    """Token types where no pipeline makes them; a mode of two passes."""
     inputs = [ir.Value(name=each, type=ir.TensorType(ir.DataType.INT64)) for each in (EMBEDS, name)]
     decoder = ir.Model(ir.Graph(inputs, [], nodes=[]), ir_version=9)
     with pytest.raises(GuardError) as refused:

@@ -24,17 +24,20 @@ pytest.importorskip("onnxruntime")
 
 
 def write_pipeline(root: Path, layers: tuple[int, ...] = (2,), declared: int | None = None) -> Path:
-    """Embeddings, one stage of layers for each number, and a head."""
+    """Embeddings, one stage of layers for each number, and a head with the logits."""
     root.mkdir()
+    stages_of_layers = {f"transformer_{number}.onnx": decoder(layers=count) for number, count in enumerate(layers)}
+    for stage in stages_of_layers.values():
+        stage.graph.outputs[0].name = "states"
     graphs = {
         "embeddings.onnx": text_model(
             f"""g (int64[batch, sequence] input_ids) => (float[batch, sequence, {WIDTH}] inputs_embeds)
             <float[9, {WIDTH}] table> {{ inputs_embeds = Gather (table, input_ids) }}"""
         ),
-        **{f"transformer_{number}.onnx": decoder(layers=count) for number, count in enumerate(layers)},
+        **stages_of_layers,
         "head.onnx": text_model(
-            f"""g (float[batch, sequence, {VOCABULARY}] logits) => (float[batch, sequence, 2] scores)
-            <float[{VOCABULARY}, 2] head> {{ scores = MatMul (logits, head) }}"""
+            f"""g (float[batch, sequence, {VOCABULARY}] states) => (float[batch, sequence, 2] logits)
+            <float[{VOCABULARY}, 2] head> {{ logits = MatMul (states, head) }}"""
         ),
     }
     for name, model in graphs.items():
@@ -53,7 +56,7 @@ def test_the_stage_with_the_layers_is_the_decoder_and_the_others_run_around_it(t
     ids = np.zeros((2, 3), np.int64)
     outputs, _ = session.prefill(PromptBatch(ids, np.ones_like(ids), np.ones((2, 3, WIDTH), np.float32)))
     scores = session.last_logits(outputs)
-    np.testing.assert_allclose(scores, np.repeat(outputs["logits"][:, -1].sum(1, keepdims=True), 2, 1), rtol=1e-5)
+    np.testing.assert_allclose(scores, np.repeat(outputs["states"][:, -1].sum(1, keepdims=True), 2, 1), rtol=1e-5)
 
 
 def test_a_pipeline_is_guarded_and_verified(tmp_path: Path) -> None:
@@ -65,6 +68,21 @@ def test_a_pipeline_is_guarded_and_verified(tmp_path: Path) -> None:
     assert {path.name for path in root.iterdir()} <= {path.name for path in done.out.iterdir()}
     for name in ("embeddings.onnx", "head.onnx", "genai_config.json"):
         assert (root / name).read_bytes() == (done.out / name).read_bytes()
+
+
+def test_a_graph_that_outputs_logits_from_more_than_the_last_states_is_no_head(tmp_path: Path) -> None:
+    root = write_pipeline(tmp_path / "m")
+    model = text_model(
+        f"""g (float[batch, sequence, {VOCABULARY}] states, float[batch, sequence, 2] more)
+        => (float[batch, sequence, 2] logits)
+        <float[{VOCABULARY}, 2] head> {{ scores = MatMul (states, head) logits = Add (scores, more) }}"""
+    )
+    (root / "head.onnx").write_bytes(graph_bytes(model))
+    directions = write_directions(tmp_path / "d.safetensors", random_directions(WIDTH, [0, 1]))
+    done = vlmguard.export(root, tmp_path / "out", directions=directions, spec=GuardSpec(mode="project"))
+    (failed,) = (check for check in verify(done.out).checks if not check.ok)
+    assert failed.name == "every graph is a verified decoder or holds none"
+    assert failed.note == "head.onnx outputs logits, and is no verified decoder"
 
 
 def refusal(path: Path) -> str:
