@@ -325,3 +325,48 @@ def test_a_changed_derived_graph_fails_its_proof(
     with pytest.raises(ProofFailed, match="prompt graph: "):
         build_engines(folder, tmp_path / "out", backend="tensorrt_rtx")
     assert not list(tmp_path.iterdir())
+
+
+def number(model: ir.Model, name: str, value: int) -> None:
+    constant = model.graph.initializers[f"vlmguard/positions/{name}"]
+    constant.const_value = ir.tensor(np.array(value, np.int32), name=constant.name)
+
+
+def no_last_token(model: ir.Model) -> None:
+    number(model, "own_column", -1)
+
+
+def none_behind_a_past(model: ir.Model) -> None:
+    number(model, "past_counts", (1 << 30) + 64)
+
+
+def reads_every_token(model: ir.Model) -> None:
+    """The coordinates are a sum over all tokens."""
+    (at_last,) = (node for node in model.graph if node.name == "vlmguard/coordinates/at_last")
+    assert at_last.inputs[1] is not None
+    at_last.outputs[0].replace_all_uses_with(at_last.inputs[1])
+
+
+@pytest.mark.parametrize(
+    ("mode", "tamper", "failed"),
+    [
+        ("restore", no_last_token, "each guard, cut out, equals the numpy reference"),
+        ("restore", none_behind_a_past, "each guard, cut out, equals the numpy reference"),
+        ("supervise", reads_every_token, "what each guard, cut out, outputs of itself equals the numpy reference"),
+    ],
+)
+def test_a_prompt_graph_that_misses_the_last_token_fails_its_proof(
+    for_tensorrt: Callable[[Mode], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    mode: Mode,
+    tamper: Callable[[ir.Model], None],
+    failed: str,
+) -> None:
+    def tampered(model: ir.Model, plan: GuardPlan) -> GuardReport:
+        report = rewrite(model, plan)
+        tamper(model)
+        return report
+
+    monkeypatch.setattr(engine_graphs, "rewrite", tampered)
+    checks = {check.name: check.ok for check in prove_engine_graph(derived(for_tensorrt(mode), "decoder"))}
+    assert not checks[f"prompt graph: {failed}"]
