@@ -2,8 +2,8 @@
 
 One engine is for prompts, one for decode steps. Both take fewer calls than the guarded decoder, which any runtime may run.
 
-A prompt's mask has a column for each token so far and no more: one reduction finds the last token (`whole_mask`). Numbers of
-the guard that belong to a token are laid out as the stream is (`token_layout`).
+A prompt's mask has a column for each token so far and no more: the last token is found in the kernel of the causal mask
+(`whole_mask`). Numbers of the guard that belong to a token are laid out as the stream is (`token_layout`).
 
 A decode step has one token: positions `last` and `all` are the same edit, and the selection can be left out. Each text-only
 coordinate is an input of its own, so that no node slices it, and the graph's own coordinates, which only a text-only pass

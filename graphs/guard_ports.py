@@ -21,7 +21,7 @@ from .runtime_controls import (
 from .sites import find_node
 from .subgraph_edit import SubgraphEdit
 from .subgraphs import DecoderSubgraph, find_bodies, surface
-from .token_layout import at_every_token, in_rows
+from .token_layout import at_every_token, in_rows, of_one_token
 
 
 def declare_inputs(model: ir.Model, plan: GuardPlan, shapes: Mapping[str, ir.Shape]) -> dict[str, ir.Value]:
@@ -141,8 +141,11 @@ def add_output(model: ir.Model, edits: list[SubgraphEdit], output: str, shape: i
 def _write_coordinates(edit: SubgraphEdit, builder: NodeBuilder, layers: list[Written]) -> ir.Value:
     """`[batch, layers, m]`, in their own unit, not in the power of two that the lowering reads them in."""
     rank = edit.plan.sites[0].guard.rank
-    last = _at_last_token(edit, builder, [written.coordinates for written in layers])
-    last = _in_own_units(builder, last, np.repeat([written.unit for written in layers], rank))
+    last = _at_last_token(edit, builder, [written.coordinates for written in layers], len(layers), rank)
+    units = np.repeat([written.unit for written in layers], rank)
+    if edit.plan.calls != "any":
+        return _in_own_units(builder, last, units.reshape(-1, rank))
+    last = _in_own_units(builder, last, units)
     return builder.op("all_layers", "Reshape", [last, builder.integers(0, len(layers), rank)])
 
 
@@ -152,22 +155,28 @@ def _write_scores(edit: SubgraphEdit, builder: NodeBuilder, layers: list[Written
     scores = [gate.score for gate in gates]
     if guard_mode(edit.plan.mode).decides_by_text:  # one score per row, whatever the token
         return builder.op("all_layers", "Squeeze", [_side_by_side(builder, scores), builder.integers(1)])
-    last = _at_last_token(edit, builder, scores)
+    last = _at_last_token(edit, builder, scores, len(layers))
     return _in_own_units(builder, last, np.array([gate.unit for gate in gates]))
 
 
 def _write_gates(edit: SubgraphEdit, builder: NodeBuilder, layers: list[Written]) -> ir.Value:
     """`[batch, layers]`"""
-    return _at_last_token(edit, builder, [written.gate and written.gate.opened for written in layers])
+    return _at_last_token(edit, builder, [written.gate and written.gate.opened for written in layers], len(layers))
 
 
 _WRITERS = {COORDINATES_OUTPUT: _write_coordinates, SCORES_OUTPUT: _write_scores, PRESENT_GATE_OUTPUT: _write_gates}
 
 
-def _at_last_token(edit: SubgraphEdit, builder: NodeBuilder, values: Sequence[ir.Value | None]) -> ir.Value:
-    """`[batch, layers * k]` at each row's last token, of one `[batch, sequence, k]` per layer."""
+def _at_last_token(
+    edit: SubgraphEdit, builder: NodeBuilder, values: Sequence[ir.Value | None], *sizes: int
+) -> ir.Value:
+    """`[batch, layers * k]` at each row's last token, of one `[batch, sequence, k]` per layer;
+    `[batch, *sizes]` for calls `whole`."""
     assert edit.ends is not None
-    return builder.op("last", "GatherND", [_side_by_side(builder, values), edit.ends])
+    beside = _side_by_side(builder, values)
+    if edit.plan.calls != "any":
+        return of_one_token(builder, beside, edit.ends, sizes)
+    return builder.op("last", "GatherND", [beside, edit.ends])
 
 
 def _in_own_units(builder: NodeBuilder, value: ir.Value, units: np.ndarray) -> ir.Value:

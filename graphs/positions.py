@@ -133,9 +133,7 @@ class LastToken:
         attended = self._op("attended_int", "Cast", [attended], to=int(ir.DataType.INT64))
         numbered = self._op("numbers", "Range", [self._one, self._beyond, self._one])
         seen = self._op("seen", "Mul", [attended, numbered])
-        if self._scribe.home.opset_imports.get("", _OPSET_OF_AXES_INPUT) < _OPSET_OF_AXES_INPUT:
-            return self._op("attended_to", "ReduceMax", [seen], axes=[1], keepdims=1)
-        return self._op("attended_to", "ReduceMax", [seen, self._integers(1)], keepdims=1)
+        return self._reduce_max("attended_to", seen, axis=1, keepdims=1)
 
     @cached_property
     def _end(self) -> ir.Value:
@@ -193,6 +191,11 @@ class LastToken:
     @cached_property
     def _one(self) -> ir.Value:
         return self._scribe.constant("one", np.array(1, dtype=np.int64))
+
+    def _reduce_max(self, name: str, value: ir.Value, axis: int, keepdims: int) -> ir.Value:
+        if self._scribe.home.opset_imports.get("", _OPSET_OF_AXES_INPUT) < _OPSET_OF_AXES_INPUT:
+            return self._op(name, "ReduceMax", [value], axes=[axis], keepdims=keepdims)
+        return self._op(name, "ReduceMax", [value, self._integers(axis)], keepdims=keepdims)
 
     @property
     def _op(self) -> Callable[..., ir.Value]:

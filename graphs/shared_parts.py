@@ -53,7 +53,7 @@ def _find_last_token(edit: SubgraphEdit) -> None:
                 selected = in_rows(builder, f"selected_{dtype}_in_rows", selected)
             edit.selections[dtype] = _with_strength(edit, builder, selected, dtype)
     if edit.plan.added_outputs:
-        edit.ends = last.pairs
+        edit.ends = last.pairs if edit.plan.calls == "any" else last.selected
     if pairs is not None:
         edit.text_ends = pairs.text_ends
         edit.step_tokens = pairs.step_tokens.name or ""

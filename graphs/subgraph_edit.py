@@ -23,7 +23,7 @@ class SubgraphEdit:
     plan: GuardPlan
     lowering: Lowering
     given: dict[str, ir.Value] = field(default_factory=dict)
-    ends: ir.Value | None = None
+    ends: ir.Value | None = None  # tokens to read: (row, position) of each, or for calls `whole` the selection of them
     text_ends: ir.Value | None = None
     step_tokens: str = ""
     offset: ir.Value | None = None

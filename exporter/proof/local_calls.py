@@ -22,7 +22,17 @@ from ...graphs.runtime_controls import (
     STRENGTH_INPUT,
 )
 from .limits import TOLERANCE
-from .site_states import KINDS, Aim, Masked, masks, no_supervisor_row, paired_masks, site_states, supervisor_of
+from .site_states import (
+    KINDS,
+    Aim,
+    Masked,
+    masks,
+    no_supervisor_row,
+    paired_masks,
+    site_states,
+    supervisor_of,
+    whole_masks,
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ def local_calls(plan: GuardPlan, layers: Sequence[int]) -> Iterator[LocalCall]:
 
     silent, undecided = _silent(plan), _undecided(plan)
     whole, *others = [mask for mask in masks() if _takes(plan, mask)] if plan.mask else masks()[:1]
-    others += paired_masks() if plan.paired else []
+    others += paired_masks() if plan.paired else whole_masks() if plan.mask and plan.calls == "whole" else []
     plain = LocalCall(whole, supervisors(0), held=undecided)
     yield plain
     for number, mask in enumerate((*others, whole) if supervised else others, start=1):

@@ -32,7 +32,7 @@ from .forced import forced_threshold
 from .limits import TOLERANCE
 from .local_calls import LocalCall, call_positions
 from .prove_gate import summed
-from .site_states import TOKENS, Masked
+from .site_states import Masked
 
 READS = "each guard reads its stream and the guard's inputs, nothing else"
 STATES = "each guard, cut out, equals the numpy reference"
@@ -158,7 +158,7 @@ class LocalFindings:
         self.closed += int((~opened & (ends if self.plan.paired else selected)[..., 0].astype(bool) & sure).sum())
         self.undecided += int((~sure).sum())
         if self.plan.added_outputs:
-            at = np.arange(TOKENS)[None, :] == places.read[:, None]
+            at = np.arange(total.shape[1])[None, :] == places.read[:, None]
             self._compare_outputs(
                 cut, row, layer, total[at], None if a is None else a[:, 0], runtime_controls, outputs, unsure[at]
             )

@@ -145,10 +145,24 @@ def masks() -> list[Masked]:
 
 def paired_masks() -> list[Masked]:
     """For paired rows: a decode step; an odd number of rows; rows without a token in the call, odd and even ones."""
-    absent = np.ones((KINDS, _PAST + TOKENS), np.int64)
-    absent[[3, 6], _PAST:] = 0
     step = Masked(np.ones((KINDS, _PAST + 1), np.int64), _PAST, tokens=1)
-    return [step, Masked(np.ones((KINDS - 1, TOKENS), np.int64)), Masked(absent, _PAST)]
+    return [step, Masked(np.ones((KINDS - 1, TOKENS), np.int64)), Masked(_absent(), _PAST)]
+
+
+def whole_masks() -> list[Masked]:
+    """For graphs that compare the columns of a call (`graphs.whole_mask`): rows with a gap, or padding on the right, or without
+    a token in the call, behind a past; a decode step."""
+    gaps = _absent()
+    gaps[::4, _PAST + 1 : -1] = 0
+    gaps[1::4, _PAST + 2 :] = 0
+    return [Masked(gaps, _PAST), Masked(np.ones((KINDS, _PAST + 1), np.int64), _PAST, tokens=1)]
+
+
+def _absent() -> np.ndarray:
+    """A mask behind a past, with rows without a token in the call."""
+    mask = np.ones((KINDS, _PAST + TOKENS), np.int64)
+    mask[[3, 6], _PAST:] = 0
+    return mask
 
 
 def supervisor_of(number: int, mode: str, layer: LayerGuard, turned: int) -> np.ndarray:

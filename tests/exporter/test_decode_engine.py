@@ -43,7 +43,8 @@ pytest.importorskip("tensorrt_rtx")
 pytest_plugins = ("tiny_vlm_fixtures",)
 __all__ = ["zoo"]
 
-PROMPTS = EngineProfile("prefill", Span(1, 2, 4), Span(1, 16, 64), Span(0, 0, 0))
+# The builder fuses by the typical sizes: a last token is found with the causal mask at 256 tokens, not at 16.
+PROMPTS = EngineProfile("prefill", Span(1, 1, 4), Span(1, 256, 512), Span(0, 0, 0))
 DECODE = EngineProfile("decode", Span(1, 2, 4), Span(1, 1, 1), Span(1, 16, 64))
 
 
@@ -77,12 +78,12 @@ def test_a_decode_step_has_no_kernel_more_than_without_the_guard(zoo: Callable[[
 
 @pytest.mark.parametrize(
     ("mode", "added"),
-    [("restore", 1), ("supervise", 2), *(pytest.param(m, 1, marks=pytest.mark.zoo) for m in ("project", "steer"))],
+    [("restore", 0), ("supervise", 1), *(pytest.param(m, 0, marks=pytest.mark.zoo) for m in ("project", "steer"))],
 )
-def test_a_prompt_has_one_kernel_more_and_one_for_the_coordinates(
+def test_a_prompt_has_one_kernel_more_for_the_coordinates_alone(
     zoo: Callable[[str], ZooModel], mode: Mode, added: int
 ) -> None:
-    """Per engine, not per layer: one finds each row's last token, one outputs the text-only pass's coordinates."""
+    """Per engine, not per layer: it outputs the text-only pass's coordinates. Each row's last token is found with the mask."""
     path = zoo("llava-transformers-fp16").path
     engine, bare = engine_for(path, mode, PROMPTS), engine_for(path, None, PROMPTS)
     assert engine.layers.kernels == bare.layers.kernels + added
@@ -92,7 +93,7 @@ def test_a_prompt_has_one_kernel_more_and_one_for_the_coordinates(
 @pytest.mark.zoo
 def test_combined_needs_the_first_coordinate_alone(zoo: Callable[[str], ZooModel]) -> None:
     path = zoo("llava-transformers-fp16").path
-    for profile, added in ((DECODE, 0), (PROMPTS, 2)):
+    for profile, added in ((DECODE, 0), (PROMPTS, 1)):
         assert (
             engine_for(path, "combined", profile).layers.kernels
             == engine_for(path, None, profile).layers.kernels + added
@@ -324,3 +325,48 @@ def test_a_changed_derived_graph_fails_its_proof(
     with pytest.raises(ProofFailed, match="prompt graph: "):
         build_engines(folder, tmp_path / "out", backend="tensorrt_rtx")
     assert not list(tmp_path.iterdir())
+
+
+def number(model: ir.Model, name: str, value: int) -> None:
+    constant = model.graph.initializers[f"vlmguard/positions/{name}"]
+    constant.const_value = ir.tensor(np.array(value, np.int32), name=constant.name)
+
+
+def no_last_token(model: ir.Model) -> None:
+    number(model, "own_column", -1)
+
+
+def none_behind_a_past(model: ir.Model) -> None:
+    number(model, "past_counts", (1 << 30) + 64)
+
+
+def reads_every_token(model: ir.Model) -> None:
+    """The coordinates are a sum over all tokens."""
+    (at_last,) = (node for node in model.graph if node.name == "vlmguard/coordinates/at_last")
+    assert at_last.inputs[1] is not None
+    at_last.outputs[0].replace_all_uses_with(at_last.inputs[1])
+
+
+@pytest.mark.parametrize(
+    ("mode", "tamper", "failed"),
+    [
+        ("restore", no_last_token, "each guard, cut out, equals the numpy reference"),
+        ("restore", none_behind_a_past, "each guard, cut out, equals the numpy reference"),
+        ("supervise", reads_every_token, "what each guard, cut out, outputs of itself equals the numpy reference"),
+    ],
+)
+def test_a_prompt_graph_that_misses_the_last_token_fails_its_proof(
+    for_tensorrt: Callable[[Mode], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    mode: Mode,
+    tamper: Callable[[ir.Model], None],
+    failed: str,
+) -> None:
+    def tampered(model: ir.Model, plan: GuardPlan) -> GuardReport:
+        report = rewrite(model, plan)
+        tamper(model)
+        return report
+
+    monkeypatch.setattr(engine_graphs, "rewrite", tampered)
+    checks = {check.name: check.ok for check in prove_engine_graph(derived(for_tensorrt(mode), "decoder"))}
+    assert not checks[f"prompt graph: {failed}"]
