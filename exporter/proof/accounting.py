@@ -64,11 +64,7 @@ def check_layout(manifest: Manifest, package: ModelPackage) -> Check:
 
 
 def check_graphs(
-    folder: Path,
-    manifest: Manifest,
-    decoder: ir.Model,
-    anatomy: DecoderAnatomy,
-    code: frozenset[str] = frozenset(),
+    folder: Path, manifest: Manifest, decoder: ir.Model, anatomy: DecoderAnatomy, code: frozenset[str] = frozenset()
 ) -> list[Check]:
     """Check that every graph is a verified decoder or contains none, and that data, configs and code are accounted for.
 
@@ -80,8 +76,7 @@ def check_graphs(
     """
     graphs = graphs_of(folder, manifest)
     decoders = {record.path for record in manifest.decoders}
-    others = [name for name in graphs if name not in decoders]
-    wrong = [said for name in others if (said := _judged(folder, name, decoder, anatomy))]
+    wrong = [said for name in graphs if name not in decoders and (said := _judged(folder, name, decoder, anatomy))]
     data = [(name, path) for name in graphs if not wrong for path in external_files(folder / name)]
     unlisted = [
         f"{name} keeps weights in {path.name}" for name, path in data if _relative(folder, path) not in manifest.files
