@@ -153,7 +153,7 @@ def _write_scores(edit: SubgraphEdit, builder: NodeBuilder, layers: list[Written
     """`[batch, layers]`, in their own units."""
     gates = [written.gate for written in layers if written.gate is not None]
     scores = [gate.score for gate in gates]
-    if guard_mode(edit.plan.mode).decides_by_text:  # one score per row, whatever the token
+    if guard_mode(edit.plan.mode).decides_by_text and edit.plan.calls == "any":  # one score per row, whatever the token
         return builder.op("all_layers", "Squeeze", [_side_by_side(builder, scores), builder.integers(1)])
     last = _at_last_token(edit, builder, scores, len(layers))
     return _in_own_units(builder, last, np.array([gate.unit for gate in gates]))
