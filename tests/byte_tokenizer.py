@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 
 def save_byte_tokenizer(folder: Path, special_tokens: Sequence[str] | Mapping[str, int], tokenizer_class: str) -> None:
@@ -30,6 +31,27 @@ def save_byte_tokenizer(folder: Path, special_tokens: Sequence[str] | Mapping[st
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": tokenizer_class}
     path.write_text(json.dumps(config), encoding="utf-8")
+
+
+def save_processor(
+    folder: Path,
+    configs: Mapping[str, Mapping[str, Any]],
+    special_tokens: Sequence[str] | Mapping[str, int],
+    tokenizer_class: str,
+    chat_template: str,
+) -> None:
+    """Write a checkpoint's configs, its tokenizer of bytes and its chat template.
+
+    Args:
+        folder: of the checkpoint.
+        configs: content of each file by name; `tokenizer_config.json` is one.
+        special_tokens, tokenizer_class: as for `save_byte_tokenizer`.
+        chat_template: in Jinja.
+    """
+    for name, content in configs.items():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    save_byte_tokenizer(folder, special_tokens, tokenizer_class)
+    (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
 def _numbered(tokens: Sequence[str]) -> dict[str, int]:

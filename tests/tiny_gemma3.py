@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from byte_tokenizer import save_byte_tokenizer
+from byte_tokenizer import save_processor
 
 LAYERS, WIDTH, IMAGE_SIZE, PATCH = 3, 64, 32, 2
 WINDOW = 64  # tokens, less than a picture has
@@ -34,10 +33,7 @@ def save_tiny_gemma3(folder: Path, seed: int = 0, window: int = WINDOW) -> Path:
         "processor_config.json": {"processor_class": "Gemma3Processor", "image_seq_length": 256},
         "generation_config.json": {"eos_token_id": [EOS, TURN_END], "do_sample": False},
     }
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    save_byte_tokenizer(folder, SPECIAL_TOKENS, "Qwen2Tokenizer")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    save_processor(folder, files, SPECIAL_TOKENS, "Qwen2Tokenizer", CHAT_TEMPLATE)
     return folder
 
 

@@ -6,11 +6,10 @@ around it by their names in the tokenizer.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from byte_tokenizer import save_byte_tokenizer
+from byte_tokenizer import save_processor
 from tiny_families import random_model
 
 WIDTH, HEADS = 64, 4  # genai: heads of 16 numbers
@@ -51,10 +50,7 @@ def save_tiny_lfm2_vl(folder: Path, seed: int = 0) -> Path:
         "processor_config.json": {"processor_class": "Lfm2VlProcessor"},
         "generation_config.json": {"eos_token_id": EOS, "do_sample": False},
     }
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    save_byte_tokenizer(folder, SPECIAL_TOKENS, "Qwen2Tokenizer")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    save_processor(folder, files, SPECIAL_TOKENS, "Qwen2Tokenizer", CHAT_TEMPLATE)
     return folder
 
 

@@ -5,11 +5,10 @@ A token is 8 x 8 pixels and a side has at most 96. genai finds the marks of a pi
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from byte_tokenizer import save_byte_tokenizer
+from byte_tokenizer import save_processor
 from tiny_families import random_model
 
 LAYERS, WIDTH, HEADS, HEAD_WIDTH = 2, 32, 4, 16
@@ -35,10 +34,7 @@ def save_tiny_mistral3(folder: Path, seed: int = 0) -> Path:
         "processor_config.json": processor,
         "generation_config.json": {"eos_token_id": EOS, "do_sample": False},
     }
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    save_byte_tokenizer(folder, SPECIAL_TOKENS, "Qwen2Tokenizer")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    save_processor(folder, files, SPECIAL_TOKENS, "Qwen2Tokenizer", CHAT_TEMPLATE)
     return folder
 
 

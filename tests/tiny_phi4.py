@@ -5,11 +5,10 @@ genai has the ids of its image and audio tokens and the sizes of tiles in its co
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from byte_tokenizer import save_byte_tokenizer
+from byte_tokenizer import save_processor
 from tiny_families import random_model
 
 LAYERS, WIDTH, HEAD_WIDTH = 2, 32, 8
@@ -40,10 +39,7 @@ def save_tiny_phi4(folder: Path, seed: int = 0) -> Path:
         "processor_config.json": {"processor_class": "Phi4MultimodalProcessor"},
         "generation_config.json": {"eos_token_id": [END, END_OF_TEXT], "pad_token_id": END_OF_TEXT, "do_sample": False},
     }
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    save_byte_tokenizer(folder, SPECIAL_TOKENS, "GPT2Tokenizer")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    save_processor(folder, files, SPECIAL_TOKENS, "GPT2Tokenizer", CHAT_TEMPLATE)
     return folder
 
 

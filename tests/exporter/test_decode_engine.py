@@ -304,6 +304,17 @@ def without_its_last_guard(model: ir.Model) -> None:
     last.outputs[0].replace_all_uses_with(last.inputs[0])
 
 
+def rewritten_and(tamper: Callable[[ir.Model], None]) -> Callable[[ir.Model, GuardPlan], GuardReport]:
+    """`rewrite`, and a change behind its back."""
+
+    def tampered(model: ir.Model, plan: GuardPlan) -> GuardReport:
+        report = rewrite(model, plan)
+        tamper(model)
+        return report
+
+    return tampered
+
+
 @pytest.mark.parametrize("role", ["decoder", "decode_step"])
 @pytest.mark.parametrize("tamper", [weaker, without_its_last_guard])
 def test_a_changed_derived_graph_fails_its_proof(
@@ -313,13 +324,8 @@ def test_a_changed_derived_graph_fails_its_proof(
     tamper: Callable,
     role: DecoderRole,
 ) -> None:
-    def tampered(model: ir.Model, plan: GuardPlan) -> GuardReport:
-        report = rewrite(model, plan)
-        tamper(model)
-        return report
-
     folder = for_tensorrt("restore")
-    monkeypatch.setattr(engine_graphs, "rewrite", tampered)
+    monkeypatch.setattr(engine_graphs, "rewrite", rewritten_and(tamper))
     failed = [check for check in prove_engine_graph(derived(folder, role)) if not check.ok]
     assert failed, tamper
     with pytest.raises(ProofFailed, match="prompt graph: "):
@@ -362,11 +368,6 @@ def test_a_prompt_graph_that_misses_the_last_token_fails_its_proof(
     tamper: Callable[[ir.Model], None],
     failed: str,
 ) -> None:
-    def tampered(model: ir.Model, plan: GuardPlan) -> GuardReport:
-        report = rewrite(model, plan)
-        tamper(model)
-        return report
-
-    monkeypatch.setattr(engine_graphs, "rewrite", tampered)
+    monkeypatch.setattr(engine_graphs, "rewrite", rewritten_and(tamper))
     checks = {check.name: check.ok for check in prove_engine_graph(derived(for_tensorrt(mode), "decoder"))}
     assert not checks[f"prompt graph: {failed}"]
