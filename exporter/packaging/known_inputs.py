@@ -12,6 +12,7 @@ from ...graphs.errors import GuardError
 from ...graphs.plan import PROMPT_SUPERVISOR_INPUT, SUPERVISOR_INPUT
 from ...graphs.roles import LOGITS, TOKEN_TYPES, input_roles
 from ...graphs.runtime_controls import PAST_GATE_INPUT
+from ...graphs.whole_numbers import whole_number
 
 # Cache inputs supported by the runtimes: keys and values of a layer, with the names of the onnx-community layout.
 _CACHE = re.compile(r"[0-9]+\.(key|value)")
@@ -49,7 +50,7 @@ def require_known(
         if name != entry and _CACHE.fullmatch(entry) and pairs.get(name) == f"{COMMUNITY_PRESENT}.{entry}":
             continue
         beginning, _, layer = name.rpartition(".")
-        if layer.isdecimal() and pairs.get(name) == f"{states.get(beginning)}.{layer}":
+        if whole_number(layer) is not None and pairs.get(name) == f"{states.get(beginning)}.{layer}":
             continue
         if name not in known:
             then = _WHY.get(name, "keep the layout that it has, or export the model with another exporter")
