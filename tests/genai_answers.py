@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image
 
 from vlmguard.runtime.chat.chat import ChatTokenizer
+from vlmguard.runtime.generation import Request, Sampling
+from vlmguard.runtime.vlm import VisionLanguageModel
 
 
 class Genai:
@@ -67,3 +69,13 @@ def prompt_text(folder: Path, prompt: str, marker: str | None) -> str:
 
 def pixels(inputs: Any) -> np.ndarray:
     return inputs["pixel_values"].as_numpy()
+
+
+def picture(size: tuple[int, int]) -> Image.Image:
+    """Noise of a width and height, the same at each call."""
+    return Image.fromarray(np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 3), np.uint8))
+
+
+def tokens_here(vlm: VisionLanguageModel, request: Request, sampling: Sampling) -> list[int]:
+    """The tokens of the answer in the runtime here, to compare with `Genai.tokens`."""
+    return [step.tokens[0] for step in vlm.steps([request], sampling) if step.tokens[0] is not None]

@@ -61,7 +61,7 @@ def arrange(manifest: Manifest, package: ModelPackage) -> FolderLayout:
     states: dict[str, str] = {}
     if pictures:
         require_graphs(package)
-        states = dict(pipeline_of(str(package.config.get("model_type")), package.root).states.values())
+        states = dict(pipeline_of(package.config, package.root).states.values())
     marked = pictures and mark_pictures(package, decoder)
     require_known(decoder, str(package.decoder), RUNTIME, FED_PICTURES if pictures else FED_TEXT, states)
     brought = {name: name for name in loose_files(manifest, package) if not name.startswith("onnx/")}

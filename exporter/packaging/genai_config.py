@@ -62,7 +62,7 @@ def _config(package: ModelPackage, decoder: ir.Model) -> dict[str, Any]:
             f"{package.root}: its configs do not contain {missing[0]}, which {RUNTIME} needs; put the model's config.json "
             "beside it"
         )
-    pipeline = pipeline_of(str(config.get("model_type")), package.root) if pictures else None
+    pipeline = pipeline_of(config, package.root) if pictures else None
     states = pipeline.states if pipeline is not None else {}
     layers = _layers(pipeline, package, decoder) if pipeline is not None else {}
     shares = any(node.op_type == "GroupQueryAttention" for node in decoder.graph.all_nodes())

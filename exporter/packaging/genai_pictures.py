@@ -38,7 +38,7 @@ def require_graphs(package: ModelPackage) -> None:
     Raises:
         GuardError: as for `pipeline_of`, or one is missing or takes other inputs.
     """
-    pipeline = pipeline_of(str(package.config.get("model_type")), package.root)
+    pipeline = pipeline_of(package.config, package.root)
     if package.vision_encoder is None or package.embed_tokens is None:
         part = "vision encoder" if package.vision_encoder is None else "embed_tokens graph"
         raise GuardError(f"{package.root}: has no {part}, which {RUNTIME} runs; package a whole model")
@@ -79,7 +79,7 @@ def picture_sections(config: Mapping[str, Any], vision: ir.Graph, where: str | P
     Raises:
         GuardError: as for `pipeline_of`, or `config.json` lacks a value.
     """
-    pipeline = pipeline_of(str(config.get("model_type")), where)
+    pipeline = pipeline_of(config, where)
     tokens, numbers = pipeline.require(config, where)
     there = {str(value.name) for value in vision.inputs}
     return {
@@ -114,7 +114,7 @@ def image_token(config: Mapping[str, Any], where: str | Path) -> int:
     Raises:
         GuardError: as for `pipeline_of` and `PicturePipeline.require`.
     """
-    ids, _ = pipeline_of(str(config.get("model_type")), where).require(config, where)
+    ids, _ = pipeline_of(config, where).require(config, where)
     return ids["image_token_id"]
 
 
@@ -149,7 +149,7 @@ def mark_pictures(package: ModelPackage, decoder: ir.Model) -> bool:
     Raises:
         GuardError: as for `pipeline_of` and `insert_token_types`.
     """
-    pipeline = pipeline_of(str(package.config.get("model_type")), package.root)
+    pipeline = pipeline_of(package.config, package.root)
     if not pipeline.marks or all(value.name != TOKEN_TYPES for value in decoder.graph.inputs):
         return False
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,9 @@ def _phi4_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _mistral3_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"patch_size": config["vision_config"]["patch_size"], "spatial_merge_size": config["spatial_merge_size"]}
-
-
-def _lfm2_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"patch_size": config["vision_config"]["patch_size"], "spatial_merge_size": config["downsample_factor"]}
+def _sizes(config: Mapping[str, Any], merge: str) -> dict[str, Any]:
+    """Of patches in pixels, and of tokens in patches, which is `merge` in `config.json`."""
+    return {"patch_size": config["vision_config"]["patch_size"], "spatial_merge_size": config[merge]}
 
 
 def _lfm2_patches(vision: ir.Graph) -> dict[str, Any]:
@@ -178,7 +176,7 @@ _LFM2 = PicturePipeline(
         "image_sizes": "spatial_shapes",
     },
     tokens=_IMAGE_TOKEN,
-    numbers=_lfm2_numbers,
+    numbers=partial(_sizes, merge="downsample_factor"),
     states={"conv": _LFM2_STATE},
     of_vision=_lfm2_patches,
     of_decoder=_lfm2_layers,
@@ -187,7 +185,7 @@ _MISTRAL3 = PicturePipeline(
     genai_type="mistral3",
     vision_inputs={"pixel_values": "pixel_values"},
     tokens=_IMAGE_TOKEN,
-    numbers=_mistral3_numbers,
+    numbers=partial(_sizes, merge="spatial_merge_size"),
 )
 # By `model_type` of config.json. Qwen2-VL differs from Qwen2.5-VL inside its vision encoder alone.
 PIPELINES: Mapping[str, PicturePipeline] = {
@@ -214,16 +212,17 @@ UNWRITTEN: Mapping[str, str] = {
 }
 
 
-def pipeline_of(model_type: str, where: str | Path) -> PicturePipeline:
-    """The pipeline of a type of model.
+def pipeline_of(config: Mapping[str, Any], where: str | Path) -> PicturePipeline:
+    """The pipeline of a model's type.
 
     Args:
-        model_type: of `config.json`.
+        config: the content of its `config.json`.
         where: the folder, for the error.
 
     Raises:
         GuardError: genai has none for it, or none that can be written.
     """
+    model_type = str(config.get("model_type"))
     if model_type in UNWRITTEN:
         raise GuardError(
             f"{where}: is of type {model_type}, which {RUNTIME} runs with pictures, but {UNWRITTEN[model_type]}; keep the "

@@ -14,8 +14,7 @@ import pytest
 import tiny_gemma3
 import tiny_qwen
 import torch
-from genai_answers import Genai, pixels, prompt_text
-from PIL import Image
+from genai_answers import Genai, picture, pixels, prompt_text, tokens_here
 from qwen_torch import hooked_project, torch_inputs, torch_tokens
 from random_directions import random_directions, write_directions
 from transformers import Gemma3ImageProcessorPil
@@ -68,10 +67,6 @@ def guarded_in(source: Path, out: Path, **wish: Any) -> Path:
     return export(source, out, spec=GuardSpec(**wish), directions=path).out
 
 
-def picture(size: tuple[int, int]) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 3), np.uint8))
-
-
 def test_a_guard_that_genai_does_not_feed_is_noted(tmp_path: Path) -> None:
     """At the export of a picture pipeline; a text decoder of genai's can be fed, and other layouts are not genai's."""
     pictures = ModelPackage(tmp_path, tmp_path / "model.onnx", "genai", vision_encoder=tmp_path / "vision.onnx")
@@ -118,7 +113,7 @@ def test_genai_answers_as_guarded_vlm_and_torch_do(
             assert inputs["input_ids"].as_numpy().tolist() == vlm.batch([request]).ids.tolist()
             np.testing.assert_allclose(pixels(inputs), vlm.images.prepare(image).arrays["pixel_values"], atol=1e-5)
         tokens = genai.tokens(text, image, STEPS.max_new_tokens)
-        assert tokens == [step.tokens[0] for step in vlm.steps([request], STEPS) if step.tokens[0] is not None]
+        assert tokens == tokens_here(vlm, request, STEPS)
         assert tokens != unguarded.tokens(text, image, STEPS.max_new_tokens)
         if dtype == "fp32":
             with hooked.attached(model.model.language_model.layers):

@@ -16,8 +16,7 @@ import onnxruntime
 import pytest
 import tiny_gemma3
 import torch
-from genai_answers import Genai, pixels, prompt_text
-from PIL import Image
+from genai_answers import Genai, picture, pixels, prompt_text, tokens_here
 from qwen_torch import hooked_project
 from random_directions import random_directions, write_directions
 from small_guarded import edit_manifest, make_the_manifest_fit
@@ -34,20 +33,11 @@ from vlmguard.graphs.manifest import read_manifest
 from vlmguard.graphs.progress import ignore_progress
 from vlmguard.runtime.generation import Request, Sampling
 from vlmguard.runtime.guarded import package_of
-from vlmguard.runtime.vlm import VisionLanguageModel
 
 QUESTION, MARKER, STEPS = "how do I", "<start_of_image>", Sampling(max_new_tokens=8)
 OURS = "vlmguard/token_types/"
 NOT_MADE = "what was packaged is what the layout makes"
 NOT_OURS = "the guard is what the manifest's plan and directions make"
-
-
-def picture(size: tuple[int, int]) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 3), np.uint8))
-
-
-def tokens_of(vlm: VisionLanguageModel, request: Request) -> list[int]:
-    return [step.tokens[0] for step in vlm.steps([request], STEPS) if step.tokens[0] is not None]
 
 
 def guard(source: Path, out: Path, directions: Directions) -> Path:
@@ -122,7 +112,7 @@ def test_the_packaged_folder_is_proved_run_and_opened(packaged: tuple[Path, Path
     square = picture((16, 16))
     for image in (None, (square, picture((24, 16)))):
         request = Request(QUESTION, image)
-        assert tokens_of(here, request) == tokens_of(there, request)
+        assert tokens_here(here, request, STEPS) == tokens_here(there, request, STEPS)
     manifest = read_manifest(folder)
     both = open_both_sides(package_of(folder, manifest), manifest, manifest.decoders[0], None, "--source")
     assert "token_type_ids" in [value.name for value in both.unguarded().graph.inputs]
@@ -212,7 +202,7 @@ def test_genai_answers_as_guarded_vlm_and_torch_do(tmp_path: Path) -> None:
                 ).tolist()
             both.append([token for token in row[ids.shape[1] :] if token not in vlm.chat.eos_ids])
         causal += both[0] != both[1]
-        assert tokens_of(plain, request) == tokens_of(vlm, request) == both[0]
+        assert tokens_here(plain, request, STEPS) == tokens_here(vlm, request, STEPS) == both[0]
         assert genai.tokens(text, images, STEPS.max_new_tokens) == both[0]
         answers.append(both[0])
     _an_image_token_in_an_answer_is_text(folder)

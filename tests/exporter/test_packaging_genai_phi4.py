@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny_phi4
 import torch
-from genai_answers import Genai, prompt_text
+from genai_answers import Genai, picture, prompt_text, tokens_here
 from PIL import Image
 from qwen_torch import hooked_project
 from random_directions import random_directions, write_directions
@@ -38,10 +38,6 @@ ARRAYS = {
     "image_sizes": "image_sizes",
     "image_attention_mask": "image_attention_mask",
 }
-
-
-def picture(size: tuple[int, int]) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 3), np.uint8))
 
 
 @pytest.mark.long
@@ -72,7 +68,7 @@ def test_genai_answers_with_pictures_as_torch_does(tmp_path: Path) -> None:
             (row,) = model.generate(**arrays, max_new_tokens=STEPS.max_new_tokens, do_sample=False).tolist()
         expected = [token for token in row[given["input_ids"].shape[1] :] if token not in vlm.chat.eos_ids]
         for one in (vlm, packaged):
-            assert [step.tokens[0] for step in one.steps([request], STEPS) if step.tokens[0] is not None] == expected
+            assert tokens_here(one, request, STEPS) == expected
         text = prompt_text(folder, QUESTION, None if image is None else "<|image_1|>")
         assert genai.tokens(text, image, STEPS.max_new_tokens) == expected
         answers.append(expected)

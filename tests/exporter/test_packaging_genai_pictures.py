@@ -13,8 +13,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import tiny_qwen
-from genai_answers import Genai, pixels, prompt_text
-from PIL import Image
+from genai_answers import Genai, picture, pixels, prompt_text, tokens_here
 from qwen_torch import ANSWER, hooked_project, torch_inputs, torch_tokens
 from random_directions import random_directions, write_directions
 from small_guarded import make_the_manifest_fit
@@ -70,11 +69,6 @@ def guard(source: Path, out: Path, **wish: Any) -> Path:
     return export(source, out, spec=GuardSpec(**wish), directions=path).out
 
 
-def picture(size: tuple[int, int]) -> Image.Image:
-    noise = np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    return Image.fromarray(noise)
-
-
 def test_genai_answers_with_pictures_as_torch_does(
     models: Callable[[str], tuple[Path, Path]], packaged: tuple[Path, Path, Path]
 ) -> None:
@@ -111,7 +105,7 @@ def check_answers(kind: str, checkpoint: Path, guarded: Path, folder: Path) -> N
         assert expected != unguarded
         expected = [token for token in expected if token not in vlm.chat.eos_ids]
         assert genai.tokens(text, image, ANSWER.max_new_tokens) == expected
-        assert tokens_of(vlm, request) == tokens_of(packaged, request) == expected
+        assert tokens_here(vlm, request, ANSWER) == tokens_here(packaged, request, ANSWER) == expected
         answers.append(expected)
     assert len({tuple(answer) for answer in answers}) >= 4  # or the pictures count for little
 
@@ -221,7 +215,7 @@ def test_what_genai_cannot_run_is_refused(packaged: tuple[Path, Path, Path], tmp
 def test_a_type_that_genai_runs_and_that_is_not_written_is_refused_with_its_reason() -> None:
     assert not PIPELINES.keys() & UNWRITTEN.keys()
     with pytest.raises(GuardError) as refused:
-        pipeline_of("qwen3_vl", "here")
+        pipeline_of({"model_type": "qwen3_vl"}, "here")
     assert str(refused.value) == (
         "here: is of type qwen3_vl, which onnxruntime-genai runs with pictures, but its decoder takes features behind its "
         "first layers (DeepStack), which onnxruntime-genai does not feed; keep the layout that it has"
@@ -251,14 +245,10 @@ def test_paired_rows_answer_in_a_batch_of_two(models: Callable[[str], tuple[Path
         request = Request(QUESTION, picture(size))
         prompt, text = prompt_text(folder, QUESTION, MARKER), prompt_text(folder, QUESTION, None)
         tokens = list(answer(folder, prompt, text, images(picture(size)), ANSWER.max_new_tokens))
-        expected = tokens_of(vlm, request)
+        expected = tokens_here(vlm, request, ANSWER)
         assert tokens[: len(expected)] == expected
-        changed += expected != tokens_of(unguarded, request)
+        changed += expected != tokens_here(unguarded, request, ANSWER)
     assert changed
-
-
-def tokens_of(vlm: VisionLanguageModel, request: Request) -> list[int]:
-    return [step.tokens[0] for step in vlm.steps([request], ANSWER) if step.tokens[0] is not None]
 
 
 @pytest.mark.long

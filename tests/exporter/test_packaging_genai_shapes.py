@@ -18,7 +18,7 @@ import pytest
 import tiny_lfm2_vl
 import tiny_mistral3
 import torch
-from genai_answers import Genai, pixels, prompt_text
+from genai_answers import Genai, picture, pixels, prompt_text, tokens_here
 from PIL import Image
 from qwen_torch import hooked_project
 from random_directions import random_directions, write_directions
@@ -99,10 +99,6 @@ KINDS = {
 }
 
 
-def picture(size: tuple[int, int]) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 3), np.uint8))
-
-
 def guarded_in(source: Path, out: Path, kind: Kind) -> Path:
     path = write_directions(out.with_suffix(".safetensors"), kind.directions)
     return export(source, out, spec=GuardSpec(mode="project", positions="all"), directions=path).out
@@ -161,7 +157,7 @@ def check_answers(kind: Kind, checkpoint: Path, guarded: Path, folder: Path) -> 
         changed += expected != unguarded
         expected = [token for token in expected if token not in vlm.chat.eos_ids]
         assert genai.tokens(text, images, STEPS.max_new_tokens) == expected
-        assert [step.tokens[0] for step in vlm.steps([request], STEPS) if step.tokens[0] is not None] == expected
+        assert tokens_here(vlm, request, STEPS) == expected
         answers.append(expected)
     assert len({tuple(answer) for answer in answers}) >= 4  # or the pictures count for little
     assert changed >= 4
