@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,16 @@ class Genai:
                 break
             generator.generate_next_token()
         return [int(token) for token in generator.get_sequence(0)][length:]
+
+
+def on_cpu(folder: Path, scratch: Path) -> Path:
+    """A copy for the CPU provider; the builder's folders in half precision ask for CUDA."""
+    copy = Path(shutil.copytree(folder, scratch / f"{folder.name} on CPU"))
+    path = copy / "genai_config.json"
+    config = json.loads(path.read_text())
+    config["model"]["decoder"]["session_options"]["provider_options"] = []
+    path.write_text(json.dumps(config))
+    return copy
 
 
 def prompt_text(folder: Path, prompt: str, marker: str | None) -> str:

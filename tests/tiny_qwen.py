@@ -1,4 +1,4 @@
-"""Tiny random Qwen2-VL, Qwen2.5-VL and Qwen3-VL checkpoints, saved like real ones.
+"""Tiny random Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5 checkpoints, saved like real ones.
 
 `save_tiny_qwen(kind, folder)` is the whole interface; `KINDS` says which there are. Images keep their shape and become
 patches of 4 x 4 pixels, four to a token, between `PIXELS` in all; a window of Qwen2.5-VL is 4 x 4 patches.
@@ -40,8 +40,15 @@ CHAT_TEMPLATE = (
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
 )
-_PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
-_CLASSES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+LINEAR_KINDS = ("qwen3_5", "qwen3_5_moe")  # whose first layer has linear attention
+_PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}  # the newer ones: Qwen3VLProcessor
+_CLASSES = {
+    "qwen2_vl": "Qwen2VL",
+    "qwen2_5_vl": "Qwen2_5_VL",
+    "qwen3_vl": "Qwen3VL",
+    "qwen3_5": "Qwen3_5",
+    "qwen3_5_moe": "Qwen3_5Moe",
+}
 
 
 def save_tiny_qwen(kind: str, folder: Path, seed: int = 0) -> Path:
@@ -93,18 +100,37 @@ _TOWER = {
     "temporal_patch_size": TEMPORAL,
     "spatial_merge_size": MERGE,
 }
+_NEWER_TOWER = (
+    _TOWER
+    | {"hidden_size": 24, "intermediate_size": 40, "out_hidden_size": TEXT_WIDTH}
+    | {"num_position_embeddings": 5 * 5}
+)
 _VISION = {
     "qwen2_vl": _TOWER | {"embed_dim": 24, "mlp_ratio": 2, "hidden_size": TEXT_WIDTH},
     "qwen2_5_vl": _TOWER
     | {"hidden_size": 24, "intermediate_size": 40, "out_hidden_size": TEXT_WIDTH}
     | {"window_size": 4 * PATCH, "fullatt_block_indexes": [1]},
-    "qwen3_vl": _TOWER
-    | {"hidden_size": 24, "intermediate_size": 40, "out_hidden_size": TEXT_WIDTH}
-    | {"num_position_embeddings": 5 * 5, "deepstack_visual_indexes": list(DEEPSTACK)},
+    "qwen3_vl": _NEWER_TOWER | {"deepstack_visual_indexes": list(DEEPSTACK)},
+    **dict.fromkeys(LINEAR_KINDS, _NEWER_TOWER),
+}
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": HEAD_WIDTH,
+    "linear_value_head_dim": HEAD_WIDTH,
+    "linear_num_key_heads": KV_HEADS,
+    "linear_num_value_heads": HEADS,
+}
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": TEXT_WIDTH,
+    "shared_expert_intermediate_size": TEXT_WIDTH,
 }
 
 
 def _text(kind: str, vocabulary_size: int) -> dict[str, Any]:
+    whole = {"mrope_interleaved": True, "partial_rotary_factor": 1.0} if kind in LINEAR_KINDS else {}
     return {
         "hidden_size": TEXT_WIDTH,
         "intermediate_size": 2 * TEXT_WIDTH,
@@ -113,11 +139,13 @@ def _text(kind: str, vocabulary_size: int) -> dict[str, Any]:
         "num_key_value_heads": KV_HEADS,
         "vocab_size": vocabulary_size,
         "max_position_embeddings": 256,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], **whole},
         "bos_token_id": None,
         "eos_token_id": VOCABULARY["<|im_end|>"],
         "pad_token_id": VOCABULARY["<|endoftext|>"],
-        **({"head_dim": HEAD_WIDTH} if kind == "qwen3_vl" else {}),
+        **({} if kind in _PROCESSORS else {"head_dim": HEAD_WIDTH}),
+        **(_LINEAR if kind in LINEAR_KINDS else {}),
+        **(_EXPERTS if kind == "qwen3_5_moe" else {}),
     }
 
 
@@ -130,8 +158,8 @@ def save_tokenizer(kind: str, folder: Path) -> None:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.save(str(folder / "tokenizer.json"))
     image_processor = {
-        "image_processor_type": "Qwen2VLImageProcessorFast" if kind == "qwen3_vl" else "Qwen2VLImageProcessor",
-        "processor_class": _PROCESSORS[kind],
+        "image_processor_type": "Qwen2VLImageProcessor" if kind in _PROCESSORS else "Qwen2VLImageProcessorFast",
+        "processor_class": _PROCESSORS.get(kind, "Qwen3VLProcessor"),
         "patch_size": PATCH,
         "temporal_patch_size": TEMPORAL,
         "merge_size": MERGE,
@@ -151,6 +179,6 @@ def save_tokenizer(kind: str, folder: Path) -> None:
 def _limits(kind: str) -> dict[str, Any]:
     """As the older and the newer repositories write them."""
     least, most = PIXELS
-    if kind == "qwen3_vl":
+    if kind not in _PROCESSORS:
         return {"size": {"shortest_edge": least, "longest_edge": most}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     return {"min_pixels": least, "max_pixels": most}

@@ -29,6 +29,7 @@ from ...graphs.proof.structure import Check
 from ..choices import ExporterName, Precision
 from .convert import convert_checkpoint, copy_companions, locate, read_config
 from .genai_around_decoder import add_pictures, has_pipeline
+from .genai_builder import name_older_tokenizer
 
 DEFAULT_EXPORTER: ExporterName = "transformers"
 OPTIMUM_NEEDS = "transformers 4.57"
@@ -145,6 +146,7 @@ def _with_genai(job: Job) -> tuple[Check, ...]:
             f"{job.checkpoint}: onnxruntime-genai's builder cannot export it ({_last_line(built.stderr)}); "
             f"try --exporter {DEFAULT_EXPORTER}"
         )
+    name_older_tokenizer(job.out)
     if pictures:
         add_pictures(folder, job.checkpoint, job.out, job.dtype, job.report_progress)
     return ()

@@ -7,7 +7,7 @@ written. Its own builder and processors know others too; a new type is a new row
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,20 @@ def _lfm2_layers(layers: int, decoder: ir.Graph) -> dict[str, Any]:
     return {"layer_types": kinds, "conv_cache_size": size}
 
 
+def _fixed_states(layers: int, decoder: ir.Graph) -> dict[str, Any]:
+    """Nothing more, if the states of linear attention have one fixed size per kind: genai makes all as large as the first."""
+    for past, _ in _LINEAR_STATES.values():
+        states = [value.shape for value in decoder.inputs if str(value.name).startswith(f"{past}.")]
+        sizes = {None if shape is None else tuple(shape[1:]) for shape in states}
+        if len(sizes) != 1 or not all(isinstance(size, int) for size in sizes.pop() or (None,)):
+            raise GuardError(
+                f"its linear layers have no states of one size ({past}), as {RUNTIME} feeds them; keep the layout that it has"
+            )
+    return {}
+
+
 _LFM2_STATE = ("past_conv", "present_conv")
+_LINEAR_STATES = {"conv": _LFM2_STATE, "recurrent": ("past_recurrent", "present_recurrent")}
 _GEMMA3_TOKENS = 256
 _PHI4_TILE = (448, 14)
 _IMAGE_TOKEN = {"image_token_id": IMAGE_TOKEN_KEYS}
@@ -149,6 +162,8 @@ _QWEN = PicturePipeline(
     tokens={name: (name,) for name in ("image_token_id", "video_token_id", "vision_start_token_id")},
     numbers=_qwen_numbers,
 )
+# Its layers with linear attention have no KV cache, but two states each.
+_QWEN3_5 = replace(_QWEN, genai_type="qwen3_5", states=_LINEAR_STATES, of_decoder=_fixed_states)
 _GEMMA3 = PicturePipeline(
     genai_type="gemma3",
     vision_inputs={"pixel_values": "pixel_values"},
@@ -195,18 +210,17 @@ PIPELINES: Mapping[str, PicturePipeline] = {
     "phi4_multimodal": _PHI4,
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
+    "qwen3_5": _QWEN3_5,
+    "qwen3_5_moe": replace(_QWEN3_5, genai_type="qwen3_5_moe"),
 }
 
 _REMOTE = "transformers has it as code of the checkpoint only, which is not run"
-_STATES = f"{RUNTIME} does not feed its decoder's states beside the KV cache by the names that they have here"
 _GEMMA4 = f"{RUNTIME} puts blank lines around a picture's tokens, which the model was not trained with"
 # Types that genai runs with pictures, by their `model_type`, and why they are not written.
 UNWRITTEN: Mapping[str, str] = {
     "gemma4": _GEMMA4,
     "gemma4_unified": _GEMMA4,
     "phi3_v": _REMOTE,
-    "qwen3_5": _STATES,
-    "qwen3_5_moe": _STATES,
     "qwen3_vl": f"its decoder takes features behind its first layers (DeepStack), which {RUNTIME} does not feed",
     "videochat_flash_qwen": _REMOTE,
 }

@@ -120,11 +120,21 @@ def guard_streams(cut: Cut, plan: GuardPlan) -> dict[str, np.ndarray]:
             continue
         shares = np.random.default_rng([site.done.layer_index, 3]).uniform(0.25, 0.75, total.shape)
         found[site.residual] = (total.astype(np.float64) * shares).astype(total.dtype)
-        found[site.stream] = (total.astype(np.float64) - found[site.residual].astype(np.float64)).astype(total.dtype)
+        found[site.stream] = _rest(total, found[site.residual])
         if site.bias:
             random = np.random.default_rng([site.done.layer_index, 5])
             found[site.bias] = random.normal(0, 0.01, plan.width).astype(total.dtype)
     return found
+
+
+def _rest(total: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """What a share lacks to a total; a little less where their sum would round to infinity, which no stream holds."""
+    rest = (total.astype(np.float64) - share.astype(np.float64)).astype(total.dtype)
+    with np.errstate(over="ignore"):
+        beyond = ~np.isfinite(share + rest)
+    if beyond.any():
+        rest[beyond] = np.nextafter(rest[beyond], np.zeros((), rest.dtype))
+    return rest
 
 
 def call_part(states: Mapping[str, np.ndarray], masked: Masked) -> dict[str, np.ndarray]:

@@ -91,7 +91,10 @@ def prove_by_running(
             *_states_equal_reference(package, staged, plan, report, inputs, place),
         )
     except RunFailed as failure:
-        raise RunFailed(f"{failure}; give inputs that it runs on with --proof-inputs") from None
+        raise RunFailed(
+            f"{failure}; give inputs that it runs on with --proof-inputs, or, if this machine cannot run the model at all, "
+            "prove each guard by itself with --proof local"
+        ) from None
     finally:
         place.close()
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from vlmguard import cli
 from vlmguard.exporter.checkpoints import exporters
 from vlmguard.exporter.checkpoints.exporters import EXPORTERS, export_checkpoint
-from vlmguard.exporter.checkpoints.genai_builder import flatten_rope
+from vlmguard.exporter.checkpoints.genai_builder import flatten_rope, name_older_tokenizer
 from vlmguard.exporter.choices import ExporterName
 from vlmguard.exporter.pipeline import export
 from vlmguard.exporter.sources import opened
@@ -247,6 +247,22 @@ def test_a_builder_that_writes_nothing_has_failed(
     )
     assert asked[0][:3] == [sys.executable, "-m", "vlmguard.exporter.checkpoints.genai_builder"]
     assert asked[0][asked[0].index("-p") + 1 :][:3] == ["fp16", "-e", "cuda"]
+
+
+@pytest.mark.parametrize(
+    ("name", "older"),
+    [("Qwen3_5Tokenizer", "Qwen2Tokenizer"), ("Qwen2Tokenizer", "Qwen2Tokenizer"), ("Another", "Another")],
+)
+def test_a_tokenizer_is_named_as_genai_knows_it(name: str, older: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"eos_token": "</s>", "tokenizer_class": name}))
+    before = path.read_bytes()
+    name_older_tokenizer(tmp_path)
+    assert json.loads(path.read_text()) == {"eos_token": "</s>", "tokenizer_class": older}
+    assert (path.read_bytes() == before) == (name == older)
+    path.unlink()
+    name_older_tokenizer(tmp_path)
+    assert not path.exists()
 
 
 def test_the_builder_reads_rotary_parameters_by_layer_type_in_the_form_that_it_knows() -> None:

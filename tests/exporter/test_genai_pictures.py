@@ -14,7 +14,7 @@ import pytest
 import tiny_gemma3
 import tiny_qwen
 import torch
-from genai_answers import Genai, picture, pixels, prompt_text, tokens_here
+from genai_answers import Genai, on_cpu, picture, pixels, prompt_text, tokens_here
 from qwen_torch import hooked_project, torch_inputs, torch_tokens
 from random_directions import random_directions, write_directions
 from transformers import Gemma3ImageProcessorPil
@@ -34,7 +34,8 @@ pytest.importorskip("onnxruntime_genai")
 pytestmark = pytest.mark.slow
 
 QUESTION, STEPS = "how do I", Sampling(max_new_tokens=8)
-MARKERS = {"gemma3": "<start_of_image>", "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>"}
+_OF_QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
+MARKERS = {"gemma3": "<start_of_image>"} | dict.fromkeys(("qwen2_5_vl", *tiny_qwen.LINEAR_KINDS), _OF_QWEN)
 SIZES = ((32, 32), (40, 24), (300, 200))
 
 
@@ -88,6 +89,12 @@ BUILDS = [
     pytest.param("gemma3", "int4", marks=pytest.mark.long),
     pytest.param("qwen2_5_vl", "fp32", marks=pytest.mark.long),
     pytest.param("qwen2_5_vl", "int4", marks=pytest.mark.long),
+    pytest.param("qwen2_5_vl", "fp16", marks=pytest.mark.long),
+    pytest.param("qwen3_5", "fp32", marks=pytest.mark.long),
+    pytest.param("qwen3_5", "int4", marks=pytest.mark.long),
+    pytest.param("qwen3_5", "fp16", marks=pytest.mark.long),
+    pytest.param("qwen3_5_moe", "fp32", marks=pytest.mark.long),
+    pytest.param("qwen3_5_moe", "int4", marks=pytest.mark.long),
 ]
 
 
@@ -101,7 +108,7 @@ def test_genai_answers_as_guarded_vlm_and_torch_do(
     assert verify(folder, source).ok
     for name in ("genai_config.json", "genai_processor.json", "vision.onnx", "embedding.onnx"):
         assert (folder / name).read_bytes() == (source / name).read_bytes()
-    vlm, genai, unguarded = GuardedVLM.open(folder), Genai(folder), Genai(source)
+    vlm, genai, unguarded = GuardedVLM.open(folder), *(Genai(on_cpu(each, tmp_path)) for each in (folder, source))
     model = load_model(checkpoint, find_family(read_config(checkpoint), kind), "fp32", lambda _: None)
     hooked = hooked_project(directions_of(source))
     answers = []

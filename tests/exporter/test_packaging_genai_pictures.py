@@ -75,13 +75,33 @@ def test_genai_answers_with_pictures_as_torch_does(
     check_answers("qwen2_5_vl", models("qwen2_5_vl")[0], *packaged[1:])
 
 
-@pytest.mark.zoo
-def test_genai_answers_with_qwen2_vl(models: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
-    checkpoint, source = models("qwen2_vl")
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["qwen2_vl", *tiny_qwen.LINEAR_KINDS])
+def test_genai_answers_with_its_relatives(
+    kind: str, models: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    checkpoint, source = models(kind)
     guarded = guard(source, tmp_path / "guarded", mode="project", positions="all")
     folder = package_genai(guarded, tmp_path / "genai").out
     assert verify(folder, source).ok
-    check_answers("qwen2_vl", checkpoint, guarded, folder)
+    check_answers(kind, checkpoint, guarded, folder)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_5"])
+def test_genai_answers_in_half_precision_as_the_runtime_here(kind: str, tmp_path: Path) -> None:
+    checkpoint = tiny_qwen.save_byte_qwen(kind, tmp_path / "checkpoint")
+    convert_checkpoint(checkpoint, tmp_path / "source", dtype="fp16", verify=False)
+    guarded = guard(tmp_path / "source", tmp_path / "guarded", mode="project", positions="all")
+    folder = package_genai(guarded, tmp_path / "genai").out
+    assert verify(folder, tmp_path / "source").ok
+    vlm, unguarded = GuardedVLM.open(guarded), VisionLanguageModel(open_package(tmp_path / "source"))
+    genai = Genai(folder)
+    for size in (*SIZES, None):
+        image = None if size is None else picture(size)
+        request, text = Request(QUESTION, image), prompt_text(folder, QUESTION, None if image is None else QWEN_MARKER)
+        tokens = genai.tokens(text, image, ANSWER.max_new_tokens)
+        assert tokens == tokens_here(vlm, request, ANSWER) != tokens_here(unguarded, request, ANSWER)
 
 
 def check_answers(kind: str, checkpoint: Path, guarded: Path, folder: Path) -> None:
@@ -203,7 +223,7 @@ def test_what_genai_cannot_run_is_refused(packaged: tuple[Path, Path, Path], tmp
         (
             other,
             f"{other}: is of type llava, with which onnxruntime-genai cannot be given pictures here, only gemma3, "
-            "lfm2_vl, mistral3, phi4_multimodal, qwen2_5_vl, qwen2_vl; keep the layout that it has",
+            "lfm2_vl, mistral3, phi4_multimodal, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_5_moe; keep the layout that it has",
         ),
     ):
         with pytest.raises(GuardError) as refused:
@@ -281,6 +301,34 @@ def test_gemma_3_with_another_number_of_image_tokens_is_refused(tmp_path: Path) 
         GuardError, match=r"lacks an id or a number that onnxruntime-genai needs \('mm_tokens_per_image' is missing\)"
     ):
         picture_sections({"model_type": "gemma3", "image_token_id": 9}, vision, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "others", [{"past_recurrent.1": ("batch", 4, 8, "width")}, {"past_recurrent.1": ("batch", 4, 8, 16)}, {}]
+)
+def test_linear_layers_whose_states_have_no_size_in_common_are_refused(
+    others: dict[str, tuple[int | str, ...]],
+) -> None:
+    """genai makes the states of all layers as large as those of the first, and all their sizes but the batch's fixed."""
+    conv = {f"past_conv.{layer}": ("batch", 64, 4) for layer in range(2)}
+    same = {f"past_recurrent.{layer}": ("batch", 4, 8, 8) for layer in range(2)}
+
+    def decoder(shapes: dict[str, tuple[int | str, ...]]) -> ir.Graph:
+        values = [
+            ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+            for name, shape in shapes.items()
+        ]
+        return ir.Graph(values, [], nodes=[])
+
+    pipeline = PIPELINES["qwen3_5"]
+    assert pipeline.of_decoder(2, decoder(conv | same)) == {}
+    wrong = conv | same | others if others else conv
+    with pytest.raises(GuardError) as refused:
+        pipeline.of_decoder(2, decoder(wrong))
+    assert str(refused.value) == (
+        "its linear layers have no states of one size (past_recurrent), as onnxruntime-genai feeds them; keep the layout that "
+        "it has"
+    )
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pytest
 import tiny_lfm2_vl
 import tiny_mistral3
 import torch
-from genai_answers import Genai, picture, pixels, prompt_text, tokens_here
+from genai_answers import Genai, on_cpu, picture, pixels, prompt_text, tokens_here
 from PIL import Image
 from qwen_torch import hooked_project
 from random_directions import random_directions, write_directions
@@ -28,6 +28,7 @@ from transformers import PixtralImageProcessorPil
 from vlmguard import GuardedVLM, GuardSpec, export, verify
 from vlmguard.exporter.checkpoints.convert import convert_checkpoint, load_model, read_config
 from vlmguard.exporter.checkpoints.exporters import export_checkpoint
+from vlmguard.exporter.choices import Precision
 from vlmguard.exporter.families import find_family
 from vlmguard.exporter.packaging.genai import package_genai
 from vlmguard.exporter.packaging.genai_pipelines import PIPELINES
@@ -129,6 +130,29 @@ def test_genai_answers_with_the_decoder_of_its_builder_as_torch_does(name: str, 
     folder = guarded_in(source, tmp_path / "guarded", kind)
     assert verify(folder, source).ok
     check_answers(kind, checkpoint, folder, folder)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "dtype"), [("mistral3", "int4"), ("mistral3", "fp16"), ("lfm2_vl", "int4")])
+def test_genai_answers_in_other_precisions_as_the_runtime_here(name: str, dtype: Precision, tmp_path: Path) -> None:
+    """The builder's; LFM2-VL's decoder in float16 has an operator that onnxruntime's CPU provider lacks."""
+    pytest.importorskip("onnxruntime_genai")
+    kind = KINDS[name]
+    export_checkpoint(kind.save(tmp_path / "checkpoint"), tmp_path / "source", "genai", dtype)
+    folder = guarded_in(tmp_path / "source", tmp_path / "guarded", kind)
+    assert verify(folder, tmp_path / "source").ok
+    vlm, genai, unguarded = (
+        GuardedVLM.open(folder),
+        *(Genai(on_cpu(each, tmp_path)) for each in (folder, tmp_path / "source")),
+    )
+    changed = 0
+    for sizes in kind.pictures:
+        images = [picture(size) for size in sizes]
+        text = prompt_text(folder, QUESTION, kind.mark if len(images) == 1 else None)
+        tokens = genai.tokens(text, images, STEPS.max_new_tokens)
+        assert tokens == tokens_here(vlm, Request(QUESTION, images), STEPS)
+        changed += tokens != unguarded.tokens(text, images, STEPS.max_new_tokens)
+    assert changed >= 4
 
 
 def check_answers(kind: Kind, checkpoint: Path, guarded: Path, folder: Path) -> None:

@@ -90,6 +90,13 @@ def test_every_kind_of_site_in_every_body_is_proved(
     assert checks[READS].note == f"{guards} guards in {'2 bodies' if make is merged else '1 body'}"
 
 
+@pytest.mark.parametrize("kind", ["skip_norm", "skip_norm_bias"])
+def test_two_shares_of_a_state_at_the_limit_of_float16_add_up_to_a_finite_one(tmp_path: Path, kind: str) -> None:
+    """Rounded to the nearest, they can exceed it by half a unit, and the sum is infinite."""
+    checks = prove(tmp_path, GuardSpec("project", positions="all"), kind=kind, dtype="float16")
+    assert not failing(checks), {name: check.note for name, check in checks.items() if not check.ok}
+
+
 def test_a_graph_without_a_mask_is_proved(tmp_path: Path) -> None:
     assert not failing(prove(tmp_path, GuardSpec("restore"), mask=False))
 

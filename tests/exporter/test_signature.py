@@ -14,7 +14,7 @@ import vlmguard
 from vlmguard.exporter.proof.inputs import given_inputs, signature_inputs
 from vlmguard.exporter.proof.prove_closed import roll
 from vlmguard.exporter.proof.signature import VARIANTS, why_made
-from vlmguard.graphs.errors import GuardError
+from vlmguard.graphs.errors import GuardError, RunFailed
 from vlmguard.graphs.graph_io import graph_bytes
 from vlmguard.graphs.layouts import open_package
 from vlmguard.graphs.roles import InputRoles
@@ -217,6 +217,24 @@ def test_an_input_that_nothing_fits_is_named(tmp_path: Path) -> None:
     with pytest.raises(GuardError, match=r"; give inputs that it runs on with --proof-inputs$"):
         vlmguard.export(path, tmp_path / "full", spec=GuardSpec(mode="project"), proof="full", **asked)
     assert not (tmp_path / "full").exists()
+
+
+def test_a_model_that_does_not_run_is_no_proof(tmp_path: Path) -> None:
+    """What to do depends on whose fault it is: the inputs', or the machine's, which lacks an operator."""
+    path = saved(decoder(f"{TOKENS}, {MASK}"), tmp_path / "m")
+    np.savez(tmp_path / "in.npz", input_ids=np.full((2, 5), 10**6), attention_mask=np.ones((2, 5), np.int64))
+    asked = {"directions": write_directions(tmp_path / "d.safetensors", random_directions(WIDTH, [1]))}
+    with pytest.raises(RunFailed) as refused:
+        vlmguard.export(
+            path, tmp_path / "out", spec=GuardSpec(mode="project"), proof_inputs=[tmp_path / "in.npz"], **asked
+        )
+    said = str(refused.value)
+    assert said.startswith("onnxruntime cannot run the graph on these inputs (")
+    assert said.endswith(
+        "; give inputs that it runs on with --proof-inputs, or, if this machine cannot run the model at all, prove each guard "
+        "by itself with --proof local"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_given_inputs_go_by_the_graphs_own_names(tmp_path: Path) -> None:
