@@ -34,7 +34,7 @@ from .decoder_inputs import (
     needs_more,
 )
 from .device import DeviceOutputs, FirstTokens, Tensor, last, where_it_is
-from .images.deepstack import is_embeds
+from .images.deepstack import is_embeds, side_by_side
 from .images.prompt_images import PromptImages
 from .runner_protocol import ClosableRunner, DeviceRunner, OverridableRunner, Runner
 from .runners import open_runner
@@ -291,7 +291,10 @@ class DecoderSession:
         window = state.ids.shape[1] - current.shape[1], state.ids.shape[1]
         if self.takes_embeds:
             assert embeds is not None
-            feeds[roles.embeds] = embeds.astype(ports[roles.embeds].dtype)
+            rows = [images.injected_between(name, *window) for name in images.injected]
+            feeds[roles.embeds] = side_by_side(embeds, rows, ports[roles.embeds].shape[-1]).astype(
+                ports[roles.embeds].dtype
+            )
         for name in {roles.tokens, TOKENS} & ports.keys():  # beside embeddings they show which tokens are an image's
             feeds[name] = current.astype(ports[name].dtype)
         if roles.mask:

@@ -40,12 +40,14 @@ CHAT_TEMPLATE = (
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
 )
+DEEP_KINDS = ("qwen3_vl", "qwen3_vl_moe")  # with DeepStack
 LINEAR_KINDS = ("qwen3_5", "qwen3_5_moe")  # whose first layer has linear attention
 _PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}  # the newer ones: Qwen3VLProcessor
 _CLASSES = {
     "qwen2_vl": "Qwen2VL",
     "qwen2_5_vl": "Qwen2_5_VL",
     "qwen3_vl": "Qwen3VL",
+    "qwen3_vl_moe": "Qwen3VLMoe",
     "qwen3_5": "Qwen3_5",
     "qwen3_5_moe": "Qwen3_5Moe",
 }
@@ -110,7 +112,7 @@ _VISION = {
     "qwen2_5_vl": _TOWER
     | {"hidden_size": 24, "intermediate_size": 40, "out_hidden_size": TEXT_WIDTH}
     | {"window_size": 4 * PATCH, "fullatt_block_indexes": [1]},
-    "qwen3_vl": _NEWER_TOWER | {"deepstack_visual_indexes": list(DEEPSTACK)},
+    **dict.fromkeys(DEEP_KINDS, _NEWER_TOWER | {"deepstack_visual_indexes": list(DEEPSTACK)}),
     **dict.fromkeys(LINEAR_KINDS, _NEWER_TOWER),
 }
 _LINEAR = {
@@ -145,7 +147,7 @@ def _text(kind: str, vocabulary_size: int) -> dict[str, Any]:
         "pad_token_id": VOCABULARY["<|endoftext|>"],
         **({} if kind in _PROCESSORS else {"head_dim": HEAD_WIDTH}),
         **(_LINEAR if kind in LINEAR_KINDS else {}),
-        **(_EXPERTS if kind == "qwen3_5_moe" else {}),
+        **(_EXPERTS if kind.endswith("_moe") else {}),
     }
 
 

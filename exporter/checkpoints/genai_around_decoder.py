@@ -52,10 +52,11 @@ def has_pipeline(config: Mapping[str, Any], checkpoint: str | Path) -> bool:
     Raises:
         GuardError: genai runs its type with pictures, but not this model.
     """
-    pictures = config.get("model_type") in PIPELINES and isinstance(config.get("vision_config"), dict)
-    if pictures:
-        PIPELINES[config["model_type"]].require(config, checkpoint)
-    return pictures
+    pipeline = PIPELINES.get(str(config.get("model_type")))
+    if pipeline is None or pipeline.deep or not isinstance(config.get("vision_config"), dict):
+        return False  # the builder's decoders take no features for DeepStack: with pictures it would be another model
+    pipeline.require(config, checkpoint)
+    return True
 
 
 def add_pictures(

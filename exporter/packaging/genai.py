@@ -20,7 +20,8 @@ from .genai_pictures import (
     FED_PICTURES,
     VISION,
     embedding_bytes,
-    mark_pictures,
+    fit_decoder,
+    fitted_vision,
     require_graphs,
     require_padding_apart,
 )
@@ -62,13 +63,13 @@ def arrange(manifest: Manifest, package: ModelPackage) -> FolderLayout:
     if pictures:
         require_graphs(package)
         states = dict(pipeline_of(package.config, package.root).states.values())
-    marked = pictures and mark_pictures(package, decoder)
+    fitted = pictures and fit_decoder(package, decoder)
     require_known(decoder, str(package.decoder), RUNTIME, FED_PICTURES if pictures else FED_TEXT, states)
     brought = {name: name for name in loose_files(manifest, package) if not name.startswith("onnx/")}
     brought |= with_data(package.decoder, package.root, GRAPH)
     config = config_bytes(package, decoder)
     written = {"genai_config.json": config}
-    if marked:
+    if fitted:
         brought.pop(GRAPH)
         written[GRAPH] = graph_bytes(decoder)
     rewritten: dict[str, str] = {}
@@ -78,6 +79,10 @@ def arrange(manifest: Manifest, package: ModelPackage) -> FolderLayout:
         require_padding_apart(package.root, json.loads(config)["model"]["pad_token_id"])
         brought |= with_data(vision, package.root, VISION) | with_data(embed_tokens, package.root, EMBEDDING)
         rewritten = {brought.pop(EMBEDDING): EMBEDDING}
+        whole, layers = fitted_vision(package)
+        if layers > 1:
+            rewritten[brought.pop(VISION)] = VISION
+            written[VISION] = graph_bytes(whole)
         written[EMBEDDING] = embedding_bytes(package, load_graph(embed_tokens, trust_links=True))
         written[PROCESSOR] = processor_bytes(package.root)
     there = package.decoder.relative_to(package.root).as_posix()

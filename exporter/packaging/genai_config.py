@@ -51,7 +51,7 @@ def _config(package: ModelPackage, decoder: ir.Model) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": package.kv_heads,
         "head_dim": package.head_size,
-        "hidden_size": said("hidden_size", "n_embd"),
+        "hidden_size": (_fed_width(decoder) if pictures else None) or said("hidden_size", "n_embd"),
         "max_position_embeddings": longest,
         # a prompt's tokens of this id are padding to genai: another one than the model's would hide tokens of the prompt
         **({"pad_token_id": said("pad_token_id")} if pictures else {}),
@@ -97,6 +97,13 @@ def _config(package: ModelPackage, decoder: ir.Model) -> dict[str, Any]:
         # One buffer for past and present is GroupQueryAttention's alone.
         "search": {"do_sample": False, "max_length": longest, "past_present_share_buffer": shares},
     }
+
+
+def _fed_width(decoder: ir.Model) -> int | None:
+    """The width of the embeddings that are fed, if it is known; larger than that of states where features lie beside them."""
+    shape = next(value.shape for value in decoder.graph.inputs if value.name == EMBEDS)
+    width = None if shape is None else shape[-1]
+    return width if isinstance(width, int) else None
 
 
 def _layers(pipeline: PicturePipeline, package: ModelPackage, decoder: ir.Model) -> dict[str, Any]:

@@ -1,29 +1,29 @@
 """onnxruntime-genai's picture pipelines: `vision` and `embedding` of `genai_config.json`, and the graphs that they name.
 
-    vision.onnx      the vision encoder, unchanged
+    vision.onnx      the vision encoder, unchanged but for DeepStack (`genai_deepstack`)
     embedding.onnx   the embedding graph, with image features at the image tokens (`genai_embedding`)
-    model.onnx       the guarded decoder, unchanged but for token types (`genai_token_types`)
+    model.onnx       the guarded decoder, unchanged but for token types (`genai_token_types`) and DeepStack
 
 What each type of model needs is in `genai_pipelines`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from ...graphs.errors import GuardError
+from ...graphs.genai_deepstack import join_features, split_embeds, take_apart_features
 from ...graphs.genai_embedding import FEATURES, insert_image_features
 from ...graphs.genai_token_types import insert_token_types
 from ...graphs.graph_io import graph_bytes, load_graph
 from ...graphs.package import ModelPackage
-from ...graphs.proof.strip import strip_guard
 from ...graphs.roles import EMBEDS, MASK, POSITIONS, TOKEN_TYPES, TOKENS
-from ...graphs.runtime_controls import take_back_inputs
 from ...runtime.chat.chat import ChatTokenizer
+from ...runtime.images.deepstack import embeds_name, is_embeds, is_features, layer_number
 from .genai_pipelines import RUNTIME, pipeline_of
 from .genai_processor import PROCESSOR
 
@@ -123,43 +123,88 @@ def features_of(vision: ir.Graph) -> ir.Value:
     return next(value for value in vision.outputs if value.name == FEATURES)
 
 
+def fitted_vision(package: ModelPackage) -> tuple[ir.Model, int]:
+    """The vision encoder as genai runs it, and the number of layers whose features its rows have.
+
+    Raises:
+        GuardError: as for `pipeline_of` and `join_features`.
+    """
+    vision, layers = _vision_apart(package), 1
+    if pipeline_of(package.config, package.root).deep and any(is_features(name) for name in _outputs(vision)):
+        layers = len(vision.graph.outputs)
+        try:
+            join_features(vision)
+        except GuardError as error:
+            raise GuardError(f"{package.vision_encoder}: {error}") from None
+    return vision, layers
+
+
+def _vision_apart(package: ModelPackage) -> ir.Model:
+    """The vision encoder as it was before this layout."""
+    assert package.vision_encoder is not None
+    vision = load_graph(package.vision_encoder, trust_links=True)
+    take_apart_features(vision)
+    return vision
+
+
+def _outputs(vision: ir.Model) -> list[str]:
+    return [str(value.name) for value in vision.graph.outputs]
+
+
 def embedding_bytes(package: ModelPackage, embed_tokens: ir.Model) -> bytes:
     """`embedding.onnx` of a folder, from its graph that embeds tokens.
 
     Raises:
         GuardError: image features cannot be inserted into that graph.
     """
-    assert package.vision_encoder is not None
-    features = features_of(load_graph(package.vision_encoder, trust_links=True).graph)
+    vision, layers = fitted_vision(package)
     token = image_token(package.config, package.root)
     try:
-        insert_image_features(embed_tokens, token, features)
+        insert_image_features(embed_tokens, token, features_of(vision.graph), layers)
     except GuardError as error:
         raise GuardError(f"{package.embed_tokens}: {error}") from None
     return graph_bytes(embed_tokens)
 
 
-def mark_pictures(package: ModelPackage, decoder: ir.Model) -> bool:
-    """Let a decoder that takes token types make them of token ids, in place; whether it is such a decoder.
+def fit_decoder(package: ModelPackage, decoder: ir.Model) -> bool:
+    """Let a decoder take what genai feeds, in place: token ids for token types, one wide tensor for DeepStack.
 
     Args:
         package: the model.
         decoder: its guarded decoder.
 
+    Returns:
+        Whether anything had to change.
+
     Raises:
-        GuardError: as for `pipeline_of` and `insert_token_types`.
+        GuardError: as for `pipeline_of`, `insert_token_types` and `split_embeds`.
     """
     pipeline = pipeline_of(package.config, package.root)
-    if not pipeline.marks or all(value.name != TOKEN_TYPES for value in decoder.graph.inputs):
-        return False
+    names = [str(value.name) for value in decoder.graph.inputs]
     try:
-        insert_token_types(decoder, image_token(package.config, package.root))
+        if pipeline.marks and TOKEN_TYPES in names:
+            insert_token_types(decoder, image_token(package.config, package.root))
+        elif pipeline.deep and any(map(is_embeds, names)):
+            split_embeds(decoder, _rows_in_order(package, names))
+        else:
+            return False
     except GuardError as error:
         raise GuardError(f"{package.decoder}: {error}") from None
     return True
 
 
-def without_image_features(embedding: ir.Model) -> None:
-    """Undo `insert_image_features` in place, to compare what is left with the source."""
-    strip_guard(embedding)
-    take_back_inputs(embedding.graph, {FEATURES})
+def _rows_in_order(package: ModelPackage, names: Sequence[str]) -> list[str]:
+    """The decoder's inputs for DeepStack, in the order of the vision encoder's outputs.
+
+    Raises:
+        GuardError: the two are not for the same layers.
+    """
+    first, *others = _outputs(_vision_apart(package))
+    rows = [embeds_name(layer_number(name)) for name in others if is_features(name)]
+    taken = [name for name in names if is_embeds(name)]
+    if first != FEATURES or len(rows) < len(others) or set(rows) != set(taken):
+        raise GuardError(
+            f"takes {', '.join(taken)}, and the vision encoder gives {', '.join([first, *others])}; convert the checkpoint "
+            "with `vlmguard convert` and guard that"
+        )
+    return rows

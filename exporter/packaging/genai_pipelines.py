@@ -31,6 +31,7 @@ class PicturePipeline:
         numbers: numbers of `model.vision`, from `config.json`; raises GuardError for a model that genai cannot run.
         fixed: ids that genai has in its code, whatever its config has.
         silent: whether the config has to say that there is no graph for sound, which genai opens otherwise.
+        deep: whether image features go in between the decoder's layers too (`graphs/genai_deepstack.py`).
         marks: whether a decoder may take token types, which are 1 for a picture's tokens (`graphs/genai_token_types.py`).
         states: genai's kind of each state beside the KV cache -> how the names of its inputs and outputs begin.
         of_vision: more numbers of `model.vision`, from the graph of the vision encoder.
@@ -44,6 +45,7 @@ class PicturePipeline:
     numbers: Callable[[Mapping[str, Any]], dict[str, Any]]
     fixed: Mapping[str, int] = field(default_factory=dict)
     silent: bool = False
+    deep: bool = False
     marks: bool = False
     states: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     of_vision: Callable[[ir.Graph], dict[str, Any]] = lambda vision: {}
@@ -162,6 +164,7 @@ _QWEN = PicturePipeline(
     tokens={name: (name,) for name in ("image_token_id", "video_token_id", "vision_start_token_id")},
     numbers=_qwen_numbers,
 )
+_QWEN3 = replace(_QWEN, genai_type="qwen3_vl", deep=True)
 # Its layers with linear attention have no KV cache, but two states each.
 _QWEN3_5 = replace(_QWEN, genai_type="qwen3_5", states=_LINEAR_STATES, of_decoder=_fixed_states)
 _GEMMA3 = PicturePipeline(
@@ -210,6 +213,8 @@ PIPELINES: Mapping[str, PicturePipeline] = {
     "phi4_multimodal": _PHI4,
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN3,
+    "qwen3_vl_moe": _QWEN3,
     "qwen3_5": _QWEN3_5,
     "qwen3_5_moe": replace(_QWEN3_5, genai_type="qwen3_5_moe"),
 }
@@ -221,7 +226,6 @@ UNWRITTEN: Mapping[str, str] = {
     "gemma4": _GEMMA4,
     "gemma4_unified": _GEMMA4,
     "phi3_v": _REMOTE,
-    "qwen3_vl": f"its decoder takes features behind its first layers (DeepStack), which {RUNTIME} does not feed",
     "videochat_flash_qwen": _REMOTE,
 }
 

@@ -12,14 +12,16 @@ from pathlib import Path, PurePosixPath
 import onnx_ir as ir
 
 from ...graphs import triton
-from ...graphs.genai_token_types import take_out_token_types
+from ...graphs.genai_deepstack import take_apart_features
+from ...graphs.genai_embedding import take_out_image_features
 from ...graphs.graph_io import external_files, graph_bytes, load_graph
 from ...graphs.json_files import read_json
 from ...graphs.manifest import Manifest
 from ...graphs.package import ModelPackage
+from ...graphs.proof.strip import fit_back
 from ...graphs.proof.structure import Check, exact
 from . import community_config, genai_config
-from .genai_pictures import EMBEDDING, embedding_bytes, mark_pictures, without_image_features
+from .genai_pictures import EMBEDDING, VISION, embedding_bytes, fit_decoder, fitted_vision
 from .genai_processor import PROCESSOR, processor_bytes
 
 _GENERATION = "generation_config.json"
@@ -82,11 +84,14 @@ def _genai_files(package: ModelPackage) -> dict[str, bytes | None]:
     if genai_config.takes_pictures(decoder):
         assert package.embed_tokens is not None  # the config was made of it
         embedding = load_graph(package.embed_tokens, trust_links=True)
-        without_image_features(embedding)
+        take_out_image_features(embedding)
         files[EMBEDDING] = embedding_bytes(package, embedding)
         files[PROCESSOR] = processor_bytes(package.root)
-        take_out_token_types(decoder)
-        if mark_pictures(package, decoder):
+        vision, layers = fitted_vision(package)
+        if layers > 1:
+            files[VISION] = graph_bytes(vision)
+        fit_back(decoder)
+        if fit_decoder(package, decoder):
             files[genai_config.GRAPH] = graph_bytes(decoder)
     return files
 
@@ -94,7 +99,7 @@ def _genai_files(package: ModelPackage) -> dict[str, bytes | None]:
 def restored_graphs(manifest: Manifest, package: ModelPackage) -> dict[str, Callable[[ir.Model], None]]:
     """By path, what undoes the layout's changes in a graph, in place, to compare it with the source's."""
     written = manifest.packaged.written if manifest.packaged is not None and package.layout == "genai" else ()
-    undo = {EMBEDDING: without_image_features, genai_config.GRAPH: take_out_token_types}
+    undo = {EMBEDDING: take_out_image_features, VISION: take_apart_features, genai_config.GRAPH: fit_back}
     return {name: restore for name, restore in undo.items() if name in written}
 
 

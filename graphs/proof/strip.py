@@ -9,6 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ..errors import GuardIncomplete
+from ..genai_deepstack import take_out_split
 from ..genai_token_types import take_out_token_types
 from ..lowerings.fold import SCOPE, original_name
 from ..node_builder import PREFIX
@@ -20,12 +21,12 @@ _OWN = (PREFIX, "vlmguard.")
 
 
 def strip_guard(model: ir.Model) -> None:
-    """Undo `rewrite` in place, and `insert_token_types`, which a layout may add.
+    """Undo `rewrite` in place, and `insert_token_types` and `split_embeds`, which a layout may add.
 
     Raises:
         GuardIncomplete: there is no guard in the graph, or its nodes do not lead back to an unguarded value.
     """
-    take_out_token_types(model)
+    fit_back(model)
     graph = model.graph
     own = [node for node in graph.all_nodes() if (node.name or "").startswith(PREFIX)]
     if not (own or unfold(model)):
@@ -43,6 +44,16 @@ def strip_guard(model: ir.Model) -> None:
         graph.initializers.pop(name)
     for key in [key for key in model.metadata_props if key.startswith("vlmguard.")]:
         model.metadata_props.pop(key)
+
+
+def fit_back(decoder: ir.Model) -> None:
+    """Undo in place what makes a decoder fit onnxruntime-genai; nothing happens in any other.
+
+    Raises:
+        GuardIncomplete: its nodes are not as they were inserted.
+    """
+    take_out_token_types(decoder)
+    take_out_split(decoder)
 
 
 def names_left(model: ir.Model) -> list[str]:

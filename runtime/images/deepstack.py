@@ -7,7 +7,7 @@ text needs zeros, and so does every token after the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -41,6 +41,20 @@ def layer_number(name: str) -> int:
     11
     """
     return int(name.removeprefix(_FEATURES))
+
+
+def side_by_side(embeds: np.ndarray, rows: Sequence[np.ndarray | None], width: int | None) -> np.ndarray:
+    """Embeddings with the rows of all layers beside them, for a decoder that takes one wide tensor (onnxruntime-genai).
+
+    Args:
+        embeds: `[batch, sequence, d]`.
+        rows: as large, in the order of the layers; `None` is zeros.
+        width: of the decoder's input; embeddings as wide as that, or any where it is `None`, are returned as they are.
+    """
+    if width is None or embeds.shape[-1] == width:
+        return embeds
+    beside = np.concatenate([embeds, *(np.zeros_like(embeds) if row is None else row for row in rows)], axis=-1)
+    return np.pad(beside, ((0, 0), (0, 0), (0, max(width - beside.shape[-1], 0))))
 
 
 def scatter(seen: Mapping[str, np.ndarray], is_image: np.ndarray) -> dict[str, np.ndarray]:

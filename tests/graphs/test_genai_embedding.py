@@ -9,9 +9,8 @@ import pytest
 from hand_graphs import text_model
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
-from vlmguard.exporter.packaging.genai_pictures import without_image_features
 from vlmguard.graphs.errors import GuardError
-from vlmguard.graphs.genai_embedding import FEATURES, insert_image_features
+from vlmguard.graphs.genai_embedding import FEATURES, insert_image_features, take_out_image_features
 from vlmguard.graphs.graph_io import graph_bytes
 from vlmguard.graphs.proof.structure import same_graph
 
@@ -63,7 +62,7 @@ def test_without_them_it_is_the_graph_before() -> None:
     insert_image_features(model, IMAGE, rows_of(ir.DataType.FLOAT, "rows", WIDTH))
     assert not same_graph("", before, model).ok
     written = graph_bytes(model)
-    without_image_features(model)
+    take_out_image_features(model)
     check = same_graph("", before, model)
     assert check.ok, check
     insert_image_features(model, IMAGE, rows_of(ir.DataType.FLOAT, "rows", WIDTH))
