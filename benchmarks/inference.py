@@ -123,6 +123,11 @@ def goals() -> list[Variant]:
     return [DEFAULT, *few, *(Variant("restore", rank, "last", gate="open") for rank in (1, 8))]
 
 
+def few_goals() -> list[Variant]:
+    """One guard for each goal of the page: the default, and every layer."""
+    return goals()[::4]
+
+
 def full_matrix() -> list[Variant]:
     return [
         Variant(mode, rank, positions, lowering, gate)
@@ -195,9 +200,7 @@ def _workshop(shape: Shape, precision: str, models: Path) -> Iterator[Workshop]:
 def measure(shop: Workshop, phase: str, args: argparse.Namespace) -> dict[str, Any]:
     """All variants of one part, a few sessions at a time, each group with the unguarded graph twice."""
     budget = asked(args, BUDGETS[phase])
-    variants = full_matrix() if args.full else goals()
-    if args.quick:
-        variants = variants[:2]
+    variants = full_matrix() if args.full else few_goals() if args.quick else goals()
     at_once = OPEN_AT_ONCE[shop.precision]
     groups = [variants[start : start + at_once] for start in range(0, len(variants), at_once)]
     rows = [row for group in groups for row in _group(shop, phase, args.threads, group, budget)]
@@ -252,7 +255,7 @@ def _row(about: dict[str, Any], opened: Opened) -> dict[str, Any]:
 
 def measure_opening(shop: Workshop, phase: str, args: argparse.Namespace) -> dict[str, Any]:
     """Sessions that are opened and closed again, one at a time."""
-    variants = goals()[: 2 if args.quick else None]
+    variants = few_goals() if args.quick else goals()
     opens = {name: partial(Decoder, path, shop.shape, args.threads) for name, path in shop.subjects(variants).items()}
     times = interleaved(opens, UNGUARDED, asked(args, BUDGETS[phase]), warm_up=1)  # closing is not timed
     rows = []

@@ -15,6 +15,9 @@ NAMES = sorted(path.parent.name for path in (ROOT / "integrations").glob("*/run.
 CACHES = {".pytest_cache", ".ruff_cache", ".hypothesis", "__pycache__"}
 ELSEWHERE = {".git", ".venv", "build", "vlmguard.egg-info"} | CACHES
 
+# Largest differences of logits. Shaders compute exponentials and roots with fewer digits than a CPU.
+ROUNDING, SHADERS = 1e-3, 5e-3
+
 pytestmark = [pytest.mark.long, pytest.mark.parametrize("name", NAMES)]
 
 
@@ -39,6 +42,7 @@ def test_an_integration_agrees_with_onnxruntime(name: str) -> None:
     for one in content if isinstance(content, list) else [content]:
         assert one["version"] and one["command"] == f"make integration NAME={name}"
         assert one["modes"], one
+        limit = SHADERS if "WebGPU" in one["runtime"] else ROUNDING
         for agreement in one["modes"].values():
-            assert agreement["same_tokens"] and agreement["tokens"] > 0 and agreement["largest_difference"] < 1e-3
+            assert agreement["same_tokens"] and agreement["tokens"] > 0 and agreement["largest_difference"] < limit
     assert files() == before
