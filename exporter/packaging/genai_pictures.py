@@ -184,8 +184,8 @@ def fit_decoder(package: ModelPackage, decoder: ir.Model) -> bool:
     try:
         if pipeline.marks and TOKEN_TYPES in names:
             insert_token_types(decoder, image_token(package.config, package.root))
-        elif pipeline.deep and any(map(is_embeds, names)):
-            split_embeds(decoder, _rows_in_order(package, names))
+        elif pipeline.deep and (rows := _rows_in_order(package, names)):
+            split_embeds(decoder, rows)
         else:
             return False
     except GuardError as error:
@@ -204,7 +204,7 @@ def _rows_in_order(package: ModelPackage, names: Sequence[str]) -> list[str]:
     taken = [name for name in names if is_embeds(name)]
     if first != FEATURES or len(rows) < len(others) or set(rows) != set(taken):
         raise GuardError(
-            f"takes {', '.join(taken)}, and the vision encoder gives {', '.join([first, *others])}; convert the checkpoint "
-            "with `vlmguard convert` and guard that"
+            f"takes {', '.join(taken) or 'no features'} between its layers, and the vision encoder gives "
+            f"{', '.join([first, *others])}; convert the checkpoint with `vlmguard convert` and guard that"
         )
     return rows

@@ -134,10 +134,13 @@ def test_features_of_another_layer_fail_the_proof(
     assert not proof.ok
 
 
-def test_a_decoder_with_features_that_the_vision_encoder_does_not_give_is_refused(tmp_path: Path) -> None:
-    rows = ", ".join(f"float[b, s, 2] deepstack_embeds_{layer}" for layer in (0, 2))
+@pytest.mark.parametrize(("layers", "taken"), [((0, 2), "deepstack_embeds_0, deepstack_embeds_2"), ((), "no features")])
+def test_a_decoder_with_other_features_than_the_vision_encoder_gives_is_refused(
+    layers: tuple[int, ...], taken: str, tmp_path: Path
+) -> None:
+    rows = "".join(f", float[b, s, 2] deepstack_embeds_{layer}" for layer in layers)
     decoder = text_model(
-        f"agraph (float[b, s, 2] inputs_embeds, {rows}) => (float[b, s, 2] y) {{ y = Neg(inputs_embeds) }}"
+        f"agraph (float[b, s, 2] inputs_embeds{rows}) => (float[b, s, 2] y) {{ y = Neg(inputs_embeds) }}"
     )
     vision = text_model(
         "agraph (float[n, 2] x) => (float[t, 2] image_features, float[t, 2] deepstack_features_0) "
@@ -149,8 +152,8 @@ def test_a_decoder_with_features_that_the_vision_encoder_does_not_give_is_refuse
     with pytest.raises(GuardError) as refused:
         fit_decoder(package, decoder)
     assert str(refused.value) == (
-        f"{tmp_path / 'model.onnx'}: takes deepstack_embeds_0, deepstack_embeds_2, and the vision encoder gives "
-        "image_features, deepstack_features_0; convert the checkpoint with `vlmguard convert` and guard that"
+        f"{tmp_path / 'model.onnx'}: takes {taken} between its layers, and the vision encoder gives image_features, "
+        "deepstack_features_0; convert the checkpoint with `vlmguard convert` and guard that"
     )
 
 

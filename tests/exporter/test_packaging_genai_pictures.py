@@ -44,7 +44,7 @@ SIZES = ((32, 24), (40, 21), (17, 64), (300, 200))
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
-    """Checkpoint and graphs of a kind of Qwen, converted once; those of Qwen2.5-VL have external data, as large models have."""
+    """Checkpoint and graphs of a kind of Qwen, converted once; some have external data, as large models have."""
     folders: dict[str, tuple[Path, Path]] = {}
 
     def get(kind: str) -> tuple[Path, Path]:
@@ -52,7 +52,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
             root = tmp_path_factory.mktemp(kind)
             checkpoint = tiny_qwen.save_byte_qwen(kind, root / "checkpoint")
             with pytest.MonkeyPatch.context() as patch:
-                if kind == "qwen2_5_vl":
+                if kind in ("qwen2_5_vl", "qwen3_vl"):
                     patch.setattr(convert, "EXTERNAL_DATA_ABOVE", 0)
                 convert_checkpoint(
                     checkpoint, root / "source", verify=False
