@@ -23,7 +23,7 @@ from ...runtime.images.deepstack import features_name
 from .anyres_packing import pack
 from .family import IMAGE_FEATURES, Arrays, Shape, Shapes
 from .masked_attention import attention_within
-from .picture_geometry import pixel_unshuffle, replacements
+from .picture_geometry import pixel_unshuffle, replacements, temporal_merge
 from .sub_pictures import has_sub_pictures, sub_pictures_by_arithmetic
 
 if TYPE_CHECKING:
@@ -145,6 +145,8 @@ def one_picture(model: Any, inputs: Mapping[str, torch.Tensor]) -> Iterator[None
                 patch(mock.patch.object(part, "forward", _within_windows(part.forward, windows)))
             if hasattr(part, "pixel_unshuffle") and FIXED[0] in inputs:
                 patch(mock.patch.object(part, "pixel_unshuffle", pixel_unshuffle))
+            if hasattr(part, "temporal_merge"):
+                patch(mock.patch.object(part, "temporal_merge", temporal_merge))
             if hasattr(part, "_temporal_slicing"):  # of ERNIE: a picture is its own second frame
                 patch(
                     mock.patch.object(part, "_temporal_slicing", lambda states, grid: torch.cat([states, states], -1))

@@ -146,6 +146,19 @@ def get_vision_temporal_merge_index(
     return (row * width + column)[:, None]
 
 
+def temporal_merge(
+    hidden_states: torch.Tensor, grid_thw: torch.Tensor, kernel_height: int, kernel_width: int, *args: Any, **more: Any
+) -> torch.Tensor:
+    """Kimi K2.5's merging of squares of patches (transformers 5.24): `[tokens, kernel_height * kernel_width, width]`.
+
+    Args:
+        hidden_states: `[patches, width]`.
+        grid_thw, kernel_height, kernel_width, args, more: as for the method of transformers that this replaces.
+    """
+    patches = get_vision_temporal_merge_index(grid_thw, kernel_height, kernel_width, patches=hidden_states.shape[0])
+    return hidden_states[patches].mean(dim=1)
+
+
 def get_vision_pixel_shuffle_index(
     grid_thw: torch.Tensor, merge_size: int, *, patches: int, **more: Any
 ) -> torch.Tensor:

@@ -130,7 +130,8 @@ def test_what_a_runtime_would_not_feed_is_refused(guarded: Guarded, text_model: 
             package_genai,
             vlm,
             f"{vlm}: is of type llava, with which onnxruntime-genai cannot be given pictures here, only gemma3, "
-            "lfm2_vl, mistral3, phi4_multimodal, qwen2_5_vl, qwen2_vl; keep the layout that it has",
+            "lfm2_vl, mistral3, phi4_multimodal, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe; keep the "
+            "layout that it has",
         ),
         (
             package_onnx_community,

@@ -22,7 +22,7 @@ from vlmguard.exporter.families.complex_pairs import complex_as_pairs
 from vlmguard.exporter.families.family import IMAGE_FEATURES, Turn
 from vlmguard.exporter.families.generic_vision import image_features
 from vlmguard.exporter.families.grouped_experts import experts_in_groups, has_own_loop
-from vlmguard.exporter.families.picture_geometry import pixel_unshuffle, replacements
+from vlmguard.exporter.families.picture_geometry import pixel_unshuffle, replacements, temporal_merge
 from vlmguard.exporter.families.position_rules import by_image, find_rule
 from vlmguard.exporter.families.sub_pictures import _merged, nearest_positions, places, window_order
 
@@ -36,8 +36,20 @@ def test_squares_of_patches_are_those_of_transformers(grid: list[int]) -> None:
     grids = torch.tensor([grid])
     ours = replacements(int(grids.prod()), [])
     assert torch.equal(ours["get_vision_frame_index"](grids), modeling_kimi_k25.get_vision_frame_index(grids))
-    merged = modeling_kimi_k25.get_vision_temporal_merge_index(grids, 2, 2)
-    assert torch.equal(ours["get_vision_temporal_merge_index"](grids, 2, 2), merged)
+    sources, theirs = (
+        merge_index(grids, 2, 2)
+        for merge_index in (
+            ours["get_vision_temporal_merge_index"],
+            modeling_kimi_k25.get_vision_temporal_merge_index,
+        )
+    )
+    if isinstance(theirs, tuple):  # since transformers 5.24: where each patch goes, not where it comes from
+        assert torch.equal(theirs[0][sources.flatten()], torch.arange(sources.numel()))
+        states = torch.randn(sources.numel(), 5)
+        expected = modeling_kimi_k25.Kimi_K25VisionModel.temporal_merge(SimpleNamespace(), states, grids, 2, 2)
+        assert torch.equal(temporal_merge(states, grids, 2, 2), expected)
+    else:
+        assert torch.equal(sources, theirs)
     shuffled = modeling_muse_glimmer.get_vision_pixel_shuffle_index(grids, 2)
     assert torch.equal(ours["get_vision_pixel_shuffle_index"](grids, 2), shuffled)
 

@@ -267,16 +267,16 @@ def test_what_is_no_text_decoder_is_refused_by_its_config(config: dict[str, Any]
 
 def test_a_cache_of_another_name_is_refused(tmp_path: Path) -> None:
     """Before anything is traced."""
-    from transformers import MambaConfig, MambaForCausalLM
+    from transformers import RwkvConfig, RwkvForCausalLM
 
-    config = MambaConfig(
-        vocab_size=VOCABULARY_SIZE, hidden_size=16, state_size=4, num_hidden_layers=2, time_step_rank=4
+    config = RwkvConfig(
+        vocab_size=VOCABULARY_SIZE, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16, intermediate_size=32
     )
-    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    RwkvForCausalLM(config).save_pretrained(tmp_path / "rwkv")
     with pytest.raises(ModelUnreadable) as refused:
-        convert_checkpoint(tmp_path / "mamba", tmp_path / "out")
+        convert_checkpoint(tmp_path / "rwkv", tmp_path / "out")
     assert str(refused.value) == (
-        f"{tmp_path / 'mamba'}: mamba returns no past_key_values; only decoders whose forward returns their cache "
+        f"{tmp_path / 'rwkv'}: rwkv returns no past_key_values; only decoders whose forward returns their cache "
         "under that name are exported"
     )
 
