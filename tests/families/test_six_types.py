@@ -36,6 +36,7 @@ KINDS = {
     "mistral3": "pictures of any size, by the shape of their pixels",
     "qwen3_5": "linear attention by a Scan; three positions a token",
 }
+SELDOM = ("llava_next_video", "mistral3")  # what is special about them is their vision encoder's alone
 
 
 Ran = Callable[[str], tuple[TypeRow, Path]]
@@ -53,7 +54,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return run
 
 
-@pytest.mark.parametrize("model_type", KINDS)
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(kind, marks=pytest.mark.long if kind in SELDOM else ()) for kind in KINDS]
+)
 def test_a_type_is_exported_compared_guarded_and_sees(model_type: str, ran: Ran) -> None:
     row, folder = ran(model_type)
     assert row.reason == "" and row.export == "generic row"
