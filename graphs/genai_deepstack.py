@@ -20,7 +20,7 @@ from .whole_numbers import whole_number
 
 _SCOPE = "deepstack"
 _OWN = f"{PREFIX}{_SCOPE}/"
-_PLACES = "vlmguard.deepstack"  # metadata of a decoder: where its inputs were that are parts of `inputs_embeds` now
+PLACES = "vlmguard.deepstack"  # metadata of a decoder: where its inputs were that are parts of `inputs_embeds` now
 
 
 def join_features(vision: ir.Model) -> None:
@@ -82,7 +82,7 @@ def split_embeds(decoder: ir.Model, rows: Sequence[str]) -> None:
     for value in inputs[1:]:
         graph.inputs.remove(value)
     builder.place_before(graph[0])
-    decoder.metadata_props[_PLACES] = ",".join(str(places[name]) for name in rows)
+    decoder.metadata_props[PLACES] = ",".join(str(places[name]) for name in rows)
 
 
 def take_out_split(decoder: ir.Model) -> None:
@@ -93,7 +93,7 @@ def take_out_split(decoder: ir.Model) -> None:
     """
     graph = decoder.graph
     node = _own_node(graph, "Split")
-    written = decoder.metadata_props.pop(_PLACES, "")
+    written = decoder.metadata_props.pop(PLACES, "")
     if node is None:
         return
     places = [whole_number(text) for text in written.split(",")]

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from ..graphs.decoder_state import is_past_name
 from ..graphs.errors import GuardError
+from ..graphs.genai_deepstack import PLACES
 from ..graphs.graph_io import in_memory
 from ..graphs.last_logits import reads_in_place
 from ..graphs.package import ModelPackage
@@ -36,7 +37,7 @@ from .decoder_inputs import (
 from .device import DeviceOutputs, FirstTokens, Tensor, last, where_it_is
 from .images.deepstack import is_embeds, side_by_side
 from .images.prompt_images import PromptImages
-from .runner_protocol import ClosableRunner, DeviceRunner, OverridableRunner, Runner
+from .runner_protocol import ClosableRunner, DescribedRunner, DeviceRunner, OverridableRunner, Runner
 from .runners import open_runner
 
 
@@ -78,6 +79,7 @@ class DecoderSession:
         self._states = {pair.past: pair for pair in self.roles.states}
         self.cache_inputs = {name: port for name, port in inputs.items() if name in self._states}
         self.injected = {name: port for name, port in inputs.items() if is_embeds(name)}
+        self._splits = isinstance(runner, DescribedRunner) and PLACES in runner.metadata
         self._embedded = (
             [] if embed is None else [name for name in (PER_LAYER,) if name in {*inputs} & {*embed.outputs}]
         )
@@ -291,10 +293,10 @@ class DecoderSession:
         window = state.ids.shape[1] - current.shape[1], state.ids.shape[1]
         if self.takes_embeds:
             assert embeds is not None
-            rows = [images.injected_between(name, *window) for name in images.injected]
-            feeds[roles.embeds] = side_by_side(embeds, rows, ports[roles.embeds].shape[-1]).astype(
-                ports[roles.embeds].dtype
-            )
+            if self._splits:
+                rows = [images.injected_between(name, *window) for name in images.injected]
+                embeds = side_by_side(embeds, rows, ports[roles.embeds].shape[-1])
+            feeds[roles.embeds] = embeds.astype(ports[roles.embeds].dtype)
         for name in {roles.tokens, TOKENS} & ports.keys():  # beside embeddings they show which tokens are an image's
             feeds[name] = current.astype(ports[name].dtype)
         if roles.mask:

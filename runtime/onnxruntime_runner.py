@@ -83,6 +83,7 @@ class OnnxRuntimeRunner:
         self.inputs = {port.name: _port(port) for port in self._session.get_inputs()}
         self.optional = {port.name: _port(port) for port in self._session.get_overridable_initializers()}
         self.outputs = {port.name: _port(port) for port in self._session.get_outputs()}
+        self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
 
     @property
     def providers(self) -> tuple[str, ...]:

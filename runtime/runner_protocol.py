@@ -43,6 +43,14 @@ class OverridableRunner(Runner, Protocol):
 
 
 @runtime_checkable
+class DescribedRunner(Runner, Protocol):
+    """A runner that knows what is written in the graph's metadata."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+
+@runtime_checkable
 class ClosableRunner(Runner, Protocol):
     """A runner that can give its memory back before it is forgotten."""
 

@@ -14,6 +14,7 @@ from vlmguard.graphs.genai_deepstack import join_features, split_embeds, take_ap
 from vlmguard.graphs.genai_embedding import FEATURES, insert_image_features, take_out_image_features
 from vlmguard.graphs.graph_io import graph_bytes
 from vlmguard.graphs.proof.strip import strip_guard
+from vlmguard.runtime.images.deepstack import side_by_side
 
 ROWS = ("deepstack_embeds_0", "deepstack_embeds_1")
 DECODER = (
@@ -152,3 +153,11 @@ def test_rows_of_another_width_or_type_are_refused(other: str) -> None:
         "lie side by side for onnxruntime-genai; keep the layout that it has"
     )
     assert graph_bytes(model) == before
+
+
+def test_rows_lie_side_by_side_as_the_split_takes_them_apart() -> None:
+    """In a call of the runtime here: a picture's rows, and zeros for a text or a layer that has none."""
+    embeds, row = np.ones((1, 2, 2), np.float32), np.full((1, 2, 2), 3, np.float32)
+    assert side_by_side(embeds, [row, None], 6)[0, 0].tolist() == [1, 1, 3, 3, 0, 0]
+    assert side_by_side(embeds, [], 6)[0, 1].tolist() == [1, 1, 0, 0, 0, 0]
+    assert side_by_side(embeds, [row, row], 2) is embeds
