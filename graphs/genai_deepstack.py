@@ -96,7 +96,7 @@ def take_out_split(decoder: ir.Model) -> None:
     written = decoder.metadata_props.pop(PLACES, "")
     if node is None:
         return
-    places = [whole_number(text) for text in written.split(",")]
+    places = [place for text in written.split(",") if (place := whole_number(text)) is not None]
     names = [value.name for value in graph.inputs]
     source = node.inputs[0]
     if (
@@ -114,7 +114,7 @@ def take_out_split(decoder: ir.Model) -> None:
     _remove(graph, node)
     graph.inputs[names.index(EMBEDS)] = values[0]
     for place, value in zip(places, values[1:], strict=True):
-        graph.inputs.insert(len(graph.inputs) if place is None else place, value)
+        graph.inputs.insert(place, value)
 
 
 def _declare(wide: ir.Value, parts: Sequence[ir.Value], what: str) -> None:

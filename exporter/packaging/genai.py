@@ -83,7 +83,7 @@ def arrange(manifest: Manifest, package: ModelPackage) -> FolderLayout:
         if layers > 1:
             rewritten[brought.pop(VISION)] = VISION
             written[VISION] = graph_bytes(whole)
-        written[EMBEDDING] = embedding_bytes(package, load_graph(embed_tokens, trust_links=True))
+        written[EMBEDDING] = embedding_bytes(package, load_graph(embed_tokens, trust_links=True), whole.graph, layers)
         written[PROCESSOR] = processor_bytes(package.root)
     there = package.decoder.relative_to(package.root).as_posix()
     return FolderLayout("genai", {there: GRAPH}, brought, written, rewritten=rewritten)

@@ -151,16 +151,20 @@ def _outputs(vision: ir.Model) -> list[str]:
     return [str(value.name) for value in vision.graph.outputs]
 
 
-def embedding_bytes(package: ModelPackage, embed_tokens: ir.Model) -> bytes:
-    """`embedding.onnx` of a folder, from its graph that embeds tokens.
+def embedding_bytes(package: ModelPackage, embed_tokens: ir.Model, vision: ir.Graph, layers: int) -> bytes:
+    """`embedding.onnx` of a folder.
+
+    Args:
+        package: the model.
+        embed_tokens: its graph that embeds tokens, changed in place.
+        vision, layers: of `fitted_vision`.
 
     Raises:
         GuardError: image features cannot be inserted into that graph.
     """
-    vision, layers = fitted_vision(package)
     token = image_token(package.config, package.root)
     try:
-        insert_image_features(embed_tokens, token, features_of(vision.graph), layers)
+        insert_image_features(embed_tokens, token, features_of(vision), layers)
     except GuardError as error:
         raise GuardError(f"{package.embed_tokens}: {error}") from None
     return graph_bytes(embed_tokens)

@@ -130,7 +130,7 @@ def _lfm2_patches(vision: ir.Graph) -> dict[str, Any]:
 
 def _lfm2_layers(layers: int, decoder: ir.Graph) -> dict[str, Any]:
     """Which layers have a convolution, and how many tokens its state holds."""
-    past = f"{_LFM2_STATE[0]}."
+    past = f"{_CONV_STATE[0]}."
     windows = {str(value.name): value.shape for value in decoder.inputs if str(value.name).startswith(past)}
     sizes = {None if shape is None else shape[-1] for shape in windows.values()}
     if len(sizes) != 1 or not isinstance(size := sizes.pop(), int):
@@ -153,8 +153,8 @@ def _fixed_states(layers: int, decoder: ir.Graph) -> dict[str, Any]:
     return {}
 
 
-_LFM2_STATE = ("past_conv", "present_conv")
-_LINEAR_STATES = {"conv": _LFM2_STATE, "recurrent": ("past_recurrent", "present_recurrent")}
+_CONV_STATE = ("past_conv", "present_conv")
+_LINEAR_STATES = {"conv": _CONV_STATE, "recurrent": ("past_recurrent", "present_recurrent")}
 _GEMMA3_TOKENS = 256
 _PHI4_TILE = (448, 14)
 _IMAGE_TOKEN = {"image_token_id": IMAGE_TOKEN_KEYS}
@@ -195,7 +195,7 @@ _LFM2 = PicturePipeline(
     },
     tokens=_IMAGE_TOKEN,
     numbers=partial(_sizes, merge="downsample_factor"),
-    states={"conv": _LFM2_STATE},
+    states={"conv": _CONV_STATE},
     of_vision=_lfm2_patches,
     of_decoder=_lfm2_layers,
 )

@@ -85,9 +85,9 @@ def _genai_files(package: ModelPackage) -> dict[str, bytes | None]:
         assert package.embed_tokens is not None  # the config was made of it
         embedding = load_graph(package.embed_tokens, trust_links=True)
         take_out_image_features(embedding)
-        files[EMBEDDING] = embedding_bytes(package, embedding)
-        files[PROCESSOR] = processor_bytes(package.root)
         vision, layers = fitted_vision(package)
+        files[EMBEDDING] = embedding_bytes(package, embedding, vision.graph, layers)
+        files[PROCESSOR] = processor_bytes(package.root)
         if layers > 1:
             files[VISION] = graph_bytes(vision)
         fit_back(decoder)
