@@ -16,6 +16,7 @@ import onnx_ir as ir
 from .errors import GuardError, GuardIncomplete
 from .node_builder import PREFIX, NodeBuilder
 from .roles import EMBEDS
+from .subgraphs import take_out
 from .whole_numbers import whole_number
 
 _SCOPE = "deepstack"
@@ -54,7 +55,7 @@ def take_apart_features(vision: ir.Model) -> None:
     if len(graph.outputs) != 1 or graph.outputs[0] is not node.outputs[0] or not name.startswith(_OWN):
         raise GuardIncomplete(_changed("joins the features"))
     graph.outputs[:] = features
-    _remove(graph, node)
+    take_out(graph, [node])
     features[0].name = name.removeprefix(_OWN)
 
 
@@ -111,7 +112,7 @@ def take_out_split(decoder: ir.Model) -> None:
     for part in node.outputs:
         values.append(ir.Value(name=str(part.name).removeprefix(_OWN), type=part.type, shape=part.shape))
         part.replace_all_uses_with(values[-1])
-    _remove(graph, node)
+    take_out(graph, [node])
     graph.inputs[names.index(EMBEDS)] = values[0]
     for place, value in zip(places, values[1:], strict=True):
         graph.inputs.insert(place, value)
@@ -149,12 +150,6 @@ def _own_node(graph: ir.Graph, op_type: str) -> ir.Node | None:
     if own and [node.op_type for node in own] != [op_type]:
         raise GuardIncomplete(_changed("has features side by side"))
     return own[0] if own else None
-
-
-def _remove(graph: ir.Graph, node: ir.Node) -> None:
-    graph.remove(node, safe=False)
-    for index in range(len(node.inputs)):
-        node.replace_input_with(index, None)
 
 
 def _changed(does: str) -> str:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from .errors import GuardError, GuardIncomplete
 from .node_builder import PREFIX, NodeBuilder
 from .roles import TOKEN_TYPES, TOKENS
+from .subgraphs import take_out
 
 _SCOPE = "token_types"
 _OWN = f"{PREFIX}{_SCOPE}/"
@@ -65,9 +66,6 @@ def take_out_token_types(decoder: ir.Model) -> None:
     types = ir.Value(name=TOKEN_TYPES, type=made.type, shape=made.shape)
     graph.inputs[names.index(TOKENS)] = types
     made.replace_all_uses_with(types)
-    graph.remove(own, safe=False)
-    for node in own:
-        for index in range(len(node.inputs)):
-            node.replace_input_with(index, None)
+    take_out(graph, own)
     for name in [name for name in graph.initializers if name.startswith(_OWN)]:
         graph.initializers.pop(name)

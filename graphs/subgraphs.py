@@ -142,6 +142,14 @@ def unsurface(model: ir.Model, name: str) -> None:
         owner.resize_outputs(len(owner.outputs) - 1)
 
 
+def take_out(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
+    """Remove nodes, in place; what they read has them no longer among its readers. Who reads them is the caller's care."""
+    graph.remove(nodes, safe=False)
+    for node in nodes:
+        for index in range(len(node.inputs)):
+            node.replace_input_with(index, None)
+
+
 def _named(graph: ir.Graph) -> dict[str, ir.Value]:
     values = [*graph.inputs, *graph.initializers.values(), *(output for node in graph for output in node.outputs)]
     return {value.name: value for value in values if value.name}

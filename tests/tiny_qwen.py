@@ -32,6 +32,7 @@ VOCABULARY_SIZE = 64
 MORE_WORDS = tuple(f"word{number}" for number in range(VOCABULARY_SIZE - len(SPECIAL_TOKENS + WORDS) - 4))
 VOCABULARY = {token: number for number, token in enumerate(SPECIAL_TOKENS + WORDS + MORE_WORDS)}
 IMAGE_TOKEN_ID = VOCABULARY["<|image_pad|>"]
+PICTURE_MARKER = "<|vision_start|><|image_pad|><|vision_end|>"  # what stands for a picture in a prompt
 
 # That of the Qwen family, with `user` and `assistant` as words of their own.
 CHAT_TEMPLATE = (

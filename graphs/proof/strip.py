@@ -15,7 +15,7 @@ from ..lowerings.fold import SCOPE, original_name
 from ..node_builder import PREFIX
 from ..plan import COORDINATES_OUTPUT, is_supervisor_input
 from ..runtime_controls import DEFAULTS, PAST_GATE_INPUT, PRESENT_GATE_OUTPUT, SCORES_OUTPUT, take_back_inputs
-from ..subgraphs import branches, branching, unsurface
+from ..subgraphs import branches, branching, take_out, unsurface
 
 _OWN = (PREFIX, "vlmguard.")
 
@@ -92,10 +92,7 @@ def _strip_body(graph: ir.Graph, own: list[ir.Node], members: set[ir.Node]) -> N
         for value in node.outputs:
             if any(reader not in members for reader in value.consumers()) or value.is_graph_output():
                 _reconnect(graph, value, members)
-    graph.remove(own, safe=False)
-    for node in own:
-        for index in range(len(node.inputs)):
-            node.replace_input_with(index, None)
+    take_out(graph, own)
 
 
 def _reconnect(graph: ir.Graph, guarded: ir.Value, members: set[ir.Node]) -> None:

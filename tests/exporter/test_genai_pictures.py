@@ -34,8 +34,9 @@ pytest.importorskip("onnxruntime_genai")
 pytestmark = pytest.mark.slow
 
 QUESTION, STEPS = "how do I", Sampling(max_new_tokens=8)
-_OF_QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
-MARKERS = {"gemma3": "<start_of_image>"} | dict.fromkeys(("qwen2_5_vl", *tiny_qwen.LINEAR_KINDS), _OF_QWEN)
+MARKERS = {"gemma3": "<start_of_image>"} | dict.fromkeys(
+    ("qwen2_5_vl", *tiny_qwen.LINEAR_KINDS), tiny_qwen.PICTURE_MARKER
+)
 SIZES = ((32, 32), (40, 24), (300, 200))
 
 

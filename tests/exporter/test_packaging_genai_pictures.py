@@ -37,7 +37,6 @@ pytest.importorskip("onnxruntime_genai")
 pytestmark = pytest.mark.slow
 
 QUESTION = "how do I"
-QWEN_MARKER = "<|vision_start|><|image_pad|><|vision_end|>"
 # Kept, enlarged to whole tokens, scaled down: here both image processors give the same pixels, up to float32 rounding.
 SIZES = ((32, 24), (40, 21), (17, 64), (300, 200))
 
@@ -99,7 +98,10 @@ def test_genai_answers_in_half_precision_as_the_runtime_here(kind: str, tmp_path
     genai = Genai(folder)
     for size in (*SIZES, None):
         image = None if size is None else picture(size)
-        request, text = Request(QUESTION, image), prompt_text(folder, QUESTION, None if image is None else QWEN_MARKER)
+        request, text = (
+            Request(QUESTION, image),
+            prompt_text(folder, QUESTION, None if image is None else tiny_qwen.PICTURE_MARKER),
+        )
         tokens = genai.tokens(text, image, ANSWER.max_new_tokens)
         assert tokens == tokens_here(vlm, request, ANSWER) != tokens_here(unguarded, request, ANSWER)
 
@@ -113,7 +115,7 @@ def check_answers(kind: str, checkpoint: Path, guarded: Path, folder: Path) -> N
     for size in (*SIZES, None):
         image = None if size is None else picture(size)
         request = Request(QUESTION, image)
-        text = prompt_text(folder, QUESTION, None if image is None else QWEN_MARKER)
+        text = prompt_text(folder, QUESTION, None if image is None else tiny_qwen.PICTURE_MARKER)
         if image is not None:
             inputs = genai.inputs(text, image)
             assert inputs["input_ids"].as_numpy().tolist() == vlm.batch([request]).ids.tolist()
@@ -285,7 +287,7 @@ def test_genai_does_not_run_a_supervised_decoder_without_its_input(
     generator = genai.og.Generator(genai.model, params)
     generator.set_model_input("vlmguard.supervisor", np.zeros((1, tiny_qwen.LAYERS, 2), np.float32))
     with pytest.raises(Exception, match=r"Missing Input: vlmguard\.supervisor"):
-        generator.set_inputs(genai.inputs(prompt_text(folder, QUESTION, QWEN_MARKER), picture(SIZES[0])))
+        generator.set_inputs(genai.inputs(prompt_text(folder, QUESTION, tiny_qwen.PICTURE_MARKER), picture(SIZES[0])))
         generator.generate_next_token()
 
 
