@@ -143,7 +143,7 @@ def unsurface(model: ir.Model, name: str) -> None:
 
 
 def take_out(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
-    """Remove nodes, in place; what they read has them no longer among its readers. Who reads them is the caller's care."""
+    """Remove nodes, in place, also from the readers of what they read. Their own readers were redirected before."""
     graph.remove(nodes, safe=False)
     for node in nodes:
         for index in range(len(node.inputs)):

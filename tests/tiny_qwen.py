@@ -38,7 +38,7 @@ PICTURE_MARKER = "<|vision_start|><|image_pad|><|vision_end|>"  # what stands fo
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|> {{ message['role'] }} "
     "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}" + PICTURE_MARKER + "{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
 )
 DEEP_KINDS = ("qwen3_vl", "qwen3_vl_moe")  # with DeepStack

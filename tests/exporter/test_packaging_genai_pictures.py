@@ -98,10 +98,8 @@ def test_genai_answers_in_half_precision_as_the_runtime_here(kind: str, tmp_path
     genai = Genai(folder)
     for size in (*SIZES, None):
         image = None if size is None else picture(size)
-        request, text = (
-            Request(QUESTION, image),
-            prompt_text(folder, QUESTION, None if image is None else tiny_qwen.PICTURE_MARKER),
-        )
+        request = Request(QUESTION, image)
+        text = prompt_text(folder, QUESTION, None if image is None else tiny_qwen.PICTURE_MARKER)
         tokens = genai.tokens(text, image, ANSWER.max_new_tokens)
         assert tokens == tokens_here(vlm, request, ANSWER) != tokens_here(unguarded, request, ANSWER)
 
